@@ -272,6 +272,43 @@ def test_right_padding_changes_no_real_position(family_model: Any) -> None:
         close(padded[site][1:, :4], alone[site])
 
 
+def test_rows_keep_positions_of_their_own(family_model: Any) -> None:
+    tokens = random_tokens()
+    logits = family_model.run(tokens).logits
+    kept = torch.tensor([[5, 0], [3, 6]])
+    close(family_model.run(tokens, keep=kept).logits, logits.take_along_dim(kept[..., None], 1))
+    assert not torch.allclose(logits[:, [5, 0]], logits.take_along_dim(kept[..., None], 1), atol=1e-3)
+    for wrong in ([[5, 5], [3, 6]], [[5, 7], [3, 6]], [[5, 0]]):
+        with pytest.raises(ValueError, match="rows of different ones below 7"):
+            family_model.run(tokens, keep=torch.tensor(wrong))
+
+
+def test_gradients_reach_patches_through_kept_positions(family_model: Any) -> None:
+    tokens, site = random_tokens(), Site(0, "resid")
+    value = torch.randn(2, 1, family_model.d_model, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    patch = Patch(site, torch.tensor([[1], [2]]), value, add=True)
+    kept = torch.tensor([[5, 2], [3, 6]])
+
+    def slope(keep: Any) -> Tensor:
+        logits = family_model.run(tokens, [patch], keep=keep).logits
+        logits = logits if keep is kept else logits.take_along_dim(kept[..., None], 1)
+        return torch.autograd.grad(logits[..., :9].log_softmax(-1).sum(), value)[0]
+
+    close(slope(kept), slope(0))
+    assert slope(kept).norm() > 0.01
+
+
+def test_patches_may_add(family_model: Any) -> None:
+    tokens = random_tokens()
+    clean = family_model.run(tokens, read=all_sites(family_model))
+    for site in all_sites(family_model):
+        patch = random_patch(family_model, site, [[1, 4], [2, -1]])
+        there = clean[site].take_along_dim(patch.positions.clamp(min=0)[..., None], 1)
+        added = family_model.run(tokens, [Patch(site, patch.positions, patch.value, add=True)]).logits
+        close(added, family_model.run(tokens, [Patch(site, patch.positions, there + patch.value)]).logits)
+        assert not torch.allclose(added, family_model.run(tokens, [patch]).logits, atol=1e-5)
+
+
 def test_keep_picks_positions(family_model: Any) -> None:
     tokens = random_tokens()
     logits = family_model.run(tokens).logits

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mechedit.artifacts import VERSION, value_hash
 from mechedit.errors import InputError
-from mechedit.models.base import Patch, Prefix, Resume, Run, Site, Tokens
+from mechedit.models.base import Keep, Patch, Prefix, Resume, Run, Site, Tokens
 from mechedit.models.families import family_of
 
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -39,12 +39,14 @@ class Write:
     rows: Int[Tensor, " entry"]
     columns: Int[Tensor, " entry"]
     value: Float[Tensor, "entry width"]
+    add: bool = False
 
     def __call__(self, activation: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         """Write into a copy, so that what was read before stays as it was and gradients reach the value."""
         written = activation.clone()
-        device = activation.device
-        written[self.rows.to(device), self.columns.to(device)] = self.value.to(activation)
+        at = (self.rows.to(activation.device), self.columns.to(activation.device))
+        value = self.value.to(activation)
+        written[at] = activation[at] + value if self.add else value
         return written
 
 
@@ -115,7 +117,7 @@ class Backbone:
         read: Sequence[Site] = (),
         *,
         resume: Resume | None = None,
-        keep: Int[Tensor, " kept"] | int = 0,
+        keep: Keep = 0,
         stop_after: int | None = None,
         prefix: Prefix | None = None,
         cache: bool = False,
@@ -124,8 +126,10 @@ class Backbone:
         steps = self._plan(tokens, patches, read, resume, stop_after)
         inputs = self._inputs(tokens, prefix, cache)
         forwards = self._skipped(resume) | self._unvisited(steps, resume, stop_after)
-        with replaced(forwards), self._kept_only(keep, tokens, forwards):
-            run = self._forward({**inputs, "logits_to_keep": keep}, steps, stop_after)
+        kept = _kept(keep, tokens, self.device)
+        by_row = kept if isinstance(kept, Tensor) and kept.ndim == 2 else None
+        with replaced(forwards), self._kept_only(kept, tokens, forwards), self._unembedded(by_row):
+            run = self._forward({**inputs, "logits_to_keep": kept if by_row is None else 0}, steps, stop_after)
         if not cache:
             return run
         layers = inputs["past_key_values"].layers
@@ -249,7 +253,7 @@ class Backbone:
         if tuple(patch.value.shape) != expected:
             raise ValueError(f"the value for {patch.site} is {tuple(patch.value.shape)}, expected {expected}")
         rows, slots, columns = entries
-        return Write(rows, columns, patch.value[rows, slots])
+        return Write(rows, columns, patch.value[rows, slots], patch.add)
 
     def _skipped(self, resume: Resume | None) -> Forwards:
         """The blocks below `resume.layer` return the cached residual instead of computing it."""
@@ -269,20 +273,37 @@ class Backbone:
         return {twin[layer]: plain[layer] for layer in computed if layer not in visited}
 
     @contextlib.contextmanager
-    def _kept_only(self, keep: Tensor | int, tokens: Tokens, forwards: Forwards) -> Iterator[None]:
+    def _kept_only(self, keep: Keep, tokens: Tokens, forwards: Forwards) -> Iterator[None]:
         """The last block's MLP computes the kept positions alone, when nobody looks at it: no other is passed on."""
         last = self._blocks(self.plain)[-1]
         if forwards.get(self._blocks(self.twin)[-1]) is not last or not isinstance(keep, Tensor):
             yield
             return
         mlp = last.get_submodule(self.family.mlp)
-        compute, at = mlp.forward, keep.to(self.device)
+        compute = mlp.forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            kept = compute(hidden[:, at], *args, **kwargs)
-            return hidden.new_zeros(*hidden.shape[:-1], kept.shape[-1]).index_copy(1, at, kept)
+            at = keep.expand(len(hidden), -1)[..., None]
+            kept = compute(hidden.take_along_dim(at, 1), *args, **kwargs)
+            return hidden.new_zeros(*hidden.shape[:-1], kept.shape[-1]).scatter(1, at.expand_as(kept), kept)
 
-        with replaced({mlp: forward} if len(at) < tokens.ids.shape[1] else {}):
+        with replaced({mlp: forward} if keep.shape[-1] < tokens.ids.shape[1] else {}):
+            yield
+
+    @contextlib.contextmanager
+    def _unembedded(self, keep: Int[Tensor, "batch kept"] | None) -> Iterator[None]:
+        """The unembedding sees each row's own kept positions alone; what follows it works position by position."""
+        if keep is None:
+            yield
+            return
+        twin: Any = self.twin
+        head = twin.get_output_embeddings()
+        compute = head.forward
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return compute(hidden.take_along_dim(keep[..., None].to(hidden.device), 1), *args, **kwargs)
+
+        with replaced({head: forward}):
             yield
 
     def _blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -332,6 +353,21 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 of a fast tokenizer, without the padding and truncation that calls leave behind in it."""
     content: Mapping[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return value_hash({key: value for key, value in content.items() if key not in ("padding", "truncation")})
+
+
+def _kept(keep: Keep, tokens: Tokens, device: torch.device) -> Keep:
+    """The kept positions on the model's device, once those of each row are known to be there and different.
+
+    Twice the same position would get its gradient twice.
+    """
+    if not isinstance(keep, Tensor):
+        return keep
+    if keep.ndim == 2:
+        batch, width = tokens.ids.shape
+        rows = keep.cpu().sort(dim=1).values
+        if len(rows) != batch or not 0 <= int(rows.min()) <= int(rows.max()) < width or (rows.diff(dim=1) == 0).any():
+            raise ValueError(f"kept positions {rows.tolist()} are not {batch} rows of different ones below {width}")
+    return keep.to(device)
 
 
 def _entries(positions: Int[Tensor, "batch slot"], tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,8 @@ class Site:
 
 
 EMBED = Site(0, "embed")
+Keep = Int[Tensor, " kept"] | Int[Tensor, "batch kept"] | int
+"""Positions whose logits are wanted; see `Model.run`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,8 @@ class Patch:
     site: Site
     positions: Int[Tensor, "batch slot"]
     value: Float[Tensor, "batch slot width"]
+    add: bool = False
+    """Add the value to what is there instead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +159,7 @@ class Model(Protocol):
         read: Sequence[Site] = (),
         *,
         resume: Resume | None = None,
-        keep: Int[Tensor, " kept"] | int = 0,
+        keep: Keep = 0,
         stop_after: int | None = None,
         prefix: Prefix | None = None,
         cache: bool = False,
@@ -170,14 +174,15 @@ class Model(Protocol):
                 later in the sequence is written last.
             read: sites to return.
             resume: skip the blocks below `resume.layer`. Sites below it can be neither read nor patched.
-            keep: positions whose logits are wanted, the same for all rows; 0 means all of them.
+            keep: positions whose logits are wanted, the same for all rows, or each row's own; 0 means all of them.
             stop_after: return after this block, with no logits (later blocks are not computed).
             prefix: positions that need not be computed again. `tokens`, patches, `resume`, `keep` and what is
                 read then concern the positions that follow, counted from 0.
             cache: return every position's keys and values in `Run.prefix`.
 
         Raises:
-            ValueError: a site outside the model or below `resume`, or a value of the wrong shape.
+            ValueError: a site outside the model or below `resume`, a value of the wrong shape, or a row that keeps
+                a position twice.
         """
         ...
 
