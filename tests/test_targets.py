@@ -23,7 +23,8 @@ REQUESTS = [
     EditRequest(id="c", subject="Toko Yasuda", prompt="We heard that {}", target_new="plays"),
     EditRequest(id="d", subject="Leon Blum", prompt="They all met {}", target_new="French"),
 ]
-BRISK = TargetConfig(lr=0.5, clamp=2.0)
+# Apart, because a random model has no room for two facts about one subject in one state.
+BRISK = TargetConfig(lr=0.5, clamp=2.0, joint=False)
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,11 @@ class MemitConfig:
     threshold: float | int = 0.05
     strategy: Strategy = "uniform"
     convention: Convention = "default"
+    joint: bool = True
     seed: int = 0
     """For prefixes that are generated."""
-    batch_size: int = 16
-    """Facts in one forward pass of the search for z."""
+    batch_size: int = 64
+    """Facts searched together, and prompts in one forward pass of the writing."""
 
     @property
     def targets(self) -> TargetConfig:
@@ -52,7 +53,7 @@ class MemitConfig:
     @property
     def spread(self) -> SpreadConfig:
         """The settings that concern the writing."""
-        return SpreadConfig(**{**_shared(self, SpreadConfig), "batch_size": 4 * self.batch_size})
+        return SpreadConfig(**_shared(self, SpreadConfig))
 
 
 def memit(

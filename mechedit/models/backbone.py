@@ -145,9 +145,12 @@ class Backbone:
                     f"the prefix has {len(prefix.layers)} layers and {batch} rows, expected {self.n_layers} "
                     f"and {len(mask)}"
                 )
-            # Padding is at the right, so that all of a prefix is tokens.
-            mask = torch.cat([mask.new_ones(batch, prefix.length), mask], dim=1)
+            mask = torch.cat([prefix.mask.to(mask), mask], dim=1)
         inputs = {"input_ids": tokens.ids.to(self.device), "attention_mask": mask, "use_cache": cache}
+        if prefix is not None and prefix.lengths is not None:
+            # Left to itself, the model would count the empty places before a shorter row's prefix.
+            places = prefix.lengths[:, None] + torch.arange(tokens.ids.shape[1], device=prefix.lengths.device)
+            inputs["position_ids"] = places.clamp(max=self.max_positions - 1).to(self.device)
         if prefix is not None or cache:
             inputs["past_key_values"] = _cache(prefix)
         return inputs

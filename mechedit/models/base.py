@@ -6,10 +6,11 @@ the search for z are all patches. Both backends satisfy `Model` and give the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, device, dtype
 
@@ -76,29 +77,54 @@ class Tokens:
         return self.mask.sum(1)
 
 
+Pairs = tuple[tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos d_head"]], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """What attention keeps of the first positions of a batch; it holds as long as nothing there is patched."""
 
-    layers: tuple[tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos d_head"]], ...]
+    layers: Pairs
     """Keys and values of each layer."""
+    lengths: Int[Tensor, " batch"] | None = None
+    """How many positions each row has, the last ones; None when all rows have all."""
 
     @property
     def length(self) -> int:
         """Positions covered."""
         return self.layers[0][0].shape[2]
 
+    @property
+    def mask(self) -> Int[Tensor, "batch pos"]:
+        """1 on positions that a row has, 0 on the empty places before them."""
+        keys = self.layers[-1][0]
+        places = torch.arange(self.length, 0, -1, device=keys.device).expand(len(keys), -1)
+        lengths = keys.new_full((len(keys),), self.length) if self.lengths is None else self.lengths.to(keys.device)
+        return (places <= lengths[:, None]).long()
+
     def take(self, index: Int[Tensor, " row"], length: int, first: int = 0) -> Prefix:
         """The first `length` positions of the chosen rows, for a run that resumes at layer `first`.
 
         Layers below that are not looked at: they get something of the right shape.
         """
+        lengths = None if self.lengths is None else self.lengths[index]
+        return Prefix(self._each(lambda states: states[:, :, :length][index], (len(index), length), first), lengths)
 
-        def chosen(layer: int, states: Tensor) -> Tensor:
-            states = states[:, :, :length]
-            return states[index] if layer >= first else states[:1].expand(len(index), *states.shape[1:])
+    def before(self, ends: Int[Tensor, " batch"], first: int = 0) -> Prefix:
+        """Each row's positions before its own end, for a run that resumes at layer `first` (see `take`)."""
+        width = int(ends.max())
+        at = (ends[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)[:, None, :, None]
+        return Prefix(self._each(lambda states: states.take_along_dim(at, 2), (len(ends), width), first), ends)
 
-        return Prefix(tuple((chosen(i, keys), chosen(i, values)) for i, (keys, values) in enumerate(self.layers)))
+    def _each(self, change: Callable[[Tensor], Tensor], shape: tuple[int, int], first: int) -> Pairs:
+        """Keys and values changed from layer `first` on; below it, nothing in the shape (rows, positions)."""
+
+        def changed(layer: int, states: Tensor) -> Tensor:
+            rows, width = shape
+            empty = states.new_zeros(())
+            return change(states) if layer >= first else empty.expand(rows, states.shape[1], width, states.shape[3])
+
+        return tuple((changed(i, keys), changed(i, values)) for i, (keys, values) in enumerate(self.layers))
 
 
 @dataclass(frozen=True, eq=False)

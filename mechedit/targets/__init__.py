@@ -1,0 +1,15 @@
+"""z: the hidden states at the subjects' last tokens that make the model say the new objects (MEMIT Eq. 16).
+
+Requests go in, `Targets` come out. For each fact, z = h + δ with δ found by Adam on
+
+    mean over prefixes of −log P(object | prefix + prompt)  +  KL on "{subject} is a"  +  weight decay,
+
+δ being added at one layer, within a ball of radius clamp·‖h‖. What δ cannot change is computed once.
+"""
+
+from mechedit.targets.config import Convention, TargetConfig
+from mechedit.targets.rows import check_length
+from mechedit.targets.search import find_targets
+from mechedit.targets.value import Targets
+
+__all__ = ["Convention", "TargetConfig", "Targets", "check_length", "find_targets"]

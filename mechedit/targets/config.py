@@ -1,0 +1,79 @@
+"""How z is searched for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mechedit.errors import InputError
+from mechedit.facts import check_template
+from mechedit.models import Part
+from mechedit.prompts import check_choice
+
+Convention = Literal["default", "memit-2022"]
+Written = Literal["resid", "mlp_out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """How z is searched for.
+
+    `convention="memit-2022"` follows the published code of MEMIT: it makes steps − 1 updates, stops a fact
+    when its whole loss falls below `threshold`, decays with weight_decay·‖δ‖/‖h‖², takes the KL term at the
+    subject's last token, and searches facts about one subject apart. The default makes `steps` updates, stops when
+    the likelihood term alone falls below `threshold`, decays with weight_decay·(‖δ‖/‖h‖)², and takes the KL term
+    at the end of its prompt.
+    """
+
+    steps: int = 25
+    lr: float | int = 0.5
+    """Adam's step, in units of the residual stream."""
+    clamp: float | int = 0.75
+    """Largest ‖δ‖ in units of ‖h‖."""
+    weight_decay: float | int = 0.5
+    kl_weight: float | int = 0.0625
+    kl_prompt: str = "{} is a"
+    """Where the subject's other meaning is to be kept."""
+    threshold: float | int = 0.05
+    """Nats below which a fact has converged."""
+    part: Written = "resid"
+    """What z is a state of: the residual stream after the block, or what its MLP adds (ROME, PMET)."""
+    attention: bool = False
+    """Move what the block's attention adds as well, and throw that away (PMET, §4.1); with part "mlp_out"."""
+    joint: bool = True
+    """Facts about one subject share one δ: their keys are equal, and one key holds one value (MEMIT-Merge, 2025)."""
+    convention: Convention = "default"
+    seed: int = 0
+    """For prefixes that are generated."""
+    batch_size: int = 64
+    """Facts searched together (each takes a row a prefix and one for the KL term)."""
+    pass_tokens: int = 4096
+    """Tokens in one forward pass, padding included; halved while the device's memory does not hold them."""
+
+    def __post_init__(self) -> None:
+        check_choice("convention", self.convention, ("default", "memit-2022"))
+        check_choice("part", self.part, ("resid", "mlp_out"))
+        check_template(self.kl_prompt, "kl_prompt")
+        for name in ("steps", "batch_size", "pass_tokens", "lr", "clamp"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}, expected more than 0; choose a larger number")
+        for name in ("weight_decay", "kl_weight"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 0 or more; choose a larger number")
+        if self.attention and self.part != "mlp_out":
+            raise InputError('attention is on with part "resid"; expected part "mlp_out", whose own change it leaves')
+
+    @property
+    def updates(self) -> int:
+        """How often δ may move."""
+        return self.steps - 1 if self.convention == "memit-2022" else self.steps
+
+    @property
+    def shares(self) -> bool:
+        """Whether facts about one subject share one δ."""
+        return self.joint and self.convention == "default"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Where a δ is added, in forward order; z is a state of the last."""
+        return ("attn_out", self.part) if self.attention else (self.part,)
