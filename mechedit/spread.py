@@ -24,7 +24,7 @@ from mechedit.facts import EditRequest
 from mechedit.models import Model, Site
 from mechedit.moments import SecondMoment, check_moments
 from mechedit.prompts import BARE, check_choice, check_prefixes, column, pad, prefixed_prompts
-from mechedit.solve import check_finite, solve_update
+from mechedit.solve import check_finite, ridge_update
 from mechedit.targets import Convention, Targets
 
 Strategy = Literal["uniform"]
@@ -100,8 +100,7 @@ def spread(
             # Keys come from the partly edited model: earlier layers have already moved them.
             keys = mean_keys(model, requests, layer, prefixes, config)
             share = residual / shares_left(layers, place, config)
-            covariance = config.covariance_weight * matrices[layer].to(keys)
-            update = solve_update(keys, share.T.to(keys), covariance)
+            update = ridge_update(keys, share.T.to(keys), matrices[layer].to(keys), config.covariance_weight)
             factors[layer] = Factors(left=update.left, right=update.right)
             add_(model, layer, update.delta)
             before, residual = residual, targets.z - states(model, requests, layers[-1], config.batch_size)

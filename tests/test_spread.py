@@ -186,9 +186,9 @@ def test_later_layers_see_what_earlier_ones_did(lens_model: Any, monkeypatch: py
 
 
 def failing_late(error: type[BaseException], check: Callable[[], bool]) -> Callable[..., Any]:
-    """`solve_update` that works once and then raises, when the model is half edited."""
+    """`ridge_update` that works once and then raises, when the model is half edited."""
     calls: list[int] = []
-    plain = mechedit.spread.solve_update
+    plain = mechedit.spread.ridge_update
 
     def solve(*args: Any) -> Any:
         calls.append(1)
@@ -209,7 +209,7 @@ def test_the_model_ends_as_it_began(
         spread(small_model, REQUESTS, targets, [0, 1], MOMENTS)
     else:
         solve = failing_late(error, lambda: small_model.weights_hash() != before)
-        monkeypatch.setattr(mechedit.spread, "solve_update", solve)
+        monkeypatch.setattr(mechedit.spread, "ridge_update", solve)
         with pytest.raises(error):
             spread(small_model, REQUESTS, targets, [0, 1], MOMENTS)
     assert small_model.weights_hash() == before
