@@ -302,7 +302,10 @@ def test_export_reloads_to_the_edited_model(small_model: Any, tmp_path: Path) ->
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
 
 
-def test_export_is_whole_or_absent(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_export_is_whole_or_absent(
+    lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
     edit, before = made(lens_model), weights(lens_model)
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -312,10 +315,10 @@ def test_export_is_whole_or_absent(lens_model: Any, tmp_path: Path, monkeypatch:
 
     def fail(folder: Path) -> None:
         (Path(folder) / "half").write_text("half")
-        raise OSError("disk full")
+        raise error("disk full")
 
     monkeypatch.setattr(lens_model.hf, "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(error, match="disk full"):
         export(lens_model, edit, tmp_path / "out")
     assert [item.name for item in tmp_path.iterdir()] == ["taken"]
     assert identical(lens_model, before)
