@@ -78,8 +78,8 @@ def spread(
 
     Returns:
         The edit. Its manifest holds, under `residuals`, one record a layer: `before` and `after` (what is
-        left of ‖Z − H‖, relative to the start), `error` and `condition` of the linear system; and under
-        `left`, for each request, what is left of its own ‖z − h‖ at the end.
+        left of ‖Z − H‖, relative to the start), `error` and `condition` of the linear system; under `left`,
+        for each request, what is left of its own ‖z − h‖ at the end; and under `facts`, what it writes, in words.
 
     Raises:
         InputError: layers that are not ascending or not in the model; targets of other requests, weights or
@@ -120,6 +120,7 @@ def spread(
             "layers": layers,
             "model": provenance,
             "requests": [request.id for request in requests],
+            "facts": [f"{request.text} → {request.target_new}" for request in requests],
             "prefixes": list(prefixes),
             "targets": dict(targets.provenance),
             "settings": dataclasses.asdict(config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from edits import made
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import mechedit as me
@@ -76,7 +79,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["run", "--set", "lambda=3"], "--set 'lambda=3' cannot be read"),
         (["edit", "--moments", "."], "either by --layers or by --selection"),
         (["edit", "--layers", "1-2", "--moments", "/no/such"], "/no/such"),
+        (["edit", "--show", "/no/such.safetensors"], "cannot read"),
         (["apply", "--edit", "/no/such.safetensors", "--out", "there"], "cannot read"),
+        (["apply", "--edit", "/no/such.safetensors", "--out", "there", "--format", "zip"], "'zip'"),
         (["report", "/no/such/folder"], "there is no folder"),
     ],
 )
@@ -220,6 +225,11 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     summary = json.loads(capsys.readouterr().out)
     assert summary["after"]["ES"]["mean"] > summary["before"]["ES"]["mean"]
     assert set(summary["before"]["ES"]) == {"mean", "low", "high", "n"}
+    assert call("edit", "--show", edit, "--model", "tiny") == 0
+    shown = capsys.readouterr().out
+    written = me.load_requests(requests)[0]
+    assert f"{written.text} → {written.target_new}" in shown
+    assert model.weights_hash() in shown
     assert call("apply", "--edit", edit, "--out", tmp_path / "edited") == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
     ids = torch.arange(5, 15)[None]
@@ -228,6 +238,100 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     assert model.weights_hash() == untouched
     with torch.no_grad():
         assert not torch.allclose(again(ids).logits, model.hf(ids).logits)
+
+
+@pytest.fixture
+def tiny_edit(tmp_path: Path) -> Path:
+    """An edit of the tiny model, with settings, texts and residuals in its manifest."""
+    model = me.load_model("tiny")
+    settings = {**dataclasses.asdict(me.MemitConfig()), "steps": 7}
+    residuals = [{"layer": layer, "after": 0.25, "error": 1e-15, "condition": 1e6} for layer in (0, 2)]
+    edit = made(model, ranks=(3, 1))
+    facts = [f"Fact {number} about something rather long: {'so ' * 40} → end" for number in range(25)]
+    manifest = {
+        **edit.manifest, "method": "memit", "settings": settings, "residuals": residuals,
+        "requests": [str(number) for number in range(25)], "facts": facts,
+    }  # fmt: skip
+    me.Edit(factors=edit.factors, manifest=manifest).save(tmp_path / "edit.safetensors")
+    return tmp_path / "edit.safetensors"
+
+
+def test_an_edit_is_shown_in_100_columns(tiny_edit, tmp_path, capsys):
+    assert call("edit", "--show", tiny_edit) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "safetensors" not in line) <= 100
+    text = "\n".join(lines)
+    assert "method    memit" in text
+    assert "model     tiny, float32" in text
+    assert "settings  steps = 7" in lines
+    table = next(i for i, line in enumerate(lines) if "‖ΔW‖" in line)
+    assert lines[table].split() == ["layer", "rank", "‖ΔW‖", "residual", "left", "solver", "error", "condition"]
+    norms = [float(me.Edit.load(tiny_edit).delta(layer).norm()) for layer in (0, 2)]
+    for line, layer, rank, norm in zip(lines[table + 1 :], (0, 2), (3, 1), norms, strict=False):
+        assert line.split() == [str(layer), str(rank), f"{norm:.3g}", "0.25", "1e-15", "1e+06"]
+    assert "25 requests" in lines
+    assert "… and 5 more" in lines[-1]
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_an_edit_is_shown_as_json_and_beside_its_model(tiny_edit, capsys):
+    assert call("edit", "--show", tiny_edit, "--model", "tiny", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    model, edit = me.load_model("tiny"), me.Edit.load(tiny_edit)
+    assert shown["model"] == model.provenance()
+    assert shown["changed_settings"] == {"steps": 7}
+    assert len(shown["requests"]) == 25
+    assert shown["requests"][3] == {"id": "3", "fact": edit.manifest["facts"][3]}
+    first, second = shown["layers"]
+    size = float(model.down_projection(0).double().norm())
+    assert first["relative"] == pytest.approx(float(edit.delta(0).norm()) / size)
+    assert (second["layer"], second["rank"], second["left"]) == (2, 1, 0.25)
+    assert "truncation" not in first
+
+
+def test_older_and_combined_edits_are_shown(tiny_edit, tmp_path, capsys):
+    edit = me.Edit.load(tiny_edit)
+    older = {name: value for name, value in edit.manifest.items() if name not in ("facts", "residuals", "settings")}
+    me.Edit(factors=edit.factors, manifest={**older, "method": "unheard-of"}).save(tiny_edit)
+    assert call("edit", "--show", tiny_edit) == 0
+    text = capsys.readouterr().out
+    assert "25 requests (their texts are not in the file): 0, 1, 2," in text
+    assert "residual" not in text
+    me.truncate(me.merge([me.Edit.load(tiny_edit), edit]), 2).save(tmp_path / "merged.safetensors")
+    assert call("edit", "--show", tmp_path / "merged.safetensors") == 0
+    text = capsys.readouterr().out
+    assert "merge of unheard-of, memit" in text
+    assert "truncation" in text
+
+
+def test_an_edit_is_refused_beside_another_model(tiny_edit, capsys, tmp_path):
+    edit = me.Edit.load(tiny_edit)
+    other = {**edit.manifest, "model": {**edit.manifest["model"], "weights_hash": "0" * 64}}
+    me.Edit(factors=edit.factors, manifest=other).save(tiny_edit)
+    assert "the edit was made for 'tiny' with weights 000" in complaint(
+        capsys, "edit", "--show", tiny_edit, "--model", "tiny"
+    )
+    for kind in ("lora", "checkpoint"):
+        arguments = ["--edit", tiny_edit, "--out", tmp_path / "out", "--format", kind]
+        assert "made for" in complaint(capsys, "apply", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == [tiny_edit.name]
+
+
+def test_apply_writes_a_lora_adapter(tiny_edit, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    assert call("apply", "--edit", tiny_edit, "--out", out, "--format", "lora", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"model": str(out), "format": "lora", "layers": [0, 2]}
+    config = read_json(out / "adapter_config.json")
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, out)
+    model, ids = me.load_model("tiny"), torch.arange(5, 15)[None]
+    with torch.no_grad():
+        start = model.hf(ids).logits
+        with me.edited(model, me.Edit.load(tiny_edit)):
+            wanted = model.hf(ids).logits
+        found = adapted(ids).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert float((start - wanted).norm() / wanted.norm()) > 0.01
 
 
 @pytest.fixture
