@@ -84,15 +84,17 @@ class Prefix:
         """Positions covered."""
         return self.layers[0][0].shape[2]
 
-    def take(self, index: Int[Tensor, " row"], length: int, first: int = 0) -> Prefix:
-        """The first `length` positions of the chosen rows, for a run that resumes at layer `first`.
+    def take(self, index: Int[Tensor, " row"], length: int, first: int = 0, last: int | None = None) -> Prefix:
+        """The first `length` positions of the chosen rows, for a run that resumes at `first` and stops after `last`.
 
-        Layers below that are not looked at: they get something of the right shape.
+        Other layers are not looked at: they get something of the right shape.
         """
 
         def chosen(layer: int, states: Tensor) -> Tensor:
             states = states[:, :, :length]
-            return states[index] if layer >= first else states[:1].expand(len(index), *states.shape[1:])
+            if layer < first or (last is not None and layer > last):
+                return states[:1].expand(len(index), *states.shape[1:])
+            return states.index_select(0, index)
 
         return Prefix(tuple((chosen(i, keys), chosen(i, values)) for i, (keys, values) in enumerate(self.layers)))
 
