@@ -125,7 +125,7 @@ class Backbone:
         inputs = self._inputs(tokens, prefix, cache)
         forwards = self._skipped(resume) | self._unvisited(steps, resume, stop_after)
         with replaced(forwards), self._kept_only(keep, tokens, forwards):
-            run = self._forward({**inputs, "logits_to_keep": keep}, steps, stop_after)
+            run = self._forward({**inputs, "logits_to_keep": keep}, steps, _end(steps, stop_after, cache))
         if not cache:
             return run
         layers = inputs["past_key_values"].layers
@@ -190,7 +190,7 @@ class Backbone:
         """Wrap the twin for the backend; return the module that `_forward` runs."""
         raise NotImplementedError
 
-    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], stop_after: int | None) -> Run:
+    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], end: Site | None) -> Run:
         """Run the twin on `inputs`, visiting the steps."""
         raise NotImplementedError
 
@@ -314,6 +314,15 @@ def replaced(forwards: Forwards) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+def _end(steps: Sequence[Step], stop_after: int | None, cache: bool) -> Site | None:
+    """Where a run may stop: at the last site that is looked at, if it lies in the block after which it stops."""
+    if stop_after is None:
+        return None
+    # In a block whose attention and MLP are parallel, the keys and values may not be there yet.
+    looked_at = steps and steps[-1].site.part != "embed" and steps[-1].site.layer == stop_after and not cache
+    return steps[-1].site if looked_at else Site(stop_after, "resid")
 
 
 def _cache(prefix: Prefix | None) -> DynamicCache:
