@@ -123,7 +123,7 @@ class Backbone:
         """One forward pass; see `mechedit.models.base.Model.run`."""
         steps = self._plan(tokens, patches, read, resume, stop_after)
         inputs = self._inputs(tokens, prefix, cache)
-        forwards = self._skipped(resume) | self._unvisited(steps, resume, stop_after)
+        forwards = self._skipped(resume) | self._unvisited(steps, resume, stop_after) | self._unwatched(steps)
         with replaced(forwards), self._kept_only(keep, tokens, forwards):
             run = self._forward({**inputs, "logits_to_keep": keep}, steps, _end(steps, stop_after, cache))
         if not cache:
@@ -267,6 +267,18 @@ class Backbone:
         computed = range(0 if resume is None else resume.layer, self.n_layers)
         plain, twin = self._blocks(self.plain), self._blocks(self.twin)
         return {twin[layer]: plain[layer] for layer in computed if layer not in visited}
+
+    def _unwatched(self, steps: Sequence[Step]) -> Forwards:
+        """In blocks of which only the MLP is looked at, attention runs without the backend's hooks."""
+        if not self._plain_fits:
+            return {}
+        watched = {step.site.layer for step in steps if step.site.part == "attn_out"}
+        layers = {step.site.layer for step in steps if step.site.part != "embed"} - watched
+        plain, twin = self._blocks(self.plain), self._blocks(self.twin)
+        return {
+            twin[layer].get_submodule(self.family.attn): plain[layer].get_submodule(self.family.attn)
+            for layer in layers
+        }
 
     @contextlib.contextmanager
     def _kept_only(self, keep: Tensor | int, tokens: Tokens, forwards: Forwards) -> Iterator[None]:
