@@ -139,7 +139,7 @@ class Backbone:
             forwards = self._skipped(self.twin, resume) | self._unvisited(steps, resume, stop_after)
             unseen = forwards.get(self._blocks(self.twin)[-1]) is self._blocks(self.plain)[-1]
             with replaced(forwards), self._kept_only(kept if unseen else 0), self._unembedded(self.twin, by_row):
-                run = self._forward(inputs, steps, stop_after)
+                run = self._forward(inputs, steps, _end(steps, stop_after, cache))
         if not cache:
             return run
         layers = inputs["past_key_values"].layers
@@ -207,7 +207,7 @@ class Backbone:
         """Wrap the twin for the backend; return the module that `_forward` runs."""
         raise NotImplementedError
 
-    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], stop_after: int | None) -> Run:
+    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], end: Site | None) -> Run:
         """Run the twin on `inputs`, visiting the steps."""
         raise NotImplementedError
 
@@ -396,6 +396,15 @@ def replaced(forwards: Forwards) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+def _end(steps: Sequence[Step], stop_after: int | None, cache: bool) -> Site | None:
+    """Where a run may stop: at the last site that is looked at, if it lies in the block after which it stops."""
+    if stop_after is None:
+        return None
+    # In a block whose attention and MLP are parallel, the keys and values may not be there yet.
+    looked_at = steps and steps[-1].site.part != "embed" and steps[-1].site.layer == stop_after and not cache
+    return steps[-1].site if looked_at else Site(stop_after, "resid")
 
 
 def _cache(prefix: Prefix | None) -> DynamicCache:

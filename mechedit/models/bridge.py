@@ -42,23 +42,23 @@ class BridgeModel(Backbone):
                     point.add_perma_hook(_cast_back(self.dtype))
         return twin
 
-    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], stop_after: int | None) -> Run:
+    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], end: Site | None) -> Run:
         values: dict[Site, Tensor] = {}
-        with self._hooks(steps, values, stop_after), contextlib.suppress(Stopped):
+        with self._hooks(steps, values, end), contextlib.suppress(Stopped):
             # The twin and not the bridge is called: it takes ids and mask as they are.
             return Run(self.twin(**inputs).logits, values)
         return Run(None, values)
 
     @contextlib.contextmanager
-    def _hooks(self, steps: Sequence[Step], values: dict[Site, Tensor], stop_after: int | None) -> Iterator[None]:
+    def _hooks(self, steps: Sequence[Step], values: dict[Site, Tensor], end: Site | None) -> Iterator[None]:
         points = []
         try:
             for step in steps:
                 points.append(self._point(step.site))
                 points[-1].add_hook(_visitor(step, values), level=_LEVEL)
-            if stop_after is not None:
+            if end is not None:
                 # Registered last, so that it runs after the reads and writes of the same place.
-                points.append(self._point(Site(stop_after, "resid")))
+                points.append(self._point(end))
                 points[-1].add_hook(_stop, level=_LEVEL)
             yield
         finally:
