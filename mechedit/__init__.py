@@ -15,7 +15,7 @@ Transformer (MEMIT, 2023).
 """
 
 from mechedit.artifacts import VERSION
-from mechedit.edit import Edit, apply_, edited, export, undo_
+from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig, Scores, evaluate
 from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
@@ -72,6 +72,7 @@ __all__ = [
     "edited",
     "evaluate",
     "export",
+    "export_lora",
     "find_targets",
     "load_facts",
     "load_model",
@@ -79,13 +80,17 @@ __all__ = [
     "load_requests",
     "load_texts",
     "memit",
+    "merge",
     "plan_trace",
     "published_ranges",
     "recommended",
     "select_layers",
+    "subtract",
+    "summarise",
     "sweep_windows",
     "total_effects",
     "trace_facts",
+    "truncate",
     "undo_",
     "windows_of",
 ]

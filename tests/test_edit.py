@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from edits import LAYERS, identical, logits, made, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mechedit.edit
-from mechedit.edit import Edit, Factors, apply_, edited, export, undo_
+import mechedit.edit.applied
+from mechedit.edit import Edit, Factors, apply_, copies, edited, export, restore_, undo_
 from mechedit.errors import InputError
-from mechedit.prompts import pad
-
-LAYERS = (0, 2)
-
-
-def made(model: Any, seed: int = 0, layers: tuple[int, ...] = LAYERS) -> Edit:
-    """A rank-2 edit for the model as it is now."""
-    draw = torch.Generator().manual_seed(seed)
-    factors = {
-        layer: Factors(
-            left=torch.randn(model.d_mlp, 2, generator=draw, dtype=torch.float64),
-            right=torch.randn(2, model.d_model, generator=draw, dtype=torch.float64),
-        )
-        for layer in layers
-    }
-    return Edit(factors=factors, manifest={"method": "test", "model": model.provenance()})
-
-
-def logits(model: Any) -> Tensor:
-    tokens = pad([model.tokenizer("The mother tongue of Leon Blum is")["input_ids"]], model.tokenizer)
-    with torch.no_grad():
-        return model.run(tokens).logits
-
-
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.hf.named_parameters()}
-
-
-def identical(model: Any, before: dict[str, Tensor]) -> bool:
-    now = dict(model.hf.named_parameters())
-    return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+from mechedit.models import load_model
 
 
 def test_delta_is_the_product_of_its_factors(lens_model: Any) -> None:
@@ -85,31 +58,11 @@ def test_edited_restores_on_errors(lens_model: Any, error: type[BaseException]) 
     assert identical(lens_model, before)
 
 
-@pytest.mark.parametrize("apply", [apply_, lambda model, edit: edited(model, edit).__enter__()])
-def test_an_application_that_fails_midway_is_taken_back(
-    lens_model: Any, monkeypatch: pytest.MonkeyPatch, apply: Any
-) -> None:
-    before, edit, add = weights(lens_model), made(lens_model), mechedit.edit.add_
-
-    def fail_late(model: Any, layer: int, delta: Tensor) -> None:
-        if layer == 2:
-            assert not identical(model, before)
-            raise KeyboardInterrupt
-        add(model, layer, delta)
-
-    monkeypatch.setattr(mechedit.edit, "add_", fail_late)
-    with pytest.raises(KeyboardInterrupt):
-        apply(lens_model, edit)
-    assert identical(lens_model, before)
-    with pytest.raises(InputError, match="not applied"):
-        undo_(lens_model, edit)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_undo_is_bit_exact(make_hf: Any, tokenizer: Any, dtype: torch.dtype) -> None:
-    from mechedit.models import load_model
-
-    model = load_model(make_hf("llama").to(dtype), tokenizer=tokenizer)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_undo_is_bit_exact(make_model: Any, family: str, dtype: torch.dtype) -> None:
+    model = make_model(family)
+    model.hf.to(dtype)
+    assert model.down_projection(0).dtype == dtype
     before, edit = weights(model), made(model)
     apply_(model, edit)
     assert not identical(model, before)
@@ -122,14 +75,70 @@ def test_undo_is_bit_exact(make_hf: Any, tokenizer: Any, dtype: torch.dtype) -> 
     assert not identical(model, before)
 
 
-def test_weights_are_summed_in_float64_and_rounded_once(make_hf: Any, tokenizer: Any) -> None:
-    from mechedit.models import load_model
-
-    model = load_model(make_hf("gpt2").to(torch.bfloat16), tokenizer=tokenizer)
+def test_weights_are_summed_in_float64_and_rounded_once(make_model: Any) -> None:
+    model = make_model("gpt2")
     edit, start = made(model), model.down_projection(0).double()
     with edited(model, edit):
-        assert torch.equal(model.down_projection(0), (start + edit.delta(0)).bfloat16())
-        assert not torch.equal(model.down_projection(0), start.bfloat16() + edit.delta(0).bfloat16())
+        assert torch.equal(model.down_projection(0), (start + edit.delta(0)).float())
+        assert not torch.equal(model.down_projection(0), start.float() + edit.delta(0).float())
+
+
+@pytest.mark.parametrize("change", [apply_, undo_, export, lambda model, edit: edited(model, edit).__enter__()])
+def test_ctrl_c_between_two_layers_leaves_everything_as_it_was(
+    lens_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any
+) -> None:
+    """A real signal, as the terminal sends it, after the first of two layers is written."""
+    edit, written = made(lens_model), []
+    if change is undo_:
+        apply_(lens_model, edit)
+    before, write = weights(lens_model), mechedit.edit.applied._write_
+
+    def interrupted(model: Any, layer: int, weight: Tensor) -> None:
+        write(model, layer, weight)
+        written.append(identical(model, before))
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(mechedit.edit.applied, "_write_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        change(lens_model, edit, tmp_path / "out") if change is export else change(lens_model, edit)
+    assert written == [False]
+    assert identical(lens_model, before)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    if change is undo_:
+        undo_(lens_model, edit)
+    with pytest.raises(InputError, match="not applied"):
+        undo_(lens_model, edit)
+
+
+def test_ctrl_c_waits_until_all_layers_are_back(lens_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, originals = weights(lens_model), copies(lens_model, LAYERS)
+    with torch.no_grad():
+        for layer in LAYERS:
+            lens_model.down_projection(layer).zero_()
+    find, handler = lens_model.down_projection, signal.getsignal(signal.SIGINT)
+
+    def interrupting(layer: int) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return find(layer)
+
+    monkeypatch.setattr(lens_model, "down_projection", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        interrupting(0)
+    with pytest.raises(KeyboardInterrupt):
+        restore_(lens_model, originals)
+    assert identical(lens_model, before)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_other_threads_edit_too(lens_model: Any) -> None:
+    """Signal handlers can be set in the main thread alone."""
+    before, edit = weights(lens_model), made(lens_model)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(apply_, lens_model, edit).result()
+        assert not identical(lens_model, before)
+        pool.submit(undo_, lens_model, edit).result()
+    assert identical(lens_model, before)
 
 
 def test_edits_are_undone_last_first(make_model: Any) -> None:
@@ -171,6 +180,24 @@ def test_an_edit_for_other_weights_is_refused(lens_model: Any, make_model: Any) 
     assert identical(other, before)
     with edited(lens_model, edit), pytest.raises(InputError, match="undo other edits"):
         apply_(lens_model, edit)
+
+
+def test_an_edit_that_names_no_weights_is_refused(lens_model: Any) -> None:
+    with pytest.raises(InputError, match="made for None with weights None"):
+        apply_(lens_model, Edit(factors=made(lens_model).factors, manifest={"method": "test"}))
+
+
+def test_factors_that_are_not_finite_are_refused(lens_model: Any, tmp_path: Path) -> None:
+    edit, before = made(lens_model), weights(lens_model)
+    edit.factors[2].right[1, 3] = torch.nan
+    edit.factors[2].right[0, 0] = torch.inf
+    message = "layer 2: the values of its right factor hold 2 values of 64 that are not finite"
+    with pytest.raises(InputError, match=message):
+        apply_(lens_model, edit)
+    edit.save(tmp_path / "edit.safetensors")
+    with pytest.raises(InputError, match=message):
+        Edit.load(tmp_path / "edit.safetensors")
+    assert identical(lens_model, before)
 
 
 def test_factors_that_do_not_fit_the_model_are_refused(lens_model: Any) -> None:
@@ -220,12 +247,43 @@ def test_damaged_and_foreign_files_are_refused(lens_model: Any, tmp_path: Path) 
     for wrong in (
         {name: value for name, value in tensors.items() if name != "layer.2.left"},
         {**tensors, "layer.2.left": tensors["layer.2.left"][:, :1].contiguous()},
+        {**tensors, "layer.2.left": tensors["layer.2.left"].long()},
+        {**tensors, "layer.2.left": tensors["layer.2.left"].flatten()},
+        {**tensors, "layer.02.left": tensors["layer.2.left"].clone(), "layer.02.right": torch.ones(2, 32)},
         {**tensors, "wte.weight": tensors["layer.2.left"].clone()},
         {},
     ):
         save_file(wrong, path, metadata={"manifest": "{}"})
         with pytest.raises(InputError, match="not an edit"):
             Edit.load(path)
+    for manifest in ("{}", "[]", '{"model": "tiny"}', '{"model": {"model": "tiny"}}'):
+        save_file(tensors, path, metadata={"manifest": manifest})
+        with pytest.raises(InputError, match="does not say which model"):
+            Edit.load(path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_half_precision_and_tied_embeddings_survive_the_export(
+    make_hf: Any, tokenizer: Any, tmp_path: Path, name: str
+) -> None:
+    model = load_model(make_hf(name).bfloat16(), tokenizer=tokenizer)
+    assert model.hf.config.tie_word_embeddings
+    edit, before = made(model), weights(model)
+    export(model, edit, tmp_path / "out")
+    assert identical(model, before)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight
+    with edited(model, edit):
+        changed = weights(model)
+        assert identical(load_model(reloaded, tokenizer=tokenizer), changed)
+    assert not identical(model, changed)
+
+
+def test_an_exported_edit_cannot_be_undone_and_it_is_said_why(lens_model: Any, tmp_path: Path) -> None:
+    edit = made(lens_model)
+    export(lens_model, edit, tmp_path / "out")
+    with pytest.raises(InputError, match="neither an edit file nor an exported checkpoint holds them, so load the"):
+        undo_(load_model(tmp_path / "out"), edit)
 
 
 def test_export_reloads_to_the_edited_model(small_model: Any, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,8 @@ from mechedit.artifacts import writable_folder
 from mechedit.cli import options
 from mechedit.cli.app import print_json, say
 from mechedit.cli.inputs import check_layers, load, method_config, parse_layers
-from mechedit.edit import Edit, check_model, export
+from mechedit.cli.showing import described, page
+from mechedit.edit import Edit, check_model, export, export_lora
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig
 from mechedit.facts import load_requests
@@ -51,7 +52,8 @@ def moments_command(
 def edit_command(
     requests: options.RequestsFile = "tiny",
     out: Annotated[Path, typer.Option(help="file for the edit")] = Path("edit.safetensors"),
-    model: options.ModelName = "tiny",
+    show: Annotated[Path | None, typer.Option(help="an edit file: print what it changes, and make none")] = None,
+    model: Annotated[str | None, typer.Option(help="tiny (by default), a hub name or a folder")] = None,
     layers: options.Layers = None,
     selection: Annotated[Path | None, typer.Option(help="a selection.json, in place of --layers")] = None,
     moments: Annotated[Path, typer.Option(help="folder that `mechedit moments` wrote")] = Path("run"),
@@ -65,7 +67,14 @@ def edit_command(
     json_: options.Json = False,
     config: options.Config = None,
 ) -> int:
-    """Make an edit file from requests; the model is not changed."""
+    """Make an edit file from requests; the model is not changed. With --show, print what an edit file changes."""
+    if show is not None:
+        change = Edit.load(show)
+        description = described(change, load(model, backend, device, dtype) if model else None)
+        print_json(json_, description)
+        if not json_:
+            typer.echo(page(show, description))
+        return 0
     if (layers is None) == (selection is None):
         raise InputError("give the layers either by --layers or by --selection, and not by both")
     if out.exists() and not overwrite:
@@ -75,7 +84,7 @@ def edit_command(
     chosen = list(Selection.load(selection).layers) if selection else parse_layers(layers or "")
     if not chosen:
         raise InputError(f"{str(selection)!r} selects no layers; give them by --layers")
-    loaded = load(model, backend, device, dtype)
+    loaded = load(model or "tiny", backend, device, dtype)
     check_layers(chosen, loaded.n_layers)
     how = method_config(method, loaded, seed, settings)
     edit = METHODS[method](loaded, edits, chosen, load_moments(moments, chosen, loaded), config=how)
@@ -116,8 +125,11 @@ def evaluate_command(
 
 def apply_command(
     edit: Annotated[Path, typer.Option(help="an edit file")],
-    out: Annotated[Path, typer.Option(help="folder for the checkpoint")],
+    out: Annotated[Path, typer.Option(help="folder for the checkpoint or the adapter")],
     model: options.ModelName = "tiny",
+    format_: Annotated[
+        Literal["checkpoint", "lora"], typer.Option("--format", help="the whole model, or a LoRA adapter for PEFT")
+    ] = "checkpoint",
     backend: options.Backend = "transformer_lens",
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -126,9 +138,14 @@ def apply_command(
     json_: options.Json = False,
     config: options.Config = None,
 ) -> int:
-    """Write the edited model as a plain checkpoint that AutoModelForCausalLM loads."""
+    """Write the edited model as a checkpoint that AutoModelForCausalLM loads, or the edit as a LoRA adapter."""
     change = Edit.load(edit)
-    export(load(model, backend, device, dtype), change, out, overwrite=overwrite)
-    say(f"wrote the edited model to {out}")
-    print_json(json_, {"model": str(out), "layers": change.layers})
+    loaded = load(model, backend, device, dtype)
+    if format_ == "lora":
+        export_lora(loaded, change, out, overwrite=overwrite)
+        say(f"wrote the edit as a LoRA adapter to {out}")
+    else:
+        export(loaded, change, out, overwrite=overwrite)
+        say(f"wrote the edited model to {out}")
+    print_json(json_, {"model": str(out), "format": format_, "layers": change.layers})
     return 0

@@ -1,0 +1,124 @@
+"""What an edit file changes, for people (`page`) and for programs (`described`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mechedit.edit import Edit, summarise
+from mechedit.methods import METHODS
+from mechedit.models import Model
+
+_WIDTH = 100
+_LISTED = 20
+"""Requests that are printed; --json has all."""
+_HEADINGS = {
+    "layer": "layer",
+    "rank": "rank",
+    "norm": "‖ΔW‖",
+    "relative": "‖ΔW‖/‖W‖",
+    "left": "residual left",
+    "error": "solver error",
+    "condition": "condition",
+    "truncation": "truncation",
+}
+
+
+def described(edit: Edit, model: Model | None = None) -> dict[str, Any]:
+    """What made the edit, what it writes and what it does to each layer, as JSON can hold it.
+
+    Raises:
+        InputError: the edit was made for other weights than the model's.
+    """
+    manifest = edit.manifest
+    rows: list[dict[str, Any]] = [
+        {str(name): value for name, value in row.items() if value == value}  # what is not known is NaN
+        for row in summarise(edit, model).to_dict("records")
+    ]
+    ids = manifest.get("requests", [])
+    texts = manifest.get("facts", [])
+    if len(texts) != len(ids):
+        texts = [None] * len(ids)
+    return {
+        "method": manifest.get("method"),
+        "mechedit": manifest.get("mechedit"),
+        "model": dict(manifest["model"]),
+        "parts": [part.get("method") for part in manifest.get("parts", [])],
+        "settings": manifest.get("settings", {}),
+        "changed_settings": _changed(manifest),
+        "requests": [{"id": name, "fact": text} for name, text in zip(ids, texts, strict=True)],
+        "layers": rows,
+    }
+
+
+def page(path: Path, description: Mapping[str, Any]) -> str:
+    """The description as text that fits into 100 columns."""
+    model, requests = description["model"], description["requests"]
+    made = description["method"] or "unknown"
+    if description["parts"]:
+        made += " of " + ", ".join(str(part or "unknown") for part in description["parts"])
+    changed = description["changed_settings"]
+    lines = [
+        f"edit      {path}",
+        f"method    {made} (mechedit {description['mechedit'] or 'unknown'})",
+        f"model     {model.get('model')}, {model.get('dtype', 'unknown dtype')}",
+        f"weights   {model['weights_hash']}",
+    ]
+    if description["settings"]:
+        text = ", ".join(f"{name} = {value!r}" for name, value in changed.items()) or "the defaults"
+        lines += textwrap.wrap(f"settings  {text}", _WIDTH, subsequent_indent=" " * 10)
+    lines += ["", *_table(description["layers"])]
+    if requests:
+        lines += ["", *_requests(requests)]
+    return "\n".join(lines)
+
+
+def _changed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that differ from the method's defaults; all of them when those are not known."""
+    settings = manifest.get("settings", {})
+    method = METHODS.get(manifest.get("method") or "")
+    hints = typing.get_type_hints(method) if method else {}
+    kinds = [kind for kind in typing.get_args(hints.get("config")) if dataclasses.is_dataclass(kind)]
+    if not kinds:
+        return dict(settings)
+    defaults = {field.name: field.default for field in dataclasses.fields(kinds[0])}
+    return {name: value for name, value in settings.items() if name not in defaults or defaults[name] != value}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Right-aligned columns, those alone in which something is known."""
+    names = [name for name in _HEADINGS if any(name in row for row in rows)]
+    cells = [[_HEADINGS[name] for name in names]] + [[_number(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3g}" if math.isfinite(value) else str(value)
+
+
+def _requests(requests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a request; without texts, the ids alone."""
+    count = f"{len(requests)} request" + ("s" if len(requests) > 1 else "")
+    if all(request["fact"] is None for request in requests):
+        names = ", ".join(str(request["id"]) for request in requests[:_LISTED])
+        more = ", …" if len(requests) > _LISTED else ""
+        return textwrap.wrap(f"{count} (their texts are not in the file): {names}{more}", _WIDTH)
+    shown = requests[:_LISTED]
+    width = max(len(str(request["id"])) for request in shown)
+    lines = [_cut(f"{str(request['id']).rjust(width)}  {request['fact']}", _WIDTH - 2) for request in shown]
+    more = [f"  … and {len(requests) - _LISTED} more (--json lists all)"] if len(requests) > _LISTED else []
+    return [count, *(f"  {line}" for line in lines), *more]
+
+
+def _cut(text: str, width: int) -> str:
+    """The text on one line of at most `width` characters."""
+    line = text.replace("\n", " ")
+    return line if len(line) <= width else line[: width - 2] + " …"

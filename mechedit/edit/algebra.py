@@ -1,0 +1,132 @@
+"""Sums, differences and low-rank approximations of edits for the same weights, by their factors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit.artifacts import VERSION, check_provenance
+from mechedit.edit.value import Edit, Factors
+from mechedit.errors import InputError
+
+_BASE = ("dtype", "weights_hash", "tokenizer_hash")
+"""What edits must have in common; the same weights may go by several names."""
+
+
+def merge(edits: Sequence[Edit]) -> Edit:
+    """One edit whose ΔW is the sum of those of `edits`: ΔW = [left₁ left₂ …] · [right₁; right₂; …].
+
+    Each was made as if alone, so facts of different edits may disturb each other. The ranks add up (see `truncate`).
+
+    Returns:
+        The edit; `parts` in its manifest holds those of `edits`.
+
+    Raises:
+        InputError: no edits, or edits made for different weights (names the field that differs).
+    """
+    if not edits:
+        raise InputError("there are no edits to merge, expected at least one; pass a list of edits")
+    _check_same_base(edits)
+    together = {
+        name: [item for edit in edits for item in edit.manifest[name]]
+        for name in ("requests", "facts")
+        if all(name in edit.manifest for edit in edits)
+    }
+    return _combined(edits, [1] * len(edits), {"method": "merge", **together})
+
+
+def subtract(one: Edit, other: Edit) -> Edit:
+    """One edit whose ΔW is that of `one` less that of `other`.
+
+    Returns:
+        The edit; `parts` in its manifest holds those of `one` and `other`.
+
+    Raises:
+        InputError: they were made for different weights (names the field that differs).
+    """
+    _check_same_base([one, other])
+    return _combined([one, other], [1, -1], {"method": "subtract"})
+
+
+def truncate(edit: Edit, rank: int | None = None, *, error: float | int | None = None) -> Edit:
+    """The nearest edit of lower rank: by Eckart, Young and Mirsky the first terms of ΔW's singular value decomposition.
+
+    Only the factors are decomposed: with left = Q R and rightᵀ = P S, the singular values of ΔW are those of R Sᵀ.
+
+    Args:
+        edit: of any rank.
+        rank: how many terms each layer keeps at most.
+        error: in place of `rank`: as few terms as leave ‖ΔW − ΔW'‖ ≤ error · ‖ΔW‖ in each layer (Frobenius norm). One
+            term is always kept.
+
+    Returns:
+        The edit, in float64. `truncated` in its manifest holds a record for each layer: `layer`, `rank`, `of` (terms
+        there were), `error` (‖ΔW − ΔW'‖ / ‖ΔW‖).
+
+    Raises:
+        InputError: both or neither of `rank` and `error`; a rank below 1 or an error outside 0 … 1.
+    """
+    if (rank is None) == (error is None):
+        raise InputError(f"rank is {rank} and error {error}, expected one of them to be given; drop or add one")
+    if (rank is not None and rank < 1) or (error is not None and not 0 <= error <= 1):
+        raise InputError(f"rank is {rank} and error {error}, expected a rank of at least 1, or an error from 0 to 1")
+    factors, records = {}, []
+    for layer in edit.layers:
+        q_left, core, q_right = decomposed(edit.factors[layer])
+        u, values, vh = torch.linalg.svd(core, full_matrices=False)
+        lost = _lost(values)
+        wanted = rank if error is None else int((lost > error).sum())
+        kept = min(max(1, wanted or 0), len(values))
+        factors[layer] = Factors(left=q_left @ (u[:, :kept] * values[:kept]), right=vh[:kept] @ q_right.T)
+        records.append({"layer": layer, "rank": kept, "of": len(values), "error": float(lost[kept])})
+    return Edit(factors=factors, manifest={**edit.manifest, "truncated": records})
+
+
+def decomposed(
+    factors: Factors,
+) -> tuple[Float[Tensor, "d_mlp m"], Float[Tensor, "m n"], Float[Tensor, "d_model n"]]:
+    """Q, C and P with orthonormal columns in Q and P, and ΔW = Q C Pᵀ, in float64; C is no larger than the rank."""
+    q_left, r_left = torch.linalg.qr(factors.left.double())
+    q_right, r_right = torch.linalg.qr(factors.right.double().T)
+    return q_left, r_left @ r_right.T, q_right
+
+
+def _lost(values: Float[Tensor, " m"]) -> Float[Tensor, " m+1"]:
+    """Relative error when the first 0, 1, … m singular values are kept."""
+    squares = values.square()
+    tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    return (tails / tails[0]).sqrt() if tails[0] > 0 else tails
+
+
+def _combined(edits: Sequence[Edit], signs: Sequence[int], manifest: Mapping[str, Any]) -> Edit:
+    """Σ signᵢ ΔWᵢ, with the edits' manifests as parts."""
+    factors = {}
+    for layer in sorted({layer for edit in edits for layer in edit.layers}):
+        signed = [(edit.factors[layer], sign) for edit, sign in zip(edits, signs, strict=True) if layer in edit.factors]
+        factors[layer] = Factors(
+            left=torch.cat([part.left.cpu().double() for part, _ in signed], dim=1),
+            right=torch.cat([sign * part.right.cpu().double() for part, sign in signed]),
+        )
+    described = {
+        "mechedit": VERSION,
+        "layers": list(factors),
+        "model": dict(edits[0].manifest["model"]),
+        "parts": [dict(edit.manifest) for edit in edits],
+    }
+    return Edit(factors=factors, manifest={**manifest, **described})
+
+
+def _check_same_base(edits: Sequence[Edit]) -> None:
+    first, *others = ({name: edit.manifest.get("model", {}).get(name) for name in _BASE} for edit in edits)
+    if first["weights_hash"] is None:
+        raise InputError(
+            "the first edit's manifest does not name its weights, expected model.weights_hash; make it again"
+        )
+    for place, other in enumerate(others, 2):
+        check_provenance(
+            other, first, f"edit {place} of {len(edits)}", remedy="edits add up on the weights they were made for alone"
+        )

@@ -1,0 +1,53 @@
+"""What an edit does to each layer, as a tidy frame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from mechedit.edit.algebra import decomposed
+from mechedit.edit.applied import check_model
+from mechedit.edit.value import Edit
+from mechedit.models import Model
+
+COLUMNS = ("layer", "rank", "norm", "relative", "left", "error", "condition", "truncation")
+
+
+def summarise(edit: Edit, model: Model | None = None) -> pd.DataFrame:
+    """One row a layer; what is not known is NaN.
+
+    Columns: `layer`; `rank` (columns of the factors); `norm` = ‖ΔW‖ (Frobenius); `relative` = ‖ΔW‖ / ‖W‖, given the
+    model; `left` (‖Z − H‖ after the layer was written, relative to the start); `error` and `condition` of the layer's
+    linear system; `truncation` = ‖ΔW − ΔW'‖ / ‖ΔW‖ where the edit was truncated.
+
+    Raises:
+        InputError: the edit was made for other weights than the model's.
+    """
+    if model is not None:
+        check_model(model, edit)
+    residuals, truncated = (_by_layer(edit.manifest.get(name)) for name in ("residuals", "truncated"))
+    rows = []
+    for layer in edit.layers:
+        norm = float(decomposed(edit.factors[layer])[1].norm())
+        record = residuals.get(layer, {})
+        rows.append(
+            {
+                "layer": layer,
+                "rank": edit.factors[layer].rank,
+                "norm": norm,
+                "relative": None if model is None else norm / float(model.down_projection(layer).double().norm()),
+                "left": record.get("after"),
+                "error": record.get("error"),
+                "condition": record.get("condition"),
+                "truncation": truncated.get(layer, {}).get("error"),
+            }
+        )
+    kinds = {name: "int64" if name in ("layer", "rank") else "float64" for name in COLUMNS}
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(kinds)
+
+
+def _by_layer(records: Any) -> dict[int, Mapping[str, Any]]:
+    """The manifest's records by layer."""
+    return {record["layer"]: record for record in records or () if "layer" in record}
