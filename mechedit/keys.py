@@ -133,9 +133,7 @@ class Recollection:
             raise ValueError(f"the stream is at the input of block {self.layer}, expected it at {layer} or below")
 
 
-def prefix_mean(
-    keys: Float[Tensor, "fact prefix d_mlp"], convention: str = "default"
-) -> Float[Tensor, "d_mlp fact"]:
+def prefix_mean(keys: Float[Tensor, "fact prefix d_mlp"], convention: str = "default") -> Float[Tensor, "d_mlp fact"]:
     """Each fact's key: the mean over prefixes (MEMIT Eq. 19), in float64.
 
     `convention="memit-2022"` takes the mean of the first prefix's key and of the mean over the others, as the

@@ -37,9 +37,7 @@ STRATEGIES = ("uniform", "sqrt", "forward-replay", "last")
 class UpdateRule(Protocol):
     """How a method turns keys and wanted changes into ΔW; see `mechedit.methods.rules`."""
 
-    def update(
-        self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]
-    ) -> Update:
+    def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """The update of one layer's down-projection that changes its output at `keys` by `residuals`."""
         ...
 

@@ -170,9 +170,7 @@ def test_gaps_are_treated_by_convention(lens_model: Any) -> None:
 
 
 def with_strategy(model: Any, strategy: Any, targets: Targets, layers: list[int], rule: Any = None) -> Edit:
-    return spread(
-        model, REQUESTS, targets, layers, rule or ridge(), config=SpreadConfig(strategy=strategy)
-    ).edit
+    return spread(model, REQUESTS, targets, layers, rule or ridge(), config=SpreadConfig(strategy=strategy)).edit
 
 
 def test_sqrt_gives_the_first_layer_more(lens_model: Any) -> None:
@@ -256,7 +254,9 @@ def test_the_keys_of_an_edit_are_found_again(lens_model: Any, tmp_path: Path, co
 
 
 def test_half_precision_is_computed_in_full(make_hf: Any, tokenizer: Any) -> None:
-    full, half = (load_model(make_hf("gpt2").to(dtype), tokenizer=tokenizer) for dtype in (torch.float32, torch.bfloat16))
+    full, half = (
+        load_model(make_hf("gpt2").to(dtype), tokenizer=tokenizer) for dtype in (torch.float32, torch.bfloat16)
+    )
     targets = drawn(full, 1, PREFIXES)
     edit = spread(full, REQUESTS, targets, [1], ridge()).edit
     target = dataclasses.replace(targets, provenance={})

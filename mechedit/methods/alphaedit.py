@@ -33,6 +33,7 @@ class AlphaEditConfig(MethodConfig):
     """How the residual is shared out over the layers; see `SpreadConfig`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "ridge")
         if not 0 < self.null_threshold < 1:
             raise InputError(
@@ -57,7 +58,5 @@ def alphaedit(
     """
     config = config or configured(AlphaEditConfig, "alphaedit", model)
     layers = check_input(model, requests, layers, moments, previous, config)
-    rule = InNullSpace(
-        moments=moments, threshold=config.null_threshold, weight=config.ridge, previous=previous or {}
-    )
+    rule = InNullSpace(moments=moments, threshold=config.null_threshold, weight=config.ridge, previous=previous or {})
     return write("alphaedit", model, requests, layers, rule, prefixes, config, targets)

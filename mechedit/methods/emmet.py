@@ -30,6 +30,7 @@ class EmmetConfig(MethodConfig):
     """How the residual is shared out over the layers; the published settings name one layer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.slack < 0:
             raise InputError(f"slack is {self.slack}, expected 0 (equality) or more; choose a larger number")
 

@@ -29,6 +29,7 @@ class MemitConfig(MethodConfig):
     """How the residual is shared out over the layers; see `SpreadConfig`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "covariance_weight")
 
 

@@ -1,7 +1,7 @@
 """PMET (Li et al., 2024, "Precise Model Editing in a Transformer"): as MEMIT, but what is written is the MLP's own.
 
-z is the MLP's output and not the residual stream, so that ΔW need not also do what attention did to reach it: the search
-moves attention's output as well, and throws that part away. Layers are given 1/√(L − l + 1) of what is missing.
+z is the MLP's output and not the residual stream, so that ΔW need not also do what attention did to reach it: the
+search moves attention's output as well, and throws that part away. Layers are given 1/√(L − l + 1) of what is missing.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class PmetConfig(MethodConfig):
     search: ClassVar[dict[str, Any]] = {"part": "mlp_out", "attention": True}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "covariance_weight")
 
 

@@ -5,8 +5,8 @@ Eq. 2 makes the layer give it at the key, with the least change on old keys,
 
     ΔW = (z − W k) (M⁻¹ k)ᵀ / kᵀ M⁻¹ k,        M = E[k kᵀ].
 
-The published code takes k as the mean over prefixes in M⁻¹ k, but from the bare prompt elsewhere, which makes some edits
-so large that they disable the model; r-ROME (Gupta et al., 2024, "Rebuilding ROME") takes the mean everywhere.
+The published code takes k as the mean over prefixes in M⁻¹ k, but from the bare prompt elsewhere, which makes some
+edits so large that they disable the model; r-ROME (Gupta et al., 2024, "Rebuilding ROME") takes the mean everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.artifacts import VERSION
-from mechedit.edit import Edit, Factors, add_, preserved
+from mechedit.edit import Edit, Factors, add_, copies, preserved, restore_
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
 from mechedit.keys import Recollection, prefix_mean
@@ -48,6 +48,7 @@ class RomeConfig(MethodConfig):
     search: ClassVar[dict[str, Any]] = {"part": "mlp_out"}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("keys", self.keys, ("prefixes", "published"))
 
 
@@ -85,13 +86,17 @@ def rome(
     keys = Recollection(model, requests, [*prefixes, BARE], batch_size=config.batch_size).keys(layer)
     factor, earlier = factor_of(moments[layer], keys.device), (previous or {}).get(layer)
     found, starts, updates = [], [], []
+    originals, total = copies(model, layers), torch.zeros(model.d_mlp, model.d_model, dtype=torch.float64)
     with preserved(model, layers):
         for place, request in enumerate(tqdm(requests, desc="rome", unit="fact", leave=None)):
             own = targets or find_targets(model, [request], layer, prefixes, config.targets)
             found.append(own if targets is None else _only(own, place))
             starts.append(_gap(model, layer, keys[place], found[-1], config))
             updates.append(_update(model, layer, keys[place], starts[-1], factor, earlier, config))
-            add_(model, layer, updates[-1].delta)
+            # All so far at once, so that half-precision weights are rounded once, as they will be by the whole edit.
+            total += updates[-1].delta.to(total)
+            restore_(model, originals)
+            add_(model, layer, total)
         ends = [_gap(model, layer, own, target, config) for own, target in zip(keys, found, strict=True)]
     left = left_of(torch.stack(ends), torch.stack(starts))
     after = relative(torch.stack(ends), torch.stack(starts))
@@ -134,7 +139,7 @@ def _update(
 def _gap(
     model: Model, layer: int, keys: Float[Tensor, "prefix d_mlp"], target: Targets, config: RomeConfig
 ) -> Float[Tensor, " d_model"]:
-    """z − W k, what is missing of one fact on the model as it is now."""
+    """What is missing of one fact on the model as it is now, z − W k."""
     now = model.mlp_output(layer, _divided_by(keys, config)).mean(0)
     return target.z[0].to(now) - now
 

@@ -37,9 +37,7 @@ class Ridge:
     """λ."""
     previous: Previous = field(default_factory=dict)
 
-    def update(
-        self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]
-    ) -> Update:
+    def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """See `ridge_update`."""
         moment, earlier = self.moments[layer], self.previous.get(layer)
         columns = keys.shape[1] + (0 if earlier is None else earlier.shape[1])
@@ -61,9 +59,7 @@ class Equality:
     """α: how far a value may be missed, in units of the old keys' mean; 0 asks for equality."""
     previous: Previous = field(default_factory=dict)
 
-    def update(
-        self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]
-    ) -> Update:
+    def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """See `equality_update`; of rank at most the number of different keys."""
         single, owner = torch.unique(keys, dim=1, return_inverse=True)
         counts = torch.bincount(owner, minlength=single.shape[1])
@@ -83,9 +79,7 @@ class InNullSpace:
     """Of ‖ΔW‖²."""
     previous: Previous = field(default_factory=dict)
 
-    def update(
-        self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]
-    ) -> Update:
+    def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """See `null_space_update`."""
         return null_space_update(
             keys,

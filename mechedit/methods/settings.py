@@ -35,12 +35,15 @@ class MethodConfig:
     """For prefixes that are generated."""
     batch_size: int = 64
     """Facts searched together, and prompts in one forward pass of the writing."""
-    pass_tokens: int = 4096
 
     shares_targets: ClassVar[bool] = True
     """Whether z is searched for on the unedited model, so that edits whose range ends alike can share it."""
     search: ClassVar[dict[str, Any]] = {}
     """Settings of the search for z that the method is defined by."""
+
+    def __post_init__(self) -> None:
+        # Both check what they are given, so that a bad setting is refused at once.
+        _ = self.targets, self.spread
 
     @property
     def targets(self) -> TargetConfig:

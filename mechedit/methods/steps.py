@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from mechedit.artifacts import check_provenance, value_hash
 from mechedit.edit import Edit
