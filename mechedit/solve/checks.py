@@ -1,0 +1,79 @@
+"""What the systems are made of, checked and brought to float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit.errors import InputError
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """Raise InputError when `value` holds NaN or infinity, saying how many."""
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise InputError(
+            f"{what} hold {bad} values of {value.numel()} that are not finite, expected none; look for an "
+            f"overflow (half precision?) or damaged weights where they come from"
+        )
+
+
+def check_at_least(value: float | int, least: float | int, what: str, *, strictly: bool = False) -> None:
+    """Raise InputError unless `value` is a number of at least `least` (or above it)."""
+    if not math.isfinite(value) or value < least or (strictly and value == least):
+        raise InputError(f"{what} is {value}, expected a number {'above' if strictly else 'of at least'} {least:g}")
+
+
+def symmetric(matrix: Float[Tensor, "n n"], what: str) -> Float[Tensor, "n n"]:
+    """The matrix in float64 and exactly symmetric (Cholesky reads one triangle only).
+
+    Raises:
+        InputError: it has no entries, some are not finite, or what is skew in it is more than rounding.
+    """
+    if not matrix.numel():
+        raise InputError(f"{what} is empty, expected a matrix [d_mlp, d_mlp]; check what was passed")
+    check_finite(matrix, f"the entries of {what}")
+    found = wide(matrix)
+    mirror = found.T.clone(memory_format=torch.contiguous_format)
+    skew, size = float(torch.dist(found, mirror, p=math.inf)), float(torch.linalg.vector_norm(found, math.inf))
+    if skew > 1e-4 * size:
+        raise InputError(
+            f"{what} is not symmetric (entries differ from their mirror by {skew:.3g}, the largest is {size:.3g}), "
+            f"expected a second moment E[k kᵀ]; check what was passed"
+        )
+    return mirror.add_(found).div_(2)
+
+
+def columns_of(
+    keys: Float[Tensor, "size fact"],
+    residuals: Float[Tensor, "d_model fact"],
+    previous: Float[Tensor, "size earlier"] | None,
+    like: Float[Tensor, "d_mlp width"],
+) -> Float[Tensor, "d_mlp column"]:
+    """C: the keys behind those of earlier edits, in float64 on the device of `like`.
+
+    Raises:
+        InputError: no keys, keys of another width than `like`, or values that are not finite.
+    """
+    parts = {"keys": keys} if previous is None else {"previous keys": previous, "keys": keys}
+    for name, value in {**parts, "residuals": residuals}.items():
+        check_finite(value, f"the {name} of the linear system")
+    for name, value in parts.items():
+        if len(value) != len(like):
+            raise InputError(
+                f"the {name} have {len(value)} entries each, expected {len(like)} as the second moment has; "
+                f"take both from the same layer of the same model"
+            )
+    if not keys.shape[1] or keys.shape[1] != residuals.shape[1]:
+        raise InputError(
+            f"there are {keys.shape[1]} keys and {residuals.shape[1]} residuals, expected one of each per fact"
+        )
+    return torch.cat([wide(value).to(like.device) for value in parts.values()], 1)
+
+
+def wide(value: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return value.cpu().double() if value.device.type == "mps" else value.double()

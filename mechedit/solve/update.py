@@ -1,0 +1,54 @@
+"""The answer of a solver: a ΔW of low rank, with what tells how well it was solved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Update:
+    """ΔWᵀ = left · right, in the orientation [d_mlp, d_model], in the dtype and on the device of the keys."""
+
+    left: Float[Tensor, "d_mlp rank"]
+    """X, the solution of the method's linear system, one column a fact."""
+    right: Float[Tensor, "rank d_model"]
+    """Rᵀ, the changes wanted."""
+    error: float
+    """Relative residual of the system that the method states, in float64, before rounding to the keys' dtype."""
+    condition: float
+    """Condition number of that system in the 1-norm; each method says how it is estimated."""
+
+    @property
+    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The update as a matrix."""
+        return self.left @ self.right
+
+
+def finish(
+    left: Float[Tensor, "d_mlp fact"],
+    error: float,
+    condition: float,
+    keys: Float[Tensor, "d_mlp fact"],
+    residuals: Float[Tensor, "d_model fact"],
+) -> Update:
+    """The update in the dtype of the keys.
+
+    Raises:
+        InputError: the solution is not finite there.
+    """
+    answer = left.to(keys)
+    bad = int((~torch.isfinite(answer)).sum())
+    if bad:
+        raise InputError(
+            f"the solution of the linear system holds {bad} values of {answer.numel()} that are not finite in "
+            f"{keys.dtype} (the largest in float64: {float(left.abs().max()):.3g}, condition about {condition:.3g}). "
+            f"Usually the system is nearly singular: collect moments over more text, raise the weight, or leave out "
+            f"facts with nearly the same key; if the largest value is finite, pass keys of a wider dtype"
+        )
+    return Update(left=answer, right=residuals.T.to(keys), error=error, condition=condition)
