@@ -19,10 +19,23 @@ from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subt
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig, Scores, evaluate
 from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
-from mechedit.methods import MemitConfig, memit, recommended
+from mechedit.methods import (
+    AlphaEditConfig,
+    EmmetConfig,
+    MemitConfig,
+    PmetConfig,
+    RomeConfig,
+    alphaedit,
+    emmet,
+    memit,
+    pmet,
+    recommended,
+    rome,
+)
 from mechedit.models import EMBED, Model, Patch, Resume, Run, Site, Tokens, load_model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments, load_moments, load_texts
 from mechedit.selection import SelectConfig, Selection, published_ranges, select_layers
+from mechedit.spread import edit_keys
 from mechedit.sweep import Sweep, SweepConfig, Validation, sweep_windows, windows_of
 from mechedit.targets import TargetConfig, Targets, find_targets
 from mechedit.trace import (
@@ -39,9 +52,11 @@ __version__ = VERSION
 
 __all__ = [
     "EMBED",
+    "AlphaEditConfig",
     "Corruption",
     "Edit",
     "EditRequest",
+    "EmmetConfig",
     "EvaluationConfig",
     "Fact",
     "InputError",
@@ -50,7 +65,9 @@ __all__ = [
     "MomentsConfig",
     "Neighbor",
     "Patch",
+    "PmetConfig",
     "Resume",
+    "RomeConfig",
     "Run",
     "Scores",
     "SecondMoment",
@@ -66,10 +83,13 @@ __all__ = [
     "TraceConfig",
     "Validation",
     "__version__",
+    "alphaedit",
     "apply_",
     "average_effects",
     "collect_moments",
+    "edit_keys",
     "edited",
+    "emmet",
     "evaluate",
     "export",
     "export_lora",
@@ -82,8 +102,10 @@ __all__ = [
     "memit",
     "merge",
     "plan_trace",
+    "pmet",
     "published_ranges",
     "recommended",
+    "rome",
     "select_layers",
     "subtract",
     "summarise",

@@ -1,16 +1,17 @@
 """Algorithm 1 of MEMIT: the way from h to z is shared out over the layers, and each share becomes a ΔW.
 
-For each layer l, ascending: keys are collected from the model as edited so far (Eq. 19), the residual
-z − h at the last layer is divided by the layers still to come (Eq. 20), and the ridge system of `solve` gives
-the update (Eq. 14). The model ends as it began; what comes out is an `Edit`.
+For each layer l, ascending: keys are collected from the model as edited so far (Eq. 19), the layer is given its part
+of what is missing at the goals (`Strategy`), and an `UpdateRule` turns both into ΔW (Eq. 14, or a rival's). The model
+ends as it began; what comes out is an `Edit`, and the keys it was fitted at.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,41 +19,73 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.artifacts import VERSION, check_provenance
-from mechedit.edit import Edit, Factors, add_, preserved
+from mechedit.edit import Edit, Factors, add_, edited, preserved
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
+from mechedit.keys import Recollection, prefix_mean
 from mechedit.models import Model, Site
 from mechedit.moments import SecondMoment, check_moments
-from mechedit.prompts import BARE, check_choice, check_prefixes, column, pad, prefixed_prompts
-from mechedit.solve import check_finite, ridge_update
+from mechedit.prompts import check_choice, check_prefixes
+from mechedit.solve import Update, check_finite
 from mechedit.targets import Convention, Targets
 
-Strategy = Literal["uniform"]
+Strategy = Literal["uniform", "sqrt", "forward-replay", "last"]
+STRATEGIES = ("uniform", "sqrt", "forward-replay", "last")
+
+
+@runtime_checkable
+class UpdateRule(Protocol):
+    """How a method turns keys and wanted changes into ΔW; see `mechedit.methods.rules`."""
+
+    def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
+        """The update of one layer's down-projection that changes its output at `keys` by `residuals`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpreadConfig:
-    """How the residual is written into the layers.
+    """How the way from h to z is shared out over the layers.
+
+    - `uniform` (MEMIT Eq. 20): layer l is given 1/(L − l + 1) of what is missing at the last layer L.
+    - `sqrt` (PMET; Li et al., 2024): 1/√(L − l + 1) of it.
+    - `forward-replay` (MEMIT-FE; Liu et al., 2026): z is searched for at the *first* layer; a run with z in its place
+      tells each later layer its own goal, and each layer is given all that is missing at its own.
+    - `last`: only the last layer is edited, and given all of it.
 
     `convention="memit-2022"` follows the published code of MEMIT where the paper says otherwise: a key is the
     mean of the first prefix's key and the mean over the other prefixes (default: plain mean, Eq. 19), and
-    the residual is divided by the number of listed layers still to come (default: by the distance L − l + 1,
-    Eq. 20; the two differ only when the list has gaps).
+    shares count the listed layers still to come (default: the distance L − l + 1, Eq. 20; the two differ
+    only when the list has gaps).
     """
 
-    covariance_weight: float | int = 15_000.0
-    """λ: how much the old keys count, in units of one new fact."""
     strategy: Strategy = "uniform"
     convention: Convention = "default"
     batch_size: int = 64
     """Prompts in one forward pass."""
 
     def __post_init__(self) -> None:
-        check_choice("strategy", self.strategy, ("uniform",))
+        check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("convention", self.convention, ("default", "memit-2022"))
-        for name in ("covariance_weight", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, expected more than 0; choose a larger number")
+        if not self.batch_size > 0:
+            raise InputError(f"batch_size is {self.batch_size}, expected more than 0; choose a larger number")
+
+    def edited_layers(self, layers: Sequence[int]) -> list[int]:
+        """Those of a range that are written to."""
+        return list(layers[-1:] if self.strategy == "last" else layers)
+
+    def target_layer(self, layers: Sequence[int]) -> int:
+        """Where in a range z is searched for."""
+        return layers[0] if self.strategy == "forward-replay" else layers[-1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spread:
+    """An edit with the keys it was fitted at."""
+
+    edit: Edit
+    keys: Mapping[int, Float[Tensor, "d_mlp fact"]]
+    """For each edited layer, the mean over prefixes, in float64. They are also those of the model after the edit,
+    since a layer's keys do not depend on its own down-projection: what a later edit has to preserve (`previous`)."""
 
 
 def spread(
@@ -60,74 +93,133 @@ def spread(
     requests: Sequence[EditRequest],
     targets: Targets,
     layers: Sequence[int],
-    moments: Mapping[int, SecondMoment | Tensor],
+    rule: UpdateRule,
     *,
     prefixes: Sequence[str] | None = None,
     config: SpreadConfig | None = None,
-) -> Edit:
+) -> Spread:
     """Write `targets` into `layers` (MEMIT Algorithm 1); the model is left as it was, bit for bit.
 
     Args:
         model: the one the targets were found on.
         requests: those of the targets, in the same order.
-        targets: z at the last of `layers`.
+        targets: z at the last of `layers`; at the first with the strategy `forward-replay`.
         layers: 0-based, ascending; gaps are allowed.
-        moments: for each layer E[k kᵀ], [d_mlp, d_mlp].
+        rule: makes each layer's update.
         prefixes: over which keys are averaged; the default is those of the targets.
-        config: how to write.
+        config: how to share out the residual.
 
     Returns:
-        The edit. Its manifest holds, under `residuals`, one record a layer: `before` and `after` (what is
-        left of ‖Z − H‖, relative to the start), `error` and `condition` of the linear system; under `left`,
-        for each request, what is left of its own ‖z − h‖ at the end; and under `facts`, what it writes, in words.
+        The edit and its keys. The edit's manifest holds, under `residuals`, one record a layer: `before` and `after`
+        (what is left at the last layer of ‖goal − state‖, relative to the start), `own` (what the update left of the
+        gap at the layer's own goal, relative to just before; with `forward-replay` each layer has a goal, else
+        all have the last one's), `error` and `condition` of the linear system; under `left`, for each request, what
+        is left of its own ‖goal − state‖ at the last layer; under `facts`, what was asked for.
 
     Raises:
         InputError: layers that are not ascending or not in the model; targets of other requests, weights or
-            another layer; moments that are absent, of another model, or singular.
+            another layer; and what the rule refuses.
     """
     config = config or SpreadConfig()
     layers = check_layers(layers, model)
-    check_targets(targets, requests, layers, model)
-    matrices = moment_matrices(moments, layers, model)
+    check_targets(targets, requests, config.target_layer(layers), model)
+    layers = config.edited_layers(layers)
     prefixes = check_prefixes(prefixes or targets.prefixes)
-    provenance = model.provenance()
-    made_on = targets.provenance.get("model", provenance)
-    check_provenance(made_on, {"weights_hash": provenance["weights_hash"]}, "the targets", remedy="find them again")
-    factors, records = {}, []
+    provenance = check_made_on(targets, model)
+    prompts = Recollection(model, requests, prefixes, batch_size=config.batch_size)
+    prompts.move_(layers[0])
+    goals = find_goals(prompts, targets, layers, config)
+    factors, keys, records = {}, {}, []
     with preserved(model, layers):
-        start = residual = targets.z - states(model, requests, layers[-1], config.batch_size)
+        gaps = start = _gaps(prompts, goals)
+        last = max(goals, key=lambda site: site.order)
         for place, layer in enumerate(tqdm(layers, desc="spread", unit="layer", leave=None)):
             # Keys come from the partly edited model: earlier layers have already moved them.
-            keys = mean_keys(model, requests, layer, prefixes, config)
-            share = residual / shares_left(layers, place, config)
-            update = ridge_update(keys, share.T.to(keys), matrices[layer].to(keys), config.covariance_weight)
+            found = prompts.keys(layer)
+            keys[layer] = prefix_mean(found, config.convention)
+            own = _own(goals, layer)
+            share = raw_change(model, layer, found, gaps[own] / shares_left(layers, place, config))
+            update = rule.update(layer, keys[layer], share.T.to(keys[layer]))
             factors[layer] = Factors(left=update.left, right=update.right)
             add_(model, layer, update.delta)
-            before, residual = residual, targets.z - states(model, requests, layers[-1], config.batch_size)
+            before, gaps = gaps, _gaps(prompts, goals)
             records.append(
                 {
                     "layer": layer,
-                    "before": _relative(before, start),
-                    "after": _relative(residual, start),
+                    "before": relative(before[last], start[last]),
+                    "after": relative(gaps[last], start[last]),
+                    "own": relative(gaps[own], before[own]),
                     "error": update.error,
                     "condition": update.condition,
                 }
             )
-    return Edit(
-        factors=factors,
-        manifest={
-            "mechedit": VERSION,
-            "layers": layers,
-            "model": provenance,
-            "requests": [request.id for request in requests],
-            "facts": [f"{request.text} → {request.target_new}" for request in requests],
-            "prefixes": list(prefixes),
-            "targets": dict(targets.provenance),
-            "settings": dataclasses.asdict(config),
-            "residuals": records,
-            "left": [_relative(r, s) for r, s in zip(residual, start, strict=True)],
-        },
-    )
+    manifest = {
+        "mechedit": VERSION,
+        "layers": layers,
+        "model": provenance,
+        **described(requests, targets, prefixes),
+        "settings": dataclasses.asdict(config),
+        "residuals": records,
+        "left": left_of(gaps[last], start[last]),
+    }
+    return Spread(edit=Edit(factors=factors, manifest=manifest), keys=keys)
+
+
+def edit_keys(model: Model, requests: Sequence[EditRequest], edit: Edit) -> dict[int, Float[Tensor, "d_mlp fact"]]:
+    """The keys that `edit` was fitted at, [d_mlp, fact] for each of its layers, found again with one walk.
+
+    A later edit preserves what this one wrote when it is given them as `previous`.
+
+    Args:
+        model: as it was before the edit.
+        requests: those of the edit, in the same order.
+        edit: made for this model, perhaps saved and loaded.
+
+    Raises:
+        InputError: the edit was made for other weights or other requests.
+    """
+    ids = [request.id for request in requests]
+    if ids != list(edit.manifest.get("requests", ())):
+        raise InputError(
+            f"the {len(ids)} requests are not those of the edit ({len(edit.manifest.get('requests', ()))}), expected "
+            f"the same ids in the same order; pass the requests it was made from"
+        )
+    with edited(model, edit):
+        prompts = Recollection(model, requests, edit.manifest["prefixes"])
+        convention = edit.manifest.get("settings", {}).get("convention", "default")
+        return {layer: prefix_mean(prompts.keys(layer), convention) for layer in edit.layers}
+
+
+def find_goals(
+    prompts: Recollection, targets: Targets, layers: Sequence[int], config: SpreadConfig
+) -> dict[Site, Float[Tensor, "fact d_model"]]:
+    """Where states are to be moved to: z at its layer, and with `forward-replay` what follows from it later on."""
+    first = Site(targets.layer, targets.part)
+    goals = {first: targets.z}
+    if config.strategy == "forward-replay" and len(layers) > 1:
+        goals |= prompts.replay(first, targets.z, [Site(layer, targets.part) for layer in layers[1:]])
+    return goals
+
+
+def shares_left(layers: Sequence[int], place: int, config: SpreadConfig) -> float:
+    """By how much the gap at its goal is divided for layers[place]."""
+    if config.strategy in ("forward-replay", "last"):
+        return 1.0
+    published = config.convention == "memit-2022"
+    count = len(layers) - place if published else layers[-1] - layers[place] + 1
+    return math.sqrt(count) if config.strategy == "sqrt" else float(count)
+
+
+def raw_change(
+    model: Model, layer: int, keys: Float[Tensor, "fact prefix d_mlp"], change: Float[Tensor, "fact d_model"]
+) -> Float[Tensor, "fact d_model"]:
+    """The change of the down-projection's output that moves `mlp_out` by `change`.
+
+    The same, unless a norm lies between: y = g∘x/rms(x) becomes parallel to y + r when x moves by r·rms(x)/g (the
+    length of y/g is fixed by the norm). rms(x)/g is taken as the mean over the prefixes' keys.
+    """
+    gain = model.mlp_gain(layer, keys).mean(1)
+    return torch.where(gain == 0, 0, change.to(gain) / gain)
 
 
 def check_layers(layers: Sequence[int], model: Model) -> list[int]:
@@ -145,20 +237,32 @@ def check_layers(layers: Sequence[int], model: Model) -> list[int]:
     return found
 
 
-def check_targets(targets: Targets, requests: Sequence[EditRequest], layers: Sequence[int], model: Model) -> None:
+def check_targets(targets: Targets, requests: Sequence[EditRequest], layer: int, model: Model) -> None:
     """Refuse targets that were found for something else.
 
     Raises:
         InputError: other requests, another layer or width, or states that are not finite.
     """
     ids = tuple(request.id for request in requests)
-    if targets.ids != ids or targets.layer != layers[-1] or targets.z.shape[1] != model.d_model:
+    if targets.ids != ids or targets.layer != layer or targets.z.shape[1] != model.d_model:
         raise InputError(
             f"the targets are {len(targets.ids)} states of width {targets.z.shape[1]} after layer "
             f"{targets.layer}, expected those of these {len(ids)} requests, of width {model.d_model}, after "
-            f"layer {layers[-1]}; find them again"
+            f"layer {layer}; find them again"
         )
     check_finite(targets.z, "the targets z")
+
+
+def check_made_on(targets: Targets, model: Model) -> dict[str, Any]:
+    """The model's provenance, once it is known that the targets were found on these weights.
+
+    Raises:
+        InputError: they were found on others.
+    """
+    provenance = model.provenance()
+    made_on = targets.provenance.get("model", provenance)
+    check_provenance(made_on, {"weights_hash": provenance["weights_hash"]}, "the targets", remedy="find them again")
+    return provenance
 
 
 def moment_matrices(
@@ -190,46 +294,35 @@ def moment_matrices(
     return found
 
 
-def states(model: Model, requests: Sequence[EditRequest], layer: int, batch_size: int) -> Float[Tensor, "fact d_model"]:
-    """h: `resid` after `layer` at the subject's last token of each request's bare prompt."""
-    return at_subjects(model, requests, Site(layer, "resid"), [BARE], batch_size)[:, 0]
+def described(requests: Sequence[EditRequest], targets: Targets, prefixes: Sequence[str]) -> dict[str, Any]:
+    """What a manifest says of the facts and of how they were looked for."""
+    return {
+        "requests": [request.id for request in requests],
+        "facts": [f"{request.text} → {request.target_new}" for request in requests],
+        "prefixes": list(prefixes),
+        "targets": dict(targets.provenance),
+    }
 
 
-def mean_keys(
-    model: Model, requests: Sequence[EditRequest], layer: int, prefixes: Sequence[str], config: SpreadConfig
-) -> Float[Tensor, "d_mlp fact"]:
-    """Each fact's key: `mlp_key` at the subject's last token, averaged over prefixes (Eq. 19), in float64."""
-    keys = at_subjects(model, requests, Site(layer, "mlp_key"), prefixes, config.batch_size).double()
-    weights = keys.new_full((len(prefixes),), 1 / len(prefixes))
-    if config.convention == "memit-2022" and len(prefixes) > 1:
-        weights[0], weights[1:] = 1 / 2, 1 / (2 * (len(prefixes) - 1))
-    return torch.einsum("fpk,p->kf", keys, weights)
+def left_of(gap: Float[Tensor, "fact d_model"], start: Float[Tensor, "fact d_model"]) -> list[float]:
+    """Each request's ‖gap‖ relative to its start."""
+    return [relative(now, before) for now, before in zip(gap, start, strict=True)]
 
 
-@torch.no_grad()
-def at_subjects(
-    model: Model, requests: Sequence[EditRequest], site: Site, prefixes: Sequence[str], batch_size: int
-) -> Float[Tensor, "fact prefix width"]:
-    """What `site` holds at the subject's last token of each request behind each prefix."""
-    prompts = [prompt for request in requests for prompt in prefixed_prompts(model, request, prefixes)]
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        tokens = pad([prompt.ids for prompt in chunk], model.tokenizer, model.device)
-        read = model.run(tokens, read=[site], stop_after=site.layer)[site]
-        at = column([prompt.last_subject for prompt in chunk], read.device)
-        found.append(read.take_along_dim(at[..., None], 1)[:, 0].float())
-    return torch.cat(found).unflatten(0, (len(requests), len(prefixes)))
-
-
-def shares_left(layers: Sequence[int], place: int, config: SpreadConfig) -> int:
-    """By how much the residual is divided at layers[place]: uniform over what is left of the range."""
-    if config.convention == "memit-2022":
-        return len(layers) - place
-    return layers[-1] - layers[place] + 1
-
-
-def _relative(residual: Tensor, start: Tensor) -> float:
-    """‖residual‖ / ‖start‖; 0 where there was nothing to do."""
+def relative(gap: Tensor, start: Tensor) -> float:
+    """‖gap‖ / ‖start‖; 0 where there was nothing to do."""
     size = float(start.norm())
-    return float(residual.norm()) / size if size else 0.0
+    return float(gap.norm()) / size if size else 0.0
+
+
+def _gaps(
+    prompts: Recollection, goals: Mapping[Site, Float[Tensor, "fact d_model"]]
+) -> dict[Site, Float[Tensor, "fact d_model"]]:
+    """What is missing at each goal that the edit is not past."""
+    ahead = [site for site in goals if site.layer >= prompts.layer]
+    return {site: goals[site].to(state) - state for site, state in prompts.states(ahead).items()}
+
+
+def _own(goals: Mapping[Site, Tensor], layer: int) -> Site:
+    """The goal that a layer works towards: the nearest at or above it."""
+    return min((site for site in goals if site.layer >= layer), key=lambda site: site.order)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechedit.spread
+import mechedit.methods.steps
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
+from mechedit.keys import Recollection
 from mechedit.methods.memit import MemitConfig, memit
 from mechedit.moments import collect_moments
 from mechedit.prompts import continuation_ids, encode, pad
@@ -39,17 +39,28 @@ TEXTS = [
 SETTINGS: dict[str, Any] = {"lr": 0.5, "clamp": 2.0, "steps": 12, "joint": False}
 
 
+# Where each architecture has its blocks, and the MLP's second matrix in a block.
+PLACES = {
+    "gpt2": ("transformer.h", "mlp.c_proj"),
+    "gptj": ("transformer.h", "mlp.fc_out"),
+    "llama": ("model.layers", "mlp.down_proj"),
+}
+
+
 class Published:
-    """The published algorithm on a plain GPT-2, one fact at a time, with torch hooks and nothing of ours."""
+    """The published algorithm on a plain model, one fact at a time, with torch hooks and nothing of ours."""
 
     def __init__(self, hf: Any, tokenizer: Any, config: MemitConfig, prefixes: list[str]) -> None:
         self.hf, self.tokenizer, self.config, self.prefixes = hf, tokenizer, config, prefixes
+        blocks, down = PLACES[hf.config.model_type]
+        self.blocks = hf.get_submodule(blocks)
+        self.downs = [block.get_submodule(down) for block in self.blocks]
 
     def edit(
         self, requests: list[EditRequest], layers: list[int], moments: dict[int, Tensor]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """z, one column a fact, and ΔW for each layer, as [d_mlp, d_model]."""
-        matrices = {layer: self.hf.transformer.h[layer].mlp.c_proj.weight for layer in layers}
+        matrices = {layer: self.matrix(layer) for layer in layers}
         saved = {layer: matrix.detach().clone() for layer, matrix in matrices.items()}
         z = torch.stack([self.target(request, layers[-1]) for request in requests], 1)
         deltas = {}
@@ -64,6 +75,11 @@ class Published:
             matrix.data.copy_(saved[layer])
         return z, deltas
 
+    def matrix(self, layer: int) -> Tensor:
+        """A live view, [d_mlp, d_model]: GPT-2's lies so, the others' Linear is transposed."""
+        weight = self.downs[layer].weight
+        return weight if self.hf.config.model_type == "gpt2" else weight.T
+
     def target(self, request: EditRequest, layer: int) -> Tensor:
         """compute_z of the published code."""
         wanted = torch.tensor(self.tokenizer(" " + request.target_new)["input_ids"])
@@ -71,7 +87,7 @@ class Published:
         templates = [prefix.replace("{}", request.prompt) + fed for prefix in self.prefixes] + ["{} is a"]
         batch = self.padded([template.replace("{}", request.subject) for template in templates])
         at = [self.lookup(template, request.subject) for template in templates]
-        delta = torch.zeros(self.hf.config.n_embd, requires_grad=True)
+        delta = torch.zeros(self.hf.config.hidden_size, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=self.config.lr)
         start: Any = None
         kl_start: Any = None
@@ -84,7 +100,7 @@ class Published:
                 hidden[row, place] = hidden[row, place] + delta
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        handle = self.hf.transformer.h[layer].register_forward_hook(add)
+        handle = self.blocks[layer].register_forward_hook(add)
         for step in range(self.config.steps):
             logits = self.hf(**batch).logits.log_softmax(-1)
             nll = torch.zeros(())
@@ -109,11 +125,11 @@ class Published:
 
     def key(self, request: EditRequest, layer: int) -> Tensor:
         """compute_ks: the mean within each kind of prefix (bare; made up), then over kinds."""
-        keys = [self.read(request, prefix, self.hf.transformer.h[layer].mlp.c_proj, 0) for prefix in self.prefixes]
+        keys = [self.read(request, prefix, self.downs[layer], 0) for prefix in self.prefixes]
         return (keys[0] + torch.stack(keys[1:]).mean(0)) / 2
 
     def state(self, request: EditRequest, layer: int) -> Tensor:
-        return self.read(request, "{}", self.hf.transformer.h[layer], 1)
+        return self.read(request, "{}", self.blocks[layer], 1)
 
     def read(self, request: EditRequest, prefix: str, module: Any, side: int) -> Tensor:
         caught: list[Any] = []
@@ -160,15 +176,15 @@ def likelihood(model: Any, request: EditRequest) -> float:
 
 
 @pytest.mark.parametrize("backend", ["transformer_lens", "nnsight"])
-@pytest.mark.parametrize("layers", [[0, 1], [0, 2]])
-def test_agrees_with_the_published_algorithm(
-    make_model: Any, moments: dict[int, Any], layers: list[int], backend: str
-) -> None:
-    model = make_model("gpt2", backend, initializer_range=0.05)
+@pytest.mark.parametrize(
+    ("family", "layers"), [("gpt2", [0, 1]), ("gpt2", [0, 2]), ("gptj", [0, 1]), ("llama", [0, 1])]
+)
+def test_agrees_with_the_published_algorithm(make_model: Any, family: str, layers: list[int], backend: str) -> None:
+    model = make_model(family, backend, initializer_range=0.05)
     requests = [request for request in REQUESTS if layers[-1] < 2 or request.prompt.endswith("{}")]
     # At 3.5 nats some facts stop early.
     config = MemitConfig(convention="memit-2022", covariance_weight=2.0, threshold=3.5, batch_size=3, **SETTINGS)
-    matrices = {layer: moments[layer].matrix for layer in layers}
+    matrices = {layer: moment.matrix for layer, moment in collect_moments(model, TEXTS, layers).items()}
     z, deltas = Published(model.hf, model.tokenizer, config, PREFIXES).edit(requests, layers, matrices)
     targets = find_targets(model, requests, layers[-1], PREFIXES, config.targets)
     edit = memit(model, requests, layers, matrices, PREFIXES, config)
@@ -230,14 +246,14 @@ def test_edit_keeps_its_manifest_on_disk(lively: Any, moments: dict[int, Any], t
 def test_the_model_ends_as_it_began(
     lively: Any, moments: dict[int, Any], monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
 ) -> None:
-    before, plain = lively.weights_hash(), mechedit.spread.at_subjects
+    before, plain = lively.weights_hash(), Recollection.keys
 
     def interrupted(*args: Any) -> Tensor:
         if error is not None and lively.weights_hash() != before:
             raise error
         return plain(*args)
 
-    monkeypatch.setattr(mechedit.spread, "at_subjects", interrupted)
+    monkeypatch.setattr(Recollection, "keys", interrupted)
     if error is None:
         edit = memit(lively, REQUESTS, [0, 1], moments, PREFIXES, MemitConfig(steps=2))
         assert edit.delta(0).any()
@@ -250,7 +266,7 @@ def test_the_model_ends_as_it_began(
 def test_settings_reach_both_halves() -> None:
     config = MemitConfig(convention="memit-2022", covariance_weight=15000, lr=0.1, clamp=4.0, seed=3)
     assert config.targets == TargetConfig(convention="memit-2022", lr=0.1, clamp=4.0, seed=3)
-    assert config.spread == SpreadConfig(convention="memit-2022", covariance_weight=15000)
+    assert config.spread == SpreadConfig(convention="memit-2022")
     known = {field.name for field in dataclasses.fields(MemitConfig)}
     for kind in (TargetConfig, SpreadConfig):
         # MEMIT says itself what z is a state of; how many tokens fit in a pass is no matter of the method.
@@ -258,6 +274,8 @@ def test_settings_reach_both_halves() -> None:
         assert {field.name for field in dataclasses.fields(kind)} <= known | own
     assert MemitConfig().targets == TargetConfig()
     assert MemitConfig().spread == SpreadConfig()
+    with pytest.raises(InputError, match="covariance_weight is 0"):
+        MemitConfig(covariance_weight=0.0)
 
 
 def test_bad_input_is_refused_before_the_search(
@@ -266,8 +284,7 @@ def test_bad_input_is_refused_before_the_search(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("searched")
 
-    # The package's attribute `memit` is the function, so the module is taken from where modules are kept.
-    monkeypatch.setattr(sys.modules["mechedit.methods.memit"], "find_targets", never)
+    monkeypatch.setattr(mechedit.methods.steps, "find_targets", never)
 
     def refused(
         match: str, model: Any = lively, requests: Any = REQUESTS, layers: Any = (0, 1), given: Any = moments

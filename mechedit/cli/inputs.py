@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from transformers.utils import logging
 
@@ -100,14 +100,31 @@ def method_config(method: str, model: Model, seed: int, settings: list[str] | No
     if method not in METHODS:
         raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
     config = recommended(method, model)
-    fields = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    hints = {field.name: get_type_hints(type(config))[field.name] for field in dataclasses.fields(config)}
     changes: dict[str, Any] = {"seed": seed}
     for setting in settings or ():
         name, equals, value = setting.partition("=")
-        if not equals or name not in fields:
-            raise InputError(f"--set {setting!r} cannot be read, expected name=value with one of {', '.join(fields)}")
-        try:
-            changes[name] = fields[name](value)
-        except ValueError as error:
-            raise InputError(f"--set {setting!r}: {value!r} is not a {fields[name].__name__}") from error
+        if not equals or name not in hints:
+            raise InputError(f"--set {setting!r} cannot be read, expected name=value with one of {', '.join(hints)}")
+        changes[name] = _read(value, hints[name], setting)
     return dataclasses.replace(config, **changes)
+
+
+def _read(value: str, hint: Any, setting: str) -> Any:
+    """A setting's value as its type is annotated; `float | int` takes numbers, a Literal its strings.
+
+    Raises:
+        InputError: it cannot be read so.
+    """
+    kinds = get_args(hint) or (hint,)
+    if bool in kinds:
+        kind, read = "bool (true or false)", {"true": True, "false": False}.__getitem__
+        value = value.lower()
+    elif float in kinds:
+        kind, read = "number", float
+    else:
+        kind, read = ("int", int) if int in kinds else ("text", str)
+    try:
+        return read(value)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"--set {setting!r}: {value!r} is not a {kind}") from error

@@ -1,24 +1,51 @@
-"""Editing methods: each composes targets, keys and solver into one function that returns an `Edit`."""
+"""Editing methods: each composes targets, keys and an update rule into one function that returns an `Edit`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 from mechedit.edit import Edit
+from mechedit.methods.alphaedit import AlphaEditConfig, alphaedit
+from mechedit.methods.emmet import EmmetConfig, emmet
 from mechedit.methods.memit import MemitConfig, memit
-from mechedit.methods.settings import configured
+from mechedit.methods.pmet import PmetConfig, pmet
+from mechedit.methods.rome import RomeConfig, rome
+from mechedit.methods.settings import MethodConfig, configured
 from mechedit.models import Model
 
-__all__ = ["METHODS", "MemitConfig", "MethodConfig", "memit", "recommended"]
+__all__ = [
+    "METHODS",
+    "AlphaEditConfig",
+    "EmmetConfig",
+    "MemitConfig",
+    "MethodConfig",
+    "PmetConfig",
+    "RomeConfig",
+    "alphaedit",
+    "emmet",
+    "memit",
+    "pmet",
+    "recommended",
+    "rome",
+]
 
-MethodConfig = MemitConfig
-"""Settings of any method."""
+METHODS: Mapping[str, Callable[..., Edit]] = {
+    "memit": memit,
+    "rome": rome,
+    "emmet": emmet,
+    "alphaedit": alphaedit,
+    "pmet": pmet,
+}
+"""Each is called as method(model, requests, layers, moments, prefixes=..., config=..., targets=..., previous=...); see
+`memit` for the arguments. `config.targets` is how it searches for the targets, at `config.target_layer(layers)`."""
 
-METHODS: Mapping[str, Callable[..., Edit]] = {"memit": memit}
-"""Each is called as method(model, requests, layers, moments, config=..., targets=...); `config.targets` is how it
-searches for the targets, which may be left out."""
-
-_CONFIGS: Mapping[str, type[MethodConfig]] = {"memit": MemitConfig}
+_CONFIGS: Mapping[str, type[MethodConfig]] = {
+    "memit": MemitConfig,
+    "rome": RomeConfig,
+    "emmet": EmmetConfig,
+    "alphaedit": AlphaEditConfig,
+    "pmet": PmetConfig,
+}
 
 
 def recommended(method: str, model: Model) -> MethodConfig:

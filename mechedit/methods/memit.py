@@ -1,69 +1,47 @@
 """MEMIT (Meng et al., 2023): many facts in one batch, written into a range of MLP layers.
 
 Requests, layers and second moments go in, an `Edit` comes out: z is searched for at the last layer (Eq. 16)
-and spread over the range (Algorithm 1).
+and spread over the range (Algorithm 1), each share by least squares over old and new keys (Eq. 14).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
-
-from mechedit.artifacts import check_provenance, value_hash
 from mechedit.edit import Edit
-from mechedit.facts import EditRequest, check_requests
-from mechedit.methods.settings import configured
+from mechedit.facts import EditRequest
+from mechedit.methods.rules import Moments, Previous, Ridge
+from mechedit.methods.settings import MethodConfig, check_positive, configured
+from mechedit.methods.steps import check_input, write
 from mechedit.models import Model
-from mechedit.moments import SecondMoment
-from mechedit.solve import check_finite
-from mechedit.spread import SpreadConfig, Strategy, check_layers, moment_matrices, spread
-from mechedit.targets import Convention, TargetConfig, Targets, find_targets
+from mechedit.spread import Strategy
+from mechedit.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemitConfig:
-    """Settings of MEMIT; see `TargetConfig` and `SpreadConfig` for their meaning and conventions."""
+class MemitConfig(MethodConfig):
+    """Settings of MEMIT; the defaults are those of the published code for GPT-J."""
 
     covariance_weight: float | int = 15_000.0
     """λ: how much the old keys count, in units of one new fact."""
-    steps: int = 25
-    lr: float | int = 0.5
-    clamp: float | int = 0.75
-    weight_decay: float | int = 0.5
-    kl_weight: float | int = 0.0625
-    kl_prompt: str = "{} is a"
-    threshold: float | int = 0.05
     strategy: Strategy = "uniform"
-    convention: Convention = "default"
-    joint: bool = True
-    seed: int = 0
-    """For prefixes that are generated."""
-    batch_size: int = 64
-    """Facts searched together, and prompts in one forward pass of the writing."""
+    """How the residual is shared out over the layers; see `SpreadConfig`."""
 
-    @property
-    def targets(self) -> TargetConfig:
-        """The settings that concern the search for z."""
-        return TargetConfig(**_shared(self, TargetConfig))
-
-    @property
-    def spread(self) -> SpreadConfig:
-        """The settings that concern the writing."""
-        return SpreadConfig(**_shared(self, SpreadConfig))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "covariance_weight")
 
 
 def memit(
     model: Model,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
-    moments: Mapping[int, SecondMoment | Tensor],
+    moments: Moments,
     prefixes: Sequence[str] | None = None,
     config: MemitConfig | None = None,
     targets: Targets | None = None,
+    previous: Previous | None = None,
 ) -> Edit:
     """Make one edit that writes all `requests` into `layers`. The model is left as it was, bit for bit.
 
@@ -75,8 +53,10 @@ def memit(
         prefixes: templates with one {} for the whole prompt; the default is the bare prompt and five short
             texts that the model makes up (`make_prefixes`).
         config: settings; the default is what ships with the checkpoint (`configured`), else `MemitConfig()`.
-        targets: z already found for these requests at the last of `layers`, with the settings
+        targets: z already found for these requests at the layer `config.target_layer(layers)`, with the settings
             `config.targets` and with `prefixes` where they are given; ranges that end alike share them.
+        previous: for each layer the keys of earlier edits of this model, [d_mlp, earlier], which are preserved
+            besides (`edit_keys`).
 
     Raises:
         InputError: conflicting requests; layers not ascending or not in the model; moments that are absent,
@@ -84,45 +64,6 @@ def memit(
             settings, prefixes or weights.
     """
     config = config or configured(MemitConfig, "memit", model)
-    # All that can be refused is refused before the long search.
-    settings, writing = config.targets, config.spread
-    check_requests(requests)
-    layers = check_layers(layers, model)
-    moment_matrices(moments, layers, model)
-    for name, parameter in model.hf.named_parameters():
-        check_finite(parameter, f"the weights {name}")
-    if targets is None:
-        targets = find_targets(model, requests, layers[-1], prefixes, settings)
-    else:
-        check_shared(targets, requests, prefixes, settings)
-    edit = spread(model, requests, targets, layers, moments, config=writing)
-    return Edit(
-        factors=edit.factors,
-        manifest={
-            "method": "memit",
-            **edit.manifest,
-            "settings": dataclasses.asdict(config),
-            "unconverged": list(targets.unconverged),
-        },
-    )
-
-
-def check_shared(
-    targets: Targets, requests: Sequence[EditRequest], prefixes: Sequence[str] | None, config: TargetConfig
-) -> None:
-    """Refuse targets that `find_targets` would not have found for these arguments; `spread` checks the layer.
-
-    Raises:
-        InputError: other requests, settings or prefixes.
-    """
-    made = {"requests": targets.provenance.get("requests"), **targets.provenance.get("settings", {})}
-    wanted = {"requests": value_hash(list(requests)), **dataclasses.asdict(config)}
-    if prefixes is not None:
-        made["prefixes"], wanted["prefixes"] = list(targets.prefixes), list(prefixes)
-    check_provenance(made, wanted, "the search for z", remedy="find the targets again")
-
-
-def _shared(config: MemitConfig, kind: type) -> dict[str, Any]:
-    """The fields that `config` has in common with another settings class."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+    layers = check_input(model, requests, layers, moments, previous, config)
+    rule = Ridge(moments=moments, weight=config.covariance_weight, previous=previous or {})
+    return write("memit", model, requests, layers, rule, prefixes, config, targets)

@@ -1,15 +1,66 @@
-"""Settings that ship with a checkpoint: `editing.json` beside its weights, a section for each method."""
+"""What the settings of all methods have in common, and those that ship with a checkpoint.
+
+`editing.json` beside a checkpoint's weights holds a section for each method.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mechedit.artifacts import read_json
 from mechedit.errors import InputError
 from mechedit.models import Model
+from mechedit.spread import SpreadConfig
+from mechedit.targets import Convention, TargetConfig
 
-Config = TypeVar("Config")
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Settings of any method; see `TargetConfig` and `SpreadConfig` for their meaning and conventions."""
+
+    steps: int = 25
+    lr: float | int = 0.5
+    clamp: float | int = 0.75
+    weight_decay: float | int = 0.5
+    kl_weight: float | int = 0.0625
+    kl_prompt: str = "{} is a"
+    threshold: float | int = 0.05
+    joint: bool = True
+    convention: Convention = "default"
+    seed: int = 0
+    """For prefixes that are generated."""
+    batch_size: int = 64
+    """Facts searched together, and prompts in one forward pass of the writing."""
+
+    shares_targets: ClassVar[bool] = True
+    """Whether z is searched for on the unedited model, so that edits whose range ends alike can share it."""
+    search: ClassVar[dict[str, Any]] = {}
+    """Settings of the search for z that the method is defined by."""
+
+    def __post_init__(self) -> None:
+        # Both check what they are given, so that a bad setting is refused at once.
+        _ = self.targets, self.spread
+
+    @property
+    def targets(self) -> TargetConfig:
+        """The settings that concern the search for z."""
+        return TargetConfig(**_shared(self, TargetConfig), **self.search)
+
+    @property
+    def spread(self) -> SpreadConfig:
+        """The settings that concern the writing."""
+        return SpreadConfig(**_shared(self, SpreadConfig))
+
+    def target_layer(self, layers: Sequence[int]) -> int:
+        """Where in a range the method searches for z."""
+        return self.spread.target_layer(layers)
+
+
+Config = TypeVar("Config", bound=MethodConfig)
 
 
 def configured(kind: type[Config], method: str, model: Model) -> Config:
@@ -24,3 +75,16 @@ def configured(kind: type[Config], method: str, model: Model) -> Config:
         return kind(**settings)
     except TypeError as error:
         raise InputError(f"{str(file)!r} does not fit the method {method!r}: {error}; mend the file") from error
+
+
+def check_positive(config: MethodConfig, *names: str) -> None:
+    """Raise InputError when one of these settings is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} is {getattr(config, name)}, expected more than 0; choose a larger number")
+
+
+def _shared(config: MethodConfig, kind: type) -> dict[str, Any]:
+    """The fields that `config` has in common with another settings class."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name in names}

@@ -173,6 +173,29 @@ class Backbone:
             f"model unquantised and merge its adapters"
         )
 
+    @torch.no_grad()
+    def mlp_output(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP adds to the residual stream at these keys: keys · W + b, after any post-norm."""
+        return self.mlp_gain(layer, keys) * self._raw_output(layer, keys)
+
+    @torch.no_grad()
+    def mlp_gain(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
+        """`mlp_out` in units of the down-projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
+        if self.family.mlp_norm is None:
+            return keys.new_ones(*keys.shape[:-1], self.d_model)
+        raw = self._raw_output(layer, keys)
+        norm = self._blocks(self.hf)[layer].get_submodule(self.family.mlp_norm)
+        direction = norm(torch.ones(self.d_model, device=raw.device, dtype=self.dtype)).to(raw)
+        # The norm's own output tells its scale, whatever it adds to rms(x) under the root.
+        unit, out = direction * raw, norm(raw.to(self.dtype)).to(raw)
+        return direction * (out * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
+
+    def _raw_output(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
+        weight = self.down_projection(layer)
+        bias = self._blocks(self.hf)[layer].get_submodule(self.family.down).bias
+        out = keys.to(weight.device) @ weight.to(keys.dtype)
+        return out if bias is None else out + bias.to(out)
+
     def weights_hash(self) -> str:
         """SHA-256 over all parameters as they are now: names, shapes, dtypes and bytes."""
         digest = hashlib.sha256()

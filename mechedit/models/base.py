@@ -216,6 +216,14 @@ class Model(Protocol):
         """A live view of the MLP's second matrix, always [d_mlp, d_model]; writing to it edits the model."""
         ...
 
+    def mlp_output(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP adds to the residual stream at these keys: keys · W + b, after any post-norm."""
+        ...
+
+    def mlp_gain(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
+        """`mlp_out` in units of the down-projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
+        ...
+
     def weights_hash(self) -> str:
         """SHA-256 over all parameters as they are now (names, shapes, dtypes, bytes)."""
         ...

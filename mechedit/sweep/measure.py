@@ -245,7 +245,8 @@ class _Sweeping:
 
     def measure(self, window: Window) -> pd.DataFrame:
         """Edit one window, measure, and take the edit back: `case, measure, value`."""
-        targets = self._targets(window.last)
+        shared = self.config.shares_targets
+        targets = self._targets(self.config.target_layer(window.layers)) if shared else None
         edit = METHODS[self.method]
         try:
             made = edit(self.model, self.requests, window.layers, self.moments, config=self.config, targets=targets)
@@ -259,7 +260,7 @@ class _Sweeping:
     def _targets(self) -> Callable[[int], Targets]:
         """Finds the targets at a layer; the last ones stay, since windows come ordered by their last layer."""
         return lru_cache(maxsize=1)(
-            lambda last: find_targets(self.model, self.requests, last, config=self.config.targets)
+            lambda layer: find_targets(self.model, self.requests, layer, config=self.config.targets)
         )
 
 
