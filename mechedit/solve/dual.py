@@ -139,7 +139,7 @@ def _dependence(small: Float[Tensor, "column column"], reached: int) -> str:
     others = (before.abs() > 1e-3 * before.abs().max()).nonzero()[:, 0].tolist() if reached else []
     cause = f"a combination of columns {others}" if others else "zero"
     return (
-        f"the keys are linearly dependent: of {len(small)} columns, counted from 0, earlier edits first, column {reached} is {cause} to within "
-        f"rounding, and no slack tells them apart. Usually two facts share one subject and so one key: merge or leave "
-        f"out one of them, or allow a slack (or a weight) above zero"
+        f"the keys are linearly dependent: of {len(small)} columns, from 0, earlier edits first, column {reached} "
+        f"is {cause} to within rounding, and no slack tells them apart. Usually two facts share one subject and so one "
+        f"key: merge or leave out one of them, or allow a slack (or a weight) above zero"
     )
