@@ -17,7 +17,7 @@ Transformer (MEMIT, 2023).
 from mechedit.artifacts import VERSION
 from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, Scores, evaluate
+from mechedit.evaluation import EvaluationConfig, Scores, evaluate, perplexity
 from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
 from mechedit.methods import (
     AlphaEditConfig,
@@ -35,6 +35,7 @@ from mechedit.methods import (
 from mechedit.models import EMBED, Model, Patch, Resume, Run, Site, Tokens, load_model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments, load_moments, load_texts
 from mechedit.selection import SelectConfig, Selection, published_ranges, select_layers
+from mechedit.session import EditSession, StopRule
 from mechedit.spread import edit_keys
 from mechedit.sweep import Sweep, SweepConfig, Validation, sweep_windows, windows_of
 from mechedit.targets import TargetConfig, Targets, find_targets
@@ -56,6 +57,7 @@ __all__ = [
     "Corruption",
     "Edit",
     "EditRequest",
+    "EditSession",
     "EmmetConfig",
     "EvaluationConfig",
     "Fact",
@@ -75,6 +77,7 @@ __all__ = [
     "Selection",
     "Sever",
     "Site",
+    "StopRule",
     "Sweep",
     "SweepConfig",
     "TargetConfig",
@@ -101,6 +104,7 @@ __all__ = [
     "load_texts",
     "memit",
     "merge",
+    "perplexity",
     "plan_trace",
     "pmet",
     "published_ranges",
