@@ -2,8 +2,9 @@
 
     python analyses/compare_methods.py --out DIR [--quick]
 
-Writes DIR/methods.csv and DIR/methods.md: one row a method, with ES, PS, NS and S (percent, MEMIT Appendix C), the share
-of the residual that is left at the end, and seconds for search and writing. Run again, it goes on where it stopped.
+Writes DIR/methods.csv and DIR/methods.md: one row a method, with ES, PS, NS and S (percent, MEMIT Appendix C), the
+share of the residual that is left at the end, and seconds for search and writing. Run again, it goes on where it
+stopped.
 """
 
 from __future__ import annotations
