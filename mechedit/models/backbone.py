@@ -42,8 +42,8 @@ class Write:
     value: Float[Tensor, "entry width"]
 
     def __call__(self, activation: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
-        """Write into a copy, so that what was read before stays as it was and gradients reach the value."""
-        written = activation.clone()
+        """Write into a copy where gradients must reach the value, else in place: sites are modules' fresh outputs."""
+        written = activation.clone() if torch.is_grad_enabled() else activation
         device = activation.device
         written[self.rows.to(device), self.columns.to(device)] = self.value.to(activation)
         return written
