@@ -43,8 +43,8 @@ class Write:
     add: bool = False
 
     def __call__(self, activation: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
-        """Write into a copy, so that what was read before stays as it was and gradients reach the value."""
-        written = activation.clone()
+        """Write into a copy where gradients must reach the value, else in place: sites are modules' fresh outputs."""
+        written = activation.clone() if torch.is_grad_enabled() else activation
         at = (self.rows.to(activation.device), self.columns.to(activation.device))
         value = self.value.to(activation)
         written[at] = activation[at] + value if self.add else value
