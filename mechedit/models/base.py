@@ -102,27 +102,30 @@ class Prefix:
         lengths = keys.new_full((len(keys),), self.length) if self.lengths is None else self.lengths.to(keys.device)
         return (places <= lengths[:, None]).long()
 
-    def take(self, index: Int[Tensor, " row"], length: int, first: int = 0) -> Prefix:
-        """The first `length` positions of the chosen rows, for a run that resumes at layer `first`.
+    def take(self, index: Int[Tensor, " row"], length: int, first: int = 0, last: int | None = None) -> Prefix:
+        """The first `length` positions of the chosen rows, for a run that resumes at `first` and stops after `last`.
 
-        Layers below that are not looked at: they get something of the right shape.
+        Other layers are not looked at: they get something of the right shape.
         """
         lengths = None if self.lengths is None else self.lengths[index]
-        return Prefix(self._each(lambda states: states[:, :, :length][index], (len(index), length), first), lengths)
+        used = range(first, len(self.layers) if last is None else last + 1)
+        shape = (len(index), length)
+        return Prefix(self._each(lambda states: states[:, :, :length].index_select(0, index), shape, used), lengths)
 
     def before(self, ends: Int[Tensor, " batch"], first: int = 0) -> Prefix:
         """Each row's positions before its own end, for a run that resumes at layer `first` (see `take`)."""
         width = int(ends.max())
         at = (ends[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)[:, None, :, None]
-        return Prefix(self._each(lambda states: states.take_along_dim(at, 2), (len(ends), width), first), ends)
+        used = range(first, len(self.layers))
+        return Prefix(self._each(lambda states: states.take_along_dim(at, 2), (len(ends), width), used), ends)
 
-    def _each(self, change: Callable[[Tensor], Tensor], shape: tuple[int, int], first: int) -> Pairs:
-        """Keys and values changed from layer `first` on; below it, nothing in the shape (rows, positions)."""
+    def _each(self, change: Callable[[Tensor], Tensor], shape: tuple[int, int], used: range) -> Pairs:
+        """Keys and values of the layers that are used, changed; elsewhere nothing in the shape (rows, positions)."""
 
         def changed(layer: int, states: Tensor) -> Tensor:
             rows, width = shape
             empty = states.new_zeros(())
-            return change(states) if layer >= first else empty.expand(rows, states.shape[1], width, states.shape[3])
+            return change(states) if layer in used else empty.expand(rows, states.shape[1], width, states.shape[3])
 
         return tuple((changed(i, keys), changed(i, values)) for i, (keys, values) in enumerate(self.layers))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from mechedit.models.backbone import Backbone, Step
+from mechedit.models.backbone import Backbone, Step, Stopped
 from mechedit.models.base import Run, Site
 
 _LEVEL = 2_000
@@ -21,10 +21,6 @@ _NAMES = {
     "mlp_out": "hook_mlp_out",
     "resid": "hook_resid_post",
 }
-
-
-class _Stopped(Exception):  # noqa: N818 - the wanted end of a run, not an error
-    """Leaves the forward pass after the last block that was asked for."""
 
 
 class BridgeModel(Backbone):
@@ -46,23 +42,23 @@ class BridgeModel(Backbone):
                     point.add_perma_hook(_cast_back(self.dtype))
         return twin
 
-    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], stop_after: int | None) -> Run:
+    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], end: Site | None) -> Run:
         values: dict[Site, Tensor] = {}
-        with self._hooks(steps, values, stop_after), contextlib.suppress(_Stopped):
+        with self._hooks(steps, values, end), contextlib.suppress(Stopped):
             # The twin and not the bridge is called: it takes ids and mask as they are.
             return Run(self.twin(**inputs).logits, values)
         return Run(None, values)
 
     @contextlib.contextmanager
-    def _hooks(self, steps: Sequence[Step], values: dict[Site, Tensor], stop_after: int | None) -> Iterator[None]:
+    def _hooks(self, steps: Sequence[Step], values: dict[Site, Tensor], end: Site | None) -> Iterator[None]:
         points = []
         try:
             for step in steps:
                 points.append(self._point(step.site))
                 points[-1].add_hook(_visitor(step, values), level=_LEVEL)
-            if stop_after is not None:
+            if end is not None:
                 # Registered last, so that it runs after the reads and writes of the same place.
-                points.append(self._point(Site(stop_after, "resid")))
+                points.append(self._point(end))
                 points[-1].add_hook(_stop, level=_LEVEL)
             yield
         finally:
@@ -90,4 +86,4 @@ def _cast_back(dtype: torch.dtype) -> Callable[..., Tensor]:
 
 
 def _stop(activation: Tensor, hook: Any) -> None:
-    raise _Stopped
+    raise Stopped

@@ -21,20 +21,21 @@ class EnvoyModel(Backbone):
         self.nnsight: Any = NNsight(twin)
         return twin
 
-    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], stop_after: int | None) -> Run:
+    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], end: Site | None) -> Run:
         # Values outlive the trace because they are put into containers made outside it.
         values: dict[Site, Tensor] = {}
         logits: list[Tensor] = []
         model = self.nnsight
         visits = [(step, self._envoy(step.site)) for step in steps]
-        last = None if stop_after is None else self._envoy(Site(stop_after, "resid"))
+        last = None if end is None or (steps and steps[-1].site == end) else self._envoy(end)
         with model.trace(**inputs) as tracer:
             for step, envoy in visits:
                 _visit(step, envoy, values)
-            if last is None:
+            if last is not None:
+                _ = last.output
+            if end is None:
                 logits.append(model.output.logits)
             else:
-                _ = last.output
                 tracer.stop()
         return Run(logits[0] if logits else None, values)
 

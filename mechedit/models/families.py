@@ -50,6 +50,15 @@ class Family:
         """The module whose output the MLP adds to the residual stream, from a block."""
         return self.mlp_norm or self.mlp
 
+    def modules_of(self, part: str) -> set[str]:
+        """A block's children that a backend must reach to look at a part of it."""
+        reached = {
+            "attn_out": (self.attn, self.attn_norm),
+            "mlp_out": (self.mlp, self.mlp_norm),
+            "mlp_key": (self.mlp,),
+        }
+        return {name for name in reached.get(part, ()) if name is not None}
+
 
 def _like_llama(name: str, model_type: str, architecture: str, *, post_norms: bool = False) -> Family:
     """A family with Llama's module names; with `post_norms`, what a module adds to the residual is normed first."""

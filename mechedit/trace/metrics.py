@@ -24,11 +24,18 @@ class Answers:
     """What a metric may look at; position i predicts the object's token i, given those before it."""
 
     logits: Float[Tensor, "row object vocab"]
-    clean: Float[Tensor, "row object vocab"]
-    """Logits of the clean run of the same fact."""
+    clean_runs: Float[Tensor, "fact object vocab"]
+    """Logits of the clean run of every fact."""
+    facts: Int[Tensor, " row"]
+    """The fact of each row."""
     objects: Int[Tensor, "row object"]
     foils: Int[Tensor, " row"]
     """First token of the foil: the fact's own, else the clean run's likeliest first token that is not the object's."""
+
+    @property
+    def clean(self) -> Float[Tensor, "row object vocab"]:
+        """Logits of the clean run of the same fact."""
+        return self.clean_runs[self.facts]
 
     @property
     def log_probability(self) -> Float[Tensor, " row"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from mechedit.models import EMBED, Model, Part, Patch, Prefix, Run, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND, TraceConfig
 from mechedit.trace.corruption import NoiseSource, Spread, draw_noise, given_noise
 from mechedit.trace.metrics import NORMALISED, Answers, find_metric, metric_name
-from mechedit.trace.subject import TracedFact, batch, read_positions
+from mechedit.trace.subject import TracedFact, batch, read_positions, wanted
 
 Measured = dict[str, Float[Tensor, " row"]]
 """Metric name → one number a row."""
@@ -50,6 +50,15 @@ class Scene:
     clean_scores: Mapping[str, Float[Tensor, " fact"]]
     corrupted_scores: Mapping[str, Float[Tensor, " fact"]]
     """Means over draws."""
+    entries: dict[tuple[str, str, int], Float[Tensor, "row pos d_model"]] = field(default_factory=dict)
+    """(kind, severing, layer) → states at `restorable` positions with which windows that start there go on; filled
+    when they are first asked for."""
+
+    @property
+    def restorable(self) -> range:
+        """From the first to the last position that is restored in any of the facts."""
+        found = [i for traced in self.facts for i in wanted(traced, self.config) if i >= traced.subject.start]
+        return range(min(found, default=0), max(found, default=-1) + 1)
 
     @property
     def samples(self) -> int:
@@ -93,7 +102,9 @@ def measure(
     assert run.logits is not None
     assert clean.logits is not None
     objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)
-    answers = Answers(logits=run.logits, clean=clean.logits[facts], objects=objects[facts], foils=foils[facts])
+    answers = Answers(
+        logits=run.logits, clean_runs=clean.logits, facts=facts, objects=objects[facts], foils=foils[facts]
+    )
     names = {metric_name(metric).removeprefix(NORMALISED): metric for metric in config.metrics}
     return {name: find_metric(metric)(answers) for name, metric in names.items()}
 

@@ -147,6 +147,11 @@ def with_donors(
     return found, dropped
 
 
+def wanted(traced: TracedFact, config: TraceConfig) -> list[int]:
+    """Positions that are restored: all of the prompt's, or those of the roles asked for."""
+    return [i for i, role in enumerate(traced.roles) if config.roles is None or role in config.roles]
+
+
 def batch(facts: Sequence[TracedFact], model: Model) -> Tokens:
     """Facts of one shape as a batch without padding."""
     ids = torch.tensor([traced.ids for traced in facts], device=model.device)

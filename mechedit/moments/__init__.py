@@ -1,0 +1,33 @@
+"""Second moments E[k kᵀ] of the MLP keys over running text: what MEMIT preserves (§4.2, C₀ = λ·E[k kᵀ]).
+
+Texts and layers go in, one `SecondMoment` a layer comes out. One pass over the text serves all layers, as far as
+memory allows; it can be killed and goes on, and several processes can share the text.
+"""
+
+from mechedit.moments.collect import collect_moments, collect_shard
+from mechedit.moments.config import MomentsConfig
+from mechedit.moments.convergence import Convergence
+from mechedit.moments.curves import curve_path
+from mechedit.moments.fitter import MomentFitter
+from mechedit.moments.memory import MomentsPlan, plan_moments
+from mechedit.moments.merge import merge_moments
+from mechedit.moments.moment import SecondMoment, check_moments, load_moments, moment_path
+from mechedit.moments.texts import check_texts, load_texts
+
+__all__ = [
+    "Convergence",
+    "MomentFitter",
+    "MomentsConfig",
+    "MomentsPlan",
+    "SecondMoment",
+    "check_moments",
+    "check_texts",
+    "collect_moments",
+    "collect_shard",
+    "curve_path",
+    "load_moments",
+    "load_texts",
+    "merge_moments",
+    "moment_path",
+    "plan_moments",
+]

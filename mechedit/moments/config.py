@@ -1,0 +1,34 @@
+"""How to read the text, and within what bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mechedit.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentsConfig:
+    """How to read the text. Beyond rounding, none of it but the first two changes the result."""
+
+    max_length: int = 1024
+    """Tokens of a text that are read; the rest is dropped. The model's own limit holds if it is less."""
+    tokens: int | None = None
+    """Stop after this many tokens (special ones not counted); None reads all texts."""
+    batch_tokens: int = 8192
+    """Tokens in one forward pass, padding included; less needs less memory."""
+    memory: float | int | None = None
+    """Most GiB that collecting may take beside the weights and the finished matrices (an estimate): with less,
+    batches shrink and the layers are collected in several passes."""
+    checkpoint_seconds: float | int = 60
+    """Least time between checkpoints; they are fewer where writing them would take over 2 % of the time."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "tokens", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}, expected at least 1; choose a larger number")
+        if self.memory is not None and self.memory <= 0:
+            raise InputError(f"memory is {self.memory} GiB, expected more than 0")
+        if self.checkpoint_seconds < 0:
+            raise InputError(f"checkpoint_seconds is {self.checkpoint_seconds}, expected at least 0")
