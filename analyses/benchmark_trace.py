@@ -1,14 +1,15 @@
 """Time causal tracing against the published schedule, side by side, and assert that both give the same numbers.
 
-    python analyses/benchmark_trace.py [--shape tiny gpt2] [--facts 8] [--share 0.1] [--memory GIB]
+    python analyses/benchmark_trace.py [--shape tiny gpt2] [--facts N] [--share S] [--memory GIB]
 
 The published schedule is plain transformers with torch hooks: for every cell one forward pass of 11 rows (one
 clean, ten corrupted), all layers, all positions, all logits. What it severs is precomputed here, which spares it
-the second pass that the published notebook takes. Shapes: `tiny` is the model that ships; `gpt2` (12 layers, d 768)
-and `gptj` (28 layers, d 4096) have random weights.
+the second pass that the published notebook takes; that run, one a fact, counts as part of its time. Shapes: `tiny`
+is the model that ships; `gpt2` (12 layers, d 768) and `gptj` (28 layers, d 4096) have random weights.
 
 For each workload it prints: cells, milliseconds a cell of both schedules (the published one on a drawn share of the
-cells, ours on all of them before and after it) and their ratio; the largest difference of a score; the rate of the
+cells, ours on all of them before and after it) and their ratio (the severed trio, with few cells a fact, takes
+four times as many facts); the largest difference of a score; the rate of the
 *necessary* operations (of the rows, positions and layers that a cell can change) as a share of the machine's rate on
 large matrix products; and the memory taken.
 """
@@ -44,12 +45,16 @@ class Workload:
     kinds: tuple[str, ...]
     sever: tuple[str, ...]
     roles: tuple[str, ...] | None
+    times: int
+    """More facts than the other workload takes."""
 
 
 WORKLOADS = (
-    Workload("all cells of three kinds", ("state", "mlp", "attn"), ("nothing",), None),
-    Workload("severed trio, subject's last token", ("state",), ("nothing", "mlp", "attn"), ("subject_last",)),
+    Workload("all cells of three kinds", ("state", "mlp", "attn"), ("nothing",), None, 1),
+    Workload("severed trio, subject's last token", ("state",), ("nothing", "mlp", "attn"), ("subject_last",), 4),
 )
+FACTS = {"tiny": 16, "gpt2": 3, "gptj": 3}
+SHARES = {"tiny": 0.02, "gpt2": 0.03, "gptj": 0.02}
 
 
 class Published:
@@ -128,17 +133,20 @@ class Published:
 
 
 def published(
-    model: me.Model, facts: Sequence[TracedFact], cells: pd.DataFrame, config: me.TraceConfig
-) -> pd.DataFrame:
-    """Cells, a forward pass each."""
-    schedules = {traced.fact.id: Published(model, traced, config) for traced in facts}
-    scores = [
-        schedules[cell.fact].cell(
-            cell.kind, cell.sever, window_span(cell.kind, cell.layer, model.n_layers, config.window), cell.position
-        )
-        for cell in cells.itertuples()
-    ]
-    return cells.assign(score=scores)
+    model: me.Model, facts: Sequence[TracedFact], cells: pd.DataFrame, config: me.TraceConfig, device: str
+) -> tuple[pd.DataFrame, float, float]:
+    """Cells, a forward pass each; seconds of the runs once a fact, and seconds of the cells."""
+    schedules, before = timed(lambda: {traced.fact.id: Published(model, traced, config) for traced in facts}, device)
+    scores, seconds = timed(
+        lambda: [
+            schedules[cell.fact].cell(
+                cell.kind, cell.sever, window_span(cell.kind, cell.layer, model.n_layers, config.window), cell.position
+            )
+            for cell in cells.itertuples()
+        ],
+        device,
+    )
+    return cells.assign(score=scores), before, seconds
 
 
 def ours(model: me.Model, facts: Sequence[TracedFact], config: me.TraceConfig) -> pd.DataFrame:
@@ -177,7 +185,9 @@ def necessary_operations(model: me.Model, facts: Sequence[TracedFact], work: Wor
     return total
 
 
-def compare(model: me.Model, facts: Sequence[TracedFact], work: Workload, arguments: argparse.Namespace) -> None:
+def compare(
+    model: me.Model, facts: Sequence[TracedFact], work: Workload, share: float, arguments: argparse.Namespace
+) -> None:
     """Run both schedules, print the line and assert equality."""
     config = me.TraceConfig(
         kinds=work.kinds, sever=work.sever, roles=work.roles, samples=SAMPLES, memory=arguments.memory
@@ -187,22 +197,23 @@ def compare(model: me.Model, facts: Sequence[TracedFact], work: Workload, argume
     fast, seconds = timed(lambda: ours(model, facts, config), arguments.device)
     taken = peak.taken()
     keys = ["fact", "kind", "sever", "layer", "position"]
-    some = fast[keys].sample(frac=arguments.share, random_state=0)
-    slow, part = timed(lambda: published(model, facts, some, config), arguments.device)
+    some = fast[keys].sample(frac=min(1, work.times * share), random_state=0)
+    slow, once, part = published(model, facts, some, config, arguments.device)
+    each = part / len(slow) + once / len(fast)
     again = timed(lambda: ours(model, facts, config), arguments.device)[1]
-    ratio = part * len(fast) / len(slow) / ((seconds + again) / 2)
+    ratio = each * len(fast) / ((seconds + again) / 2)
     joined = fast.merge(slow, on=keys, suffixes=("", "_published"))
     assert len(joined) == len(slow)
     # Objects of a random model have tiny probabilities, so the difference is taken relative to them.
     error = float((joined["score"] - joined["score_published"]).abs().max() / joined["score_published"].max())
     moved = float(joined["effect"].abs().max() / joined["score_published"].max())
     rate = necessary_operations(model, facts, work, config) / min(seconds, again)
-    share = rate / matrix_rate(arguments.device, arguments.dtype)
+    reached = rate / matrix_rate(arguments.device, arguments.dtype)
     print(
-        f"{work.name}: {len(fast)} cells of {len(facts)} facts; published {1000 * part / len(slow):.1f} ms a cell "
+        f"{work.name}: {len(fast)} cells of {len(facts)} facts; published {1000 * each:.1f} ms a cell "
         f"(mean of {len(slow)}), mechedit {1000 * seconds / len(fast):.2f} and {1000 * again / len(fast):.2f} (before "
         f"and after it): {ratio:.1f}x; largest difference {error:.1e} of the largest score, largest effect {moved:.1e} "
-        f"of it; necessary operations at {share:.0%} of the rate of matrix products; {taken:.2f} GiB",
+        f"of it; necessary operations at {reached:.0%} of the rate of matrix products; {taken:.2f} GiB",
         flush=True,
     )
     assert error < arguments.tolerance, f"the schedules differ by {error}"
@@ -213,8 +224,8 @@ def main() -> None:
     """Compare on every shape and workload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["tiny", "gpt2"], choices=["tiny", "gpt2", "gptj"])
-    parser.add_argument("--facts", type=int, default=8)
-    parser.add_argument("--share", type=float, default=0.1, help="part of the cells, drawn, that the published take")
+    parser.add_argument("--facts", type=int, help="by default what takes about two minutes a shape")
+    parser.add_argument("--share", type=float, help="part of the cells, drawn, that the published schedule takes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest difference, of the largest score")
@@ -224,9 +235,10 @@ def main() -> None:
         model = load(shape, arguments.device, arguments.dtype)
         print(f"{shape}: {model.n_layers} layers, d {model.d_model}, {torch.get_num_threads()} threads")
         with torch.no_grad():
-            facts = [prepare(model, fact) for fact in me.load_facts("known")[: arguments.facts]]
             for work in WORKLOADS:
-                compare(model, facts, work, arguments)
+                count = work.times * (arguments.facts or FACTS[shape])
+                facts = [prepare(model, fact) for fact in me.load_facts("known")[:count]]
+                compare(model, facts, work, arguments.share or SHARES[shape], arguments)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,17 @@ from mechedit.methods import (
     rome,
 )
 from mechedit.models import EMBED, Model, Patch, Resume, Run, Site, Tokens, load_model
-from mechedit.moments import MomentsConfig, SecondMoment, collect_moments, load_moments, load_texts
+from mechedit.moments import (
+    Convergence,
+    MomentsConfig,
+    SecondMoment,
+    collect_moments,
+    collect_shard,
+    load_moments,
+    load_texts,
+    merge_moments,
+    plan_moments,
+)
 from mechedit.selection import SelectConfig, Selection, published_ranges, select_layers
 from mechedit.spread import edit_keys
 from mechedit.sweep import Sweep, SweepConfig, Validation, sweep_windows, windows_of
@@ -53,6 +63,7 @@ __version__ = VERSION
 __all__ = [
     "EMBED",
     "AlphaEditConfig",
+    "Convergence",
     "Corruption",
     "Edit",
     "EditRequest",
@@ -87,6 +98,7 @@ __all__ = [
     "apply_",
     "average_effects",
     "collect_moments",
+    "collect_shard",
     "edit_keys",
     "edited",
     "emmet",
@@ -101,6 +113,8 @@ __all__ = [
     "load_texts",
     "memit",
     "merge",
+    "merge_moments",
+    "plan_moments",
     "plan_trace",
     "pmet",
     "published_ranges",

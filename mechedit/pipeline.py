@@ -34,7 +34,7 @@ from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig, Scores, evaluate
 from mechedit.facts import EditRequest, Fact
-from mechedit.methods import METHODS, MethodConfig
+from mechedit.methods import METHODS, MethodConfig, check_input
 from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
 from mechedit.selection import SelectConfig, Selection, select_layers
@@ -42,6 +42,7 @@ from mechedit.selection.curves import subject_effects
 from mechedit.sweep import Sweep, SweepConfig, Validation, Window, choose, compare, held_out, sweep_windows
 from mechedit.sweep.measure import QUICK
 from mechedit.tables import read_table, where
+from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig, embedding_spread, plan_trace
 from mechedit.trace.averages import fact_totals, main_metric
 
@@ -322,9 +323,26 @@ def edit_step(
     path = run.path / file
     return run.step(
         "edit", stamp, [file],
-        lambda: METHODS[method](model, requests, layers, moments, config=config),
+        lambda: make_edit(model, requests, layers, moments, method, config, run.path / "targets"),
         lambda edit: edit.save(path), lambda: Edit.load(path),
     )  # fmt: skip
+
+
+def make_edit(
+    model: Model,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    moments: Mapping[int, SecondMoment],
+    method: str,
+    config: MethodConfig,
+    kept: Path,
+) -> Edit:
+    """Make an edit by a named method; the targets found are kept in a folder, so that an interrupted search goes on."""
+    layers = check_input(model, requests, layers, moments, None, config)
+    targets = None
+    if config.shares_targets:
+        targets = find_targets(model, requests, config.target_layer(layers), config=config.targets, cache=kept)
+    return METHODS[method](model, requests, layers, moments, config=config, targets=targets)
 
 
 def evaluate_step(

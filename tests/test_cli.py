@@ -228,6 +228,16 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     arguments = ["--requests", requests, "--moments", tmp_path, "--out", edit, "--set", "steps=8"]
     assert call("edit", *arguments, "--selection", traced / "selection.json") == 0
     assert "exists" in complaint(capsys, "edit", *arguments, "--layers", span)
+    (kept,) = (tmp_path / "targets").iterdir()
+    short = tmp_path / "short.safetensors"
+    assert call("edit", *arguments[:-2], "--set", "steps=1", "--layers", span, "--out", short) == 0
+    assert "3 targets did not converge (more steps or a larger clamp may help): " in capsys.readouterr().err
+    assert len(list((tmp_path / "targets").iterdir())) == 2
+    before = kept.stat().st_mtime_ns
+    assert call("edit", *arguments, "--layers", span, "--set", "covariance_weight=50", "--overwrite") == 0
+    # Other targets than those that are kept are not needed for another weight.
+    assert len(list((tmp_path / "targets").iterdir())) == 2
+    assert kept.stat().st_mtime_ns == before
     model = me.load_model("tiny")
     untouched = model.weights_hash()
     assert call("evaluate", "--requests", requests, "--edit", edit, "--out", tmp_path / "scores", "--json") == 0
@@ -239,6 +249,8 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     written = me.load_requests(requests)[0]
     assert f"{written.text} → {written.target_new}" in shown
     assert model.weights_hash() in shown
+    assert call("edit", "--show", short) == 0
+    assert "search    3 targets did not converge" in capsys.readouterr().out
     assert call("apply", "--edit", edit, "--out", tmp_path / "edited") == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
     ids = torch.arange(5, 15)[None]

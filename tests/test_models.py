@@ -13,7 +13,8 @@ from conftest import BACKENDS, VOCAB, hook_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mechedit.models import EMBED, Patch, Resume, Site, Tokens, load_model
+from mechedit.models import EMBED, Patch, Prefix, Resume, Site, Tokens, load_model
+from mechedit.prompts import pad
 
 LLAMA_PATHS = ("model.embed_tokens", "model.layers", "self_attn", "mlp.down_proj")
 # The test's own idea of where things are: embedding, blocks, attention, down-projection.
@@ -240,6 +241,24 @@ def test_a_prefix_stands_for_its_positions(family_model: Any, family: str) -> No
     far(family_model.run(later, moved, prefix=wrong).logits[:, 2:], full.logits)
     with pytest.raises(ValueError, match="the prefix has"):
         family_model.run(later, prefix=base.prefix.take(torch.arange(2), 3))
+
+
+def test_rows_may_begin_at_positions_of_their_own(family_model: Any) -> None:
+    """With its own prefix cached, each row runs on from its own start, also one that has none."""
+    tokens, starts = random_tokens(batch=3), torch.tensor([4, 2, 0])
+    full = family_model.run(tokens, read=[Site(1, "resid")], cache=True)
+    base = family_model.run(tokens, read=[Site(0, "resid")])[Site(0, "resid")]
+    rows = [torch.arange(int(start), 7) for start in starts]
+    later = pad([tokens.ids[i, row].tolist() for i, row in enumerate(rows)], family_model.tokenizer)
+    resid = torch.stack([torch.cat([base[i, row], base[i, :4][: 7 - len(row)]]) for i, row in enumerate(rows)])
+    for resume, first in ((None, 0), (Resume(1, resid), 1)):
+        run = family_model.run(later, read=[Site(1, "resid")], resume=resume, prefix=full.prefix.before(starts, first))
+        for i, row in enumerate(rows):
+            close(run.logits[i, : len(row)], full.logits[i, row])
+            close(run[Site(1, "resid")][i, : len(row)], full[Site(1, "resid")][i, row])
+    # Counted as if all rows had the longest prefix, positions (or what is empty before a row) would be wrong.
+    whole = full.prefix.before(starts)
+    far(family_model.run(later, prefix=Prefix(whole.layers)).logits[1, :2], full.logits[1, 2:4])
 
 
 def test_stopping_gives_the_same_reads(family_model: Any, family: str) -> None:

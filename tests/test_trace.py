@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ import torch
 from mechedit import Fact, InputError, Site, TraceConfig, trace_facts
 from mechedit.models import EMBED
 from mechedit.trace import Corruption, Sever, Spread, embedding_spread, embedding_std, plan_trace
-from mechedit.trace.cells import Cell, restore, trace_group, window_span
+from mechedit.trace.cells import Cell, all_cells, restore, trace_group, window_span
 from mechedit.trace.corruption import _unit_root
 from mechedit.trace.corruption import draw_noise as draw_unit
 from mechedit.trace.roles import role_of
@@ -576,3 +578,51 @@ def test_a_prompt_that_lacks_the_roles_asked_for_is_dropped_with_the_reason(lens
     with pytest.raises(InputError, match="no token of the role after or last"):
         trace_facts(lens_model, [ends], config)
     assert set(trace_facts(lens_model, [ends], TraceConfig(samples=2, kinds=("state",)))["fact"]) == {"ends"}
+
+
+@torch.no_grad()
+def test_a_pass_computes_what_its_cells_can_change_and_nothing_else(neo_model):
+    """Tokens times layers of what one position's cells compute: those after each first block, from there on."""
+    traced = prepare(neo_model, FACT)
+    config = TraceConfig(samples=3, kinds=("state", "mlp"), sever=("nothing", "attn"), window=2)
+    scene = set_scene(neo_model, [traced], STD, config)
+    position, n_layers = traced.subject[-1], neo_model.n_layers
+    some = sorted(
+        (cell for cell in all_cells(scene) if cell.position == position and cell.first < n_layers - 1),
+        key=lambda cell: cell.first,
+    )
+    restore(scene, some)  # which also finds the states that windows start from
+    computed: Counter[int] = Counter()
+    handles = [
+        block.attn.register_forward_hook(
+            lambda module, inputs, out, layer=layer: computed.update({layer: out[0].shape[0] * out[0].shape[1]})
+        )
+        for tree in (neo_model.twin, neo_model.plain)
+        for layer, block in enumerate(tree.transformer.h)
+    ]
+    try:
+        means = restore(scene, some)["probability"]
+    finally:
+        [handle.remove() for handle in handles]
+    changed = 3 * (len(traced.ids) - position)
+    expected = {layer: changed * sum(cell.first < layer for cell in some) for layer in range(1, n_layers)}
+    assert computed == expected
+    assert expected[1] < expected[n_layers - 1], "rows must join on the way"
+    alone = torch.cat([restore(scene, [cell])["probability"] for cell in some])
+    assert relative(means, alone) < 1e-5
+    assert relative(means[0], scene.corrupted_scores["probability"][0]) > 1e-3
+
+
+@torch.no_grad()
+def test_one_layer_and_windows_that_start_at_the_last_layer(make_model):
+    """Rows that join at the last block, from the embedding or from the states before it."""
+    for n_layer in (1, 2):
+        model = make_model("gpt2", n_layer=n_layer)
+        traced = prepare(model, FACT)
+        config = TraceConfig(samples=3, sever=("nothing", "mlp"), window=1)
+        frame = trace_group(model, [traced], STD, config)
+        for row in frame[(frame["layer"] == n_layer - 1) & (frame["position"] >= traced.subject[-1])].itertuples():
+            span = window_span(row.kind, row.layer, n_layer, 1)
+            slow = with_hooks(model, traced, row.kind, row.sever, span, row.position, config)
+            assert row.score == pytest.approx(slow, rel=1e-4, abs=0), row
+        assert frame[frame["role"] == "last"]["effect"].abs().max() > 1e-3 * frame["score"].abs().max()

@@ -14,13 +14,12 @@ from mechedit.artifacts import writable_folder
 from mechedit.cli import options
 from mechedit.cli.app import print_json, say
 from mechedit.cli.inputs import check_layers, existing_folder, load, method_config, parse_layers, parse_shard
-from mechedit.cli.showing import described, page
+from mechedit.cli.showing import described, page, say_unconverged
 from mechedit.edit import Edit, check_model, export, export_lora
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig
 from mechedit.facts import load_requests
 from mechedit.figures import run_figures
-from mechedit.methods import METHODS
 from mechedit.moments import (
     Convergence,
     MomentsConfig,
@@ -126,9 +125,11 @@ def edit_command(
     loaded = load(model or "tiny", backend, device, dtype)
     check_layers(chosen, loaded.n_layers)
     how = method_config(method, loaded, seed, settings)
-    edit = METHODS[method](loaded, edits, chosen, load_moments(moments, chosen, loaded), config=how)
+    found = load_moments(moments, chosen, loaded)
+    edit = pipeline.make_edit(loaded, edits, chosen, found, method, how, moments / "targets")
     edit.save(out)
     say(f"wrote {out}: {len(edits)} requests in layers {chosen}")
+    say_unconverged(edit)
     print_json(json_, {"edit": str(out), "layers": chosen, "requests": len(edits)})
     return 0
 

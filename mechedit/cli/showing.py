@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mechedit.cli.app import say
 from mechedit.edit import Edit, summarise
 from mechedit.methods import METHODS
 from mechedit.models import Model
@@ -51,6 +52,7 @@ def described(edit: Edit, model: Model | None = None) -> dict[str, Any]:
         "parts": [part.get("method") for part in manifest.get("parts", [])],
         "settings": manifest.get("settings", {}),
         "changed_settings": _changed(manifest),
+        "unconverged": list(manifest.get("unconverged", [])),
         "requests": [{"id": name, "fact": text} for name, text in zip(ids, texts, strict=True)],
         "layers": rows,
     }
@@ -72,10 +74,25 @@ def page(path: Path, description: Mapping[str, Any]) -> str:
     if description["settings"]:
         text = ", ".join(f"{name} = {value!r}" for name, value in changed.items()) or "the defaults"
         lines += textwrap.wrap(f"settings  {text}", _WIDTH, subsequent_indent=" " * 10)
+    if description["unconverged"]:
+        lines += textwrap.wrap(
+            f"search    {_unconverged(description['unconverged'])}", _WIDTH, subsequent_indent=" " * 10
+        )
     lines += ["", *_table(description["layers"])]
     if requests:
         lines += ["", *_requests(requests)]
     return "\n".join(lines)
+
+
+def say_unconverged(edit: Edit) -> None:
+    """Name the requests whose search for z did not converge."""
+    if edit.manifest.get("unconverged"):
+        say(_unconverged(edit.manifest["unconverged"]))
+
+
+def _unconverged(ids: Sequence[str]) -> str:
+    named = ", ".join(ids[:_LISTED]) + (", …" if len(ids) > _LISTED else "")
+    return f"{len(ids)} targets did not converge (more steps or a larger clamp may help): {named}"
 
 
 def _changed(manifest: Mapping[str, Any]) -> dict[str, Any]:

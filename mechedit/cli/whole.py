@@ -11,6 +11,7 @@ from mechedit import pipeline
 from mechedit.cli import options
 from mechedit.cli.app import print_json, say
 from mechedit.cli.inputs import check_layers, existing_folder, load, method_config, parse_layers, sampled
+from mechedit.cli.showing import say_unconverged
 from mechedit.evaluation import EvaluationConfig
 from mechedit.facts import load_facts, load_requests
 from mechedit.figures import run_figures
@@ -65,6 +66,7 @@ def run_command(
         return 3
     moments = pipeline.moments_step(folder, loaded, texts, chosen, MomentsConfig())
     edit = pipeline.edit_step(folder, loaded, edits, chosen, moments, method, how)
+    say_unconverged(edit)
     measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
     scores = pipeline.evaluate_step(folder, loaded, edits, edit, measure)
     summary = pipeline.write_summary(folder, scores, selection)

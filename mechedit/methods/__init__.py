@@ -11,6 +11,7 @@ from mechedit.methods.memit import MemitConfig, memit
 from mechedit.methods.pmet import PmetConfig, pmet
 from mechedit.methods.rome import RomeConfig, rome
 from mechedit.methods.settings import MethodConfig, configured
+from mechedit.methods.steps import check_input
 from mechedit.models import Model
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PmetConfig",
     "RomeConfig",
     "alphaedit",
+    "check_input",
     "emmet",
     "memit",
     "pmet",

@@ -386,12 +386,25 @@ def share_parameters(hf: Any) -> Any:
     return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
 
 
+class InPlaceGelu(nn.Module):
+    """The tanh form of GELU in one kernel, which writes over its input where no gradient needs it.
+
+    transformers composes the function of eight; and a fresh tensor of an MLP's width costs as much as computing it.
+    """
+
+    def forward(self, hidden: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
+        """GELU(x) ≈ x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))."""
+        if torch.is_grad_enabled():
+            return nn.functional.gelu(hidden, approximate="tanh")
+        return torch.ops.aten.gelu_(hidden, approximate="tanh")
+
+
 def _fused(model: Any) -> Any:
-    """Compute the tanh form of GELU in one kernel where transformers composes it of eight; the same function."""
+    """Give a twin's MLPs the quicker activation; what enters one is their own product, which nobody else sees."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, GELUTanh())
+            if isinstance(child, NewGELUActivation | GELUTanh):
+                setattr(module, name, InPlaceGelu())
     return model
 
 

@@ -13,21 +13,22 @@ HIDDEN_COPIES, MLP_COPIES = 12, 4
 
 
 def scene_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> int:
-    """Kept for one row of the corrupted run: states, keys, values, and the modules that are severed."""
+    """Kept for one row of the corrupted run: states, keys, values, severed modules, and where windows start from."""
     severed = len({sever.module for sever in config.severed} - {"nothing"})
-    own = (3 + severed) * model.n_layers * model.d_model * len(traced.ids) * model.dtype.itemsize
+    entries = len(set(config.kinds) - {"state"}) * len(config.sever)
+    own = (3 + severed + entries) * model.n_layers * model.d_model * len(traced.ids) * model.dtype.itemsize
     clean = len(config.kinds) * model.n_layers * model.d_model * len(traced.ids) * model.dtype.itemsize
     return own + clean // config.samples
 
 
 def pass_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> int:
-    """Needed for one row of a pass: its keys and values, a block's activations, logits in fp32 three times."""
+    """Needed for one row of a pass: a layer's keys and values, a block's activations, logits in fp32 three times."""
     tokens, size = len(traced.ids), model.dtype.itemsize
-    cached = 2 * 2 * model.n_layers * model.d_model * tokens * size
+    cached = 2 * 2 * model.d_model * tokens * size
     block = tokens * size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp)
     embedding = model.hf.get_input_embeddings()
     logits = len(traced.object_ids) * embedding.weight.shape[0] * (size + 3 * 4)
-    held = config_places(config) * model.n_layers * model.d_model * size
+    held = config_places(config) * model.d_model * size
     return cached + block + logits + held
 
 
