@@ -17,7 +17,7 @@ Transformer (MEMIT, 2023).
 from mechedit.artifacts import VERSION
 from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, Scores, evaluate
+from mechedit.evaluation import EvaluationConfig, Scores, evaluate, perplexity
 from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
 from mechedit.methods import (
     AlphaEditConfig,
@@ -45,6 +45,7 @@ from mechedit.moments import (
     plan_moments,
 )
 from mechedit.selection import SelectConfig, Selection, published_ranges, select_layers
+from mechedit.session import EditSession, StopRule
 from mechedit.spread import edit_keys
 from mechedit.sweep import Sweep, SweepConfig, Validation, sweep_windows, windows_of
 from mechedit.targets import TargetConfig, Targets, find_targets
@@ -67,6 +68,7 @@ __all__ = [
     "Corruption",
     "Edit",
     "EditRequest",
+    "EditSession",
     "EmmetConfig",
     "EvaluationConfig",
     "Fact",
@@ -86,6 +88,7 @@ __all__ = [
     "Selection",
     "Sever",
     "Site",
+    "StopRule",
     "Sweep",
     "SweepConfig",
     "TargetConfig",
@@ -114,6 +117,7 @@ __all__ = [
     "memit",
     "merge",
     "merge_moments",
+    "perplexity",
     "plan_moments",
     "plan_trace",
     "pmet",

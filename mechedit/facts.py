@@ -7,7 +7,7 @@ request is the same with the object to write instead (MEMIT §4), and the prompt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,16 +114,26 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
     if not requests:
         raise InputError("no edit requests were found, expected at least one; check the requests file")
     unique_ids((request.id for request in requests), "requests")
+    for other, request, key in conflicts(requests):
+        raise InputError(
+            f"requests {other.id!r} and {request.id!r} conflict: both rewrite {key!r} of "
+            f"{request.subject!r}, to {other.target_new!r} and to {request.target_new!r}; expected one "
+            f"object for each subject and relation: drop one of them"
+        )
+
+
+def conflicts(requests: Iterable[EditRequest]) -> Iterator[tuple[EditRequest, EditRequest, str]]:
+    """Each request that wants another object than the first about its subject and relation, or prompt.
+
+    Yields:
+        That first request, the one that conflicts with it, and the relation or prompt.
+    """
     wanted: dict[tuple[str, str], EditRequest] = {}
     for request in requests:
         for key in {request.relation, request.prompt} - {None}:
             other = wanted.setdefault((request.subject, key), request)
             if other.target_new.strip() != request.target_new.strip():
-                raise InputError(
-                    f"requests {other.id!r} and {request.id!r} conflict: both rewrite {key!r} of "
-                    f"{request.subject!r}, to {other.target_new!r} and to {request.target_new!r}; expected one "
-                    f"object for each subject and relation: drop one of them"
-                )
+                yield other, request, key
 
 
 def unique_ids(ids: Iterable[str], what: str) -> None:

@@ -32,7 +32,7 @@ from mechedit.artifacts import (
 )
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, Scores, evaluate
+from mechedit.evaluation import QUICK, EvaluationConfig, Scores, evaluate
 from mechedit.facts import EditRequest, Fact
 from mechedit.methods import METHODS, MethodConfig, check_input
 from mechedit.models import Model
@@ -40,7 +40,6 @@ from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_m
 from mechedit.selection import SelectConfig, Selection, select_layers
 from mechedit.selection.curves import subject_effects
 from mechedit.sweep import Sweep, SweepConfig, Validation, Window, choose, compare, held_out, sweep_windows
-from mechedit.sweep.measure import QUICK
 from mechedit.tables import read_table, where
 from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig, embedding_spread, plan_trace

@@ -129,35 +129,23 @@ def spread(
     prompts = Recollection(model, requests, prefixes, batch_size=config.batch_size)
     prompts.move_(layers[0])
     goals = find_goals(prompts, targets, layers, config)
+    last = max(goals, key=lambda site: site.order)
     factors, keys, records = {}, {}, []
     with preserved(model, layers):
         gaps = start = _gaps(prompts, goals)
-        last = max(goals, key=lambda site: site.order)
         for place, layer in enumerate(tqdm(layers, desc="spread", unit="layer", leave=None)):
             # Keys come from the partly edited model: earlier layers have already moved them.
-            found = prompts.keys(layer)
+            found, own = prompts.keys(layer), _own(goals, layer)
             keys[layer] = prefix_mean(found, config.convention)
-            own = _own(goals, layer)
             share = raw_change(model, layer, found, gaps[own] / shares_left(layers, place, config))
             update = rule.update(layer, keys[layer], share.T.to(keys[layer]))
             factors[layer] = Factors(left=update.left, right=update.right)
             add_(model, layer, update.delta)
             before, gaps = gaps, _gaps(prompts, goals)
-            records.append(
-                {
-                    "layer": layer,
-                    "before": relative(before[last], start[last]),
-                    "after": relative(gaps[last], start[last]),
-                    "own": relative(gaps[own], before[own]),
-                    "error": update.error,
-                    "condition": update.condition,
-                }
-            )
+            sizes = {"before": relative(before[last], start[last]), "after": relative(gaps[last], start[last])}
+            records.append(record(layer, [update], **sizes, own=relative(gaps[own], before[own])))
     manifest = {
-        "mechedit": VERSION,
-        "layers": layers,
-        "model": provenance,
-        **described(requests, targets, prefixes),
+        **described(provenance, layers, requests, targets, prefixes),
         "settings": dataclasses.asdict(config),
         "residuals": records,
         "left": left_of(gaps[last], start[last]),
@@ -294,14 +282,29 @@ def moment_matrices(
     return found
 
 
-def described(requests: Sequence[EditRequest], targets: Targets, prefixes: Sequence[str]) -> dict[str, Any]:
-    """What a manifest says of the facts and of how they were looked for."""
+def described(
+    provenance: Mapping[str, Any],
+    layers: Sequence[int],
+    requests: Sequence[EditRequest],
+    targets: Targets,
+    prefixes: Sequence[str],
+) -> dict[str, Any]:
+    """What a manifest says of the unedited model, the facts, and how they were looked for."""
     return {
+        "mechedit": VERSION,
+        "layers": list(layers),
+        "model": dict(provenance),
         "requests": [request.id for request in requests],
         "facts": [f"{request.text} → {request.target_new}" for request in requests],
         "prefixes": list(prefixes),
         "targets": dict(targets.provenance),
     }
+
+
+def record(layer: int, updates: Sequence[Update], **sizes: float) -> dict[str, Any]:
+    """One layer's line in a manifest: what was left when, and how well its systems were solved at worst."""
+    worst = {name: max(getattr(update, name) for update in updates) for name in ("error", "condition")}
+    return {"layer": layer, **sizes, **worst}
 
 
 def left_of(gap: Float[Tensor, "fact d_model"], start: Float[Tensor, "fact d_model"]) -> list[float]:

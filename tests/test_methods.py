@@ -310,6 +310,8 @@ def test_alphaedit_stays_in_the_null_space(lively: Any, moments: Any) -> None:
     config = config_of("alphaedit", lively, null_threshold=0.02)
     delta = alphaedit(lively, REQUESTS, [1], moments, PREFIXES, config).delta(1)
     space = null_space(moments[1].matrix, 0.02)
+    assert moments[1].null_space(0.02) is moments[1].null_space(0.02) is not moments[1].null_space(0.01)
+    assert torch.equal(moments[1].null_space(0.02).basis, space.basis)
     assert 0 < space.kept < 96
     assert torch.allclose(space.basis @ (space.basis.T @ delta), delta, atol=1e-9)
     assert delta.norm() > 1e-3

@@ -85,6 +85,10 @@ def _one_of(value: str, choices: Sequence[str], name: str) -> None:
         raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}: choose one of them")
 
 
+QUICK = EvaluationConfig(generation_tokens=0, answer_tokens=0)
+"""Success and exact match alone: free text takes most of an evaluation's time."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
     """Measurements of one or more model states on the same cases."""

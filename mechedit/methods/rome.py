@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.artifacts import VERSION
 from mechedit.edit import Edit, Factors, add_, copies, preserved, restore_
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
@@ -31,7 +30,7 @@ from mechedit.methods.steps import check_input, check_shared, named
 from mechedit.models import Model
 from mechedit.prompts import BARE, check_choice, check_prefixes, make_prefixes
 from mechedit.solve import Factor, Update, equality_update
-from mechedit.spread import check_made_on, check_targets, described, left_of, raw_change, relative
+from mechedit.spread import check_made_on, check_targets, described, left_of, raw_change, record, relative
 from mechedit.targets import Targets, find_targets
 
 
@@ -78,18 +77,18 @@ def rome(
     if targets is not None:
         check_shared(targets, requests, prefixes, config.targets)
         check_targets(targets, requests, layers[0], model)
-        check_made_on(targets, model)
         prefixes = targets.prefixes
     prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed))
-    (layer,), provenance = layers, model.provenance()
+    (layer,), provenance = layers, model.provenance() if targets is None else check_made_on(targets, model)
     # One layer's keys do not depend on its own down-projection: they stay as they are while it is edited.
     keys = Recollection(model, requests, [*prefixes, BARE], batch_size=config.batch_size).keys(layer)
     factor, earlier = factor_of(moments[layer], keys.device), (previous or {}).get(layer)
     found, starts, updates = [], [], []
-    originals, total = copies(model, layers), torch.zeros(model.d_mlp, model.d_model, dtype=torch.float64)
+    total = torch.zeros(model.d_mlp, model.d_model, dtype=torch.float64)
+    originals = copies(model, layers)
     with preserved(model, layers):
         for place, request in enumerate(tqdm(requests, desc="rome", unit="fact", leave=None)):
-            own = targets or find_targets(model, [request], layer, prefixes, config.targets)
+            own = find_targets(model, [request], layer, prefixes, config.targets) if targets is None else targets
             found.append(own if targets is None else _only(own, place))
             starts.append(_gap(model, layer, keys[place], found[-1], config))
             updates.append(_update(model, layer, keys[place], starts[-1], factor, earlier, config))
@@ -98,23 +97,15 @@ def rome(
             restore_(model, originals)
             add_(model, layer, total)
         ends = [_gap(model, layer, own, target, config) for own, target in zip(keys, found, strict=True)]
-    left = left_of(torch.stack(ends), torch.stack(starts))
-    after = relative(torch.stack(ends), torch.stack(starts))
-    record = {"layer": layer, "before": 1.0, "after": after, "own": after}
-    worst = {name: max(getattr(update, name) for update in updates) for name in ("error", "condition")}
+    start, end = torch.stack(starts), torch.stack(ends)
+    after = relative(end, start)
     manifest = {
-        "mechedit": VERSION,
-        "layers": layers,
-        "model": provenance,
-        **described(requests, found[0], prefixes),
-        "residuals": [record | worst],
-        "left": left,
+        **described(provenance, layers, requests, found[0], prefixes),
+        "residuals": [record(layer, updates, before=1.0, after=after, own=after)],
+        "left": left_of(end, start),
     }
-    factors = Factors(
-        left=torch.cat([update.left for update in updates], 1), right=torch.cat([update.right for update in updates])
-    )
     unconverged = [name for target in found for name in target.unconverged]
-    return named(Edit(factors={layer: factors}, manifest=manifest), "rome", config, unconverged)
+    return named(Edit(factors={layer: _joined(updates)}, manifest=manifest), "rome", config, unconverged)
 
 
 def _update(
@@ -147,6 +138,12 @@ def _gap(
 def _divided_by(keys: Float[Tensor, "prefix d_mlp"], config: RomeConfig) -> Float[Tensor, "some d_mlp"]:
     """The keys at which the value is wanted, and by which ΔW is scaled; the bare prompt's comes last."""
     return keys[:-1] if config.keys == "prefixes" else keys[-1:]
+
+
+def _joined(updates: Sequence[Update]) -> Factors:
+    """The sum of the updates, a column and a row each."""
+    left, right = [update.left for update in updates], [update.right for update in updates]
+    return Factors(left=torch.cat(left, 1), right=torch.cat(right))
 
 
 def _only(targets: Targets, place: int) -> Targets:

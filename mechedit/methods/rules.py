@@ -81,13 +81,12 @@ class InNullSpace:
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """See `null_space_update`."""
-        return null_space_update(
-            keys,
-            residuals,
-            null_space(matrix_of(self.moments[layer]).to(keys.device), self.threshold),
-            weight=self.weight,
-            previous=self.previous.get(layer),
-        )
+        moment, earlier = self.moments[layer], self.previous.get(layer)
+        if isinstance(moment, SecondMoment):
+            space = moment.null_space(self.threshold)
+        else:
+            space = null_space(torch.as_tensor(moment).to(keys.device), self.threshold)
+        return null_space_update(keys, residuals, space, weight=self.weight, previous=earlier)
 
 
 def matrix_of(moment: SecondMoment | Tensor) -> Float[Tensor, "d_mlp d_mlp"]:
@@ -101,4 +100,4 @@ def factor_of(moment: SecondMoment | Tensor, device: torch.device) -> Factor:
     Raises:
         InputError: the moment is singular.
     """
-    return factorize(matrix_of(moment).to(device))
+    return moment.factor if isinstance(moment, SecondMoment) else factorize(torch.as_tensor(moment).to(device))

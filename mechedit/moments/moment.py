@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 from mechedit.artifacts import check_provenance, read_tensors, write_tensors
 from mechedit.errors import InputError
 from mechedit.models import Model
-from mechedit.solve import Factor, factorize
+from mechedit.solve import Factor, NullSpace, factorize, null_space
 
 KEY = "provenance"
 """Where the provenance lies in the file's metadata."""
@@ -46,6 +47,20 @@ class SecondMoment:
         """
         return factorize(self.matrix, what=f"the second moment of layer {self.layer}")
 
+    def null_space(self, threshold: float | int) -> NullSpace:
+        """What old keys hardly use (`mechedit.solve.null_space`), found once for a threshold, as that is cubic work.
+
+        Raises:
+            InputError: as `mechedit.solve.null_space`.
+        """
+        if threshold not in self._spaces:
+            self._spaces[threshold] = null_space(self.matrix, threshold)
+        return self._spaces[threshold]
+
+    @functools.cached_property
+    def _spaces(self) -> dict[float | int, NullSpace]:
+        return {}
+
     def save(self, folder: str | Path) -> None:
         """Write `folder`/moments/layer_L.safetensors, atomically."""
         path = moment_path(folder, self.layer)
@@ -53,16 +68,19 @@ class SecondMoment:
 
 
 def load_moments(folder: str | Path, layers: Sequence[int], model: Model | None = None) -> dict[int, SecondMoment]:
-    """Read the moments of `layers` from `folder`/moments, checked against `model` when it is given.
+    """Read the moments of `layers` from `folder`/moments; given a `model`, checked against it and put where it is.
 
     Raises:
         InputError: a file is absent, damaged, or of another model or layer; its matrix is of too few tokens or
             not finite.
     """
     found = {layer: load_moment(folder, layer) for layer in layers}
-    if model is not None:
-        check_moments(found, model)
-    return found
+    if model is None:
+        return found
+    check_moments(found, model)
+    # Where there is no float64 they stay on the CPU, and so does all that is solved with them.
+    device = torch.device("cpu") if model.device.type == "mps" else model.device
+    return {layer: dataclasses.replace(moment, matrix=moment.matrix.to(device)) for layer, moment in found.items()}
 
 
 def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> SecondMoment:

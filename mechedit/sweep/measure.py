@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mechedit.artifacts import kept, value_hash, write_parquet
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, evaluate
+from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
 from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary, harmonic_mean
 from mechedit.facts import EditRequest, check_requests
 from mechedit.methods import METHODS, MethodConfig, recommended
@@ -29,8 +29,6 @@ from mechedit.sweep.windows import Window, check_windows
 from mechedit.tables import bootstrap_means, percentile_interval, read_table, where
 from mechedit.targets import Targets, find_targets
 
-QUICK = EvaluationConfig(generation_tokens=0, answer_tokens=0)
-"""Success and exact match alone: free text takes most of an evaluation's time."""
 SUCCESSES = ("ES", "PS", "NS")
 MAGNITUDES = ("EM", "PM", "NM")
 TABLE_COLUMNS = ("first", "last", "width", "measure", "mean", "low", "high", "n")
