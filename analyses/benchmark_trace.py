@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from measuring import Peak, load, matrix_rate, timed
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
 import mechedit as me
 from mechedit.trace.cells import trace_group, window_span
@@ -57,21 +55,6 @@ WORKLOADS = (
 )
 FACTS = {"tiny": 16, "gpt2": 3, "gptj": 3}
 SHARES = {"tiny": 0.02, "gpt2": 0.03, "gptj": 0.02}
-
-
-def load(shape: str, device: str, dtype: str) -> me.Model:
-    """The model that ships, or one of the papers' shapes with random weights and its tokenizer."""
-    tiny = me.load_model("tiny", device=device, dtype=dtype)
-    if shape == "tiny":
-        return tiny
-    torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            hf = GPT2LMHeadModel(GPT2Config()) if shape == "gpt2" else GPTJForCausalLM(GPTJConfig())
-        finally:
-            torch.set_default_dtype(torch.float32)
-    return me.load_model(hf.eval(), tokenizer=tiny.tokenizer)
 
 
 class Published:
@@ -200,57 +183,6 @@ def necessary_operations(model: me.Model, facts: Sequence[TracedFact], work: Wor
                     cost += (first < last) * (changed * 4 * model.d_model**2 + read * (block + keys))
                     total += len(work.sever) * SAMPLES * cost
     return total
-
-
-def matrix_rate(device: str, dtype: str, size: int = 2048, seconds: float = 2.0) -> float:
-    """Operations a second of large square matrix products."""
-    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    a @ b
-    wait(device)
-    begin, done = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        a @ b
-        wait(device)
-        done += 1
-    return done * 2 * size**3 / (time.perf_counter() - begin)
-
-
-def wait(device: str) -> None:
-    """Let the accelerator finish."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def timed(make: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """A result and its seconds."""
-    wait(device)
-    begin = time.perf_counter()
-    made = make()
-    wait(device)
-    return made, time.perf_counter() - begin
-
-
-class Peak:
-    """The most memory taken beyond what was there at the start."""
-
-    def __init__(self, device: str):
-        self.device = device
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak
-        self.start = self._now("VmRSS")
-
-    def taken(self) -> float:
-        """GiB."""
-        return self._now("VmHWM") - self.start
-
-    def _now(self, field: str) -> float:
-        if self.device.startswith("cuda"):
-            peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-            return (peak if field == "VmHWM" else now) / 2**30
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith(field))
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,9 @@ from mechedit.errors import InputError
 
 def check_finite(value: Tensor, what: str) -> None:
     """Raise InputError when `value` holds NaN or infinity, saying how many."""
+    # One pass: a sum is not finite where a term is not. Finite terms may add up to infinity, so that is no proof.
+    if torch.isfinite(value.sum()):
+        return
     bad = int((~torch.isfinite(value)).sum())
     if bad:
         raise InputError(
@@ -71,7 +74,8 @@ def columns_of(
         raise InputError(
             f"there are {keys.shape[1]} keys and {residuals.shape[1]} residuals, expected one of each per fact"
         )
-    return torch.cat([wide(value).to(like.device) for value in parts.values()], 1)
+    columns = [wide(value).to(like.device) for value in parts.values()]
+    return columns[0] if previous is None else torch.cat(columns, 1)
 
 
 def wide(value: Tensor) -> Tensor:

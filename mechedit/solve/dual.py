@@ -4,20 +4,22 @@
 
 Eliminating X leaves (Cᵀ M⁻¹ C + D) Y = E, one row a column of C: with D = λ that is the Woodbury form of
 X = (λM + C Cᵀ)⁻¹ C E, and with D = 0 the constraint Cᵀ X = E. Refinement works on the pair, in which nothing cancels.
+What an answer misses is watched through a few random combinations of the equations (`combinations`): with Ω M kept
+beside the factor, that takes no pass over M.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError
-from mechedit.solve.factor import EPS, TINY, Factor, cholesky, one_norm
+from mechedit.solve.factor import EPS, TINY, Factor, cholesky, combinations, one_norm
 
-PROBES = 8
 CORRECTIONS = 5
 DEPENDENT = 1e-12
 """Keys are dependent where the squared sine of the angle to those before is below this, in the metric of M⁻¹."""
@@ -34,9 +36,6 @@ class Pair:
 
     def __add__(self, other: Pair) -> Pair:
         return Pair(first=self.first + other.first, second=self.second + other.second)
-
-    def __matmul__(self, probe: Float[Tensor, "m p"]) -> Pair:
-        return Pair(first=self.first @ probe, second=self.second @ probe)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,43 +54,47 @@ class Dual:
     """Cᵀ M⁻¹ C + D."""
 
     def solve(self, facts: int) -> tuple[Pair, Pair]:
-        """The answer for E that picks the last `facts` columns, and what it misses, refined to rounding.
+        """The answer for E that picks the last `facts` columns, refined to rounding, and `seen` of what it misses.
 
-        What is missed is measured on 8 random combinations of the facts (all facts, if there are no more), scaled so
-        that its norm estimates the norm over all facts without bias; the full product with M would cost as much as
-        the solve. Only where that is above rounding is the full residual computed, and the answer corrected by it.
+        Only where that is above rounding is the full residual computed, which costs as much as the solve, and the
+        answer corrected by it.
         """
         wanted = torch.eye(len(self.slack), dtype=self.columns.dtype, device=self.columns.device)[:, -facts:]
-        probe = _probes(facts).to(self.columns.device)
         second = self.small.solve(wanted)
         answer = Pair(first=self.solved @ second, second=second)
-        missed, size = self.residual(answer @ probe, wanted @ probe)
+        missed, size = self.seen(answer, wanted)
         for _ in range(CORRECTIONS):
             if size <= len(self.columns) ** 0.5 * EPS:
                 break
-            better = answer + self._correction(self.residual(answer, wanted)[0])
-            left, smaller = self.residual(better @ probe, wanted @ probe)
+            better = answer + self._correction(self._residual(answer, wanted))
+            left, smaller = self.seen(better, wanted)
             if not smaller < size:
                 break
             answer, missed, size = better, left, smaller
         return answer, missed
 
-    def residual(self, answer: Pair, wanted: Float[Tensor, "column m"]) -> tuple[Pair, float]:
-        """What (X, Y) misses of the equations, and that relative to the rounding of their terms."""
-        x, y = answer.first, answer.second
-        seen, allowed = self.columns.T @ x, self.slack[:, None] * y
-        first = self.columns @ y - (x if self.factor is None else self.factor.matrix @ x)
-        second = wanted - seen - allowed
+    def seen(self, answer: Pair, wanted: Float[Tensor, "column m"]) -> tuple[Pair, float]:
+        """Ω times what (X, Y) misses of each of the two equations, and that relative to the rounding of their terms.
+
+        Its norms estimate those of the full residuals (see `combinations`).
+        """
+        x, y, (over, _) = answer.first, answer.second, self._probed
+        small = combinations(len(self.slack), self.columns)
+        kept, allowed, asked = (small @ self.columns.T) @ x, (small * self.slack) @ y, small @ wanted
+        first = over @ y - self._sketch @ x
+        second = asked - kept - allowed
         scale = 1.0 if self.factor is None else self.factor.norm
         # C Y may be far smaller than its terms, where facts repeat each other.
         upper = float(first.norm() / (scale * x.norm() + self.columns.norm() * y.norm()).clamp_min(TINY))
-        lower = float(second.norm() / (seen.norm() + allowed.norm() + wanted.norm()).clamp_min(TINY))
+        lower = float(second.norm() / (kept.norm() + allowed.norm() + asked.norm()).clamp_min(TINY))
         return Pair(first=first, second=second), max(upper, lower)
 
-    def ridge_error(self, missed: Pair, weight: float | int, facts: int) -> float:
-        """‖(λM + C Cᵀ) X − K‖ / ‖K‖ where D = λ; it equals ‖λ·first + C·second‖ / ‖K‖."""
-        size = self.columns[:, -facts:].norm().clamp_min(TINY)
-        return float((weight * missed.first + self.columns @ missed.second).norm() / size)
+    def ridge_error(self, left: Float[Tensor, "d fact"], weight: float | int) -> float:
+        """‖(λM + C Cᵀ) X − K‖ / ‖K‖ where K holds the last columns of C, estimated by ‖Ω((λM + C Cᵀ) X − K)‖."""
+        over, outer = self._probed
+        facts = left.shape[1]
+        missed = (weight * self._sketch + outer) @ left - over[:, -facts:]
+        return float(missed.norm() / self.columns[:, -facts:].norm().clamp_min(TINY))
 
     def ridge_condition(self, weight: float | int) -> float:
         """(λ‖M‖₁ + ‖C Cᵀ‖₁)·‖M⁻¹‖₁/λ, an estimate of κ₁ of λM + C Cᵀ from norms that are cheap once M is factored.
@@ -102,6 +105,27 @@ class Dual:
         norm, inverse = (1.0, 1.0) if self.factor is None else (self.factor.norm, self.factor.inverse_norm)
         outer = one_norm(lambda probe: self.columns @ (self.columns.T @ probe), self.columns)
         return (weight * norm + outer) * inverse / weight
+
+    @property
+    def _sketch(self) -> Float[Tensor, "probe d"]:
+        """Ω M."""
+        return combinations(len(self.columns), self.columns) if self.factor is None else self.factor.sketch
+
+    @cached_property
+    def _probed(self) -> tuple[Float[Tensor, "probe column"], Float[Tensor, "probe d"]]:
+        """Ω C and Ω C Cᵀ."""
+        probes = combinations(len(self.columns), self.columns) if self.factor is None else self.factor.probes
+        over = probes @ self.columns
+        return over, over @ self.columns.T
+
+    def _residual(self, answer: Pair, wanted: Float[Tensor, "column m"]) -> Pair:
+        """What (X, Y) misses of the equations."""
+        x, y = answer.first, answer.second
+        forces = x if self.factor is None else self.factor.matrix @ x
+        return Pair(
+            first=self.columns @ y - forces,
+            second=wanted - self.columns.T @ x - self.slack[:, None] * y,
+        )
 
     def _correction(self, missed: Pair) -> Pair:
         """(X, Y) of M X − C Y = first and Cᵀ X + D Y = second."""
@@ -123,14 +147,6 @@ def dual(columns: Float[Tensor, "d column"], slack: Float[Tensor, " column"], fa
     if reached < len(small):
         raise InputError(_dependence(small, reached))
     return Dual(columns=columns, slack=slack, factor=factor, solved=solved, small=Factor(matrix=small, lower=lower))
-
-
-def _probes(facts: int) -> Float[Tensor, "fact probe"]:
-    """Columns ω with E[ω ωᵀ] summing to the identity; the same at every call."""
-    if facts <= PROBES:
-        return torch.eye(facts, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(facts, PROBES, dtype=torch.float64, generator=generator) / PROBES**0.5
 
 
 def _dependence(small: Float[Tensor, "column column"], reached: int) -> str:

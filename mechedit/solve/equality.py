@@ -34,8 +34,8 @@ def equality_update(
 
     Returns:
         Factors of rank the number of facts. `error` is the larger of ‖N X − K Y‖ / ‖K Y‖ and ‖Kᵀ X + αY − I‖ / ‖I‖,
-        where X = N⁻¹ K Y is the left factor and Y = (Kᵀ N⁻¹ K + αI)⁻¹ (over 8 facts: estimated from 8 random
-        combinations of their columns); `condition` is that of Kᵀ N⁻¹ K + αI, ‖A‖₁ exact and ‖A⁻¹‖₁ by Hager's
+        where X = N⁻¹ K Y is the left factor and Y = (Kᵀ N⁻¹ K + αI)⁻¹ (each estimated from 16 random combinations of
+        its rows, where there are more); `condition` is that of Kᵀ N⁻¹ K + αI, ‖A‖₁ exact and ‖A⁻¹‖₁ by Hager's
         estimate. That of M is `Factor.condition`.
 
     Raises:

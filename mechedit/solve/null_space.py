@@ -92,9 +92,9 @@ def null_space_update(
 
     Returns:
         Factors of rank at most the number of facts. `error` is ‖(S + wI) X − U‖ / ‖U‖ with S = U Uᵀ + U_p U_pᵀ (by
-        Woodbury and over 8 facts: estimated from 8 random combinations of the columns of X); `condition` is
-        that of S + wI, where ‖A⁻¹‖₁ is Hager's estimate (by Woodbury: 1 + ‖S‖₁/w, a bound but for the
-        step from 2-norms to 1-norms).
+        Woodbury: estimated from 16 random combinations of the rows, where there are more); `condition` is that of
+        S + wI, where ‖A⁻¹‖₁ is Hager's estimate (by Woodbury: 1 + ‖S‖₁/w, a bound but for the step from 2-norms to
+        1-norms).
 
     Raises:
         InputError: an input is not finite or of the wrong size; the weight is not above zero.
@@ -104,8 +104,8 @@ def null_space_update(
     inside = basis.T @ columns_of(keys, residuals, previous, basis)
     if inside.shape[1] < space.kept:
         system = dual(inside, inside.new_full((inside.shape[1],), weight), None)
-        answer, missed = system.solve(facts)
-        left, error, condition = answer.first, system.ridge_error(missed, weight, facts), system.ridge_condition(weight)
+        left = system.solve(facts)[0].first
+        error, condition = system.ridge_error(left, weight), system.ridge_condition(weight)
     else:
         ridge = weight * torch.eye(space.kept, dtype=basis.dtype, device=basis.device)
         left, error, condition = solve_sum(ridge, inside, facts)

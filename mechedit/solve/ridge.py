@@ -33,8 +33,8 @@ def ridge_update(
         previous: K_p, keys of earlier edits, whose outputs are to stay.
 
     Returns:
-        Factors of rank at most the number of facts. `error` is ‖(λM + K_p K_pᵀ + K Kᵀ) X − K‖ / ‖K‖ (from a `Factor`
-        and over 8 facts: estimated from 8 random combinations of the columns of X); `condition` is that of the sum,
+        Factors of rank at most the number of facts. `error` is ‖(λM + K_p K_pᵀ + K Kᵀ) X − K‖ / ‖K‖ (from a `Factor`:
+        estimated from 16 random combinations of the rows, where there are more); `condition` is that of the sum,
         ‖A‖₁‖A⁻¹‖₁ with Hager's estimate of the latter (from a `Factor`: (λ‖M‖₁ + ‖C Cᵀ‖₁)‖M⁻¹‖₁/λ with C = [K_p, K],
         which does not see where new keys lift the smallest eigenvalues of λM and is then too high).
 
@@ -49,9 +49,8 @@ def ridge_update(
     facts = keys.shape[1]
     if isinstance(moment, Factor) and weight > 0 and columns.shape[1] < len(columns):
         system = dual(columns, columns.new_full((columns.shape[1],), weight), moment)
-        answer, missed = system.solve(facts)
-        error, condition = system.ridge_error(missed, weight, facts), system.ridge_condition(weight)
-        return finish(answer.first, error, condition, keys, residuals)
+        left = system.solve(facts)[0].first
+        return finish(left, system.ridge_error(left, weight), system.ridge_condition(weight), keys, residuals)
     precision = moment.precision if isinstance(moment, Factor) else "float64"
     return finish(*solve_sum(weight * matrix, columns, facts, precision), keys, residuals)
 
