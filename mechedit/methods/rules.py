@@ -101,4 +101,4 @@ def factor_of(moment: SecondMoment | Tensor, device: torch.device) -> Factor:
     Raises:
         InputError: the moment is singular.
     """
-    return factorize(matrix_of(moment).to(device))
+    return moment.factor if isinstance(moment, SecondMoment) else factorize(torch.as_tensor(moment).to(device))
