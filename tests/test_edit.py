@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ def test_weights_are_summed_in_float64_and_rounded_once(make_model: Any) -> None
         assert not torch.equal(model.down_projection(0), start.float() + edit.delta(0).float())
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """A process that is started in the background may have been told to ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("change", [apply_, undo_, export, lambda model, edit: edited(model, edit).__enter__()])
 def test_ctrl_c_between_two_layers_leaves_everything_as_it_was(
     lens_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any
@@ -111,6 +121,7 @@ def test_ctrl_c_between_two_layers_leaves_everything_as_it_was(
         undo_(lens_model, edit)
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_waits_until_all_layers_are_back(lens_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before, originals = weights(lens_model), copies(lens_model, LAYERS)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGe
 from mechedit import Fact, InputError, TraceConfig
 from mechedit.models import EMBED, Patch, Resume, Site, Tokens, load_model
 from mechedit.models.families import FAMILIES
-from mechedit.trace.cells import Cell, CellRows, restore, sever_patches, shifted
 from mechedit.trace.config import PART_OF_KIND
+from mechedit.trace.rows import Cell, CellRows, restore, sever_patches, shifted
 from mechedit.trace.scene import set_scene
 from mechedit.trace.subject import prepare
 
@@ -125,7 +126,8 @@ def test_restoring_from_prefix_and_residual_equals_full_runs(family_model: Any) 
     for kind, sever in [("state", "nothing"), ("state", "mlp"), ("state", "attn"), ("mlp", "attn"), ("attn", "mlp")]:
         site = Site(1, PART_OF_KIND[kind])
         cell = Cell(kind, sever, 1, 0, position, 1, 2)
-        severed = sever_patches(scene, CellRows.of(scene, [cell]), 0, 0)
+        whole = dataclasses.replace(CellRows.of(scene, [cell]), start=0)
+        severed = [patch for layer in range(family_model.n_layers) for patch in sever_patches(whole, layer)]
         restored = Patch(site, torch.full((3, 1), position), scene.clean[site][fact, position, None])
         patches = [shifted(scene.noise, rows, 0), *severed, restored]
         keep = torch.arange(len(traced.object_ids)) + traced.prompt_length - 1

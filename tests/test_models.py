@@ -160,6 +160,47 @@ def test_patches_do_what_plain_hooks_do(family_model: Any, family: str) -> None:
         close(run[site], values[site])
 
 
+def test_without_gradients_a_run_writes_in_place_and_gives_the_same(family_model: Any) -> None:
+    tokens, patches, sites = random_tokens(), many_patches(family_model), all_sites(family_model)
+    run = family_model.run(tokens, patches, sites, keep=torch.tensor([6]))
+    before = [patch.value.clone() for patch in patches]
+    with torch.no_grad():
+        for _ in range(2):  # nothing that a run keeps or was given may be written over
+            again = family_model.run(tokens, patches, sites, keep=torch.tensor([6]))
+            close(again.logits, run.logits)
+            for site in sites:
+                close(again[site], run[site])
+            alone = family_model.run(tokens, patches, keep=torch.tensor([6]))
+            close(alone.logits, run.logits)
+            far(family_model.run(tokens, keep=torch.tensor([6])).logits, run.logits)
+    for patch, value in zip(patches, before, strict=True):
+        assert torch.equal(patch.value, value)
+
+
+def test_runs_that_nobody_looks_into_equal_the_backends(family_model: Any, family: str) -> None:
+    """They go without its hooks: whole, resumed, stopped, with keys and values kept and reused."""
+    tokens, last = random_tokens(batch=3), Site(1, "resid")
+    seen = family_model.run(tokens, read=all_sites(family_model), cache=True)
+    with torch.no_grad():
+        bare = family_model.run(tokens, cache=True)
+        close(bare.logits, seen.logits)
+        close(family_model.run(tokens, read=[last], stop_after=1)[last], seen[last])
+        resume = Resume(1, seen[Site(0, "resid")])
+        close(family_model.run(tokens, keep=torch.tensor([6, 2]), resume=resume).logits, seen.logits[:, [6, 2]])
+        later = Tokens(tokens.ids[:, 3:], tokens.mask[:, 3:])
+        with counted_blocks(family_model, family) as calls:
+            run = family_model.run(
+                later,
+                read=[last],
+                resume=Resume(1, seen[Site(0, "resid")][:, 3:]),
+                stop_after=1,
+                prefix=bare.prefix.take(torch.arange(3), 3, 1, 1),
+            )
+        assert calls == {1: 1}
+        close(run[last], seen[last][:, 3:])
+        far(family_model.run(tokens, read=[last], resume=Resume(1, seen[last]), stop_after=1)[last], seen[last])
+
+
 def test_each_patch_matters_and_order_does_not(small_model: Any) -> None:
     tokens, patches = random_tokens(), many_patches(small_model)
     logits = small_model.run(tokens, patches).logits

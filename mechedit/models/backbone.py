@@ -7,18 +7,15 @@ only in how they reach a site.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -26,51 +23,10 @@ from mechedit.artifacts import VERSION, value_hash
 from mechedit.errors import InputError
 from mechedit.models.base import Keep, Patch, Prefix, Resume, Run, Site, Tokens
 from mechedit.models.families import family_of
+from mechedit.models.steps import Step, Stopped, Write, end_of, entries_of, looks_at_the_end
+from mechedit.models.twin import Forwards, fused, replaced, share_parameters
 
-Forwards = dict[nn.Module, Callable[..., Any]]
-"""What modules compute in place of their own forward."""
-_ABSENT = object()
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class Write:
-    """Values to put at chosen (row, position) pairs of one activation."""
-
-    rows: Int[Tensor, " entry"]
-    columns: Int[Tensor, " entry"]
-    value: Float[Tensor, "entry width"]
-    add: bool = False
-
-    def __call__(self, activation: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
-        """Write into a copy, so that what was read before stays as it was and gradients reach the value."""
-        written = activation.clone()
-        at = (self.rows.to(activation.device), self.columns.to(activation.device))
-        value = self.value.to(activation)
-        written[at] = activation[at] + value if self.add else value
-        return written
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What one run does at one site."""
-
-    site: Site
-    writes: tuple[Write, ...]
-    """In the order in which the patches were given."""
-    read: bool
-
-    def __call__(self, activation: Tensor, values: dict[Site, Tensor]) -> Tensor:
-        """Apply the writes, note the result in `values` if it was asked for, and return it."""
-        for write in self.writes:
-            activation = write(activation)
-        if self.read:
-            values[self.site] = activation
-        return activation
-
-
-class Stopped(Exception):  # noqa: N818 - the wanted end of a run, not an error
-    """Leaves the forward pass after the last block that was asked for."""
 
 
 class Backbone:
@@ -92,8 +48,8 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name
         self.family = family_of(hf)
-        self.plain = _fused(share_parameters(hf))
-        self.twin = self._wrap(_fused(share_parameters(hf)))
+        self.plain = fused(share_parameters(hf))
+        self.twin = self._wrap(fused(share_parameters(hf)))
         # After wrapping, because a backend may have made parameters of its own.
         self.twin.requires_grad_(False)
         implementation = getattr(hf.config, "_attn_implementation", None)
@@ -132,14 +88,14 @@ class Backbone:
         kept = _kept(keep, tokens, self.device)
         by_row = kept if isinstance(kept, Tensor) and kept.ndim == 2 else None
         inputs = {**self._inputs(tokens, prefix, cache), "logits_to_keep": kept if by_row is None else 0}
-        if self._plain_fits and all(_looks_at_the_end(step, stop_after) for step in steps):
+        if self._plain_fits and all(looks_at_the_end(step, stop_after) for step in steps):
             with self._kept_only(kept), self._unembedded(self.plain, by_row):
                 run = self._forward_plain(inputs, steps, resume, stop_after)
         else:
             forwards = self._skipped(self.twin, resume) | self._unvisited(steps, resume, stop_after)
             unseen = forwards.get(self._blocks(self.twin)[-1]) is self._blocks(self.plain)[-1]
             with replaced(forwards), self._kept_only(kept if unseen else 0), self._unembedded(self.twin, by_row):
-                run = self._forward(inputs, steps, _end(steps, stop_after, cache))
+                run = self._forward(inputs, steps, end_of(steps, stop_after, cache))
         if not cache:
             return run
         layers = inputs["past_key_values"].layers
@@ -257,7 +213,7 @@ class Backbone:
         for patch in patches:
             # Severing passes one tensor of positions for many sites; look into it once.
             if id(patch.positions) not in places:
-                places[id(patch.positions)] = _entries(patch.positions, tokens)
+                places[id(patch.positions)] = entries_of(patch.positions, tokens)
             if patch.site.layer <= last:
                 writes.setdefault(patch.site, []).append(self._write(patch, places[id(patch.positions)]))
         wanted = set(read)
@@ -380,69 +336,6 @@ class Backbone:
         return list(model.get_submodule(self.family.blocks).children())
 
 
-def share_parameters(hf: Any) -> Any:
-    """Copy a model's module tree, but not its parameters and buffers: those are the same objects."""
-    tensors = [*hf.parameters(), *hf.buffers()]
-    return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
-
-
-class InPlaceGelu(nn.Module):
-    """The tanh form of GELU in one kernel, which writes over its input where no gradient needs it.
-
-    transformers composes the function of eight; and a fresh tensor of an MLP's width costs as much as computing it.
-    """
-
-    def forward(self, hidden: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
-        """GELU(x) ≈ x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))."""
-        if torch.is_grad_enabled():
-            return nn.functional.gelu(hidden, approximate="tanh")
-        return torch.ops.aten.gelu_(hidden, approximate="tanh")
-
-
-def _fused(model: Any) -> Any:
-    """Give a twin's MLPs the quicker activation; what enters one is their own product, which nobody else sees."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation | GELUTanh):
-                setattr(module, name, InPlaceGelu())
-    return model
-
-
-def _looks_at_the_end(step: Step, stop_after: int | None) -> bool:
-    """Whether a step only reads the residual that a run ends with."""
-    return stop_after is not None and not step.writes and step.site == Site(stop_after, "resid")
-
-
-@contextlib.contextmanager
-def replaced(forwards: Forwards) -> Iterator[None]:
-    """Let modules compute something else, and give them their own forward back at the end.
-
-    Replacing the forward keeps the model's list of blocks whole, because some models look up masks and layer
-    types by a block's index.
-    """
-    # A backend may have put a forward of its own on the instance, so it is put back and not just removed.
-    saved = {module: module.__dict__.get("forward", _ABSENT) for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, forward in saved.items():
-            if forward is _ABSENT:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
-
-
-def _end(steps: Sequence[Step], stop_after: int | None, cache: bool) -> Site | None:
-    """Where a run may stop: at the last site that is looked at, if it lies in the block after which it stops."""
-    if stop_after is None:
-        return None
-    # In a block whose attention and MLP are parallel, the keys and values may not be there yet.
-    looked_at = steps and steps[-1].site.part != "embed" and steps[-1].site.layer == stop_after and not cache
-    return steps[-1].site if looked_at else Site(stop_after, "resid")
-
-
 def _cache(prefix: Prefix | None) -> DynamicCache:
     """A cache that starts with a prefix's keys and values, without copying them."""
     # Without a config every layer keeps all positions, also those with a sliding window.
@@ -474,19 +367,3 @@ def _kept(keep: Keep, tokens: Tokens, device: torch.device) -> Keep:
         if len(rows) != batch or not 0 <= int(rows.min()) <= int(rows.max()) < width or (rows.diff(dim=1) == 0).any():
             raise ValueError(f"kept positions {rows.tolist()} are not {batch} rows of different ones below {width}")
     return keep.to(device)
-
-
-def _entries(positions: Int[Tensor, "batch slot"], tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, slots and positions of the entries to write (those not −1)."""
-    batch, width = tokens.ids.shape
-    if positions.shape[0] != batch:
-        raise ValueError(f"a patch has positions for {positions.shape[0]} rows, expected {batch}")
-    # On the CPU, so that checking does not wait for the accelerator once a check.
-    where = positions.cpu()
-    if where.numel() and not -1 <= int(where.min()) <= int(where.max()) < width:
-        raise ValueError(f"a patch has positions outside −1 to {width - 1}, the batch's width")
-    rows, slots = (where >= 0).nonzero(as_tuple=True)
-    columns = where[rows, slots]
-    if len(torch.unique(rows * width + columns)) != len(rows):
-        raise ValueError("a patch writes one position of a row twice; use a patch for each")
-    return rows, slots, columns

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from mechedit.models.backbone import Backbone, Step, Stopped
+from mechedit.models.backbone import Backbone
 from mechedit.models.base import Run, Site
+from mechedit.models.steps import Step, Stopped
 
 _LEVEL = 2_000
 """Marks our hooks, so that only they are removed afterwards."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mechedit.errors import InputError
-from mechedit.models.backbone import Backbone, share_parameters
+from mechedit.models.backbone import Backbone
 from mechedit.models.base import EMBED, Part, Patch, Run, Site, Tokens
+from mechedit.models.twin import share_parameters
 
 _WIDTH = 6
 _WRITTEN: tuple[Part, ...] = ("embed", "attn_out", "mlp_key", "mlp_out", "resid")

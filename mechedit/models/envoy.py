@@ -8,8 +8,9 @@ from typing import Any
 from nnsight import NNsight
 from torch import Tensor, nn
 
-from mechedit.models.backbone import Backbone, Step
+from mechedit.models.backbone import Backbone
 from mechedit.models.base import Run, Site
+from mechedit.models.steps import Step
 
 
 class EnvoyModel(Backbone):
