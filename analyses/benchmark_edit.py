@@ -303,7 +303,8 @@ class Clocked:
 
 def edits(given: Setting) -> None:
     """Many edits end to end, as `memit` makes them in the settings that ship with the model, but for λ."""
-    model, config, almanac = given.model, me.recommended("memit", given.model), given.model.name == "tiny"
+    model, almanac = given.model, given.model.name == "tiny"
+    config = me.recommended("memit", model)
     assert isinstance(config, me.MemitConfig)
     layers = [layer for layer in given.layers if layer <= given.target]
     requests = invented(given.arguments.edits, almanac)
@@ -323,12 +324,12 @@ def edits(given: Setting) -> None:
         after = said(model, asked), said(model, known)
     way = "of the dense sum" if len(requests) >= model.d_mlp else "with the kept factor"
     rest = searching + writing - rule.seconds
-    more = "" if len(requests) >= 10_000 else f" ({rest / len(requests) * 10_000 / 60:.1f} minutes for 10,000 facts)"
     print(
         f"edits, {len(requests)} facts into layers {layers}, weight {weight:g}: targets {searching:.1f} s "
-        f"({len(found.unconverged)} not converged), keys and states {writing - rule.seconds:.1f} s{more}, solve "
-        f"{rule.seconds:.1f} s ({way}); the new object is the greedy answer for {before[0]:.1%} before and "
-        f"{after[0]:.1%} after, the old one of other facts for {before[1]:.1%} and {after[1]:.1%}; {taken:.2f} GiB",
+        f"({len(found.unconverged)} not converged), keys and states {writing - rule.seconds:.1f} s, solve "
+        f"{rule.seconds:.1f} s ({way}); without the solve that is {rest / len(requests) * 10_000 / 60:.1f} minutes for "
+        f"10,000 facts; the new object is the greedy answer for {before[0]:.1%} before and {after[0]:.1%} after, "
+        f"that of the facts that ship for {before[1]:.1%} and {after[1]:.1%}; {taken:.2f} GiB",
         flush=True,
     )
 
