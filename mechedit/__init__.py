@@ -17,8 +17,8 @@ Transformer (MEMIT, 2023).
 from mechedit.artifacts import VERSION
 from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, Scores, evaluate, perplexity
-from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
+from mechedit.evaluation import EvaluationConfig, Scores, evaluate, evaluate_zsre, perplexity
+from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests, load_snippets, load_word_weights
 from mechedit.methods import (
     AlphaEditConfig,
     EmmetConfig,
@@ -106,6 +106,7 @@ __all__ = [
     "edited",
     "emmet",
     "evaluate",
+    "evaluate_zsre",
     "export",
     "export_lora",
     "find_targets",
@@ -113,7 +114,9 @@ __all__ = [
     "load_model",
     "load_moments",
     "load_requests",
+    "load_snippets",
     "load_texts",
+    "load_word_weights",
     "memit",
     "merge",
     "merge_moments",

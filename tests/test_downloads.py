@@ -176,7 +176,7 @@ def test_a_missing_file_and_a_missing_server_are_named(site, tmp_path):
 def test_a_silent_server_is_given_up(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/data.bin"
-        with pytest.raises(InputError, match="cannot download .*timed out"):
+        with pytest.raises(InputError, match=r"cannot download .*timed out"):
             fetch(Remote(url=url), tmp_path, timeout=0.2)
 
 

@@ -5,6 +5,7 @@ from mechedit.evaluation.generation import generate, ngram_entropy, uniform_draw
 from mechedit.evaluation.likelihood import TargetScore, score_targets
 from mechedit.evaluation.perplexity import perplexity
 from mechedit.evaluation.scores import QUICK, EvaluationConfig, Scores
+from mechedit.evaluation.zsre import evaluate_zsre
 
 __all__ = [
     "QUICK",
@@ -12,6 +13,7 @@ __all__ = [
     "Scores",
     "TargetScore",
     "evaluate",
+    "evaluate_zsre",
     "generate",
     "ngram_entropy",
     "perplexity",

@@ -24,6 +24,11 @@ EntropyForm = Literal["averaged", "sum"]
 
 MEASURES = ("ES", "PS", "NS", "EM", "PM", "NM", "exact_match", "exact_match_paraphrase", "GE")
 """Measured prompt by prompt; S follows from the first three."""
+ZSRE_MEASURES = (
+    *("efficacy", "paraphrase", "specificity"),
+    *("exact_match", "exact_match_paraphrase", "exact_match_neighborhood"),
+)
+"""Measured prompt by prompt by `evaluate_zsre`; again S follows from the first three."""
 PUBLISHED_UNIT = 100.0
 """Summaries are in the papers' units: shares and probabilities in percent, entropies in bits × 100."""
 TABLE_COLUMNS = ("case", "measure", "kind", "prompt", "value", "state")
@@ -116,10 +121,15 @@ class Scores:
         return tuple(self.provenance) or tuple(self.table["state"].unique())
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """Those of the protocol, CounterFact's or zsRE's, with data or not."""
+        return ZSRE_MEASURES if ZSRE_MEASURES[0] in set(self.table["measure"]) else MEASURES
+
+    @property
     def counts(self) -> dict[str, dict[str, int]]:
         """For each measure: cases with data, cases `missing` it, and prompts measured (one state)."""
         state = where(self.table, state=self.states[0]) if self.states else self.table
-        by_measure = {measure: where(state, measure=measure) for measure in MEASURES}
+        by_measure = {measure: where(state, measure=measure) for measure in self.measures}
         return {
             measure: {
                 "cases": len(set(rows["case"])),
@@ -133,8 +143,8 @@ class Scores:
         """Mean, interval and number of cases of each measure, in the papers' units (× 100).
 
         Prompts are averaged within a case, then cases. The interval is the percentile bootstrap over
-        cases. S is the harmonic mean of ES, PS and NS, with the three resampled together. A measure
-        without data is absent.
+        cases. S is the harmonic mean of ES, PS and NS, or of zsRE's three, with the three resampled together.
+        A measure without data is absent.
 
         Args:
             state: which model state; may be left out when there is only one.
@@ -148,12 +158,12 @@ class Scores:
         draws = bootstrap_means(values, seed=self.config.seed, resamples=self.config.resamples)
         means, counts = np.nanmean(values, axis=0), (~np.isnan(values)).sum(axis=0).tolist()
         entries = {measure: self._entry(means[i], draws[:, i], counts[i]) for i, measure in enumerate(measures)}
-        if {"ES", "PS", "NS"} <= set(measures):
-            parts = [measures.index(measure) for measure in ("ES", "PS", "NS")]
+        joined, others = self.measures[:3], self.measures[3:]
+        if set(joined) <= set(measures):
+            parts = [measures.index(measure) for measure in joined]
             mean, joint = harmonic_mean(means[None, parts])[0], harmonic_mean(draws[:, parts])
             entries["S"] = self._entry(mean, joint, min(counts[part] for part in parts))
-        order = ("ES", "PS", "NS", "S", *MEASURES[3:])
-        return {measure: entries[measure] for measure in order if measure in entries}
+        return {measure: entries[measure] for measure in (*joined, "S", *others) if measure in entries}
 
     def _entry(self, mean: float, draws: Float[np.ndarray, " resample"], n: int) -> dict[str, float | int]:
         low, high = percentile_interval(draws[:, None] * PUBLISHED_UNIT, self.config.confidence)

@@ -9,7 +9,7 @@ from mechedit.facts.fact import EditRequest, Fact, Neighbor, check_template, che
 from mechedit.facts.loading import load_facts, load_requests, shipped
 from mechedit.facts.published import PUBLISHED
 from mechedit.facts.records import read_records
-from mechedit.facts.references import Snippets, WordWeights, load_snippets, load_word_weights
+from mechedit.facts.references import Snippets, WordWeights, load_snippets, load_word_weights, texts_by_object
 
 __all__ = [
     "PUBLISHED",
@@ -29,5 +29,6 @@ __all__ = [
     "load_word_weights",
     "read_records",
     "shipped",
+    "texts_by_object",
     "unique_ids",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from mechedit.artifacts import read_json
 from mechedit.errors import InputError
+from mechedit.facts.fact import EditRequest
 from mechedit.facts.published import published_files
 from mechedit.facts.records import Record, read_records
 
@@ -48,6 +49,19 @@ def load_snippets(source: str | Path = "counterfact", *, cache: str | Path | Non
     if not any(found.values()):
         raise InputError(f"{str(path)!r} holds no texts, expected a list of records with samples: check the file")
     return {key: tuple(texts) for key, texts in found.items() if texts}
+
+
+def texts_by_object(snippets: Snippets, requests: Iterable[EditRequest]) -> Snippets:
+    """The texts that requests can be compared with, by relation and new object as the requests name them.
+
+    The release knows objects by id alone, so a request finds its texts by `target_id`.
+    """
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for request in requests:
+        texts = snippets.get((request.relation or "", request.target_id or ""))
+        if texts:
+            found[request.relation or "", request.target_new] = texts
+    return found
 
 
 def load_word_weights(source: str | Path = "counterfact", *, cache: str | Path | None = None) -> WordWeights:
