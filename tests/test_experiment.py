@@ -11,8 +11,6 @@ from mechedit import InputError, load_facts
 from mechedit.facts import check_requests
 
 FACTS = load_facts("known")
-KNOWN = {fact.text: fact.object for fact in FACTS}
-SUBJECT = {fact.text: fact.subject for fact in FACTS}
 
 
 def test_requests_ask_for_another_object_of_the_relation_and_neighbors_keep_theirs():
