@@ -17,7 +17,15 @@ Transformer (MEMIT, 2023).
 from mechedit.artifacts import VERSION
 from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, Scores, evaluate, perplexity
+from mechedit.evaluation import (
+    Baseline,
+    EvaluationConfig,
+    References,
+    Scores,
+    evaluate,
+    measure_baseline,
+    perplexity,
+)
 from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
 from mechedit.methods import (
     AlphaEditConfig,
@@ -64,6 +72,7 @@ __version__ = VERSION
 __all__ = [
     "EMBED",
     "AlphaEditConfig",
+    "Baseline",
     "Convergence",
     "Corruption",
     "Edit",
@@ -79,6 +88,7 @@ __all__ = [
     "Neighbor",
     "Patch",
     "PmetConfig",
+    "References",
     "Resume",
     "RomeConfig",
     "Run",
@@ -114,6 +124,7 @@ __all__ = [
     "load_moments",
     "load_requests",
     "load_texts",
+    "measure_baseline",
     "memit",
     "merge",
     "merge_moments",
