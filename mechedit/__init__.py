@@ -17,16 +17,31 @@ Transformer (MEMIT, 2023).
 from mechedit.artifacts import VERSION
 from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, Scores, evaluate, evaluate_zsre, perplexity
+from mechedit.evaluation import (
+    Baseline,
+    EvaluationConfig,
+    References,
+    Scores,
+    evaluate,
+    evaluate_zsre,
+    measure_baseline,
+    perplexity,
+)
 from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests, load_snippets, load_word_weights
 from mechedit.methods import (
     AlphaEditConfig,
     EmmetConfig,
+    FineTuneBallConfig,
+    FineTuneConfig,
+    FineTuneDecayConfig,
     MemitConfig,
     PmetConfig,
     RomeConfig,
     alphaedit,
     emmet,
+    ft,
+    ft_l,
+    ft_w,
     memit,
     pmet,
     recommended,
@@ -64,6 +79,7 @@ __version__ = VERSION
 __all__ = [
     "EMBED",
     "AlphaEditConfig",
+    "Baseline",
     "Convergence",
     "Corruption",
     "Edit",
@@ -72,6 +88,9 @@ __all__ = [
     "EmmetConfig",
     "EvaluationConfig",
     "Fact",
+    "FineTuneBallConfig",
+    "FineTuneConfig",
+    "FineTuneDecayConfig",
     "InputError",
     "MemitConfig",
     "Model",
@@ -79,6 +98,7 @@ __all__ = [
     "Neighbor",
     "Patch",
     "PmetConfig",
+    "References",
     "Resume",
     "RomeConfig",
     "Run",
@@ -110,6 +130,9 @@ __all__ = [
     "export",
     "export_lora",
     "find_targets",
+    "ft",
+    "ft_l",
+    "ft_w",
     "load_facts",
     "load_model",
     "load_moments",
@@ -117,6 +140,7 @@ __all__ = [
     "load_snippets",
     "load_texts",
     "load_word_weights",
+    "measure_baseline",
     "memit",
     "merge",
     "merge_moments",

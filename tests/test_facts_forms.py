@@ -142,7 +142,7 @@ def test_mends_records_without_a_clear_subject_are_left_out_and_counted(tmp_path
     with pytest.warns(UserWarning, match=r"2 of 3 requests are left out: 1 \(no clear place .*, 2 \(no clear"):
         requests = load_requests(written(tmp_path, records))
     assert [request.id for request in requests] == ["0"]
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="no edit requests were found"):
+    with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(InputError, match="no edit requests were found"):
         load_requests(written(tmp_path, records[1:]))
 
 

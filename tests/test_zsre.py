@@ -14,7 +14,7 @@ from mechedit import EditRequest, InputError, Neighbor, evaluate_zsre, load_mode
 from mechedit.evaluation import EvaluationConfig, Scores, score_targets
 from mechedit.prompts import continuation_ids, encode
 
-CONFIG = EvaluationConfig(batch_size=3, resamples=200)
+CONFIG = EvaluationConfig(batch_size=3, answer_tokens=0, resamples=200)
 REQUESTS = [
     EditRequest(
         id="0",
@@ -43,7 +43,7 @@ class Parrot:
     name, backend, hf, device, dtype = "parrot", "transformer_lens", None, torch.device("cpu"), torch.float32
     n_layers = d_model = d_mlp = 1
     max_positions = 64
-    down_projection = mlp_output = mlp_gain = weights_hash = lambda *_: None
+    down_projection = mlp_output = mlp_gain = weights_hash = unembed = lambda *_, **__: None
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

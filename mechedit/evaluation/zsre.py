@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
-from mechedit.errors import InputError
-from mechedit.evaluation.counterfact import Question, ask
+from mechedit.artifacts import plain_copy
+from mechedit.evaluation.config import EvaluationConfig
+from mechedit.evaluation.counterfact import asked_of, check_asked
+from mechedit.evaluation.freely import greedy_answers, surprise_rows
 from mechedit.evaluation.likelihood import Pair, TargetScore, score_targets
-from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, EvaluationConfig, Scores
-from mechedit.facts import EditRequest, unique_ids
+from mechedit.evaluation.questions import Question, Row, ask
+from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
+from mechedit.facts import EditRequest
 from mechedit.models import Model
 
 DEFAULTS = EvaluationConfig()
@@ -31,6 +34,8 @@ def evaluate_zsre(
     requests: Sequence[EditRequest],
     config: EvaluationConfig = DEFAULTS,
     state: str = "after",
+    *,
+    texts: Sequence[str] = (),
 ) -> Scores:
     """Measure a model, as it is now, on edit requests by zsRE's protocol.
 
@@ -48,24 +53,25 @@ def evaluate_zsre(
     Args:
         model: the model; inside `edited(...)` its edited self.
         requests: the edits that were or will be made, such as `load_requests("zsre")`.
-        config: how to measure; of it, `batch_size` and what concerns the intervals.
+        config: how to measure; what concerns likelihoods, free text and CounterFact+ is not used.
         state: name of this model state in the table: before, after or now.
+        texts: held-out documents for PPL.
 
     Raises:
         InputError: no requests, a repeated id, or a prompt that the model cannot take.
     """
-    if not requests:
-        raise InputError("no edit requests were found, expected at least one; check the requests file")
-    unique_ids((request.id for request in requests), "requests")
-    asked = [question for request in requests for question in ask(request) if question.kind in ACCURACY]
+    check_asked(requests)
+    asked = [question for request in requests for question in ask(request, plus=False)]
     scores = score_targets(model, map(_pair, asked), batch_size=config.batch_size)
     rows = [row for question in asked for row in _measure(question, scores)]
+    rows += surprise_rows(model, texts, config)
+    said = greedy_answers(model, requests, config)
     return Scores(
-        table=pd.DataFrame(rows, columns=TABLE_COLUMNS[:-1]).assign(state=state),
-        answers=pd.DataFrame(columns=ANSWER_COLUMNS),
+        table=pd.DataFrame(rows, columns=list(TABLE_COLUMNS[:-1])).assign(state=state),
+        answers=pd.DataFrame(said, columns=list(ANSWER_COLUMNS[:-1])).assign(state=state),
         cases=tuple(request.id for request in requests),
         config=config,
-        provenance={state: model.provenance()},
+        provenance={state: plain_copy(asked_of(model, requests, texts))},
     )
 
 
@@ -77,8 +83,8 @@ def _pair(question: Question) -> Pair:
     return question.text, question.true
 
 
-def _measure(question: Question, scores: Mapping[Pair, TargetScore]) -> Iterator[tuple[str, str, str, int, float]]:
-    """Rows (case, measure, kind, prompt, value) of one prompt."""
+def _measure(question: Question, scores: Mapping[Pair, TargetScore]) -> Iterator[Row]:
+    """Rows of one prompt."""
     score = scores[_pair(question)]
     name = (question.kind, question.prompt)
     yield question.case, ACCURACY[question.kind], *name, score.hits / score.tokens
