@@ -65,7 +65,7 @@ def printed(averages: pd.DataFrame, total: pd.DataFrame) -> pd.DataFrame:
     named["role"] = best["role"].map(ROLE_LABELS)
     named["layer"], named["facts"] = best["layer"], best["facts"]
     for name, column in (("AIE", "mean"), ("low", "low"), ("high", "high")):
-        named[name] = (100 * best[column]).round(1)
+        named[name] = (100 * best[column]).round(1) + 0.0  # not −0.0
     for name in ("total", "total_low", "total_high"):
         named[name.replace("total", "ATE")] = round(100 * float(total[name].iloc[0]), 1)
     return named.reset_index(drop=True)
@@ -75,10 +75,9 @@ def name_fact(figure: Figure, folder: Path) -> None:
     """Say over the heatmaps of one fact what its object is, and how probable it is clean and corrupted."""
     facts = read_table(folder / "facts.parquet", id=clearest_fact(folder / "effects.parquet"))
     fact = facts.iloc[0]
+    text = f"P({fact['object'].strip()}): {fact['clean']:.1%} clean, {fact['corrupted']:.1%} corrupted"
     with paper_style():
-        figure.suptitle(
-            f"P({fact['object'].strip()}): {fact['clean']:.1%} clean, {fact['corrupted']:.1%} corrupted", parse_math=False
-        )
+        figure.suptitle(text, fontsize="medium", parse_math=False)
 
 
 def write_facts(experiment: Experiment, folder: Path) -> None:

@@ -26,15 +26,13 @@ from matplotlib.figure import Figure
 
 from mechedit.artifacts import atomic
 from mechedit.figures import paper_style, plot_selection, plot_severed
-from mechedit.figures.style import COLUMN_WIDTH, PAGE_WIDTH
+from mechedit.figures.style import PAGE_WIDTH
 from mechedit.report import span
 from mechedit.selection import Selection
 
 SEVERINGS = {"state": "nothing", "mlp_severed": "mlp", "attn_severed": "attn"}
 """What the selection's evidence calls the effect of a state under each severing."""
 MEASURES = (*SEVERINGS, "gap", "contribution")
-DEEP = 20
-"""Layers from which bars need the width of a page."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,8 +64,10 @@ def printed(selection: Selection) -> pd.DataFrame:
     """A row a layer, everything in percent: each measure with its interval, membership, and whether it is chosen."""
     rows: list[dict[str, Any]] = []
     for record in selection.evidence:
-        numbers = {name: record[name] for measure in MEASURES for name in (measure, f"{measure}_low", f"{measure}_high")}
-        percent = {name: round(100 * value, 2) for name, value in numbers.items()}
+        numbers = {
+            name: record[name] for measure in MEASURES for name in (measure, f"{measure}_low", f"{measure}_high")
+        }
+        percent = {name: round(100 * value, 2) + 0.0 for name, value in numbers.items()}  # not −0.0
         chosen = {"membership": round(100 * record["membership"], 1), "chosen": record["layer"] in selection.layers}
         rows.append({"layer": record["layer"], **percent, **chosen})
     return pd.DataFrame(rows)
@@ -80,21 +80,20 @@ def write_rules(experiment: Experiment, selection: Selection) -> None:
     for name in names:
         rule: Mapping[str, Any] = selection.rules[name]
         stability = round(100 * rule["stability"], 1)
-        rows.append({"rule": name, "layers": span(rule["layers"]), "stability": stability, "modal": span(rule["modal"])})
+        rows.append(
+            {"rule": name, "layers": span(rule["layers"]), "stability": stability, "modal": span(rule["modal"])}
+        )
     with atomic(experiment.out / f"{experiment.name}_rules.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
 
 
 def severed_figure(selection: Selection) -> Figure:
-    """The bars of MEMIT Fig. 3, and below them, on the same layers, the gap, its parts and the ranges."""
-    deep = len(selection.evidence) > DEEP
+    """The bars of MEMIT Fig. 3, and beside them the gap that they show, its parts by layer and the ranges."""
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH if deep else COLUMN_WIDTH, 4.6))
-        above, below = figure.subplots(2, 1, height_ratios=[2, 2.5])
-        plot_severed(bars(selection), above, selection.layers)
-        plot_selection(asdict(selection), below)
-        for ax, letter in ((above, "(a)"), (below, "(b)")):
-            ax.annotate(letter, (0, 1), (-24, 6), "axes fraction", "offset points", ha="right", va="bottom")
+        figure = Figure(figsize=(PAGE_WIDTH, 2.7))
+        left, right = figure.subplots(1, 2)
+        plot_severed(bars(selection), left, selection.layers)
+        plot_selection(asdict(selection), right)
     return figure
 
 
