@@ -10,14 +10,16 @@ Writes, beside the trace in `trace/`:
   centre) and its 95 % interval over facts there, in percent of probability, beside the ATE that it is a part of;
 - `trace_average_facts.csv`: a row a fact: whether it was traced, and why not;
 - `trace_average.parquet`: the AIE of every kind, severing, role and layer;
-- `trace_average.pdf`, `.png`: AIE by role and layer (ROME Fig. 2, MEMIT Fig. 8); likewise `trace_average_fact`: the
-  fact that the corruption hurts most, token by token (ROME Fig. 1e–g); `trace_average_severed` (ROME Fig. 3c);
+- `trace_average.pdf`, `.png`: AIE by role and layer (ROME Fig. 2, MEMIT Fig. 8); and likewise
+  `trace_average_fact`: one fact, token by token (ROME Fig. 1e–g); by default the one that the corruption hurts most;
+  `trace_average_severed`: AIE at the subject's last token, whole and severed (ROME Fig. 3c);
   `trace_average_lines`: AIE by layer with 95 % bands over facts (ROME Fig. 7).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,28 +28,32 @@ from matplotlib.figure import Figure
 
 from mechedit import pipeline
 from mechedit.artifacts import atomic
-from mechedit.figures import paper_style, save_figure, trace_figures
+from mechedit.figures import fact_figure, lines_figure, paper_style, plot_severed, roles_figure, save_figure
+from mechedit.figures.style import PAGE_WIDTH, draw
 from mechedit.tables import read_table, where
 from mechedit.trace import TraceConfig, average_effects, clearest_fact, total_effects
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
 
 MAX_FACTS = 100
 """Every token of every fact is traced, which takes longer than the selection's trace."""
-FIGURES = ("fact", "severed", "lines")
-"""Of `trace_figures`, those beside `roles`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trace, average, draw, write."""
-    experiment = opened("trace_average", options(__doc__, max_facts=MAX_FACTS), arguments)
+    parser = options(__doc__, max_facts=MAX_FACTS)
+    parser.add_argument("--fact", help="id of the fact to draw token by token (default: the one hurt most)")
+    experiment = opened("trace_average", parser, arguments)
     folder = traced(experiment)
     averages, total = average_effects(folder / "effects.parquet"), total_effects(folder / "effects.parquet")
-    figures = trace_figures(folder / "effects.parquet")
-    name_fact(figures["fact"], folder)
-    for name in FIGURES:
-        save_figure(figures[name], experiment.out, f"{experiment.name}_{name}")
+    figures = {
+        "fact": one_fact(folder, experiment.given.fact),
+        "severed": draw(partial(plot_severed, averages), width=PAGE_WIDTH),
+        "lines": lines_figure(averages),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, experiment.out, f"{experiment.name}_{name}")
     write_facts(experiment, folder)
-    experiment.write(averages, printed(averages, total), figures["roles"])
+    experiment.write(averages, printed(averages, total), roles_figure(averages))
 
 
 def traced(experiment: Experiment) -> Path:
@@ -71,13 +77,15 @@ def printed(averages: pd.DataFrame, total: pd.DataFrame) -> pd.DataFrame:
     return named.reset_index(drop=True)
 
 
-def name_fact(figure: Figure, folder: Path) -> None:
-    """Say over the heatmaps of one fact what its object is, and how probable it is clean and corrupted."""
-    facts = read_table(folder / "facts.parquet", id=clearest_fact(folder / "effects.parquet"))
-    fact = facts.iloc[0]
+def one_fact(folder: Path, name: str | None) -> Figure:
+    """The heatmaps of one fact, and over them what its object is and how probable, clean and corrupted."""
+    name = name or clearest_fact(folder / "effects.parquet")
+    figure = fact_figure(read_table(folder / "effects.parquet", fact=name), name)
+    fact = read_table(folder / "facts.parquet", id=name).iloc[0]
     text = f"P({fact['object'].strip()}): {fact['clean']:.1%} clean, {fact['corrupted']:.1%} corrupted"
     with paper_style():
         figure.suptitle(text, fontsize="medium", parse_math=False)
+    return figure
 
 
 def write_facts(experiment: Experiment, folder: Path) -> None:

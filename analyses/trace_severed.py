@@ -110,7 +110,7 @@ def sentence(selection: Selection) -> str:
     on = f"{selection.n_facts} facts"
     if not selection.layers:
         return f"no layers are selected from {on}: {selection.reason}"
-    return f"{selection.reason} ({on}; {selection.stability:.0%} of their bootstrap resamples give this range)"
+    return f"{selection.reason} ({on}; {selection.stability:.1%} of their bootstrap resamples give this range)"
 
 
 if __name__ == "__main__":
