@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from edits import made
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from mechedit import EditRequest, InputError, Neighbor, evaluate_zsre, load_model
+from mechedit import EditRequest, InputError, Neighbor, edited, evaluate_zsre, load_model
+from mechedit.cli import main
 from mechedit.evaluation import EvaluationConfig, Scores, score_targets
+from mechedit.pipeline import RunFolder, evaluate_step
 from mechedit.prompts import continuation_ids, encode
 
 CONFIG = EvaluationConfig(batch_size=3, answer_tokens=0, resamples=200)
@@ -35,6 +39,9 @@ REQUESTS = [
         ),
     ),
 ]
+
+
+EXACT_MATCHES = ["exact_match", "exact_match_paraphrase", "exact_match_neighborhood"]
 
 
 class Parrot:
@@ -219,3 +226,46 @@ def test_hits_are_counted_inside_the_object_alone():
         ("1", "2345"): (4, 4, True),
         ("5", "9123"): (2, 4, False),
     }
+
+
+def test_the_command_scores_by_zsres_protocol(tmp_path, capsys):
+    """A folder holds scores of one protocol; what was measured is read again."""
+    requests = tmp_path / "zsre.json"
+    mend = {
+        "subject": "iPod",
+        "src": "What is the colour of iPod?",
+        "answers": ["teal"],
+        "loc": "nq question: a",
+        "loc_ans": "b",
+    }
+    requests.write_text(json.dumps([mend, {**mend, "rephrase": "Which colour is iPod?"}]))
+
+    def run(*more):
+        arguments = ["evaluate", "--requests", requests, "--out", tmp_path / "run", "--json", *more]
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        return leaving.value.code or 0, capsys.readouterr()
+
+    code, shown = run("--protocol", "zsre")
+    assert code == 0
+    summary = json.loads(shown.out)
+    assert list(summary["before"]) == ["efficacy", "paraphrase", "specificity", "S", *EXACT_MATCHES]
+    assert summary["protocol"]["protocol"] == "zsre"
+    assert (summary["before"]["paraphrase"]["n"], summary["counts"]["paraphrase"]["missing"]) == (1, 1)
+    assert run("--protocol", "zsre")[1].out == shown.out  # read again
+    code, shown = run()
+    assert code == 2
+    assert "protocol = 'zsre', expected 'counterfact'" in shown.err
+    assert run("--protocol", "squad")[0] == 2
+
+
+def test_a_step_scores_before_and_after_an_edit_and_leaves_the_model(lens_model, tmp_path):
+    edit, untouched = made(lens_model), lens_model.weights_hash()
+    folder = RunFolder.at(tmp_path)
+    scores = evaluate_step(folder, lens_model, REQUESTS, edit, CONFIG, protocol="zsre")
+    assert scores.states == ("before", "after")
+    assert lens_model.weights_hash() == untouched
+    with edited(lens_model, edit):
+        inside = evaluate_zsre(lens_model, REQUESTS, CONFIG)
+    assert scores.summary("after") == inside.summary()
+    assert (tmp_path / "baseline_zsre" / "scores.parquet").is_file()
