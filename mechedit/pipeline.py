@@ -34,7 +34,7 @@ from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, Scores, evaluate, measure_baseline
 from mechedit.facts import EditRequest, Fact
-from mechedit.methods import METHODS, MethodConfig, check_input
+from mechedit.methods import METHODS, MethodConfig, SearchConfig, check_input
 from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
 from mechedit.selection import SelectConfig, Selection, select_layers
@@ -339,7 +339,7 @@ def make_edit(
     """Make an edit by a named method; the targets found are kept in a folder, so that an interrupted search goes on."""
     layers = check_input(model, requests, layers, moments, None, config)
     targets = None
-    if config.shares_targets:
+    if isinstance(config, SearchConfig) and config.shares_targets:
         targets = find_targets(model, requests, config.target_layer(layers), config=config.targets, cache=kept)
     return METHODS[method](model, requests, layers, moments, config=config, targets=targets)
 

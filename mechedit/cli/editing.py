@@ -134,7 +134,7 @@ def edit_command(
     loaded = load(model or "tiny", backend, device, dtype)
     check_layers(chosen, loaded.n_layers)
     how = method_config(method, loaded, seed, settings)
-    found = load_moments(moments, chosen, loaded)
+    found = load_moments(moments, chosen, loaded) if how.preserves_keys else {}
     edit = pipeline.make_edit(loaded, edits, chosen, found, method, how, moments / "targets")
     edit.save(out)
     say(f"wrote {out}: {len(edits)} requests in layers {chosen}")

@@ -64,7 +64,7 @@ def run_command(
         run_figures(folder.path)
         write_report(folder.path)
         return 3
-    moments = pipeline.moments_step(folder, loaded, texts, chosen, MomentsConfig())
+    moments = pipeline.moments_step(folder, loaded, texts, chosen, MomentsConfig()) if how.preserves_keys else {}
     edit = pipeline.edit_step(folder, loaded, edits, chosen, moments, method, how)
     say_unconverged(edit)
     measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
