@@ -164,6 +164,15 @@ def test_a_baseline_is_made_once_and_comes_back_from_disk(lens_model: Any, tmp_p
         Baseline.load(tmp_path / "kept")
 
 
+def test_without_neighbours_there_is_nothing_to_compare(lens_model: Any, tmp_path: Any) -> None:
+    measure_baseline(lens_model, REQUESTS[2:], SHORT).save(tmp_path / "kept")
+    loaded = Baseline.load(tmp_path / "kept")
+    assert loaded.prompts == ()
+    change(lens_model)
+    summary = evaluate(lens_model, REQUESTS[2:], baseline=loaded).summary()
+    assert set(summary) == {"exact_match"}
+
+
 def other_norm(model: Any) -> None:
     model.hf.transformer.ln_f.weight.mul_(2)
 
