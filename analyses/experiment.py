@@ -1,0 +1,282 @@
+"""What the scripts of the papers' tables and figures share: options, inputs, edits that are scored once, and files.
+
+All scripts may be given the same `--out`: what one has collected (trace, selection, second moments, targets) the next
+finds there, and each leaves `NAME.parquet` (tidy), `NAME.csv` (as the paper prints it), `NAME.pdf` and `NAME.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from counterfacts import counterfacts
+from matplotlib.figure import Figure
+
+from mechedit import pipeline
+from mechedit.artifacts import atomic, kept, value_hash, write_parquet
+from mechedit.cli.inputs import load, method_config, parse_layers, sampled
+from mechedit.edit import Edit, edited
+from mechedit.errors import InputError
+from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
+from mechedit.evaluation.scores import Summary
+from mechedit.facts import EditRequest, Fact, load_facts, load_requests
+from mechedit.figures import save_figure
+from mechedit.methods import METHODS, MethodConfig
+from mechedit.models import Model
+from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
+from mechedit.selection import SelectConfig, Selection
+from mechedit.trace import TraceConfig
+
+QUICK_FACTS, QUICK_SAMPLES, QUICK_TOKENS = 20, 3, 20_000
+"""What `--quick` traces and reads."""
+SCORE_COLUMNS = ("measure", "mean", "low", "high", "n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A method, the layers it writes to, and what is changed of the settings that ship with the model."""
+
+    method: str
+    layers: tuple[int, ...]
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The method and what is changed."""
+        return ", ".join([self.method, *(f"{name} {value}" for name, value in self.settings.items())])
+
+    @staticmethod
+    def parse(text: str, layers: Sequence[int]) -> Variant:
+        """Read `memit`, `rome@2` or `memit@1-4:strategy=sqrt;clamp=1`; `layers` are those of a method without any.
+
+        Raises:
+            InputError: an unknown method, or layers or settings that cannot be read.
+        """
+        head, _, changes = text.partition(":")
+        method, at, where = head.strip().partition("@")
+        if method not in METHODS:
+            raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
+        settings = dict(change.split("=", 1) for change in changes.split(";") if "=" in change)
+        return Variant(method=method, layers=tuple(parse_layers(where) if at else layers), settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experiment:
+    """One script's inputs, and the edits, scores and files that it makes of them."""
+
+    name: str
+    """Of the script: that of its files."""
+    given: argparse.Namespace
+    """The command line."""
+
+    @cached_property
+    def model(self) -> Model:
+        """As it is named, never left edited."""
+        return load(self.given.model, self.given.backend, self.given.device, self.given.dtype)
+
+    @property
+    def out(self) -> Path:
+        """Where everything goes."""
+        return self.run.path
+
+    @cached_property
+    def run(self) -> pipeline.RunFolder:
+        """The folder, with the stamps of steps that are finished."""
+        return pipeline.RunFolder.at(self.given.out, overwrite=self.given.overwrite)
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn."""
+        return self.given.seed
+
+    @property
+    def quick(self) -> bool:
+        """Whether a first look is enough."""
+        return self.given.quick
+
+    @cached_property
+    def facts(self) -> list[Fact]:
+        """The facts to trace, a seeded sample of those given."""
+        return sampled(load_facts(self.given.facts), QUICK_FACTS if self.quick else self.given.max_facts, self.seed)
+
+    @cached_property
+    def requests(self) -> list[EditRequest]:
+        """The first `--count` requests of the source; `known` makes them from the facts that ship."""
+        source, count = self.given.requests, self.given.count
+        found = counterfacts(load_facts("known"), seed=self.seed) if source == "known" else load_requests(source)
+        if count is not None and not 1 <= count <= len(found):
+            raise InputError(f"--count is {count}, expected 1 to {len(found)}, the requests of {source!r}")
+        return found[:count]
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Those of `--layers`; without them, what the trace of this model selects.
+
+        Raises:
+            InputError: the trace finds no early site.
+        """
+        if self.given.layers:
+            return parse_layers(self.given.layers)
+        self.trace()
+        selection = self.select()
+        if not selection.layers:
+            raise InputError(f"no layers are selected: {selection.reason}; give them by --layers")
+        return list(selection.layers)
+
+    @cached_property
+    def selecting(self) -> pipeline.RunFolder:
+        """Where the trace that selects lies, apart from larger ones."""
+        return pipeline.RunFolder.at(self.out / "selection", overwrite=self.given.overwrite)
+
+    def trace(self) -> dict[str, Any]:
+        """The trace that selection needs, of the subject's last token, in `selection/`: made once for all scripts."""
+        samples = QUICK_SAMPLES if self.quick else self.given.samples
+        config = TraceConfig(
+            kinds=("state", "mlp"), sever=("nothing", "mlp", "attn"), roles=("subject_last",),
+            samples=samples, seed=self.seed,
+        )  # fmt: skip
+        return pipeline.trace_step(self.selecting, self.model, self.facts, config)
+
+    def select(self) -> Selection:
+        """The selection from that trace, in `selection/selection.json`."""
+        return pipeline.select_step(self.selecting, SelectConfig(seed=self.seed))
+
+    def moments(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
+        """E[k kᵀ] of these layers; what an earlier script collected is read from the folder."""
+        reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
+        return collect_moments(self.model, self.given.texts, sorted(layers), reading, self.out)
+
+    def config(self, variant: Variant) -> MethodConfig:
+        """The settings that ship with the model, with the variant's changes."""
+        changes = [f"{name}={value}" for name, value in variant.settings.items()]
+        return method_config(variant.method, self.model, self.seed, changes)
+
+    def edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
+        """Make one edit; targets that were found are kept in the folder, so that other edits may share them."""
+        moments = self.moments(variant.layers)
+        return pipeline.make_edit(
+            self.model, requests, variant.layers, moments, variant.method, self.config(variant), self.out / "targets"
+        )
+
+    def scored(
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig = QUICK
+    ) -> pd.DataFrame:
+        """Edit, score on these requests and take the edit back: `SCORE_COLUMNS`. Kept: made once for the same input.
+
+        Without a variant, the unedited model. A row `left` tells how much of the residual the edit left, in percent.
+        """
+        key = {
+            **self.key(requests),
+            "variant": None if variant is None else self.variant_key(variant),
+            "evaluation": dataclasses.asdict(evaluation),
+        }
+        return self.kept("scores", key, lambda: self._score(variant, requests, evaluation))
+
+    def _score(
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig
+    ) -> pd.DataFrame:
+        if variant is None:
+            return score_frame(evaluate(self.model, requests, evaluation).summary())
+        edit = self.edit(variant, requests)
+        with edited(self.model, edit):
+            found = score_frame(evaluate(self.model, requests, evaluation).summary())
+        residuals = edit.manifest.get("residuals")
+        if not residuals:
+            return found
+        left = {"measure": "left", "mean": 100 * residuals[-1]["after"], "n": len(requests)}
+        return pd.concat([found, pd.DataFrame([left])], ignore_index=True)
+
+    def key(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
+        """What every result depends on: model, requests and seed."""
+        return {
+            "model": pipeline.identity(self.model),
+            "requests": value_hash([dataclasses.asdict(request) for request in requests]),
+            "seed": self.seed,
+        }
+
+    def variant_key(self, variant: Variant) -> dict[str, Any]:
+        """What an edit depends on besides."""
+        moments = {layer: moment.provenance for layer, moment in self.moments(variant.layers).items()}
+        return {
+            "method": variant.method,
+            "layers": list(variant.layers),
+            "settings": dataclasses.asdict(self.config(variant)),
+            "moments": value_hash(moments),
+        }
+
+    def kept(self, what: str, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """A table that an interrupted script finds again: read from the folder, or made and left there."""
+        return kept(self.out / f"{what}_parts", dict(key), make)
+
+    def write(self, table: pd.DataFrame, printed: pd.DataFrame, figure: Figure | None = None) -> None:
+        """Leave the tidy table, the table as the paper prints it, and the figure, and say where they are."""
+        write_parquet(self.out / f"{self.name}.parquet", table)
+        with atomic(self.out / f"{self.name}.csv") as temporary:
+            printed.to_csv(temporary, index=False)
+        if figure is not None:
+            save_figure(figure, self.out, self.name)
+        print(printed.to_string(index=False))
+        print(f"wrote {self.out / self.name}.parquet, .csv{'' if figure is None else ', .pdf and .png'}")
+
+
+def score_frame(summary: Summary) -> pd.DataFrame:
+    """A summary as rows `SCORE_COLUMNS`, in the papers' units."""
+    return pd.DataFrame([{"measure": name, **entry} for name, entry in summary.items()], columns=list(SCORE_COLUMNS))
+
+
+def described(mean: float, low: float, high: float) -> str:
+    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it."""
+    return f"{mean:.1f} ({(high - low) / 2:.1f})"
+
+
+def options(doc: str | None, *, count: int | None = None, quick_count: int = 10) -> argparse.ArgumentParser:
+    """The options that all scripts share; a script adds its own and calls `opened`.
+
+    Args:
+        doc: the script's docstring; its first line is the help text.
+        count: requests used unless `--count` says otherwise; None for all.
+        quick_count: the same with `--quick`.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--model", default="tiny", help="tiny, a hub name or a folder")
+    parser.add_argument("--requests", default="known", help="a file of edit requests; known makes them from facts")
+    parser.add_argument("--count", type=int, help=f"of the requests, the first so many (default {count or 'all'})")
+    parser.add_argument("--facts", default="known", help="facts to trace where no layers are given")
+    parser.add_argument("--max-facts", type=int, default=200, help="trace a seeded sample of so many (default 200)")
+    parser.add_argument("--samples", type=int, default=10, help="noise samples a fact (default 10)")
+    parser.add_argument("--texts", default="tiny", help="running text for second moments")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of it (default 2,000,000)")
+    parser.add_argument("--layers", help="such as 3-8; by default what the trace selects")
+    parser.add_argument("--out", type=Path, default=Path("papers"), help="folder, the same for all scripts if you like")
+    parser.add_argument("--quick", action="store_true", help=f"a first look: {quick_count} requests, a smaller trace")
+    parser.add_argument("--backend", default="transformer_lens")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace results of other inputs in the folder")
+    parser.set_defaults(full_count=count, quick_count=quick_count)
+    return parser
+
+
+def opened(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Experiment:
+    """Read the command line and open the experiment."""
+    given = parser.parse_args(arguments)
+    if given.count is None:
+        given.count = given.quick_count if given.quick else given.full_count
+    return Experiment(name=name, given=given)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script: its exit code, or 2 and one line on bad input."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)
