@@ -156,6 +156,7 @@ def sweep_windows(
     config: MethodConfig | None = None,
     evaluation: EvaluationConfig = QUICK,
     parts: str | Path | None = None,
+    cache: str | Path | None = None,
 ) -> Sweep:
     """Edit each window of layers with the same requests, always from the unedited model, and measure the result.
 
@@ -172,6 +173,7 @@ def sweep_windows(
         config: its settings; by default those that ship with the model.
         evaluation: how to measure; by default without free text.
         parts: a folder for finished windows, so that an interrupted sweep goes on where it stopped.
+        cache: a folder for the targets, so that other sweeps and edits may share them; see `find_targets`.
 
     Raises:
         ValueError: `parts` with bare matrices as moments, whose origin no file name can tell.
@@ -193,6 +195,7 @@ def sweep_windows(
         method=method,
         config=config or recommended(method, model),
         evaluation=evaluation,
+        cache=cache,
     )
     before = kept(parts, sweeping.key(None), partial(_measured, model, requests, evaluation))
     found, refused = [], {}
@@ -223,6 +226,7 @@ class _Sweeping:
     method: str
     config: MethodConfig
     evaluation: EvaluationConfig
+    cache: str | Path | None
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -258,7 +262,7 @@ class _Sweeping:
     def _targets(self) -> Callable[[int], Targets]:
         """Finds the targets at a layer; the last ones stay, since windows come ordered by their last layer."""
         return lru_cache(maxsize=1)(
-            lambda layer: find_targets(self.model, self.requests, layer, config=self.config.targets)
+            lambda layer: find_targets(self.model, self.requests, layer, config=self.config.targets, cache=self.cache)
         )
 
 
