@@ -69,7 +69,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     for weight, own in table.groupby(table["weight"].fillna(-1.0)):
         of = own.set_index("measure").to_dict("index")
         cells = {
-            name: described(*(of[name][end] for end in ("mean", "low", "high"))) for name in MEASURES[:-1] if name in of
+            name: described(*(of[name][end] for end in ("mean", "low", "high"))) for name in MEASURES if name in of
         }
         left = {"left": f"{of['left']['mean']:.1f}"} if "left" in of else {}
         rows.append({"λ": "unedited" if weight < 0 else f"{weight:g}", **cells, **left})

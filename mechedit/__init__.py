@@ -17,16 +17,30 @@ Transformer (MEMIT, 2023).
 from mechedit.artifacts import VERSION
 from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, Scores, evaluate, perplexity
+from mechedit.evaluation import (
+    Baseline,
+    EvaluationConfig,
+    References,
+    Scores,
+    evaluate,
+    measure_baseline,
+    perplexity,
+)
 from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
 from mechedit.methods import (
     AlphaEditConfig,
     EmmetConfig,
+    FineTuneBallConfig,
+    FineTuneConfig,
+    FineTuneDecayConfig,
     MemitConfig,
     PmetConfig,
     RomeConfig,
     alphaedit,
     emmet,
+    ft,
+    ft_l,
+    ft_w,
     memit,
     pmet,
     recommended,
@@ -64,6 +78,7 @@ __version__ = VERSION
 __all__ = [
     "EMBED",
     "AlphaEditConfig",
+    "Baseline",
     "Convergence",
     "Corruption",
     "Edit",
@@ -72,6 +87,9 @@ __all__ = [
     "EmmetConfig",
     "EvaluationConfig",
     "Fact",
+    "FineTuneBallConfig",
+    "FineTuneConfig",
+    "FineTuneDecayConfig",
     "InputError",
     "MemitConfig",
     "Model",
@@ -79,6 +97,7 @@ __all__ = [
     "Neighbor",
     "Patch",
     "PmetConfig",
+    "References",
     "Resume",
     "RomeConfig",
     "Run",
@@ -109,11 +128,15 @@ __all__ = [
     "export",
     "export_lora",
     "find_targets",
+    "ft",
+    "ft_l",
+    "ft_w",
     "load_facts",
     "load_model",
     "load_moments",
     "load_requests",
     "load_texts",
+    "measure_baseline",
     "memit",
     "merge",
     "merge_moments",

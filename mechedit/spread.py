@@ -292,10 +292,11 @@ def described(
     provenance: Mapping[str, Any],
     layers: Sequence[int],
     requests: Sequence[EditRequest],
-    targets: Targets,
+    targets: Targets | None,
     prefixes: Sequence[str],
 ) -> dict[str, Any]:
     """What a manifest says of the unedited model, the facts, and how they were looked for."""
+    found = {} if targets is None else {"targets": dict(targets.provenance)}
     return {
         "mechedit": VERSION,
         "layers": list(layers),
@@ -303,7 +304,7 @@ def described(
         "requests": [request.id for request in requests],
         "facts": [f"{request.text} → {request.target_new}" for request in requests],
         "prefixes": list(prefixes),
-        "targets": dict(targets.provenance),
+        **found,
     }
 
 

@@ -45,6 +45,7 @@ def described(edit: Edit, model: Model | None = None) -> dict[str, Any]:
     texts = manifest.get("facts", [])
     if len(texts) != len(ids):
         texts = [None] * len(ids)
+    trained = {"training": manifest["training"]} if "training" in manifest else {}
     return {
         "method": manifest.get("method"),
         "mechedit": manifest.get("mechedit"),
@@ -52,6 +53,7 @@ def described(edit: Edit, model: Model | None = None) -> dict[str, Any]:
         "parts": [part.get("method") for part in manifest.get("parts", [])],
         "settings": manifest.get("settings", {}),
         "changed_settings": _changed(manifest),
+        **trained,
         "unconverged": list(manifest.get("unconverged", [])),
         "requests": [{"id": name, "fact": text} for name, text in zip(ids, texts, strict=True)],
         "layers": rows,
@@ -74,10 +76,13 @@ def page(path: Path, description: Mapping[str, Any]) -> str:
     if description["settings"]:
         text = ", ".join(f"{name} = {value!r}" for name, value in changed.items()) or "the defaults"
         lines += textwrap.wrap(f"settings  {text}", _WIDTH, subsequent_indent=" " * 10)
+    training = description.get("training")
+    if training:
+        lines.append(f"training  {_training(training)}")
     if description["unconverged"]:
-        lines += textwrap.wrap(
-            f"search    {_unconverged(description['unconverged'])}", _WIDTH, subsequent_indent=" " * 10
-        )
+        text = _unconverged(description["unconverged"], trained=bool(training))
+        head = " " * 10 if training else "search    "
+        lines += textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * 10)
     lines += ["", *_table(description["layers"])]
     if requests:
         lines += ["", *_requests(requests)]
@@ -85,14 +90,23 @@ def page(path: Path, description: Mapping[str, Any]) -> str:
 
 
 def say_unconverged(edit: Edit) -> None:
-    """Name the requests whose search for z did not converge."""
+    """Name the requests whose search for z did not converge, or whose new object was not learnt."""
     if edit.manifest.get("unconverged"):
-        say(_unconverged(edit.manifest["unconverged"]))
+        say(_unconverged(edit.manifest["unconverged"], trained="training" in edit.manifest))
 
 
-def _unconverged(ids: Sequence[str]) -> str:
+def _unconverged(ids: Sequence[str], *, trained: bool) -> str:
     named = ", ".join(ids[:_LISTED]) + (", …" if len(ids) > _LISTED else "")
+    if trained:
+        return f"{len(ids)} new objects are not yet the answer (more steps or a larger lr may help): {named}"
     return f"{len(ids)} targets did not converge (more steps or a larger clamp may help): {named}"
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    """How the loss went while a fine-tuning lasted."""
+    losses = record["losses"]
+    ended = "stopped early" if record["stopped_early"] else "all its passes"
+    return f"loss {losses[0]:.3g} → {record['final_loss']:.3g} in {len(losses)} passes ({ended})"
 
 
 def _changed(manifest: Mapping[str, Any]) -> dict[str, Any]:

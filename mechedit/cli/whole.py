@@ -64,12 +64,12 @@ def run_command(
         run_figures(folder.path)
         write_report(folder.path)
         return 3
-    moments = pipeline.moments_step(folder, loaded, texts, chosen, MomentsConfig())
+    moments = pipeline.moments_step(folder, loaded, texts, chosen, MomentsConfig()) if how.preserves_keys else {}
     edit = pipeline.edit_step(folder, loaded, edits, chosen, moments, method, how)
     say_unconverged(edit)
     measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
     scores = pipeline.evaluate_step(folder, loaded, edits, edit, measure)
-    summary = pipeline.write_summary(folder, scores, selection)
+    summary = pipeline.write_summary(folder, scores, selection, edit)
     run_figures(folder.path)
     report = write_report(folder.path)
     say(f"the report is {report}")

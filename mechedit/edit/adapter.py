@@ -18,6 +18,7 @@ from mechedit.edit.algebra import truncate
 from mechedit.edit.applied import check_model
 from mechedit.edit.checkpoint import MANIFEST
 from mechedit.edit.value import Edit, Factors
+from mechedit.edit.weights import parameter_of
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.solve import check_finite
@@ -53,10 +54,8 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
 
 def _module(model: Model, layer: int) -> tuple[str, bool]:
     """The down-projection's module name, and whether its weight lies [in, out] as a Conv1D's does."""
-    view = model.down_projection(layer)
-    name, weight = next((n, w) for n, w in model.hf.named_parameters() if w.data_ptr() == view.data_ptr())
-    # Strides and not shapes, which are the same both ways when the matrix is square.
-    return name.removesuffix(".weight"), weight.stride() == view.stride()
+    name, _, conv = parameter_of(model, layer)
+    return name.removesuffix(".weight"), conv
 
 
 def _adapter(factors: Factors, layer: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechedit.errors import InputError
 from mechedit.models import Model
@@ -88,6 +88,17 @@ def digest(weight: Float[Tensor, "d_mlp d_model"]) -> str:
 def copies(model: Model, layers: Iterable[int]) -> dict[int, Float[Tensor, "d_mlp d_model"]]:
     """Copies of the down-projections of `layers`."""
     return {layer: model.down_projection(layer).detach().clone() for layer in layers}
+
+
+def parameter_of(model: Model, layer: int) -> tuple[str, nn.Parameter, bool]:
+    """What a down-projection is a view of: the parameter's name, itself, and whether it lies [d_mlp, d_model] too.
+
+    A Conv1D's does, a Linear's is the transpose.
+    """
+    view = model.down_projection(layer)
+    name, weight = next((n, w) for n, w in model.hf.named_parameters() if w.data_ptr() == view.data_ptr())
+    # Strides and not shapes, which are the same both ways when the matrix is square.
+    return name, weight, weight.stride() == view.stride()
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from mechedit.edit import Edit
 from mechedit.methods.alphaedit import AlphaEditConfig, alphaedit
 from mechedit.methods.emmet import EmmetConfig, emmet
+from mechedit.methods.finetune import FineTuneBallConfig, FineTuneConfig, FineTuneDecayConfig, ft, ft_l, ft_w
 from mechedit.methods.memit import MemitConfig, memit
 from mechedit.methods.pmet import PmetConfig, pmet
 from mechedit.methods.rome import RomeConfig, rome
-from mechedit.methods.settings import MethodConfig, configured
+from mechedit.methods.settings import MethodConfig, SearchConfig, configured
 from mechedit.methods.steps import check_input
 from mechedit.models import Model
 
@@ -18,13 +19,20 @@ __all__ = [
     "METHODS",
     "AlphaEditConfig",
     "EmmetConfig",
+    "FineTuneBallConfig",
+    "FineTuneConfig",
+    "FineTuneDecayConfig",
     "MemitConfig",
     "MethodConfig",
     "PmetConfig",
     "RomeConfig",
+    "SearchConfig",
     "alphaedit",
     "check_input",
     "emmet",
+    "ft",
+    "ft_l",
+    "ft_w",
     "memit",
     "pmet",
     "recommended",
@@ -37,9 +45,13 @@ METHODS: Mapping[str, Callable[..., Edit]] = {
     "emmet": emmet,
     "alphaedit": alphaedit,
     "pmet": pmet,
+    "ft": ft,
+    "ft_l": ft_l,
+    "ft_w": ft_w,
 }
 """Each is called as method(model, requests, layers, moments, prefixes=..., config=..., targets=..., previous=...); see
-`memit` for the arguments. `config.targets` is how it searches for the targets, at `config.target_layer(layers)`."""
+`memit` for the arguments. A `SearchConfig` says how a method searches for the targets (`targets`), and where
+(`target_layer`); fine-tuning (`ft`, `ft_l`, `ft_w`) searches for none, and preserves no keys."""
 
 _CONFIGS: Mapping[str, type[MethodConfig]] = {
     "memit": MemitConfig,
@@ -47,6 +59,9 @@ _CONFIGS: Mapping[str, type[MethodConfig]] = {
     "emmet": EmmetConfig,
     "alphaedit": AlphaEditConfig,
     "pmet": PmetConfig,
+    "ft": FineTuneConfig,
+    "ft_l": FineTuneBallConfig,
+    "ft_w": FineTuneDecayConfig,
 }
 
 

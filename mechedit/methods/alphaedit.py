@@ -13,7 +13,7 @@ from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
 from mechedit.methods.rules import InNullSpace, Moments, Previous
-from mechedit.methods.settings import MethodConfig, check_positive, configured
+from mechedit.methods.settings import SearchConfig, check_positive, configured
 from mechedit.methods.steps import check_input, write
 from mechedit.models import Model
 from mechedit.spread import Strategy
@@ -21,7 +21,7 @@ from mechedit.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaEditConfig(MethodConfig):
+class AlphaEditConfig(SearchConfig):
     """Settings of AlphaEdit; the defaults are those of the published code for GPT-J, save for the threshold."""
 
     null_threshold: float | int = 0.02

@@ -13,7 +13,7 @@ from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
 from mechedit.methods.rules import Equality, Moments, Previous
-from mechedit.methods.settings import MethodConfig, configured
+from mechedit.methods.settings import SearchConfig, configured
 from mechedit.methods.steps import check_input, write
 from mechedit.models import Model
 from mechedit.spread import Strategy
@@ -21,7 +21,7 @@ from mechedit.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmmetConfig(MethodConfig):
+class EmmetConfig(SearchConfig):
     """Settings of EMMET; the defaults are those of the published code for GPT-J."""
 
     slack: float | int = 0.1

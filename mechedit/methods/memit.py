@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mechedit.edit import Edit
 from mechedit.facts import EditRequest
 from mechedit.methods.rules import Moments, Previous, Ridge
-from mechedit.methods.settings import MethodConfig, check_positive, configured
+from mechedit.methods.settings import SearchConfig, check_positive, configured
 from mechedit.methods.steps import check_input, write
 from mechedit.models import Model
 from mechedit.spread import Strategy
@@ -20,7 +20,7 @@ from mechedit.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemitConfig(MethodConfig):
+class MemitConfig(SearchConfig):
     """Settings of MEMIT; the defaults are those of the published code for GPT-J."""
 
     covariance_weight: float | int = 15_000.0

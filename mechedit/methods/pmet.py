@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from mechedit.edit import Edit
 from mechedit.facts import EditRequest
 from mechedit.methods.rules import Moments, Previous, Ridge
-from mechedit.methods.settings import MethodConfig, check_positive, configured
+from mechedit.methods.settings import SearchConfig, check_positive, configured
 from mechedit.methods.steps import check_input, write
 from mechedit.models import Model
 from mechedit.spread import Strategy
@@ -21,7 +21,7 @@ from mechedit.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class PmetConfig(MethodConfig):
+class PmetConfig(SearchConfig):
     """Settings of PMET; the defaults are those of the published code for GPT-J."""
 
     steps: int = 30

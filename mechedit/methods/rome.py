@@ -25,7 +25,7 @@ from mechedit.errors import InputError
 from mechedit.facts import EditRequest
 from mechedit.keys import Recollection, prefix_mean
 from mechedit.methods.rules import Moments, Previous, factor_of
-from mechedit.methods.settings import MethodConfig, configured
+from mechedit.methods.settings import SearchConfig, configured
 from mechedit.methods.steps import check_input, check_shared, named
 from mechedit.models import Model
 from mechedit.prompts import BARE, check_choice, check_prefixes, make_prefixes
@@ -35,7 +35,7 @@ from mechedit.targets import Targets, find_targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class RomeConfig(MethodConfig):
+class RomeConfig(SearchConfig):
     """Settings of ROME; the defaults are those of the published code for GPT-J."""
 
     steps: int = 20

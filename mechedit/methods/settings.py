@@ -14,13 +14,37 @@ from typing import Any, ClassVar, TypeVar
 from mechedit.artifacts import read_json
 from mechedit.errors import InputError
 from mechedit.models import Model
+from mechedit.prompts import make_prefixes
 from mechedit.spread import SpreadConfig
 from mechedit.targets import Convention, TargetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Settings of any method; see `TargetConfig` and `SpreadConfig` for their meaning and conventions."""
+    """Settings of any method."""
+
+    seed: int = 0
+    """For all that is drawn."""
+    batch_size: int = 64
+    """Facts searched together, and prompts in one forward pass."""
+
+    shares_targets: ClassVar[bool] = False
+    """Whether z is searched for on the unedited model, so that edits whose range ends alike can share it."""
+    preserves_keys: ClassVar[bool] = True
+    """Whether the method preserves old keys: it then needs their second moments, and takes those of earlier edits."""
+
+    def edited_layers(self, layers: Sequence[int]) -> list[int]:
+        """Those of a range that are written to."""
+        return list(layers)
+
+    def default_prefixes(self, model: Model) -> tuple[str, ...]:
+        """The contexts in which the method sees each prompt when none are given."""
+        return make_prefixes(model, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(MethodConfig):
+    """Settings of a method that searches for z; see `TargetConfig` and `SpreadConfig` for their meaning."""
 
     steps: int = 25
     lr: float | int = 0.5
@@ -31,13 +55,8 @@ class MethodConfig:
     threshold: float | int = 0.05
     joint: bool = True
     convention: Convention = "default"
-    seed: int = 0
-    """For prefixes that are generated."""
-    batch_size: int = 64
-    """Facts searched together, and prompts in one forward pass of the writing."""
 
     shares_targets: ClassVar[bool] = True
-    """Whether z is searched for on the unedited model, so that edits whose range ends alike can share it."""
     search: ClassVar[dict[str, Any]] = {}
     """Settings of the search for z that the method is defined by."""
 
@@ -54,6 +73,10 @@ class MethodConfig:
     def spread(self) -> SpreadConfig:
         """The settings that concern the writing."""
         return SpreadConfig(**_shared(self, SpreadConfig))
+
+    def edited_layers(self, layers: Sequence[int]) -> list[int]:
+        """Those of a range that are written to."""
+        return self.spread.edited_layers(layers)
 
     def target_layer(self, layers: Sequence[int]) -> int:
         """Where in a range the method searches for z."""
@@ -84,7 +107,7 @@ def check_positive(config: MethodConfig, *names: str) -> None:
             raise InputError(f"{name} is {getattr(config, name)}, expected more than 0; choose a larger number")
 
 
-def _shared(config: MethodConfig, kind: type) -> dict[str, Any]:
+def _shared(config: SearchConfig, kind: type) -> dict[str, Any]:
     """The fields that `config` has in common with another settings class."""
     names = {field.name for field in dataclasses.fields(kind)}
     return {name: value for name, value in dataclasses.asdict(config).items() if name in names}

@@ -10,7 +10,7 @@ from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest, check_requests
 from mechedit.methods.rules import Moments, Previous
-from mechedit.methods.settings import MethodConfig
+from mechedit.methods.settings import MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.solve import check_finite
 from mechedit.spread import UpdateRule, check_layers, moment_matrices, spread
@@ -21,7 +21,7 @@ def check_input(
     model: Model,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
-    moments: Moments,
+    moments: Moments | None,
     previous: Previous | None,
     config: MethodConfig,
 ) -> list[int]:
@@ -33,7 +33,8 @@ def check_input(
     """
     check_requests(requests)
     layers = check_layers(layers, model)
-    moment_matrices(moments, config.spread.edited_layers(layers), model)
+    if config.preserves_keys:
+        moment_matrices(moments or {}, config.edited_layers(layers), model)
     for layer, keys in (previous or {}).items():
         if keys.ndim != 2 or len(keys) != model.d_key:
             raise InputError(
@@ -53,7 +54,7 @@ def write(
     layers: Sequence[int],
     rule: UpdateRule,
     prefixes: Sequence[str] | None,
-    config: MethodConfig,
+    config: SearchConfig,
     targets: Targets | None,
 ) -> Edit:
     """Search for z, unless it is given, and spread it over the layers by the method's rule.

@@ -18,7 +18,7 @@ from mechedit.edit.weights import digest
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig, perplexity
 from mechedit.facts import EditRequest
-from mechedit.methods import METHODS, MethodConfig, recommended
+from mechedit.methods import METHODS, MethodConfig, SearchConfig, recommended
 from mechedit.models import Model
 from mechedit.session.measures import Judged, Measure, finite, judge, weight_norms
 from mechedit.session.record import Record
@@ -81,7 +81,7 @@ class Plan:
             prefixes=self.prefixes,
             config=self.config,
             targets=self._targets(batch, cache),
-            previous=previous,
+            previous=previous if self.config.preserves_keys else None,
         )
         keys = {layer: keys.cpu() for layer, keys in edit_keys(self.model, batch, own).items()}
         return dataclasses.replace(own, manifest=plain_copy(own.manifest)), keys
@@ -110,7 +110,7 @@ class Plan:
 
     def measure(self) -> list[Measure]:
         """The perplexity of the model as it is now, and the norms of its weights."""
-        norms = weight_norms(self.model, self.moments)
+        norms = weight_norms(self.model, self.config.edited_layers(self.layers))
         if self.texts is None:
             return norms
         return [Measure("perplexity", "model", finite(perplexity(self.model, self.texts))), *norms]
@@ -131,7 +131,7 @@ class Plan:
 
     def _targets(self, batch: Sequence[EditRequest], cache: Path | None) -> Targets | None:
         """z, found here where what is found can be kept; else the method finds it."""
-        if cache is None or not self.config.shares_targets:
+        if cache is None or not isinstance(self.config, SearchConfig) or not self.config.shares_targets:
             return None
         layer = self.config.target_layer(self.layers)
         return find_targets(self.model, batch, layer, self.prefixes, self.config.targets, cache=cache)

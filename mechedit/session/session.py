@@ -27,7 +27,7 @@ from mechedit.facts import EditRequest, check_requests, conflicts, unique_ids
 from mechedit.methods import MethodConfig
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
-from mechedit.prompts import check_choice, check_prefixes, make_prefixes
+from mechedit.prompts import check_choice, check_prefixes
 from mechedit.session.folder import Folder
 from mechedit.session.measures import HISTORY_COLUMNS, SCORE_COLUMNS, Judged, Measure, frame, means, update_norms
 from mechedit.session.plan import Plan, check_rule, check_settings
@@ -77,8 +77,8 @@ class EditSession:
             moments: for each layer E[k kᵀ] of the unedited model over running text.
             method: one of `METHODS`.
             config: its settings; by default those that ship with the model.
-            prefixes: templates with one {} for the whole prompt, for all batches; by default those that the unedited
-                model makes up (`make_prefixes`).
+            prefixes: templates with one {} for the whole prompt, for all batches; by default the method's own, on the
+                unedited model (`MethodConfig.default_prefixes`).
             texts: held-out documents for the perplexity; without them it is not watched.
             folder: where finished batches are kept. When it holds some of the same session they are taken over.
             rule: when to stop; by default `StopRule()`.
@@ -99,10 +99,10 @@ class EditSession:
         self._plan = Plan(
             model=model,
             layers=layers,
-            moments=moment_matrices(moments, config.spread.edited_layers(layers), model),
+            moments=moment_matrices(moments, config.edited_layers(layers) if config.preserves_keys else [], model),
             method=method,
             config=config,
-            prefixes=check_prefixes(prefixes or known or make_prefixes(model, seed=config.seed)),
+            prefixes=check_prefixes(prefixes or known or config.default_prefixes(model)),
             texts=texts,
             rule=check_rule(rule, texts),
             accumulate=accumulate,

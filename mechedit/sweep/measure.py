@@ -21,7 +21,7 @@ from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
 from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary, harmonic_mean
 from mechedit.facts import EditRequest, check_requests
-from mechedit.methods import METHODS, MethodConfig, recommended
+from mechedit.methods import METHODS, MethodConfig, SearchConfig, recommended
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
 from mechedit.spread import moment_matrices
@@ -183,17 +183,19 @@ def sweep_windows(
     if method not in METHODS:
         raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
     wanted = check_windows(windows, model.n_layers)
-    if parts is not None and not all(isinstance(moments.get(at), SecondMoment) for w in wanted for at in w.layers):
+    config = config or recommended(method, model)
+    layers = sorted({layer for window in wanted for layer in window.layers}) if config.preserves_keys else []
+    if parts is not None and not all(isinstance(moments.get(layer), SecondMoment) for layer in layers):
         raise ValueError("parts can only be kept with second moments that say where they come from")
     # All that can be refused is refused before the long search.
     check_requests(requests)
-    moment_matrices(moments, sorted({layer for window in wanted for layer in window.layers}), model)
+    moment_matrices(moments, layers, model)
     sweeping = _Sweeping(
         model=model,
         requests=requests,
         moments=moments,
         method=method,
-        config=config or recommended(method, model),
+        config=config,
         evaluation=evaluation,
         cache=cache,
     )
@@ -240,15 +242,16 @@ class _Sweeping:
 
     def key(self, window: Window | None) -> dict[str, Any]:
         """All that determines what is measured in a window; None is the unedited model."""
-        layers = [] if window is None else window.layers
+        layers = [] if window is None or not self.config.preserves_keys else window.layers
         origins = {layer: _identity(getattr(self.moments[layer], "provenance", {})) for layer in layers}
         evaluation = dataclasses.asdict(self.evaluation)
         return {**self.provenance, "evaluation": evaluation, "window": window, "moments": origins}
 
     def measure(self, window: Window) -> pd.DataFrame:
         """Edit one window, measure, and take the edit back: `case, measure, value`."""
-        shared = self.config.shares_targets
-        targets = self._targets(self.config.target_layer(window.layers)) if shared else None
+        targets = None
+        if isinstance(self.config, SearchConfig) and self.config.shares_targets:
+            targets = self._targets(self.config.target_layer(window.layers))
         edit = METHODS[self.method]
         try:
             made = edit(self.model, self.requests, window.layers, self.moments, config=self.config, targets=targets)
@@ -261,8 +264,10 @@ class _Sweeping:
     @cached_property
     def _targets(self) -> Callable[[int], Targets]:
         """Finds the targets at a layer; the last ones stay, since windows come ordered by their last layer."""
+        config = self.config
+        assert isinstance(config, SearchConfig), "asked for by methods that share targets alone"
         return lru_cache(maxsize=1)(
-            lambda layer: find_targets(self.model, self.requests, layer, config=self.config.targets, cache=self.cache)
+            lambda layer: find_targets(self.model, self.requests, layer, config=config.targets, cache=self.cache)
         )
 
 
