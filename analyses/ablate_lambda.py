@@ -24,7 +24,7 @@ MEASURES = ("ES", "PS", "NS", "S", "exact_match")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Edit and score with each λ, write the table and the figure."""
-    parser = options(__doc__, count=100, quick_count=10)
+    parser = options(__doc__, count=300, quick_count=10)
     parser.add_argument("--method", default="memit")
     parser.add_argument("--decades", type=float, default=3.0, help="of λ, on each side of the model's own (default 3)")
     experiment = opened("ablate_lambda", parser, arguments)

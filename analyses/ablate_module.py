@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from ablate_layers import at_depths, labelled, printed, swept, unedited
-from experiment import opened, options, run
+from ablate_layers import at_depths, labelled, printed, ranged, swept, unedited
+from experiment import opened, run
 from matplotlib.figure import Figure
 
 from mechedit.figures.scores import scores_figure
-from mechedit.figures.style import GREY
+from mechedit.figures.style import GREY, layer_axis
 from mechedit.sweep import Window
 
 MODULES = {"mlp": "MLP", "attn": "attention"}
@@ -25,7 +25,7 @@ MODULES = {"mlp": "MLP", "attn": "attention"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Edit and score each range in both modules, write the table and the figure."""
-    experiment = opened("ablate_module", options(__doc__, count=50, quick_count=8), arguments)
+    experiment = opened("ablate_module", ranged(__doc__), arguments)
     own = Window(experiment.layers[0], experiment.layers[-1])
     windows = at_depths(experiment, own)
     sweeps = {name: swept(experiment, windows, module) for module, name in MODULES.items()}
@@ -44,6 +44,7 @@ def figure(table: pd.DataFrame, own: Window) -> Figure:
     made = scores_figure(table, x="last", hue="module", label=f"last of {own.width} layers")
     for ax in made.axes:
         ax.axvspan(own.last - 0.4, own.last + 0.4, color=GREY, alpha=0.2, linewidth=0, zorder=0)
+        layer_axis(ax, table["last"].dropna().astype(int))
     return made
 
 
