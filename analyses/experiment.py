@@ -152,10 +152,11 @@ class Experiment:
         """The selection from that trace, in `selection/selection.json`."""
         return pipeline.select_step(self.selecting, SelectConfig(seed=self.seed))
 
-    def moments(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
-        """E[k kᵀ] of these layers; what an earlier script collected is read from the folder."""
+    def moments(self, layers: Sequence[int], module: str = "mlp") -> dict[int, SecondMoment]:
+        """E[k kᵀ] of these layers; what an earlier script collected is read from the folder (or its own)."""
         reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
-        return collect_moments(self.model, self.given.texts, sorted(layers), reading, self.out)
+        folder = self.out if module == "mlp" else self.out / module
+        return collect_moments(self.model.writing(module), self.given.texts, sorted(layers), reading, folder)
 
     def config(self, variant: Variant) -> MethodConfig:
         """The settings that ship with the model, with the variant's changes."""
