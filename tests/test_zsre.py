@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from mechedit import EditRequest, InputError, Neighbor, edited, evaluate_zsre, load_model
 from mechedit.cli import main
 from mechedit.evaluation import EvaluationConfig, Scores, score_targets
+from mechedit.models import Model
 from mechedit.pipeline import RunFolder, evaluate_step
 from mechedit.prompts import continuation_ids, encode
 
@@ -44,13 +45,11 @@ REQUESTS = [
 EXACT_MATCHES = ["exact_match", "exact_match_paraphrase", "exact_match_neighborhood"]
 
 
-class Parrot:
+class Parrot(Model):
     """A model that finds token (id + 1) likeliest after each token."""
 
     name, backend, hf, device, dtype = "parrot", "transformer_lens", None, torch.device("cpu"), torch.float32
-    n_layers = d_model = d_mlp = 1
     max_positions = 64
-    down_projection = mlp_output = mlp_gain = weights_hash = unembed = lambda *_, **__: None
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -58,6 +57,9 @@ class Parrot:
     def run(self, tokens, *, keep, **_):
         after = (tokens.ids[:, keep] + 1) % 10
         return SimpleNamespace(logits=torch.nn.functional.one_hot(after, 10).float())
+
+    def weights_hash(self, **_):
+        return "parrot"
 
     def provenance(self):
         return {"model": "parrot"}
