@@ -165,9 +165,10 @@ class Experiment:
 
     def edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
         """Make one edit; targets that were found are kept in the folder, so that other edits may share them."""
-        moments = self.moments(variant.layers)
+        config = self.config(variant)
+        moments = self.moments(variant.layers) if config.preserves_keys else {}
         return pipeline.make_edit(
-            self.model, requests, variant.layers, moments, variant.method, self.config(variant), self.out / "targets"
+            self.model, requests, variant.layers, moments, variant.method, config, self.out / "targets"
         )
 
     def scored(
@@ -208,7 +209,8 @@ class Experiment:
 
     def variant_key(self, variant: Variant) -> dict[str, Any]:
         """What an edit depends on besides."""
-        moments = {layer: moment.provenance for layer, moment in self.moments(variant.layers).items()}
+        found = self.moments(variant.layers) if self.config(variant).preserves_keys else {}
+        moments = {layer: moment.provenance for layer, moment in found.items()}
         return {
             "method": variant.method,
             "layers": list(variant.layers),
