@@ -1,8 +1,8 @@
 """From tidy frames to the papers' figures, each drawn on Axes that the caller gives.
 
 In: effects (`trace.COLUMNS`) or their averages (`trace.average_effects`), the content of selection.json,
-summaries of scores. Out: the same Axes, or a Figure where there are several panels. Effects are never clipped;
-intervals are 95% percentile bootstraps over facts or cases.
+summaries of scores, tidy scores by setting. Out: the same Axes, or a Figure where there are several panels. Effects
+are never clipped; intervals are 95% percentile bootstraps over facts or cases.
 """
 
 from mechedit.figures.bars import plot_severed
@@ -11,6 +11,7 @@ from mechedit.figures.folder import run_figures
 from mechedit.figures.heatmaps import fact_figure, plot_fact, plot_role_grid, roles_figure, shared_norm
 from mechedit.figures.lines import lines_figure, plot_lines
 from mechedit.figures.results import plot_scores, plot_selection
+from mechedit.figures.scores import plot_scores_against, scores_figure
 from mechedit.figures.style import paper_style, save_figure
 from mechedit.figures.sweeps import plot_sweep, plot_window_contribution, sweep_figure
 from mechedit.figures.traces import trace_figures
@@ -27,6 +28,7 @@ __all__ = [
     "plot_lines",
     "plot_role_grid",
     "plot_scores",
+    "plot_scores_against",
     "plot_selection",
     "plot_severed",
     "plot_sweep",
@@ -34,6 +36,7 @@ __all__ = [
     "roles_figure",
     "run_figures",
     "save_figure",
+    "scores_figure",
     "shared_norm",
     "sweep_figure",
     "trace_figures",

@@ -1,0 +1,252 @@
+"""Scores against a setting: number of edits, λ, layer range, steps of training; a line for each method.
+
+In: a tidy frame with a column for the setting, one that tells lines apart, and `measure, mean, low, high` in the
+papers' units. Out: the same Axes, or a Figure with a panel for each measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from mechedit.errors import InputError
+from mechedit.figures.lines import STROKES, Stroke, share_legend
+from mechedit.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PAGE_WIDTH,
+    PURPLE,
+    SKY,
+    SPARE,
+    VERMILION,
+    legend_above,
+    paper_style,
+)
+from mechedit.tables import where
+
+METHOD_COLOURS = {
+    "memit": BLUE,
+    "rome": VERMILION,
+    "alphaedit": GREEN,
+    "pmet": PURPLE,
+    "emmet": SKY,
+    "ft": ORANGE,
+    "ft_l": ORANGE,
+    "ft_w": ORANGE,
+    "unedited": GREY,
+}
+"""The same in all figures; variants of a method share its colour and differ by their stroke."""
+MARKERS = {"memit": "o", "rome": "s", "alphaedit": "^", "pmet": "D", "emmet": "v", "ft": "P", "ft_l": "X", "ft_w": "*"}
+STROKE_OF = {"ft_l": STROKES[1], "ft_w": STROKES[2], "unedited": STROKES[1]}
+TITLES = {
+    "S": "Score (S)",
+    "ES": "Efficacy (ES)",
+    "PS": "Paraphrases (PS)",
+    "NS": "Neighbours (NS)",
+    "GE": "Fluency (GE, bits × 100)",
+    "RS": "Consistency (RS)",
+}
+NOT_PERCENT = frozenset({"GE", "perplexity", "KL"})
+LEAST_MARKERS = 24
+"""From so many points on, a line is drawn without markers."""
+
+
+def plot_scores_against(
+    table: pd.DataFrame,
+    ax: Axes,
+    *,
+    x: str,
+    measure: str,
+    hue: str = "method",
+    log: bool = False,
+    label: str | None = None,
+    colours: Sequence[str] = (),
+) -> Axes:
+    """One measure against a setting, a line with its interval for each method.
+
+    A setting that is not a number is an axis of places in order of appearance, with bars for the intervals. Rows
+    without the setting (NaN) hold whatever it is, such as the unedited model: a dashed level line.
+
+    Args:
+        table: `x, hue, measure, mean, low, high`, in percent (GE, perplexity and KL in their own units).
+        ax: where to draw.
+        x: column of the setting.
+        measure: which rows.
+        hue: column that tells lines apart, in order of appearance.
+        log: whether the axis of a numeric setting is logarithmic.
+        label: of the horizontal axis; by default the column's name.
+        colours: of lines that are no known methods, in order.
+
+    Raises:
+        InputError: a column is missing, no rows have that measure, or a setting of 0 or below on a logarithmic axis.
+    """
+    rows = _rows(table, x, measure, hue)
+    styles = line_styles(list(dict.fromkeys(table[hue].astype(str))), colours)
+    numeric = pd.api.types.is_numeric_dtype(rows[x])
+    settings = rows.loc[rows[x].notna(), :]
+    if log and numeric and len(settings) and settings[x].min() <= 0:
+        raise InputError(f"{x} is {settings[x].min()}, expected more than 0 on a logarithmic axis; pass log=False")
+    places = {value: place for place, value in enumerate(dict.fromkeys(settings[x]))}
+    names = [name for name in styles if name in set(rows[hue].astype(str))]
+    for order, name in enumerate(names):
+        own = rows.loc[rows[hue].astype(str) == name, :]
+        _level(ax, own.loc[own[x].isna(), :], name, styles[name])
+        own = own.loc[own[x].notna(), :]
+        if own.empty:
+            continue
+        if numeric:
+            own = own.sort_values(x)
+            _line(ax, own[x].to_numpy(dtype=float), _ends(own), name, styles[name])
+        else:  # beside one another, so that bars of equal heights are all seen
+            aside = min(0.09, 0.6 / len(names)) * (order - (len(names) - 1) / 2)
+            _bars(ax, np.array([places[value] for value in own[x]]) + aside, _ends(own), name, styles[name])
+    _setting_axis(ax, settings[x], numeric=numeric, log=log)
+    ax.set(xlabel=x if label is None else label, ylabel=unit_of(measure))
+    _score_axis(ax, measure)
+    legend_above(ax, columns=3)
+    return ax
+
+
+def scores_figure(
+    table: pd.DataFrame,
+    measures: Sequence[str] = ("ES", "PS", "NS", "S"),
+    *,
+    x: str,
+    hue: str = "method",
+    log: bool = False,
+    label: str | None = None,
+    columns: int | None = None,
+) -> Figure:
+    """A panel for each measure that the table holds, side by side under one legend.
+
+    Args:
+        table: as for `plot_scores_against`, and so are the other arguments.
+        measures: the panels wanted; those without data are left out.
+        x: column of the setting.
+        hue: column that tells lines apart.
+        log: whether the axis is logarithmic.
+        label: of the horizontal axis.
+        columns: panels in a row; by default up to four in one, else three.
+
+    Raises:
+        InputError: none of the measures is there; and as `plot_scores_against`.
+    """
+    found = [measure for measure in measures if len(where(table, measure=measure))]
+    if not found:
+        held = ", ".join(dict.fromkeys(table["measure"])) or "nothing"
+        raise InputError(f"the table holds {held}, expected some of {', '.join(measures)}: score first")
+    columns = min(len(found), columns or (4 if len(found) <= 4 else 3))
+    rows = -(-len(found) // columns)
+    legend = 0.15 * -(-len(set(table[hue])) // 4)
+    with paper_style():
+        figure = Figure(figsize=(PAGE_WIDTH, 0.2 + legend + 1.65 * rows))
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for place, (measure, ax) in enumerate(zip(found, grid, strict=False)):
+            plot_scores_against(table, ax, x=x, measure=measure, hue=hue, log=log, label=label)
+            ax.set_title(TITLES.get(measure, measure))
+            if place + columns < len(found):  # a panel follows below
+                ax.set_xlabel("")
+        axes, unused = grid[: len(found)], grid[len(found) :]
+        for ax in unused:
+            ax.remove()
+        share_legend(figure, axes)
+        for first in axes[::columns]:
+            first.set_ylabel("%")
+    return figure
+
+
+def line_styles(names: Sequence[str], colours: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Colour, stroke and marker of each line.
+
+    A known method has its own everywhere, a variant of it (`memit, strategy sqrt`) the next stroke; other names take
+    the next colour.
+    """
+    methods = [name.partition(",")[0].partition("@")[0].strip() for name in names]
+    used = {METHOD_COLOURS[method] for method in methods if method in METHOD_COLOURS}
+    free = colours or [colour for colour in (BLUE, ORANGE, GREEN, *SPARE) if colour not in used] or [INK]
+    taken: dict[str, int] = {}
+    styles: dict[str, dict[str, Any]] = {}
+    for name, method in zip(names, methods, strict=True):
+        known = method in METHOD_COLOURS
+        key = method if known else ""
+        times = taken[key] = taken.get(key, -1) + 1
+        colour = METHOD_COLOURS[method] if known else free[times % len(free)]
+        again = times if known else times // len(free)
+        stroke: Stroke = STROKES[again % len(STROKES)] if again else STROKE_OF.get(method, "-")
+        styles[name] = {"color": colour, "linestyle": stroke, "marker": MARKERS.get(method, "o")}
+    return styles
+
+
+def unit_of(measure: str) -> str:
+    """What a measure's axis is called."""
+    return measure if measure in NOT_PERCENT else f"{measure} (%)"
+
+
+def _rows(table: pd.DataFrame, x: str, measure: str, hue: str) -> pd.DataFrame:
+    if missing := [column for column in (x, hue, "measure", "mean", "low", "high") if column not in table]:
+        raise InputError(f"the table of scores lacks {', '.join(missing)}; it has {', '.join(map(str, table))}")
+    rows = where(table, measure=measure)
+    if rows.empty:
+        held = ", ".join(dict.fromkeys(table["measure"])) or "nothing"
+        raise InputError(f"the table holds no rows of {measure!r}, expected one of {held}: score first")
+    return rows
+
+
+def _ends(rows: pd.DataFrame) -> Float[np.ndarray, "setting 3"]:
+    return rows.loc[:, ["mean", "low", "high"]].to_numpy(dtype=float)
+
+
+def _line(
+    ax: Axes, at: Float[np.ndarray, " setting"], ends: Float[np.ndarray, "setting 3"], name: str, style: dict[str, Any]
+) -> None:
+    """Means joined, in a band from low to high."""
+    mean, low, high = ends.T
+    ax.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    marker = {"marker": style["marker"] if len(at) < LEAST_MARKERS else "", "markersize": 2.4, "markeredgewidth": 0}
+    ax.plot(at, mean, color=style["color"], linestyle=style["linestyle"], label=name, **marker)
+
+
+def _bars(
+    ax: Axes, at: Float[np.ndarray, " setting"], ends: Float[np.ndarray, "setting 3"], name: str, style: dict[str, Any]
+) -> None:
+    """Means joined by a thin line, each with a bar from low to high."""
+    mean, low, high = ends.T
+    bars = np.clip([mean - low, high - mean], 0, None)
+    ax.errorbar(at, mean, bars, label=name, linewidth=0.7, elinewidth=0.8, markersize=3, markeredgewidth=0, **style)
+
+
+def _level(ax: Axes, rows: pd.DataFrame, name: str, style: dict[str, Any]) -> None:
+    """What does not depend on the setting."""
+    for height in rows["mean"]:
+        ax.axhline(height, color=style["color"], linestyle=STROKES[1], linewidth=0.8, zorder=1, label=name)
+
+
+def _setting_axis(ax: Axes, settings: pd.Series, *, numeric: bool, log: bool) -> None:
+    """Plain numbers on a logarithmic axis, names on one of places."""
+    if not numeric:
+        names = [str(name) for name in dict.fromkeys(settings)]
+        ax.set_xticks(range(len(names)), names)
+        ax.set_xlim(-0.5, len(names) - 0.5)
+    elif log:
+        ax.set_xscale("log")
+        decades = np.ptp(np.log10(settings.to_numpy(dtype=float))) if len(settings) else 0
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 1.5 else (1.0, 2.0, 5.0)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e5 else f"{value:.0e}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _score_axis(ax: Axes, measure: str) -> None:
+    if measure not in NOT_PERCENT:
+        ax.set(ylim=(-3, 103), yticks=range(0, 101, 20))
+    ax.grid(axis="y", color=INK, alpha=0.12, linewidth=0.5)
+    ax.set_axisbelow(True)

@@ -1,0 +1,113 @@
+"""Scores against a setting: what is drawn is what the table holds."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from mechedit.errors import InputError
+from mechedit.figures import plot_scores_against, save_figure, scores_figure
+from mechedit.figures.scores import METHOD_COLOURS, line_styles
+
+MEASURES = ("ES", "PS", "NS", "S", "GE")
+
+
+def make_scores(settings, methods=("memit", "rome"), measures=MEASURES, name="edits"):
+    """Means that are all different, and intervals that are not symmetric."""
+    return pd.DataFrame(
+        [
+            {name: x, "method": method, "measure": measure, "mean": mean, "low": mean - 3, "high": mean + 1, "n": 10}
+            for i, x in enumerate(settings)
+            for j, method in enumerate(methods)
+            for k, measure in enumerate(measures)
+            for mean in [20.0 + 5 * i + 11 * j + 2 * k]
+        ]
+    )
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+def lines(ax):
+    """The points of each line by its name."""
+    return {line.get_label(): line.get_xydata() for line in ax.lines if not line.get_label().startswith("_")}
+
+
+def test_points_and_bands_are_the_rows_in_order_of_the_setting(ax):
+    table = make_scores([1, 10, 100]).iloc[::-1]  # the order of rows does not matter
+    plot_scores_against(table, ax, x="edits", measure="PS", log=True)
+    drawn = lines(ax)
+    np.testing.assert_allclose(drawn["memit"], [[1, 22], [10, 27], [100, 32]])
+    np.testing.assert_allclose(drawn["rome"], [[1, 33], [10, 38], [100, 43]])
+    bands = {tuple(band.get_facecolor()[0][:3]): band.get_paths()[0].get_extents() for band in ax.collections}
+    memit = bands[mpl.colors.to_rgb(METHOD_COLOURS["memit"])]
+    assert (memit.y0, memit.y1) == (22 - 3, 32 + 1)
+    assert ax.get_xscale() == "log"
+
+
+def test_a_setting_without_a_number_has_places_in_order_of_appearance(ax):
+    table = make_scores(["3-8", "1-4", "0"], name="layers")
+    plot_scores_against(table, ax, x="layers", measure="ES")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["3-8", "1-4", "0"]
+    segments = [container.lines[2][0].get_segments() for container in ax.containers]
+    assert [tuple(s[:, 1]) for s in segments[0]] == [(17, 21), (22, 26), (27, 31)]
+    at = [container.lines[0].get_xdata() for container in ax.containers]
+    assert all(np.round(places).tolist() == [0, 1, 2] for places in at)
+    assert not np.allclose(at[0], at[1])  # bars of two methods do not hide one another
+
+
+def test_rows_without_a_setting_are_level_lines(ax):
+    table = make_scores([1.0, 10.0], methods=("memit",))
+    table = pd.concat([table, make_scores([np.nan], methods=("unedited",))])
+    plot_scores_against(table, ax, x="edits", measure="S", log=True)
+    assert set(lines(ax)["unedited"][:, 1]) == {26.0}
+    assert len(lines(ax)["memit"]) == 2
+
+
+def test_a_method_looks_the_same_in_every_figure_and_no_two_lines_are_alike():
+    one, other = line_styles(["rome", "ft", "memit"]), line_styles(["memit", "rome"])
+    assert one["memit"] == other["memit"]
+    assert one["rome"] == other["rome"]
+    names = [*METHOD_COLOURS, "memit, strategy sqrt", "memit, strategy last", "something", "else"]
+    looks = [tuple(style[key] for key in ("color", "linestyle")) for style in line_styles(names).values()]
+    assert len(set(looks)) == len(names)
+    assert line_styles(names)["memit, strategy sqrt"]["color"] == METHOD_COLOURS["memit"]
+
+
+def test_a_figure_has_the_panels_that_have_data_under_one_legend(tmp_path):
+    table = make_scores([1, 3, 30])
+    figure = scores_figure(table, ("S", "ES", "PS", "NS", "GE", "RS"), x="edits", log=True, label="edits")
+    assert [ax.get_title().split(" (")[0] for ax in figure.axes] == [
+        "Score", "Efficacy", "Paraphrases", "Neighbours", "Fluency",
+    ]  # fmt: skip
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["memit", "rome"]
+    assert not any(ax.get_legend() for ax in figure.axes)
+    assert figure.axes[4].get_ylim()[1] < 60 < figure.axes[0].get_ylim()[1]  # entropies have a scale of their own
+    assert all(path.stat().st_size > 3000 for path in save_figure(figure, tmp_path, "scores"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"measure": "RS"}, "no rows of 'RS'"),
+        ({"x": "lambda"}, "lacks lambda"),
+        ({"hue": "model"}, "lacks model"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(ax, change, words):
+    with pytest.raises(InputError, match=words):
+        plot_scores_against(make_scores([1, 2]), ax, **{"x": "edits", "measure": "S", **change})
+
+
+def test_zero_has_no_place_on_a_logarithmic_axis(ax):
+    with pytest.raises(InputError, match="logarithmic"):
+        plot_scores_against(make_scores([0, 2]), ax, x="edits", measure="S", log=True)
+    plot_scores_against(make_scores([0, 2]), ax, x="edits", measure="S")
+    with pytest.raises(InputError, match="expected some of"):
+        scores_figure(make_scores([1, 2]), ("RS",), x="edits")
