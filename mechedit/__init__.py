@@ -17,7 +17,15 @@ Transformer (MEMIT, 2023).
 from mechedit.artifacts import VERSION
 from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, Scores, evaluate, perplexity
+from mechedit.evaluation import (
+    Baseline,
+    EvaluationConfig,
+    References,
+    Scores,
+    evaluate,
+    measure_baseline,
+    perplexity,
+)
 from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
 from mechedit.methods import (
     AlphaEditConfig,
@@ -70,6 +78,7 @@ __version__ = VERSION
 __all__ = [
     "EMBED",
     "AlphaEditConfig",
+    "Baseline",
     "Convergence",
     "Corruption",
     "Edit",
@@ -88,6 +97,7 @@ __all__ = [
     "Neighbor",
     "Patch",
     "PmetConfig",
+    "References",
     "Resume",
     "RomeConfig",
     "Run",
@@ -126,6 +136,7 @@ __all__ = [
     "load_moments",
     "load_requests",
     "load_texts",
+    "measure_baseline",
     "memit",
     "merge",
     "merge_moments",

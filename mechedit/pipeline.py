@@ -32,7 +32,7 @@ from mechedit.artifacts import (
 )
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import QUICK, EvaluationConfig, Scores, evaluate
+from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, Scores, evaluate, measure_baseline
 from mechedit.facts import EditRequest, Fact
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, check_input
 from mechedit.models import Model
@@ -350,37 +350,64 @@ def evaluate_step(
     requests: Sequence[EditRequest],
     edit: Edit | None,
     config: EvaluationConfig,
+    texts: Sequence[str] = (),
 ) -> Scores:
-    """Score the requests before and, given an edit, after it. Writes scores.parquet and its companions."""
+    """Score the requests before and, given an edit, after it. Writes scores.parquet and its companions.
 
-    def make() -> Scores:
-        before = evaluate(model, requests, config, state="before")
-        if edit is None:
-            return before
-        with edited(model, edit):
-            return before.join(evaluate(model, requests, config, state="after"))
-
+    The unedited model's answers are kept in baseline/: evaluating another edit does not ask for them again.
+    """
     stamp = {
         "model": identity(model),
         "requests": value_hash([asdict(request) for request in requests]),
-        "edit": None if edit is None else value_hash(dict(edit.manifest)),
         "settings": asdict(config),
+        "texts": value_hash(list(texts)),
     }
+    folder = run.path / "baseline"
+
+    def make() -> Scores:
+        baseline = run.step(
+            "baseline", stamp, ["baseline/scores.parquet"],
+            lambda: measure_baseline(model, requests, config, texts=texts),
+            lambda made: made.save(folder), lambda: Baseline.load(folder),
+        )  # fmt: skip
+        if edit is None:
+            return baseline.scores
+        with edited(model, edit):
+            after = evaluate(model, requests, config, baseline=baseline, texts=texts)
+        return baseline.scores.join(after)
+
     return run.step(
-        "evaluate", stamp, ["scores.parquet"], make,
-        lambda scores: _ignore(scores.save(run.path)), lambda: Scores.load(run.path),
+        "evaluate", {**stamp, "edit": None if edit is None else value_hash(dict(edit.manifest))}, ["scores.parquet"],
+        make, lambda scores: _ignore(scores.save(run.path)), lambda: Scores.load(run.path),
     )  # fmt: skip
 
 
-def write_summary(run: RunFolder, scores: Scores | None, selection: Selection | None) -> dict[str, Any]:
-    """Write and return summary.json: the selected layers and each state's measures with intervals."""
+def write_summary(
+    run: RunFolder, scores: Scores | None, selection: Selection | None, edit: Edit | None = None
+) -> dict[str, Any]:
+    """Write and return summary.json: the selected layers, each state's measures with intervals, protocol and counts."""
     summary: dict[str, Any] = {}
     if selection is not None:
         summary["selection"] = {"layers": list(selection.layers)}
     if scores is not None:
         summary |= {state: scores.summary(state) for state in scores.states}
+        summary |= {"protocol": {**scores.protocol, "edit": _described(edit)}, "counts": scores.counts}
+    summary = plain_copy(summary)
     write_json(run.path / "summary.json", summary)
     return summary
+
+
+def _described(edit: Edit | None) -> dict[str, Any] | None:
+    """What made an edit, for the protocol of its scores."""
+    if edit is None:
+        return None
+    made = edit.manifest
+    return {
+        "method": made.get("method"),
+        "layers": edit.layers,
+        "requests": len(made.get("requests", ())),
+        "manifest_hash": value_hash(dict(made)),
+    }
 
 
 def found_selection(run: RunFolder) -> Selection | None:

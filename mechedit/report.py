@@ -40,8 +40,17 @@ MEANINGS = {
     "GE": "How varied free text about the subjects is (entropy of its word pairs and triples, bits × 100): "
     "a fall means text that repeats itself.",
     "RS": "How much free text about the subjects resembles reference texts about the new object.",
+    "NS+": "NS with the edit as a sentence before each prompt (CounterFact+): its mention alone misleads, too.",
+    "NM+": "NM with the edit as a sentence before each prompt.",
+    "KL": "How far the next word’s distribution on prompts about other subjects moved from the unedited model’s.",
+    "KL+": "The same with the edit as a sentence before each prompt, for both models.",
+    "top1": "On prompts about other subjects, the likeliest next token is the unedited model’s.",
+    "top1+": "The same with the edit as a sentence before each prompt, for both models.",
+    "PPL": "Perplexity of held-out text: a rise means that the model wears out.",
 }
 NAMES = {"exact_match": "Exact match", "exact_match_paraphrase": "Exact match, reworded"}
+DIGITS = {"KL": 3, "KL+": 3}
+"""Decimals of measures that are not in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +260,8 @@ def evaluation_section(path: Path) -> dict[str, Any] | None:
             {
                 "name": NAMES.get(name, name),
                 "meaning": MEANINGS[name],
+                "digits": DIGITS.get(name, 1),
+                "counted": "texts" if name == "PPL" else "cases",
                 "values": [summary[state].get(name) for state in states],
             }
             for name in measures
@@ -303,7 +314,9 @@ def model_card(parts: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, 
 def command(steps: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
     """The command that makes such a folder again."""
     card, samples = model_card(parts, steps), steps.get("trace", {}).get("settings", {}).get("samples")
-    name = "run" if "evaluate" in steps and "trace" in steps else next(iter(steps), "trace")
+    # The unedited answers are a step of their own, but not a command.
+    names = ["evaluate" if step == "baseline" else step for step in steps]
+    name = "run" if "evaluate" in names and "trace" in names else next(iter(names), "trace")
     edit, selection = parts["edit"], parts["selection"]
     chosen = edit["layers"] if edit and selection and edit["layers"] != list(selection["layers"]) else []
     options = {

@@ -19,8 +19,8 @@ from mechedit.evaluation import (
     score_targets,
     uniform_draws,
 )
-from mechedit.evaluation.counterfact import Question, ask, measure
 from mechedit.evaluation.generation import choose, words
+from mechedit.evaluation.questions import Question, ask, measure
 from mechedit.evaluation.scores import harmonic_mean
 from mechedit.facts import EditRequest, Neighbor
 from mechedit.prompts import continuation_ids, encode
@@ -318,7 +318,7 @@ def test_evaluate_end_to_end(small_model):
     prompts = scores.table.groupby("measure").size().to_dict()
     assert prompts == {
         "ES": 2, "EM": 2, "exact_match": 3, "PS": 2, "PM": 2, "exact_match_paraphrase": 2,
-        "NS": 3, "NM": 3, "GE": 2,
+        "NS": 3, "NM": 3, "NS+": 3, "NM+": 3, "GE": 2,
     }  # fmt: skip
     assert scores.counts["NS"] == {"cases": 2, "missing": 1, "prompts": 3}
     expected = {}

@@ -474,3 +474,27 @@ def test_nothing_is_left_after_an_exception(small_model: Any, error: type[BaseEx
 def test_impossible_runs_are_refused(small_model: Any, arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match.replace("(", r"\(").replace(")", r"\)")):
         small_model.run(random_tokens(), **arguments)
+
+
+def test_states_after_the_last_block_unembed_to_the_logits(family_model: Any) -> None:
+    tokens = random_tokens()
+    last = Site(family_model.n_layers - 1, "resid")
+    with torch.no_grad():
+        run = family_model.run(tokens, read=[last])
+    close(family_model.unembed(run[last][:, 4]), run.logits[:, 4])
+    far(family_model.unembed(run[last][:, 3]), run.logits[:, 4])
+
+
+def test_the_hash_outside_blocks_sees_only_what_lies_outside(lens_model: Any) -> None:
+    def hashes() -> tuple[str, str]:
+        return lens_model.weights_hash(), lens_model.weights_hash(blocks=False)
+
+    start = hashes()
+    with torch.no_grad():
+        lens_model.down_projection(1).mul_(2)
+    edited = hashes()
+    assert edited[0] != start[0]
+    assert edited[1] == start[1] != start[0]
+    with torch.no_grad():
+        lens_model.hf.transformer.ln_f.bias.add_(1)
+    assert hashes()[1] != start[1]

@@ -13,7 +13,15 @@ from mechedit import pipeline
 from mechedit.artifacts import writable_folder
 from mechedit.cli import options
 from mechedit.cli.app import print_json, say
-from mechedit.cli.inputs import check_layers, existing_folder, load, method_config, parse_layers, parse_shard
+from mechedit.cli.inputs import (
+    check_layers,
+    existing_folder,
+    first_texts,
+    load,
+    method_config,
+    parse_layers,
+    parse_shard,
+)
 from mechedit.cli.showing import described, page, say_unconverged
 from mechedit.edit import Edit, check_model, export, export_lora
 from mechedit.errors import InputError
@@ -26,6 +34,7 @@ from mechedit.moments import (
     SecondMoment,
     collect_shard,
     load_moments,
+    load_texts,
     merge_moments,
     plan_moments,
 )
@@ -139,6 +148,8 @@ def evaluate_command(
     out: options.Out = Path("run"),
     model: options.ModelName = "tiny",
     edit: Annotated[Path | None, typer.Option(help="an edit file")] = None,
+    texts: options.HeldOut = None,
+    max_texts: options.MaxTexts = 100,
     generation_prompts: options.GenerationPrompts = None,
     backend: options.Backend = "transformer_lens",
     device: options.Device = None,
@@ -148,16 +159,21 @@ def evaluate_command(
     json_: options.Json = False,
     config: options.Config = None,
 ) -> int:
-    """Score requests before and after an edit: scores.parquet and summary.json."""
+    """Score requests before and after an edit: scores.parquet and summary.json.
+
+    The unedited model's answers are kept in baseline/; another edit is held against them (with --overwrite in the
+    same folder).
+    """
     folder = pipeline.RunFolder.at(out, overwrite=overwrite)
     edits = load_requests(requests)
+    held_out = [] if texts is None else first_texts(load_texts(texts), max_texts)
     change = None if edit is None else Edit.load(edit)
     loaded = load(model, backend, device, dtype)
     if change is not None:
         check_model(loaded, change)
     measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
-    scores = pipeline.evaluate_step(folder, loaded, edits, change, measure)
-    summary = pipeline.write_summary(folder, scores, pipeline.found_selection(folder))
+    scores = pipeline.evaluate_step(folder, loaded, edits, change, measure, held_out)
+    summary = pipeline.write_summary(folder, scores, pipeline.found_selection(folder), change)
     run_figures(folder.path)
     print_json(json_, summary)
     return 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -84,6 +85,17 @@ def check_layers(layers: list[int], n_layers: int) -> None:
     """Refuse layers that the model lacks."""
     if layers[-1] >= n_layers:
         raise InputError(f"layer {layers[-1]} is not in the model, expected layers 0 to {n_layers - 1}")
+
+
+def first_texts(texts: Sequence[str], count: int) -> list[str]:
+    """The first texts that are not blank; only so many are read.
+
+    Raises:
+        InputError: none are wanted.
+    """
+    if count < 1:
+        raise InputError(f"--max-texts is {count}, expected at least 1; leave --texts out for no perplexity")
+    return list(itertools.islice((text for text in texts if text.strip()), count))
 
 
 def sampled(facts: list[Fact], count: int | None, seed: int) -> list[Fact]:

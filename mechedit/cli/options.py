@@ -57,4 +57,8 @@ Weight = Annotated[float, typer.Option(help="weight of the second moment in the 
 CheckpointSeconds = Annotated[float, typer.Option(help="seconds between checkpoints")]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method: name=value")]
 GenerationPrompts = Annotated[int | None, typer.Option(help="free texts a request for GE; all its prompts by default")]
+HeldOut = Annotated[
+    str | None, typer.Option("--texts", help="texts to measure perplexity on, other than those of the moments")
+]
+MaxTexts = Annotated[int, typer.Option(help="how many of the texts, from the first on")]
 Config = Annotated[Path | None, typer.Option(help="YAML or JSON file with the same names")]

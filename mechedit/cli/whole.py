@@ -69,7 +69,7 @@ def run_command(
     say_unconverged(edit)
     measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
     scores = pipeline.evaluate_step(folder, loaded, edits, edit, measure)
-    summary = pipeline.write_summary(folder, scores, selection)
+    summary = pipeline.write_summary(folder, scores, selection, edit)
     run_figures(folder.path)
     report = write_report(folder.path)
     say(f"the report is {report}")

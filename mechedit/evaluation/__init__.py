@@ -1,18 +1,24 @@
-"""What an edit did: CounterFact's measures, greedy exact match, the entropy of free text and perplexity."""
+"""What an edit did: CounterFact's measures, exact match, drift from the unedited model, free text and perplexity."""
 
-from mechedit.evaluation.counterfact import evaluate
+from mechedit.evaluation.baseline import Baseline
+from mechedit.evaluation.config import QUICK, EvaluationConfig
+from mechedit.evaluation.counterfact import evaluate, measure_baseline
 from mechedit.evaluation.generation import generate, ngram_entropy, uniform_draws
 from mechedit.evaluation.likelihood import TargetScore, score_targets
 from mechedit.evaluation.perplexity import perplexity
-from mechedit.evaluation.scores import QUICK, EvaluationConfig, Scores
+from mechedit.evaluation.references import References
+from mechedit.evaluation.scores import Scores
 
 __all__ = [
     "QUICK",
+    "Baseline",
     "EvaluationConfig",
+    "References",
     "Scores",
     "TargetScore",
     "evaluate",
     "generate",
+    "measure_baseline",
     "ngram_entropy",
     "perplexity",
     "score_targets",

@@ -1,162 +1,158 @@
 """CounterFact's measures: does the model say the new object where it should, and only there?
 
-In: a model and edit requests. Out: `Scores`, one row a prompt and measure (ROME §3.4, MEMIT Appendix C.2).
+In: a model and edit requests. Out: `Scores`, one row a prompt and measure (ROME §3.4, MEMIT Appendix C.2). With
+the unedited model's answers at hand (`Baseline`), also how far the edit moved what it should have left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import pandas as pd
+import torch
 
+from mechedit.artifacts import plain_copy, value_hash
 from mechedit.errors import InputError
-from mechedit.evaluation.generation import generate, ngram_entropy, uniform_draws
-from mechedit.evaluation.likelihood import Pair, TargetScore, score_targets
-from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, EvaluationConfig, Scores
-from mechedit.facts import EditRequest, fill, unique_ids
+from mechedit.evaluation.baseline import Baseline
+from mechedit.evaluation.config import EvaluationConfig
+from mechedit.evaluation.drift import drift
+from mechedit.evaluation.freely import greedy_answers, surprise_rows, write_freely
+from mechedit.evaluation.likelihood import Answers, answer
+from mechedit.evaluation.questions import NEIGHBORS, Question, Row, ask, measure
+from mechedit.evaluation.references import References, resemblance
+from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
+from mechedit.facts import EditRequest, unique_ids
 from mechedit.models import Model
+from mechedit.moments.texts import texts_hash
 
 DEFAULTS = EvaluationConfig()
-
-Kind = Literal["rewrite", "paraphrase", "neighborhood"]
-SUCCESS: Mapping[Kind, str] = {"rewrite": "ES", "paraphrase": "PS", "neighborhood": "NS"}
-MAGNITUDE: Mapping[Kind, str] = {"rewrite": "EM", "paraphrase": "PM", "neighborhood": "NM"}
-EXACT: Mapping[Kind, str] = {"rewrite": "exact_match", "paraphrase": "exact_match_paraphrase"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One prompt of a request with the two objects that compete for it."""
-
-    case: str
-    kind: Kind
-    prompt: int
-    """Index within the kind."""
-    text: str
-    new: str
-    true: str | None
-    """For a neighbour, its own true object. None leaves out the measures that compare."""
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """The (prompt, object) pairs that must be scored."""
-        return [(self.text, target) for target in (self.new, self.true) if target is not None]
 
 
 def evaluate(
     model: Model,
     requests: Sequence[EditRequest],
-    config: EvaluationConfig = DEFAULTS,
+    config: EvaluationConfig | None = None,
     state: str = "after",
+    *,
+    baseline: Baseline | None = None,
+    texts: Sequence[str] = (),
+    references: References | None = None,
 ) -> Scores:
     """Measure a model, as it is now, on edit requests.
 
-    ES, PS: share of rewrite and paraphrase prompts with P(new) > P(true); NS: share of neighborhood
-    prompts with P(true) > P(new); EM, PM, NM: the probability differences, each in the direction that
-    counts as success. `exact_match` and `exact_match_paraphrase`: greedy decoding writes the new object.
-    GE: n-gram entropy of sampled text, prompt included as in the published code.
+    ES, PS: share of rewrite and paraphrase prompts with P(new) > P(true); NS: share of neighborhood prompts with
+    P(true) > P(new), NS+ with the edit's sentence before them; EM, PM, NM, NM+: the probability differences, each
+    in the direction that counts as success. `exact_match`, `exact_match_paraphrase`: greedy decoding writes the new
+    object, read from the argmax after each of its tokens, which by induction is the same. KL, KL+, top1, top1+:
+    against the unedited model (`drift`). GE: n-gram entropy of sampled text, RS: its likeness to references, both
+    with the prompt as in the published code. PPL: perplexity of `texts`. A measure that a request has no data
+    for is absent for it, and counted in `Scores.counts`.
 
     Args:
         model: the model; inside `edited(...)` its edited self.
         requests: the edits that were or will be made.
-        config: how to measure.
+        config: how to measure; by default as the baseline was, else `EvaluationConfig()`.
         state: name of this model state in the table: before, after or now.
+        baseline: the unedited model's answers to the same (`measure_baseline`); without it there is no KL and top1.
+        texts: held-out documents for PPL.
+        references: for RS.
 
     Raises:
-        InputError: no requests, a repeated id, or a prompt that the model cannot take.
+        InputError: no requests, a repeated id, a prompt that the model cannot take, or a baseline of another model,
+            of other requests, texts, references or settings.
     """
-    if not requests:
-        raise InputError("no edit requests were found, expected at least one; check the requests file")
-    unique_ids((request.id for request in requests), "requests")
-    questions = [question for request in requests for question in ask(request)]
-    scores = score_targets(model, (p for q in questions for p in q.pairs), batch_size=config.batch_size)
-    measured = [row for question in questions for row in measure(question, scores, config)]
-    fluency, texts = _write_freely(model, requests, config)
-    table = pd.DataFrame(measured + fluency, columns=TABLE_COLUMNS[:-1]).assign(state=state)
-    answers = pd.DataFrame(_answer(model, requests, config) + texts, columns=ANSWER_COLUMNS[:-1]).assign(state=state)
-    return Scores(
-        table=table,
-        answers=answers,
-        cases=tuple(request.id for request in requests),
-        config=config,
-        provenance={state: model.provenance()},
-    )
+    config = config or (baseline.scores.config if baseline else DEFAULTS)
+    inquiry = _Inquiry(model=model, requests=requests, config=config, texts=texts, references=references)
+    if baseline is None:
+        return inquiry.scores(state, inquiry.answers())
+    baseline.check(inquiry.provenance, config)
+    found = inquiry.answers(watch=True)
+    moved = drift(model, inquiry.questions, baseline.by_prompt, found.states, batch_size=config.batch_size)
+    return inquiry.scores(state, found, list(moved))
 
 
-def ask(request: EditRequest) -> Iterator[Question]:
-    """The prompts that judge one request."""
-    yield _question(request, "rewrite", 0, request.text, request.target_true)
-    for index, text in enumerate(request.paraphrases):
-        yield _question(request, "paraphrase", index, _filled(text, request), request.target_true)
-    for index, neighbor in enumerate(request.neighbors):
-        yield _question(request, "neighborhood", index, neighbor.prompt, neighbor.object)
+def measure_baseline(
+    model: Model,
+    requests: Sequence[EditRequest],
+    config: EvaluationConfig = DEFAULTS,
+    *,
+    texts: Sequence[str] = (),
+    references: References | None = None,
+) -> Baseline:
+    """Measure the unedited model, and keep what edits of it are compared with.
+
+    Its scores have the state `before`; `baseline.scores.join(evaluate(model, requests, baseline=baseline))`, within
+    `edited(...)`, is the whole result.
+
+    Args:
+        model: unedited.
+        requests: the edits that will be made.
+        config: how to measure, now and after the edits.
+        texts: as in `evaluate`.
+        references: as in `evaluate`.
+
+    Raises:
+        InputError: as `evaluate`.
+    """
+    inquiry = _Inquiry(model=model, requests=requests, config=config, texts=texts, references=references)
+    found = inquiry.answers(watch=True)
+    states = torch.stack(list(found.states.values())) if found.states else torch.empty(0, model.d_model)
+    return Baseline(scores=inquiry.scores("before", found), prompts=tuple(found.states), states=states)
 
 
-def _question(request: EditRequest, kind: Kind, index: int, text: str, true: str | None) -> Question:
-    return Question(case=request.id, kind=kind, prompt=index, text=text, new=request.target_new, true=true)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Inquiry:
+    """What is asked of one state of a model."""
 
+    model: Model
+    requests: Sequence[EditRequest]
+    config: EvaluationConfig
+    texts: Sequence[str]
+    references: References | None
 
-def _filled(text: str, request: EditRequest) -> str:
-    """A prompt as it stands, or, written as a template, with the subject in it."""
-    return fill(text, request.subject) if text.count("{}") == 1 else text
+    def __post_init__(self) -> None:
+        if not self.requests:
+            raise InputError("no edit requests were found, expected at least one; check the requests file")
+        unique_ids((request.id for request in self.requests), "requests")
 
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """The model as it is now, what of it no edit changes, and what it is asked."""
+        count = sum(1 for text in self.texts if text.strip())
+        return {
+            **self.model.provenance(),
+            "outer_hash": self.model.weights_hash(blocks=False),
+            "requests": value_hash([asdict(request) for request in self.requests]),
+            "texts": {"hash": texts_hash(self.texts), "count": count} if len(self.texts) else None,
+            "references": self.references.hash if self.references else None,
+        }
 
-def measure(
-    question: Question, scores: Mapping[Pair, TargetScore], config: EvaluationConfig
-) -> Iterator[tuple[str, str, str, int, float]]:
-    """Rows (case, measure, kind, prompt, value) of one question; ties are failures, as published."""
-    new = scores[question.text, question.new]
-    name = (question.kind, question.prompt)
-    if question.kind in EXACT:
-        yield question.case, EXACT[question.kind], *name, float(new.greedy)
-    if question.true is None:
-        return
-    wanted, other = new, scores[question.text, question.true]
-    if question.kind == "neighborhood":
-        wanted, other = other, wanted
-    # Logarithms decide: two small probabilities of long objects may both round to 0.
-    success = wanted.log_likelihood(config.likelihood) > other.log_likelihood(config.likelihood)
-    yield question.case, SUCCESS[question.kind], *name, float(success)
-    difference = wanted.probability(config.likelihood) - other.probability(config.likelihood)
-    yield question.case, MAGNITUDE[question.kind], *name, difference
+    @cached_property
+    def questions(self) -> list[Question]:
+        """Every prompt that judges a request."""
+        return [question for request in self.requests for question in ask(request, plus=self.config.plus)]
 
+    def answers(self, *, watch: bool = False) -> Answers:
+        """All pairs scored in one pass; the states after neighbourhood prompts only where they are wanted."""
+        pairs = (pair for question in self.questions for pair in question.pairs)
+        watched = {question.text for question in self.questions if question.kind in NEIGHBORS} if watch else ()
+        return answer(self.model, pairs, watched=watched, batch_size=self.config.batch_size)
 
-Rows = list[tuple[Any, ...]]
-
-
-def _write_freely(model: Model, requests: Sequence[EditRequest], config: EvaluationConfig) -> tuple[Rows, Rows]:
-    """GE of every generation prompt, and the texts: rows of `table` and of `answers`, without state."""
-    wanted = config.generation_prompts
-    asked = [(r, i, _filled(text, r)) for r in requests for i, text in enumerate(r.generations[:wanted])]
-    if not asked or not config.generation_tokens:
-        return [], []
-    prompts = [prompt for *_, prompt in asked]
-    uniform = uniform_draws(config.seed, [f"{r.id}/{i}" for r, i, _ in asked], config.generation_tokens)
-    texts = generate(
-        model,
-        prompts,
-        tokens=config.generation_tokens,
-        top_k=config.top_k,
-        uniform=uniform,
-        batch_size=config.batch_size,
-    )
-    measured, answers = [], []
-    for (request, index, prompt), text in zip(asked, texts, strict=True):
-        entropy = ngram_entropy(prompt + text, config.entropy)
-        measured.append((request.id, "GE", "generation", index, entropy))
-        answers.append((request.id, "generation", index, prompt, request.target_new, text))
-    return measured, answers
-
-
-def _answer(model: Model, requests: Sequence[EditRequest], config: EvaluationConfig) -> Rows:
-    """Greedy answers to the rewrite prompts, kept as examples: rows of `answers`, without state."""
-    if not config.answer_tokens:
-        return []
-    prompts = [request.text for request in requests]
-    texts = generate(model, prompts, tokens=config.answer_tokens, batch_size=config.batch_size)
-    return [
-        (request.id, "rewrite", 0, request.text, request.target_new, text)
-        for request, text in zip(requests, texts, strict=True)
-    ]
+    def scores(self, state: str, found: Answers, moved: Sequence[Row] = ()) -> Scores:
+        """Everything measured of this state, in one table."""
+        rows: list[Row] = [row for question in self.questions for row in measure(question, found.scores, self.config)]
+        fluency, written = write_freely(self.model, self.requests, self.config)
+        said = [*greedy_answers(self.model, self.requests, self.config), *written]
+        answers = pd.DataFrame(said, columns=list(ANSWER_COLUMNS[:-1])).assign(state=state)
+        likeness = resemblance(answers, self.requests, self.references) if self.references else []
+        rows += [*moved, *fluency, *likeness, *surprise_rows(self.model, self.texts, self.config)]
+        return Scores(
+            table=pd.DataFrame(rows, columns=list(TABLE_COLUMNS[:-1])).assign(state=state),
+            answers=answers,
+            cases=tuple(request.id for request in self.requests),
+            config=self.config,
+            provenance={state: plain_copy(self.provenance)},
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.errors import InputError
-from mechedit.evaluation.scores import EntropyForm
+from mechedit.evaluation.config import EntropyForm
 from mechedit.models import Model
 from mechedit.prompts import encode
 

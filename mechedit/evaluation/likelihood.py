@@ -7,7 +7,7 @@ shift them. Rows are sorted by length and right-padded; a pair asked for twice i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.errors import InputError
-from mechedit.evaluation.scores import Likelihood
-from mechedit.models import Model
+from mechedit.evaluation.config import Likelihood
+from mechedit.models import Model, Site
 from mechedit.prompts import continuation_ids, encode, pad
 
 Pair = tuple[str, str]
@@ -58,6 +58,15 @@ class _Row:
         return self.prompt + self.target
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """What one pass over all pairs found."""
+
+    scores: Mapping[Pair, TargetScore]
+    states: Mapping[str, Float[Tensor, " d_model"]]
+    """Of each prompt that was watched, the residual state after the last block at its last token, on the CPU."""
+
+
 def score_targets(model: Model, pairs: Iterable[Pair], *, batch_size: int = 64) -> dict[Pair, TargetScore]:
     """Score every (prompt, object) pair.
 
@@ -65,12 +74,27 @@ def score_targets(model: Model, pairs: Iterable[Pair], *, batch_size: int = 64) 
         InputError: a prompt or object without tokens, a pair longer than the model's context, or
             probabilities that are not finite.
     """
+    return dict(answer(model, pairs, batch_size=batch_size).scores)
+
+
+def answer(model: Model, pairs: Iterable[Pair], *, watched: Collection[str] = (), batch_size: int = 64) -> Answers:
+    """Score every (prompt, object) pair, and in the same pass take the states of the prompts that are watched.
+
+    Raises:
+        InputError: as `score_targets`.
+    """
     rows = sorted((_row(model, pair) for pair in dict.fromkeys(pairs)), key=lambda row: len(row.ids))
-    found: dict[Pair, TargetScore] = {}
+    scores: dict[Pair, TargetScore] = {}
+    states: dict[str, Tensor] = {}
     for start in tqdm(range(0, len(rows), batch_size), desc="scoring objects", leave=False):
         chunk = rows[start : start + batch_size]
-        found.update(zip([row.pair for row in chunk], _score_rows(model, chunk), strict=True))
-    return found
+        wanted = {row.pair[0]: place for place, row in enumerate(chunk) if row.pair[0] in watched}
+        for seen in states.keys() & wanted.keys():
+            del wanted[seen]
+        found, ends = _score_rows(model, chunk, list(wanted.values()))
+        scores.update(zip([row.pair for row in chunk], found, strict=True))
+        states.update(zip(wanted, ends, strict=True))
+    return Answers(scores=scores, states=states)
 
 
 def _row(model: Model, pair: Pair) -> _Row:
@@ -87,14 +111,20 @@ def _row(model: Model, pair: Pair) -> _Row:
 
 
 @torch.no_grad()
-def _score_rows(model: Model, rows: Sequence[_Row]) -> list[TargetScore]:
-    """Score rows of about the same length in one forward pass."""
+def _score_rows(
+    model: Model, rows: Sequence[_Row], watched: Sequence[int]
+) -> tuple[list[TargetScore], Float[Tensor, "watched d_model"]]:
+    """Score rows of about the same length in one forward pass; and the states at the prompts' ends of some rows."""
     tokens = pad([row.ids for row in rows], model.tokenizer, model.device)
     first = min(len(row.prompt) for row in rows)
     # The logits at position p predict token p + 1, and only the objects' tokens are asked about.
     keep = torch.arange(first - 1, tokens.ids.shape[1] - 1, device=model.device)
-    logits = model.run(tokens, keep=keep).logits
+    last = Site(model.n_layers - 1, "resid")
+    run = model.run(tokens, read=[last] if watched else [], keep=keep)
+    logits, states = run.logits, torch.empty(0, model.d_model)
     assert logits is not None
+    if watched:
+        states = run[last][list(watched), [len(rows[place].prompt) - 1 for place in watched]].cpu()
     starts = torch.tensor([len(row.prompt) for row in rows], device=model.device)[:, None]
     inside = (keep + 1 >= starts) & (keep + 1 < tokens.lengths[:, None])
     log_probs, greedy = _read(logits, tokens.ids[:, keep + 1], inside)
@@ -108,7 +138,7 @@ def _score_rows(model: Model, rows: Sequence[_Row]) -> list[TargetScore]:
                 f"the log-probability of {row.pair[1]!r} after {row.pair[0]!r} is {score.log_prob}, "
                 f"expected a finite number: load the model in float32, or check its weights and the edit"
             )
-    return scores
+    return scores, states
 
 
 def _read(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,17 +32,32 @@ def perplexity(model: Model, texts: Sequence[str], *, max_length: int = 1024, ba
     Raises:
         InputError: no text has two tokens; a `max_length` below 2.
     """
+    losses, tokens = surprises(model, texts, max_length=max_length, batch_tokens=batch_tokens)
+    return float(np.exp(losses.sum() / tokens.sum()))
+
+
+def surprises(
+    model: Model, texts: Sequence[str], *, max_length: int = 1024, batch_tokens: int = 4096
+) -> tuple[Float[np.ndarray, " text"], Int[np.ndarray, " text"]]:
+    """Of each text, Σ −log P(token | the text before it) in nats, and the tokens it sums over; 0, 0 below two tokens.
+
+    Raises:
+        InputError: as `perplexity`, with the same arguments.
+    """
     if max_length < 2 or batch_tokens < 1:
         raise InputError(f"max_length is {max_length} and batch_tokens {batch_tokens}, expected at least 2 and 1")
     limit = min(max_length, model.max_positions)
     rows = [list(model.tokenizer(text, truncation=True, max_length=limit)["input_ids"]) for text in texts]
-    rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
-    if not rows:
+    tokens = np.array([max(len(row) - 1, 0) for row in rows], dtype=np.int64)
+    if not tokens.any():
         raise InputError(f"none of the {len(texts)} texts has two tokens, expected text to predict; give more of it")
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in tqdm(list(_batches(rows, batch_tokens)), desc="perplexity", leave=False):
-        total += _surprise(model, pad(batch, model.tokenizer, model.device)).sum(dtype=torch.float64).cpu()
-    return float((total / sum(len(row) - 1 for row in rows)).exp())
+    order = [place for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])) if tokens[place]]
+    losses, start = np.zeros(len(rows)), 0
+    for batch in tqdm(list(_batches([rows[place] for place in order], batch_tokens)), desc="perplexity", leave=False):
+        found = _surprise(model, pad(batch, model.tokenizer, model.device)).sum(1, dtype=torch.float64)
+        losses[order[start : start + len(batch)]] = found.cpu().numpy()
+        start += len(batch)
+    return losses, tokens
 
 
 @torch.no_grad()

@@ -6,87 +6,39 @@ first), a percentile bootstrap interval over cases, and the number of cases (MEM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.artifacts import read_json, write_json, write_parquet
+from mechedit.artifacts import VERSION, read_json, write_json, write_parquet
 from mechedit.errors import InputError
+from mechedit.evaluation.config import DEFINITIONS, EvaluationConfig
 from mechedit.tables import bootstrap_means, percentile_interval, read_table, where
 
-Likelihood = Literal["joint", "normalised"]
-EntropyForm = Literal["averaged", "sum"]
-
-MEASURES = ("ES", "PS", "NS", "EM", "PM", "NM", "exact_match", "exact_match_paraphrase", "GE")
-"""Measured prompt by prompt; S follows from the first three."""
+MEASURES = (
+    *("ES", "PS", "NS", "NS+", "EM", "PM", "NM", "NM+", "exact_match", "exact_match_paraphrase"),
+    *("KL", "top1", "KL+", "top1+", "GE", "RS"),
+)
+"""Measured prompt by prompt, RS case by case; S follows from the first three."""
+TEXT_MEASURES = ("NLL", "tokens")
+"""Measured text by text, from which PPL follows."""
 PUBLISHED_UNIT = 100.0
 """Summaries are in the papers' units: shares and probabilities in percent, entropies in bits × 100."""
+UNITS = {"KL": 1.0, "KL+": 1.0}
+"""Other units, by measure: KL is in nats. PPL is a perplexity."""
 TABLE_COLUMNS = ("case", "measure", "kind", "prompt", "value", "state")
 ANSWER_COLUMNS = ("case", "kind", "prompt", "question", "expected", "answer", "state")
 
+SAME = ("tokenizer_hash", "dtype", "outer_hash", "requests", "texts", "references")
+"""What of a state's provenance an edit leaves as it is: the model outside its blocks, and what it was asked."""
+
 Summary = dict[str, dict[str, float | int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """How to measure; saved beside the scores."""
-
-    seed: int = 0
-    """Of the sampled text and of the bootstrap."""
-    likelihood: Likelihood = "joint"
-    """Probability of an object of several tokens: their product (the paper's text), or its n-th root
-    (the published code)."""
-    batch_size: int = 64
-    """Rows in one forward pass; the scores do not depend on it."""
-    generation_tokens: int = 100
-    """New tokens of free text for GE, fewer where the model stops or its context ends; 0 leaves GE out."""
-    generation_prompts: int | None = None
-    """Free texts a case, from its first generation prompts; None writes one for each, as published. On a
-    small machine these texts take most of the time."""
-    answer_tokens: int = 10
-    """New tokens of the greedy answers kept as examples; 0 keeps none."""
-    top_k: int = 5
-    """Free text is sampled from this many likeliest tokens, as in the published code."""
-    entropy: EntropyForm = "averaged"
-    """Form of Eq. 27: `averaged` is what the published tables hold, `sum` what the equation says."""
-    resamples: int = 2000
-    """Bootstrap resamples of the cases."""
-    confidence: float = 0.95
-    """Coverage of the intervals."""
-
-    def __post_init__(self) -> None:
-        _one_of(self.likelihood, get_args(Likelihood), "likelihood")
-        _one_of(self.entropy, get_args(EntropyForm), "entropy")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}, expected at least {least}: choose a larger one")
-        if not 0 < self.confidence < 1:
-            raise InputError(f"confidence is {self.confidence}, expected a share such as 0.95: put it between 0 and 1")
-
-
-_LEAST = {
-    "batch_size": 1,
-    "generation_tokens": 0,
-    "generation_prompts": 1,
-    "answer_tokens": 0,
-    "top_k": 1,
-    "resamples": 1,
-}
-
-
-def _one_of(value: str, choices: Sequence[str], name: str) -> None:
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}: choose one of them")
-
-
-QUICK = EvaluationConfig(generation_tokens=0, answer_tokens=0)
-"""Success and exact match alone: free text takes most of an evaluation's time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,8 +46,10 @@ class Scores:
     """Measurements of one or more model states on the same cases."""
 
     table: pd.DataFrame
-    """One row a measurement: case, measure, kind (rewrite, paraphrase, neighborhood, generation), prompt
-    (index within the kind), value (1 or 0, a probability difference, or bits), state (before, after, now)."""
+    """One row a measurement: case, measure, kind (rewrite, paraphrase, neighborhood, neighborhood_plus,
+    generation, text), prompt (index within the kind), value (1 or 0, a probability difference, nats, bits, or a
+    cosine), state (before, after, now). A text belongs to no case (`""`): its rows are NLL, the sum of
+    −log P(token) in nats, and tokens, how many it sums over."""
     answers: pd.DataFrame
     """Text the model wrote: case, kind (rewrite: greedy; generation: sampled), prompt, question, expected,
     answer (the continuation alone), state."""
@@ -117,24 +71,37 @@ class Scores:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each measure: cases with data, cases `missing` it, and prompts measured (one state)."""
-        state = where(self.table, state=self.states[0]) if self.states else self.table
-        by_measure = {measure: where(state, measure=measure) for measure in MEASURES}
+        """For each measure of cases: cases with data, cases `missing` it, and prompts measured (one state)."""
+        found = {}
+        for measure in MEASURES:
+            rows = where(self.table, measure=measure)
+            # The unedited model is not compared with itself, so not every state has every measure.
+            rows = where(rows, state=rows["state"].iloc[0]) if len(rows) else rows
+            cases = len(set(rows["case"]))
+            found[measure] = {"cases": cases, "missing": len(self.cases) - cases, "prompts": len(rows)}
+        return found
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What decides the numbers: settings, definitions, the models measured, and on what."""
+        shared = next(iter(self.provenance.values()), {})
         return {
-            measure: {
-                "cases": len(set(rows["case"])),
-                "missing": len(self.cases) - len(set(rows["case"])),
-                "prompts": len(rows),
-            }
-            for measure, rows in by_measure.items()
+            "mechedit": VERSION,
+            **{
+                name: shared.get(name)
+                for name in ("model", "dtype", "tokenizer_hash", "requests", "texts", "references")
+            },
+            "weights_hash": {state: made.get("weights_hash") for state, made in self.provenance.items()},
+            **asdict(self.config),
+            "definitions": DEFINITIONS,
         }
 
     def summary(self, state: str | None = None) -> Summary:
-        """Mean, interval and number of cases of each measure, in the papers' units (× 100).
+        """Mean, interval and number of cases of each measure, in the papers' units (× 100; KL in nats).
 
         Prompts are averaged within a case, then cases. The interval is the percentile bootstrap over
         cases. S is the harmonic mean of ES, PS and NS, with the three resampled together. A measure
-        without data is absent.
+        without data is absent. PPL = exp(Σ NLL / Σ tokens) over all texts, its interval over texts, its n their number.
 
         Args:
             state: which model state; may be left out when there is only one.
@@ -142,22 +109,38 @@ class Scores:
         Raises:
             InputError: `state` was not measured, or several were and none is named.
         """
-        measures, values = case_values(where(self.table, state=self._state(state)))
+        rows = where(self.table, state=self._state(state))
+        of_text = rows["measure"].isin(TEXT_MEASURES)
+        return {**self._of_cases(rows.loc[~of_text]), **self._of_texts(rows.loc[of_text])}
+
+    def _of_cases(self, rows: pd.DataFrame) -> Summary:
+        measures, values = case_values(rows)
         if not measures:
             return {}
         draws = bootstrap_means(values, seed=self.config.seed, resamples=self.config.resamples)
         means, counts = np.nanmean(values, axis=0), (~np.isnan(values)).sum(axis=0).tolist()
-        entries = {measure: self._entry(means[i], draws[:, i], counts[i]) for i, measure in enumerate(measures)}
+        entries = {
+            measure: self._entry(means[i], draws[:, i], counts[i], UNITS.get(measure, PUBLISHED_UNIT))
+            for i, measure in enumerate(measures)
+        }
         if {"ES", "PS", "NS"} <= set(measures):
             parts = [measures.index(measure) for measure in ("ES", "PS", "NS")]
             mean, joint = harmonic_mean(means[None, parts])[0], harmonic_mean(draws[:, parts])
-            entries["S"] = self._entry(mean, joint, min(counts[part] for part in parts))
+            entries["S"] = self._entry(mean, joint, min(counts[part] for part in parts), PUBLISHED_UNIT)
         order = ("ES", "PS", "NS", "S", *MEASURES[3:])
         return {measure: entries[measure] for measure in order if measure in entries}
 
-    def _entry(self, mean: float, draws: Float[np.ndarray, " resample"], n: int) -> dict[str, float | int]:
-        low, high = percentile_interval(draws[:, None] * PUBLISHED_UNIT, self.config.confidence)
-        return {"mean": float(mean) * PUBLISHED_UNIT, "low": float(low[0]), "high": float(high[0]), "n": n}
+    def _of_texts(self, rows: pd.DataFrame) -> Summary:
+        if rows.empty:
+            return {}
+        values = rows.pivot(index="prompt", columns="measure", values="value")[list(TEXT_MEASURES)].to_numpy(float)
+        draws = bootstrap_means(values, seed=self.config.seed, resamples=self.config.resamples)
+        loss, tokens = values.mean(axis=0)
+        return {"PPL": self._entry(np.exp(loss / tokens), np.exp(draws[:, 0] / draws[:, 1]), len(values), 1.0)}
+
+    def _entry(self, mean: float, draws: Float[np.ndarray, " resample"], n: int, unit: float) -> dict[str, float | int]:
+        low, high = percentile_interval(draws[:, None] * unit, self.config.confidence)
+        return {"mean": float(mean) * unit, "low": float(low[0]), "high": float(high[0]), "n": n}
 
     def _state(self, state: str | None) -> str:
         if state is None and len(self.states) == 1:
@@ -170,13 +153,15 @@ class Scores:
         """These scores and those of another state of the model, measured alike on the same cases.
 
         Raises:
-            InputError: other settings, other cases, or a state that is already here.
+            InputError: other settings, other cases, another model than an edit could have made of the first, or a
+                state that is already here.
         """
         if self.config != other.config or set(self.cases) != set(other.cases):
             raise InputError(
                 "these scores were measured with other settings or on other cases, expected the same for "
                 "both states: evaluate both again with one configuration"
             )
+        check_states([*self.provenance.items(), *other.provenance.items()])
         if again := set(self.states) & set(other.states):
             raise InputError(f"both scores hold the state {again.pop()!r}, expected different states: drop one")
         return Scores(
@@ -223,6 +208,21 @@ class Scores:
                 f"{str(folder / 'scores.json')!r} does not describe scores ({error}); expected what evaluate "
                 f"writes: evaluate again"
             ) from error
+
+
+def check_states(states: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse to hold states side by side that differ in more than their blocks, or were asked something else.
+
+    Raises:
+        InputError: names the first field of `SAME` that differs.
+    """
+    for (one, made), (other, against) in pairwise(states):
+        for name in SAME:
+            if name in made and name in against and made[name] != against[name]:
+                raise InputError(
+                    f"the scores {one!r} were measured with {name} = {made[name]!r}, {other!r} with "
+                    f"{against[name]!r}; expected one model, edited or not, on the same requests: measure both again"
+                )
 
 
 def case_values(rows: pd.DataFrame) -> tuple[list[str], Float[np.ndarray, "case measure"]]:

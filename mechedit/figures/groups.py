@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
@@ -22,6 +23,8 @@ from mechedit.figures.style import GREY, INK, legend_above
 from mechedit.tables import where
 
 ENDS = ["mean", "low", "high"]
+NEAR = 4.5
+"""Points between a mark and its name."""
 
 
 def plot_groups(table: pd.DataFrame, ax: Axes, *, by: str, measure: str = "S", reference: str | None = None) -> Axes:
@@ -80,7 +83,7 @@ def plot_tradeoff(
     across, up = (_rows(table, measure).set_index(["method", by])[ENDS] for measure in (x, y))
     across, up = across.align(up, join="inner", axis=0)
     methods = list(dict.fromkeys(across.index.get_level_values(0)))
-    styles, named = line_styles(methods), []
+    styles, named, crosses = line_styles(methods), [], []
     for method in methods:
         style = styles[method]
         for group in across.loc[method].index:
@@ -92,35 +95,54 @@ def plot_tradeoff(
                 mean, level, **ends, color=style["color"], marker=style["marker"], label=label, **{**_MARK, **apart}
             )
             named.append((float(mean), float(level), str(group), style["color"]))
+            crosses += [((low, level), (high, level)), ((mean, bottom), (mean, top))]
     ax.set(xlim=_limits(across), ylim=_limits(up))
-    ax.set(xlabel=f"{TITLES.get(x, x)} (%)", ylabel=f"{TITLES.get(y, y)} (%)")
+    ax.set(xlabel=f"{TITLES.get(x, x)}, %", ylabel=f"{TITLES.get(y, y)}, %")
     if len(methods) > 1:
         legend_above(ax, columns=3)
-    name_points(ax, named)
+    name_points(ax, named, crosses)
     return ax
 
 
 _MARK: dict[str, Any] = {"fmt": "", "linestyle": "none", "markersize": 3.5, "elinewidth": 0.6, "markeredgewidth": 0.8}
 
 
-def name_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write a name beside each point `(x, y, name, colour)`, so that no two names overlap and none hides a point."""
+Point = tuple[float, float, str, str]
+Line = tuple[tuple[float, float], tuple[float, float]]
+
+
+def name_points(ax: Axes, points: Sequence[Point], lines: Sequence[Line] = ()) -> None:
+    """Write names beside points, so that no two overlap and none hides a point or, if there is room, lies on a line.
+
+    Args:
+        ax: where the points are drawn, with its final size and limits.
+        points: `(x, y, name, colour)`.
+        lines: level and upright lines from one point to another.
+    """
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # only now the axes have their place
     unit = figure.dpi / 72
     places = ax.transData.transform([point[:2] for point in points])
     taken = [Bbox.from_bounds(x - 2 * unit, y - 2 * unit, 4 * unit, 4 * unit) for x, y in places]
+    crossed = [Bbox(ax.transData.transform(line)).padded(0.5 * unit) for line in lines]
     inside = ax.get_window_extent()
     for (x, y, name, colour), place in zip(points, places, strict=True):
         text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=5.5, color=colour, va="center")
+        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
         size = text.get_window_extent().size / unit
-        near, far = 4.5, 60.0
-        offset = next((o for o in _around(near, far) if _free(_box(place, o, size, unit), taken, inside)), None)
-        if offset is None:  # no room at all: on the mark, rather than not at all
-            offset = np.zeros(2)
+        offset = _offset(place, size, unit, [[*taken, *crossed], taken], inside)
         taken.append(_box(place, offset, size, unit))
-        _move(text, offset, line=bool(np.hypot(*offset) > 2 * near))
+        _move(text, offset, line=bool(np.hypot(*offset) > 2 * NEAR))
+
+
+def _offset(place: Any, size: Any, unit: float, avoided: Sequence[Sequence[Bbox]], inside: Bbox) -> Any:
+    """The nearest offset, in points, where a name hides nothing of the first list that leaves room for it."""
+    for boxes, far in zip(avoided, (25.0, 90.0), strict=True):
+        for offset in _around(NEAR, far):
+            if _free(_box(place, offset, size, unit), boxes, inside):
+                return offset
+    return np.zeros(2)  # no room at all: on the mark, rather than not at all
 
 
 def _around(near: float, far: float) -> list[Float[np.ndarray, 2]]:

@@ -162,10 +162,20 @@ class Backbone:
         out = keys.to(weight.device) @ weight.to(keys.dtype)
         return out if bias is None else out + bias.to(out)
 
-    def weights_hash(self) -> str:
-        """SHA-256 over all parameters as they are now: names, shapes, dtypes and bytes."""
+    @torch.no_grad()
+    def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
+        """Next-token logits of states after the last block: final norm, unembedding and what follows, as in `run`."""
+        states = resid[:, None].to(self.device, self.dtype)
+        # The model's own forward with every block skipped, so that caps and scales of logits are not forgotten.
+        with replaced(self._skipped(self.plain, Resume(self.n_layers, states))):
+            return self.plain(inputs_embeds=states, use_cache=False).logits[:, 0]
+
+    def weights_hash(self, *, blocks: bool = True) -> str:
+        """SHA-256 over the parameters as they are now: all of them, or only those outside the blocks."""
         digest = hashlib.sha256()
         for name, parameter in sorted(self.hf.named_parameters()):
+            if not blocks and name.startswith(f"{self.family.blocks}."):
+                continue
             digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
             content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(memoryview(content.numpy()))

@@ -227,8 +227,12 @@ class Model(Protocol):
         """`mlp_out` in units of the down-projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
         ...
 
-    def weights_hash(self) -> str:
-        """SHA-256 over all parameters as they are now (names, shapes, dtypes, bytes)."""
+    def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
+        """Next-token logits of states after the last block: final norm, unembedding and what follows, as in `run`."""
+        ...
+
+    def weights_hash(self, *, blocks: bool = True) -> str:
+        """SHA-256 over the parameters as they are now (names, shapes, dtypes, bytes): all, or those outside blocks."""
         ...
 
     def provenance(self) -> dict[str, Any]:

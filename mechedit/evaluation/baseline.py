@@ -1,0 +1,85 @@
+"""The unedited model's answers: made once, kept, and held against every edit on the same requests.
+
+Logits for a whole vocabulary would be large. Edits leave the final norm and the unembedding alone, so the state
+before them is enough: unembedded again it gives the unedited logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit.artifacts import atomic_folder, check_provenance, read_tensors, write_tensors
+from mechedit.errors import InputError
+from mechedit.evaluation.config import EvaluationConfig
+from mechedit.evaluation.drift import States
+from mechedit.evaluation.scores import SAME, Scores
+
+FILE = "states.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Baseline:
+    """Scores of the unedited model, and its states before the unembedding at the end of each neighbourhood prompt."""
+
+    scores: Scores
+    """Of one state, with its provenance."""
+    prompts: tuple[str, ...]
+    """Neighbourhood prompts, also with the edit before them."""
+    states: Float[Tensor, "prompt d_model"]
+    """After the last block, at each prompt's last token; in the model's dtype, on the CPU."""
+
+    @property
+    def by_prompt(self) -> States:
+        """The state of each prompt."""
+        return dict(zip(self.prompts, self.states, strict=True))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The model measured, and on what."""
+        return self.scores.provenance[self.scores.states[0]]
+
+    def check(self, made_with: Mapping[str, Any], config: EvaluationConfig) -> None:
+        """Refuse to compare what is not comparable.
+
+        Raises:
+            InputError: another tokenizer, dtype, embedding, final norm or unembedding; other requests, texts,
+                references or settings. It names the first field that differs.
+        """
+        remedy = "measure the unedited model again with measure_baseline, on this model and with the same arguments"
+        expected = {name: made_with[name] for name in SAME}
+        check_provenance(self.provenance, expected, "the baseline", remedy)
+        check_provenance(asdict(self.scores.config), asdict(config), "the baseline", remedy)
+
+    def save(self, folder: str | Path) -> None:
+        """Write states.safetensors and the scores' files to a folder, which appears whole or not at all.
+
+        Raises:
+            InputError: the folder holds something else than a baseline, or cannot be written to.
+        """
+        with atomic_folder(folder, replaces=FILE) as temporary:
+            self.scores.save(temporary)
+            write_tensors(temporary / FILE, {"states": self.states}, "prompts", list(self.prompts))
+
+    @staticmethod
+    def load(folder: str | Path) -> Baseline:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        scores = Scores.load(folder)
+        tensors, prompts = read_tensors(Path(folder) / FILE, "prompts")
+        states = tensors.get("states", torch.empty(0, 0))
+        if len(states) != len(prompts) or len(scores.states) != 1:
+            raise InputError(
+                f"{str(folder)!r} holds {len(states)} states of {len(prompts)} prompts and {len(scores.states)} model "
+                f"states, expected as many states as prompts and one model state: measure the unedited model again"
+            )
+        return Baseline(scores=scores, prompts=tuple(prompts), states=states)

@@ -1,0 +1,88 @@
+"""How to measure: the settings, and what the measures mean in words. Both are written beside the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mechedit.errors import InputError
+
+Likelihood = Literal["joint", "normalised"]
+EntropyForm = Literal["averaged", "sum"]
+
+DEFINITIONS = {
+    "exact_match": "greedy decoding from the prompt writes the new object: each of its tokens is the argmax after "
+    "those before it, which by induction is the same",
+    "S": "harmonic mean of ES, PS and NS",
+    "KL": "KL(unedited || edited) in nats of the next token after each neighbourhood prompt; top1: the likeliest agree",
+    "plus": "the edit's prompt, the new object and a full stop before each neighbourhood prompt, for both models",
+    "GE": "2/3 bigram and 4/3 trigram entropy of prompt and free text, halved (averaged) or not (sum)",
+    "RS": "cosine of the TF-IDF vectors of a case's free texts with their prompts, and of its references",
+    "PPL": "exp of the mean of -log P(token) over all tokens of all texts but each text's first",
+    "intervals": "percentile bootstrap over cases, for PPL over texts",
+    "units": "percent; KL in nats, GE in bits x 100, PPL as it is",
+}
+"""For those who read results without the code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How to measure; saved beside the scores."""
+
+    seed: int = 0
+    """Of the sampled text and of the bootstrap."""
+    likelihood: Likelihood = "joint"
+    """Probability of an object of several tokens: their product (the paper's text), or its n-th root
+    (the published code)."""
+    batch_size: int = 64
+    """Rows in one forward pass; the scores do not depend on it."""
+    generation_tokens: int = 100
+    """New tokens of free text for GE, fewer where the model stops or its context ends; 0 leaves GE out."""
+    generation_prompts: int | None = None
+    """Free texts a case, from its first generation prompts; None writes one for each, as published. On a
+    small machine these texts take most of the time."""
+    answer_tokens: int = 10
+    """New tokens of the greedy answers kept as examples; 0 keeps none. Exact match does not need them."""
+    plus: bool = True
+    """Whether to ask CounterFact+'s prompts, too: the neighbours again, each behind the edit's sentence."""
+    text_tokens: int = 1024
+    """Tokens of each text that are read for PPL."""
+    top_k: int = 5
+    """Free text is sampled from this many likeliest tokens, as in the published code."""
+    entropy: EntropyForm = "averaged"
+    """Form of Eq. 27: `averaged` is what the published tables hold, `sum` what the equation says."""
+    resamples: int = 2000
+    """Bootstrap resamples of the cases."""
+    confidence: float = 0.95
+    """Coverage of the intervals."""
+
+    def __post_init__(self) -> None:
+        _one_of(self.likelihood, get_args(Likelihood), "likelihood")
+        _one_of(self.entropy, get_args(EntropyForm), "entropy")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}, expected at least {least}: choose a larger one")
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence is {self.confidence}, expected a share such as 0.95: put it between 0 and 1")
+
+
+_LEAST = {
+    "batch_size": 1,
+    "generation_tokens": 0,
+    "generation_prompts": 1,
+    "answer_tokens": 0,
+    "text_tokens": 2,
+    "top_k": 1,
+    "resamples": 1,
+}
+
+
+def _one_of(value: str, choices: Sequence[str], name: str) -> None:
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}: choose one of them")
+
+
+QUICK = EvaluationConfig(generation_tokens=0, answer_tokens=0, plus=False)
+"""Success and exact match alone: free text takes most of an evaluation's time."""

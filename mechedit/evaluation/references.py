@@ -1,0 +1,131 @@
+"""RS: does free text about the subject read like texts about subjects that have the new object?
+
+Reference texts belong to a (relation, object). The published release has its own texts and word weights;
+others can be made from any texts (ROME §3.4, MEMIT Appendix C.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from mechedit.artifacts import value_hash
+from mechedit.errors import InputError
+from mechedit.evaluation.questions import Row
+from mechedit.facts import EditRequest
+
+Key = tuple[str, str]
+"""A relation and an object, as requests name them (`relation`, `target_new`)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class References:
+    """Reference texts and the weights of the words by which texts are compared."""
+
+    texts: Mapping[Key, tuple[str, ...]]
+    """By relation and object, without spaces around the object."""
+    vectorizer: TfidfVectorizer
+    """Fitted, with rows of unit length."""
+
+    @staticmethod
+    def from_texts(texts: Mapping[Key, Iterable[str]]) -> References:
+        """Take the words' weights from the reference texts themselves, each of them one document.
+
+        Raises:
+            InputError: there are no texts, or no words in them.
+        """
+        texts = _cleaned(texts)
+        try:
+            vectorizer = TfidfVectorizer().fit([text for group in texts.values() for text in group])
+        except ValueError as error:
+            raise InputError(
+                f"the reference texts hold no words ({error}), expected texts about subjects that have the new "
+                f"objects: give some, or none at all to leave RS out"
+            ) from error
+        return References(texts=texts, vectorizer=vectorizer)
+
+    @staticmethod
+    def from_release(
+        samples: Mapping[Key, Iterable[str]], idf: Sequence[float] | np.ndarray, vocabulary: Mapping[str, int]
+    ) -> References:
+        """Take texts and weights as the published release has them.
+
+        Args:
+            samples: the texts of attribute_snippets.json, by relation and object.
+            idf: inverse document frequency of each word (idf.npy).
+            vocabulary: each word's place in `idf` (tfidf_vocab.json).
+
+        Raises:
+            InputError: places that are not 0 to len(idf) − 1, or weights that are not finite.
+        """
+        weights = np.asarray(idf, dtype=float).reshape(-1)
+        if sorted(vocabulary.values()) != list(range(len(weights))) or not np.isfinite(weights).all():
+            raise InputError(
+                f"idf holds {len(weights)} weights ({np.isfinite(weights).sum()} finite) and the vocabulary "
+                f"{len(vocabulary)} words, expected a finite weight for each word and a word for each weight: take "
+                f"both files from one release"
+            )
+        vectorizer = TfidfVectorizer(vocabulary=dict(vocabulary))
+        vectorizer.idf_ = weights
+        return References(texts=_cleaned(samples), vectorizer=vectorizer)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over texts and weights, in hex."""
+        words = self.vectorizer.vocabulary_
+        groups = sorted((relation, target, list(texts)) for (relation, target), texts in self.texts.items())
+        return value_hash([groups, {word: float(self.vectorizer.idf_[place]) for word, place in words.items()}])
+
+    def of(self, request: EditRequest) -> tuple[str, ...]:
+        """The texts about subjects that have the request's new object; none where its relation is not known."""
+        return self.texts.get((request.relation or "", request.target_new.strip()), ())
+
+    def similarity(self, written: Iterable[str], reference: Iterable[str]) -> float:
+        """Cosine of the TF-IDF vectors of two groups of texts, each joined to one, from 0 to 1.
+
+        0 where the first holds no known word; NaN where the reference holds none, as nothing can be like it.
+        """
+        rows = self.vectorizer.transform([" ".join(written), " ".join(reference)])
+        if not rows[1].nnz:
+            return math.nan
+        return float((rows[0] @ rows[1].T).toarray().item())
+
+
+def resemblance(answers: pd.DataFrame, requests: Sequence[EditRequest], references: References) -> list[Row]:
+    """RS of each request that has free text and references: rows, one a case.
+
+    Compared are all its free texts, each with its prompt as in the published code.
+
+    Args:
+        answers: free texts, with the columns `case, kind, question, answer`.
+        requests: those that the texts are about.
+        references: what they are compared with.
+    """
+    free = answers.loc[answers["kind"] == "generation"]
+    texts = (free["question"] + free["answer"]).groupby(free["case"]).agg(list).to_dict()
+    found = []
+    for request in requests:
+        reference = references.of(request)
+        if request.id in texts and reference:
+            value = references.similarity(texts[request.id], reference)
+            found += [] if math.isnan(value) else [(request.id, "RS", "generation", 0, value)]
+    return found
+
+
+def _cleaned(texts: Mapping[Key, Iterable[str]]) -> dict[Key, tuple[str, ...]]:
+    """Texts by key, as tuples, with the object as requests name it; groups without text are left out."""
+    found: dict[Key, tuple[str, ...]] = {}
+    for (relation, target), group in texts.items():
+        if isinstance(group, str):
+            raise InputError(
+                f"the references of {relation!r} and {target!r} are one text, expected a list of texts: put it in one"
+            )
+        key = (relation, target.strip())
+        found[key] = found.get(key, ()) + tuple(text for text in group if text.strip())
+    return {key: group for key, group in found.items() if group}
