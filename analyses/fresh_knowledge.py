@@ -42,7 +42,13 @@ ROWS = {
     "PS": "paraphrases (PS)",
     "NS": "neighbours (NS)",
 }
-BARS = {"exact_match": "accuracy", "exact_match_paraphrase": "accuracy,\nparaphrases", "ES": "ES", "PS": "PS", "NS": "NS"}
+BARS = {
+    "exact_match": "accuracy",
+    "exact_match_paraphrase": "accuracy,\nparaphrases",
+    "ES": "ES",
+    "PS": "PS",
+    "NS": "NS",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -38,18 +38,19 @@ TITLES = {
     "objects": "same type of objects",
     "both": "same subjects and objects",
 }
-QUICK_EDITS = "2,4"
+EDITS, QUICK_EDITS = "4,8,16,32", "2,4"
+"""By default, and with `--quick`."""
 RESAMPLES = 2000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Edit every pair apart and together, compare, write."""
     parser = options(__doc__, quick_count=None)
-    parser.add_argument("--edits", default="4,8,16,32", help="facts edited at once (the paper: up to 700)")
+    parser.add_argument("--edits", help=f"facts edited at once (default {EDITS}; the paper: up to 700)")
     parser.add_argument("--pairs", default="", help="relations to use, such as neither=P27+P37,both=P27+P937")
     parser.add_argument("--method", default="memit")
     experiment = opened("mixtures", parser, arguments)
-    edits = parse_edits(QUICK_EDITS if experiment.quick else experiment.given.edits)
+    edits = parse_edits(experiment.given.edits or (QUICK_EDITS if experiment.quick else EDITS))
     pairs = found_pairs(experiment, edits)
     variant = Variant.parse(experiment.given.method, experiment.layers)
     table = pd.concat([compared(experiment, variant, pair, n) for pair in pairs for n in edits if n <= pair.size])

@@ -24,6 +24,7 @@ from mechedit.figures.style import PAGE_WIDTH, paper_style
 
 MIXED = "all mixed"
 MEASURES = ("S", "ES", "PS", "NS")
+SIZE = 30
 QUICK_RELATIONS, QUICK_SIZE = 4, 4
 """What `--quick` edits."""
 
@@ -31,9 +32,7 @@ QUICK_RELATIONS, QUICK_SIZE = 4, 4
 def main(arguments: Sequence[str] | None = None) -> None:
     """Edit every relation by every method, score, write."""
     parser = options(__doc__, quick_count=None)
-    parser.add_argument(
-        "--per-relation", type=int, default=30, help="facts edited at once (default 30; the paper: 300)"
-    )
+    parser.add_argument("--per-relation", type=int, help=f"facts edited at once (default {SIZE}; the paper: 300)")
     parser.add_argument("--methods", default="memit,ft_w@2", help="such as memit,rome@2")
     experiment = opened("relations", parser, arguments)
     groups = chosen(experiment)
@@ -49,7 +48,7 @@ def chosen(experiment: Experiment) -> dict[str, list[EditRequest]]:
     Raises:
         InputError: no relation has enough.
     """
-    size = QUICK_SIZE if experiment.quick else experiment.given.per_relation
+    size = experiment.given.per_relation or (QUICK_SIZE if experiment.quick else SIZE)
     groups = by_relation(experiment.requests, seed=experiment.seed)
     enough = {name: group[:size] for name, group in groups.items() if len(group) >= size > 0}
     if not enough:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, BboxBase
 
 from mechedit.errors import InputError
 from mechedit.figures.scores import TITLES, line_styles, unit_of
@@ -56,7 +56,7 @@ def plot_groups(table: pd.DataFrame, ax: Axes, *, by: str, measure: str = "S", r
         ax.axhline(0.5, color=GREY, linewidth=0.6)
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0)
-    ax.set(xlabel=unit_of(measure), ylim=(-0.6, len(names) - 0.4), xlim=_limits(rows[ENDS]))
+    ax.set(xlabel=unit_of(measure), ylim=(-0.6, len(names) - 0.4), xlim=_limits(rows))
     legend_above(ax, columns=3)
     return ax
 
@@ -80,8 +80,9 @@ def plot_tradeoff(
     Raises:
         InputError: no rows of either measure.
     """
-    across, up = (_rows(table, measure).set_index(["method", by])[ENDS] for measure in (x, y))
-    across, up = across.align(up, join="inner", axis=0)
+    across, up = (_rows(table, measure).set_index(["method", by]).loc[:, ENDS] for measure in (x, y))
+    both = across.index.intersection(up.index, sort=False)
+    across, up = across.loc[both, :], up.loc[both, :]
     methods = list(dict.fromkeys(across.index.get_level_values(0)))
     styles, named, crosses = line_styles(methods), [], []
     for method in methods:
@@ -130,13 +131,13 @@ def name_points(ax: Axes, points: Sequence[Point], lines: Sequence[Line] = ()) -
     for (x, y, name, colour), place in zip(points, places, strict=True):
         text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=5.5, color=colour, va="center")
         text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
-        size = text.get_window_extent().size / unit
+        size = np.array(text.get_window_extent().size) / unit
         offset = _offset(place, size, unit, [[*taken, *crossed], taken], inside)
         taken.append(_box(place, offset, size, unit))
         _move(text, offset, line=bool(np.hypot(*offset) > 2 * NEAR))
 
 
-def _offset(place: Any, size: Any, unit: float, avoided: Sequence[Sequence[Bbox]], inside: Bbox) -> Any:
+def _offset(place: Any, size: Any, unit: float, avoided: Sequence[Sequence[BboxBase]], inside: BboxBase) -> Any:
     """The nearest offset, in points, where a name hides nothing of the first list that leaves room for it."""
     for boxes, far in zip(avoided, (25.0, 90.0), strict=True):
         for offset in _around(NEAR, far):
@@ -163,22 +164,23 @@ def _share(offset: Any) -> float:
     return 0.5 if abs(offset[0]) < 1e-6 else float(offset[0] < 0)
 
 
-def _free(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> bool:
+def _free(box: Bbox, taken: Sequence[BboxBase], inside: BboxBase) -> bool:
     within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-    return within and not any(box.overlaps(other) for other in taken)
+    return bool(within) and not any(box.overlaps(other) for other in taken)
 
 
 def _move(text: Annotation, offset: Any, *, line: bool) -> None:
     text.set_position(tuple(offset))
-    text.set_horizontalalignment({0.0: "left", 0.5: "center", 1.0: "right"}[_share(offset)])
+    share = _share(offset)
+    text.set_horizontalalignment("left" if share == 0 else "right" if share == 1 else "center")
     if line:
         ends = {"arrowstyle": "-", "linewidth": 0.3, "color": INK, "shrinkA": 0, "shrinkB": 2}
         text.axes.annotate("", text.xy, offset, textcoords="offset points", arrowprops=ends)  # type: ignore[union-attr]
 
 
-def _limits(ends: pd.DataFrame) -> tuple[float, float]:
+def _limits(rows: pd.DataFrame) -> tuple[float, float]:
     """Of a percent axis: what the intervals span, and some room."""
-    values = ends.to_numpy(dtype=float)
+    values = rows.loc[:, ENDS].to_numpy(dtype=float)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     room = max(2.0, 0.08 * (high - low))
     return low - room, high + room
