@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from categories import SAME, Pair, by_relation, find_pairs
+from categories import SAME, Pair, by_relation, distinct, find_pairs
 from experiment import Experiment, Variant, described, opened, options, run
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     edits = parse_edits(experiment.given.edits or (QUICK_EDITS if experiment.quick else EDITS))
     pairs = found_pairs(experiment, edits)
     variant = Variant.parse(experiment.given.method, experiment.layers)
+    experiment.search(variant, distinct(part[: edits[-1]] for pair in pairs for part in pair.requests))
     table = pd.concat([compared(experiment, variant, pair, n) for pair in pairs for n in edits if n <= pair.size])
     table = table.reset_index(drop=True)
     save_figure(detail(table), experiment.out, "mixtures_detail")
