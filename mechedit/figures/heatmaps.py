@@ -115,11 +115,6 @@ def shared_norm(grids: Iterable[pd.DataFrame]) -> Normalize:
     return Normalize(low, high if high > low else low + 1e-9)
 
 
-def rowrow_height(rows: int) -> float:
-    """Inches for a heatmap of so many rows."""
-    return 0.75 + 0.15 * rows
-
-
 def row_height(rows: int) -> float:
     """Inches for a heatmap of so many rows."""
     return 0.75 + 0.15 * rows
