@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import relations
+import table_zsre
 from categories import by_relation, find_pairs, mixed
 from counterfacts import counterfacts
 from experiment import Experiment, Variant, opened, options
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from mechedit import InputError, load_facts
 from mechedit.edit import edited
-from mechedit.evaluation import QUICK, evaluate
+from mechedit.evaluation import QUICK, evaluate, generate
 from mechedit.facts import EditRequest
 from mechedit.figures.groups import plot_groups, plot_tradeoff
 from mechedit.figures.mixtures import plot_mixture
@@ -243,6 +244,29 @@ def test_fresh_knowledge_runs_reuses_and_agrees_with_a_direct_computation(out, m
     monkeypatch.setattr("mechedit.pipeline.evaluate", None)
     fresh_knowledge.main(arguments)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "fresh_knowledge.parquet"), table)
+
+
+def test_table_zsre_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypatch):
+    arguments = [*QUICK_RUN, "--out", str(out), "--count", "3", "--methods", "memit"]
+    table_zsre.main(arguments)
+    table = check_files(out, "table_zsre")
+    printed = pd.read_csv(out / "table_zsre.csv")
+    assert list(printed) == ["Editor", "Score", "Efficacy", "Paraphrase", "Specificity", "Exact match"]
+    assert list(printed["Editor"]) == ["unedited", "memit"]
+    experiment = opened("try", options("Try."), [*QUICK_RUN, "--out", str(out), "--requests", "tiny", "--count", "3"])
+    with edited(experiment.model, experiment.edit(Variant(method="memit", layers=(1, 2, 3)), experiment.requests)):
+        said = [generate(experiment.model, [r.text], tokens=6)[0] for r in experiment.requests]
+    # The shipped objects are one token or a few: what greedy decoding writes in full is an exact match.
+    right = [text.strip().startswith(r.target_new) for text, r in zip(said, experiment.requests, strict=True)]
+    row = where(table, method="memit", measure="exact_match").iloc[0]
+    assert row["mean"] == pytest.approx(100 * np.mean(right))
+    assert where(table, method="unedited", measure="exact_match").iloc[0]["mean"] == 0 < row["mean"]
+    three = [where(table, method="memit", measure=m).iloc[0]["mean"] for m in ("efficacy", "paraphrase", "specificity")]
+    score = where(table, method="memit", measure="S").iloc[0]["mean"]
+    assert score == pytest.approx(3 / sum(1 / value for value in three))
+    monkeypatch.setattr(Experiment, "edit", None)
+    table_zsre.main(arguments)
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "table_zsre.parquet"), table)
 
 
 def frame(rows: list[tuple[str, str, str, float]], by: str = "relation") -> pd.DataFrame:
