@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,6 @@ def mixed(groups: Groups, count: int) -> list[EditRequest]:
                 subjects.add(chosen.subject)
                 found.append(chosen)
     return found
-
-
-def distinct(groups: Iterable[Sequence[EditRequest]]) -> list[EditRequest]:
-    """The requests of all groups, each once."""
-    return list({request.id: request for group in groups for request in group}.values())
 
 
 def find_pairs(groups: Groups, given: Mapping[str, tuple[str, str]], *, least: int) -> dict[str, Pair]:

@@ -174,7 +174,11 @@ class Experiment:
         )
 
     def search(self, variant: Variant, requests: Sequence[EditRequest]) -> None:
-        """Find the targets of many requests in one go, for edits of some of them: faster than a search for each."""
+        """Find the targets of many requests in one go, for edits of some of them: faster than a search for each.
+
+        Requests about one subject that are edited together share their target; so those of this search should be
+        about different subjects, or the edits find other ones.
+        """
         config = self.config(variant)
         if isinstance(config, SearchConfig) and config.shares_targets:
             layer = config.target_layer(sorted(variant.layers))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from categories import SAME, Pair, by_relation, distinct, find_pairs
+from categories import SAME, Pair, by_relation, find_pairs
 from experiment import Experiment, Variant, described, opened, options, run
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     edits = parse_edits(experiment.given.edits or (QUICK_EDITS if experiment.quick else EDITS))
     pairs = found_pairs(experiment, edits)
     variant = Variant.parse(experiment.given.method, experiment.layers)
-    experiment.search(variant, distinct(part[: edits[-1]] for pair in pairs for part in pair.requests))
-    table = pd.concat([compared(experiment, variant, pair, n) for pair in pairs for n in edits if n <= pair.size])
-    table = table.reset_index(drop=True)
+    table = pd.concat([compared(experiment, variant, pair, edits) for pair in pairs], ignore_index=True)
     save_figure(detail(table), experiment.out, "mixtures_detail")
     experiment.write(table, printed(table), overview(table))
 
@@ -111,14 +109,19 @@ def found_pairs(experiment: Experiment, edits: Sequence[int]) -> list[Pair]:
     return [pairs[same] for same in SAME if same in pairs]
 
 
-def compared(experiment: Experiment, variant: Variant, pair: Pair, edits: int) -> pd.DataFrame:
-    """`same, first_relation, second_relation, rule, edits, measure, part, mean, low, high` of one pair and number."""
-    first, second = (list(requests[:edits]) for requests in pair.requests)
-    both = [*first[: edits // 2], *second[: edits // 2]]
-    alone = [experiment.cases(variant, requests) for requests in (first, second)]
-    found = compare(alone[0], alone[1], experiment.cases(variant, both), seed=experiment.seed)
-    about = {"same": pair.same, "first_relation": pair.names[0], "second_relation": pair.names[1]}
-    return found.assign(**about, rule=pair.rule, edits=edits)
+def compared(experiment: Experiment, variant: Variant, pair: Pair, edits: Sequence[int]) -> pd.DataFrame:
+    """`same, first_relation, second_relation, rule, edits, measure, part, mean, low, high` of one pair."""
+    possible = [n for n in edits if n <= pair.size]
+    experiment.search(variant, [request for part in pair.requests for request in part[: possible[-1]]])
+    about = {"same": pair.same, "first_relation": pair.names[0], "second_relation": pair.names[1], "rule": pair.rule}
+    tables = []
+    for n in possible:
+        first, second = (list(requests[:n]) for requests in pair.requests)
+        both = [*first[: n // 2], *second[: n // 2]]
+        alone = [experiment.cases(variant, requests) for requests in (first, second)]
+        found = compare(alone[0], alone[1], experiment.cases(variant, both), seed=experiment.seed)
+        tables.append(found.assign(**about, edits=n))
+    return pd.concat(tables, ignore_index=True)
 
 
 def compare(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from categories import by_relation, distinct, mixed
+from categories import by_relation, mixed
 from experiment import Experiment, Variant, described, opened, options, run
 from matplotlib.figure import Figure
 
@@ -37,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = opened("relations", parser, arguments)
     groups = chosen(experiment)
     variants = [Variant.parse(text, experiment.layers) for text in parse_names(experiment.given.methods)]
-    for variant in variants:
-        experiment.search(variant, distinct(groups.values()))
     rows = [scored(experiment, variant, groups) for variant in (None, *variants)]
     table = pd.concat(rows, ignore_index=True)
     experiment.write(table, printed(table), figure(table))

@@ -1,4 +1,4 @@
-"""MEMIT Table 2: the editing methods by zsRE's measures.
+"""MEMIT Table 1: the editing methods by zsRE's measures.
 
     python analyses/table_zsre.py [--model MODEL] [--requests zsre] [--methods memit,rome@5,ft_w@5]
 
