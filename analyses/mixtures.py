@@ -11,6 +11,7 @@ Writes mixtures.parquet, mixtures.csv (mixture, mean of the two, and their diffe
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -220,7 +221,8 @@ def _panels(table: pd.DataFrame, measures: Sequence[str], *, height: float) -> F
                 plot_mixture(table[(table["same"] == same) & (table["measure"] == measure)], ax, measure=measure)
                 if measure == measures[0]:
                     own = table[table["same"] == same].iloc[0]
-                    ax.set_title(f"{TITLES[same]}\n{own['first_relation']} + {own['second_relation']}")
+                    names = textwrap.fill(f"{own['first_relation']} + {own['second_relation']}", 24)
+                    ax.set_title(f"{TITLES[same]}\n{names}", verticalalignment="bottom")
                 if measure != measures[-1]:
                     ax.set_xlabel("")
         share_legend(figure, list(grid.flat))

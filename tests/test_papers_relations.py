@@ -313,7 +313,8 @@ def test_a_mixture_is_drawn_with_its_interval_beside_the_dashed_mean():
         80,
         80,
     ]
+    assert lines["mixture"].get_ydata().tolist() == [82, 82]
     (bars,) = ax.containers
-    assert bars.lines[0].get_ydata().tolist() == [82, 82]
+    assert [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()] == [[79, 85], [79, 85]]
     with pytest.raises(InputError, match="mixture"):
         plot_mixture(table[table["part"] != "mixture"], Figure().subplots())

@@ -35,10 +35,9 @@ def plot_mixture(table: pd.DataFrame, ax: Axes, *, measure: str = "S") -> Axes:
     mean, mixture = (where(table, part=part).sort_values("edits") for part in ("mean", "mixture"))
     ax.plot(mean["edits"], mean["mean"], color=INK, linestyle=(0, (4, 2)), linewidth=1, label=PARTS["mean"], zorder=3)
     ends = [mixture["mean"] - mixture["low"], mixture["high"] - mixture["mean"]]
-    ax.errorbar(
-        mixture["edits"], mixture["mean"], ends, color=BLUE, marker="o", markersize=3.5, elinewidth=0.7,
-        label=PARTS["mixture"], zorder=4,
-    )  # fmt: skip
+    ax.errorbar(mixture["edits"], mixture["mean"], ends, fmt="none", ecolor=BLUE, elinewidth=0.7)
+    line = {"color": BLUE, "marker": "o", "markersize": 3.5, "label": PARTS["mixture"], "zorder": 4}
+    ax.plot(mixture["edits"], mixture["mean"], **line)
     ax.set_xscale("log")
     ax.xaxis.set_minor_locator(NullLocator())
     edits = sorted(set(table["edits"]))
