@@ -2,8 +2,9 @@
 
     python analyses/finetune_decay.py [--model M] [--requests R] [--layers 21] [--out DIR] [--quick]
 
-λ runs in half decades up from the published 5e-4; the grey line is fine-tuning without decay (`ft`), as the published
-code does it. As in the papers one layer is trained, by default the middle one of what the trace selects.
+λ runs in half decades up from the published 5e-4; the dashed line is fine-tuning without decay (`ft`), which is
+what the published code does; the dotted one stands at 5e-4. As in the papers one layer is
+trained, by default the middle one of what the trace selects.
 """
 
 from __future__ import annotations
