@@ -24,19 +24,24 @@ from mechedit.artifacts import atomic, kept, value_hash, write_parquet
 from mechedit.cli.inputs import load, method_config, parse_layers, sampled
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
+from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, References, evaluate, measure_baseline
 from mechedit.evaluation.scores import Summary
 from mechedit.facts import EditRequest, Fact, load_facts, load_requests
 from mechedit.figures import save_figure
 from mechedit.methods import METHODS, MethodConfig
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
+from mechedit.report import span
 from mechedit.selection import SelectConfig, Selection
 from mechedit.trace import TraceConfig
 
 QUICK_FACTS, QUICK_SAMPLES, QUICK_TOKENS = 20, 3, 20_000
 """What `--quick` traces and reads."""
 SCORE_COLUMNS = ("measure", "mean", "low", "high", "n")
+SINGLE = frozenset({"rome"})
+"""Methods that write into one layer."""
+DIGITS = {"KL": 3}
+"""Decimals of what is not in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +159,33 @@ class Experiment:
 
     def moments(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
         """E[k kᵀ] of these layers; what an earlier script collected is read from the folder."""
-        reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
-        return collect_moments(self.model, self.given.texts, sorted(layers), reading, self.out)
+        if missing := sorted(set(layers) - set(self._moments)):
+            reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
+            self._moments.update(collect_moments(self.model, self.given.texts, missing, reading, self.out))
+        return {layer: self._moments[layer] for layer in layers}
+
+    @cached_property
+    def _moments(self) -> dict[int, SecondMoment]:
+        """Those that this run has read."""
+        return {}
+
+    def variants(self, texts: Sequence[str]) -> list[Variant]:
+        """What `Variant.parse` reads, on the layers of this experiment; `emmet@middle` means the middle one of them.
+
+        A method that writes into one layer takes the middle one (the lower of two) where its text names none.
+
+        Raises:
+            InputError: no methods, or the same twice; and as `Variant.parse`.
+        """
+        middle = self.layers[(len(self.layers) - 1) // 2]
+        found = []
+        for text in filter(None, (text.strip().replace("@middle", f"@{middle}") for text in texts)):
+            variant = Variant.parse(text, self.layers)
+            single = variant.method in SINGLE and "@" not in text
+            found.append(dataclasses.replace(variant, layers=(middle,)) if single else variant)
+        if not found or len({(variant.name, variant.layers) for variant in found}) < len(found):
+            raise InputError(f"the methods are {', '.join(texts) or 'none'}, expected some, each once; see --methods")
+        return found
 
     def config(self, variant: Variant) -> MethodConfig:
         """The settings that ship with the model, with the variant's changes."""
@@ -169,33 +199,83 @@ class Experiment:
             self.model, requests, variant.layers, moments, variant.method, self.config(variant), self.out / "targets"
         )
 
+    def kept_edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
+        """As `edit`; what was made is left in `edits/` and found there again."""
+        key = {**self.key(requests), "variant": self.variant_key(variant)}
+        file = self.out / "edits" / f"{value_hash(key)[:32]}.safetensors"
+        if file.is_file():
+            return Edit.load(file)
+        edit = self.edit(variant, requests)
+        edit.save(file)
+        return edit
+
     def scored(
-        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig = QUICK
+        self,
+        variant: Variant | None,
+        requests: Sequence[EditRequest],
+        evaluation: EvaluationConfig = QUICK,
+        *,
+        references: References | None = None,
+        make: Callable[[], Edit] | None = None,
     ) -> pd.DataFrame:
         """Edit, score on these requests and take the edit back: `SCORE_COLUMNS`. Kept: made once for the same input.
 
-        Without a variant, the unedited model. A row `left` tells how much of the residual the edit left, in percent.
+        All that `evaluate` measures is there, also against the unedited model. A row `left` tells how much of the
+        residual the edit left, in percent.
+
+        Args:
+            variant: the edit; None scores the unedited model.
+            requests: to edit and to score on.
+            evaluation: how to measure.
+            references: for RS.
+            make: another way to the edit that `self.edit` would make.
         """
         key = {
             **self.key(requests),
             "variant": None if variant is None else self.variant_key(variant),
             "evaluation": dataclasses.asdict(evaluation),
+            "references": references.hash if references else None,
         }
-        return self.kept("scores", key, lambda: self._score(variant, requests, evaluation))
+        return self.kept("scores", key, lambda: self._score(variant, requests, evaluation, references, make))
 
     def _score(
-        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig
+        self,
+        variant: Variant | None,
+        requests: Sequence[EditRequest],
+        evaluation: EvaluationConfig,
+        references: References | None,
+        make: Callable[[], Edit] | None,
     ) -> pd.DataFrame:
+        baseline = self.baseline(requests, evaluation, references)
         if variant is None:
-            return score_frame(evaluate(self.model, requests, evaluation).summary())
-        edit = self.edit(variant, requests)
+            return score_frame(baseline.scores.summary())
+        edit = make() if make else self.edit(variant, requests)
         with edited(self.model, edit):
-            found = score_frame(evaluate(self.model, requests, evaluation).summary())
+            scores = evaluate(self.model, requests, evaluation, baseline=baseline, references=references)
+        found = score_frame(scores.summary())
         residuals = edit.manifest.get("residuals")
         if not residuals:
             return found
         left = {"measure": "left", "mean": 100 * residuals[-1]["after"], "n": len(requests)}
         return pd.concat([found, pd.DataFrame([left])], ignore_index=True)
+
+    def baseline(
+        self,
+        requests: Sequence[EditRequest],
+        evaluation: EvaluationConfig = QUICK,
+        references: References | None = None,
+    ) -> Baseline:
+        """The unedited model's answers; those to the last requests stay, so ask for all edits of one set in turn."""
+        key = value_hash([self.key(requests), dataclasses.asdict(evaluation), references.hash if references else None])
+        if key not in self._baselines:
+            self._baselines.clear()
+            self._baselines[key] = measure_baseline(self.model, requests, evaluation, references=references)
+        return self._baselines[key]
+
+    @cached_property
+    def _baselines(self) -> dict[str, Baseline]:
+        """The last one, by all that determines it."""
+        return {}
 
     def key(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
         """What every result depends on: model, requests and seed."""
@@ -235,9 +315,33 @@ def score_frame(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame([{"measure": name, **entry} for name, entry in summary.items()], columns=list(SCORE_COLUMNS))
 
 
-def described(mean: float, low: float, high: float) -> str:
-    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it."""
-    return f"{mean:.1f} ({(high - low) / 2:.1f})"
+def described(mean: float, low: float, high: float, *, digits: int = 1) -> str:
+    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it.
+
+    Without an interval, the mean alone.
+    """
+    if pd.isna(low) or pd.isna(high):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({(high - low) / 2:.{digits}f})"
+
+
+def named(variants: Sequence[Variant]) -> dict[str, Variant]:
+    """Variants by their names, with their layers where the name alone does not tell them apart."""
+    names = [variant.name for variant in variants]
+    return {
+        name if names.count(name) == 1 else f"{name}, layers {span(variant.layers)}": variant
+        for name, variant in zip(names, variants, strict=True)
+    }
+
+
+def cells(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]:
+    """Of one edit, each measure that there is, as `described`."""
+    found = rows.set_index("measure")
+    return {
+        name: described(*found.loc[name, ["mean", "low", "high"]], digits=DIGITS.get(name, 1))
+        for name in measures
+        if name in found.index
+    }
 
 
 def options(
