@@ -174,7 +174,7 @@ def stage_seconds(experiment: Experiment, variant: Variant, requests: Sequence[E
         clock.take("write", lambda: spread(model, requests, targets, layers, rule, config=config.spread))
     for seconds in (clock.seconds, clock.cpu):
         seconds["keys"] = seconds.pop("write") - seconds["solve"]
-    return rows(clock, len(requests), "memit")
+    return rows(clock, len(requests), "memit").set_index("stage").loc[list(STAGES)].reset_index()
 
 
 def method_seconds(
