@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +26,15 @@ from mechedit.cli.inputs import load, method_config, parse_layers, sampled
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, References, evaluate, measure_baseline
-from mechedit.evaluation.scores import Summary
+from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary
 from mechedit.facts import EditRequest, Fact, load_facts, load_requests
 from mechedit.figures import save_figure
-from mechedit.methods import METHODS, MethodConfig
+from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
 from mechedit.report import span
 from mechedit.selection import SelectConfig, Selection
+from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig
 
 QUICK_FACTS, QUICK_SAMPLES, QUICK_TOKENS = 20, 3, 20_000
@@ -157,16 +159,18 @@ class Experiment:
         """The selection from that trace, in `selection/selection.json`."""
         return pipeline.select_step(self.selecting, SelectConfig(seed=self.seed))
 
-    def moments(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
-        """E[k kᵀ] of these layers; what an earlier script collected is read from the folder."""
-        if missing := sorted(set(layers) - set(self._moments)):
+    def moments(self, layers: Sequence[int], module: str = "mlp") -> dict[int, SecondMoment]:
+        """E[k kᵀ] of these layers; what an earlier script collected is read from the folder (or its own)."""
+        read = self._moments.setdefault(module, {})
+        if missing := sorted(set(layers) - set(read)):
             reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
-            self._moments.update(collect_moments(self.model, self.given.texts, missing, reading, self.out))
-        return {layer: self._moments[layer] for layer in layers}
+            folder = self.out if module == "mlp" else self.out / module
+            read.update(collect_moments(self.model.writing(module), self.given.texts, missing, reading, folder))
+        return {layer: read[layer] for layer in layers}
 
     @cached_property
-    def _moments(self) -> dict[int, SecondMoment]:
-        """Those that this run has read."""
+    def _moments(self) -> dict[str, dict[int, SecondMoment]]:
+        """Those that this run has read, by module."""
         return {}
 
     def variants(self, texts: Sequence[str]) -> list[Variant]:
@@ -194,9 +198,10 @@ class Experiment:
 
     def edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
         """Make one edit; targets that were found are kept in the folder, so that other edits may share them."""
-        moments = self.moments(variant.layers)
+        config = self.config(variant)
+        moments = self.moments(variant.layers) if config.preserves_keys else {}
         return pipeline.make_edit(
-            self.model, requests, variant.layers, moments, variant.method, self.config(variant), self.out / "targets"
+            self.model, requests, variant.layers, moments, variant.method, config, self.out / "targets"
         )
 
     def kept_edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
@@ -208,6 +213,17 @@ class Experiment:
         edit = self.edit(variant, requests)
         edit.save(file)
         return edit
+
+    def search(self, variant: Variant, requests: Sequence[EditRequest]) -> None:
+        """Find the targets of many requests in one go, for edits of some of them: faster than a search for each.
+
+        Requests about one subject that are edited together share their target; so those of this search should be
+        about different subjects, or the edits find other ones.
+        """
+        config = self.config(variant)
+        if isinstance(config, SearchConfig) and config.shares_targets:
+            layer = config.target_layer(sorted(variant.layers))
+            find_targets(self.model, requests, layer, config=config.targets, cache=self.out / "targets")
 
     def scored(
         self,
@@ -231,9 +247,7 @@ class Experiment:
             make: another way to the edit that `self.edit` would make.
         """
         key = {
-            **self.key(requests),
-            "variant": None if variant is None else self.variant_key(variant),
-            "evaluation": dataclasses.asdict(evaluation),
+            **self.score_key(variant, requests, evaluation),
             "references": references.hash if references else None,
         }
         return self.kept("scores", key, lambda: self._score(variant, requests, evaluation, references, make))
@@ -277,6 +291,21 @@ class Experiment:
         """The last one, by all that determines it."""
         return {}
 
+    def cases(
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig = QUICK
+    ) -> pd.DataFrame:
+        """As `scored`, but each request's own values, meaned over its prompts: `case, measure, value`, in percent."""
+        key = {**self.score_key(variant, requests, evaluation), "cases": True}
+        return self.kept("cases", key, lambda: self._cases(variant, requests, evaluation))
+
+    def _cases(
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig
+    ) -> pd.DataFrame:
+        with edited(self.model, self.edit(variant, requests)) if variant else nullcontext():
+            table = evaluate(self.model, requests, evaluation).table
+        found = table.groupby(["case", "measure"], as_index=False)["value"].mean()
+        return found.assign(value=found["value"] * PUBLISHED_UNIT)
+
     def key(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
         """What every result depends on: model, requests and seed."""
         return {
@@ -285,9 +314,20 @@ class Experiment:
             "seed": self.seed,
         }
 
+    def score_key(
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig
+    ) -> dict[str, Any]:
+        """What the scores of an edit depend on."""
+        return {
+            **self.key(requests),
+            "variant": None if variant is None else self.variant_key(variant),
+            "evaluation": dataclasses.asdict(evaluation),
+        }
+
     def variant_key(self, variant: Variant) -> dict[str, Any]:
         """What an edit depends on besides."""
-        moments = {layer: moment.provenance for layer, moment in self.moments(variant.layers).items()}
+        found = self.moments(variant.layers) if self.config(variant).preserves_keys else {}
+        moments = {layer: moment.provenance for layer, moment in found.items()}
         return {
             "method": variant.method,
             "layers": list(variant.layers),
@@ -345,14 +385,14 @@ def cells(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]:
 
 
 def options(
-    doc: str | None, *, count: int | None = None, quick_count: int = 10, max_facts: int = 200
+    doc: str | None, *, count: int | None = None, quick_count: int | None = 10, max_facts: int = 200
 ) -> argparse.ArgumentParser:
     """The options that all scripts share; a script adds its own and calls `opened`.
 
     Args:
         doc: the script's docstring; its first line is the help text.
         count: requests used unless `--count` says otherwise; None for all.
-        quick_count: the same with `--quick`.
+        quick_count: the same with `--quick`; None where the script takes its own few.
         max_facts: facts traced unless `--max-facts` says otherwise.
     """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
@@ -367,7 +407,9 @@ def options(
     parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of it (default 2,000,000)")
     parser.add_argument("--layers", help="such as 3-8; by default what the trace selects")
     parser.add_argument("--out", type=Path, default=Path("papers"), help="folder, the same for all scripts if you like")
-    parser.add_argument("--quick", action="store_true", help=f"a first look: {quick_count} requests, a smaller trace")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a first look: {quick_count or 'few'} requests, a smaller trace"
+    )
     parser.add_argument("--backend", default="transformer_lens")
     parser.add_argument("--device")
     parser.add_argument("--dtype")

@@ -7,7 +7,7 @@
     moments    = collect_moments(model, texts, selection.layers)          E[k kᵀ] of the MLP keys
     edit       = memit(model, requests, selection.layers, moments)        targets z, spread over the layers
     with edited(model, edit):                                exact restore on leaving
-        scores = evaluate(model, requests)                   ES, PS, NS, S, GE, exact match
+        scores = evaluate(model, requests)                   ES, PS, NS, S, GE, exact match, …
     apply_(model, edit); edit.save("edit.safetensors"); undo_(model, edit)
 
 The papers: Locating and Editing Factual Associations in GPT (ROME, 2022) and Mass-Editing Memory in a
@@ -23,10 +23,11 @@ from mechedit.evaluation import (
     References,
     Scores,
     evaluate,
+    evaluate_zsre,
     measure_baseline,
     perplexity,
 )
-from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
+from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests, load_snippets, load_word_weights
 from mechedit.methods import (
     AlphaEditConfig,
     EmmetConfig,
@@ -125,6 +126,7 @@ __all__ = [
     "edited",
     "emmet",
     "evaluate",
+    "evaluate_zsre",
     "export",
     "export_lora",
     "find_targets",
@@ -135,7 +137,9 @@ __all__ = [
     "load_model",
     "load_moments",
     "load_requests",
+    "load_snippets",
     "load_texts",
+    "load_word_weights",
     "measure_baseline",
     "memit",
     "merge",
