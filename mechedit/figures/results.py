@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from mechedit.errors import InputError
 from mechedit.figures.style import BLUE, GREY, INK, ORANGE, layer_axis, legend_above, runs
 
-SCORES = {"ES": "ES", "PS": "PS", "NS": "NS", "S": "S", "exact_match": "exact\nmatch"}
+SCORES = {"ES": "ES", "PS": "PS", "NS": "NS", "efficacy": "efficacy", "paraphrase": "para-\nphrase"}
+SCORES |= {"specificity": "speci-\nficity", "S": "S", "exact_match": "exact\nmatch"}
 
 Summary = Mapping[str, Mapping[str, float | int]]
 
