@@ -25,13 +25,14 @@ from mechedit.artifacts import atomic, kept, value_hash, write_parquet
 from mechedit.cli.inputs import load, method_config, parse_layers, sampled
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
+from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, References, evaluate, measure_baseline
 from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary
 from mechedit.facts import EditRequest, Fact, load_facts, load_requests
 from mechedit.figures import save_figure
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
+from mechedit.report import span
 from mechedit.selection import SelectConfig, Selection
 from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig
@@ -39,6 +40,10 @@ from mechedit.trace import TraceConfig
 QUICK_FACTS, QUICK_SAMPLES, QUICK_TOKENS = 20, 3, 20_000
 """What `--quick` traces and reads."""
 SCORE_COLUMNS = ("measure", "mean", "low", "high", "n")
+SINGLE = frozenset({"rome"})
+"""Methods that write into one layer."""
+DIGITS = {"KL": 3}
+"""Decimals of what is not in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +161,35 @@ class Experiment:
 
     def moments(self, layers: Sequence[int], module: str = "mlp") -> dict[int, SecondMoment]:
         """E[k kᵀ] of these layers; what an earlier script collected is read from the folder (or its own)."""
-        reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
-        folder = self.out if module == "mlp" else self.out / module
-        return collect_moments(self.model.writing(module), self.given.texts, sorted(layers), reading, folder)
+        found = self._moments.setdefault(module, {})
+        if missing := sorted(set(layers) - set(found)):
+            reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
+            folder = self.out if module == "mlp" else self.out / module
+            found.update(collect_moments(self.model.writing(module), self.given.texts, missing, reading, folder))
+        return {layer: found[layer] for layer in layers}
+
+    @cached_property
+    def _moments(self) -> dict[str, dict[int, SecondMoment]]:
+        """Those that this run has read, by module and layer."""
+        return {}
+
+    def variants(self, texts: Sequence[str]) -> list[Variant]:
+        """What `Variant.parse` reads, on the layers of this experiment; `emmet@middle` means the middle one of them.
+
+        A method that writes into one layer takes the middle one (the lower of two) where its text names none.
+
+        Raises:
+            InputError: no methods, or the same twice; and as `Variant.parse`.
+        """
+        middle = self.layers[(len(self.layers) - 1) // 2]
+        found = []
+        for text in filter(None, (text.strip().replace("@middle", f"@{middle}") for text in texts)):
+            variant = Variant.parse(text, self.layers)
+            single = variant.method in SINGLE and "@" not in text
+            found.append(dataclasses.replace(variant, layers=(middle,)) if single else variant)
+        if not found or len({(variant.name, variant.layers) for variant in found}) < len(found):
+            raise InputError(f"the methods are {', '.join(texts) or 'none'}, expected some, each once; see --methods")
+        return found
 
     def config(self, variant: Variant) -> MethodConfig:
         """The settings that ship with the model, with the variant's changes."""
@@ -173,6 +204,16 @@ class Experiment:
             self.model, requests, variant.layers, moments, variant.method, config, self.out / "targets"
         )
 
+    def kept_edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
+        """As `edit`; what was made is left in `edits/` and found there again."""
+        key = {**self.key(requests), "variant": self.variant_key(variant)}
+        file = self.out / "edits" / f"{value_hash(key)[:32]}.safetensors"
+        if file.is_file():
+            return Edit.load(file)
+        edit = self.edit(variant, requests)
+        edit.save(file)
+        return edit
+
     def search(self, variant: Variant, requests: Sequence[EditRequest]) -> None:
         """Find the targets of many requests in one go, for edits of some of them: faster than a search for each.
 
@@ -185,28 +226,70 @@ class Experiment:
             find_targets(self.model, requests, layer, config=config.targets, cache=self.out / "targets")
 
     def scored(
-        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig = QUICK
+        self,
+        variant: Variant | None,
+        requests: Sequence[EditRequest],
+        evaluation: EvaluationConfig = QUICK,
+        *,
+        references: References | None = None,
+        make: Callable[[], Edit] | None = None,
     ) -> pd.DataFrame:
         """Edit, score on these requests and take the edit back: `SCORE_COLUMNS`. Kept: made once for the same input.
 
-        Without a variant, the unedited model. A row `left` tells how much of the residual the edit left, in percent.
+        All that `evaluate` measures is there, also against the unedited model. A row `left` tells how much of the
+        residual the edit left, in percent.
+
+        Args:
+            variant: the edit; None scores the unedited model.
+            requests: to edit and to score on.
+            evaluation: how to measure.
+            references: for RS.
+            make: another way to the edit that `self.edit` would make.
         """
-        key = self.score_key(variant, requests, evaluation)
-        return self.kept("scores", key, lambda: self._score(variant, requests, evaluation))
+        key = {
+            **self.score_key(variant, requests, evaluation),
+            "references": references.hash if references else None,
+        }
+        return self.kept("scores", key, lambda: self._score(variant, requests, evaluation, references, make))
 
     def _score(
-        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig
+        self,
+        variant: Variant | None,
+        requests: Sequence[EditRequest],
+        evaluation: EvaluationConfig,
+        references: References | None,
+        make: Callable[[], Edit] | None,
     ) -> pd.DataFrame:
+        baseline = self.baseline(requests, evaluation, references)
         if variant is None:
-            return score_frame(evaluate(self.model, requests, evaluation).summary())
-        edit = self.edit(variant, requests)
+            return score_frame(baseline.scores.summary())
+        edit = make() if make else self.edit(variant, requests)
         with edited(self.model, edit):
-            found = score_frame(evaluate(self.model, requests, evaluation).summary())
+            scores = evaluate(self.model, requests, evaluation, baseline=baseline, references=references)
+        found = score_frame(scores.summary())
         residuals = edit.manifest.get("residuals")
         if not residuals:
             return found
         left = {"measure": "left", "mean": 100 * residuals[-1]["after"], "n": len(requests)}
         return pd.concat([found, pd.DataFrame([left])], ignore_index=True)
+
+    def baseline(
+        self,
+        requests: Sequence[EditRequest],
+        evaluation: EvaluationConfig = QUICK,
+        references: References | None = None,
+    ) -> Baseline:
+        """The unedited model's answers; those to the last requests stay, so ask for all edits of one set in turn."""
+        key = value_hash([self.key(requests), dataclasses.asdict(evaluation), references.hash if references else None])
+        if key not in self._baselines:
+            self._baselines.clear()
+            self._baselines[key] = measure_baseline(self.model, requests, evaluation, references=references)
+        return self._baselines[key]
+
+    @cached_property
+    def _baselines(self) -> dict[str, Baseline]:
+        """The last one, by all that determines it."""
+        return {}
 
     def cases(
         self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig = QUICK
@@ -272,9 +355,33 @@ def score_frame(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame([{"measure": name, **entry} for name, entry in summary.items()], columns=list(SCORE_COLUMNS))
 
 
-def described(mean: float, low: float, high: float) -> str:
-    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it."""
-    return f"{mean:.1f} ({(high - low) / 2:.1f})"
+def described(mean: float, low: float, high: float, *, digits: int = 1) -> str:
+    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it.
+
+    Without an interval, the mean alone.
+    """
+    if pd.isna(low) or pd.isna(high):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({(high - low) / 2:.{digits}f})"
+
+
+def named(variants: Sequence[Variant]) -> dict[str, Variant]:
+    """Variants by their names, with their layers where the name alone does not tell them apart."""
+    names = [variant.name for variant in variants]
+    return {
+        name if names.count(name) == 1 else f"{name}, layers {span(variant.layers)}": variant
+        for name, variant in zip(names, variants, strict=True)
+    }
+
+
+def cells(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]:
+    """Of one edit, each measure that there is, as `described`."""
+    found = rows.set_index("measure")
+    return {
+        name: described(*found.loc[name, ["mean", "low", "high"]], digits=DIGITS.get(name, 1))
+        for name in measures
+        if name in found.index
+    }
 
 
 def options(

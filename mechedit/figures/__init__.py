@@ -11,6 +11,7 @@ from mechedit.figures.folder import run_figures
 from mechedit.figures.heatmaps import fact_figure, plot_fact, plot_role_grid, roles_figure, shared_norm
 from mechedit.figures.lines import lines_figure, plot_lines
 from mechedit.figures.results import plot_scores, plot_selection
+from mechedit.figures.score_rows import plot_score_rows, score_rows_figure
 from mechedit.figures.scores import plot_scores_against, scores_figure
 from mechedit.figures.style import paper_style, save_figure
 from mechedit.figures.sweeps import plot_sweep, plot_window_contribution, sweep_figure
@@ -27,6 +28,7 @@ __all__ = [
     "plot_fact",
     "plot_lines",
     "plot_role_grid",
+    "plot_score_rows",
     "plot_scores",
     "plot_scores_against",
     "plot_selection",
@@ -36,6 +38,7 @@ __all__ = [
     "roles_figure",
     "run_figures",
     "save_figure",
+    "score_rows_figure",
     "scores_figure",
     "shared_norm",
     "sweep_figure",

@@ -42,7 +42,7 @@ METHOD_COLOURS = {
     "emmet": SKY,
     "ft": ORANGE,
     "ft_l": ORANGE,
-    "ft_w": ORANGE,
+    "ft_w": INK,
     "unedited": GREY,
 }
 """The same in all figures; variants of a method share its colour and differ by their stroke."""
@@ -90,7 +90,7 @@ def plot_scores_against(
     Raises:
         InputError: a column is missing, no rows have that measure, or a setting of 0 or below on a logarithmic axis.
     """
-    rows = _rows(table, x, measure, hue)
+    rows = measured(table, measure, x, hue)
     styles = line_styles(list(dict.fromkeys(table[hue].astype(str))), colours)
     numeric = pd.api.types.is_numeric_dtype(rows[x])
     settings = rows.loc[rows[x].notna(), :]
@@ -106,7 +106,8 @@ def plot_scores_against(
             continue
         if numeric:
             own = own.sort_values(x)
-            _line(ax, own[x].to_numpy(dtype=float), _ends(own), name, styles[name])
+            faint = 0.2 if len(names) <= 3 else 0.1
+            _line(ax, own[x].to_numpy(dtype=float), _ends(own), name, styles[name], faint)
         else:  # beside one another, so that bars of equal heights are all seen
             aside = min(0.09, 0.6 / len(names)) * (order - (len(names) - 1) / 2)
             _bars(ax, np.array([places[value] for value in own[x]]) + aside, _ends(own), name, styles[name])
@@ -192,9 +193,16 @@ def unit_of(measure: str) -> str:
     return measure if measure in NOT_PERCENT else f"{measure} (%)"
 
 
-def _rows(table: pd.DataFrame, x: str, measure: str, hue: str) -> pd.DataFrame:
-    if missing := [column for column in (x, hue, "measure", "mean", "low", "high") if column not in table]:
-        raise InputError(f"the table of scores lacks {', '.join(missing)}; it has {', '.join(map(str, table))}")
+def measured(table: pd.DataFrame, measure: str, *columns: str) -> pd.DataFrame:
+    """The rows of one measure, with its mean and interval and these columns.
+
+    Raises:
+        InputError: a column is missing, or no rows have that measure.
+    """
+    if missing := [column for column in (*columns, "measure", "mean", "low", "high") if column not in table]:
+        raise InputError(
+            f"the table of scores lacks {', '.join(missing)}, it has {', '.join(map(str, table))}; name a column it has"
+        )
     rows = where(table, measure=measure)
     if rows.empty:
         held = ", ".join(dict.fromkeys(table["measure"])) or "nothing"
@@ -207,11 +215,16 @@ def _ends(rows: pd.DataFrame) -> Float[np.ndarray, "setting 3"]:
 
 
 def _line(
-    ax: Axes, at: Float[np.ndarray, " setting"], ends: Float[np.ndarray, "setting 3"], name: str, style: dict[str, Any]
+    ax: Axes,
+    at: Float[np.ndarray, " setting"],
+    ends: Float[np.ndarray, "setting 3"],
+    name: str,
+    style: dict[str, Any],
+    faint: float,
 ) -> None:
     """Means joined, in a band from low to high."""
     mean, low, high = ends.T
-    ax.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    ax.fill_between(at, low, high, color=style["color"], alpha=faint, linewidth=0)
     marker = {"marker": style["marker"] if len(at) < LEAST_MARKERS else "", "markersize": 2.4, "markeredgewidth": 0}
     ax.plot(at, mean, color=style["color"], linestyle=style["linestyle"], label=name, **marker)
 
@@ -238,11 +251,17 @@ def _setting_axis(ax: Axes, settings: pd.Series, *, numeric: bool, log: bool) ->
         ax.set_xticks(range(len(names)), names)
         ax.set_xlim(-0.5, len(names) - 0.5)
     elif log:
-        ax.set_xscale("log")
-        decades = np.ptp(np.log10(settings.to_numpy(dtype=float))) if len(settings) else 0
-        ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 1.5 else (1.0, 2.0, 5.0)))
-        ax.xaxis.set_major_formatter(FuncFormatter(_power))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        number_axis(ax, settings)
+
+
+def number_axis(ax: Axes, settings: pd.Series) -> Axes:
+    """A logarithmic horizontal axis with plain numbers, enough of them also for less than two decades."""
+    ax.set_xscale("log")
+    decades = np.ptp(np.log10(settings.to_numpy(dtype=float))) if len(settings) else 0
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 1.5 else (1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(FuncFormatter(_power))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    return ax
 
 
 def _score_axis(ax: Axes, measure: str) -> None:
