@@ -101,6 +101,11 @@ class Experiment:
         """Whether a first look is enough."""
         return self.given.quick
 
+    @property
+    def samples(self) -> int:
+        """Noise draws a fact."""
+        return QUICK_SAMPLES if self.quick else self.given.samples
+
     @cached_property
     def facts(self) -> list[Fact]:
         """The facts to trace, a seeded sample of those given."""
@@ -137,10 +142,9 @@ class Experiment:
 
     def trace(self) -> dict[str, Any]:
         """The trace that selection needs, of the subject's last token, in `selection/`: made once for all scripts."""
-        samples = QUICK_SAMPLES if self.quick else self.given.samples
         config = TraceConfig(
             kinds=("state", "mlp"), sever=("nothing", "mlp", "attn"), roles=("subject_last",),
-            samples=samples, seed=self.seed,
+            samples=self.samples, seed=self.seed,
         )  # fmt: skip
         return pipeline.trace_step(self.selecting, self.model, self.facts, config)
 
@@ -236,20 +240,24 @@ def described(mean: float, low: float, high: float) -> str:
     return f"{mean:.1f} ({(high - low) / 2:.1f})"
 
 
-def options(doc: str | None, *, count: int | None = None, quick_count: int = 10) -> argparse.ArgumentParser:
+def options(
+    doc: str | None, *, count: int | None = None, quick_count: int = 10, max_facts: int = 200
+) -> argparse.ArgumentParser:
     """The options that all scripts share; a script adds its own and calls `opened`.
 
     Args:
         doc: the script's docstring; its first line is the help text.
         count: requests used unless `--count` says otherwise; None for all.
         quick_count: the same with `--quick`.
+        max_facts: facts traced unless `--max-facts` says otherwise.
     """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--model", default="tiny", help="tiny, a hub name or a folder")
     parser.add_argument("--requests", default="known", help="a file of edit requests; known makes them from facts")
     parser.add_argument("--count", type=int, help=f"of the requests, the first so many (default {count or 'all'})")
     parser.add_argument("--facts", default="known", help="facts to trace where no layers are given")
-    parser.add_argument("--max-facts", type=int, default=200, help="trace a seeded sample of so many (default 200)")
+    sampling = f"trace a seeded sample of so many (default {max_facts})"
+    parser.add_argument("--max-facts", type=int, default=max_facts, help=sampling)
     parser.add_argument("--samples", type=int, default=10, help="noise samples a fact (default 10)")
     parser.add_argument("--texts", default="tiny", help="running text for second moments")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of it (default 2,000,000)")
