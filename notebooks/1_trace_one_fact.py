@@ -54,14 +54,14 @@ print(f"{fact.text!r} → {fact.object!r}")
 #
 # ## Three runs
 #
-# A fact is a subject, a relation and an object. Causal tracing asks which *hidden states* carry it, by three runs of the
-# prompt:
+# A fact is a subject, a relation and an object. Causal tracing asks which *hidden states* carry it, by three runs of
+# the prompt:
 #
 # 1. **clean**: the model says the object with probability $P(o)$;
 # 2. **corrupted**: Gaussian noise is added to the embeddings of the subject's tokens, three standard deviations wide,
 #    and the probability falls to $P_*(o)$;
-# 3. **corrupted, one state restored**: as 2, but the hidden state $h$ of one token at one layer is put back to its value
-#    in the clean run; what this gives is $P_{*,\,\text{clean}\,h}(o)$.
+# 3. **corrupted, one state restored**: as 2, but the hidden state $h$ of one token at one layer is put back to its
+#    value in the clean run; what this gives is $P_{*,\,\text{clean}\,h}(o)$.
 #
 # The **total effect** is $P - P_*$: what corrupting the subject takes. The **indirect effect** of $h$ is
 # $P_{*,\,\text{clean}\,h} - P_*$: what that one state gives back. All three are means over ten draws of the noise; each
@@ -90,8 +90,8 @@ effects
 #   where the relation has not been asked for yet, one state already gives back a good part of the answer. The other
 #   tokens of the name give back less: they are pieces that several names share.
 # - **MLP window** and **attention window.** Here a module's *outputs* are restored, over several consecutive layers at
-#   once, since those of one layer rarely suffice. MLP outputs count at the subject and most at its last token, attention
-#   outputs where the answer is read: the MLPs recall, attention carries.
+#   once, since those of one layer rarely suffice. MLP outputs count at the subject and most at its last token,
+#   attention outputs where the answer is read: the MLPs recall, attention carries.
 # - **Red** cells, where there are any, are states whose restoring harms. Effects are never clipped.
 # - The first seven layers of the tiny model attend to the last four tokens only. What passes from the subject to the
 #   end of a longer prompt has to wait for layers 7 to 9, where attention reaches everywhere; this is why nothing is
@@ -195,5 +195,5 @@ draw(partial(plot_lines, average, roles=["subject_last", "last"]))
 #   tokens, `metrics=("probability", "logit_difference")` measures more than one thing in the same pass.
 # - From the command line: `mechedit trace --model M --facts F --out DIR`; the whole of ROME's and MEMIT's tracing
 #   figures: `analyses/trace_average.py` and `analyses/trace_severed.py`.
-# - Tracing says which states *suffice* to recall, under one kind of corruption. It does not say where an edit works best
-#   (Hase et al., 2023): that has to be measured, and the next notebook does.
+# - Tracing says which states *suffice* to recall, under one kind of corruption. It does not say where an edit works
+#   best (Hase et al., 2023): that has to be measured, and the next notebook does.

@@ -85,9 +85,9 @@ evidence = pd.DataFrame(selection.evidence).set_index("layer")
 evidence[["gap", "gap_low", "gap_high", "contribution", "membership"]].round(3)
 
 # %% [markdown]
-# `gap_low` and `gap_high` are 95% bootstrap intervals over facts. `membership` is the share of bootstrap resamples of the
-# facts in which the rule takes that layer: near 1 inside and near 0 outside, the choice does not hang on which facts
-# happened to be traced. `stability` is the share of resamples that give exactly this range:
+# `gap_low` and `gap_high` are 95% bootstrap intervals over facts. `membership` is the share of bootstrap resamples of
+# the facts in which the rule takes that layer: near 1 inside and near 0 outside, the choice does not hang on which
+# facts happened to be traced. `stability` is the share of resamples that give exactly this range:
 
 # %%
 print(f"stability {selection.stability:.2f}, early site: p = {selection.early_site['p']:.4f}")
@@ -100,12 +100,15 @@ print(f"stability {selection.stability:.2f}, early site: p = {selection.early_si
 draw(partial(plot_selection, dataclasses.asdict(selection)), height=2.7)
 
 # %% [markdown]
+# A stability well below 1, as with so few facts, says where the doubt is: look for layers whose membership is neither
+# near 0 nor near 1. More facts settle them.
+#
 # ## Other rules, other people
 #
 # `gap-peak` is the papers' wording, the layers where the gap is largest. But where the gap is largest the MLPs' work is
 # still *to be done*: on models trained so that only known layers can recall, it names the layers below them
-# (`analyses/README.md`, Planted truth). `moving-average` takes the run with the largest mean effect of MLPs; the rule
-# `mlp-window` needs the kind `mlp` in the trace, and is left out here.
+# (`analyses/README.md`, Planted truth). Another rule, `mlp-window`, needs the kind `mlp` in the
+# trace, and is left out here.
 
 # %%
 pd.DataFrame(selection.rules).T[["layers", "stability", "modal"]]
@@ -123,22 +126,24 @@ pd.DataFrame(published)[["model", "method", "layers", "source"]]
 # ## Does the range also edit well?
 #
 # Where tracing finds a fact need not be where it is best edited (Hase et al., 2023). So measure it: edit windows of
-# layers with MEMIT, each time from the unedited model, with the same requests about subjects that were **not** traced,
-# and score each window. The score S is the harmonic mean of
+# layers, each time from the unedited model, with the same requests about subjects that were **not** traced, and score
+# each window. The score S is the harmonic mean of
 #
 # - **ES**, efficacy: the share of requests whose new object is likelier than the old after the edit;
 # - **PS**, paraphrases: the same for prompts that say the same in other words;
 # - **NS**, neighbourhood: the share of prompts about *other* subjects whose own object is still likelier.
 #
-# MEMIT needs the second moments $E[k\,k^\top]$ of MLP keys over running text, for every layer that is edited. Here: every
-# window of the selected width.
+# An edit needs the second moments $E[k\,k^\top]$ of the MLP keys *k* over running text, of every layer that it changes.
+# Here: every window of the selected width. The method is AlphaEdit, which writes in the null space of the old keys:
+# MEMIT refuses layers whose second moments are singular, and in the tiny model the MLPs outside layers 1 to 4 have
+# units that never act. For other models leave `method` out, for MEMIT.
 
 # %%
-sample = held_out(requests, {fact.subject for fact in facts}, count=6)
+sample = held_out(requests, {fact.subject for fact in facts}, count=8)
 windows = me.windows_of(model.n_layers, len(selection.layers))
 reading = me.MomentsConfig(tokens=20_000)
 moments = me.collect_moments(model, "tiny", range(model.n_layers), reading)
-sweep = me.sweep_windows(model, sample.requests, moments, windows)
+sweep = me.sweep_windows(model, sample.requests, moments, windows, method="alphaedit")
 sweep.table[sweep.table["measure"].isin(["ES", "PS", "NS", "S"])].pivot(
     index=["first", "last"], columns="measure", values="mean"
 )[["ES", "PS", "NS", "S"]].round(1)
@@ -160,9 +165,9 @@ sweep_figure(sweep.table, dataclasses.asdict(checked))
 # Above: each window's S at its centre with its interval over requests; filled marks cannot be told from the best, the
 # star is the best; the grey band is what the trace selects. Below: what the trace says of the same windows.
 #
-# With six requests the intervals are wide, and several windows cannot be told apart. That is what the figure is for:
-# it says whether the data decide. `outcome` is `agree`, `disagree` or `undecided`, and `near_best` lists the windows
-# that remain:
+# With eight requests the intervals are wide, and windows with different scores may not be told apart. The figure is
+# there to say whether the data decide. `outcome` is `agree`, `disagree` or `undecided`, and `near_best` lists the
+# windows that remain:
 
 # %%
 print(validation.outcome, [list(layers) for layers in validation.near_best])

@@ -96,10 +96,10 @@ severed
 # %% [markdown]
 # ## As PDF
 #
-# `save_figure` writes a PDF with its fonts embedded as TrueType, which publishers ask for, and a PNG of 200 dots an inch.
-# The same figure gives the same bytes, so that a figure under version control changes only when its data do. Figures
-# are as wide as a column (3.25 inches) or a page (6.75 inches) of a two-column paper: include them unscaled, and their
-# type is 7 points.
+# `save_figure` writes a PDF with its fonts embedded as TrueType, which publishers ask for, and a PNG of 200 dots an
+# inch. The same figure gives the same bytes, so that a figure under version control changes only when its data do.
+# Figures are as wide as a column (3.25 inches) or a page (6.75 inches) of a two-column paper: include them unscaled,
+# and their type is 7 points.
 
 # %%
 for path in figures.save_figure(severed, folder, "severed"):
@@ -108,15 +108,15 @@ for path in figures.save_figure(severed, folder, "severed"):
 # %% [markdown]
 # ## A small scaling curve
 #
-# MEMIT's Fig. 5 writes n facts at once, for growing n, and scores each edit on its own requests: **ES** (efficacy: the new
-# object is likelier than the old one), **PS** (the same for paraphrases), **NS** (prompts about other subjects keep their
-# object) and **S**, the harmonic mean of the three. Each n starts from the unedited model.
+# MEMIT's Fig. 5 writes n facts at once, for growing n, and scores each edit on its own requests: **ES** (efficacy: the
+# new object is likelier than the old one), **PS** (the same for paraphrases), **NS** (prompts about other subjects keep
+# their object) and **S**, the harmonic mean of the three. Each n starts from the unedited model.
 
 # %%
 moments = me.collect_moments(model, "tiny", layers, me.MomentsConfig(tokens=50_000))
 config = me.EvaluationConfig(generation_tokens=0, answer_tokens=0)
 rows = []
-for n in (2, 6, 18, 54):
+for n in (1, 4, 12, 36):
     edit = me.memit(model, requests[:n], layers, moments)
     with me.edited(model, edit):
         summary = me.evaluate(model, requests[:n], config).summary()
@@ -129,8 +129,8 @@ scaling = figures.scores_figure(curve, x="facts", log=True, label="facts written
 scaling
 
 # %% [markdown]
-# The bands are 95% bootstrap intervals over requests; at n = 2 they say nothing much, and at no n here is the tiny model
-# full.
+# The bands are 95% bootstrap intervals over requests; at n = 1 they say nothing much, and at no n here is the tiny
+# model full.
 #
 # ## The full experiments
 #
@@ -175,8 +175,8 @@ figure
 # %% [markdown]
 # ## What to do next
 #
-# - Run the scripts in full on the tiny model, then on your own, and compare with what `analyses/README.md` says the papers
-#   found and the tiny model shows.
+# - Run the scripts in full on the tiny model, then on your own, and compare with what `analyses/README.md` says the
+#   papers found and the tiny model shows.
 # - `mechedit report DIR` puts the figures of a run into one page; `figures.run_figures(DIR)` writes them all.
 # - `figures.comparison_figure` and `figures.comparison_lines` put several traces side by side, of other corruptions,
 #   windows or models, on one scale.
