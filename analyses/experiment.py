@@ -152,10 +152,11 @@ class Experiment:
         """The selection from that trace, in `selection/selection.json`."""
         return pipeline.select_step(self.selecting, SelectConfig(seed=self.seed))
 
-    def moments(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
-        """E[k kᵀ] of these layers; what an earlier script collected is read from the folder."""
+    def moments(self, layers: Sequence[int], module: str = "mlp") -> dict[int, SecondMoment]:
+        """E[k kᵀ] of these layers; what an earlier script collected is read from the folder (or its own)."""
         reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
-        return collect_moments(self.model, self.given.texts, sorted(layers), reading, self.out)
+        folder = self.out if module == "mlp" else self.out / module
+        return collect_moments(self.model.writing(module), self.given.texts, sorted(layers), reading, folder)
 
     def config(self, variant: Variant) -> MethodConfig:
         """The settings that ship with the model, with the variant's changes."""
@@ -164,9 +165,10 @@ class Experiment:
 
     def edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
         """Make one edit; targets that were found are kept in the folder, so that other edits may share them."""
-        moments = self.moments(variant.layers)
+        config = self.config(variant)
+        moments = self.moments(variant.layers) if config.preserves_keys else {}
         return pipeline.make_edit(
-            self.model, requests, variant.layers, moments, variant.method, self.config(variant), self.out / "targets"
+            self.model, requests, variant.layers, moments, variant.method, config, self.out / "targets"
         )
 
     def scored(
@@ -207,7 +209,8 @@ class Experiment:
 
     def variant_key(self, variant: Variant) -> dict[str, Any]:
         """What an edit depends on besides."""
-        moments = {layer: moment.provenance for layer, moment in self.moments(variant.layers).items()}
+        found = self.moments(variant.layers) if self.config(variant).preserves_keys else {}
+        moments = {layer: moment.provenance for layer, moment in found.items()}
         return {
             "method": variant.method,
             "layers": list(variant.layers),

@@ -7,7 +7,7 @@
     moments    = collect_moments(model, texts, selection.layers)          E[k kᵀ] of the MLP keys
     edit       = memit(model, requests, selection.layers, moments)        targets z, spread over the layers
     with edited(model, edit):                                exact restore on leaving
-        scores = evaluate(model, requests)                   ES, PS, NS, S, GE, exact match
+        scores = evaluate(model, requests)                   ES, PS, NS, S, GE, exact match, …
     apply_(model, edit); edit.save("edit.safetensors"); undo_(model, edit)
 
 The papers: Locating and Editing Factual Associations in GPT (ROME, 2022) and Mass-Editing Memory in a

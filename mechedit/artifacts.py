@@ -23,6 +23,8 @@ from torch import Tensor
 from mechedit.errors import InputError
 
 VERSION = "0.1.0"
+BEFORE = {"module": "mlp"}
+"""Fields of a provenance that were not always written, with what they would have said."""
 
 
 @contextlib.contextmanager
@@ -216,14 +218,15 @@ def check_provenance(
     what: str,
     remedy: str = "make it again for this model",
 ) -> None:
-    """Compare the fields of `expected` with those found in an artefact.
+    """Compare the fields of `expected` with those found in an artefact; of older ones, the absent fields are known.
 
     Raises:
         InputError: names the first field that differs, with both values.
     """
     for field, value in expected.items():
-        if found.get(field) != value:
-            raise InputError(f"{what} was made with {field} = {found.get(field)!r}, expected {value!r}; {remedy}")
+        own = found.get(field, BEFORE.get(field))
+        if own != value:
+            raise InputError(f"{what} was made with {field} = {own!r}, expected {value!r}; {remedy}")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:

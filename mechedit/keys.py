@@ -71,13 +71,13 @@ class Recollection:
 
     @torch.no_grad()
     def keys(self, layer: int) -> Float[Tensor, "fact prefix d_mlp"]:
-        """`mlp_key` of `layer` at the subject's last token, in float32 at least; the stream is taken on to `layer`.
+        """The keys of `layer` at the subject's last token, in float32 at least; the stream is taken on to `layer`.
 
         Raises:
             ValueError: the stream is beyond that block already.
         """
         self._check(layer)
-        key, entry = Site(layer, "mlp_key"), Site(layer - 1, "resid")
+        key, entry = self.model.key_site(layer), Site(layer - 1, "resid")
         sites = [key] if layer == self.layer else [entry, key]
         found, streams = [], []
         for batch in self._batches:

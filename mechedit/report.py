@@ -40,7 +40,8 @@ MEANINGS = {
     "GE": "How varied free text about the subjects is (entropy of its word pairs and triples, bits × 100): "
     "a fall means text that repeats itself.",
     "RS": "How much free text about the subjects resembles reference texts about the new object.",
-    "NS+": "NS with the edit as a sentence before each prompt (CounterFact+): its mention alone misleads, too.",
+    "NS+": "NS with the edit as a sentence before each prompt (CounterFact+): low where mentioning the edited subject "
+    "changes what is said of others.",
     "NM+": "NM with the edit as a sentence before each prompt.",
     "KL": "How far the next word’s distribution on prompts about other subjects moved from the unedited model’s.",
     "KL+": "The same with the edit as a sentence before each prompt, for both models.",

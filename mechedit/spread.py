@@ -23,7 +23,7 @@ from mechedit.edit import Edit, Factors, add_, edited, preserved
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
 from mechedit.keys import Recollection, prefix_mean
-from mechedit.models import Model, Site
+from mechedit.models import Model, Site, out_part
 from mechedit.moments import SecondMoment, check_moments
 from mechedit.prompts import check_choice, check_prefixes
 from mechedit.solve import Update, check_finite
@@ -201,7 +201,7 @@ def shares_left(layers: Sequence[int], place: int, config: SpreadConfig) -> floa
 def raw_change(
     model: Model, layer: int, keys: Float[Tensor, "fact prefix d_mlp"], change: Float[Tensor, "fact d_model"]
 ) -> Float[Tensor, "fact d_model"]:
-    """The change of the down-projection's output that moves `mlp_out` by `change`.
+    """The change of the projection's output that moves what the written module adds by `change`.
 
     The same, unless a norm lies between: y = g∘x/rms(x) becomes parallel to y + r when x moves by r·rms(x)/g (the
     length of y/g is fixed by the norm). rms(x)/g is taken as the mean over the prefixes' keys.
@@ -229,8 +229,14 @@ def check_targets(targets: Targets, requests: Sequence[EditRequest], layer: int,
     """Refuse targets that were found for something else.
 
     Raises:
-        InputError: other requests, another layer or width, or states that are not finite.
+        InputError: other requests, another layer or width, states of what another module adds, or not finite.
     """
+    written = out_part(model.module)
+    if targets.part not in ("resid", written):
+        raise InputError(
+            f"the targets are states of {targets.part}, expected resid or {written}, since the model writes into "
+            f"{model.module!r}; find them again"
+        )
     ids = tuple(request.id for request in requests)
     if targets.ids != ids or targets.layer != layer or targets.z.shape[1] != model.d_model:
         raise InputError(
@@ -270,10 +276,10 @@ def moment_matrices(
             )
         moment = moments[layer]
         found[layer] = moment.matrix if isinstance(moment, SecondMoment) else torch.as_tensor(moment)
-        if tuple(found[layer].shape) != (model.d_mlp, model.d_mlp):
+        if tuple(found[layer].shape) != (model.d_key, model.d_key):
             raise InputError(
                 f"the second moment for layer {layer} is {tuple(found[layer].shape)}, expected "
-                f"{(model.d_mlp, model.d_mlp)}, that is [d_mlp, d_mlp]; collect it for this model"
+                f"{(model.d_key, model.d_key)}, that is [d_mlp, d_mlp]; collect it for this model"
             )
         check_finite(found[layer], f"the second moment of layer {layer}: its values")
     named = {layer: given for layer in layers if isinstance(given := moments[layer], SecondMoment)}

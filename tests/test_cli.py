@@ -91,6 +91,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["edit", "--show", "/no/such.safetensors"], "cannot read"),
         (["apply", "--edit", "/no/such.safetensors", "--out", "there"], "cannot read"),
         (["apply", "--edit", "/no/such.safetensors", "--out", "there", "--format", "zip"], "'zip'"),
+        (["evaluate", "--texts", "tiny", "--max-texts", "0"], "--max-texts is 0, expected at least 1"),
         (["report", "/no/such/folder"], "there is no folder"),
     ],
 )
@@ -240,10 +241,31 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     assert kept.stat().st_mtime_ns == before
     model = me.load_model("tiny")
     untouched = model.weights_hash()
-    assert call("evaluate", "--requests", requests, "--edit", edit, "--out", tmp_path / "scores", "--json") == 0
+    scores = tmp_path / "scores"
+    evaluate = ["--requests", requests, "--texts", texts, "--max-texts", 5, "--out", scores, "--json"]
+    assert call("evaluate", *evaluate, "--edit", edit) == 0
     summary = json.loads(capsys.readouterr().out)
+    assert summary == read_json(scores / "summary.json")
+    assert set(summary) == {"before", "after", "protocol", "counts"}
     assert summary["after"]["ES"]["mean"] > summary["before"]["ES"]["mean"]
     assert set(summary["before"]["ES"]) == {"mean", "low", "high", "n"}
+    assert summary["after"]["KL"]["mean"] > 0
+    assert "KL" not in summary["before"]
+    assert summary["before"]["PPL"]["n"] == summary["protocol"]["texts"]["count"] == 5
+    assert summary["counts"]["NS+"] == {"cases": 3, "missing": 0, "prompts": summary["counts"]["NS"]["prompts"]}
+    protocol = summary["protocol"]
+    assert (protocol["model"], protocol["likelihood"], protocol["edit"]["method"]) == ("tiny", "joint", "memit")
+    assert protocol["weights_hash"]["before"] == untouched != protocol["weights_hash"]["after"]
+    # Another edit is held against the same unedited answers, which are not asked for again.
+    answers = scores / "baseline" / "states.safetensors"
+    asked = answers.stat().st_mtime_ns
+    assert "made with edit" in complaint(capsys, "evaluate", *evaluate, "--edit", short)
+    assert call("evaluate", *evaluate, "--edit", short, "--overwrite") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert answers.stat().st_mtime_ns == asked
+    assert again["before"] == summary["before"]
+    assert again["after"]["KL"] != summary["after"]["KL"]
+    assert again["protocol"]["edit"] != protocol["edit"]
     assert call("edit", "--show", edit, "--model", "tiny") == 0
     shown = capsys.readouterr().out
     written = me.load_requests(requests)[0]

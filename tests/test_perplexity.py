@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from test_evaluation import REQUESTS
 
 from mechedit.errors import InputError
-from mechedit.evaluation import perplexity
+from mechedit.evaluation import QUICK, Scores, evaluate, perplexity
+from mechedit.evaluation.freely import surprise_rows
 
 TEXTS = [
     "Toko Yasuda plays the instrument guitar, while Miles Davis plays the trumpet.",
@@ -71,3 +75,52 @@ def test_a_broken_model_has_none(lens_model: Any) -> None:
 def test_nothing_to_predict_is_refused(lens_model: Any, texts: list[str], options: dict[str, int]) -> None:
     with pytest.raises(InputError, match="expected"):
         perplexity(lens_model, texts, **options)
+
+
+def test_it_is_a_measure_with_an_interval_over_texts(lens_model: Any) -> None:
+    scores = evaluate(lens_model, REQUESTS, QUICK, texts=TEXTS)
+    rows = scores.table[scores.table["kind"] == "text"]
+    # Two of the five texts have fewer than two tokens or none at all.
+    assert set(rows["case"]) == {""}
+    long = [place for place, text in enumerate(TEXTS) if len(lens_model.tokenizer(text)["input_ids"]) > 1]
+    assert sorted(set(rows["prompt"])) == long != list(range(len(TEXTS)))
+    wide = rows.pivot(index="prompt", columns="measure", values="value")
+    for place in long:
+        assert math.exp(wide["NLL"][place] / wide["tokens"][place]) == pytest.approx(
+            naive(lens_model, [TEXTS[place]]), rel=1e-4
+        )
+    found = scores.summary()["PPL"]
+    assert found["mean"] == pytest.approx(perplexity(lens_model, TEXTS), rel=1e-6)  # as it is, not × 100
+    assert found["n"] == len(long)
+    assert found["low"] < found["mean"] < found["high"]
+    alone = [naive(lens_model, [TEXTS[place]]) for place in long]
+    assert min(alone) * 0.999 < found["low"]
+    assert found["high"] < max(alone) * 1.001
+    assert scores.protocol["texts"]["count"] == 4  # that are not blank
+    # Texts are no cases.
+    assert scores.summary()["ES"]["n"] == 2
+    assert "PPL" not in scores.counts
+    assert "PPL" not in evaluate(lens_model, REQUESTS, QUICK).summary()
+
+
+def test_perplexity_from_the_table_by_hand() -> None:
+    # Two texts, of 3 tokens at 2 nats each and of 1 token at 6: Σ NLL / Σ tokens = 12 / 4 = 3 nats. The mean of
+    # the texts' own perplexities would be (e² + e⁶) / 2. Resamples are aa, ab, ba and bb: e², e³, e³ and e⁶.
+    rows = [("", "NLL", "text", 0, 6.0), ("", "tokens", "text", 0, 3.0)]
+    rows += [("", "NLL", "text", 1, 6.0), ("", "tokens", "text", 1, 1.0)]
+    table = pd.DataFrame(rows, columns=["case", "measure", "kind", "prompt", "value"]).assign(state="after")
+    answers = pd.DataFrame(columns=["case", "kind", "prompt", "question", "expected", "answer", "state"])
+    found = Scores(table=table, answers=answers, cases=("a",), provenance={"after": {}}).summary()
+    expected = {"mean": math.exp(3), "low": math.exp(2), "high": math.exp(6), "n": 2}
+    assert found == {"PPL": {name: pytest.approx(value) for name, value in expected.items()}}
+
+
+def test_texts_are_cut_and_a_model_that_broke_has_no_score(lens_model: Any) -> None:
+    cut = evaluate(lens_model, REQUESTS, replace(QUICK, text_tokens=5), texts=TEXTS).summary()["PPL"]["mean"]
+    assert cut == pytest.approx(naive(lens_model, TEXTS, 5), rel=1e-4)
+    with pytest.raises(InputError, match="two tokens"):
+        evaluate(lens_model, REQUESTS, QUICK, texts=["", "Apple"[:1]])
+    with torch.no_grad():
+        lens_model.down_projection(1).fill_(torch.nan)
+    with pytest.raises(InputError, match="perplexity of the 5 texts is nan"):
+        surprise_rows(lens_model, TEXTS, QUICK)

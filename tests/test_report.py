@@ -92,6 +92,15 @@ def test_every_number_of_the_summary_is_there_with_its_meaning(run):
     assert "Paraphrase, PS" in text
 
 
+def test_measures_have_the_unit_they_are_in(tmp_path):
+    entries = {"KL": 0.01234, "KL+": 0.5, "top1": 98.7, "NS+": 71.25, "PPL": 12.34}
+    summary = {name: {"mean": value, "low": value, "high": value, "n": 7} for name, value in entries.items()}
+    write_json(tmp_path / "summary.json", {"after": summary, "protocol": {"model": "tiny"}, "counts": {}})
+    _, text, _ = read(write_report(tmp_path))
+    for shown in ("0.012", "0.500", "98.7", "71.2", "12.3", "7 texts", "7 cases", "KL in nats"):
+        assert shown in text
+
+
 def test_site_effects_are_the_means_at_the_best_layer():
     effects = make_effects(facts=6, layers=5)
     found = {effect.name: effect for effect in site_effects(effects)}

@@ -43,7 +43,7 @@ def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig
     """z − h of GPT-2 facts that share a δ: hooks, whole prompts, one row at a time, one parameter a part."""
     block = model.hf.transformer.h[layer]
     modules = {"resid": block, "mlp_out": block.mlp, "attn_out": block.attn}
-    deltas = {part: torch.zeros(model.d_model, requires_grad=True) for part in config.parts}
+    deltas = {part: torch.zeros(model.d_model, requires_grad=True) for part in config.parts("mlp")}
     optimizer = torch.optim.Adam(list(deltas.values()), lr=config.lr)
 
     def run(ids: list[int], at: int, states: dict[str, Tensor] | None = None) -> Tensor:
@@ -57,7 +57,7 @@ def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig
 
             return add
 
-        handles = [modules[part].register_forward_hook(hook(part)) for part in config.parts]
+        handles = [modules[part].register_forward_hook(hook(part)) for part in config.parts("mlp")]
         logits = model.hf(torch.tensor([ids])).logits[0].log_softmax(-1)
         for handle in handles:
             handle.remove()

@@ -38,7 +38,7 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
     """
     with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary:
         check_model(model, edit)
-        full = min(model.d_mlp, model.d_model)
+        full = min(model.d_key, model.d_model)
         if max(factors.rank for factors in edit.factors.values()) > full:
             edit = truncate(edit, full)
         modules = {layer: _module(model, layer) for layer in edit.layers}

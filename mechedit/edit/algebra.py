@@ -121,7 +121,9 @@ def _combined(edits: Sequence[Edit], signs: Sequence[int], manifest: Mapping[str
 
 
 def _check_same_base(edits: Sequence[Edit]) -> None:
-    first, *others = ({name: edit.manifest.get("model", {}).get(name) for name in _BASE} for edit in edits)
+    first, *others = (
+        {**{name: edit.manifest.get("model", {}).get(name) for name in _BASE}, "module": edit.module} for edit in edits
+    )
     if first["weights_hash"] is None:
         raise InputError(
             "the first edit's manifest does not name its weights, expected model.weights_hash; make it again"

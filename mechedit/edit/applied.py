@@ -10,7 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.edit.ledger import Entry, account, accounted, all_or_nothing, ledger, note_, noted_digest, preserved
+from mechedit.edit.ledger import (
+    Entry,
+    account,
+    accounted,
+    all_or_nothing,
+    ledger,
+    note_,
+    noted_digest,
+    own_ledger,
+    preserved,
+)
 from mechedit.edit.value import Edit, check_factors, same
 from mechedit.edit.weights import digest, rounded_sum
 from mechedit.errors import InputError
@@ -54,8 +64,9 @@ def undo_(model: Model, edit: Edit) -> None:
     """Take back the edit that was applied last: the weights come back bit for bit.
 
     Raises:
-        InputError: `edit` is not applied, or another was applied after it.
+        InputError: `edit` is not applied, another was applied after it, or it is for another module.
     """
+    check_module(model, edit)
     entries = ledger(model)
     places = [place for place, entry in enumerate(entries) if same(edit, entry.edit)]
     if not places:
@@ -69,7 +80,7 @@ def undo_(model: Model, edit: Edit) -> None:
         raise InputError(f"{later} edits were applied after this one, expected none; undo the last one first")
     with all_or_nothing(model, edit.layers):
         for layer in edit.layers:
-            _write_(model, layer, _before_last(layer, entries))
+            _write_(model, layer, _before_last(layer, own_ledger(model)))
         note_(model, entries[:-1])
 
 
@@ -82,7 +93,7 @@ def add_(model: Model, layer: int, delta: Float[Tensor, "d_mlp d_model"]) -> Non
     Raises:
         InputError: some weights would be beyond what their dtype holds; the layer is left as it was.
     """
-    base, edits = account(layer, ledger(model)) if accounted(model, layer) else (None, [])
+    base, edits = account(layer, own_ledger(model)) if accounted(model, layer) else (None, [])
     base = model.down_projection(layer) if base is None else base
     # Made one at a time, since each is as large as the layer.
     earlier = (edit.delta(layer) for edit in edits)
@@ -93,8 +104,10 @@ def check_model(model: Model, edit: Edit) -> None:
     """Refuse a model that the edit was not made for.
 
     Raises:
-        InputError: the weights differ from those in the manifest, a layer does not fit, or factors are not finite.
+        InputError: another module is written, the weights differ from those in the manifest, a layer does not fit, or
+            factors are not finite.
     """
+    check_module(model, edit)
     wanted = edit.manifest.get("model") or {}
     found = model.weights_hash()
     if wanted.get("weights_hash") != found:
@@ -111,6 +124,15 @@ def check_model(model: Model, edit: Edit) -> None:
                 f"is damaged or of another model"
             )
     check_factors(edit)
+
+
+def check_module(model: Model, edit: Edit) -> None:
+    """Raise InputError when the model writes into another module than the edit does."""
+    if edit.module != model.module:
+        raise InputError(
+            f"the edit was made for the module {edit.module!r}, found {model.name!r} writing into {model.module!r}, "
+            f"whose matrices are others; use model.writing({edit.module!r})"
+        )
 
 
 def _before_last(layer: int, entries: Sequence[Entry]) -> Float[Tensor, "d_mlp d_model"]:

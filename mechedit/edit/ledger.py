@@ -41,6 +41,11 @@ def ledger(model: Model) -> tuple[Entry, ...]:
     return getattr(model.hf, _ATTRIBUTE, ())
 
 
+def own_ledger(model: Model) -> tuple[Entry, ...]:
+    """Those edits that are in the module that the model writes into: each layer has a matrix of either."""
+    return tuple(entry for entry in ledger(model) if entry.edit.module == model.module)
+
+
 def note_(model: Model, entries: tuple[Entry, ...]) -> None:
     """Replace the model's ledger."""
     setattr(model.hf, _ATTRIBUTE, entries)
@@ -67,7 +72,7 @@ def noted_digest(layer: int, entries: Sequence[Entry]) -> str | None:
 
 def accounted(model: Model, layer: int) -> bool:
     """Whether the layer's weights are what the ledger says, so that they are known exactly."""
-    noted = noted_digest(layer, ledger(model))
+    noted = noted_digest(layer, own_ledger(model))
     return noted is not None and noted == digest(model.down_projection(layer))
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.artifacts import read_tensors, write_tensors
+from mechedit.artifacts import BEFORE, read_tensors, write_tensors
 from mechedit.errors import InputError
 from mechedit.solve import check_finite
 
@@ -39,13 +39,18 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Edit:
-    """A change of some layers' down-projections, apart from any model."""
+    """A change of some layers' down-projections, or of attention's output projections, apart from any model."""
 
     factors: Mapping[int, Factors]
     """By 0-based layer."""
     manifest: Mapping[str, Any]
     """What made it: `method`, `layers`, `model` (provenance before the edit), `requests` (ids), `facts` (what each
     request writes, in words; older edits lack it), settings …"""
+
+    @property
+    def module(self) -> str:
+        """What it is written into: `mlp`, also where an older manifest does not say so, or `attn`."""
+        return self.manifest.get("model", {}).get("module", BEFORE["module"])
 
     @property
     def layers(self) -> list[int]:
@@ -87,7 +92,7 @@ class Edit:
 def same(one: Edit, other: Edit) -> bool:
     """Whether two edits hold the same factors (one may have been saved and loaded)."""
     return one is other or (
-        one.layers == other.layers
+        (one.layers, one.module) == (other.layers, other.module)
         and all(
             _equal(getattr(one.factors[layer], side), getattr(other.factors[layer], side))
             for layer in one.layers

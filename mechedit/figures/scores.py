@@ -242,7 +242,7 @@ def _setting_axis(ax: Axes, settings: pd.Series, *, numeric: bool, log: bool) ->
         ax.set_xscale("log")
         decades = np.ptp(np.log10(settings.to_numpy(dtype=float))) if len(settings) else 0
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 1.5 else (1.0, 2.0, 5.0)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e5 else f"{value:.0e}"))
+        ax.xaxis.set_major_formatter(FuncFormatter(_power))
         ax.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -251,3 +251,11 @@ def _score_axis(ax: Axes, measure: str) -> None:
         ax.set(ylim=(-3, 103), yticks=range(0, 101, 20))
     ax.grid(axis="y", color=INK, alpha=0.12, linewidth=0.5)
     ax.set_axisbelow(True)
+
+
+def _power(value: float, _: int) -> str:
+    """A tick of a logarithmic axis; large powers of ten in the space that a small one takes."""
+    exponent = np.log10(value)
+    if value < 1e5 or not np.isclose(exponent, round(exponent)):
+        return f"{value:,g}" if value < 1 else f"{value:,.0f}"
+    return f"$10^{{{round(exponent)}}}$"

@@ -84,7 +84,7 @@ def rome(
     keys = Recollection(model, requests, [*prefixes, BARE], batch_size=config.batch_size).keys(layer)
     factor, earlier = factor_of(moments[layer], keys.device), (previous or {}).get(layer)
     found, starts, updates = [], [], []
-    total = torch.zeros(model.d_mlp, model.d_model, dtype=torch.float64)
+    total = torch.zeros(model.d_key, model.d_model, dtype=torch.float64)
     originals = copies(model, layers)
     with preserved(model, layers):
         for place, request in enumerate(tqdm(requests, desc="rome", unit="fact", leave=None)):

@@ -36,9 +36,9 @@ def check_input(
     if config.preserves_keys:
         moment_matrices(moments or {}, config.edited_layers(layers), model)
     for layer, keys in (previous or {}).items():
-        if keys.ndim != 2 or len(keys) != model.d_mlp:
+        if keys.ndim != 2 or len(keys) != model.d_key:
             raise InputError(
-                f"the earlier keys of layer {layer} are {tuple(keys.shape)}, expected ({model.d_mlp}, number of "
+                f"the earlier keys of layer {layer} are {tuple(keys.shape)}, expected ({model.d_key}, number of "
                 f"earlier facts); take them from edit_keys"
             )
         check_finite(keys, f"the earlier keys of layer {layer}")

@@ -1,6 +1,19 @@
 """The only place that imports transformer_lens or nnsight, or names a transformers class."""
 
-from mechedit.models.base import EMBED, Model, Part, Patch, Prefix, Resume, Run, Site, Tokens
+from mechedit.models.base import EMBED, Model, Module, Part, Patch, Prefix, Resume, Run, Site, Tokens, out_part
 from mechedit.models.loading import load_model
 
-__all__ = ["EMBED", "Model", "Part", "Patch", "Prefix", "Resume", "Run", "Site", "Tokens", "load_model"]
+__all__ = [
+    "EMBED",
+    "Model",
+    "Module",
+    "Part",
+    "Patch",
+    "Prefix",
+    "Resume",
+    "Run",
+    "Site",
+    "Tokens",
+    "load_model",
+    "out_part",
+]

@@ -7,10 +7,11 @@ only in how they reach a site.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,11 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from mechedit.artifacts import VERSION, value_hash
 from mechedit.errors import InputError
-from mechedit.models.base import Keep, Patch, Prefix, Resume, Run, Site, Tokens
+from mechedit.models.base import MODULES, Keep, Module, Part, Patch, Prefix, Resume, Run, Site, Tokens, key_part
 from mechedit.models.families import family_of
 from mechedit.models.steps import Step, Stopped, Write, end_of, entries_of, looks_at_the_end
 from mechedit.models.twin import Forwards, fused, replaced, share_parameters
 
+_NAMES = {"mlp": "down-projection", "attn": "output projection of attention"}
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -59,7 +61,9 @@ class Backbone:
             self.plain.config._attn_implementation = getattr(self.twin.config, "_attn_implementation")  # noqa: B009
         self.n_layers = len(hf.get_submodule(self.family.blocks))
         self.max_positions: int = hf.config.max_position_embeddings
+        self.module: Module = "mlp"
         self.d_mlp, self.d_model = self.down_projection(0).shape
+        self.d_key = self.d_mlp
 
     @property
     def device(self) -> torch.device:
@@ -121,12 +125,34 @@ class Backbone:
             inputs["past_key_values"] = _cache(prefix)
         return inputs
 
+    def writing(self, module: str) -> Backbone:
+        """The same model with edits written into `module`; see `mechedit.models.base.Model.writing`."""
+        # Imported here, since the check runs a model.
+        from mechedit.models.check import projection_found
+
+        if module not in MODULES:
+            raise InputError(f"the module is {module!r}, expected one of {', '.join(MODULES)}; choose one of them")
+        other = copy.copy(self)
+        other.module = cast(Module, module)
+        other.d_key = len(other.down_projection(0))
+        if other.module != self.module:
+            projection_found(other)
+        return other
+
+    def key_site(self, layer: int) -> Site:
+        """Where a layer's keys are: the input of `down_projection`."""
+        return Site(layer, key_part(self.module))
+
     def down_projection(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """A live view of the MLP's second matrix, always [d_mlp, d_model]; writing to it edits the model."""
+        """A live view of the written module's matrix, always [d_key, d_model]; writing to it edits the model."""
+        return self._matrix(layer, self.module)
+
+    def _matrix(self, layer: int, written: Module) -> Float[Tensor, "d_key d_model"]:
+        """A live view of the matrix through which a module writes."""
         blocks = self.hf.get_submodule(self.family.blocks)
         if not 0 <= layer < len(blocks):
             raise ValueError(f"layer {layer} is outside the model: expected 0 to {len(blocks) - 1}")
-        module = blocks[layer].get_submodule(self.family.down)
+        module = blocks[layer].get_submodule(self.family.projection(written))
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype in _EDITABLE:
             if isinstance(module, Conv1D):
@@ -134,23 +160,24 @@ class Backbone:
             if isinstance(module, nn.Linear):
                 return weight.detach().T
         raise InputError(
-            f"the down-projection of layer {layer} is a {type(module).__name__} of "
+            f"the {_NAMES[written]} of layer {layer} is a {type(module).__name__} of "
             f"{getattr(weight, 'dtype', 'no weight')}, expected Linear or Conv1D in floating point: load the "
             f"model unquantised and merge its adapters"
         )
 
     @torch.no_grad()
     def mlp_output(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
-        """What the MLP adds to the residual stream at these keys: keys · W + b, after any post-norm."""
+        """What the written module adds to the residual stream at these keys: keys · W + b, after any post-norm."""
         return self.mlp_gain(layer, keys) * self._raw_output(layer, keys)
 
     @torch.no_grad()
     def mlp_gain(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
-        """`mlp_out` in units of the down-projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
-        if self.family.mlp_norm is None:
+        """`mlp_output` in units of the projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
+        after = self.family.norm_after(self.module)
+        if after is None:
             return keys.new_ones(*keys.shape[:-1], self.d_model)
         raw = self._raw_output(layer, keys)
-        norm = self._blocks(self.hf)[layer].get_submodule(self.family.mlp_norm)
+        norm = self._blocks(self.hf)[layer].get_submodule(after)
         direction = norm(torch.ones(self.d_model, device=raw.device, dtype=self.dtype)).to(raw)
         # The norm's own output tells its scale, whatever it adds to rms(x) under the root.
         unit, out = direction * raw, norm(raw.to(self.dtype)).to(raw)
@@ -158,7 +185,7 @@ class Backbone:
 
     def _raw_output(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
         weight = self.down_projection(layer)
-        bias: Any = self._blocks(self.hf)[layer].get_submodule(self.family.down).bias
+        bias: Any = self._blocks(self.hf)[layer].get_submodule(self.family.projection(self.module)).bias
         out = keys.to(weight.device) @ weight.to(keys.dtype)
         return out if bias is None else out + bias.to(out)
 
@@ -182,7 +209,7 @@ class Backbone:
         return digest.hexdigest()
 
     def provenance(self) -> dict[str, Any]:
-        """Name, backend, weights hash, tokenizer hash, dtype and mechedit version."""
+        """Name, backend, weights hash, tokenizer hash, dtype, the module that is written, and mechedit version."""
         return {
             "mechedit": VERSION,
             "model": self.name,
@@ -190,6 +217,7 @@ class Backbone:
             "weights_hash": self.weights_hash(),
             "tokenizer_hash": tokenizer_hash(self.tokenizer),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "module": self.module,
         }
 
     def _wrap(self, twin: nn.Module) -> nn.Module:
@@ -250,12 +278,18 @@ class Backbone:
             raise ValueError(f"{site} is not computed: the run resumes at layer {first}")
 
     def _write(self, patch: Patch, entries: tuple[Tensor, ...]) -> Write:
-        width = self.d_mlp if patch.site.part == "mlp_key" else self.d_model
+        width = self._width(patch.site.part)
         expected = (*patch.positions.shape, width)
         if tuple(patch.value.shape) != expected:
             raise ValueError(f"the value for {patch.site} is {tuple(patch.value.shape)}, expected {expected}")
         rows, slots, columns = entries
         return Write(rows, columns, patch.value[rows, slots], patch.add)
+
+    def _width(self, part: Part) -> int:
+        """Of an activation."""
+        if part == "attn_key":
+            return len(self._matrix(0, "attn"))
+        return self.d_mlp if part == "mlp_key" else self.d_model
 
     def _forward_plain(
         self, inputs: dict[str, Any], steps: Sequence[Step], resume: Resume | None, stop_after: int | None

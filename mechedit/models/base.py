@@ -14,9 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, device, dtype
 
-Part = Literal["embed", "attn_out", "mlp_key", "mlp_out", "resid"]
+Part = Literal["embed", "attn_key", "attn_out", "mlp_key", "mlp_out", "resid"]
 PARTS: tuple[str, ...] = get_args(Part)
 """In forward order within a block; `embed` precedes every block."""
+Module = Literal["mlp", "attn"]
+"""What an edit can be written into: the MLPs' second matrices, or attention's output projections."""
+MODULES: tuple[str, ...] = get_args(Module)
+_WRITTEN: dict[Module, tuple[Part, Part]] = {"mlp": ("mlp_key", "mlp_out"), "attn": ("attn_key", "attn_out")}
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Site:
     `embed`: output of the token embedding, after any scale and before any position embedding.
     `attn_out`, `mlp_out`: what the module adds to the residual stream, after any post-norm.
     `mlp_key`: input of the down-projection, [d_mlp].
+    `attn_key`: input of attention's output projection, the heads' results side by side, [head · d_head].
     `resid`: the residual stream after the block.
     """
 
@@ -40,6 +45,18 @@ class Site:
 
 
 EMBED = Site(0, "embed")
+
+
+def key_part(module: Module) -> Part:
+    """The input of the matrix through which a module writes."""
+    return _WRITTEN[module][0]
+
+
+def out_part(module: Module) -> Part:
+    """What a module adds to the residual stream."""
+    return _WRITTEN[module][1]
+
+
 Keep = Int[Tensor, " kept"] | Int[Tensor, "batch kept"] | int
 """Positions whose logits are wanted; see `Model.run`."""
 
@@ -169,6 +186,10 @@ class Model(Protocol):
     n_layers: int
     d_model: int
     d_mlp: int
+    d_key: int
+    """Width of the keys of the module that is written: d_mlp, or head · d_head for attention."""
+    module: Module
+    """What edits are written into; `down_projection`, `mlp_output`, `mlp_gain`, `key_site` and `d_key` speak of it."""
     max_positions: int
 
     @property
@@ -216,15 +237,30 @@ class Model(Protocol):
         ...
 
     def down_projection(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """A live view of the MLP's second matrix, always [d_mlp, d_model]; writing to it edits the model."""
+        """A live view of the MLP's second matrix, always [d_mlp, d_model]; writing to it edits the model.
+
+        Of attention's output projection, [head · d_head, d_model], when that is what is written.
+        """
+        ...
+
+    def writing(self, module: str) -> Model:
+        """The same model, its weights shared, with edits written into `module`: `mlp`, or `attn` (MEMIT Fig. 12).
+
+        Raises:
+            InputError: an unknown module, or one whose projection is not the matrix between its key and its output.
+        """
+        ...
+
+    def key_site(self, layer: int) -> Site:
+        """Where a layer's keys are: the input of `down_projection`."""
         ...
 
     def mlp_output(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
-        """What the MLP adds to the residual stream at these keys: keys · W + b, after any post-norm."""
+        """What the written module adds to the residual stream at these keys: keys · W + b, after any post-norm."""
         ...
 
     def mlp_gain(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
-        """`mlp_out` in units of the down-projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
+        """`mlp_output` in units of the projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
         ...
 
     def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
@@ -236,5 +272,5 @@ class Model(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """Name, backend, weights hash, tokenizer hash, dtype and mechedit version."""
+        """Name, backend, weights hash, tokenizer hash, dtype, the module that is written, and mechedit version."""
         ...

@@ -17,6 +17,7 @@ from mechedit.models.steps import Step, Stopped
 _LEVEL = 2_000
 """Marks our hooks, so that only they are removed afterwards."""
 _NAMES = {
+    "attn_key": "attn.o.hook_in",
     "attn_out": "hook_attn_out",
     "mlp_key": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
@@ -75,8 +76,12 @@ class BridgeModel(Backbone):
 
 def _visitor(step: Step, values: dict[Site, Tensor]) -> Callable[..., Tensor | None]:
     def visit(activation: Tensor, hook: Any) -> Tensor | None:
-        after = step(activation, values)
-        return after if step.writes else None
+        if step.site.part != "attn_key":
+            after = step(activation, values)
+            return after if step.writes else None
+        # Here heads have an axis of their own.
+        after = step(activation.flatten(2), values)
+        return after.unflatten(2, activation.shape[2:]) if step.writes else None
 
     return visit
 

@@ -3,7 +3,7 @@
 Short runs on random ids test what the rest of mechedit relies on: the backend computes what the model computes,
 the residual stream adds up, the down-projection is the matrix between `mlp_key` and `mlp_out`, a write at each
 part changes the logits of its own row alone, no position sees a later one, and the last residual decides the
-logits.
+logits. Whoever writes into attention has its output projection checked in the same way (`Backbone.writing`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mechedit.errors import InputError
 from mechedit.models.backbone import Backbone
-from mechedit.models.base import EMBED, Part, Patch, Run, Site, Tokens
+from mechedit.models.base import EMBED, Part, Patch, Run, Site, Tokens, out_part
 from mechedit.models.twin import share_parameters
 
 _WIDTH = 6
+_OTHERWISE = {"mlp": "its MLP is built otherwise", "attn": "its attention is built otherwise"}
 _WRITTEN: tuple[Part, ...] = ("embed", "attn_out", "mlp_key", "mlp_out", "resid")
 
 
@@ -27,11 +28,7 @@ def self_check(model: Backbone) -> None:
     Raises:
         InputError: names the check that failed.
     """
-    generator = torch.Generator().manual_seed(0)
-    vocab = model.hf.get_submodule(model.family.embedding).weight.shape[0]
-    width = min(_WIDTH, model.max_positions)
-    ids = torch.randint(vocab, (2, width), generator=generator)
-    tokens = Tokens(ids, torch.ones_like(ids))
+    tokens = _random_tokens(model)
     parts: tuple[Part, ...] = ("attn_out", "mlp_key", "mlp_out", "resid")
     sites = [EMBED, *(Site(layer, part) for layer in range(model.n_layers) for part in parts)]
     clean = model.run(tokens, read=sites)
@@ -40,8 +37,34 @@ def self_check(model: Backbone) -> None:
         raise _failed(model, "finite logits", "choose another dtype, such as float32 or bfloat16")
     _backend_is_faithful(model, tokens, clean)
     _residual_adds_up(model, clean)
-    _down_projection_found(model, clean)
+    _projection_found(model, clean)
     _writing_works(model, tokens, clean)
+
+
+@torch.no_grad()
+def projection_found(model: Backbone) -> None:
+    """Check that the module that is written adds to the residual stream what its projection makes of its keys alone.
+
+    Raises:
+        InputError: names the check that failed.
+    """
+    tokens, layers = _random_tokens(model), range(model.n_layers)
+    outs = [Site(layer, out_part(model.module)) for layer in layers]
+    clean = model.run(tokens, read=[*outs, *(model.key_site(layer) for layer in layers)])
+    _projection_found(model, clean)
+    patches = [_row_patch(site, clean[site][1], 0, len(tokens.ids)) for site in map(model.key_site, layers)]
+    written = model.run(tokens, patches, outs)
+    for site in outs:
+        if not _close(written[site][0], clean[site][1]):
+            raise _failed(model, f"a write at {model.key_site(site.layer)} decides {site}", _OTHERWISE[model.module])
+
+
+def _random_tokens(model: Backbone) -> Tokens:
+    """Two rows of random ids."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.hf.get_submodule(model.family.embedding).weight.shape[0]
+    ids = torch.randint(vocab, (2, min(_WIDTH, model.max_positions)), generator=generator)
+    return Tokens(ids, torch.ones_like(ids))
 
 
 def _backend_is_faithful(model: Backbone, tokens: Tokens, clean: Run) -> None:
@@ -69,17 +92,19 @@ def _residual_adds_up(model: Backbone, clean: Run) -> None:
             raise _failed(model, f"the residual stream adds up at layer {layer}", "its blocks are built otherwise")
 
 
-def _down_projection_found(model: Backbone, clean: Run) -> None:
-    """mlp_key · W + b, after any post-norm, is mlp_out."""
+def _projection_found(model: Backbone, clean: Run) -> None:
+    """What the written module adds is key · W + b, after any post-norm."""
+    norm = model.family.norm_after(model.module)
     for layer in range(model.n_layers):
         block = model.hf.get_submodule(f"{model.family.blocks}.{layer}")
-        out = clean[Site(layer, "mlp_key")] @ model.down_projection(layer)
-        bias = block.get_submodule(model.family.down).bias
+        out = clean[model.key_site(layer)] @ model.down_projection(layer)
+        bias = block.get_submodule(model.family.projection(model.module)).bias
         out = out if bias is None else out + bias
-        if model.family.mlp_norm is not None:
-            out = block.get_submodule(model.family.mlp_norm)(out)
-        if not _close(out, clean[Site(layer, "mlp_out")]):
-            raise _failed(model, f"the down-projection of layer {layer} is found", "its MLP is built otherwise")
+        if norm is not None:
+            out = block.get_submodule(norm)(out)
+        if not _close(out, clean[Site(layer, out_part(model.module))]):
+            name = {"mlp": "down-projection", "attn": "output projection"}[model.module]
+            raise _failed(model, f"the {name} of layer {layer} is found", _OTHERWISE[model.module])
 
 
 def _writing_works(model: Backbone, tokens: Tokens, clean: Run) -> None:

@@ -45,6 +45,7 @@ class EnvoyModel(Backbone):
             return self.nnsight.get(self.family.embedding)
         block = f"{self.family.blocks}.{site.layer}"
         paths = {
+            "attn_key": f"{block}.{self.family.attn_proj}",
             "attn_out": f"{block}.{self.family.attn_out}",
             "mlp_key": f"{block}.{self.family.down}",
             "mlp_out": f"{block}.{self.family.mlp_out}",
@@ -55,7 +56,7 @@ class EnvoyModel(Backbone):
 
 def _visit(step: Step, envoy: Any, values: dict[Site, Tensor]) -> None:
     """Read and write one site inside a trace."""
-    if step.site.part == "mlp_key":
+    if step.site.part in ("attn_key", "mlp_key"):
         after = step(envoy.input, values)
         if step.writes:
             envoy.input = after

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechedit.errors import InputError
+from mechedit.models.base import Module
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -14,7 +15,7 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_n
 class Family:
     """Paths to the parts of one architecture.
 
-    Which way the down-projection lies is not said here: the type of the module tells (`Backbone`).
+    Which way a matrix lies is not said here: the type of its module tells (`Backbone`).
     """
 
     name: str
@@ -33,12 +34,22 @@ class Family:
     """The MLP, from a block."""
     down: str
     """The MLP's second matrix, from a block; its input is the key."""
+    attn_proj: str
+    """Attention's output projection, from a block; its input is what the heads found, one after another."""
     attn_norm: str | None = None
     """A norm between the attention module and the residual stream, from a block."""
     mlp_norm: str | None = None
     """A norm between the MLP and the residual stream, from a block."""
     tuple_block: bool = False
     """Whether a block returns (residual, attention weights) instead of the residual."""
+
+    def projection(self, module: Module) -> str:
+        """The matrix through which a module of a block writes, from a block."""
+        return {"mlp": self.down, "attn": self.attn_proj}[module]
+
+    def norm_after(self, module: Module) -> str | None:
+        """A norm between a module of a block and the residual stream, from a block."""
+        return {"mlp": self.mlp_norm, "attn": self.attn_norm}[module]
 
     @property
     def attn_out(self) -> str:
@@ -53,6 +64,7 @@ class Family:
     def modules_of(self, part: str) -> set[str]:
         """A block's children that a backend must reach to look at a part of it."""
         reached = {
+            "attn_key": (self.attn,),
             "attn_out": (self.attn, self.attn_norm),
             "mlp_out": (self.mlp, self.mlp_norm),
             "mlp_key": (self.mlp,),
@@ -72,6 +84,7 @@ def _like_llama(name: str, model_type: str, architecture: str, *, post_norms: bo
         attn="self_attn",
         mlp="mlp",
         down="mlp.down_proj",
+        attn_proj="self_attn.o_proj",
         attn_norm="post_attention_layernorm" if post_norms else None,
         mlp_norm="post_feedforward_layernorm" if post_norms else None,
     )
@@ -87,6 +100,7 @@ FAMILIES = (
         attn="attn",
         mlp="mlp",
         down="mlp.c_proj",
+        attn_proj="attn.c_proj",
     ),
     Family(
         name="GPT-Neo",
@@ -97,6 +111,7 @@ FAMILIES = (
         attn="attn",
         mlp="mlp",
         down="mlp.c_proj",
+        attn_proj="attn.attention.out_proj",
         tuple_block=True,
     ),
     Family(
@@ -108,6 +123,7 @@ FAMILIES = (
         attn="attn",
         mlp="mlp",
         down="mlp.fc_out",
+        attn_proj="attn.out_proj",
         tuple_block=True,
     ),
     Family(
@@ -119,6 +135,7 @@ FAMILIES = (
         attn="attention",
         mlp="mlp",
         down="mlp.dense_4h_to_h",
+        attn_proj="attention.dense",
     ),
     _like_llama("Llama", "llama", "LlamaForCausalLM"),
     _like_llama("Mistral", "mistral", "MistralForCausalLM"),

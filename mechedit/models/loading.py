@@ -31,6 +31,7 @@ def load_model(
     backend: str = "transformer_lens",
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    module: str = "mlp",
 ) -> Model:
     """Load a causal language model, find its parts and check that reading and writing them works.
 
@@ -45,9 +46,10 @@ def load_model(
         device: where to put the weights; the accelerator when there is one. A loaded model is not moved.
         dtype: float32, bfloat16 or float16; by default float32 on the CPU and for `tiny`, else the
             checkpoint's. A loaded model is not converted.
+        module: what edits are written into: `mlp`, or `attn` (see `Model.writing`).
 
     Raises:
-        InputError: an unknown backend, model, device or dtype; no fast tokenizer, or one that does not fit;
+        InputError: an unknown backend, model, device, dtype or module; no fast tokenizer, or one that does not fit;
             an architecture that is not supported; a failed self-check.
     """
     if backend not in get_args(Backend):
@@ -69,7 +71,7 @@ def load_model(
     _check_tokenizer(hf, tokenizer, name)
     model = _wrap(hf, tokenizer, name, backend)
     self_check(model)
-    return model
+    return model.writing(module)
 
 
 def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> Backbone:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mechedit.artifacts import check_provenance, read_header
 from mechedit.errors import InputError
-from mechedit.models import Model, Site, Tokens
+from mechedit.models import Model, Tokens
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence, Curve
 from mechedit.moments.curves import CurveFile
@@ -158,7 +158,7 @@ class Job:
         new = Part(
             layer=layer,
             share=self.share,
-            fitter=MomentFitter(self.model.d_mlp, self.model.device),
+            fitter=MomentFitter(self.model.d_key, self.model.device),
             provenance=self.provenance,
             read=tuple(together),
         )
@@ -194,7 +194,7 @@ class Job:
         self, shard: Shard, parts: Mapping[int, Part], start: Place, checkpoints: Checkpoints, progress: Any
     ) -> None:
         """Add the rows of a shard that the sums do not hold yet."""
-        sites = [Site(layer, "mlp_key") for layer in _read_layers(parts)]
+        sites = [self.model.key_site(layer) for layer in _read_layers(parts)]
         special = torch.tensor(self.model.tokenizer.all_special_ids or [-1], device=self.model.device)
         first = start.row if shard.index == start.shard else 0
         stops = {part.place.row for part in parts.values() if part.place.shard == shard.index}
@@ -204,7 +204,7 @@ class Job:
             run = self.model.run(tokens, read=sites, stop_after=sites[-1].layer)
             for part in parts.values():
                 if part.place[:2] <= (shard.index, rows.start):
-                    keys = run[Site(part.layer, "mlp_key")].flatten(0, 1)
+                    keys = run[self.model.key_site(part.layer)].flatten(0, 1)
                     part.fitter.update(keys.index_select(0, counted.to(keys.device))).check_finite(part.layer)
                     part.place = Place(shard.index, rows.stop, shard.before)
             progress.update(len(counted) if self.config.tokens else rows.stop - rows.start)
@@ -267,9 +267,9 @@ def _job(
     wanted = sorted(set(layers))
     if not wanted or not 0 <= wanted[0] <= wanted[-1] < model.n_layers:
         raise InputError(f"the layers are {list(layers)}, expected some of 0 … {model.n_layers - 1} of {model.name!r}")
-    if config.tokens is not None and config.tokens < model.d_mlp:
+    if config.tokens is not None and config.tokens < model.d_key:
         raise InputError(
-            f"tokens is {config.tokens}, expected at least d_mlp = {model.d_mlp} (better {100 * model.d_mlp}), else "
+            f"tokens is {config.tokens}, expected at least d_mlp = {model.d_key} (better {100 * model.d_key}), else "
             f"the second moments are singular"
         )
     plan = plan_moments(model, wanted, config, convergence=convergence is not None)

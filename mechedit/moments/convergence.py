@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError
-from mechedit.models import Model, Site
+from mechedit.models import Model
 from mechedit.moments.fitter import MomentFitter
 from mechedit.moments.shards import Shard
 from mechedit.prompts import pad
@@ -64,9 +64,9 @@ class Convergence:
             return draw_keys(model, shard, together, self.drawn, self.seed)
         for layer in layers:
             shape = tuple(self.keys[layer].shape) if layer in self.keys else None
-            if shape is None or len(shape) != 2 or shape[0] != model.d_mlp:
+            if shape is None or len(shape) != 2 or shape[0] != model.d_key:
                 raise InputError(
-                    f"the curve's keys of layer {layer} have shape {shape}, expected [{model.d_mlp}, number of keys]"
+                    f"the curve's keys of layer {layer} have shape {shape}, expected [{model.d_key}, number of keys]"
                 )
         return {layer: self.keys[layer].double() for layer in layers}
 
@@ -128,7 +128,7 @@ def draw_keys(
     chosen = [shard.rows[i] for i in order[:count]]
     ends = [int(torch.randint(min(len(ids), PREFIX), (), generator=generator)) + 1 for ids in chosen]
     tokens = pad([ids[:end] for ids, end in zip(chosen, ends, strict=True)], model.tokenizer, model.device)
-    sites = {layer: Site(layer, "mlp_key") for layer in layers}
+    sites = {layer: model.key_site(layer) for layer in layers}
     run = model.run(tokens, read=list(sites.values()), stop_after=max(layers))
     rows = torch.arange(len(chosen))
     return {layer: run[site][rows, torch.tensor(ends) - 1].double().T.cpu() for layer, site in sites.items()}

@@ -84,7 +84,7 @@ def plan_moments(
         batch_tokens=tokens,
         sums=sum_bytes(model, together, convergence),
         batch=batch_bytes(model, together, max(tokens, longest), longest),
-        finished=len(wanted) * 8 * model.d_mlp**2,
+        finished=len(wanted) * 8 * model.d_key**2,
     )
 
 
@@ -93,7 +93,7 @@ def sum_bytes(model: Model, layers: int, convergence: bool) -> int:
 
     With `convergence`, a float32 snapshot a layer, and one layer's factorisation.
     """
-    square, strip = 8 * model.d_mlp**2, min(STRIP, model.d_mlp) * model.d_mlp * (4 + 8)
+    square, strip = 8 * model.d_key**2, min(STRIP, model.d_key) * model.d_key * (4 + 8)
     snapshots = (layers * square // 2 + 2 * square) if convergence else 0
     return (layers + 1) * square + strip + snapshots
 
@@ -101,7 +101,7 @@ def sum_bytes(model: Model, layers: int, convergence: bool) -> int:
 def batch_bytes(model: Model, layers: int, tokens: int, longest: int) -> int:
     """The keys of some layers for a batch, a float32 copy of one layer's, and a block's activations."""
     size, heads = model.dtype.itemsize, model.hf.config.get_text_config().num_attention_heads
-    keys = layers * size * model.d_mlp + (size + 4) * model.d_mlp
+    keys = layers * size * model.d_key + (size + 4) * model.d_key
     block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + SCORE_COPIES * heads * longest)
     return tokens * (keys + block)
 

@@ -25,7 +25,7 @@ KEY = "provenance"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SecondMoment:
-    """E[k kᵀ] of one layer's MLP keys, uncentred, and where it comes from."""
+    """E[k kᵀ] of one layer's keys, uncentred, and where it comes from."""
 
     layer: int
     """0-based."""
@@ -110,7 +110,7 @@ def check_moments(moments: Mapping[int, SecondMoment], model: Model) -> None:
     """
     # Asked for once, since it takes a pass over the weights. Either backend gives the same keys.
     made = model.provenance()
-    own = {field: made[field] for field in ("weights_hash", "tokenizer_hash", "dtype")}
+    own = {field: made[field] for field in ("weights_hash", "tokenizer_hash", "dtype", "module")}
     for layer, moment in moments.items():
         check_provenance(moment.provenance, {"layer": layer, **own}, f"the second moment of layer {layer}")
 

@@ -49,7 +49,7 @@ class Plan:
     @property
     def made_with(self) -> dict[str, Any]:
         """All that determines the results, but for the batches; flat, so that a difference can be named."""
-        own = {name: self.base[name] for name in ("weights_hash", "tokenizer_hash", "dtype")}
+        own = {name: self.base[name] for name in ("weights_hash", "tokenizer_hash", "dtype", "module")}
         groups = {"settings": self.config, "rule": self.rule, "evaluation": self.evaluation}
         flat = {
             f"{group}.{name}": value

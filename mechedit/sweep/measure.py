@@ -159,6 +159,7 @@ def sweep_windows(
     config: MethodConfig | None = None,
     evaluation: EvaluationConfig = QUICK,
     parts: str | Path | None = None,
+    cache: str | Path | None = None,
 ) -> Sweep:
     """Edit each window of layers with the same requests, always from the unedited model, and measure the result.
 
@@ -175,6 +176,7 @@ def sweep_windows(
         config: its settings; by default those that ship with the model.
         evaluation: how to measure; by default without free text.
         parts: a folder for finished windows, so that an interrupted sweep goes on where it stopped.
+        cache: a folder for the targets, so that other sweeps and edits may share them; see `find_targets`.
 
     Raises:
         ValueError: `parts` with bare matrices as moments, whose origin no file name can tell.
@@ -198,6 +200,7 @@ def sweep_windows(
         method=method,
         config=config,
         evaluation=evaluation,
+        cache=cache,
     )
     before = kept(parts, sweeping.key(None), partial(_measured, model, requests, evaluation))
     found, refused = [], {}
@@ -228,6 +231,7 @@ class _Sweeping:
     method: str
     config: MethodConfig
     evaluation: EvaluationConfig
+    cache: str | Path | None
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -265,7 +269,9 @@ class _Sweeping:
         """Finds the targets at a layer; the last ones stay, since windows come ordered by their last layer."""
         config = self.config
         assert isinstance(config, SearchConfig), "asked for by methods that share targets alone"
-        return lru_cache(maxsize=1)(lambda layer: find_targets(self.model, self.requests, layer, config=config.targets))
+        return lru_cache(maxsize=1)(
+            lambda layer: find_targets(self.model, self.requests, layer, config=config.targets, cache=self.cache)
+        )
 
 
 def score_parts(measures: Iterable[str]) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def gather(
     requests = [request for unit in units for request in unit]
     owners = [place for place, unit in enumerate(units) for _ in unit]
     rows = rows_of(model, requests, owners, prefixes, config)
-    initial = torch.zeros(len(requests), len(config.parts), model.d_model, device=model.device)
+    initial = torch.zeros(len(requests), len(config.parts(model.module)), model.d_model, device=model.device)
     running = []
     together = passes(model, rows, config.pass_tokens)
     for made, bare, states in halving(together, lambda some: prepare(model, some, layer, config)):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from mechedit.errors import InputError
 from mechedit.facts import check_template
-from mechedit.models import Part
+from mechedit.models import Module, Part, out_part
 from mechedit.prompts import check_choice
 
 Convention = Literal["default", "memit-2022"]
@@ -37,7 +37,8 @@ class TargetConfig:
     threshold: float | int = 0.05
     """Nats below which a fact has converged."""
     part: Written = "resid"
-    """What z is a state of: the residual stream after the block, or what its MLP adds (ROME, PMET)."""
+    """What z is a state of: the residual stream after the block, or what its MLP adds (ROME, PMET). On a model that
+    writes into attention, `mlp_out` stands for what attention adds."""
     attention: bool = False
     """Move what the block's attention adds as well, and throw that away (PMET, §4.1); with part "mlp_out"."""
     joint: bool = True
@@ -73,7 +74,16 @@ class TargetConfig:
         """Whether facts about one subject share one δ."""
         return self.joint and self.convention == "default"
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """Where a δ is added, in forward order; z is a state of the last."""
-        return ("attn_out", self.part) if self.attention else (self.part,)
+    def parts(self, module: Module) -> tuple[Part, ...]:
+        """Where a δ is added, in forward order; z is a state of the last: what `module` adds, or the residual.
+
+        Raises:
+            InputError: attention is to be moved besides what is written, but is what is written.
+        """
+        if self.attention and module == "attn":
+            raise InputError(
+                "the model writes into attention, but the search (PMET's) moves attention only to leave it as it is; "
+                "expected a model that writes into its MLPs: use model.writing('mlp'), or another method"
+            )
+        written = "resid" if self.part == "resid" else out_part(module)
+        return ("attn_out", written) if self.attention else (written,)

@@ -78,7 +78,8 @@ class Terms:
 
 def resumes_at(model: Model, layer: int, config: TargetConfig) -> int:
     """The first block that runs: the one after δ, unless δ goes inside a block or after the last."""
-    return layer if config.attention or layer + 1 == model.n_layers else layer + 1
+    inside = config.parts(model.module)[0] == "attn_out"
+    return layer if inside or layer + 1 == model.n_layers else layer + 1
 
 
 def halving(items: Iterable[Rows], run: Callable[[Rows], Result]) -> Iterator[Result]:
@@ -103,7 +104,7 @@ def prepare(
 ) -> tuple[Pass, Bool[Tensor, " row"], Float[Tensor, "bare part d_model"]]:
     """One clean run of some rows: what a pass starts from, which rows have the first prefix, and their clean states."""
     device, start, scored = model.device, resumes_at(model, layer, config), not rows[0].labels
-    reads = [Site(layer, part) for part in config.parts]
+    reads = [Site(layer, part) for part in config.parts(model.module)]
     entering = [Site(start - 1, "resid")] if start else []
     subject, asked, fact = (
         torch.tensor(values, device=device)
@@ -168,7 +169,7 @@ def _logits(
         entering = torch.cat([moved.to(entering.dtype), entering[:, 1:]], 1)
     else:
         here = torch.zeros(len(rows), 1, dtype=torch.long, device=delta.device)
-        sites = [Site(layer, part) for part in config.parts]
+        sites = [Site(layer, part) for part in config.parts(model.module)]
         patches = [Patch(site, here, delta[:, [place]], add=True) for place, site in enumerate(sites)]
     resume = Resume(start, entering) if entering is not None else None
     run = model.run(rows.tokens, patches, resume=resume, prefix=rows.prefix, keep=rows.asked)

@@ -60,6 +60,7 @@ def find_targets(
     """
     config = config or TargetConfig()
     check_requests(requests)
+    config.parts(model.module)
     if not 0 <= layer < model.n_layers:
         raise InputError(f"the layer is {layer}, expected one of 0 … {model.n_layers - 1} of {model.name!r}")
     prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed))
@@ -187,7 +188,7 @@ def _targets(
         initial=torch.stack([one.initial for one in found.values()]).to(model.device),
         ids=tuple(found),
         layer=layer,
-        part=config.part,
+        part=config.parts(model.module)[-1],
         prefixes=prefixes,
         losses=losses,
         summary=summary.assign(

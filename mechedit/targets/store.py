@@ -68,6 +68,9 @@ class Store:
             if name not in ("batch_size", "pass_tokens", "seed")
         }
         own = {field: provenance[field] for field in ("weights_hash", "tokenizer_hash", "dtype")}
+        if config.part != "resid" and provenance["module"] != "mlp":
+            # A state of the residual stream is the same whatever is written; and what was found before stays valid.
+            own["module"] = provenance["module"]
         made_with = {**own, "layer": layer, "prefixes": list(prefixes), "settings": settings}
         return Store(folder=None if folder is None else Path(folder), made_with=made_with)
 

@@ -10,7 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.targets.config import Written
+from mechedit.models import Part
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,7 +24,7 @@ class Targets:
     ids: tuple[str, ...]
     """Of the requests, in order."""
     layer: int
-    part: Written = "resid"
+    part: Part = "resid"
     """What z is a state of, at `layer`."""
     prefixes: tuple[str, ...]
     """Templates with one {} for the whole prompt."""
