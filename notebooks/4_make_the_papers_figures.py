@@ -118,7 +118,7 @@ moments = me.collect_moments(model, "tiny", layers, me.MomentsConfig(tokens=50_0
 config = me.EvaluationConfig(generation_tokens=0, answer_tokens=0)
 rows = []
 for method, written in {"memit, layers 1–4": layers, "memit, layer 2 alone": [2]}.items():
-    for n in (1, 3, 9, 27):
+    for n in (1, 4, 16):
         edit = me.memit(model, requests[:n], written, moments)
         with me.edited(model, edit):
             summary = me.evaluate(model, requests[:n], config).summary()
