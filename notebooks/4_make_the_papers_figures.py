@@ -131,9 +131,8 @@ scaling = figures.scores_figure(curve, x="facts", log=True, label="facts written
 scaling
 
 # %% [markdown]
-# The bands are 95% bootstrap intervals over requests. With a few facts they say nothing much: at n = 1 there is no
-# other request to draw. The papers' curve goes on to the n where editing breaks down, and holds methods against one
-# another.
+# The bands are 95% bootstrap intervals over requests. With a few facts they say nothing much: at n = 1 there is no other
+# request to draw. The papers' curve goes on to 10,000 facts, and holds methods against one another.
 #
 # ## The full experiments
 #
@@ -143,8 +142,8 @@ scaling
 
 # %%
 scripts = Path(me.__file__).parents[1] / "analyses"
-options = ["--quick", "--model", "tiny", "--out", folder / "papers"]
-done = subprocess.run([sys.executable, scripts / "trace_severed.py", *options], check=True, capture_output=True)
+command = [sys.executable, scripts / "trace_severed.py", "--quick", "--model", "tiny"]
+done = subprocess.run([*command, "--out", folder / "papers"], check=True, capture_output=True)
 print(done.stdout.decode().splitlines()[-1])
 
 # %%
