@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +26,14 @@ from mechedit.cli.inputs import load, method_config, parse_layers, sampled
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
-from mechedit.evaluation.scores import Summary
+from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary
 from mechedit.facts import EditRequest, Fact, load_facts, load_requests
 from mechedit.figures import save_figure
-from mechedit.methods import METHODS, MethodConfig
+from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
 from mechedit.selection import SelectConfig, Selection
+from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig
 
 QUICK_FACTS, QUICK_SAMPLES, QUICK_TOKENS = 20, 3, 20_000
@@ -171,6 +173,17 @@ class Experiment:
             self.model, requests, variant.layers, moments, variant.method, config, self.out / "targets"
         )
 
+    def search(self, variant: Variant, requests: Sequence[EditRequest]) -> None:
+        """Find the targets of many requests in one go, for edits of some of them: faster than a search for each.
+
+        Requests about one subject that are edited together share their target; so those of this search should be
+        about different subjects, or the edits find other ones.
+        """
+        config = self.config(variant)
+        if isinstance(config, SearchConfig) and config.shares_targets:
+            layer = config.target_layer(sorted(variant.layers))
+            find_targets(self.model, requests, layer, config=config.targets, cache=self.out / "targets")
+
     def scored(
         self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig = QUICK
     ) -> pd.DataFrame:
@@ -178,11 +191,7 @@ class Experiment:
 
         Without a variant, the unedited model. A row `left` tells how much of the residual the edit left, in percent.
         """
-        key = {
-            **self.key(requests),
-            "variant": None if variant is None else self.variant_key(variant),
-            "evaluation": dataclasses.asdict(evaluation),
-        }
+        key = self.score_key(variant, requests, evaluation)
         return self.kept("scores", key, lambda: self._score(variant, requests, evaluation))
 
     def _score(
@@ -199,12 +208,37 @@ class Experiment:
         left = {"measure": "left", "mean": 100 * residuals[-1]["after"], "n": len(requests)}
         return pd.concat([found, pd.DataFrame([left])], ignore_index=True)
 
+    def cases(
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig = QUICK
+    ) -> pd.DataFrame:
+        """As `scored`, but each request's own values, meaned over its prompts: `case, measure, value`, in percent."""
+        key = {**self.score_key(variant, requests, evaluation), "cases": True}
+        return self.kept("cases", key, lambda: self._cases(variant, requests, evaluation))
+
+    def _cases(
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig
+    ) -> pd.DataFrame:
+        with edited(self.model, self.edit(variant, requests)) if variant else nullcontext():
+            table = evaluate(self.model, requests, evaluation).table
+        found = table.groupby(["case", "measure"], as_index=False)["value"].mean()
+        return found.assign(value=found["value"] * PUBLISHED_UNIT)
+
     def key(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
         """What every result depends on: model, requests and seed."""
         return {
             "model": pipeline.identity(self.model),
             "requests": value_hash([dataclasses.asdict(request) for request in requests]),
             "seed": self.seed,
+        }
+
+    def score_key(
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig
+    ) -> dict[str, Any]:
+        """What the scores of an edit depend on."""
+        return {
+            **self.key(requests),
+            "variant": None if variant is None else self.variant_key(variant),
+            "evaluation": dataclasses.asdict(evaluation),
         }
 
     def variant_key(self, variant: Variant) -> dict[str, Any]:
@@ -244,14 +278,14 @@ def described(mean: float, low: float, high: float) -> str:
 
 
 def options(
-    doc: str | None, *, count: int | None = None, quick_count: int = 10, max_facts: int = 200
+    doc: str | None, *, count: int | None = None, quick_count: int | None = 10, max_facts: int = 200
 ) -> argparse.ArgumentParser:
     """The options that all scripts share; a script adds its own and calls `opened`.
 
     Args:
         doc: the script's docstring; its first line is the help text.
         count: requests used unless `--count` says otherwise; None for all.
-        quick_count: the same with `--quick`.
+        quick_count: the same with `--quick`; None where the script takes its own few.
         max_facts: facts traced unless `--max-facts` says otherwise.
     """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
@@ -266,7 +300,9 @@ def options(
     parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of it (default 2,000,000)")
     parser.add_argument("--layers", help="such as 3-8; by default what the trace selects")
     parser.add_argument("--out", type=Path, default=Path("papers"), help="folder, the same for all scripts if you like")
-    parser.add_argument("--quick", action="store_true", help=f"a first look: {quick_count} requests, a smaller trace")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a first look: {quick_count or 'few'} requests, a smaller trace"
+    )
     parser.add_argument("--backend", default="transformer_lens")
     parser.add_argument("--device")
     parser.add_argument("--dtype")

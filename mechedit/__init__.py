@@ -23,10 +23,11 @@ from mechedit.evaluation import (
     References,
     Scores,
     evaluate,
+    evaluate_zsre,
     measure_baseline,
     perplexity,
 )
-from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests
+from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests, load_snippets, load_word_weights
 from mechedit.methods import (
     AlphaEditConfig,
     EmmetConfig,
@@ -125,6 +126,7 @@ __all__ = [
     "edited",
     "emmet",
     "evaluate",
+    "evaluate_zsre",
     "export",
     "export_lora",
     "find_targets",
@@ -135,7 +137,9 @@ __all__ = [
     "load_model",
     "load_moments",
     "load_requests",
+    "load_snippets",
     "load_texts",
+    "load_word_weights",
     "measure_baseline",
     "memit",
     "merge",

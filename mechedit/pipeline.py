@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ from mechedit.artifacts import (
 )
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, Scores, evaluate, measure_baseline
+from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, Scores, evaluate, evaluate_zsre, measure_baseline
 from mechedit.facts import EditRequest, Fact
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, check_input
 from mechedit.models import Model
@@ -46,6 +46,8 @@ from mechedit.trace import TraceConfig, embedding_spread, plan_trace
 from mechedit.trace.averages import fact_totals, main_metric
 
 Result = TypeVar("Result")
+Protocol = Literal["counterfact", "zsre"]
+"""How requests are scored: by `evaluate`, or by `evaluate_zsre`."""
 
 
 @dataclass(frozen=True)
@@ -351,20 +353,25 @@ def evaluate_step(
     edit: Edit | None,
     config: EvaluationConfig,
     texts: Sequence[str] = (),
+    protocol: Protocol = "counterfact",
 ) -> Scores:
     """Score the requests before and, given an edit, after it. Writes scores.parquet and its companions.
 
-    The unedited model's answers are kept in baseline/: evaluating another edit does not ask for them again.
+    The unedited model's answers are kept in baseline/, or baseline_zsre/: evaluating another edit does not ask for
+    them again.
     """
     stamp = {
         "model": identity(model),
         "requests": value_hash([asdict(request) for request in requests]),
         "settings": asdict(config),
         "texts": value_hash(list(texts)),
+        "protocol": protocol,
     }
     folder = run.path / "baseline"
 
     def make() -> Scores:
+        if protocol == "zsre":
+            return _zsre_scores(run, model, requests, edit, config, texts, stamp)
         baseline = run.step(
             "baseline", stamp, ["baseline/scores.parquet"],
             lambda: measure_baseline(model, requests, config, texts=texts),
@@ -380,6 +387,28 @@ def evaluate_step(
         "evaluate", {**stamp, "edit": None if edit is None else value_hash(dict(edit.manifest))}, ["scores.parquet"],
         make, lambda scores: _ignore(scores.save(run.path)), lambda: Scores.load(run.path),
     )  # fmt: skip
+
+
+def _zsre_scores(
+    run: RunFolder,
+    model: Model,
+    requests: Sequence[EditRequest],
+    edit: Edit | None,
+    config: EvaluationConfig,
+    texts: Sequence[str],
+    stamp: Mapping[str, Any],
+) -> Scores:
+    """The same by zsRE's protocol."""
+    folder = run.path / "baseline_zsre"
+    before = run.step(
+        "baseline_zsre", stamp, ["baseline_zsre/scores.parquet"],
+        lambda: evaluate_zsre(model, requests, config, state="before", texts=texts),
+        lambda scores: _ignore(scores.save(folder)), lambda: Scores.load(folder),
+    )  # fmt: skip
+    if edit is None:
+        return before
+    with edited(model, edit):
+        return before.join(evaluate_zsre(model, requests, config, texts=texts))
 
 
 def write_summary(

@@ -117,7 +117,7 @@ def test_greedy_flag_on_a_model_taught_one_word(lens_model):
 
 
 def score(log_prob, tokens, greedy=False):
-    return TargetScore(log_prob=log_prob, tokens=tokens, greedy=greedy)
+    return TargetScore(log_prob=log_prob, tokens=tokens, hits=tokens if greedy else 0)
 
 
 def rows_of(kind, new, true, likelihood="joint"):

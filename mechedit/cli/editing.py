@@ -106,6 +106,7 @@ def edit_command(
     moments: Annotated[Path, typer.Option(help="folder that `mechedit moments` wrote")] = Path("run"),
     method: options.Method = "memit",
     settings: options.Setting = None,
+    conflicts: options.ConflictsKept = "refuse",
     backend: options.Backend = "transformer_lens",
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -127,7 +128,7 @@ def edit_command(
     if out.exists() and not overwrite:
         raise InputError(f"the file {str(out)!r} exists; choose another --out, or pass --overwrite")
     writable_folder(out.parent)
-    edits = load_requests(requests)
+    edits = load_requests(requests, conflicts=conflicts)
     chosen = list(Selection.load(selection).layers) if selection else parse_layers(layers or "")
     if not chosen:
         raise InputError(f"{str(selection)!r} selects no layers; give them by --layers")
@@ -151,6 +152,10 @@ def evaluate_command(
     texts: options.HeldOut = None,
     max_texts: options.MaxTexts = 100,
     generation_prompts: options.GenerationPrompts = None,
+    protocol: Annotated[
+        pipeline.Protocol, typer.Option(help="whose measures: CounterFact's or zsRE's")
+    ] = "counterfact",
+    conflicts: options.ConflictsKept = "refuse",
     backend: options.Backend = "transformer_lens",
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -165,14 +170,14 @@ def evaluate_command(
     same folder).
     """
     folder = pipeline.RunFolder.at(out, overwrite=overwrite)
-    edits = load_requests(requests)
+    edits = load_requests(requests, conflicts=conflicts)
     held_out = [] if texts is None else first_texts(load_texts(texts), max_texts)
     change = None if edit is None else Edit.load(edit)
     loaded = load(model, backend, device, dtype)
     if change is not None:
         check_model(loaded, change)
     measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
-    scores = pipeline.evaluate_step(folder, loaded, edits, change, measure, held_out)
+    scores = pipeline.evaluate_step(folder, loaded, edits, change, measure, held_out, protocol)
     summary = pipeline.write_summary(folder, scores, pipeline.found_selection(folder), change)
     run_figures(folder.path)
     print_json(json_, summary)

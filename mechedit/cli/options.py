@@ -7,10 +7,21 @@ from typing import Annotated
 
 import typer
 
+from mechedit.facts.loading import Conflicts
+
 ModelName = Annotated[str, typer.Option(help="tiny, a hub name or a folder")]
 Out = Annotated[Path, typer.Option(help="folder for the results")]
-FactsFile = Annotated[str, typer.Option(help="known (ships with the package), or a file of facts")]
-RequestsFile = Annotated[str, typer.Option(help="tiny (ships with the package), or a file of edit requests")]
+FactsFile = Annotated[str, typer.Option(help="known (ships with the package), known_1000, or a file of facts")]
+RequestsFile = Annotated[
+    str,
+    typer.Option(
+        help="tiny (ships with the package), counterfact, multi_counterfact, zsre, or a file of edit requests"
+    ),
+]
+ConflictsKept = Annotated[
+    Conflicts,
+    typer.Option(help="requests for different objects of one subject and relation: refuse, or keep the first"),
+]
 Texts = Annotated[str, typer.Option(help="tiny, a .txt or .jsonl file, or a datasets name")]
 Layers = Annotated[str | None, typer.Option(help="such as 3-8 or 3,5,7; overrules the selection")]
 Method = Annotated[str, typer.Option(help="editing method")]

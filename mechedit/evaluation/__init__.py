@@ -8,6 +8,7 @@ from mechedit.evaluation.likelihood import TargetScore, score_targets
 from mechedit.evaluation.perplexity import perplexity
 from mechedit.evaluation.references import References
 from mechedit.evaluation.scores import Scores
+from mechedit.evaluation.zsre import evaluate_zsre
 
 __all__ = [
     "QUICK",
@@ -17,6 +18,7 @@ __all__ = [
     "Scores",
     "TargetScore",
     "evaluate",
+    "evaluate_zsre",
     "generate",
     "measure_baseline",
     "ngram_entropy",

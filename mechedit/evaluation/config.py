@@ -14,7 +14,9 @@ EntropyForm = Literal["averaged", "sum"]
 DEFINITIONS = {
     "exact_match": "greedy decoding from the prompt writes the new object: each of its tokens is the argmax after "
     "those before it, which by induction is the same",
-    "S": "harmonic mean of ES, PS and NS",
+    "S": "harmonic mean of ES, PS and NS; by zsRE's protocol of efficacy, paraphrase and specificity",
+    "zsre": "efficacy, paraphrase, specificity: share of an answer's tokens that are the argmax after the prompt and "
+    "the answer's true tokens before; specificity asks for the neighbour's own answer",
     "KL": "KL(unedited || edited) in nats of the next token after each neighbourhood prompt; top1: the likeliest agree",
     "plus": "the edit's prompt, the new object and a full stop before each neighbourhood prompt, for both models",
     "GE": "2/3 bigram and 4/3 trigram entropy of prompt and free text, halved (averaged) or not (sum)",

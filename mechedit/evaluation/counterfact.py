@@ -114,21 +114,12 @@ class _Inquiry:
     references: References | None
 
     def __post_init__(self) -> None:
-        if not self.requests:
-            raise InputError("no edit requests were found, expected at least one; check the requests file")
-        unique_ids((request.id for request in self.requests), "requests")
+        check_asked(self.requests)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """The model as it is now, what of it no edit changes, and what it is asked."""
-        count = sum(1 for text in self.texts if text.strip())
-        return {
-            **self.model.provenance(),
-            "outer_hash": self.model.weights_hash(blocks=False),
-            "requests": value_hash([asdict(request) for request in self.requests]),
-            "texts": {"hash": texts_hash(self.texts), "count": count} if len(self.texts) else None,
-            "references": self.references.hash if self.references else None,
-        }
+        return asked_of(self.model, self.requests, self.texts, self.references)
 
     @cached_property
     def questions(self) -> list[Question]:
@@ -156,3 +147,24 @@ class _Inquiry:
             config=self.config,
             provenance={state: plain_copy(self.provenance)},
         )
+
+
+def check_asked(requests: Sequence[EditRequest]) -> None:
+    """Raise InputError when there are no requests, or one id twice."""
+    if not requests:
+        raise InputError("no edit requests were found, expected at least one; check the requests file")
+    unique_ids((request.id for request in requests), "requests")
+
+
+def asked_of(
+    model: Model, requests: Sequence[EditRequest], texts: Sequence[str], references: References | None = None
+) -> dict[str, Any]:
+    """Provenance of scores: the model as it is now, what of it no edit changes, and what it is asked."""
+    count = sum(1 for text in texts if text.strip())
+    return {
+        **model.provenance(),
+        "outer_hash": model.weights_hash(blocks=False),
+        "requests": value_hash([asdict(request) for request in requests]),
+        "texts": {"hash": texts_hash(texts), "count": count} if len(texts) else None,
+        "references": references.hash if references else None,
+    }

@@ -32,9 +32,17 @@ class TargetScore:
     """Σ log P(token | prompt, earlier tokens), in nats."""
     tokens: int
     """Tokens of the object."""
-    greedy: bool
-    """Whether greedy decoding from the prompt writes exactly this object. By induction that is the case if
-    and only if each of its tokens is the argmax given those before it, so no text need be generated."""
+    hits: int
+    """How many of them are the argmax given the prompt and the tokens before."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether greedy decoding from the prompt writes exactly this object.
+
+        By induction that is the case if and only if each of its tokens is the argmax given those before it, so no
+        text need be generated.
+        """
+        return self.hits == self.tokens
 
     def log_likelihood(self, likelihood: Likelihood) -> float:
         """The joint log-probability, or its mean over tokens (`normalised`)."""
@@ -127,10 +135,10 @@ def _score_rows(
         states = run[last][list(watched), [len(rows[place].prompt) - 1 for place in watched]].cpu()
     starts = torch.tensor([len(row.prompt) for row in rows], device=model.device)[:, None]
     inside = (keep + 1 >= starts) & (keep + 1 < tokens.lengths[:, None])
-    log_probs, greedy = _read(logits, tokens.ids[:, keep + 1], inside)
+    log_probs, hits = _read(logits, tokens.ids[:, keep + 1], inside)
     scores = [
-        TargetScore(log_prob=log_prob, tokens=len(row.target), greedy=said)
-        for row, log_prob, said in zip(rows, log_probs.tolist(), greedy.tolist(), strict=True)
+        TargetScore(log_prob=log_prob, tokens=len(row.target), hits=said)
+        for row, log_prob, said in zip(rows, log_probs.tolist(), hits.tolist(), strict=True)
     ]
     for row, score in zip(rows, scores, strict=True):
         if not math.isfinite(score.log_prob):
@@ -145,9 +153,9 @@ def _read(
     logits: Float[Tensor, "batch kept vocab"],
     wanted: Int[Tensor, "batch kept"],
     inside: Bool[Tensor, "batch kept"],
-) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Summed log-probability of the wanted tokens `inside` each object, and whether all are the argmax."""
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Summed log-probability of the wanted tokens `inside` each object, and how many of them are the argmax."""
     logits = logits.float()
     chosen = logits.gather(-1, wanted[..., None])[..., 0] - logits.logsumexp(-1)
-    agrees = (logits.argmax(-1) == wanted) | ~inside
-    return chosen.where(inside, chosen.new_zeros(())).sum(1), agrees.all(1)
+    hits = (logits.argmax(-1) == wanted) & inside
+    return chosen.where(inside, chosen.new_zeros(())).sum(1), hits.sum(1)

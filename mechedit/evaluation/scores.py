@@ -26,6 +26,11 @@ MEASURES = (
     *("KL", "top1", "KL+", "top1+", "GE", "RS"),
 )
 """Measured prompt by prompt, RS case by case; S follows from the first three."""
+ZSRE_MEASURES = (
+    *("efficacy", "paraphrase", "specificity"),
+    *("exact_match", "exact_match_paraphrase", "exact_match_neighborhood"),
+)
+"""Measured prompt by prompt by `evaluate_zsre`; again S follows from the first three."""
 TEXT_MEASURES = ("NLL", "tokens")
 """Measured text by text, from which PPL follows."""
 PUBLISHED_UNIT = 100.0
@@ -70,10 +75,15 @@ class Scores:
         return tuple(self.provenance) or tuple(self.table["state"].unique())
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """Those of cases, with data or not: CounterFact's or zsRE's, whichever protocol was followed."""
+        return ZSRE_MEASURES if ZSRE_MEASURES[0] in set(self.table["measure"]) else MEASURES
+
+    @property
     def counts(self) -> dict[str, dict[str, int]]:
         """For each measure of cases: cases with data, cases `missing` it, and prompts measured (one state)."""
         found = {}
-        for measure in MEASURES:
+        for measure in self.measures:
             rows = where(self.table, measure=measure)
             # The unedited model is not compared with itself, so not every state has every measure.
             rows = where(rows, state=rows["state"].iloc[0]) if len(rows) else rows
@@ -87,6 +97,7 @@ class Scores:
         shared = next(iter(self.provenance.values()), {})
         return {
             "mechedit": VERSION,
+            "protocol": "zsre" if self.measures is ZSRE_MEASURES else "counterfact",
             **{
                 name: shared.get(name)
                 for name in ("model", "dtype", "tokenizer_hash", "requests", "texts", "references")
@@ -100,8 +111,9 @@ class Scores:
         """Mean, interval and number of cases of each measure, in the papers' units (× 100; KL in nats).
 
         Prompts are averaged within a case, then cases. The interval is the percentile bootstrap over
-        cases. S is the harmonic mean of ES, PS and NS, with the three resampled together. A measure
-        without data is absent. PPL = exp(Σ NLL / Σ tokens) over all texts, its interval over texts, its n their number.
+        cases. S is the harmonic mean of ES, PS and NS, or of zsRE's three, with the three resampled
+        together. A measure without data is absent. PPL = exp(Σ NLL / Σ tokens) over all texts, its interval over
+        texts, its n their number.
 
         Args:
             state: which model state; may be left out when there is only one.
@@ -123,12 +135,12 @@ class Scores:
             measure: self._entry(means[i], draws[:, i], counts[i], UNITS.get(measure, PUBLISHED_UNIT))
             for i, measure in enumerate(measures)
         }
-        if {"ES", "PS", "NS"} <= set(measures):
-            parts = [measures.index(measure) for measure in ("ES", "PS", "NS")]
+        joined, others = self.measures[:3], self.measures[3:]
+        if set(joined) <= set(measures):
+            parts = [measures.index(measure) for measure in joined]
             mean, joint = harmonic_mean(means[None, parts])[0], harmonic_mean(draws[:, parts])
             entries["S"] = self._entry(mean, joint, min(counts[part] for part in parts), PUBLISHED_UNIT)
-        order = ("ES", "PS", "NS", "S", *MEASURES[3:])
-        return {measure: entries[measure] for measure in order if measure in entries}
+        return {measure: entries[measure] for measure in (*joined, "S", *others) if measure in entries}
 
     def _of_texts(self, rows: pd.DataFrame) -> Summary:
         if rows.empty:

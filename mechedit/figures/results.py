@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from mechedit.errors import InputError
 from mechedit.figures.style import BLUE, GREY, INK, ORANGE, layer_axis, legend_above, runs
 
-SCORES = {"ES": "ES", "PS": "PS", "NS": "NS", "S": "S", "exact_match": "exact\nmatch"}
+SCORES = {"ES": "ES", "PS": "PS", "NS": "NS", "efficacy": "efficacy", "paraphrase": "para-\nphrase"}
+SCORES |= {"specificity": "speci-\nficity", "S": "S", "exact_match": "exact\nmatch"}
 
 Summary = Mapping[str, Mapping[str, float | int]]
 
@@ -101,31 +102,32 @@ def _range_rows(ranges: Sequence[tuple[str, Sequence[int], str]], ax: Axes) -> f
     return foot
 
 
-def plot_scores(before: Summary, after: Summary, ax: Axes) -> Axes:
-    """ES, PS, NS, S and exact match before and after an edit, in percent, with their intervals.
+def plot_scores(before: Summary, after: Summary, ax: Axes, *, names: Mapping[str, str] = SCORES) -> Axes:
+    """Measures before and after an edit, in percent, with their intervals; by default ES, PS, NS, S and exact match.
 
     Args:
         before: `Scores.summary` of the unedited model; may be empty.
         after: of the edited model; may be empty.
         ax: where to draw.
+        names: the measures, and what to call them.
 
     Raises:
         InputError: neither summary holds any of these measures.
     """
-    names = [name for name in SCORES if name in before or name in after]
-    if not names:
+    shown = [name for name in names if name in before or name in after]
+    if not shown:
         found = ", ".join({**before, **after}) or "nothing"
-        raise InputError(f"the summaries hold {found}, expected some of {', '.join(SCORES)}: evaluate first")
+        raise InputError(f"the summaries hold {found}, expected some of {', '.join(names)}: evaluate first")
     states = [(n, s, c) for n, s, c in (("before", before, GREY), ("after", after, BLUE)) if s]
     for i, (state, summary, colour) in enumerate(states):
-        found = {place: summary[name] for place, name in enumerate(names) if name in summary}
+        found = {place: summary[name] for place, name in enumerate(shown) if name in summary}
         place = np.array(list(found)) + (i - (len(states) - 1) / 2) * 0.4
         mean, low, high = (np.array([float(e[end]) for e in found.values()]) for end in ("mean", "low", "high"))
         ax.bar(place, mean, 0.38, color=colour, label=state, linewidth=0)
         ax.errorbar(place, mean, [mean - low, high - mean], fmt="none", ecolor=INK, elinewidth=0.7)
         for x, y, top in zip(place, mean, high, strict=True):
             ax.annotate(f"{y:.0f}", (x, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
-    ax.set_xticks(range(len(names)), [SCORES[name] for name in names])
+    ax.set_xticks(range(len(shown)), [names[name] for name in shown])
     ax.tick_params(axis="x", length=0)
     ax.set(ylim=(0, 106), yticks=range(0, 101, 20), ylabel="score (%)")
     legend_above(ax, columns=2)
