@@ -135,8 +135,8 @@ pd.DataFrame(published)[["model", "method", "layers", "source"]]
 #
 # An edit needs the second moments $E[k\,k^\top]$ of the MLP keys *k* over running text, of every layer that it changes.
 # Here: every window of the selected width. The method is AlphaEdit, which writes in the null space of the old keys:
-# MEMIT refuses layers whose second moments are singular, and in the tiny model some outside layers 1 to 4 are. For other
-# models leave `method` out, for MEMIT.
+# MEMIT refuses layers whose second moments are singular, and in the tiny model some outside layers 1 to 4 are. For
+# other models leave `method` out, for MEMIT.
 
 # %%
 sample = held_out(requests, {fact.subject for fact in facts}, count=8)
