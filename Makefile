@@ -13,6 +13,7 @@ test: .venv/ready-dev
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest --nbmake --nbmake-timeout=120 notebooks
 
 .venv/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv

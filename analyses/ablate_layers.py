@@ -56,9 +56,9 @@ def ranged(doc: str | None) -> argparse.ArgumentParser:
 
 
 def at_depths(experiment: Experiment, own: Window) -> list[Window]:
-    """Ranges as wide as the model's own, from its first layers to its last; with `--quick`, three of them."""
+    """Ranges as wide as the model's own, from its first layers to its last; with `--quick`, those ends and the own."""
     found = windows_of(experiment.model.n_layers, own.width)
-    most = 3 if experiment.quick else MOST_DEPTHS
+    most = 2 if experiment.quick else MOST_DEPTHS
     places = np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int))
     return sorted({own, *(found[place] for place in places)})
 

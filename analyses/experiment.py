@@ -161,16 +161,16 @@ class Experiment:
 
     def moments(self, layers: Sequence[int], module: str = "mlp") -> dict[int, SecondMoment]:
         """E[k kᵀ] of these layers; what an earlier script collected is read from the folder (or its own)."""
-        read = self._moments.setdefault(module, {})
-        if missing := sorted(set(layers) - set(read)):
+        found = self._moments.setdefault(module, {})
+        if missing := sorted(set(layers) - set(found)):
             reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
             folder = self.out if module == "mlp" else self.out / module
-            read.update(collect_moments(self.model.writing(module), self.given.texts, missing, reading, folder))
-        return {layer: read[layer] for layer in layers}
+            found.update(collect_moments(self.model.writing(module), self.given.texts, missing, reading, folder))
+        return {layer: found[layer] for layer in layers}
 
     @cached_property
     def _moments(self) -> dict[str, dict[int, SecondMoment]]:
-        """Those that this run has read, by module."""
+        """Those that this run has read, by module and layer."""
         return {}
 
     def variants(self, texts: Sequence[str]) -> list[Variant]:

@@ -4,7 +4,7 @@
 
 As many facts of each relation are edited at once, each relation from the unedited model, and scored. The mark
 `all mixed` is an edit of as many facts of all relations in turn. Writes relations.parquet (one row a method, relation
-and measure), relations.csv, and the figure: S by relation, and NS against PS.
+and measure), relations.csv, and the figure: S by relation, and for each method NS against PS.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mechedit.errors import InputError
 from mechedit.facts import EditRequest
 from mechedit.figures.groups import plot_groups, plot_tradeoff
 from mechedit.figures.style import PAGE_WIDTH, paper_style
+from mechedit.tables import where
 
 MIXED = "all mixed"
 MEASURES = ("S", "ES", "PS", "NS")
@@ -92,13 +93,20 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(table: pd.DataFrame) -> Figure:
-    """S of each relation by each method, and NS against PS of the edits."""
+    """S of each relation by each method; and for each method, NS against PS."""
     edits = table[table["method"] != "unedited"]
+    methods = list(dict.fromkeys(edits["method"]))
+    columns = min(3, 1 + len(methods))
+    rows = -(-(1 + len(methods)) // columns)
     with paper_style():
-        drawn = Figure(figsize=(PAGE_WIDTH, 2.9))
-        left, right = drawn.subplots(1, 2, width_ratios=(1, 1.25))
-        plot_groups(edits, left, by="relation", reference=MIXED)
-        plot_tradeoff(edits, right, by="relation", reference=MIXED)
+        drawn = Figure(figsize=(PAGE_WIDTH, 2.6 * rows))
+        first, *others = drawn.subplots(rows, columns, squeeze=False).flat
+        plot_groups(edits, first, by="relation", reference=MIXED)
+        for ax in others[len(methods) :]:
+            ax.remove()
+        for method, ax in zip(methods, others, strict=False):
+            ax.set_title(method)
+            plot_tradeoff(where(edits, method=method), ax, by="relation", reference=MIXED)
     return drawn
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mechedit.cli.inputs import parse_names
 from mechedit.edit import edited
 from mechedit.evaluation import QUICK, evaluate_zsre
-from mechedit.figures import scores_figure
+from mechedit.figures import score_rows_figure
 
 COLUMNS = {
     "S": "Score",
@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     variants = [None, *(Variant.parse(text, experiment.layers) for text in parse_names(names))]
     rows = [scored(experiment, variant) for variant in tqdm(variants, desc="methods", unit="edit")]
     table = pd.concat(rows, ignore_index=True)
-    figure = scores_figure(table.assign(editor=table["method"]), tuple(COLUMNS)[:4], x="editor", label="")
-    experiment.write(table, printed(table), figure)
+    experiment.write(table, printed(table), score_rows_figure(table, tuple(COLUMNS)[:4]))
 
 
 def scored(experiment: Experiment, variant: Variant | None) -> pd.DataFrame:

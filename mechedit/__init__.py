@@ -24,6 +24,7 @@ from mechedit.evaluation import (
     Scores,
     evaluate,
     evaluate_zsre,
+    load_references,
     measure_baseline,
     perplexity,
 )
@@ -136,6 +137,7 @@ __all__ = [
     "load_facts",
     "load_model",
     "load_moments",
+    "load_references",
     "load_requests",
     "load_snippets",
     "load_texts",

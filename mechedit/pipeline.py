@@ -32,7 +32,16 @@ from mechedit.artifacts import (
 )
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, Scores, evaluate, evaluate_zsre, measure_baseline
+from mechedit.evaluation import (
+    QUICK,
+    Baseline,
+    EvaluationConfig,
+    References,
+    Scores,
+    evaluate,
+    evaluate_zsre,
+    measure_baseline,
+)
 from mechedit.facts import EditRequest, Fact
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, check_input
 from mechedit.models import Model
@@ -354,18 +363,25 @@ def evaluate_step(
     config: EvaluationConfig,
     texts: Sequence[str] = (),
     protocol: Protocol = "counterfact",
+    references: References | None = None,
 ) -> Scores:
     """Score the requests before and, given an edit, after it. Writes scores.parquet and its companions.
 
     The unedited model's answers are kept in baseline/, or baseline_zsre/: evaluating another edit does not ask for
     them again.
+
+    Raises:
+        InputError: references with zsRE's protocol, which has no free text; and as `evaluate`.
     """
+    if references is not None and protocol == "zsre":
+        raise InputError("references are given, and zsRE's protocol has no RS; leave them out, or use CounterFact's")
     stamp = {
         "model": identity(model),
         "requests": value_hash([asdict(request) for request in requests]),
         "settings": asdict(config),
         "texts": value_hash(list(texts)),
         "protocol": protocol,
+        "references": references.hash if references else None,
     }
     folder = run.path / "baseline"
 
@@ -374,13 +390,13 @@ def evaluate_step(
             return _zsre_scores(run, model, requests, edit, config, texts, stamp)
         baseline = run.step(
             "baseline", stamp, ["baseline/scores.parquet"],
-            lambda: measure_baseline(model, requests, config, texts=texts),
+            lambda: measure_baseline(model, requests, config, texts=texts, references=references),
             lambda made: made.save(folder), lambda: Baseline.load(folder),
         )  # fmt: skip
         if edit is None:
             return baseline.scores
         with edited(model, edit):
-            after = evaluate(model, requests, config, baseline=baseline, texts=texts)
+            after = evaluate(model, requests, config, baseline=baseline, texts=texts, references=references)
         return baseline.scores.join(after)
 
     return run.step(

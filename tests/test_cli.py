@@ -92,6 +92,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["apply", "--edit", "/no/such.safetensors", "--out", "there"], "cannot read"),
         (["apply", "--edit", "/no/such.safetensors", "--out", "there", "--format", "zip"], "'zip'"),
         (["evaluate", "--texts", "tiny", "--max-texts", "0"], "--max-texts is 0, expected at least 1"),
+        (["evaluate", "--references", "nowhere"], "cannot read the file 'nowhere'"),
         (["report", "/no/such/folder"], "there is no folder"),
     ],
 )

@@ -4,6 +4,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from run_folder import make_effects, make_selection, write_run, write_trace
@@ -12,6 +13,7 @@ from mechedit.errors import InputError
 from mechedit.figures import (
     comparison_figure,
     comparison_lines,
+    draw,
     fact_figure,
     lines_figure,
     paper_style,
@@ -511,6 +513,18 @@ def test_saved_files_embed_fonts_and_are_the_same_each_time(tmp_path):
     save_figure(roles_figure(EFFECTS), tmp_path / "new", "roles")
     assert pdf.read_bytes() == first
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["roles.pdf", "roles.png"]
+
+
+def test_a_notebook_shows_figures_that_pyplot_does_not_know():
+    def shown(figure):
+        pictures, about = DisplayFormatter().format(figure)
+        return pictures.get("image/png", b""), about.get("image/png")
+
+    for figure, inches in ((roles_figure(EFFECTS), 6.75), (draw(lambda ax: plot_lines(EFFECTS, ax)), 3.25)):
+        picture, about = shown(figure)
+        assert int.from_bytes(picture[16:20]) == pytest.approx(200 * inches, abs=1)  # pixels in the file
+        assert about["width"] == pytest.approx(130 * inches, abs=1)  # and on the screen
+    assert shown(Figure()) == (b"", None), "a figure of matplotlib's own is shown as text"
 
 
 def test_every_figure_of_a_run_folder(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from test_evaluation import CONFIG, REQUESTS
 
 from mechedit.errors import InputError
-from mechedit.evaluation import References, evaluate
+from mechedit.evaluation import References, evaluate, load_references
 from mechedit.evaluation.references import resemblance
 
 ENGLISH = ("P103", "English")
@@ -122,3 +124,35 @@ def test_bad_references_are_refused() -> None:
         References.from_release({ENGLISH: ["a"]}, [1.0, math.nan, 1.0, 1.0], VOCABULARY)
     with pytest.raises(InputError, match="a word for each weight"):
         References.from_release({ENGLISH: ["a"]}, [1.0, 2.0], {"she": 0, "speaks": 2})
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A folder with the files of the published release."""
+    samples = [{"text": "she speaks english"}, {"text": "english she speaks"}]
+    records = [{"relation_id": "P103", "target_id": "Q1860", "samples": samples}]
+    (tmp_path / "attribute_snippets.json").write_text(json.dumps(records))
+    np.save(tmp_path / "idf.npy", np.array([1.0, 2.0, 3.0, 4.0]))
+    (tmp_path / "tfidf_vocab.json").write_text(json.dumps(VOCABULARY))
+    return tmp_path
+
+
+def test_references_are_read_from_a_release_or_from_snippets_alone(release: Path) -> None:
+    request = replace(REQUEST, target_id="Q1860")
+    found = load_references(release, [request])
+    assert found.of(request) == ("she speaks english", "english she speaks")
+    assert found.vectorizer.idf_.tolist() == [1.0, 2.0, 3.0, 4.0]
+    own = load_references(release / "attribute_snippets.json", [request])
+    assert own.of(request) == found.of(request)
+    # Every text holds each of the three words: ln(3/3) + 1.
+    assert own.vectorizer.idf_.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_references_of_other_objects_are_refused(release: Path) -> None:
+    with pytest.raises(InputError, match="no texts for any of the 1 requests"):
+        load_references(release, [replace(REQUEST, target_id="Q150")])
+    with pytest.raises(InputError, match="no texts for any of the 1 requests"):
+        load_references(release, [REQUEST])
+    (release / "idf.npy").unlink()
+    with pytest.raises(InputError, match=r"idf\.npy"):
+        load_references(release, [replace(REQUEST, target_id="Q1860")])

@@ -420,5 +420,8 @@ def test_the_figure_shows_every_window_and_marks_the_choice(tmp_path):
     line = next(line for line in below.lines if len(line.get_xdata()) == 6)
     np.testing.assert_allclose(line.get_ydata(), [100 * CONTRIBUTION[w.layers].sum() for w in swept.windows])
     assert len(sweep_figure(table, {}).axes) == 1, "without a trace the scores alone"
+    known = dataclasses.replace(swept, before={"S": {"mean": 12.5, "low": 10.0, "high": 15.0, "n": 8}})
+    unsaved = sweep_figure(known.table, {}).axes[0]
+    assert [line.get_ydata()[0] for line in unsaved.lines if line.get_label() == "unedited"] == [12.5]
     with pytest.raises(InputError, match="no evidence for layers"):
         sweep_figure(table, {"evidence": evidence[:5]})

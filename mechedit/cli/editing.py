@@ -25,7 +25,7 @@ from mechedit.cli.inputs import (
 from mechedit.cli.showing import described, page, say_unconverged
 from mechedit.edit import Edit, check_model, export, export_lora
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig
+from mechedit.evaluation import EvaluationConfig, load_references
 from mechedit.facts import load_requests
 from mechedit.figures import run_figures
 from mechedit.moments import (
@@ -155,6 +155,9 @@ def evaluate_command(
     protocol: Annotated[
         pipeline.Protocol, typer.Option(help="whose measures: CounterFact's or zsRE's")
     ] = "counterfact",
+    references: Annotated[
+        str | None, typer.Option(help="texts for RS: counterfact, a folder with its files, or snippets of your own")
+    ] = None,
     conflicts: options.ConflictsKept = "refuse",
     backend: options.Backend = "transformer_lens",
     device: options.Device = None,
@@ -171,13 +174,14 @@ def evaluate_command(
     """
     folder = pipeline.RunFolder.at(out, overwrite=overwrite)
     edits = load_requests(requests, conflicts=conflicts)
+    compared = None if references is None else load_references(references, edits)
     held_out = [] if texts is None else first_texts(load_texts(texts), max_texts)
     change = None if edit is None else Edit.load(edit)
     loaded = load(model, backend, device, dtype)
     if change is not None:
         check_model(loaded, change)
     measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
-    scores = pipeline.evaluate_step(folder, loaded, edits, change, measure, held_out, protocol)
+    scores = pipeline.evaluate_step(folder, loaded, edits, change, measure, held_out, protocol, compared)
     summary = pipeline.write_summary(folder, scores, pipeline.found_selection(folder), change)
     run_figures(folder.path)
     print_json(json_, summary)

@@ -6,7 +6,7 @@ from mechedit.evaluation.counterfact import evaluate, measure_baseline
 from mechedit.evaluation.generation import generate, ngram_entropy, uniform_draws
 from mechedit.evaluation.likelihood import TargetScore, score_targets
 from mechedit.evaluation.perplexity import perplexity
-from mechedit.evaluation.references import References
+from mechedit.evaluation.references import References, load_references
 from mechedit.evaluation.scores import Scores
 from mechedit.evaluation.zsre import evaluate_zsre
 
@@ -20,6 +20,7 @@ __all__ = [
     "evaluate",
     "evaluate_zsre",
     "generate",
+    "load_references",
     "measure_baseline",
     "ngram_entropy",
     "perplexity",

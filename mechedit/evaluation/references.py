@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,10 +19,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from mechedit.artifacts import value_hash
 from mechedit.errors import InputError
 from mechedit.evaluation.questions import Row
-from mechedit.facts import EditRequest
+from mechedit.facts import EditRequest, load_snippets, load_word_weights, texts_by_object
 
 Key = tuple[str, str]
 """A relation and an object, as requests name them (`relation`, `target_new`)."""
+SNIPPETS = "attribute_snippets.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,6 +97,35 @@ class References:
         if not rows[1].nnz:
             return math.nan
         return float((rows[0] @ rows[1].T).toarray().item())
+
+
+def load_references(
+    source: str | Path, requests: Sequence[EditRequest], *, cache: str | Path | None = None
+) -> References:
+    """Read the reference texts of some requests: for `evaluate(..., references=...)`.
+
+    Args:
+        source: `counterfact` for the published texts and word weights (downloaded once); a folder that holds them
+            (attribute_snippets.json, idf.npy, tfidf_vocab.json); or a file in the form of the first, whose texts then
+            give the weights themselves.
+        requests: those that will be scored; they need a relation and the object's id, as CounterFact's records have.
+        cache: where downloads are kept.
+
+    Raises:
+        InputError: a file that is not there or holds something else; or no texts for any of the requests.
+    """
+    folder = Path(source)
+    snippets = load_snippets(folder / SNIPPETS if folder.is_dir() else source, cache=cache)
+    texts = texts_by_object(snippets, requests)
+    if not texts:
+        raise InputError(
+            f"{str(source)!r} holds no texts for any of the {len(requests)} requests, expected some for their relation "
+            f"and the id of their new object: give references of these requests, or leave RS out"
+        )
+    if folder.is_file():
+        return References.from_texts(texts)
+    weights = load_word_weights(source, cache=cache)
+    return References.from_release(texts, weights.idf, weights.vocabulary)
 
 
 def resemblance(answers: pd.DataFrame, requests: Sequence[EditRequest], references: References) -> list[Row]:

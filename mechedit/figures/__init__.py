@@ -13,15 +13,17 @@ from mechedit.figures.lines import lines_figure, plot_lines
 from mechedit.figures.results import plot_scores, plot_selection
 from mechedit.figures.score_rows import plot_score_rows, score_rows_figure
 from mechedit.figures.scores import plot_scores_against, scores_figure
-from mechedit.figures.style import paper_style, save_figure
+from mechedit.figures.style import PaperFigure, draw, paper_style, save_figure
 from mechedit.figures.sweeps import plot_sweep, plot_window_contribution, sweep_figure
 from mechedit.figures.traces import trace_figures
 from mechedit.trace.averages import clearest_fact
 
 __all__ = [
+    "PaperFigure",
     "clearest_fact",
     "comparison_figure",
     "comparison_lines",
+    "draw",
     "fact_figure",
     "lines_figure",
     "paper_style",

@@ -21,6 +21,7 @@ from mechedit.figures.style import (
     PURPLE,
     SKY,
     VERMILION,
+    PaperFigure,
     layer_axis,
     legend_above,
     paper_style,
@@ -50,7 +51,7 @@ def comparison_figure(traces: Mapping[str, pd.DataFrame], *, kinds: Sequence[str
     }
     norm, roles = shared_norm(found.values()), roles_of(found.values())
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 0.5 + len(kinds) * (0.45 + 0.13 * len(roles))))
+        figure = PaperFigure(figsize=(PAGE_WIDTH, 0.5 + len(kinds) * (0.45 + 0.13 * len(roles))))
         axes = figure.subplots(len(kinds), len(tables), sharey=True, sharex="col", squeeze=False)
         for row, kind in zip(axes, kinds, strict=True):
             for ax, name in zip(row, tables, strict=True):

@@ -90,7 +90,7 @@ def plot_tradeoff(
         for group in across.loc[method].index:
             (mean, low, high), (level, bottom, top) = across.loc[(method, group)], up.loc[(method, group)]
             ends = {"xerr": [[mean - low], [high - mean]], "yerr": [[level - bottom], [top - level]]}
-            apart = {"markersize": 7, "markerfacecolor": "white", "zorder": 4} if group == reference else {}
+            apart = {"markersize": 7, "markerfacecolor": "none", "zorder": 4} if group == reference else {}
             label = method if group == across.loc[method].index[0] else None
             ax.errorbar(
                 mean, level, **ends, color=style["color"], marker=style["marker"], label=label, **{**_MARK, **apart}
@@ -98,6 +98,8 @@ def plot_tradeoff(
             named.append((float(mean), float(level), str(group), style["color"]))
             crosses += [((low, level), (high, level)), ((mean, bottom), (mean, top))]
     ax.set(xlim=_limits(across), ylim=_limits(up))
+    ax.set_xticks(_ticks(ax.get_xticks(), ax.get_xlim()))
+    ax.set_yticks(_ticks(ax.get_yticks(), ax.get_ylim()))
     ax.set(xlabel=f"{TITLES.get(x, x)}, %", ylabel=f"{TITLES.get(y, y)}, %")
     if len(methods) > 1:
         legend_above(ax, columns=3)
@@ -176,6 +178,11 @@ def _move(text: Annotation, offset: Any, *, line: bool) -> None:
     if line:
         ends = {"arrowstyle": "-", "linewidth": 0.3, "color": INK, "shrinkA": 0, "shrinkB": 2}
         text.axes.annotate("", text.xy, offset, textcoords="offset points", arrowprops=ends)  # type: ignore[union-attr]
+
+
+def _ticks(ticks: Any, limits: tuple[float, float]) -> list[float]:
+    """Those in sight that a share can have."""
+    return [float(tick) for tick in ticks if max(limits[0], 0) <= tick <= min(limits[1], 100)]
 
 
 def _limits(rows: pd.DataFrame) -> tuple[float, float]:

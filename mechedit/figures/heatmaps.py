@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from mechedit.errors import InputError
 from mechedit.figures.averages import averaged, chosen, kinds_in, layer_label, role_grid, unit
-from mechedit.figures.style import PAGE_WIDTH, heat_colours, layer_axis, paper_style, wrapped
+from mechedit.figures.style import PAGE_WIDTH, PaperFigure, heat_colours, layer_axis, paper_style, wrapped
 from mechedit.tables import where
 from mechedit.trace.averages import clearest_fact
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, token_label
@@ -163,7 +163,7 @@ def _on_axes(plot: Callable[..., Axes], values: tuple[Any, ...], ax: Axes, **opt
 def _side_by_side(panels: Mapping[str, Panel], rows: int, label: str) -> Figure:
     """Panels in one row that share their row labels and one colour bar."""
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, row_height(rows)))
+        figure = PaperFigure(figsize=(PAGE_WIDTH, row_height(rows)))
         axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
         for panel, ax in zip(panels.values(), axes, strict=True):
             panel(ax, bar=False)

@@ -22,6 +22,7 @@ from mechedit.figures.style import (
     ROLE_COLOURS,
     SEVER_COLOURS,
     SPARE,
+    PaperFigure,
     layer_axis,
     legend_above,
     paper_style,
@@ -122,7 +123,7 @@ def lines_figure(
 
 def panels(count: int, *, height: float = 2.2) -> tuple[Figure, list[Axes]]:
     """A row of panels across the page that share their vertical axis."""
-    figure = Figure(figsize=(PAGE_WIDTH, height))
+    figure = PaperFigure(figsize=(PAGE_WIDTH, height))
     return figure, list(np.atleast_1d(figure.subplots(1, count, sharey=True)))
 
 

@@ -29,6 +29,7 @@ from mechedit.figures.style import (
     SKY,
     SPARE,
     VERMILION,
+    PaperFigure,
     legend_above,
     paper_style,
 )
@@ -150,7 +151,7 @@ def scores_figure(
     rows = -(-len(found) // columns)
     legend = 0.15 * -(-len(set(table[hue])) // 4)
     with paper_style():
-        figure = Figure(figsize=(PAGE_WIDTH, 0.2 + legend + 1.65 * rows))
+        figure = PaperFigure(figsize=(PAGE_WIDTH, 0.2 + legend + 1.65 * rows))
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for place, (measure, ax) in enumerate(zip(found, grid, strict=False)):
             plot_scores_against(table, ax, x=x, measure=measure, hue=hue, log=log, label=label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from mechedit.artifacts import atomic
 COLUMN_WIDTH = 3.25
 PAGE_WIDTH = 6.75
 """Inches, of a two-column paper."""
+SCREEN_DPI = 130
+"""Pixels that an inch takes in a notebook: the papers' small type is legible then, and a page fits its width."""
 
 # From Okabe and Ito's palette; lightness differs too, for grey prints.
 INK, GREY, BLUE, GREEN, ORANGE = "#222222", "#8C8C8C", "#0072B2", "#009E73", "#E69F00"
@@ -77,10 +80,22 @@ def paper_style() -> Iterator[None]:
         yield
 
 
+class PaperFigure(Figure):
+    """A figure that a notebook shows by itself, though pyplot does not know of it, sharp and at a legible size."""
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, bytes], dict[str, dict[str, int]]]:
+        """The picture as PNG, and how large to show it; Jupyter asks for it."""
+        picture = io.BytesIO()
+        with paper_style():
+            self.savefig(picture, format="png")
+        width, height = (round(inches * SCREEN_DPI) for inches in self.get_size_inches())
+        return {"image/png": picture.getvalue()}, {"image/png": {"width": width, "height": height}}
+
+
 def draw(plot: Callable[[Axes], Axes], *, width: float = COLUMN_WIDTH, height: float = 2.1) -> Figure:
     """A figure of one panel, inches wide and high; `plot` draws it, in the paper style."""
     with paper_style():
-        figure = Figure(figsize=(width, height))
+        figure = PaperFigure(figsize=(width, height))
         plot(figure.subplots())
     return figure
 

@@ -19,6 +19,7 @@ from mechedit.figures.style import (
     GREY,
     INK,
     ORANGE,
+    PaperFigure,
     layer_axis,
     legend_above,
     paper_style,
@@ -115,7 +116,7 @@ def sweep_figure(table: pd.DataFrame, selection: Mapping[str, Any]) -> Figure:
     """
     validation, evidence = selection.get("validation") or {}, selection.get("evidence") or ()
     with paper_style():
-        figure = Figure(figsize=(COLUMN_WIDTH, 3.6 if evidence else 2.1))
+        figure = PaperFigure(figsize=(COLUMN_WIDTH, 3.6 if evidence else 2.1))
         if not evidence:
             plot_sweep(table, figure.subplots(), validation).set_xlabel("layer (windows: their centre)")
             return figure

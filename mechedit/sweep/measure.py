@@ -70,8 +70,11 @@ class Sweep:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row a window and measure: `TABLE_COLUMNS`, in percent, with percentile bootstrap intervals."""
-        return pd.DataFrame(
+        """One row a window and measure: `TABLE_COLUMNS`, in percent, with percentile bootstrap intervals.
+
+        Its attrs say what windows are ranked by, how the unedited model does, and how it was measured.
+        """
+        table = pd.DataFrame(
             [
                 {"first": window.first, "last": window.last, "width": window.width, "measure": measure, **entry}
                 for window in self.windows
@@ -79,6 +82,14 @@ class Sweep:
             ],
             columns=list(TABLE_COLUMNS),
         )
+        table.attrs = {
+            "score": self.score,
+            "before": self.before,
+            "refused": [[*window, reason] for window, reason in self.refused.items()],
+            "config": dataclasses.asdict(self.config),
+            "provenance": dict(self.provenance),
+        }
+        return table
 
     @cached_property
     def scores(self) -> Float[np.ndarray, " window"]:
@@ -106,15 +117,7 @@ class Sweep:
         """Write sweep_cases.parquet (by request) and sweep.parquet (by window), atomically."""
         folder = Path(folder)
         write_parquet(folder / "sweep_cases.parquet", self.cases)
-        table = self.table.copy()
-        table.attrs = {
-            "score": self.score,
-            "before": self.before,
-            "refused": [[*window, reason] for window, reason in self.refused.items()],
-            "config": dataclasses.asdict(self.config),
-            "provenance": dict(self.provenance),
-        }
-        write_parquet(folder / "sweep.parquet", table)
+        write_parquet(folder / "sweep.parquet", self.table)
 
     @staticmethod
     def load(folder: str | Path) -> Sweep:
