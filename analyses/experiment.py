@@ -369,7 +369,9 @@ def named(variants: Sequence[Variant]) -> dict[str, Variant]:
     """Variants by their names, with their layers where the name alone does not tell them apart."""
     names = [variant.name for variant in variants]
     return {
-        name if names.count(name) == 1 else f"{name}, layers {span(variant.layers)}": variant
+        name
+        if names.count(name) == 1
+        else f"{name}, layer{'s'[: len(variant.layers) - 1]} {span(variant.layers)}": variant
         for name, variant in zip(names, variants, strict=True)
     }
 

@@ -1,4 +1,4 @@
-"""MEMIT Table 1: the editing methods on CounterFact's measures.
+"""MEMIT Table 2: the editing methods on CounterFact's measures.
 
     python analyses/table_counterfact.py [--model tiny] [--requests tiny] [--methods memit,rome@2] [--quick]
 
