@@ -30,13 +30,15 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from experiment import QUICK_TOKENS, Experiment, Variant, named, opened, options, run
+from command import opened, options, run
+from experiment import QUICK_TOKENS, Experiment
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measuring import wait
 from torch import Tensor
 from tqdm import tqdm
+from variants import Variant, named
 
 from mechedit.facts import EditRequest
 from mechedit.figures import paper_style

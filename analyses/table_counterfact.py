@@ -19,9 +19,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from experiment import Experiment, Variant, cells, named, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from free_text import free_text
+from printing import cells
 from tqdm import tqdm
+from variants import Variant, named
 
 from mechedit.figures import score_rows_figure
 from mechedit.methods import METHODS

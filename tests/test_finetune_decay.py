@@ -7,7 +7,8 @@ from pathlib import Path
 import finetune_decay
 import pandas as pd
 import pytest
-from experiment import Experiment, opened, options
+from command import opened, options
+from experiment import Experiment
 
 from mechedit import EditRequest, edited, evaluate, ft
 from mechedit.evaluation import QUICK
