@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from experiment import Experiment, Variant, described, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from matplotlib.figure import Figure
+from printing import described
+from variants import Variant
 
 from mechedit.errors import InputError
 from mechedit.figures.scores import scores_figure

@@ -19,8 +19,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from experiment import Experiment, Variant, described, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from matplotlib.figure import Figure
+from printing import described
+from variants import Variant
 
 from mechedit.figures.lines import share_legend
 from mechedit.figures.scores import TITLES, plot_scores_against

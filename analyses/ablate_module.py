@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 from ablate_layers import at_depths, labelled, printed, ranged, swept, unedited
-from experiment import opened, run
+from command import opened, run
 from matplotlib.figure import Figure
 
 from mechedit.figures.scores import scores_figure

@@ -1,4 +1,4 @@
-"""What the scripts of the papers' tables and figures share: options, inputs, edits that are scored once, and files.
+"""What the scripts of the papers' tables and figures share: inputs, edits that are scored once, and files.
 
 All scripts may be given the same `--out`: what one has collected (trace, selection, second moments, targets) the next
 finds there, and each leaves `NAME.parquet` (tidy), `NAME.csv` (as the paper prints it), `NAME.pdf` and `NAME.png`.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import pandas as pd
 from counterfacts import counterfacts
 from matplotlib.figure import Figure
+from printing import score_frame
+from variants import SINGLE, Variant
 
 from mechedit import pipeline
 from mechedit.artifacts import atomic, kept, value_hash, write_parquet
@@ -26,52 +27,18 @@ from mechedit.cli.inputs import load, method_config, parse_layers, sampled
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, References, evaluate, measure_baseline
-from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary
+from mechedit.evaluation.scores import PUBLISHED_UNIT
 from mechedit.facts import EditRequest, Fact, load_facts, load_requests
 from mechedit.figures import save_figure
-from mechedit.methods import METHODS, MethodConfig, SearchConfig
+from mechedit.methods import MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
-from mechedit.report import span
 from mechedit.selection import SelectConfig, Selection
 from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig
 
 QUICK_FACTS, QUICK_SAMPLES, QUICK_TOKENS = 20, 3, 20_000
 """What `--quick` traces and reads."""
-SCORE_COLUMNS = ("measure", "mean", "low", "high", "n")
-SINGLE = frozenset({"rome"})
-"""Methods that write into one layer."""
-DIGITS = {"KL": 3}
-"""Decimals of what is not in percent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A method, the layers it writes to, and what is changed of the settings that ship with the model."""
-
-    method: str
-    layers: tuple[int, ...]
-    settings: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The method and what is changed."""
-        return ", ".join([self.method, *(f"{name} {value}" for name, value in self.settings.items())])
-
-    @staticmethod
-    def parse(text: str, layers: Sequence[int]) -> Variant:
-        """Read `memit`, `rome@2` or `memit@1-4:strategy=sqrt;clamp=1`; `layers` are those of a method without any.
-
-        Raises:
-            InputError: an unknown method, or layers or settings that cannot be read.
-        """
-        head, _, changes = text.partition(":")
-        method, at, where = head.strip().partition("@")
-        if method not in METHODS:
-            raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
-        settings = dict(change.split("=", 1) for change in changes.split(";") if "=" in change)
-        return Variant(method=method, layers=tuple(parse_layers(where) if at else layers), settings=settings)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -348,89 +315,3 @@ class Experiment:
             save_figure(figure, self.out, self.name)
         print(printed.to_string(index=False))
         print(f"wrote {self.out / self.name}.parquet, .csv{'' if figure is None else ', .pdf and .png'}")
-
-
-def score_frame(summary: Summary) -> pd.DataFrame:
-    """A summary as rows `SCORE_COLUMNS`, in the papers' units."""
-    return pd.DataFrame([{"measure": name, **entry} for name, entry in summary.items()], columns=list(SCORE_COLUMNS))
-
-
-def described(mean: float, low: float, high: float, *, digits: int = 1) -> str:
-    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it.
-
-    Without an interval, the mean alone.
-    """
-    if pd.isna(low) or pd.isna(high):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ({(high - low) / 2:.{digits}f})"
-
-
-def named(variants: Sequence[Variant]) -> dict[str, Variant]:
-    """Variants by their names, with their layers where the name alone does not tell them apart."""
-    names = [variant.name for variant in variants]
-    return {
-        name if names.count(name) == 1 else f"{name}, layers {span(variant.layers)}": variant
-        for name, variant in zip(names, variants, strict=True)
-    }
-
-
-def cells(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]:
-    """Of one edit, each measure that there is, as `described`."""
-    found = rows.set_index("measure")
-    return {
-        name: described(*found.loc[name, ["mean", "low", "high"]], digits=DIGITS.get(name, 1))
-        for name in measures
-        if name in found.index
-    }
-
-
-def options(
-    doc: str | None, *, count: int | None = None, quick_count: int | None = 10, max_facts: int = 200
-) -> argparse.ArgumentParser:
-    """The options that all scripts share; a script adds its own and calls `opened`.
-
-    Args:
-        doc: the script's docstring; its first line is the help text.
-        count: requests used unless `--count` says otherwise; None for all.
-        quick_count: the same with `--quick`; None where the script takes its own few.
-        max_facts: facts traced unless `--max-facts` says otherwise.
-    """
-    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
-    parser.add_argument("--model", default="tiny", help="tiny, a hub name or a folder")
-    parser.add_argument("--requests", default="known", help="a file of edit requests; known makes them from facts")
-    parser.add_argument("--count", type=int, help=f"of the requests, the first so many (default {count or 'all'})")
-    parser.add_argument("--facts", default="known", help="facts to trace where no layers are given")
-    sampling = f"trace a seeded sample of so many (default {max_facts})"
-    parser.add_argument("--max-facts", type=int, default=max_facts, help=sampling)
-    parser.add_argument("--samples", type=int, default=10, help="noise samples a fact (default 10)")
-    parser.add_argument("--texts", default="tiny", help="running text for second moments")
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of it (default 2,000,000)")
-    parser.add_argument("--layers", help="such as 3-8; by default what the trace selects")
-    parser.add_argument("--out", type=Path, default=Path("papers"), help="folder, the same for all scripts if you like")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"a first look: {quick_count or 'few'} requests, a smaller trace"
-    )
-    parser.add_argument("--backend", default="transformer_lens")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace results of other inputs in the folder")
-    parser.set_defaults(full_count=count, quick_count=quick_count)
-    return parser
-
-
-def opened(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Experiment:
-    """Read the command line and open the experiment."""
-    given = parser.parse_args(arguments)
-    if given.count is None:
-        given.count = given.quick_count if given.quick else given.full_count
-    return Experiment(name=name, given=given)
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Run a script: its exit code, or 2 and one line on bad input."""
-    try:
-        sys.exit(main() or 0)
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from experiment import Experiment, Variant, described, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from matplotlib.figure import Figure
+from printing import described
+from variants import Variant
 
 from mechedit.figures.scores import scores_figure
 from mechedit.figures.style import GREY

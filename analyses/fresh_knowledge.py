@@ -20,7 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from experiment import Experiment, Variant, described, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
+from printing import described
+from variants import Variant
 
 from mechedit import pipeline
 from mechedit.artifacts import atomic

@@ -17,9 +17,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from categories import SAME, Pair, by_relation, find_pairs
-from experiment import Experiment, Variant, described, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from printing import described
+from variants import Variant
 
 from mechedit.cli.inputs import parse_names
 from mechedit.errors import InputError

@@ -13,8 +13,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from categories import by_relation, mixed
-from experiment import Experiment, Variant, described, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from matplotlib.figure import Figure
+from printing import described
+from variants import Variant
 
 from mechedit.cli.inputs import parse_names
 from mechedit.errors import InputError

@@ -11,7 +11,8 @@ are noisy. Timings of another machine are not taken over. Writes:
 - `runtime.parquet`: facts, method, stage, seconds, cpu (of this process, all threads), memit (seconds of the MEMIT runs
   beside it), and the machine: processor, threads, torch, device, dtype;
 - `runtime.csv`: a row a stage or method: seconds at the largest n, CPU seconds, seconds a fact, the exponent of n
-  (slope of log seconds against log n), and the ratio to MEMIT;
+  (slope of log seconds against log n; of CPU seconds too, which others' work beside it disturbs less), and the ratio
+  to MEMIT;
 - `runtime.pdf`, `.png`.
 """
 
@@ -29,13 +30,15 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from experiment import QUICK_TOKENS, Experiment, Variant, named, opened, options, run
+from command import opened, options, run
+from experiment import QUICK_TOKENS, Experiment
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measuring import wait
 from torch import Tensor
 from tqdm import tqdm
+from variants import Variant, named
 
 from mechedit.facts import EditRequest
 from mechedit.figures import paper_style
@@ -206,11 +209,11 @@ def rows(clock: Clock, count: int, method: str) -> pd.DataFrame:
     ).assign(memit=np.nan)
 
 
-def exponent(own: pd.DataFrame) -> float:
-    """B of seconds = a·n^b, by least squares in logarithms; NaN with less than two numbers of facts."""
+def exponent(own: pd.DataFrame, of: str = "seconds") -> float:
+    """The power b in seconds = a·n^b, by least squares in logarithms; NaN with less than two numbers of facts."""
     if own["facts"].nunique() < 2:
         return np.nan
-    return float(np.polyfit(np.log(own["facts"]), np.log(own["seconds"]), 1)[0])
+    return float(np.polyfit(np.log(own["facts"]), np.log(own[of]), 1)[0])
 
 
 def printed(table: pd.DataFrame) -> pd.DataFrame:
@@ -227,7 +230,10 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
                 "seconds": round(float(last["seconds"]), 2),
                 "cpu": round(float(last["cpu"]), 2),
                 "a fact": round(float(last["seconds"]) / count, 4) if count else "",
-                "exponent": "" if np.isnan(power := exponent(own)) else f"{power:.2f}",
+                **{
+                    name: "" if np.isnan(power := exponent(own, of)) else f"{power:.2f}"
+                    for name, of in (("exponent", "seconds"), ("cpu exponent", "cpu"))
+                },
                 "of memit": "" if pd.isna(last["memit"]) else f"{last['seconds'] / last['memit']:.2f}",
             }
         )
@@ -241,11 +247,11 @@ def runtime_figure(table: pd.DataFrame) -> Figure:
     with paper_style():
         figure = Figure(figsize=(PAGE_WIDTH, 2.6))
         left, right = figure.subplots(1, 2, sharey=True)
-        plot_seconds(stages, left, "stage").set_ylabel("seconds")
+        plot_seconds(stages, left, "stage").set(ylabel="seconds", xlabel="facts edited at once: memit by stages")
         (once,) = where(table, stage=MOMENTS)["seconds"]
         left.axhline(once, color="#8C8C8C", linestyle="--", linewidth=0.8, label=f"{MOMENTS} (once)")
         legend_above(left, columns=3)
-        plot_seconds(methods, right, "method")
+        plot_seconds(methods, right, "method").set_xlabel("facts edited at once: whole methods")
         legend_above(right, columns=4)
     return figure
 
@@ -257,7 +263,6 @@ def plot_seconds(table: pd.DataFrame, ax: Axes, hue: str) -> Axes:
         own = where(table, **{hue: name}).sort_values("facts")
         ax.plot(own["facts"], own["seconds"], label=name, markersize=3, markeredgewidth=0, **style)
     ax.set_yscale("log")
-    ax.set_xlabel("facts edited at once")
     return number_axis(ax, table["facts"])
 
 

@@ -19,10 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 
 import pandas as pd
-from experiment import Experiment, Variant, cells, named, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from free_text import free_text
 from matplotlib.figure import Figure
+from printing import cells
 from tqdm import tqdm
+from variants import Variant, named
 
 from mechedit.artifacts import atomic
 from mechedit.edit import Edit, Factors

@@ -1,4 +1,4 @@
-"""MEMIT Table 1: the editing methods on CounterFact's measures.
+"""MEMIT Table 2: the editing methods on CounterFact's measures.
 
     python analyses/table_counterfact.py [--model tiny] [--requests tiny] [--methods memit,rome@2] [--quick]
 
@@ -19,9 +19,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from experiment import Experiment, Variant, cells, named, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from free_text import free_text
+from printing import cells
 from tqdm import tqdm
+from variants import Variant, named
 
 from mechedit.figures import score_rows_figure
 from mechedit.methods import METHODS

@@ -16,8 +16,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import pandas as pd
-from experiment import Experiment, Variant, opened, options, run, score_frame
+from command import opened, options, run
+from experiment import Experiment
+from printing import score_frame
 from tqdm import tqdm
+from variants import Variant
 
 from mechedit.cli.inputs import parse_names
 from mechedit.edit import edited

@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from experiment import Experiment, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from matplotlib.figure import Figure
 
 from mechedit import pipeline

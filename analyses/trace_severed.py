@@ -21,7 +21,8 @@ from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
-from experiment import Experiment, opened, options, run
+from command import opened, options, run
+from experiment import Experiment
 from matplotlib.figure import Figure
 
 from mechedit.artifacts import atomic

@@ -2,6 +2,7 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: -jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -213,8 +214,8 @@ print(f"largest difference of a logit {float(difference):.1e}; says {said!r}, wa
 # ## What to do next
 #
 # - More facts, batch after batch, watched, with a rule that stops: `me.EditSession`.
-# - Other methods take the same arguments: `me.rome`, `me.emmet`, `me.alphaedit`, `me.pmet`;
-#   `python analyses/compare_methods.py --out DIR` scores them side by side.
+# - Other methods take the same arguments: `me.rome`, `me.emmet`, `me.alphaedit`, `me.pmet`, and fine-tuning as `me.ft`,
+#   `me.ft_l`, `me.ft_w`; `python analyses/table_counterfact.py` scores them side by side.
 # - Edits are values: `me.merge`, `me.subtract` and `me.truncate` make new ones of them.
 # - The same from the command line: `mechedit edit`, `evaluate`, `apply --format checkpoint|lora`.
 # - Before you trust an edit, look at more than ES: paraphrases, neighbours, free text and perplexity, on subjects that

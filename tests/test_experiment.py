@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from command import opened, options
 from counterfacts import counterfacts
-from experiment import Experiment, Variant, opened, options
+from experiment import Experiment
+from variants import Variant
 
 from mechedit import InputError, load_facts
 from mechedit.facts import check_requests

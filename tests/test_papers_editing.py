@@ -11,9 +11,11 @@ import runtime
 import scaling_curve
 import table_counterfact
 import torch
+from command import opened, options
 from counterfacts import counterfacts
-from experiment import Experiment, Variant, opened, options
+from experiment import Experiment
 from free_text import references_of
+from variants import Variant
 
 from mechedit import Fact, InputError, edited, evaluate, load_facts
 from mechedit.evaluation import QUICK

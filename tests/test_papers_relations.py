@@ -10,9 +10,11 @@ import pytest
 import relations
 import table_zsre
 from categories import by_relation, find_pairs, mixed
+from command import opened, options
 from counterfacts import counterfacts
-from experiment import Experiment, Variant, opened, options
+from experiment import Experiment
 from matplotlib.figure import Figure
+from variants import Variant
 
 from mechedit import InputError, load_facts
 from mechedit.edit import edited

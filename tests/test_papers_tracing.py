@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import trace_average
 import trace_severed
-from experiment import opened, options
+from command import opened, options
 
 from mechedit import load_facts, pipeline
 from mechedit.artifacts import read_json, write_parquet

@@ -254,14 +254,9 @@ def test_settings_are_checked_at_the_door(bad):
 
 
 def test_site_order_is_the_forward_order():
-    sites = [Site(1, "resid"), Site(0, "mlp_out"), Site(0, "embed"), Site(1, "attn_out"), Site(0, "resid")]
-    assert [s.order for s in sorted(sites, key=lambda s: s.order)] == [
-        (-1, 0),
-        (0, 3),
-        (0, 4),
-        (1, 1),
-        (1, 4),
-    ]
+    parts = ("attn_key", "attn_out", "mlp_key", "mlp_out", "resid")
+    forward = [Site(0, "embed"), *(Site(layer, part) for layer in range(2) for part in parts)]
+    assert sorted(reversed(forward), key=lambda site: site.order) == forward
 
 
 def known_facts_of(model, count=3):

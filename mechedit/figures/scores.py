@@ -99,6 +99,7 @@ def plot_scores_against(
         raise InputError(f"{x} is {settings[x].min()}, expected more than 0 on a logarithmic axis; pass log=False")
     places = {value: place for place, value in enumerate(dict.fromkeys(settings[x]))}
     names = [name for name in styles if name in set(rows[hue].astype(str))]
+    apart = min(0.09, 0.6 / len(names)) if settings[x].duplicated().any() else 0.0
     for order, name in enumerate(names):
         own = rows.loc[rows[hue].astype(str) == name, :]
         _level(ax, own.loc[own[x].isna(), :], name, styles[name])
@@ -109,8 +110,8 @@ def plot_scores_against(
             own = own.sort_values(x)
             faint = 0.2 if len(names) <= 3 else 0.1
             _line(ax, own[x].to_numpy(dtype=float), _ends(own), name, styles[name], faint)
-        else:  # beside one another, so that bars of equal heights are all seen
-            aside = min(0.09, 0.6 / len(names)) * (order - (len(names) - 1) / 2)
+        else:  # those at one place stand beside one another, so that bars of equal heights are all seen
+            aside = apart * (order - (len(names) - 1) / 2)
             _bars(ax, np.array([places[value] for value in own[x]]) + aside, _ends(own), name, styles[name])
     _setting_axis(ax, settings[x], numeric=numeric, log=log)
     ax.set(xlabel=x if label is None else label, ylabel=unit_of(measure))

@@ -1,0 +1,38 @@
+"""Scores as the papers print them: a mean with half its interval in brackets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from mechedit.evaluation.scores import Summary
+
+SCORE_COLUMNS = ("measure", "mean", "low", "high", "n")
+DIGITS = {"KL": 3}
+"""Decimals of what is not in percent."""
+
+
+def score_frame(summary: Summary) -> pd.DataFrame:
+    """A summary as rows `SCORE_COLUMNS`, in the papers' units."""
+    return pd.DataFrame([{"measure": name, **entry} for name, entry in summary.items()], columns=list(SCORE_COLUMNS))
+
+
+def described(mean: float, low: float, high: float, *, digits: int = 1) -> str:
+    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it.
+
+    Without an interval, the mean alone.
+    """
+    if pd.isna(low) or pd.isna(high):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({(high - low) / 2:.{digits}f})"
+
+
+def cells(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]:
+    """Of one edit, each measure that there is, as `described`."""
+    found = rows.set_index("measure")
+    return {
+        name: described(*found.loc[name, ["mean", "low", "high"]], digits=DIGITS.get(name, 1))
+        for name in measures
+        if name in found.index
+    }
