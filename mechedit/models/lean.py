@@ -1,8 +1,8 @@
 """A quicker way through the blocks of GPT-2 and GPT-Neo, for runs on a CPU that resume and look at little.
 
 transformers' blocks write a fresh tensor for every sum, copy queries, keys and values into place for a batched
-product, and build a mask a row. Here one mask serves all rows, attention reads the heads where they lie, biases and
-GELU are part of the products, and the products add to the residual stream. The last block computes the kept
+product, and build a mask a row. Here one mask serves all rows, attention reads the heads where they lie, GELU
+overwrites its input, and the products add to the residual stream. The last block computes the kept
 positions alone: of the others it needs keys and values only.
 """
 
@@ -203,11 +203,8 @@ def _added(
 
 
 def _activated(module: Any, inputs: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_mlp"]:
-    """GELU of a linear map."""
-    if isinstance(module, Conv1D) or not torch.backends.mkldnn.is_available():
-        return torch.ops.aten.gelu_(module(inputs), approximate="tanh")
-    # One pass over the MLP's width instead of three; what torch.compile calls, for there is no public name.
-    return torch.ops.mkldnn._linear_pointwise(inputs, module.weight, module.bias, "gelu", [], "tanh")
+    """GELU of a linear map, over what the map wrote."""
+    return torch.ops.aten.gelu_(module(inputs), approximate="tanh")
 
 
 def _matrix(module: Any) -> Float[Tensor, "d_in d_out"]:
