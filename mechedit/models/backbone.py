@@ -24,6 +24,7 @@ from mechedit.artifacts import VERSION, value_hash
 from mechedit.errors import InputError
 from mechedit.models.base import MODULES, Keep, Module, Part, Patch, Prefix, Resume, Run, Site, Tokens, key_part
 from mechedit.models.families import family_of
+from mechedit.models.lean import lean_fits, lean_run
 from mechedit.models.steps import Step, Stopped, Write, end_of, entries_of, looks_at_the_end
 from mechedit.models.twin import Forwards, fused, replaced, share_parameters
 
@@ -90,6 +91,9 @@ class Backbone:
         """One forward pass; see `mechedit.models.base.Model.run`."""
         steps = self._plan(tokens, patches, read, resume, stop_after)
         kept = _kept(keep, tokens, self.device)
+        if not cache and lean_fits(self.plain, tokens, steps, resume, kept, stop_after, prefix):
+            assert resume is not None
+            return lean_run(self.plain, steps, resume, kept, stop_after, prefix)
         by_row = kept if isinstance(kept, Tensor) and kept.ndim == 2 else None
         inputs = {**self._inputs(tokens, prefix, cache), "logits_to_keep": kept if by_row is None else 0}
         if self._plain_fits and all(looks_at_the_end(step, stop_after) for step in steps):
