@@ -91,7 +91,7 @@ class Backbone:
         """One forward pass; see `mechedit.models.base.Model.run`."""
         steps = self._plan(tokens, patches, read, resume, stop_after)
         kept = _kept(keep, tokens, self.device)
-        if not cache and lean_fits(self.plain, tokens, steps, resume, kept, stop_after, prefix):
+        if self._plain_fits and not cache and lean_fits(self.plain, tokens, steps, resume, kept, stop_after, prefix):
             assert resume is not None
             return lean_run(self.plain, steps, resume, kept, stop_after, prefix)
         by_row = kept if isinstance(kept, Tensor) and kept.ndim == 2 else None

@@ -36,8 +36,11 @@ class Heads:
     inputs: tuple[Any, ...]
     """Projections whose outputs, side by side, are queries, keys and values."""
     output: Any
+    """The projection of what they find."""
     count: int
+    """How many there are."""
     scale: float
+    """Of the products of queries and keys."""
     window: int | None
     """How many positions a token sees, itself included; None means all."""
 
