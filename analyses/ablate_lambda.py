@@ -15,7 +15,7 @@ import pandas as pd
 from command import opened, options, run
 from experiment import Experiment
 from matplotlib.figure import Figure
-from printing import described
+from printing import cells
 from variants import Variant
 
 from mechedit.errors import InputError
@@ -70,12 +70,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     """The table as a paper would print it: a line for each λ, each score with half its interval, in percent."""
     rows = []
     for weight, own in table.groupby(table["weight"].fillna(-1.0)):
-        of = own.set_index("measure").to_dict("index")
-        cells = {
-            name: described(*(of[name][end] for end in ("mean", "low", "high"))) for name in MEASURES if name in of
-        }
-        left = {"left": f"{of['left']['mean']:.1f}"} if "left" in of else {}
-        rows.append({"λ": "unedited" if weight < 0 else f"{weight:g}", **cells, **left})
+        rows.append({"λ": "unedited" if weight < 0 else f"{weight:g}", **cells(own, (*MEASURES, "left"))})
     return pd.DataFrame(rows)
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from command import opened, options, run
 from experiment import Experiment
 from matplotlib.figure import Figure
-from printing import described
+from printing import cells
 from variants import Variant
 
 from mechedit.figures.scores import scores_figure
@@ -58,11 +58,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     """A line for each λ: each score with half its interval, in percent."""
     rows = []
     for weight, own in table.groupby(table["weight"].fillna(0.0)):
-        of = own.set_index("measure").to_dict("index")
-        cells = {
-            name: described(*(of[name][end] for end in ("mean", "low", "high"))) for name in MEASURES if name in of
-        }
-        rows.append({"weight decay": "none" if weight == 0 else f"{weight:g}", **cells})
+        rows.append({"weight decay": "none" if weight == 0 else f"{weight:g}", **cells(own, MEASURES)})
     return pd.DataFrame(rows)
 
 

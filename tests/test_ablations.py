@@ -20,8 +20,10 @@ SMALL = ["--quick", "--count", "4", "--layers", "2-3"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all three, as a reader would have."""
-    return tmp_path_factory.mktemp("papers")
+    """One folder for all three, as a reader would have; the ranges come first, whichever test runs here."""
+    made = tmp_path_factory.mktemp("papers")
+    ablate_layers.main([*SMALL, "--out", str(made)])
+    return made
 
 
 def files(folder: Path, name: str) -> set[str]:
@@ -34,7 +36,6 @@ def score(table: pd.DataFrame, measure: str, **equal: object) -> float:
 
 
 def test_ranges_are_edited_once_and_scored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ablate_layers.main([*SMALL, "--out", str(folder)])
     assert files(folder, "ablate_layers") == {".parquet", ".csv", ".pdf", ".png"}
     table = pd.read_parquet(folder / "ablate_layers.parquet")
     printed = pd.read_csv(folder / "ablate_layers.csv").set_index("layers")
