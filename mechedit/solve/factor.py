@@ -177,7 +177,8 @@ def _divide(lower: Float[Tensor, "n n"], right: Float[Tensor, "n m"]) -> Float[T
         return _divide(lower, (right / scale).to(lower)).double() * scale
     # torch.cholesky_solve would copy L each time.
     half = torch.linalg.solve_triangular(lower, right, upper=False)
-    return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    # In place, as fresh memory costs more to touch than to fill; autograd has no such way.
+    return torch.linalg.solve_triangular(lower.mT, half, upper=True, out=None if half.requires_grad else half)
 
 
 def _breakdown(matrix: Float[Tensor, "n n"], reached: int, what: str) -> str:

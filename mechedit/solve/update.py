@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError
+from mechedit.solve.checks import not_finite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +43,7 @@ def finish(
         InputError: the solution is not finite there.
     """
     answer = left.to(keys)
-    bad = int((~torch.isfinite(answer)).sum())
+    bad = not_finite(answer)
     if bad:
         raise InputError(
             f"the solution of the linear system holds {bad} values of {answer.numel()} that are not finite in "
