@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError
-from mechedit.solve.factor import EPS, TINY, Factor, cholesky, combinations, one_norm
+from mechedit.solve.factor import EPS, TINY, Factor, cholesky, combinations
 
 CORRECTIONS = 5
 DEPENDENT = 1e-12
@@ -39,6 +39,25 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """What a few combinations Ω of the equations (`combinations`) tell of an answer (X, Y).
+
+    The norms of `first` and `second` estimate those of what it misses.
+    """
+
+    old: Float[Tensor, "probe m"]
+    """Ω M X."""
+    new: Float[Tensor, "probe m"]
+    """Ω C Cᵀ X."""
+    first: Float[Tensor, "probe m"]
+    """Ω (C Y − M X)."""
+    second: Float[Tensor, "inner m"]
+    """Ω (E − Cᵀ X − D Y), Ω here combining its rows."""
+    size: float
+    """The larger of the two, relative to the rounding of the terms."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Dual:
     """All of the system but E; made by `dual`."""
 
@@ -53,8 +72,8 @@ class Dual:
     small: Factor
     """Cᵀ M⁻¹ C + D."""
 
-    def solve(self, facts: int) -> tuple[Pair, Pair]:
-        """The answer for E that picks the last `facts` columns, refined to rounding, and `seen` of what it misses.
+    def solve(self, facts: int) -> tuple[Pair, Seen]:
+        """The answer for E that picks the last `facts` columns, refined to rounding, and what is `seen` of it.
 
         Only where that is above rounding is the full residual computed, which costs as much as the solve, and the
         answer corrected by it.
@@ -62,39 +81,35 @@ class Dual:
         wanted = torch.eye(len(self.slack), dtype=self.columns.dtype, device=self.columns.device)[:, -facts:]
         second = self.small.solve(wanted)
         answer = Pair(first=self.solved @ second, second=second)
-        missed, size = self.seen(answer, wanted)
+        seen = self.seen(answer, wanted)
         for _ in range(CORRECTIONS):
-            if size <= len(self.columns) ** 0.5 * EPS:
+            if seen.size <= len(self.columns) ** 0.5 * EPS:
                 break
             better = answer + self._correction(self._residual(answer, wanted))
-            left, smaller = self.seen(better, wanted)
-            if not smaller < size:
+            smaller = self.seen(better, wanted)
+            if not smaller.size < seen.size:
                 break
-            answer, missed, size = better, left, smaller
-        return answer, missed
+            answer, seen = better, smaller
+        return answer, seen
 
-    def seen(self, answer: Pair, wanted: Float[Tensor, "column m"]) -> tuple[Pair, float]:
-        """Ω times what (X, Y) misses of each of the two equations, and that relative to the rounding of their terms.
-
-        Its norms estimate those of the full residuals (see `combinations`).
-        """
-        x, y, (over, _) = answer.first, answer.second, self._probed
+    def seen(self, answer: Pair, wanted: Float[Tensor, "column m"]) -> Seen:
+        """What the combinations tell of (X, Y)."""
+        x, y = answer.first, answer.second
         small = combinations(len(self.slack), self.columns)
-        kept, allowed, asked = (small @ self.columns.T) @ x, (small * self.slack) @ y, small @ wanted
-        first = over @ y - self._sketch @ x
-        second = asked - kept - allowed
+        old, (new, kept) = self._sketch @ x, (self._watched @ x).tensor_split([len(self._sketch)])
+        allowed, asked = (small * self.slack) @ y, small @ wanted
+        first, second = self._over @ y - old, asked - kept - allowed
         scale = 1.0 if self.factor is None else self.factor.norm
+        upper, lower, left, right, columns, *terms = norms(first, second, x, y, self._lengths, kept, allowed, asked)
         # C Y may be far smaller than its terms, where facts repeat each other.
-        upper = float(first.norm() / (scale * x.norm() + self.columns.norm() * y.norm()).clamp_min(TINY))
-        lower = float(second.norm() / (kept.norm() + allowed.norm() + asked.norm()).clamp_min(TINY))
-        return Pair(first=first, second=second), max(upper, lower)
+        size = max(upper / max(scale * left + columns * right, TINY), lower / max(sum(terms), TINY))
+        return Seen(old=old, new=new, first=first, second=second, size=size)
 
-    def ridge_error(self, left: Float[Tensor, "d fact"], weight: float | int) -> float:
+    def ridge_error(self, seen: Seen, weight: float | int) -> float:
         """‖(λM + C Cᵀ) X − K‖ / ‖K‖ where K holds the last columns of C, estimated by ‖Ω((λM + C Cᵀ) X − K)‖."""
-        over, outer = self._probed
-        facts = left.shape[1]
-        missed = (weight * self._sketch + outer) @ left - over[:, -facts:]
-        return float(missed.norm() / self.columns[:, -facts:].norm().clamp_min(TINY))
+        facts = seen.old.shape[1]
+        missed, size = norms(weight * seen.old + seen.new - self._over[:, -facts:], self._lengths[-facts:])
+        return missed / max(size, TINY)
 
     def ridge_condition(self, weight: float | int) -> float:
         """(λ‖M‖₁ + ‖C Cᵀ‖₁)·‖M⁻¹‖₁/λ, an estimate of κ₁ of λM + C Cᵀ from norms that are cheap once M is factored.
@@ -103,8 +118,18 @@ class Dual:
         k columns lift the smallest eigenvalue of λM at most to its (k+1)-th smallest, and too high by no more.
         """
         norm, inverse = (1.0, 1.0) if self.factor is None else (self.factor.norm, self.factor.inverse_norm)
-        outer = one_norm(lambda probe: self.columns @ (self.columns.T @ probe), self.columns)
-        return (weight * norm + outer) * inverse / weight
+        return (weight * norm + self._outer_norm) * inverse / weight
+
+    @property
+    def _outer_norm(self) -> float:
+        """‖C Cᵀ‖₁ from below: the 1-norm of that column whose 2-norm Ω C Cᵀ puts first, within √d of the largest."""
+        longest = self._watched[: len(self._sketch)].square().sum(0).argmax()
+        return float((self.columns @ self.columns[longest]).abs().sum())
+
+    @cached_property
+    def _lengths(self) -> Float[Tensor, " column"]:
+        """The norm of each column."""
+        return self.columns.norm(dim=0)
 
     @property
     def _sketch(self) -> Float[Tensor, "probe d"]:
@@ -112,11 +137,14 @@ class Dual:
         return combinations(len(self.columns), self.columns) if self.factor is None else self.factor.sketch
 
     @cached_property
-    def _probed(self) -> tuple[Float[Tensor, "probe column"], Float[Tensor, "probe d"]]:
-        """Ω C and Ω C Cᵀ."""
-        probes = combinations(len(self.columns), self.columns) if self.factor is None else self.factor.probes
-        over = probes @ self.columns
-        return over, over @ self.columns.T
+    def _over(self) -> Float[Tensor, "probe column"]:
+        """Ω C."""
+        return combinations(len(self.columns), self.columns) @ self.columns
+
+    @cached_property
+    def _watched(self) -> Float[Tensor, "probe d"]:
+        """Ω C Cᵀ, and below it Ω Cᵀ: one product with X for both."""
+        return torch.cat([self._over, combinations(len(self.slack), self.columns)]) @ self.columns.T
 
     def _residual(self, answer: Pair, wanted: Float[Tensor, "column m"]) -> Pair:
         """What (X, Y) misses of the equations."""
@@ -141,12 +169,18 @@ def dual(columns: Float[Tensor, "d column"], slack: Float[Tensor, " column"], fa
         InputError: the columns are dependent to within rounding, and the slack is too small to tell them apart.
     """
     solved = columns if factor is None else factor.solve(columns)
-    gram = columns.T @ solved
-    small = (gram + gram.T) / 2 + slack.diag()
+    # Symmetric to within rounding, and only its lower triangle is read.
+    small = columns.T @ solved
+    small.diagonal().add_(slack)
     lower, reached = cholesky(small, len(small) * EPS if bool((slack > 0).all()) else DEPENDENT)
     if reached < len(small):
         raise InputError(_dependence(small, reached))
     return Dual(columns=columns, slack=slack, factor=factor, solved=solved, small=Factor(matrix=small, lower=lower))
+
+
+def norms(*tensors: Tensor) -> list[float]:
+    """Their Frobenius norms, fetched at once."""
+    return torch.stack([tensor.norm() for tensor in tensors]).tolist()
 
 
 def _dependence(small: Float[Tensor, "column column"], reached: int) -> str:

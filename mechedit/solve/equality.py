@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.solve.checks import check_at_least, columns_of
-from mechedit.solve.dual import Dual, Pair, dual
+from mechedit.solve.dual import Dual, Pair, Seen, dual
 from mechedit.solve.factor import TINY, Factor, factorize
 from mechedit.solve.update import Update, finish
 
@@ -53,14 +53,14 @@ def equality_update(
         columns, earlier = columns[:, earlier:], 0
     weights = torch.cat([columns.new_ones(earlier), columns.new_full((facts,), slack)])
     system = dual(columns, weights, factor)
-    answer, missed = system.solve(facts)
-    return finish(answer.first, _error(system, answer, missed, facts), _condition(system, facts), keys, residuals)
+    answer, seen = system.solve(facts)
+    return finish(answer.first, _error(system, answer, seen, facts), _condition(system, facts), keys, residuals)
 
 
-def _error(system: Dual, answer: Pair, missed: Pair, facts: int) -> float:
+def _error(system: Dual, answer: Pair, seen: Seen, facts: int) -> float:
     """The larger relative residual of the two equations."""
     forces = (system.columns @ answer.second).norm().clamp_min(TINY)
-    return max(float(missed.first.norm() / forces), float(missed.second.norm()) / facts**0.5)
+    return max(float(seen.first.norm() / forces), float(seen.second.norm()) / facts**0.5)
 
 
 def _condition(system: Dual, facts: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -68,14 +68,9 @@ class Factor:
         return one_norm(self.solve, self.matrix)
 
     @cached_property
-    def probes(self) -> Float[Tensor, "probe n"]:
-        """Ω, the `combinations` of rows that residuals are watched through."""
-        return combinations(len(self.matrix), self.matrix)
-
-    @cached_property
     def sketch(self) -> Float[Tensor, "probe n"]:
-        """Ω M: with it, Ω(b − M x) takes no pass over M."""
-        return self.probes @ self.matrix
+        """Ω M, Ω the `combinations` of its rows: with it, Ω(b − M x) takes no pass over M."""
+        return combinations(len(self.matrix), self.matrix) @ self.matrix
 
     @property
     def precision(self) -> Precision:
@@ -145,13 +140,17 @@ def combinations(rows: int, like: Tensor) -> Float[Tensor, "probe rows"]:
     """Ω, the same at every call, with E‖Ω A‖² = ‖A‖²: no error hides from it, in whichever row or column of A it is.
 
     The identity where there are no more rows than `PROBES`; else normal numbers, with which ‖Ω A‖² is off by a
-    standard deviation of √(2/`PROBES`) where A has rank one and by less where it has more.
+    standard deviation of √(2/`PROBES`) where A has rank one and by less where it has more. Drawn once and shared.
     """
+    return _drawn(rows, like.device)
+
+
+@lru_cache(maxsize=32)
+def _drawn(rows: int, device: torch.device) -> Float[Tensor, "probe rows"]:
     if rows <= PROBES:
-        return torch.eye(rows, dtype=torch.float64, device=like.device)
+        return torch.eye(rows, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(PROBES, rows, dtype=torch.float64, generator=generator) / PROBES**0.5
-    return drawn.to(like.device)
+    return (torch.randn(PROBES, rows, dtype=torch.float64, generator=generator) / PROBES**0.5).to(device)
 
 
 def one_norm(times: Callable[[Tensor], Tensor], like: Float[Tensor, "n m"]) -> float:

@@ -101,11 +101,11 @@ def null_space_update(
     """
     check_at_least(weight, 0, "the weight of the null-space update", strictly=True)
     basis, facts = space.basis, keys.shape[1]
-    inside = basis.T @ columns_of(keys, residuals, previous, basis)
+    inside = (columns_of(keys, residuals, previous, basis).T @ basis).T
     if inside.shape[1] < space.kept:
         system = dual(inside, inside.new_full((inside.shape[1],), weight), None)
-        left = system.solve(facts)[0].first
-        error, condition = system.ridge_error(left, weight), system.ridge_condition(weight)
+        answer, seen = system.solve(facts)
+        left, error, condition = answer.first, system.ridge_error(seen, weight), system.ridge_condition(weight)
     else:
         ridge = weight * torch.eye(space.kept, dtype=basis.dtype, device=basis.device)
         left, error, condition = solve_sum(ridge, inside, facts)

@@ -49,8 +49,9 @@ def ridge_update(
     facts = keys.shape[1]
     if isinstance(moment, Factor) and weight > 0 and columns.shape[1] < len(columns):
         system = dual(columns, columns.new_full((columns.shape[1],), weight), moment)
-        left = system.solve(facts)[0].first
-        return finish(left, system.ridge_error(left, weight), system.ridge_condition(weight), keys, residuals)
+        answer, seen = system.solve(facts)
+        error, condition = system.ridge_error(seen, weight), system.ridge_condition(weight)
+        return finish(answer.first, error, condition, keys, residuals)
     precision = moment.precision if isinstance(moment, Factor) else "float64"
     return finish(*solve_sum(weight * matrix, columns, facts, precision), keys, residuals)
 
@@ -65,6 +66,6 @@ def solve_sum(
     """
     what = "the system λ·E[k kᵀ] + K Kᵀ"
     system = factorize_symmetric(torch.addmm(matrix, columns, columns.T), precision, what)
-    right = columns[:, -facts:].contiguous()
+    right = columns[:, -facts:]
     left = system.solve(right)
     return left, float((system.matrix @ left - right).norm() / right.norm().clamp_min(TINY)), system.condition
