@@ -212,6 +212,20 @@ def test_each_patch_matters_and_order_does_not(small_model: Any) -> None:
         far(small_model.run(tokens, patches[:dropped] + patches[dropped + 1 :]).logits, logits)
 
 
+@torch.no_grad()
+def test_a_window_is_how_far_back_a_token_sees(family_model: Any) -> None:
+    tokens = random_tokens(width=12)
+    entering = family_model.run(tokens, read=[Site(0, "resid")])[Site(0, "resid")]
+    other = torch.cat([entering[:, :1].flip(-1), entering[:, 1:]], 1)
+    one, two = (
+        family_model.run(tokens, read=[Site(1, "resid")], resume=Resume(1, resid), stop_after=1)[Site(1, "resid")]
+        for resid in (entering, other)
+    )
+    felt = ((one - two).abs().amax((0, 2)) > 1e-6).tolist()
+    window = family_model.window(1)
+    assert felt == [window is None or position < window for position in range(12)]
+
+
 def test_gradients_reach_the_patch(family_model: Any, family: str) -> None:
     tokens = random_tokens()
     patches = [many_patches(family_model)[i] for i in (0, 3, 4)]
@@ -444,7 +458,7 @@ def test_nothing_is_left_after_an_exception(small_model: Any, error: type[BaseEx
 
     handle = small_model.twin.get_submodule(small_model.family.blocks)[2].register_forward_pre_hook(fail)
     state = hook_state(small_model.twin)
-    patches = [random_patch(small_model, Site(1, "resid"), [[1], [2]])]
+    patches = [random_patch(small_model, Site(1, "mlp_key"), [[1], [2]])]
     with pytest.raises(error, match="stop here"):
         small_model.run(tokens, patches, [Site(2, "resid")], resume=Resume(1, clean[Site(0, "resid")]))
     assert hook_state(small_model.twin) == state

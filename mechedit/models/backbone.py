@@ -22,9 +22,22 @@ from transformers.pytorch_utils import Conv1D
 
 from mechedit.artifacts import VERSION, value_hash
 from mechedit.errors import InputError
-from mechedit.models.base import MODULES, Keep, Module, Part, Patch, Prefix, Resume, Run, Site, Tokens, key_part
-from mechedit.models.families import family_of
-from mechedit.models.lean import lean_fits, lean_run
+from mechedit.models.base import (
+    MODULES,
+    Keep,
+    Module,
+    Part,
+    Patch,
+    Prefix,
+    Resume,
+    Run,
+    Site,
+    Tokens,
+    key_part,
+    lengths_after,
+)
+from mechedit.models.families import attention_window, family_of
+from mechedit.models.lean import lean_fits, lean_known, lean_run
 from mechedit.models.steps import Step, Stopped, Write, end_of, entries_of, looks_at_the_end
 from mechedit.models.twin import Forwards, fused, replaced, share_parameters
 
@@ -60,6 +73,7 @@ class Backbone:
         self._plain_fits = implementation in (None, "eager", "sdpa")
         if self._plain_fits and implementation is not None:
             self.plain.config._attn_implementation = getattr(self.twin.config, "_attn_implementation")  # noqa: B009
+        self._lean = self._plain_fits and lean_known(self.plain)
         self.n_layers = len(hf.get_submodule(self.family.blocks))
         self.max_positions: int = hf.config.max_position_embeddings
         self.module: Module = "mlp"
@@ -91,9 +105,10 @@ class Backbone:
         """One forward pass; see `mechedit.models.base.Model.run`."""
         steps = self._plan(tokens, patches, read, resume, stop_after)
         kept = _kept(keep, tokens, self.device)
-        if self._plain_fits and not cache and lean_fits(self.plain, tokens, steps, resume, kept, stop_after, prefix):
-            assert resume is not None
-            return lean_run(self.plain, steps, resume, kept, stop_after, prefix)
+        if self._lean and lean_fits(self.plain, steps, resume, kept, cache):
+            self._check_prefix(tokens, prefix)
+            end = end_of(steps, stop_after, cache)
+            return lean_run(self.plain, tokens, steps, end, resume=resume, keep=kept, prefix=prefix, cache=cache)
         by_row = kept if isinstance(kept, Tensor) and kept.ndim == 2 else None
         inputs = {**self._inputs(tokens, prefix, cache), "logits_to_keep": kept if by_row is None else 0}
         if self._plain_fits and all(looks_at_the_end(step, stop_after) for step in steps):
@@ -106,19 +121,14 @@ class Backbone:
                 run = self._forward(inputs, steps, end_of(steps, stop_after, cache))
         if not cache:
             return run
-        layers = inputs["past_key_values"].layers
-        return Run(run.logits, run.values, Prefix(tuple((layer.keys, layer.values) for layer in layers)))
+        layers = tuple((layer.keys, layer.values) for layer in inputs["past_key_values"].layers)
+        return Run(run.logits, run.values, Prefix(layers, lengths_after(prefix, tokens)))
 
     def _inputs(self, tokens: Tokens, prefix: Prefix | None, cache: bool) -> dict[str, Any]:
         """What the twin is called with: ids and mask only, and keys and values where they are reused or kept."""
         mask = tokens.mask.to(self.device)
+        self._check_prefix(tokens, prefix)
         if prefix is not None:
-            batch = prefix.layers[0][0].shape[0]
-            if len(prefix.layers) != self.n_layers or batch != len(mask):
-                raise ValueError(
-                    f"the prefix has {len(prefix.layers)} layers and {batch} rows, expected {self.n_layers} "
-                    f"and {len(mask)}"
-                )
             mask = torch.cat([prefix.mask.to(mask), mask], dim=1)
         inputs = {"input_ids": tokens.ids.to(self.device), "attention_mask": mask, "use_cache": cache}
         if prefix is not None and prefix.lengths is not None:
@@ -128,6 +138,16 @@ class Backbone:
         if prefix is not None or cache:
             inputs["past_key_values"] = _cache(prefix)
         return inputs
+
+    def _check_prefix(self, tokens: Tokens, prefix: Prefix | None) -> None:
+        """Raise ValueError unless the prefix has the model's layers and the batch's rows."""
+        if prefix is None:
+            return
+        batch, rows = prefix.layers[0][0].shape[0], len(tokens.ids)
+        if len(prefix.layers) != self.n_layers or batch != rows:
+            raise ValueError(
+                f"the prefix has {len(prefix.layers)} layers and {batch} rows, expected {self.n_layers} and {rows}"
+            )
 
     def writing(self, module: str) -> Backbone:
         """The same model with edits written into `module`; see `mechedit.models.base.Model.writing`."""
@@ -146,6 +166,10 @@ class Backbone:
     def key_site(self, layer: int) -> Site:
         """Where a layer's keys are: the input of `down_projection`."""
         return Site(layer, key_part(self.module))
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a token of this block sees, itself included; None where that may be all."""
+        return attention_window(self.hf.config, layer)
 
     def down_projection(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """A live view of the written module's matrix, always [d_key, d_model]; writing to it edits the model."""

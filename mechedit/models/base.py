@@ -88,6 +88,10 @@ class Tokens:
         """The chosen rows, in the given order (rows may repeat)."""
         return Tokens(self.ids[index], self.mask[index])
 
+    def first(self, count: int) -> Tokens:
+        """The first positions of every row."""
+        return Tokens(self.ids[:, :count], self.mask[:, :count])
+
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
         """Tokens in each row."""
@@ -130,11 +134,17 @@ class Prefix:
         return Prefix(self._each(lambda states: states[:, :, :length].index_select(0, index), shape, used), lengths)
 
     def before(self, ends: Int[Tensor, " batch"], first: int = 0) -> Prefix:
-        """Each row's positions before its own end, for a run that resumes at layer `first` (see `take`)."""
+        """Each row's positions before its own end, counted from its first one, for a run that resumes at `first`.
+
+        See `take` for what other layers hold.
+        """
         width = int(ends.max())
-        at = (ends[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)[:, None, :, None]
-        used = range(first, len(self.layers))
-        return Prefix(self._each(lambda states: states.take_along_dim(at, 2), (len(ends), width), used), ends)
+        begins = 0 if self.lengths is None else self.length - self.lengths
+        at = ((begins + ends)[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)
+        rows, used = torch.arange(len(ends), device=ends.device)[:, None], range(first, len(self.layers))
+        return Prefix(
+            self._each(lambda states: states.transpose(1, 2)[rows, at].transpose(1, 2), (len(ends), width), used), ends
+        )
 
     def _each(self, change: Callable[[Tensor], Tensor], shape: tuple[int, int], used: range) -> Pairs:
         """Keys and values of the layers that are used, changed; elsewhere nothing in the shape (rows, positions)."""
@@ -147,6 +157,11 @@ class Prefix:
         return tuple((changed(i, keys), changed(i, values)) for i, (keys, values) in enumerate(self.layers))
 
 
+def lengths_after(prefix: Prefix | None, tokens: Tokens) -> Int[Tensor, " batch"] | None:
+    """`Prefix.lengths` once the positions of a batch follow."""
+    return None if prefix is None or prefix.lengths is None else prefix.lengths + tokens.ids.shape[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """What came out of one forward pass."""
@@ -156,7 +171,8 @@ class Run:
     values: Mapping[Site, Float[Tensor, "batch pos width"]] = field(default_factory=dict)
     """The activations asked for; where a site was also patched, the value after the patch."""
     prefix: Prefix | None = None
-    """With `cache`: the keys and values of all positions, for runs that change only later ones."""
+    """With `cache`: the keys and values of all positions, those of the run's prefix too, for runs that change only
+    later ones."""
 
     def __getitem__(self, site: Site) -> Float[Tensor, "batch pos width"]:
         return self.values[site]
@@ -234,6 +250,10 @@ class Model(Protocol):
             ValueError: a site outside the model or below `resume`, a value of the wrong shape, or a row that keeps
                 a position twice.
         """
+        ...
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a token of this block sees, itself included; None where that may be all."""
         ...
 
     def down_projection(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:

@@ -200,5 +200,16 @@ def family_of_config(config: Any) -> Family:
     raise InputError(f"the architecture {found!r} is not known to mechedit; choose a supported model: {_supported()}")
 
 
+def attention_window(config: Any, layer: int) -> int | None:
+    """How many positions a token sees in a block, itself included, by the config; None means all."""
+    if config.model_type == "gpt_neo":
+        return config.window_size if config.attention_layers[layer] == "local" else None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or kinds[layer] == "sliding_attention":
+        # Mistral and Phi-3 name no kinds: all of their layers slide when there is a window.
+        return getattr(config, "sliding_window", None)
+    return None
+
+
 def _supported() -> str:
     return "supported are " + ", ".join(family.name for family in FAMILIES)

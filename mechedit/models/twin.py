@@ -7,10 +7,10 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers.activations import GELUTanh, NewGELUActivation
+
+from mechedit.models.gelu import InPlaceGelu
 
 Forwards = dict[nn.Module, Callable[..., Any]]
 """What modules compute in place of their own forward."""
@@ -21,19 +21,6 @@ def share_parameters(hf: Any) -> Any:
     """Copy a model's module tree, but not its parameters and buffers: those are the same objects."""
     tensors = [*hf.parameters(), *hf.buffers()]
     return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
-
-
-class InPlaceGelu(nn.Module):
-    """The tanh form of GELU in one kernel, which writes over its input where no gradient needs it.
-
-    transformers composes the function of eight; and a fresh tensor of an MLP's width costs as much as computing it.
-    """
-
-    def forward(self, hidden: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
-        """GELU(x) ≈ x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))."""
-        if torch.is_grad_enabled():
-            return nn.functional.gelu(hidden, approximate="tanh")
-        return torch.ops.aten.gelu_(hidden, approximate="tanh")
 
 
 def fused(model: Any) -> Any:
