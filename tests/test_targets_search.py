@@ -15,8 +15,11 @@ import mechedit.targets.search
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
 from mechedit.models import Site
+from mechedit.models.cost import STARTING
 from mechedit.prompts import continuation_ids, pad, prefixed_prompts, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
+from mechedit.targets.leads import lead_of
+from mechedit.targets.passes import stretches_of
 from mechedit.targets.rows import passes, rows_of
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
@@ -145,30 +148,82 @@ def test_facts_that_share_stop_together(lively: Any) -> None:
     assert list(targets.summary.set_index("id").loc[["b", "d"]].updates) == [both, both]
 
 
+def counted(model: Any) -> tuple[list[list[int]], list[Any]]:
+    """Numbers that each block's MLP is given, a list a block and an entry a run, and the hooks that count."""
+    seen: list[list[int]] = [[] for _ in model.plain.transformer.h]
+    handles = [
+        block.mlp.c_fc.register_forward_pre_hook(lambda module, args, own=own: own.append(args[0].numel()))
+        for own, block in zip(seen, model.plain.transformer.h, strict=True)
+    ]
+    return seen, handles
+
+
 def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
     config = dataclasses.replace(BRISK, steps=6, threshold=1e-9)
     rows = rows_of(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, config)
-    counts = [0, 0, 0]
-    handles = [
-        block.mlp.register_forward_pre_hook(
-            lambda module, args, layer=layer: counts.__setitem__(layer, counts[layer] + 1)
-        )
-        for layer, block in enumerate(lively.plain.transformer.h)
-    ]
-
-    seen: list[int] = []
-    handle = lively.plain.transformer.h[2].attn.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].numel())
-    )
-    find_targets(lively, REQUESTS, 1, PREFIXES, config)
-    for hook in [*handles, handle]:
+    seen, handles = counted(lively)
+    find_targets(lively, REQUESTS, 0, PREFIXES, config)
+    for hook in handles:
         hook.remove()
     together = list(passes(lively, rows, config.pass_tokens))
-    assert counts[:2] == [len(together)] * 2
-    assert counts[2] == len(together) * (1 + 7)
+    assert [len(runs) for runs in seen] == [len(together), *[len(together) * (1 + 7)] * 2]
     again = sum(len(some) * max(row.width for row in some) for some in together) * lively.d_model
-    assert sum(seen[-len(together) :]) == again
+    assert sum(seen[1][-len(together) :]) == again
     assert again < 0.7 * sum(len(row.ids) for row in rows) * lively.d_model
+    # The last block's MLP computes what is asked for alone.
+    assert sum(seen[2][-len(together) :]) == sum(len(row.asked) for row in rows) * lively.d_model < again
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("part", ["resid", "mlp_out"])
+def test_with_local_attention_less_runs_again_and_z_is_the_same(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch, layer: int, part: Any
+) -> None:
+    model = make_model("gpt_neo", initializer_range=0.05)
+    config = dataclasses.replace(BRISK, steps=4, part=part, attention=part == "mlp_out")
+    assert [model.window(block) for block in range(4)] == [3, 3, 3, None]
+    requests = [dataclasses.replace(request, prompt=request.prompt + " of all things") for request in REQUESTS]
+    stretches = stretches_of(model, layer, config, 9)
+    widths = [stretch.reach for stretch in stretches for _ in range(stretch.first, stretch.last + 1)]
+    first = [1] if config.attention else []
+    assert widths == [*first, *(min(9, 1 + 2 * (block - layer)) for block in range(layer + 1, 3)), 9]
+    seen, handles = counted(model)
+    local = find_targets(model, requests, layer, PREFIXES, config)
+    runs = [sum(own) for own in seen]
+    for own in seen:
+        own.clear()
+    monkeypatch.setattr(type(model), "window", lambda self, layer: None)
+    everywhere = find_targets(model, requests, layer, PREFIXES, config)
+    for hook in handles:
+        hook.remove()
+    assert distance(local.z - local.initial, everywhere.z - everywhere.initial) < 1e-4
+    assert runs[layer + 1] < sum(seen[layer + 1])
+    assert runs[3] == sum(seen[3])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "llama", "neox"])
+def test_what_rows_begin_with_alike_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model = make_model(kind, initializer_range=0.05)
+    config = dataclasses.replace(BRISK, steps=3)
+    apart = find_targets(model, REQUESTS, 1, PREFIXES, config)
+    monkeypatch.setitem(STARTING, "cpu", 0)
+    rows = rows_of(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
+    monkeypatch.setattr("mechedit.targets.rows.spare_tokens", lambda model: 1e6)
+    (some, *_) = sorted(passes(model, rows, config.pass_tokens), key=len, reverse=True)
+    lead, cuts = lead_of(model, some)
+    assert lead is not None
+    assert lead.lengths.tolist() == cuts
+    for row, cut in zip(some, cuts, strict=True):
+        same = [other.ids[:cut] == row.ids[:cut] for other in some if other.prefix == row.prefix]
+        assert all(same)
+        assert cut <= row.subject
+    assert max(cuts) > 3
+    shared = find_targets(model, REQUESTS, 1, PREFIXES, config)
+    assert distance(shared.z - shared.initial, apart.z - apart.initial) < 1e-3
+    assert distance(shared.initial, apart.initial) < 1e-5
+    # It matters what the rows began with.
+    elsewhere = find_targets(model, REQUESTS, 1, ["{}", "Another thing. {}", *PREFIXES[2:]], config)
+    assert distance(elsewhere.z - elsewhere.initial, apart.z - apart.initial) > 1e-2
 
 
 def test_passes_that_do_not_fit_are_halved(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,21 @@ from torch import Tensor
 from mechedit.models import Model, Patch, Prefix, Resume, Site, Tokens
 from mechedit.prompts import pad
 from mechedit.targets.config import TargetConfig
+from mechedit.targets.leads import lead_of
 from mechedit.targets.rows import Row
 
 Rows = TypeVar("Rows", list[Row], "Pass")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Blocks in which δ is felt at the same positions, which alone have to run."""
+
+    first: int
+    last: int
+    reach: int
+    """How many positions, from the subject's last token on."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,8 +37,10 @@ class Pass:
     tokens: Tokens
     prefix: Prefix | None
     """Keys and values of the positions before; None when no row has any."""
-    entering: Float[Tensor, "row pos d_model"] | None
-    """Clean residual stream where the run resumes; None when it starts at the first block."""
+    stretches: tuple[Stretch, ...]
+    """All blocks that feel δ, in order."""
+    entering: tuple[Float[Tensor, "row _ d_model"] | None, ...]
+    """Clean residual stream where each stretch begins; None before the first block."""
     asked: Int[Tensor, "row token"]
     labels: Int[Tensor, "row token"] | None
     """What `asked` should predict; None for the KL term."""
@@ -51,7 +64,9 @@ class Pass:
                 return value.take(index, value.length)
             if isinstance(value, Tokens):
                 return value.rows(index)
-            return value if value is None else value[index]  # type: ignore[index]
+            if isinstance(value, tuple):
+                return tuple(map(chosen, value))
+            return value[index] if isinstance(value, Tensor) else value
 
         return Pass(**{field.name: chosen(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
 
@@ -76,10 +91,25 @@ class Terms:
         return Terms(nll=self.nll.detach(), kl=self.kl.detach(), probability=self.probability.detach())
 
 
-def resumes_at(model: Model, layer: int, config: TargetConfig) -> int:
-    """The first block that runs: the one after δ, unless δ goes inside a block or after the last."""
+def stretches_of(model: Model, layer: int, config: TargetConfig, width: int) -> tuple[Stretch, ...]:
+    """Which blocks run again when δ moves, and at which of the `width` positions.
+
+    The first is the one after δ, unless δ goes inside a block or after the last. With local attention (GPT-Neo) what
+    happens at one position reaches window − 1 positions further in each block.
+    """
     inside = config.parts(model.module)[0] == "attn_out"
-    return layer if inside or layer + 1 == model.n_layers else layer + 1
+    last, reach, found = model.n_layers - 1, 1, []
+    for block in range(layer if inside or layer == last else layer + 1, model.n_layers):
+        if block == last:
+            # Any of its positions may be asked for.
+            reach = width
+        elif block > layer:
+            reach = min(width, reach + (model.window(block) or width) - 1)
+        if found and found[-1].reach == reach:
+            found[-1] = Stretch(first=found[-1].first, last=block, reach=reach)
+        else:
+            found.append(Stretch(first=block, last=block, reach=reach))
+    return tuple(found)
 
 
 def halving(items: Iterable[Rows], run: Callable[[Rows], Result]) -> Iterator[Result]:
@@ -103,26 +133,34 @@ def prepare(
     model: Model, rows: Sequence[Row], layer: int, config: TargetConfig
 ) -> tuple[Pass, Bool[Tensor, " row"], Float[Tensor, "bare part d_model"]]:
     """One clean run of some rows: what a pass starts from, which rows have the first prefix, and their clean states."""
-    device, start, scored = model.device, resumes_at(model, layer, config), not rows[0].labels
+    device, scored = model.device, not rows[0].labels
     reads = [Site(layer, part) for part in config.parts(model.module)]
-    entering = [Site(start - 1, "resid")] if start else []
+    stretches = stretches_of(model, layer, config, max(row.width for row in rows))
+    entering = [Site(stretch.first - 1, "resid") if stretch.first else None for stretch in stretches]
     subject, asked, fact = (
         torch.tensor(values, device=device)
         for values in zip(*((row.subject, row.asked, row.fact) for row in rows), strict=True)
     )
+    lead, cuts = lead_of(model, rows)
+    cut = torch.tensor(cuts, device=device)
     run = model.run(
-        pad([row.ids for row in rows], model.tokenizer, device),
-        read=[*reads, *entering],
-        keep=asked if scored else 0,
+        pad([row.ids[count:] for row, count in zip(rows, cuts, strict=True)], model.tokenizer, device),
+        read=[*reads, *filter(None, entering)],
+        keep=asked - cut[:, None] if scored else 0,
         stop_after=None if scored else model.n_layers - 1,
+        prefix=lead,
         cache=True,
     )
     assert run.prefix is not None
     tokens = pad([row.ids[row.subject :] for row in rows], model.tokenizer, device)
     made = Pass(
         tokens=tokens,
-        prefix=run.prefix.before(subject, start) if subject.any() else None,
-        entering=_from(subject, run[entering[0]], tokens.ids.shape[1]) if entering else None,
+        prefix=run.prefix.before(subject, stretches[0].first) if subject.any() else None,
+        stretches=stretches,
+        entering=tuple(
+            None if site is None else _from(subject - cut, run[site], stretch.reach)
+            for site, stretch in zip(entering, stretches, strict=True)
+        ),
         asked=asked - subject[:, None],
         labels=None if scored else torch.tensor([row.labels for row in rows], device=device),
         clean=None if run.logits is None else run.logits[:, 0].float().log_softmax(-1),
@@ -130,7 +168,7 @@ def prepare(
         weight=torch.tensor([row.weight for row in rows], device=device),
     )
     bare = torch.tensor([row.prefix == 0 for row in rows], device=device)
-    states = [_from(subject, run[site], 1)[bare, 0].float() for site in reads]
+    states = [_from(subject - cut, run[site], 1)[bare, 0].float() for site in reads]
     return made, bare, torch.stack(states, 1)
 
 
@@ -139,7 +177,7 @@ def _from(
 ) -> Float[Tensor, "row width d_model"]:
     """The states from each row's own start on; what lies past the end repeats the last one."""
     at = starts[:, None] + torch.arange(width, device=starts.device)
-    return states.take_along_dim(at.clamp(max=states.shape[1] - 1)[..., None], 1)
+    return states[torch.arange(len(starts), device=starts.device)[:, None], at.clamp(max=states.shape[1] - 1)]
 
 
 def judge(
@@ -161,17 +199,33 @@ def judge(
 def _logits(
     model: Model, rows: Pass, layer: int, delta: Float[Tensor, "row part d_model"], config: TargetConfig
 ) -> Float[Tensor, "row token vocab"]:
-    start, entering, patches = resumes_at(model, layer, config), rows.entering, []
-    if start > layer:
+    state: Tensor | None = None
+    patches: list[Patch] = []
+    if rows.stretches[0].first > layer:
         # Nothing of the block that δ follows is left to compute, so δ goes into what the next one gets.
-        assert entering is not None
-        moved = entering[:, :1].float() + delta
-        entering = torch.cat([moved.to(entering.dtype), entering[:, 1:]], 1)
+        assert rows.entering[0] is not None
+        state = (rows.entering[0][:, :1].float() + delta).to(rows.entering[0].dtype)
     else:
         here = torch.zeros(len(rows), 1, dtype=torch.long, device=delta.device)
         sites = [Site(layer, part) for part in config.parts(model.module)]
         patches = [Patch(site, here, delta[:, [place]], add=True) for place, site in enumerate(sites)]
-    resume = Resume(start, entering) if entering is not None else None
-    run = model.run(rows.tokens, patches, resume=resume, prefix=rows.prefix, keep=rows.asked)
-    assert run.logits is not None, "this run was not stopped early"
-    return run.logits
+    for stretch, clean in zip(rows.stretches, rows.entering, strict=True):
+        if state is not None and clean is not None:
+            state = torch.cat([state, clean[:, state.shape[1] :]], 1)
+        end = Site(stretch.last, "resid")
+        ends = stretch is rows.stretches[-1]
+        entering = clean if state is None else state
+        run = model.run(
+            rows.tokens.first(stretch.reach),
+            patches if stretch.first <= layer else (),
+            read=() if ends else [end],
+            resume=None if entering is None else Resume(stretch.first, entering),
+            stop_after=None if ends else stretch.last,
+            prefix=rows.prefix,
+            keep=rows.asked if ends else 0,
+        )
+        if ends:
+            assert run.logits is not None, "this run was not stopped early"
+            return run.logits
+        state = run[end]
+    raise AssertionError("there is a last stretch")

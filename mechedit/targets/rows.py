@@ -11,12 +11,9 @@ from dataclasses import dataclass
 
 from mechedit.errors import InputError
 from mechedit.facts import EditRequest
-from mechedit.models import Model
+from mechedit.models import Model, spare_tokens
 from mechedit.prompts import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets.config import TargetConfig
-
-WORTH_A_PASS = {"cpu": 3e8, "cuda": 1e11}
-"""Operations a layer that take about as long as starting a pass does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +74,7 @@ def rows_of(
 
 def passes(model: Model, rows: Sequence[Row], pass_tokens: int) -> Iterator[list[Row]]:
     """Rows that run together: of like shape, as long as what padding wastes costs less than a pass."""
-    block = 2 * (4 * model.d_model**2 + 2 * model.d_model * model.d_mlp)
-    allowance = WORTH_A_PASS.get(model.device.type, WORTH_A_PASS["cuda"]) / block
+    allowance = spare_tokens(model)
     together: list[Row] = []
     wasted = 0
     for row in sorted(rows, key=lambda row: (len(row.asked), bool(row.labels), row.width)):

@@ -12,7 +12,7 @@ from itertools import groupby
 import pandas as pd
 import torch
 
-from mechedit.models import Model
+from mechedit.models import Model, spare_tokens
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import NoiseSource, Spread
 from mechedit.trace.memory import pass_rows
@@ -24,8 +24,6 @@ COLUMNS = (
     "fact", "kind", "window", "sever", "layer", "position", "token", "role",
     "metric", "score", "corrupted", "clean", "effect", "samples",
 )  # fmt: skip
-WORTH_A_BLOCK = {"cpu": 1.5e8, "cuda": 1e11}
-"""Operations that take about as long as starting the run of a block does."""
 
 
 def trace_group(
@@ -96,8 +94,7 @@ def _passes(cells: Sequence[Cell], scene: Scene) -> Iterator[list[Cell]]:
     """
     model = scene.model
     most = max(1, pass_rows(model, scene.facts[0], scene.config) // scene.samples)
-    block = 2 * (4 * model.d_model**2 + 2 * model.d_model * model.d_mlp)
-    allowance = model.n_layers * WORTH_A_BLOCK.get(model.device.type, WORTH_A_BLOCK["cuda"]) / block
+    allowance = model.n_layers * spare_tokens(model)
     together: list[Cell] = []
     for position, alike in groupby(sorted(cells, key=lambda cell: (cell.position, cell)), lambda cell: cell.position):
         some = list(alike)
