@@ -89,7 +89,7 @@ def test_the_plan_says_what_it_counts(lens_model: Any) -> None:
     square, strip = 8 * 96 * 96, 96 * 96 * 12
     assert plan.sums == 3 * square + strip
     assert plan.finished == 2 * square
-    assert plan.batch == 128 * (2 * 4 * 96 + 8 * 96 + 4 * (12 * 32 + 4 * 96 + 3 * 4 * 64))
+    assert plan.batch == 128 * (2 * 2 * 4 * 96 + 4 * 96 + 4 * (12 * 32 + 4 * 96 + 3 * 4 * 64))
     assert f"layers 0, 2 in one pass over the text: about {gib(plan.memory):.3g} GiB of memory" in str(plan)
     assert "a batch of 128 tokens" in str(plan)
     more = plan_moments(lens_model, [2, 0], MomentsConfig(batch_tokens=128), convergence=True)

@@ -21,8 +21,9 @@ from mechedit.artifacts import read_header
 from mechedit.cli import main
 from mechedit.errors import InputError
 from mechedit.moments import Convergence, MomentsConfig, collect_moments, collect_shard, load_moments, merge_moments
+from mechedit.moments.keys import KeyReader
 from mechedit.moments.parts import part_path, parts_folder
-from mechedit.moments.shards import Place, Share, batches, read_shards
+from mechedit.moments.shards import Place, Share, batches, pieces, read_shards
 
 TEXTS = [
     "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",
@@ -34,7 +35,7 @@ TEXTS = [
     "Edwin of Northumbria's religious values strongly emphasize Christianity.",
 ]
 LAYERS = [0, 2]
-OFTEN = MomentsConfig(batch_tokens=64, checkpoint_seconds=0)
+OFTEN = MomentsConfig(batch_tokens=40, checkpoint_seconds=0)
 """A checkpoint after each batch."""
 
 
@@ -46,9 +47,19 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mechedit.moments.parts.SPENT", float("inf"))
 
 
-def interrupted(model: Any, monkeypatch: pytest.MonkeyPatch, at: int, collect: Callable[[], Any]) -> int:
-    """Run `collect` with an interrupt in place of the model's run number `at`; how many runs there were."""
-    run, runs = model.run, [0]
+def interrupted(
+    model: Any, monkeypatch: pytest.MonkeyPatch, at: int, collect: Callable[[], Any], begins: list[int] | None = None
+) -> int:
+    """Run `collect` with an interrupt in place of the model's run number `at`; how many runs there were.
+
+    `begins` gets the number of each batch's first run.
+    """
+    run, runs, read = model.run, [0], KeyReader.read
+
+    def note(self: KeyReader, rows: Any) -> Any:
+        if begins is not None:
+            begins.append(runs[0] + 1)
+        return read(self, rows)
 
     def count(*args: Any, **kwargs: Any) -> Any:
         runs[0] += 1
@@ -58,6 +69,7 @@ def interrupted(model: Any, monkeypatch: pytest.MonkeyPatch, at: int, collect: C
 
     with monkeypatch.context() as patching:
         patching.setattr(model, "run", count)
+        patching.setattr(KeyReader, "read", note)
         if at:
             with pytest.raises(KeyboardInterrupt):
                 collect()
@@ -77,9 +89,11 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
 ) -> None:
     config = MomentsConfig(**{**vars(OFTEN), "tokens": tokens})
     whole = collect_moments(lens_model, TEXTS, LAYERS, config)
-    runs = interrupted(lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, TEXTS, LAYERS, config))
-    assert runs >= 4
+    begins: list[int] = []
+    runs = interrupted(lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, TEXTS, LAYERS, config), begins)
+    assert len(begins) >= 4
     for at in range(1, runs + 1):
+        begin = max(number for number in begins if number <= at)
         folder = tmp_path / str(at)
 
         def collect(folder: Path = folder) -> dict[int, Any]:
@@ -87,8 +101,8 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
 
         assert interrupted(lens_model, monkeypatch, at, collect) == at
         assert not list(folder.glob("moments/layer_*"))
-        assert len(list(parts_folder(folder).glob("*"))) == (0 if at == 1 else len(LAYERS))
-        assert interrupted(lens_model, monkeypatch, 0, collect) == runs - at + 1, "what was summed is not run again"
+        assert len(list(parts_folder(folder).glob("*"))) == (0 if begin == 1 else len(LAYERS))
+        assert interrupted(lens_model, monkeypatch, 0, collect) == runs - begin + 1, "what was summed is not run again"
         assert equal(load_moments(folder, LAYERS), whole)
         assert not parts_folder(folder).exists()
         assert {layer: moment.count for layer, moment in collect().items()} == {
@@ -273,8 +287,22 @@ def test_every_token_is_in_one_batch_of_one_shard(
         assert [row for part in found for row in shard.rows[part]] == shard.rows
         assert first in {0, *(part.stop for part in found)}, "what was summed up to a place is not split"
         for part in found:
-            widest = max(len(row) for row in shard.rows[part])
-            assert widest * (part.stop - part.start) <= max(batch_tokens, widest)
+            sizes = [len(row) for row in shard.rows[part]]
+            assert sum(sizes) <= max(batch_tokens, max(sizes))
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=20), spare=st.integers(0, 40), most=st.integers(1, 100))
+def test_pieces_hold_little_padding(sizes: list[int], spare: int, most: int) -> None:
+    rows = [[place] * size for place, size in enumerate(sorted(sizes, reverse=True))]
+    found = list(pieces(rows, spare, most))
+    assert [row for piece in found for row in piece] == rows
+    for piece, after in zip(found, [*found[1:], None], strict=True):
+        width = len(piece[0])
+        padding = [width * count - sum(len(row) for row in piece[:count]) for count in range(1, len(piece) + 1)]
+        assert len(piece) == 1 or (padding[-1] <= spare and width * len(piece) <= most)
+        if after:
+            more = width * (len(piece) + 1)
+            assert padding[-1] + width - len(after[0]) > spare or more > most, "it ends only where it must"
 
 
 def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:

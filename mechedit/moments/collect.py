@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.artifacts import check_provenance, read_header
 from mechedit.errors import InputError
-from mechedit.models import Model, Tokens
+from mechedit.models import Model
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence, Curve
 from mechedit.moments.curves import CurveFile
 from mechedit.moments.fitter import MomentFitter
+from mechedit.moments.keys import KeyReader
 from mechedit.moments.memory import MomentsPlan, plan_moments
 from mechedit.moments.moment import KEY, SecondMoment, load_moment, moment_path
 from mechedit.moments.parts import SAME_KEYS, Checkpoints, Part, check_part, clear_leftovers, load_part, part_path
 from mechedit.moments.shards import SHARD, WHOLE, Place, Shard, Share, batches, read_shards
 from mechedit.moments.texts import check_texts, load_texts, texts_hash
-from mechedit.prompts import pad
 
 
 def collect_moments(
@@ -180,34 +178,37 @@ class Job:
         """Read the text from where the sums stand to its end."""
         start = min(part.place for part in parts.values())
         checkpoints = Checkpoints(self.out, self.config.checkpoint_seconds)
+        reader = KeyReader(self.model, _read_layers(parts), self.plan.batch_tokens)
         shards = read_shards(self.model.tokenizer, self.texts, self.config, self.longest, self.share, start)
         with self.progress(start, min(part.fitter.count for part in parts.values())) as progress:
             for shard in shards:
                 self.begin_curves(shard, parts)
-                self.read_shard(shard, parts, start, checkpoints, progress)
+                self.read_shard(shard, parts, start, reader, checkpoints, progress)
         for part in parts.values():
             part.done = True
             if part.curve is not None:
                 part.curve.watch(part.fitter, final=True)
 
     def read_shard(
-        self, shard: Shard, parts: Mapping[int, Part], start: Place, checkpoints: Checkpoints, progress: Any
+        self,
+        shard: Shard,
+        parts: Mapping[int, Part],
+        start: Place,
+        reader: KeyReader,
+        checkpoints: Checkpoints,
+        progress: Any,
     ) -> None:
         """Add the rows of a shard that the sums do not hold yet."""
-        sites = [self.model.key_site(layer) for layer in _read_layers(parts)]
-        special = torch.tensor(self.model.tokenizer.all_special_ids or [-1], device=self.model.device)
         first = start.row if shard.index == start.shard else 0
         stops = {part.place.row for part in parts.values() if part.place.shard == shard.index}
         for rows in batches(shard, self.plan.batch_tokens, first, stops):
-            tokens = pad(shard.rows[rows], self.model.tokenizer, self.model.device)
-            counted = _counted(tokens, special).flatten().nonzero().squeeze(1)
-            run = self.model.run(tokens, read=sites, stop_after=sites[-1].layer)
-            for part in parts.values():
+            keys = reader.read(shard.rows[rows])
+            for layer, part in parts.items():
                 if part.place[:2] <= (shard.index, rows.start):
-                    keys = run[self.model.key_site(part.layer)].flatten(0, 1)
-                    part.fitter.update(keys.index_select(0, counted.to(keys.device))).check_finite(part.layer)
+                    part.fitter.update(keys[layer]).check_finite(layer)
                     part.place = Place(shard.index, rows.stop, shard.before)
-            progress.update(len(counted) if self.config.tokens else rows.stop - rows.start)
+            counted = len(next(iter(keys.values())))
+            progress.update(counted if self.config.tokens else rows.stop - rows.start)
             checkpoints.tick(parts.values())
         for part in parts.values():
             if part.curve is not None and part.place[:2] == (shard.index, len(shard.rows)):
@@ -290,10 +291,6 @@ def _job(
 def _read_layers(parts: Mapping[int, Part]) -> list[int]:
     """Layers whose keys are read together."""
     return sorted({layer for part in parts.values() for layer in part.read})
-
-
-def _counted(tokens: Tokens, special: Tensor) -> Bool[Tensor, "batch pos"]:
-    return tokens.mask.bool() & ~torch.isin(tokens.ids, special)
 
 
 def _same(path: Path, fields: Mapping[str, Any]) -> bool:

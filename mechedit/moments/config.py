@@ -16,7 +16,7 @@ class MomentsConfig:
     tokens: int | None = None
     """Stop after this many tokens (special ones not counted); None reads all texts."""
     batch_tokens: int = 8192
-    """Tokens in one forward pass, padding included; less needs less memory."""
+    """Tokens whose keys are held together, and most in one forward pass; less needs less memory."""
     memory: float | int | None = None
     """Most GiB that collecting may take beside the weights and the finished matrices (an estimate): with less,
     batches shrink and the layers are collected in several passes."""

@@ -22,7 +22,7 @@ class MomentsPlan:
     passes: tuple[tuple[int, ...], ...]
     """The layers that are collected together, each time in a pass over the text."""
     batch_tokens: int
-    """Tokens in one forward pass, padding included."""
+    """Tokens whose keys are held together, and most in one forward pass."""
     sums: int
     """Of the largest pass, in float64, with what a product and a snapshot need."""
     batch: int
@@ -99,9 +99,12 @@ def sum_bytes(model: Model, layers: int, convergence: bool) -> int:
 
 
 def batch_bytes(model: Model, layers: int, tokens: int, longest: int) -> int:
-    """The keys of some layers for a batch, a float32 copy of one layer's, and a block's activations."""
+    """The keys of some layers for a batch, as they are computed and as they are kept, and a block's activations.
+
+    One layer's keys are also there in float32.
+    """
     size, heads = model.dtype.itemsize, model.hf.config.get_text_config().num_attention_heads
-    keys = layers * size * model.d_key + (size + 4) * model.d_key
+    keys = (2 * layers * size + 4) * model.d_key
     block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + SCORE_COPIES * heads * longest)
     return tokens * (keys + block)
 

@@ -96,10 +96,25 @@ def batches(shard: Shard, batch_tokens: int, first: int, stops: Collection[int])
     A batch ends at a row in `stops`, so that no sum that has come so far counts a row twice.
     """
     while first < len(shard.rows):
-        end = first + max(1, batch_tokens // len(shard.rows[first]))
-        end = min([end, len(shard.rows), *(stop for stop in stops if stop > first)])
+        end, held = first, 0
+        while end < len(shard.rows) and (end == first or held + len(shard.rows[end]) <= batch_tokens):
+            held, end = held + len(shard.rows[end]), end + 1
+            if end in stops:
+                break
         yield slice(first, end)
         first = end
+
+
+def pieces(rows: Sequence[list[int]], spare: float | int, most: int) -> Iterator[Sequence[list[int]]]:
+    """Rows, longest first, that run together: as long as padding stays within `spare` tokens, and all within `most`."""
+    begin, wasted = 0, 0
+    for end, row in enumerate(rows):
+        width = len(rows[begin])
+        wasted += width - len(row)
+        if end > begin and (wasted > spare or width * (end - begin + 1) > most):
+            yield rows[begin:end]
+            begin, wasted = end, 0
+    yield rows[begin:]
 
 
 def _encoded(tokenizer: Any, texts: list[str], limit: int) -> list[list[int]]:
