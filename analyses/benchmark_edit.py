@@ -186,11 +186,13 @@ def moments(given: Setting) -> None:
         return {layer: moment.matrix for layer, moment in found.items()}
 
     def theirs() -> dict[int, Tensor]:
-        return {layer: given.published.moment(given.texts, layer) for layer in given.layers}
+        whole = given.arguments.whole
+        return {layer: given.published.moment(given.texts, layer, whole=whole) for layer in given.layers}
 
     duel = side_by_side(ours, theirs, given.device)
     error = max(off(duel.fast[layer], duel.slow[layer]) for layer in given.layers)
-    duel.report("moments", f"layers {given.layers}, {len(given.texts)} texts", error, given)
+    passes = "whole passes" if given.arguments.whole else "passes that end at their layer"
+    duel.report("moments", f"layers {given.layers}, {len(given.texts)} texts, published in {passes}", error, given)
     first, second = (duel.fast[layer] for layer in given.layers[:2])
     assert off(first, second) > 10 * error, "the layers' moments are alike, so equality says nothing"
 
@@ -365,6 +367,7 @@ def main() -> None:
     parser.add_argument("--target", type=int, help="layer of z, the last that is edited")
     parser.add_argument("--facts", type=int, default=64)
     parser.add_argument("--texts", type=int, help="how many the moments are timed on")
+    parser.add_argument("--whole", action="store_true", help="published moments by passes that do not end at a layer")
     parser.add_argument("--share", type=float, default=0.1, help="part of the facts, drawn, that the published z take")
     parser.add_argument("--edits", type=int, default=1000, help="facts edited end to end (not on gpt2)")
     parser.add_argument("--device", default="cpu")

@@ -104,14 +104,15 @@ class Published:
         return initial, (initial + delta).detach()
 
     @torch.no_grad()
-    def moment(self, texts: Sequence[str], layer: int) -> Tensor:
-        """E[k kᵀ] of one layer, in float32."""
+    def moment(self, texts: Sequence[str], layer: int, *, whole: bool = False) -> Tensor:
+        """E[k kᵀ] of one layer, in float32; with `whole` the passes go on to the logits, as a plain hook has it."""
         total, count, keys = torch.zeros(0), 0, torch.zeros(0)
 
         def stop(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal keys
             keys = inputs[0]
-            raise _Stopped
+            if not whole:
+                raise _Stopped
 
         with _hooks((self.projection(layer), stop)):
             for start in range(0, len(texts), TEXTS):
