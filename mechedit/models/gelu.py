@@ -1,4 +1,4 @@
-"""The tanh form of GELU, computed as x·σ(2u): several times quicker on a CPU than torch's own kernel."""
+"""The tanh form of GELU as x·σ(2u), out of quicker kernels than torch's: on a CPU half of its time, in place."""
 
 from __future__ import annotations
 
