@@ -6,7 +6,7 @@ need no special care (peers locate the subject by counting separately tokenised 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,19 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
     if not text.strip() or not ids:
         raise InputError(f"the object {text!r} gives no tokens; expected text that is not empty")
     return ids
+
+
+def pieces(rows: Sequence[list[int]], spare: float | int, most: int) -> Iterator[Sequence[list[int]]]:
+    """Rows, longest first, that run together: as long as padding stays within `spare` tokens, and all within `most`."""
+    begin, wasted = 0, 0
+    for end, row in enumerate(rows):
+        width = len(rows[begin])
+        wasted += width - len(row)
+        if end > begin and (wasted > spare or width * (end - begin + 1) > most):
+            yield rows[begin:end]
+            begin, wasted = end, 0
+    if rows:
+        yield rows[begin:]
 
 
 def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: Any = "cpu") -> Tokens:

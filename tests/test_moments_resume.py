@@ -21,9 +21,9 @@ from mechedit.artifacts import read_header
 from mechedit.cli import main
 from mechedit.errors import InputError
 from mechedit.moments import Convergence, MomentsConfig, collect_moments, collect_shard, load_moments, merge_moments
-from mechedit.moments.keys import KeyReader
 from mechedit.moments.parts import part_path, parts_folder
-from mechedit.moments.shards import Place, Share, batches, pieces, read_shards
+from mechedit.moments.reader import KeyReader
+from mechedit.moments.shards import Place, Share, batches, read_shards
 
 TEXTS = [
     "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",
@@ -289,20 +289,6 @@ def test_every_token_is_in_one_batch_of_one_shard(
         for part in found:
             sizes = [len(row) for row in shard.rows[part]]
             assert sum(sizes) <= max(batch_tokens, max(sizes))
-
-
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=20), spare=st.integers(0, 40), most=st.integers(1, 100))
-def test_pieces_hold_little_padding(sizes: list[int], spare: int, most: int) -> None:
-    rows = [[place] * size for place, size in enumerate(sorted(sizes, reverse=True))]
-    found = list(pieces(rows, spare, most))
-    assert [row for piece in found for row in piece] == rows
-    for piece, after in zip(found, [*found[1:], None], strict=True):
-        width = len(piece[0])
-        padding = [width * count - sum(len(row) for row in piece[:count]) for count in range(1, len(piece) + 1)]
-        assert len(piece) == 1 or (padding[-1] <= spare and width * len(piece) <= most)
-        if after:
-            more = width * (len(piece) + 1)
-            assert padding[-1] + width - len(after[0]) > spare or more > most, "it ends only where it must"
 
 
 def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.errors import InputError
-from mechedit.models import Model, Tokens
-from mechedit.prompts import pad
+from mechedit.models import Model, Tokens, spare_tokens
+from mechedit.prompts import pad, pieces
 
 
 def perplexity(model: Model, texts: Sequence[str], *, max_length: int = 1024, batch_tokens: int = 4096) -> float:
@@ -53,7 +53,8 @@ def surprises(
         raise InputError(f"none of the {len(texts)} texts has two tokens, expected text to predict; give more of it")
     order = [place for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])) if tokens[place]]
     losses, start = np.zeros(len(rows)), 0
-    for batch in tqdm(list(_batches([rows[place] for place in order], batch_tokens)), desc="perplexity", leave=False):
+    together = list(pieces([rows[place] for place in order], spare_tokens(model), batch_tokens))
+    for batch in tqdm(together, desc="perplexity", leave=False):
         found = _surprise(model, pad(batch, model.tokenizer, model.device)).sum(1, dtype=torch.float64)
         losses[order[start : start + len(batch)]] = found.cpu().numpy()
         start += len(batch)
@@ -68,12 +69,3 @@ def _surprise(model: Model, tokens: Tokens) -> Float[Tensor, "batch predicted"]:
     # The logits at position p predict token p + 1.
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].mT.float(), tokens.ids[:, 1:], reduction="none")
     return loss.where(tokens.mask[:, 1:].bool(), 0)
-
-
-def _batches(rows: Sequence[list[int]], batch_tokens: int) -> Iterator[Sequence[list[int]]]:
-    """Rows, longest first, as many together as `batch_tokens` allows (at least one)."""
-    start = 0
-    while start < len(rows):
-        end = start + max(1, batch_tokens // len(rows[start]))
-        yield rows[start:end]
-        start = end

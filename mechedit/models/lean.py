@@ -223,7 +223,7 @@ class _Block:
         if mask is not None and self.kept is not None:
             mask = _chosen_queries(mask, self.kept)
         if mask is not None and torch.is_grad_enabled():
-            # For rows this short the fused kernel's way back takes twice as long as that of two batched products.
+            # For rows this short the fused kernel's way back takes longer than that of two batched products.
             scaled = queries if heads.scale == 1 else queries * heads.scale
             found = torch.matmul(scaled, keys.mT).add_(mask).softmax(-1) @ values
         else:

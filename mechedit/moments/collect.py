@@ -17,10 +17,10 @@ from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence, Curve
 from mechedit.moments.curves import CurveFile
 from mechedit.moments.fitter import MomentFitter
-from mechedit.moments.keys import KeyReader
 from mechedit.moments.memory import MomentsPlan, plan_moments
 from mechedit.moments.moment import KEY, SecondMoment, load_moment, moment_path
 from mechedit.moments.parts import SAME_KEYS, Checkpoints, Part, check_part, clear_leftovers, load_part, part_path
+from mechedit.moments.reader import KeyReader
 from mechedit.moments.shards import SHARD, WHOLE, Place, Shard, Share, batches, read_shards
 from mechedit.moments.texts import check_texts, load_texts, texts_hash
 

@@ -105,18 +105,6 @@ def batches(shard: Shard, batch_tokens: int, first: int, stops: Collection[int])
         first = end
 
 
-def pieces(rows: Sequence[list[int]], spare: float | int, most: int) -> Iterator[Sequence[list[int]]]:
-    """Rows, longest first, that run together: as long as padding stays within `spare` tokens, and all within `most`."""
-    begin, wasted = 0, 0
-    for end, row in enumerate(rows):
-        width = len(rows[begin])
-        wasted += width - len(row)
-        if end > begin and (wasted > spare or width * (end - begin + 1) > most):
-            yield rows[begin:end]
-            begin, wasted = end, 0
-    yield rows[begin:]
-
-
 def _encoded(tokenizer: Any, texts: list[str], limit: int) -> list[list[int]]:
     if not texts:
         return []

@@ -209,23 +209,21 @@ def _logits(
         here = torch.zeros(len(rows), 1, dtype=torch.long, device=delta.device)
         sites = [Site(layer, part) for part in config.parts(model.module)]
         patches = [Patch(site, here, delta[:, [place]], add=True) for place, site in enumerate(sites)]
+    logits: Tensor | None = None
     for stretch, clean in zip(rows.stretches, rows.entering, strict=True):
         if state is not None and clean is not None:
             state = torch.cat([state, clean[:, state.shape[1] :]], 1)
-        end = Site(stretch.last, "resid")
-        ends = stretch is rows.stretches[-1]
         entering = clean if state is None else state
+        end, goes_on = Site(stretch.last, "resid"), stretch.last < model.n_layers - 1
         run = model.run(
             rows.tokens.first(stretch.reach),
             patches if stretch.first <= layer else (),
-            read=() if ends else [end],
+            read=[end] if goes_on else (),
             resume=None if entering is None else Resume(stretch.first, entering),
-            stop_after=None if ends else stretch.last,
+            stop_after=stretch.last if goes_on else None,
             prefix=rows.prefix,
-            keep=rows.asked if ends else 0,
+            keep=0 if goes_on else rows.asked,
         )
-        if ends:
-            assert run.logits is not None, "this run was not stopped early"
-            return run.logits
-        state = run[end]
-    raise AssertionError("there is a last stretch")
+        state, logits = run.values.get(end), run.logits
+    assert logits is not None, "the last stretch is not stopped early"
+    return logits

@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechedit.models import Model, Tokens, spare_tokens
-from mechedit.moments.shards import pieces
-from mechedit.prompts import pad
+from mechedit.prompts import pad, pieces
 
 
 class KeyReader:
