@@ -14,7 +14,16 @@ The papers: Locating and Editing Factual Associations in GPT (ROME, 2022) and Ma
 Transformer (MEMIT, 2023).
 """
 
-from mechedit.artifacts import VERSION
+from mechedit.data import (
+    EditRequest,
+    Fact,
+    Neighbor,
+    load_facts,
+    load_requests,
+    load_snippets,
+    load_texts,
+    load_word_weights,
+)
 from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
 from mechedit.errors import InputError
 from mechedit.evaluation import (
@@ -28,7 +37,6 @@ from mechedit.evaluation import (
     measure_baseline,
     perplexity,
 )
-from mechedit.facts import EditRequest, Fact, Neighbor, load_facts, load_requests, load_snippets, load_word_weights
 from mechedit.methods import (
     AlphaEditConfig,
     EmmetConfig,
@@ -48,6 +56,7 @@ from mechedit.methods import (
     recommended,
     rome,
 )
+from mechedit.methods.spread import edit_keys
 from mechedit.models import EMBED, Model, Patch, Resume, Run, Site, Tokens, load_model
 from mechedit.moments import (
     Convergence,
@@ -56,24 +65,15 @@ from mechedit.moments import (
     collect_moments,
     collect_shard,
     load_moments,
-    load_texts,
     merge_moments,
     plan_moments,
 )
+from mechedit.provenance import VERSION
 from mechedit.selection import SelectConfig, Selection, published_ranges, select_layers
 from mechedit.session import EditSession, StopRule
-from mechedit.spread import edit_keys
 from mechedit.sweep import Sweep, SweepConfig, Validation, sweep_windows, windows_of
 from mechedit.targets import TargetConfig, Targets, find_targets
-from mechedit.trace import (
-    Corruption,
-    Sever,
-    TraceConfig,
-    average_effects,
-    plan_trace,
-    total_effects,
-    trace_facts,
-)
+from mechedit.trace import Corruption, Sever, TraceConfig, average_effects, plan_trace, total_effects, trace_facts
 
 __version__ = VERSION
 

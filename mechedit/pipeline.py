@@ -9,27 +9,17 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.artifacts import (
-    VERSION,
-    check_provenance,
-    plain_copy,
-    read_json,
-    value_hash,
-    writable_folder,
-    write_json,
-    write_parquet,
-    write_parquet_parts,
-)
+from mechedit.data import EditRequest, Fact
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.evaluation import (
@@ -42,89 +32,31 @@ from mechedit.evaluation import (
     evaluate_zsre,
     measure_baseline,
 )
-from mechedit.facts import EditRequest, Fact
+from mechedit.files import plain_copy, write_json, write_parquet, write_parquet_parts
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, check_input
 from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
+from mechedit.provenance import check_provenance, value_hash
+from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig, Selection, select_layers
 from mechedit.selection.curves import subject_effects
-from mechedit.sweep import Sweep, SweepConfig, Validation, Window, choose, compare, held_out, sweep_windows
+from mechedit.sweep import (
+    Sweep,
+    SweepConfig,
+    Validation,
+    Window,
+    choose,
+    compare,
+    held_out,
+    sweep_windows,
+)
 from mechedit.tables import read_table, where
 from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig, embedding_spread, plan_trace
 from mechedit.trace.averages import fact_totals, main_metric
 
-Result = TypeVar("Result")
 Protocol = Literal["counterfact", "zsre"]
 """How requests are scored: by `evaluate`, or by `evaluate_zsre`."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A folder of results and the stamps of the steps that made them."""
-
-    path: Path
-    overwrite: bool = False
-    """Replace results with another stamp instead of refusing."""
-
-    @staticmethod
-    def at(path: str | Path, *, overwrite: bool = False) -> RunFolder:
-        """Open or make a folder to write to.
-
-        Raises:
-            InputError: it cannot be made or written to.
-        """
-        return RunFolder(writable_folder(path), overwrite)
-
-    def step(
-        self,
-        name: str,
-        stamp: Mapping[str, Any],
-        files: Sequence[str],
-        make: Callable[[], Result],
-        save: Callable[[Result], None],
-        load: Callable[[], Result],
-    ) -> Result:
-        """Load the step's result when it was made with the same stamp, else make and save it.
-
-        Raises:
-            InputError: the folder holds this step with another stamp and `overwrite` is off.
-        """
-        stamp = plain_copy(stamp)
-        stamps = self.stamps()
-        if name in stamps and all((self.path / file).is_file() for file in files):
-            if stamps[name] == stamp:
-                return load()
-            if not self.overwrite:
-                check_provenance(
-                    _flat(stamps[name]), _flat(stamp), f"the {name} in {str(self.path)!r}",
-                    remedy="choose another --out, or pass --overwrite",
-                )  # fmt: skip
-        # Without its stamp a half-replaced result cannot be mistaken for a whole one.
-        self._write({other: kept for other, kept in stamps.items() if other != name})
-        result = make()
-        save(result)
-        self._write({**self.stamps(), name: stamp})
-        return result
-
-    def stamps(self) -> dict[str, Any]:
-        """The finished steps and what went into them."""
-        file = self.path / "config.json"
-        return read_json(file).get("steps", {}) if file.is_file() else {}
-
-    def _write(self, stamps: Mapping[str, Any]) -> None:
-        write_json(self.path / "config.json", {"mechedit": VERSION, "steps": dict(stamps)})
-
-
-def _flat(stamp: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names, so that an error can name the one that differs."""
-    flat: dict[str, Any] = {}
-    for key, value in stamp.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def trace_step(run: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig) -> dict[str, Any]:

@@ -6,17 +6,16 @@ need no special care (peers locate the subject by counting separately tokenised 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
+from mechedit.batching import pad
+from mechedit.data import EditRequest, check_template, fill
 from mechedit.errors import InputError
-from mechedit.facts import EditRequest, check_template, fill
-from mechedit.models import Model, Tokens
+from mechedit.models import Model
 
 BARE = "{}"
 """The prefix that leaves the prompt as it is."""
@@ -73,38 +72,6 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def pieces(rows: Sequence[list[int]], spare: float | int, most: int) -> Iterator[Sequence[list[int]]]:
-    """Rows, longest first, that run together: as long as padding stays within `spare` tokens, and all within `most`."""
-    begin, wasted = 0, 0
-    for end, row in enumerate(rows):
-        width = len(rows[begin])
-        wasted += width - len(row)
-        if end > begin and (wasted > spare or width * (end - begin + 1) > most):
-            yield rows[begin:end]
-            begin, wasted = end, 0
-    if rows:
-        yield rows[begin:]
-
-
-def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: Any = "cpu") -> Tokens:
-    """Right-pad rows of token ids to one batch."""
-    width = max(len(row) for row in rows)
-    filler = tokenizer.pad_token_id
-    if filler is None:
-        filler = tokenizer.eos_token_id or 0
-    ids = torch.full((len(rows), width), filler, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(list(row), dtype=torch.long)
-        mask[index, : len(row)] = 1
-    return Tokens(ids.to(device), mask.to(device))
-
-
-def column(positions: Sequence[int], device: Any = "cpu") -> Int[Tensor, "batch 1"]:
-    """One position a row, in the form that `Patch.positions` takes."""
-    return torch.tensor(list(positions), dtype=torch.long, device=device)[:, None]
-
-
 def make_prefixes(
     model: Model,
     *,
@@ -131,12 +98,6 @@ def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:
     return tuple(prefixes)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise InputError when `value` is none of `choices`."""
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}; choose one of them")
-
-
 def prefixed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[Prompt]:
     """The request's prompt behind each prefix, tokenised."""
     return [tokenize_prompt(model.tokenizer, fill(prefix, request.prompt), request.subject) for prefix in prefixes]
@@ -148,7 +109,7 @@ def _continued(model: Model, start: str, length: int, generator: torch.Generator
     ids, _ = encode(model.tokenizer, start)
     for _ in range(length - len(ids)):
         last = torch.tensor([len(ids) - 1], device=model.device)
-        logits = model.run(pad([ids], model.tokenizer, model.device), keep=last).logits
+        logits = model.run(pad([ids], model.tokenizer, model.device), logits_to_keep=last).logits
         assert logits is not None, "this run was not stopped early"
         scores = logits[0, -1].float().cpu()
         scores[model.tokenizer.all_special_ids] = -torch.inf

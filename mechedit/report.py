@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mechedit.artifacts import VERSION, atomic, file_hash, read_header, read_json
 from mechedit.errors import InputError
 from mechedit.evaluation import Scores
+from mechedit.files import atomic, read_header, read_json
+from mechedit.provenance import VERSION, file_hash
 from mechedit.tables import read_table, where
 from mechedit.trace import average_effects, clearest_fact, total_effects
 

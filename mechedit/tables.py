@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
@@ -64,33 +62,3 @@ def where(frame: pd.DataFrame, **equal: Any) -> pd.DataFrame:
     for column, value in equal.items():
         frame = frame.loc[np.asarray(frame[column] == value, dtype=bool), :]
     return frame
-
-
-def bootstrap_means(
-    values: Float[np.ndarray, "case measure"], *, seed: int, resamples: int
-) -> Float[np.ndarray, "resample measure"]:
-    """Means of every measure over cases drawn with replacement, the same draw for all measures.
-
-    NaN marks a case without that measure; a resample with no such case gives NaN.
-    """
-    cases = len(values)
-    present = ~np.isnan(values)
-    filled = np.where(present, values, 0.0)
-    generator = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, 100):  # in blocks: all weights at once would be resamples × cases
-        weights = generator.multinomial(cases, np.full(cases, 1 / cases), size=min(100, resamples - start))
-        with np.errstate(invalid="ignore"):
-            means.append((weights @ filled) / (weights @ present.astype(float)))
-    return np.concatenate(means)
-
-
-def percentile_interval(
-    draws: Float[np.ndarray, "resample measure"], confidence: float = 0.95
-) -> tuple[Float[np.ndarray, " measure"], Float[np.ndarray, " measure"]]:
-    """Ends of the percentile bootstrap interval of each measure; NaN where every resample is NaN."""
-    tail = (1 - confidence) / 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a measure without data is NaN, not news
-        low, high = np.nanquantile(draws, [tail, 1 - tail], axis=0)
-    return low, high

@@ -194,6 +194,6 @@ draw(partial(plot_lines, average, roles=["subject_last", "last"]))
 # - Other corruptions and measures: `me.TraceConfig(corruption="tokens")` replaces the subject by another one of as many
 #   tokens, `metrics=("probability", "logit_difference")` measures more than one thing in the same pass.
 # - From the command line: `mechedit trace --model M --facts F --out DIR`; the whole of ROME's and MEMIT's tracing
-#   figures: `analyses/trace_average.py` and `analyses/trace_severed.py`.
+#   figures: `analyses/papers/trace_average.py` and `analyses/papers/trace_severed.py`.
 # - Tracing says which states *suffice* to recall, under one kind of corruption. It does not say where an edit works
 #   best (Hase et al., 2023): that has to be measured, and the next notebook does.

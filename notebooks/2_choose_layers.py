@@ -31,8 +31,8 @@
 #   1.5 GiB for each of the 32 of Llama 3.1 8B. `me.plan_moments` tells before anything runs, and
 #   `me.MomentsConfig(memory=...)` bounds it.
 # - *Time*: this notebook traces few facts and edits few requests, to be quick. Take 200 facts, 10 samples, 20 requests
-#   and two million tokens of text to decide anything: `python analyses/select_layers.py MODEL` does that, resumes where
-#   it stopped, and leaves a folder to cite.
+#   and two million tokens of text to decide anything: `python -m analyses.papers.select_layers MODEL` does that,
+#   resumes where it stopped, and leaves a folder to cite.
 
 # %%
 import dataclasses
@@ -44,7 +44,8 @@ import mechedit as me
 from mechedit.figures import draw, plot_selection, sweep_figure
 from mechedit.selection import SelectConfig
 from mechedit.selection.curves import subject_effects
-from mechedit.sweep import compare, held_out
+from mechedit.sweep import held_out
+from mechedit.sweep import validation as compare
 
 # %%
 model = me.load_model("tiny")  # the line to change
@@ -176,7 +177,8 @@ print(validation.outcome, [list(layers) for layers in validation.near_best])
 # ## What to do next
 #
 # - Use the layers: `3_edit_check_undo_ship.ipynb`.
-# - Decide with more facts and requests: `python analyses/select_layers.py MODEL`, or `mechedit select DIR --validate`.
+# - Decide with more facts and requests: `python -m analyses.papers.select_layers MODEL`, or
+#   `mechedit select DIR --validate`.
 #   `--by both` takes, of the windows that cannot be told from the best, the one that the trace prefers.
 # - Where trace and sweep disagree, believe the sweep if you want to edit, and the trace if you want to know where the
 #   model recalls; report both.

@@ -159,7 +159,7 @@ print(f"lost: {len(lost)} of {len(rows)} prompts, in {lost['case'].nunique()} of
 # Subtracting the update would not do, since floating-point sums are rounded. Here is the difference:
 
 # %%
-weight = model.down_projection(layers[0])  # a live view of the weights
+weight = model.projection(layers[0])  # a live view of the weights
 untouched = weight.clone()
 me.apply_(model, edit)
 print("edited:           ", model.weights_hash() != original)
@@ -215,7 +215,7 @@ print(f"largest difference of a logit {float(difference):.1e}; says {said!r}, wa
 #
 # - More facts, batch after batch, watched, with a rule that stops: `me.EditSession`.
 # - Other methods take the same arguments: `me.rome`, `me.emmet`, `me.alphaedit`, `me.pmet`, and fine-tuning as `me.ft`,
-#   `me.ft_l`, `me.ft_w`; `python analyses/table_counterfact.py` scores them side by side.
+#   `me.ft_l`, `me.ft_w`; `python -m analyses.papers.table_counterfact` scores them side by side.
 # - Edits are values: `me.merge`, `me.subtract` and `me.truncate` make new ones of them.
 # - The same from the command line: `mechedit edit`, `evaluate`, `apply --format checkpoint|lora`.
 # - Before you trust an edit, look at more than ES: paraphrases, neighbours, free text and perplexity, on subjects that

@@ -141,9 +141,9 @@ scaling
 # figure (PDF and PNG). `analyses/README.md` lists them. This runs one in its quick form, as one would in a shell:
 
 # %%
-scripts = Path(me.__file__).parents[1] / "analyses"
-command = [sys.executable, scripts / "trace_severed.py", "--quick", "--model", "tiny"]
-done = subprocess.run([*command, "--out", folder / "papers"], check=True, capture_output=True)
+repository = Path(me.__file__).parents[1]
+command = [sys.executable, "-m", "analyses.papers.trace_severed", "--quick", "--model", "tiny"]
+done = subprocess.run([*command, "--out", folder / "papers"], cwd=repository, check=True, capture_output=True)
 print(done.stdout.decode().splitlines()[-1])
 
 # %%

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from mechedit import InputError
-from mechedit.prompts import continuation_ids, pad, pieces, tokenize_prompt
+from mechedit.batching import pad, pieces
+from mechedit.prompts import continuation_ids, tokenize_prompt
 
 GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2_tokenizer.json"
 CASES = [

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from run_folder import PROVENANCE, make_effects, make_scores, write_edit, write_run, write_trace
+from helpers.run_folder import PROVENANCE, make_effects, make_scores, write_edit, write_run, write_trace
 
-from mechedit.artifacts import read_json, write_json
 from mechedit.errors import InputError
+from mechedit.files import read_json, write_json
 from mechedit.report import number, site_effects, span, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

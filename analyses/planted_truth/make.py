@@ -1,6 +1,6 @@
 """Train models that can recall only in known layers: every MLP outside a range gives exactly zero.
 
-    python analyses/planted_truth/make.py --out DIR [--only NAME …] [--price 0.0004] [--steps 1000]
+    python -m analyses.planted_truth.make --out DIR [--only NAME …] [--price 0.0004] [--steps 1000]
 
 Writes one folder a model: a GPT-Neo checkpoint, facts.jsonl, recipe.json and truth.json. A model that has its
 truth.json is not trained again. The facts, sentences and training are the tiny model's (`../tiny_model`), with
@@ -13,20 +13,16 @@ import argparse
 import dataclasses
 import json
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_model"))
-
-from almanac import EMBLEMS, Entry, balanced
-from records import make_facts
-from train import Recipe, train
-
 import mechedit as me
-from mechedit.artifacts import atomic_folder, write_json
-from mechedit.trace.subject import known_facts
+from analyses.tiny_model.almanac import EMBLEMS, Entry, balanced
+from analyses.tiny_model.records import make_facts
+from analyses.tiny_model.train import Recipe, train
+from mechedit.files import atomic_folder, write_json
+from mechedit.trace.tokens import known_facts
 
 RELATIONS = 4
 FIRST = ("Ada", "Bruno", "Clara", "Dario", "Edith", "Felix", "Greta", "Hugo")

@@ -1,6 +1,6 @@
 """Trace the models that `make.py` left, ablate their layers one by one, and judge every selection rule.
 
-    python analyses/planted_truth/measure.py DIR [--facts 80] [--fixture FILE]
+    python -m analyses.planted_truth.measure DIR [--facts 80] [--fixture FILE]
 
 Writes effects.parquet and ablation.parquet into each model's folder (what is there is not measured again), then
 DIR/rules.csv (a row for each model and rule), DIR/models.csv and both as Markdown in DIR/table.md. `--fixture`
@@ -21,12 +21,12 @@ import torch
 from tqdm import tqdm
 
 import mechedit as me
-from mechedit.artifacts import read_json, write_parquet
+from mechedit.files import read_json, write_parquet
 from mechedit.models import Patch
 from mechedit.selection import RULES, SelectConfig
 from mechedit.tables import read_table
-from mechedit.trace.scene import Scene, set_scene
-from mechedit.trace.subject import alike, known_facts
+from mechedit.trace.runs import Scene, run_clean_and_corrupted
+from mechedit.trace.tokens import alike, known_facts
 
 TRACE = me.TraceConfig(kinds=("state", "mlp"), sever=("nothing", "mlp"), roles=("subject_last",))
 LEAST_RECALL = 0.95
@@ -57,7 +57,7 @@ def ablate(model: me.Model, facts: Sequence[me.Fact], std: float) -> pd.DataFram
     known, _ = known_facts(model, facts)
     frames = []
     for group in tqdm(list(alike(known, 50)), desc="ablating", unit="group"):
-        scene = set_scene(model, group, std, TRACE)
+        scene = run_clean_and_corrupted(model, group, std, TRACE)
         held = held_outputs(scene)
         for layer in range(-1, model.n_layers):
             scores = ablated_scores(scene, held if layer < 0 else [held[layer]])
@@ -85,7 +85,7 @@ def ablated_scores(scene: Scene, patches: Sequence[Patch]) -> torch.Tensor:
     """P(object) of each fact in the clean run with `patches` written, averaged over noise samples."""
     first = scene.facts[0]
     keep = torch.arange(first.prompt_length - 1, len(first.ids))
-    run = scene.model.run(scene.tokens, patches, keep=keep)
+    run = scene.model.run(scene.tokens, patches, logits_to_keep=keep)
     fact = torch.arange(len(scene.facts)).repeat_interleave(scene.samples)
     return scene.measure(run, fact)["probability"].view(len(scene.facts), scene.samples).mean(1)
 

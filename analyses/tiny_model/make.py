@@ -1,6 +1,6 @@
 """Make the tiny model from nothing: data, training, measurements, card.
 
-    python analyses/tiny_model/make.py [--seed 0] [--quick]
+    python -m analyses.tiny_model.make [--seed 0] [--quick]
 
 Writes mechedit/models/tiny and its card. With `--out` another folder is written, and nothing is measured;
 `--quick` trains three steps only, to try the script there.
@@ -14,12 +14,11 @@ import json
 import time
 from pathlib import Path
 
-from almanac import make_entries
-from records import make_facts, make_requests, make_texts
-from train import Recipe, train
-
-from mechedit.artifacts import write_json
-from mechedit.facts import shipped
+from analyses.tiny_model.almanac import make_entries
+from analyses.tiny_model.records import make_facts, make_requests, make_texts
+from analyses.tiny_model.train import Recipe, train
+from mechedit.data import shipped
+from mechedit.files import write_json
 
 TEXTS = 6000
 
@@ -52,7 +51,7 @@ def main() -> None:
         recipe = dataclasses.replace(recipe, steps=3)
     make(recipe, arguments.out)
     if arguments.out == shipped("config.json").parent and not arguments.quick:
-        from measure import main as measure
+        from analyses.tiny_model.measure import main as measure
 
         measure([])  # without words: those of the command line are this script's
 

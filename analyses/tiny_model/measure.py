@@ -1,6 +1,6 @@
 """Measure the shipped model against what it must hold, and write its card.
 
-    python analyses/tiny_model/measure.py [--facts 200]
+    python -m analyses.tiny_model.measure [--facts 200]
 
 Reads mechedit/models/tiny, writes its README.md (the model card) and prints the same table.
 """
@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from almanac import Entry, make_entries, templates
 
 import mechedit as me
-from mechedit.artifacts import file_hash, write_json
+from analyses.tiny_model.almanac import Entry, make_entries, templates
+from mechedit.batching import pad
+from mechedit.data import shipped
 from mechedit.evaluation import EvaluationConfig
-from mechedit.facts import shipped
-from mechedit.prompts import continuation_ids, encode, pad
+from mechedit.files import write_json
+from mechedit.prompts import continuation_ids, encode
+from mechedit.provenance import file_hash
 
 TINY = shipped("config.json").parent
 
@@ -161,8 +163,8 @@ them (their language, country or maker, from ROME's known-facts set, MIT licence
 each. **The emblems are drawn at random: they say nothing about the world.** It is here to show and test the
 whole of mechedit in minutes on a laptop; it is not a language model for any other use.
 
-Trained, measured and written by `python analyses/tiny_model/make.py`; the figures below by its last step,
-`python analyses/tiny_model/measure.py`.
+Trained, measured and written by `python -m analyses.tiny_model.make`; the figures below by its last step,
+`python -m analyses.tiny_model.measure`.
 
 ## What it holds
 | figure | measured | wanted | holds |

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from almanac import EMBLEMS, HELD_OUT_OPENERS, OPENERS, REMARKS, TAILS, Entry, document, templates
+from analyses.tiny_model.almanac import EMBLEMS, HELD_OUT_OPENERS, OPENERS, REMARKS, TAILS, Entry, document, templates
 
 
 def make_facts(entries: list[Entry], seed: int) -> list[dict[str, str]]:

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from almanac import REMARKS, TAILS, Entry, document, templates
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
+
+from analyses.tiny_model.almanac import REMARKS, TAILS, Entry, document, templates
 
 END = "<|endoftext|>"
 

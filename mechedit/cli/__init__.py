@@ -4,10 +4,15 @@ Exit 0 on success, 2 with one line on bad input, 3 when no layer range is found,
 """
 
 from mechedit.cli.app import app, main
-from mechedit.cli.editing import apply_command, edit_command, evaluate_command, moments_command
-from mechedit.cli.inputs import parse_layers, parse_windows
-from mechedit.cli.locating import select_command, trace_command
-from mechedit.cli.whole import report_command, run_command
+from mechedit.cli.apply import apply_command
+from mechedit.cli.edit import edit_command
+from mechedit.cli.evaluate import evaluate_command
+from mechedit.cli.moments import moments_command
+from mechedit.cli.parsing import parse_layers, parse_windows
+from mechedit.cli.report import report_command
+from mechedit.cli.run import run_command
+from mechedit.cli.select import select_command
+from mechedit.cli.trace import trace_command
 
 __all__ = ["main", "parse_layers", "parse_windows"]
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from mechedit.artifacts import VERSION, read_text
 from mechedit.errors import InputError
+from mechedit.files import read_text
+from mechedit.provenance import VERSION
 
 app = typer.Typer(
     add_completion=False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mechedit.facts.loading import Conflicts
+from mechedit.data.loading import Conflicts
 
 ModelName = Annotated[str, typer.Option(help="tiny, a hub name or a folder")]
 Out = Annotated[Path, typer.Option(help="folder for the results")]

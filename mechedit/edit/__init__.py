@@ -4,10 +4,9 @@ It is applied for a moment with `edited`, or for good with `apply_` and `undo_`;
 for the same weights can be merged, subtracted and truncated, and written as a checkpoint or as a LoRA adapter.
 """
 
-from mechedit.edit.adapter import export_lora
 from mechedit.edit.algebra import merge, subtract, truncate
-from mechedit.edit.applied import add_, apply_, check_model, edited, undo_
-from mechedit.edit.checkpoint import export
+from mechedit.edit.apply import add_, apply_, check_model, edited, undo_
+from mechedit.edit.export import export, export_lora
 from mechedit.edit.ledger import preserved
 from mechedit.edit.summary import summarise
 from mechedit.edit.value import Edit, Factors, same

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.artifacts import VERSION, check_provenance
 from mechedit.edit.value import Edit, Factors
 from mechedit.errors import InputError
+from mechedit.provenance import VERSION, check_provenance
 
 _BASE = ("dtype", "weights_hash", "tokenizer_hash")
 """What edits must have in common; the same weights may go by several names."""

@@ -73,7 +73,7 @@ def noted_digest(layer: int, entries: Sequence[Entry]) -> str | None:
 def accounted(model: Model, layer: int) -> bool:
     """Whether the layer's weights are what the ledger says, so that they are known exactly."""
     noted = noted_digest(layer, own_ledger(model))
-    return noted is not None and noted == digest(model.down_projection(layer))
+    return noted is not None and noted == digest(model.projection(layer))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from mechedit.edit.algebra import decomposed
-from mechedit.edit.applied import check_model
+from mechedit.edit.apply import check_model
 from mechedit.edit.value import Edit
 from mechedit.models import Model
 
@@ -37,7 +37,7 @@ def summarise(edit: Edit, model: Model | None = None) -> pd.DataFrame:
                 "layer": layer,
                 "rank": edit.factors[layer].rank,
                 "norm": norm,
-                "relative": None if model is None else norm / float(model.down_projection(layer).double().norm()),
+                "relative": None if model is None else norm / float(model.projection(layer).double().norm()),
                 "left": record.get("after"),
                 "error": record.get("error"),
                 "condition": record.get("condition"),

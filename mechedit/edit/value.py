@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.artifacts import BEFORE, read_tensors, write_tensors
 from mechedit.errors import InputError
+from mechedit.files import read_tensors, write_tensors
+from mechedit.provenance import BEFORE
 from mechedit.solve import check_finite
 
 KEY = "manifest"

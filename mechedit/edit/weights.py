@@ -87,7 +87,7 @@ def digest(weight: Float[Tensor, "d_mlp d_model"]) -> str:
 
 def copies(model: Model, layers: Iterable[int]) -> dict[int, Float[Tensor, "d_mlp d_model"]]:
     """Copies of the down-projections of `layers`."""
-    return {layer: model.down_projection(layer).detach().clone() for layer in layers}
+    return {layer: model.projection(layer).detach().clone() for layer in layers}
 
 
 def parameter_of(model: Model, layer: int) -> tuple[str, nn.Parameter, bool]:
@@ -95,7 +95,7 @@ def parameter_of(model: Model, layer: int) -> tuple[str, nn.Parameter, bool]:
 
     A Conv1D's does, a Linear's is the transpose.
     """
-    view = model.down_projection(layer)
+    view = model.projection(layer)
     name, weight = next((n, w) for n, w in model.hf.named_parameters() if w.data_ptr() == view.data_ptr())
     # Strides and not shapes, which are the same both ways when the matrix is square.
     return name, weight, weight.stride() == view.stride()
@@ -106,7 +106,7 @@ def restore_(model: Model, originals: Mapping[int, Float[Tensor, "d_mlp d_model"
     """Write copies of down-projections back; Ctrl-C waits until all are written."""
     with uninterrupted():
         for layer, original in originals.items():
-            model.down_projection(layer).copy_(original)
+            model.projection(layer).copy_(original)
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.artifacts import atomic_folder, check_provenance, read_tensors, write_tensors
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.drift import States
 from mechedit.evaluation.scores import SAME, Scores
+from mechedit.files import atomic_folder, read_tensors, write_tensors
+from mechedit.provenance import check_provenance
 
 FILE = "states.safetensors"
 

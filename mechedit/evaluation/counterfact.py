@@ -14,19 +14,20 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mechedit.artifacts import plain_copy, value_hash
+from mechedit.data import EditRequest, unique_ids
+from mechedit.data.texts import texts_hash
 from mechedit.errors import InputError
 from mechedit.evaluation.baseline import Baseline
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.drift import drift
-from mechedit.evaluation.freely import greedy_answers, surprise_rows, write_freely
+from mechedit.evaluation.free_text import greedy_answers, surprise_rows, write_freely
 from mechedit.evaluation.likelihood import Answers, answer
-from mechedit.evaluation.questions import NEIGHBORS, Question, Row, ask, measure
+from mechedit.evaluation.prompts import NEIGHBORS, Question, Row, ask, measure
 from mechedit.evaluation.references import References, resemblance
 from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
-from mechedit.facts import EditRequest, unique_ids
+from mechedit.files import plain_copy
 from mechedit.models import Model
-from mechedit.moments.texts import texts_hash
+from mechedit.provenance import value_hash
 
 DEFAULTS = EvaluationConfig()
 

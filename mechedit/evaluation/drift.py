@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechedit.evaluation.questions import Kind, Question, Row
+from mechedit.evaluation.prompts import Kind, Question, Row
 from mechedit.models import Model
 
 DIVERGENCE: Mapping[Kind, str] = {"neighborhood": "KL", "neighborhood_plus": "KL+"}

@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from mechedit.batching import pad
 from mechedit.errors import InputError
 from mechedit.evaluation.config import Likelihood
 from mechedit.models import Model, Site
-from mechedit.prompts import continuation_ids, encode, pad
+from mechedit.prompts import continuation_ids, encode
 
 Pair = tuple[str, str]
 """A prompt and the object that may follow it."""
@@ -128,7 +129,7 @@ def _score_rows(
     # The logits at position p predict token p + 1, and only the objects' tokens are asked about.
     keep = torch.arange(first - 1, tokens.ids.shape[1] - 1, device=model.device)
     last = Site(model.n_layers - 1, "resid")
-    run = model.run(tokens, read=[last] if watched else [], keep=keep)
+    run = model.run(tokens, read=[last] if watched else [], logits_to_keep=keep)
     logits, states = run.logits, torch.empty(0, model.d_model)
     assert logits is not None
     if watched:

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from mechedit.batching import pad, pieces, spare_tokens
 from mechedit.errors import InputError
-from mechedit.models import Model, Tokens, spare_tokens
-from mechedit.prompts import pad, pieces
+from mechedit.models import Model, Tokens
 
 
 def perplexity(model: Model, texts: Sequence[str], *, max_length: int = 1024, batch_tokens: int = 4096) -> float:

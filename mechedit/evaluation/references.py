@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from mechedit.artifacts import value_hash
+from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
 from mechedit.errors import InputError
-from mechedit.evaluation.questions import Row
-from mechedit.facts import EditRequest, load_snippets, load_word_weights, texts_by_object
+from mechedit.evaluation.prompts import Row
+from mechedit.provenance import value_hash
 
 Key = tuple[str, str]
 """A relation and an object, as requests name them (`relation`, `target_new`)."""

@@ -16,10 +16,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.artifacts import VERSION, read_json, write_json, write_parquet
 from mechedit.errors import InputError
 from mechedit.evaluation.config import DEFINITIONS, EvaluationConfig
-from mechedit.tables import bootstrap_means, percentile_interval, read_table, where
+from mechedit.files import read_json, write_json, write_parquet
+from mechedit.provenance import VERSION
+from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval
+from mechedit.tables import read_table, where
 
 MEASURES = (
     *("ES", "PS", "NS", "NS+", "EM", "PM", "NM", "NM+", "exact_match", "exact_match_paraphrase"),
@@ -241,12 +243,6 @@ def case_values(rows: pd.DataFrame) -> tuple[list[str], Float[np.ndarray, "case 
     """The measures found, and each case's mean over prompts; NaN where a case lacks one."""
     wide = rows.pivot_table(values="value", index="case", columns="measure", aggfunc="mean")
     return [str(measure) for measure in wide.columns], wide.to_numpy(dtype=float)
-
-
-def harmonic_mean(values: Float[np.ndarray, "row part"]) -> Float[np.ndarray, " row"]:
-    """Harmonic mean of each row; 0 when any part is 0."""
-    with np.errstate(divide="ignore"):
-        return values.shape[1] / (1 / values).sum(axis=1)
 
 
 def _check_columns(frame: pd.DataFrame, expected: Sequence[str], what: str) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
-from mechedit.artifacts import plain_copy
+from mechedit.data import EditRequest
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.counterfact import asked_of, check_asked
-from mechedit.evaluation.freely import greedy_answers, surprise_rows
+from mechedit.evaluation.free_text import greedy_answers, surprise_rows
 from mechedit.evaluation.likelihood import Pair, TargetScore, score_targets
-from mechedit.evaluation.questions import Question, Row, ask
+from mechedit.evaluation.prompts import Question, Row, ask
 from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
-from mechedit.facts import EditRequest
+from mechedit.files import plain_copy
 from mechedit.models import Model
 
 DEFAULTS = EvaluationConfig()

@@ -5,17 +5,16 @@ summaries of scores, tidy scores by setting. Out: the same Axes, or a Figure whe
 are never clipped; intervals are 95% percentile bootstraps over facts or cases.
 """
 
-from mechedit.figures.bars import plot_severed
-from mechedit.figures.comparisons import comparison_figure, comparison_lines
-from mechedit.figures.folder import run_figures
-from mechedit.figures.heatmaps import fact_figure, plot_fact, plot_role_grid, roles_figure, shared_norm
-from mechedit.figures.lines import lines_figure, plot_lines
-from mechedit.figures.results import plot_scores, plot_selection
-from mechedit.figures.score_rows import plot_score_rows, score_rows_figure
-from mechedit.figures.scores import plot_scores_against, scores_figure
+from mechedit.figures.run_folder import run_figures
+from mechedit.figures.scores import plot_score_rows, plot_scores, plot_scores_against, score_rows_figure, scores_figure
+from mechedit.figures.selection import plot_selection
+from mechedit.figures.severed_bars import plot_severed
 from mechedit.figures.style import PaperFigure, draw, paper_style, save_figure
-from mechedit.figures.sweeps import plot_sweep, plot_window_contribution, sweep_figure
-from mechedit.figures.traces import trace_figures
+from mechedit.figures.sweep import plot_sweep, plot_window_contribution, sweep_figure
+from mechedit.figures.trace_comparisons import comparison_figure, comparison_lines
+from mechedit.figures.trace_curves import lines_figure, plot_lines
+from mechedit.figures.trace_figures import trace_figures
+from mechedit.figures.trace_heatmaps import fact_figure, plot_fact, plot_role_grid, roles_figure, shared_norm
 from mechedit.trace.averages import clearest_fact
 
 __all__ = [

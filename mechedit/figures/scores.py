@@ -6,7 +6,7 @@ papers' units. Out: the same Axes, or a Figure with a panel for each measure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mechedit.errors import InputError
-from mechedit.figures.lines import STROKES, Stroke, share_legend
 from mechedit.figures.style import (
     BLUE,
     GREEN,
@@ -33,6 +32,7 @@ from mechedit.figures.style import (
     legend_above,
     paper_style,
 )
+from mechedit.figures.trace_curves import STROKES, Stroke, share_legend
 from mechedit.tables import where
 
 METHOD_COLOURS = {
@@ -279,3 +279,94 @@ def _power(value: float, _: int) -> str:
     if value < 1e5 or not np.isclose(exponent, round(exponent)):
         return f"{value:,g}" if value < 1 else f"{value:,.0f}"
     return f"$10^{{{round(exponent)}}}$"
+
+
+SCORES = {"ES": "ES", "PS": "PS", "NS": "NS", "efficacy": "efficacy", "paraphrase": "para-\nphrase"}
+
+Summary = Mapping[str, Mapping[str, float | int]]
+
+
+def plot_scores(before: Summary, after: Summary, ax: Axes, *, names: Mapping[str, str] = SCORES) -> Axes:
+    """Measures before and after an edit, in percent, with their intervals; by default ES, PS, NS, S and exact match.
+
+    Args:
+        before: `Scores.summary` of the unedited model; may be empty.
+        after: of the edited model; may be empty.
+        ax: where to draw.
+        names: the measures, and what to call them.
+
+    Raises:
+        InputError: neither summary holds any of these measures.
+    """
+    shown = [name for name in names if name in before or name in after]
+    if not shown:
+        found = ", ".join({**before, **after}) or "nothing"
+        raise InputError(f"the summaries hold {found}, expected some of {', '.join(names)}: evaluate first")
+    states = [(n, s, c) for n, s, c in (("before", before, GREY), ("after", after, BLUE)) if s]
+    for i, (state, summary, colour) in enumerate(states):
+        found = {place: summary[name] for place, name in enumerate(shown) if name in summary}
+        place = np.array(list(found)) + (i - (len(states) - 1) / 2) * 0.4
+        mean, low, high = (np.array([float(e[end]) for e in found.values()]) for end in ("mean", "low", "high"))
+        ax.bar(place, mean, 0.38, color=colour, label=state, linewidth=0)
+        ax.errorbar(place, mean, [mean - low, high - mean], fmt="none", ecolor=INK, elinewidth=0.7)
+        for x, y, top in zip(place, mean, high, strict=True):
+            ax.annotate(f"{y:.0f}", (x, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
+    ax.set_xticks(range(len(shown)), [names[name] for name in shown])
+    ax.tick_params(axis="x", length=0)
+    ax.set(ylim=(0, 106), yticks=range(0, 101, 20), ylabel="score (%)")
+    legend_above(ax, columns=2)
+    return ax
+
+
+def plot_score_rows(table: pd.DataFrame, ax: Axes, *, measure: str, rows: str = "method") -> Axes:
+    """One measure of every edit: a row each, from the top in order of appearance, with its interval.
+
+    Args:
+        table: `rows, measure, mean, low, high`, in percent (GE, perplexity and KL in their own units).
+        ax: where to draw.
+        measure: which rows of the table.
+        rows: column of the names.
+
+    Raises:
+        InputError: a column is missing, or no rows have that measure.
+    """
+    names = list(dict.fromkeys(table[rows].astype(str)))
+    found = measured(table, measure, rows)
+    styles = line_styles(names)
+    for place, name in enumerate(names):
+        own = found.loc[found[rows].astype(str) == name, ["mean", "low", "high"]].to_numpy(dtype=float)
+        look = {"color": styles[name]["color"], "marker": styles[name]["marker"], "markersize": 3.4}
+        for mean, low, high in own:
+            bar = np.clip([[mean - low], [high - mean]], 0, None)
+            ax.errorbar([mean], [place], xerr=bar, linestyle="none", elinewidth=0.9, markeredgewidth=0, **look)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#222222", alpha=0.12, linewidth=0.5)
+    ax.grid(axis="y", color="#222222", alpha=0.06, linewidth=0.5)
+    ax.set_axisbelow(True)
+    if measure not in NOT_PERCENT:
+        ax.set(xlim=(-4, 104), xticks=range(0, 101, 25))
+    ax.set_xlabel("" if measure in NOT_PERCENT else "%")
+    return ax
+
+
+def score_rows_figure(
+    table: pd.DataFrame, measures: Sequence[str] = ("S", "ES", "PS", "NS"), *, rows: str = "method"
+) -> Figure:
+    """A panel for each measure that the table holds, side by side, under one list of names.
+
+    Raises:
+        InputError: none of the measures is there; and as `plot_score_rows`.
+    """
+    found = [measure for measure in measures if len(where(table, measure=measure))]
+    if not found:
+        held = ", ".join(dict.fromkeys(table["measure"])) or "nothing"
+        raise InputError(f"the table holds {held}, expected some of {', '.join(measures)}: score first")
+    with paper_style():
+        figure = Figure(figsize=(PAGE_WIDTH, 0.7 + 0.15 * len(set(table[rows]))))
+        axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        for measure, ax in zip(found, axes, strict=True):
+            plot_score_rows(table, ax, measure=measure, rows=rows)
+            ax.set_title(TITLES.get(measure, measure).replace(" (", "\n("))
+    return figure

@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mechedit.artifacts import atomic
+from mechedit.files import atomic
 
 COLUMN_WIDTH = 3.25
 PAGE_WIDTH = 6.75

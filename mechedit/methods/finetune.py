@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mechedit.data import EditRequest
 from mechedit.edit import Edit
-from mechedit.errors import InputError
-from mechedit.facts import EditRequest
+from mechedit.errors import InputError, check_positive
 from mechedit.methods.rules import Moments, Previous
-from mechedit.methods.settings import MethodConfig, check_positive, configured
+from mechedit.methods.settings import MethodConfig, configured
+from mechedit.methods.spread import described
 from mechedit.methods.steps import check_input, named
 from mechedit.methods.training import dense_factors, judge, rows_of, train
 from mechedit.models import Model
 from mechedit.prompts import BARE, check_prefixes
-from mechedit.spread import described
 from mechedit.targets import Targets
 
 

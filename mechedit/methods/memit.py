@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mechedit.data import EditRequest
 from mechedit.edit import Edit
-from mechedit.facts import EditRequest
+from mechedit.errors import check_positive
 from mechedit.methods.rules import Moments, Previous, Ridge
-from mechedit.methods.settings import SearchConfig, check_positive, configured
+from mechedit.methods.settings import SearchConfig, configured
+from mechedit.methods.spread import Strategy
 from mechedit.methods.steps import check_input, write
 from mechedit.models import Model
-from mechedit.spread import Strategy
 from mechedit.targets import Targets
 
 

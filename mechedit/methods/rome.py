@@ -20,17 +20,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors, add_, copies, preserved, restore_
-from mechedit.errors import InputError
-from mechedit.facts import EditRequest
-from mechedit.keys import Recollection, prefix_mean
+from mechedit.errors import InputError, check_choice
+from mechedit.methods.keys import Recollection, prefix_mean
 from mechedit.methods.rules import Moments, Previous, factor_of
 from mechedit.methods.settings import SearchConfig, configured
+from mechedit.methods.spread import check_made_on, check_targets, described, left_of, raw_change, record, relative
 from mechedit.methods.steps import check_input, check_shared, named
 from mechedit.models import Model
-from mechedit.prompts import BARE, check_choice, check_prefixes, make_prefixes
+from mechedit.prompts import BARE, check_prefixes, make_prefixes
 from mechedit.solve import Factor, Update, equality_update
-from mechedit.spread import check_made_on, check_targets, described, left_of, raw_change, record, relative
 from mechedit.targets import Targets, find_targets
 
 
@@ -131,7 +131,7 @@ def _gap(
     model: Model, layer: int, keys: Float[Tensor, "prefix d_mlp"], target: Targets, config: RomeConfig
 ) -> Float[Tensor, " d_model"]:
     """What is missing of one fact on the model as it is now, z − W k."""
-    now = model.mlp_output(layer, _divided_by(keys, config)).mean(0)
+    now = model.module_output(layer, _divided_by(keys, config)).mean(0)
     return target.z[0].to(now) - now
 
 

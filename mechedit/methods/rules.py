@@ -14,15 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.moments import SecondMoment
-from mechedit.solve import (
-    Factor,
-    Update,
-    equality_update,
-    factorize,
-    null_space,
-    null_space_update,
-    ridge_update,
-)
+from mechedit.solve import Factor, Update, equality_update, factorize, null_space, null_space_update, ridge_update
 
 Moments = Mapping[int, SecondMoment | Tensor]
 Previous = Mapping[int, Tensor]

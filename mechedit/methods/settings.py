@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from mechedit.artifacts import read_json
 from mechedit.errors import InputError
+from mechedit.files import read_json
+from mechedit.methods.spread import SpreadConfig
 from mechedit.models import Model
 from mechedit.prompts import make_prefixes
-from mechedit.spread import SpreadConfig
 from mechedit.targets import Convention, TargetConfig
 
 
@@ -98,13 +98,6 @@ def configured(kind: type[Config], method: str, model: Model) -> Config:
         return kind(**settings)
     except TypeError as error:
         raise InputError(f"{str(file)!r} does not fit the method {method!r}: {error}; mend the file") from error
-
-
-def check_positive(config: MethodConfig, *names: str) -> None:
-    """Raise InputError when one of these settings is not above 0."""
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise InputError(f"{name} is {getattr(config, name)}, expected more than 0; choose a larger number")
 
 
 def _shared(config: SearchConfig, kind: type) -> dict[str, Any]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from mechedit.artifacts import check_provenance, value_hash
+from mechedit.data import EditRequest, check_requests
 from mechedit.edit import Edit
 from mechedit.errors import InputError
-from mechedit.facts import EditRequest, check_requests
 from mechedit.methods.rules import Moments, Previous
 from mechedit.methods.settings import MethodConfig, SearchConfig
+from mechedit.methods.spread import UpdateRule, check_layers, moment_matrices, spread
 from mechedit.models import Model
+from mechedit.provenance import check_provenance, value_hash
 from mechedit.solve import check_finite
-from mechedit.spread import UpdateRule, check_layers, moment_matrices, spread
 from mechedit.targets import TargetConfig, Targets, find_targets
 
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from mechedit.batching import pad
+from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors, add_, copies, preserved
 from mechedit.edit.weights import parameter_of
 from mechedit.errors import InputError
-from mechedit.facts import EditRequest
 from mechedit.models import Model, Resume, Site
-from mechedit.prompts import continuation_ids, pad, prefixed_prompts
+from mechedit.prompts import continuation_ids, prefixed_prompts
 from mechedit.targets import check_length
 
 
@@ -135,7 +136,7 @@ def train(
                 for layer, delta in deltas.items():
                     if bound is not None:
                         delta.clamp_(-bound, bound)
-                    model.down_projection(layer).copy_(wide[layer] + delta)
+                    model.projection(layer).copy_(wide[layer] + delta)
             losses.append(total / len(rows))
             bar.set_postfix(loss=f"{losses[-1]:.3g}")
             if losses[-1] < stop_loss:
@@ -183,7 +184,7 @@ def _loss(
     resume = None
     if entries is not None:
         resume = Resume(first, pad_sequence([entries[place] for place in chosen], batch_first=True).to(model.device))
-    logits = model.run(given, resume=resume, keep=keep).logits
+    logits = model.run(given, resume=resume, logits_to_keep=keep).logits
     assert logits is not None, "this run was not stopped early"
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     inside = (keep + 1 >= starts) & (keep < given.lengths[:, None])

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 
 from mechedit.errors import InputError
-from mechedit.models.backbone import Backbone
-from mechedit.models.base import Model
-from mechedit.models.check import self_check
+from mechedit.models.backend import Backbone
 from mechedit.models.families import family_of, family_of_config
+from mechedit.models.protocol import Model
+from mechedit.models.self_check import self_check
 
 Backend = Literal["transformer_lens", "nnsight"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,9 +77,9 @@ def load_model(
 def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> Backbone:
     # Imported here: TransformerLens takes seconds to import, and nnsight alters all objects when it is.
     if backend == "nnsight":
-        from mechedit.models.envoy import EnvoyModel as Chosen
+        from mechedit.models.nnsight_backend import NNsightModel as Chosen
     else:
-        from mechedit.models.bridge import BridgeModel as Chosen
+        from mechedit.models.transformer_lens_backend import TransformerLensModel as Chosen
     return Chosen(hf, tokenizer, name=name)
 
 

@@ -4,29 +4,26 @@ Texts and layers go in, one `SecondMoment` a layer comes out. One pass over the 
 memory allows; it can be killed and goes on, and several processes can share the text.
 """
 
+from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.collect import collect_moments, collect_shard
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence
-from mechedit.moments.curves import curve_path
-from mechedit.moments.fitter import MomentFitter
+from mechedit.moments.convergence_file import curve_path
 from mechedit.moments.memory import MomentsPlan, plan_moments
 from mechedit.moments.merge import merge_moments
-from mechedit.moments.moment import SecondMoment, check_moments, load_moments, moment_path
-from mechedit.moments.texts import check_texts, load_texts
+from mechedit.moments.second_moment import SecondMoment, check_moments, load_moments, moment_path
 
 __all__ = [
     "Convergence",
-    "MomentFitter",
+    "MomentAccumulator",
     "MomentsConfig",
     "MomentsPlan",
     "SecondMoment",
     "check_moments",
-    "check_texts",
     "collect_moments",
     "collect_shard",
     "curve_path",
     "load_moments",
-    "load_texts",
     "merge_moments",
     "moment_path",
     "plan_moments",

@@ -10,19 +10,28 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mechedit.artifacts import check_provenance, read_header
+from mechedit.data.texts import check_texts, load_texts, texts_hash
 from mechedit.errors import InputError
+from mechedit.files import read_header
 from mechedit.models import Model
+from mechedit.moments.accumulator import MomentAccumulator
+from mechedit.moments.checkpoints import (
+    SAME_KEYS,
+    Checkpoints,
+    Part,
+    check_part,
+    clear_leftovers,
+    load_part,
+    part_path,
+)
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence, Curve
-from mechedit.moments.curves import CurveFile
-from mechedit.moments.fitter import MomentFitter
+from mechedit.moments.convergence_file import CurveFile
+from mechedit.moments.key_reader import KeyReader
 from mechedit.moments.memory import MomentsPlan, plan_moments
-from mechedit.moments.moment import KEY, SecondMoment, load_moment, moment_path
-from mechedit.moments.parts import SAME_KEYS, Checkpoints, Part, check_part, clear_leftovers, load_part, part_path
-from mechedit.moments.reader import KeyReader
+from mechedit.moments.second_moment import KEY, SecondMoment, load_moment, moment_path
 from mechedit.moments.shards import SHARD, WHOLE, Place, Shard, Share, batches, read_shards
-from mechedit.moments.texts import check_texts, load_texts, texts_hash
+from mechedit.provenance import check_provenance
 
 
 def collect_moments(
@@ -156,7 +165,7 @@ class Job:
         new = Part(
             layer=layer,
             share=self.share,
-            fitter=MomentFitter(self.model.d_key, self.model.device),
+            fitter=MomentAccumulator(self.model.d_key, self.model.device),
             provenance=self.provenance,
             read=tuple(together),
         )

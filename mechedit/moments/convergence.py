@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.batching import pad
 from mechedit.errors import InputError
 from mechedit.models import Model
-from mechedit.moments.fitter import MomentFitter
+from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.shards import Shard
-from mechedit.prompts import pad
 from mechedit.solve import ridge_update
 
 COLUMNS = ["tokens", "layer", "matrix_change", "update_change"]
@@ -89,7 +89,7 @@ class Curve:
         self.matrix: Tensor | None = None
         self.update: Tensor | None = None
 
-    def watch(self, fitter: MomentFitter, *, final: bool = False) -> None:
+    def watch(self, fitter: MomentAccumulator, *, final: bool = False) -> None:
         """Take a snapshot when the tokens have doubled (the first at d_mlp), or are all there."""
         due = fitter.count >= max(2 * self.count, len(fitter.total))
         if not due and not (final and fitter.count > self.count > 0):

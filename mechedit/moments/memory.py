@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from mechedit.errors import InputError
 from mechedit.models import Model
+from mechedit.moments.accumulator import STRIP
 from mechedit.moments.config import MomentsConfig
-from mechedit.moments.fitter import STRIP
 
 GIB = 2**30
 HIDDEN_COPIES, MLP_COPIES, SCORE_COPIES = 12, 4, 3

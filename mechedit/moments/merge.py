@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mechedit.artifacts import check_provenance, read_header
 from mechedit.errors import InputError
-from mechedit.moments.moment import KEY, SecondMoment, moment_path
-from mechedit.moments.parts import SAME_KEYS, load_part, part_path, parts_folder
+from mechedit.files import read_header
+from mechedit.moments.checkpoints import SAME_KEYS, load_part, part_path, parts_folder
+from mechedit.moments.second_moment import KEY, SecondMoment, moment_path
 from mechedit.moments.shards import Share
+from mechedit.provenance import check_provenance
 
 _NAME = re.compile(r"layer_(\d+)\.shard_(\d+)_of_(\d+)\.safetensors")
 

@@ -8,7 +8,7 @@ layers at once whether there is anything to select.
 """
 
 from mechedit.selection.config import SelectConfig
-from mechedit.selection.published import PublishedRange, published_ranges
+from mechedit.selection.published_ranges import PublishedRange, published_ranges
 from mechedit.selection.rules import RULES
 from mechedit.selection.select import Selection, select_layers
 

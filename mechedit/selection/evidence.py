@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from mechedit.selection.bootstrap import Vote
 from mechedit.selection.config import SelectConfig
 from mechedit.selection.curves import Draws, Grid, SubjectEffects, contribution
-from mechedit.selection.votes import Vote
-from mechedit.tables import bootstrap_means, percentile_interval
+from mechedit.statistics import bootstrap_means, percentile_interval
 
 
 def resample(subject: SubjectEffects, config: SelectConfig) -> dict[str, Draws]:

@@ -8,15 +8,15 @@ from typing import Any
 
 import pandas as pd
 
-from mechedit.artifacts import read_json, write_json
 from mechedit.errors import InputError
+from mechedit.files import read_json, write_json
+from mechedit.selection.bootstrap import vote
 from mechedit.selection.config import SelectConfig
 from mechedit.selection.curves import UNITS, SubjectEffects, subject_effects
+from mechedit.selection.early_site import EarlySite, early_site
 from mechedit.selection.evidence import evidence, resample
-from mechedit.selection.published import PublishedRange, published_ranges
+from mechedit.selection.published_ranges import PublishedRange, published_ranges
 from mechedit.selection.rules import Layers, moving_width
-from mechedit.selection.site import EarlySite, early_site
-from mechedit.selection.votes import vote
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechedit.artifacts import VERSION, check_provenance, read_json, write_json
 from mechedit.errors import InputError
-from mechedit.session.measures import Measure
+from mechedit.files import read_json, write_json
+from mechedit.provenance import VERSION, check_provenance
+from mechedit.session.metrics import Measure
 from mechedit.session.record import Record
 
 

@@ -12,18 +12,19 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.artifacts import plain_copy, value_hash
+from mechedit.data import EditRequest
 from mechedit.edit import Edit, merge
 from mechedit.edit.weights import digest
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig, perplexity
-from mechedit.facts import EditRequest
+from mechedit.files import plain_copy
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, recommended
+from mechedit.methods.spread import edit_keys
 from mechedit.models import Model
-from mechedit.session.measures import Judged, Measure, finite, judge, weight_norms
+from mechedit.provenance import value_hash
+from mechedit.session.metrics import Judged, Measure, finite, judge, weight_norms
 from mechedit.session.record import Record
-from mechedit.session.rule import StopRule
-from mechedit.spread import edit_keys
+from mechedit.session.stop_rule import StopRule
 from mechedit.targets import Targets, find_targets
 
 

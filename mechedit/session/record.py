@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.artifacts import read_tensors, value_hash, write_tensors
+from mechedit.data import EditRequest, Neighbor
 from mechedit.edit import Edit, Factors
 from mechedit.edit.value import SIDES, check_factors
 from mechedit.errors import InputError
-from mechedit.facts import EditRequest, Neighbor
-from mechedit.session.measures import SCORE_COLUMNS, Measure, frame
+from mechedit.files import read_tensors, write_tensors
+from mechedit.provenance import value_hash
+from mechedit.session.metrics import SCORE_COLUMNS, Measure, frame
 
 KEY = "batch"
 """Where the header lies in the file's metadata."""

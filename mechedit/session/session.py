@@ -18,22 +18,22 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.data import EditRequest, check_requests, conflicts, unique_ids
 from mechedit.edit import Edit, apply_, preserved, undo_
 from mechedit.edit.ledger import all_or_nothing
 from mechedit.edit.weights import uninterrupted
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import QUICK, EvaluationConfig
-from mechedit.facts import EditRequest, check_requests, conflicts, unique_ids
 from mechedit.methods import MethodConfig
+from mechedit.methods.spread import check_layers, moment_matrices
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
-from mechedit.prompts import check_choice, check_prefixes
+from mechedit.prompts import check_prefixes
 from mechedit.session.folder import Folder
-from mechedit.session.measures import HISTORY_COLUMNS, SCORE_COLUMNS, Judged, Measure, frame, means, update_norms
+from mechedit.session.metrics import HISTORY_COLUMNS, SCORE_COLUMNS, Judged, Measure, frame, means, update_norms
 from mechedit.session.plan import Plan, check_rule, check_settings
 from mechedit.session.record import Record, hash_of, in_force, kept_keys
-from mechedit.session.rule import StopRule
-from mechedit.spread import check_layers, moment_matrices
+from mechedit.session.stop_rule import StopRule
 
 
 class EditSession:

@@ -27,12 +27,6 @@ def not_finite(value: Tensor) -> int:
     return 0 if math.isfinite(float(value.sum())) else int((~torch.isfinite(value)).sum())
 
 
-def check_at_least(value: float | int, least: float | int, what: str, *, strictly: bool = False) -> None:
-    """Raise InputError unless `value` is a number of at least `least` (or above it)."""
-    if not math.isfinite(value) or value < least or (strictly and value == least):
-        raise InputError(f"{what} is {value}, expected a number {'above' if strictly else 'of at least'} {least:g}")
-
-
 def symmetric(matrix: Float[Tensor, "n n"], what: str) -> Float[Tensor, "n n"]:
     """The matrix in float64 and exactly symmetric (Cholesky reads one triangle only).
 

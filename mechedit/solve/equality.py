@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.solve.checks import check_at_least, columns_of
-from mechedit.solve.dual import Dual, Pair, Seen, dual
+from mechedit.errors import check_at_least
+from mechedit.solve.checks import columns_of
 from mechedit.solve.factor import TINY, Factor, factorize
+from mechedit.solve.saddle_point import Dual, Pair, Seen, dual
 from mechedit.solve.update import Update, finish
 
 

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import InputError
-from mechedit.solve.checks import check_at_least, columns_of, symmetric
-from mechedit.solve.dual import dual
+from mechedit.errors import InputError, check_at_least
+from mechedit.solve.checks import columns_of, symmetric
 from mechedit.solve.ridge import solve_sum
+from mechedit.solve.saddle_point import dual
 from mechedit.solve.update import Update, finish
 
 

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.solve.checks import check_at_least, columns_of, symmetric
-from mechedit.solve.dual import dual
+from mechedit.errors import check_at_least
+from mechedit.solve.checks import columns_of, symmetric
 from mechedit.solve.factor import TINY, Factor, Precision, factorize_symmetric
+from mechedit.solve.saddle_point import dual
 from mechedit.solve.update import Update, finish
 
 

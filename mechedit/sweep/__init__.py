@@ -4,8 +4,8 @@ In: a model, held-out requests, second moments. Out: a `Sweep` (scores by window
 it against the trace's range.
 """
 
-from mechedit.sweep.compare import Validation, choose, compare
-from mechedit.sweep.measure import Sweep, sweep_windows
+from mechedit.sweep.sweep import Sweep, sweep_windows
+from mechedit.sweep.validation import Validation, choose, compare
 from mechedit.sweep.windows import HeldOut, SweepConfig, Window, held_out, windows_of
 
 __all__ = [

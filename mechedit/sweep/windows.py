@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+from mechedit.data import EditRequest
 from mechedit.errors import InputError
-from mechedit.facts import EditRequest
 
 By = Literal["trace", "sweep", "both"]
 """What chooses the layers."""

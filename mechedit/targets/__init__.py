@@ -8,8 +8,8 @@ Requests go in, `Targets` come out. For each fact, z = h + δ with δ found by A
 """
 
 from mechedit.targets.config import Convention, TargetConfig
-from mechedit.targets.rows import check_length
+from mechedit.targets.prompts import check_length
 from mechedit.targets.search import find_targets
-from mechedit.targets.value import Targets
+from mechedit.targets.targets import Targets
 
 __all__ = ["Convention", "TargetConfig", "Targets", "check_length", "find_targets"]

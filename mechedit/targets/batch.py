@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.facts import EditRequest
+from mechedit.data import EditRequest
 from mechedit.models import Model
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.passes import Pass, Terms, halving, judge, prepare
-from mechedit.targets.rows import passes, rows_of
+from mechedit.targets.prompts import passes, rows_of
 
 TERMS = ("loss", "nll", "kl", "decay", "probability")
 

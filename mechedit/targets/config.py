@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mechedit.errors import InputError
-from mechedit.facts import check_template
+from mechedit.data import check_template
+from mechedit.errors import InputError, check_choice
 from mechedit.models import Module, Part, out_part
-from mechedit.prompts import check_choice
 
 Convention = Literal["default", "memit-2022"]
 Written = Literal["resid", "mlp_out"]

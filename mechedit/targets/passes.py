@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.models import Model, Patch, Prefix, Resume, Site, Tokens
-from mechedit.prompts import pad
+from mechedit.batching import pad
+from mechedit.models import KVCache, Model, Patch, Resume, Site, Tokens
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.leads import lead_of
-from mechedit.targets.rows import Row
+from mechedit.targets.prompts import Row
+from mechedit.targets.shared_prefix import lead_of
 
 Rows = TypeVar("Rows", list[Row], "Pass")
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ class Pass:
     """Rows of like shape. Each begins where δ goes, at its subject's last token, and positions count from there."""
 
     tokens: Tokens
-    prefix: Prefix | None
+    kv_cache: KVCache | None
     """Keys and values of the positions before; None when no row has any."""
     stretches: tuple[Stretch, ...]
     """All blocks that feel δ, in order."""
@@ -60,7 +60,7 @@ class Pass:
         """The rows of these numbers."""
 
         def chosen(value: object) -> object:
-            if isinstance(value, Prefix):
+            if isinstance(value, KVCache):
                 return value.take(index, value.length)
             if isinstance(value, Tokens):
                 return value.rows(index)
@@ -146,16 +146,16 @@ def prepare(
     run = model.run(
         pad([row.ids[count:] for row, count in zip(rows, cuts, strict=True)], model.tokenizer, device),
         read=[*reads, *filter(None, entering)],
-        keep=asked - cut[:, None] if scored else 0,
+        logits_to_keep=asked - cut[:, None] if scored else 0,
         stop_after=None if scored else model.n_layers - 1,
-        prefix=lead,
-        cache=True,
+        kv_cache=lead,
+        use_cache=True,
     )
-    assert run.prefix is not None
+    assert run.kv_cache is not None
     tokens = pad([row.ids[row.subject :] for row in rows], model.tokenizer, device)
     made = Pass(
         tokens=tokens,
-        prefix=run.prefix.before(subject, stretches[0].first) if subject.any() else None,
+        kv_cache=run.kv_cache.before(subject, stretches[0].first) if subject.any() else None,
         stretches=stretches,
         entering=tuple(
             None if site is None else _from(subject - cut, run[site], stretch.reach)
@@ -221,8 +221,8 @@ def _logits(
             read=[end] if goes_on else (),
             resume=None if entering is None else Resume(stretch.first, entering),
             stop_after=stretch.last if goes_on else None,
-            prefix=rows.prefix,
-            keep=0 if goes_on else rows.asked,
+            kv_cache=rows.kv_cache,
+            logits_to_keep=0 if goes_on else rows.asked,
         )
         state, logits = run.values.get(end), run.logits
     assert logits is not None, "the last stretch is not stopped early"

@@ -14,16 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.artifacts import value_hash
+from mechedit.data import EditRequest, check_requests
 from mechedit.errors import InputError
-from mechedit.facts import EditRequest, check_requests
 from mechedit.models import Model
 from mechedit.prompts import check_prefixes, make_prefixes
+from mechedit.provenance import value_hash
 from mechedit.targets.batch import TERMS, Batch, gather, measure
+from mechedit.targets.cache import Found, Store
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.rows import rows_of
-from mechedit.targets.store import Found, Store
-from mechedit.targets.value import Targets
+from mechedit.targets.prompts import rows_of
+from mechedit.targets.targets import Targets
 
 Unit = Sequence[EditRequest]
 """Requests that share a δ."""

@@ -11,11 +11,10 @@ modules is cut off.
 from mechedit.trace.averages import average_effects, clearest_fact, total_effects
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import Corruption, Spread, embedding_spread, embedding_std
-from mechedit.trace.display import Effects
-from mechedit.trace.effects import TracePlan, plan_trace, trace_facts
+from mechedit.trace.labels import ROLES
 from mechedit.trace.metrics import METRICS, Answers
-from mechedit.trace.roles import ROLES
-from mechedit.trace.sever import Sever
+from mechedit.trace.severing import Sever
+from mechedit.trace.trace import Effects, TracePlan, plan_trace, trace_facts
 
 __all__ = [
     "METRICS",

@@ -18,9 +18,9 @@ import pandas as pd
 from jaxtyping import Float
 
 from mechedit.errors import InputError
-from mechedit.tables import bootstrap_means, iter_table, percentile_interval
-from mechedit.trace.labels import KIND_LABELS, SEVER_LABELS, unit_of
-from mechedit.trace.roles import ROLES
+from mechedit.statistics import bootstrap_means, percentile_interval
+from mechedit.tables import iter_table
+from mechedit.trace.labels import KIND_LABELS, ROLES, SEVER_LABELS, unit_of
 
 CELL = ["kind", "sever", "metric", "role", "layer"]
 """What a mean over facts is taken for."""

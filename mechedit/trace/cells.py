@@ -12,13 +12,14 @@ from itertools import groupby
 import pandas as pd
 import torch
 
-from mechedit.models import Model, spare_tokens
+from mechedit.batching import spare_tokens
+from mechedit.models import Model
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import NoiseSource, Spread
 from mechedit.trace.memory import pass_rows
-from mechedit.trace.rows import Cell, restore
-from mechedit.trace.scene import Scene, set_scene
-from mechedit.trace.subject import TracedFact, wanted
+from mechedit.trace.restore import Cell, restore
+from mechedit.trace.runs import Scene, run_clean_and_corrupted
+from mechedit.trace.tokens import TracedFact, wanted
 
 COLUMNS = (
     "fact", "kind", "window", "sever", "layer", "position", "token", "role",
@@ -35,7 +36,7 @@ def trace_group(
     spread: Spread | None = None,
 ) -> pd.DataFrame:
     """All cells of a group of facts of one shape, in the order kind, severing, layer, fact, position."""
-    scene = set_scene(model, facts, std, config, noise, spread)
+    scene = run_clean_and_corrupted(model, facts, std, config, noise, spread)
     cells = all_cells(scene)
     scores: dict[Cell, dict[str, float]] = {}
     for some in _passes([cell for cell in cells if _can_change(scene, cell)], scene):

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 from mechedit.errors import InputError
 from mechedit.models import Part
 from mechedit.trace.corruption import Corruption
+from mechedit.trace.labels import ROLES
 from mechedit.trace.metrics import Metric, find_metric, metric_name
-from mechedit.trace.roles import ROLES
-from mechedit.trace.sever import Sever
+from mechedit.trace.severing import Sever
 
 Kind = Literal["state", "mlp", "attn"]
 PART_OF_KIND: dict[str, Part] = {"state": "resid", "mlp": "mlp_out", "attn": "attn_out"}

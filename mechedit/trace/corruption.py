@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.data import Fact
 from mechedit.errors import InputError
-from mechedit.facts import Fact
 from mechedit.models import EMBED, Model, Tokens
 from mechedit.prompts import continuation_ids
 

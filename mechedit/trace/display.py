@@ -7,7 +7,6 @@ is: light and dark themes need no telling apart.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,43 +20,12 @@ from markupsafe import Markup
 from mechedit.tables import where
 from mechedit.trace.averages import clearest_fact, main_metric
 from mechedit.trace.cells import COLUMNS
-from mechedit.trace.labels import (
-    KIND_LABELS,
-    ROLE_LABELS,
-    SEVER_LABELS,
-    Unit,
-    sever_label,
-    token_label,
-    unit_of,
-)
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, SEVER_LABELS, Unit, sever_label, token_label, unit_of
 
 MOST_PANELS = 6
 """More heatmaps are no longer read at a glance."""
 HELPS, HARMS = "31,131,198", "213,94,0"
 """Blue and vermilion, as light as they are dark: seen on white and on black."""
-
-
-class Effects(pd.DataFrame):
-    """Tidy effects: a frame like any other, which a notebook shows as heatmaps of one fact.
-
-    The fact is the one that the corruption hurts most, or the only one. Rows that do not make whole heatmaps
-    (a `head`, a sample, averages) are shown as the table they are.
-    """
-
-    def __init__(self, data: Any = None, *args: Any, **kwargs: Any) -> None:
-        super().__init__(data, *args, **kwargs)
-        if isinstance(data, pd.DataFrame):
-            self.attrs = deepcopy(data.attrs)  # which pandas keeps only where it copies by itself
-
-    @property
-    def _constructor(self) -> type[Effects]:
-        return Effects
-
-    def _repr_html_(self) -> str | None:
-        table = pd.DataFrame(self)._repr_html_()  # pyright: ignore[reportCallIssue]
-        if table is None:  # HTML has been switched off
-            return None
-        return effects_html(self, table) or table
 
 
 def effects_html(effects: pd.DataFrame, table: str = "") -> str | None:

@@ -71,3 +71,22 @@ def token_label(text: str, role: str) -> str:
     shown = text.replace("\n", "↵").replace("\t", "→").strip() or "␣"
     shown = shown if len(shown) <= LONGEST_TOKEN else f"{shown[: LONGEST_TOKEN - 1]}…"
     return f"{shown}*" if role.startswith("subject") else shown
+
+
+ROLES = ("before", "subject_first", "subject_middle", "subject_last", "after", "further", "last")
+"""In reading order."""
+
+
+def role_of(position: int, subject: range, length: int) -> str:
+    """Role of a prompt token; a one-token subject is `subject_last` only."""
+    if position < subject.start:
+        return "before"
+    if position == subject[-1]:
+        return "subject_last"
+    if position == subject.start:
+        return "subject_first"
+    if position in subject:
+        return "subject_middle"
+    if position == length - 1:
+        return "last"
+    return "after" if position == subject.stop else "further"

@@ -1,0 +1,63 @@
+"""The command line that the scripts of the papers' tables and figures share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from analyses.common.experiment import Experiment
+from mechedit.errors import InputError
+
+
+def options(
+    doc: str | None, *, count: int | None = None, quick_count: int | None = 10, max_facts: int = 200
+) -> argparse.ArgumentParser:
+    """The options that all scripts share; a script adds its own and calls `opened`.
+
+    Args:
+        doc: the script's docstring; its first line is the help text.
+        count: requests used unless `--count` says otherwise; None for all.
+        quick_count: the same with `--quick`; None where the script takes its own few.
+        max_facts: facts traced unless `--max-facts` says otherwise.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--model", default="tiny", help="tiny, a hub name or a folder")
+    parser.add_argument("--requests", default="known", help="a file of edit requests; known makes them from facts")
+    parser.add_argument("--count", type=int, help=f"of the requests, the first so many (default {count or 'all'})")
+    parser.add_argument("--facts", default="known", help="facts to trace where no layers are given")
+    sampling = f"trace a seeded sample of so many (default {max_facts})"
+    parser.add_argument("--max-facts", type=int, default=max_facts, help=sampling)
+    parser.add_argument("--samples", type=int, default=10, help="noise samples a fact (default 10)")
+    parser.add_argument("--texts", default="tiny", help="running text for second moments")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of it (default 2,000,000)")
+    parser.add_argument("--layers", help="such as 3-8; by default what the trace selects")
+    parser.add_argument("--out", type=Path, default=Path("papers"), help="folder, the same for all scripts if you like")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a first look: {quick_count or 'few'} requests, a smaller trace"
+    )
+    parser.add_argument("--backend", default="transformer_lens")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace results of other inputs in the folder")
+    parser.set_defaults(full_count=count, quick_count=quick_count)
+    return parser
+
+
+def opened(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Experiment:
+    """Read the command line and open the experiment."""
+    given = parser.parse_args(arguments)
+    if given.count is None:
+        given.count = given.quick_count if given.quick else given.full_count
+    return Experiment(name=name, given=given)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script: its exit code, or 2 and one line on bad input."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)

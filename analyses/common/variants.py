@@ -1,0 +1,53 @@
+"""Methods as the command line names them: which, in which layers, with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mechedit.cli.parsing import parse_layers
+from mechedit.errors import InputError
+from mechedit.methods import METHODS
+from mechedit.report import span
+
+SINGLE = frozenset({"rome"})
+"""Methods that write into one layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A method, the layers it writes to, and what is changed of the settings that ship with the model."""
+
+    method: str
+    layers: tuple[int, ...]
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The method and what is changed."""
+        return ", ".join([self.method, *(f"{name} {value}" for name, value in self.settings.items())])
+
+    @staticmethod
+    def parse(text: str, layers: Sequence[int]) -> Variant:
+        """Read `memit`, `rome@2` or `memit@1-4:strategy=sqrt;clamp=1`; `layers` are those of a method without any.
+
+        Raises:
+            InputError: an unknown method, or layers or settings that cannot be read.
+        """
+        head, _, changes = text.partition(":")
+        method, at, where = head.strip().partition("@")
+        if method not in METHODS:
+            raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
+        settings = dict(change.split("=", 1) for change in changes.split(";") if "=" in change)
+        return Variant(method=method, layers=tuple(parse_layers(where) if at else layers), settings=settings)
+
+
+def named(variants: Sequence[Variant]) -> dict[str, Variant]:
+    """Variants by their names, with their layers where the name alone does not tell them apart."""
+    names = [variant.name for variant in variants]
+    return {
+        name
+        if names.count(name) == 1
+        else f"{name}, layer{'s'[: len(variant.layers) - 1]} {span(variant.layers)}": variant
+        for name, variant in zip(names, variants, strict=True)
+    }

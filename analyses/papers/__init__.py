@@ -1,0 +1,1 @@
+"""One runnable script per table or figure of the papers."""

@@ -1,0 +1,86 @@
+"""How much old keys should count: scores against λ, the weight of the second moments (MEMIT Fig. 13).
+
+    python -m analyses.papers.ablate_lambda [--model M] [--requests R] [--layers 3-8] [--decades 3] [--quick]
+
+λ runs over decades on both sides of the model's own. z does not depend on it, so all edits share one search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analyses.common.command import opened, options, run
+from analyses.common.experiment import Experiment
+from analyses.common.printing import cells
+from analyses.common.variants import Variant
+from mechedit.errors import InputError
+from mechedit.figures.scores import scores_figure
+from mechedit.figures.style import GREY
+
+MEASURES = ("ES", "PS", "NS", "S", "exact_match")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Edit and score with each λ, write the table and the figure."""
+    parser = options(__doc__, count=300, quick_count=10)
+    parser.add_argument("--method", default="memit")
+    parser.add_argument("--decades", type=float, default=3.0, help="of λ, on each side of the model's own (default 3)")
+    experiment = opened("ablate_lambda", parser, arguments)
+    own = own_weight(experiment)
+    scores = [experiment.scored(None, experiment.requests).assign(model="unedited")]
+    scores += [
+        experiment.scored(variant(experiment, weight), experiment.requests).assign(weight=weight, model="edited")
+        for weight in weights(experiment, own)
+    ]
+    table = pd.concat(scores, ignore_index=True)
+    experiment.write(table, printed(table), figure(table, own))
+
+
+def own_weight(experiment: Experiment) -> float:
+    """The model's λ.
+
+    Raises:
+        InputError: the method has none.
+    """
+    settings = dataclasses.asdict(experiment.config(variant(experiment)))
+    if "covariance_weight" not in settings:
+        raise InputError(f"the method {experiment.given.method!r} has no λ, expected one such as memit; choose another")
+    return float(settings["covariance_weight"])
+
+
+def variant(experiment: Experiment, weight: float | None = None) -> Variant:
+    """The method with this λ."""
+    settings = {} if weight is None else {"covariance_weight": f"{weight:g}"}
+    return Variant(method=experiment.given.method, layers=tuple(experiment.layers), settings=settings)
+
+
+def weights(experiment: Experiment, own: float) -> list[float]:
+    """λ in half decades, or with `--quick` in steps of the whole way."""
+    decades = experiment.given.decades
+    count = 3 if experiment.quick else 1 + round(4 * decades)
+    return [float(f"{own * 10**step:.4g}") for step in np.linspace(-decades, decades, count)]
+
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as a paper would print it: a line for each λ, each score with half its interval, in percent."""
+    rows = []
+    for weight, own in table.groupby(table["weight"].fillna(-1.0)):
+        rows.append({"λ": "unedited" if weight < 0 else f"{weight:g}", **cells(own, (*MEASURES, "left"))})
+    return pd.DataFrame(rows)
+
+
+def figure(table: pd.DataFrame, own: float) -> Figure:
+    """Each score against λ; the dotted line is the model's own."""
+    made = scores_figure(table, x="weight", hue="model", log=True, label="λ")
+    for ax in made.axes:
+        ax.axvline(own, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
+    return made
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,74 @@
+"""How much weight decay fine-tuning wants: scores against λ of `ft_w` (MEMIT Fig. 9).
+
+    python -m analyses.papers.finetune_decay [--model M] [--requests R] [--layers 21] [--out DIR] [--quick]
+
+λ runs in half decades up from the published 5e-4; the dashed line is fine-tuning without decay (`ft`), which is
+what the published code does; the dotted one stands at 5e-4. As in the papers one layer is
+trained, by default the middle one of what the trace selects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analyses.common.command import opened, options, run
+from analyses.common.experiment import Experiment
+from analyses.common.printing import cells
+from analyses.common.variants import Variant
+from mechedit.figures.scores import scores_figure
+from mechedit.figures.style import GREY
+
+MEASURES = ("ES", "PS", "NS", "S", "exact_match")
+PUBLISHED = 5e-4
+"""λ of FT-W in MEMIT Appendix B.1, for 10,000 edits of GPT-J."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fine-tune and score with each λ, write the table and the figure."""
+    parser = options(__doc__, count=100, quick_count=10)
+    parser.add_argument("--decades", type=float, default=3.5, help="of λ, up from 5e-4 (default 3.5)")
+    experiment = opened("finetune_decay", parser, arguments)
+    layers = trained(experiment)
+    none = Variant(method="ft", layers=layers)
+    scores = [experiment.scored(none, experiment.requests).assign(model="no decay")]
+    for weight in weights(experiment):
+        variant = Variant(method="ft_w", layers=layers, settings={"weight_decay": f"{weight:g}"})
+        scores.append(experiment.scored(variant, experiment.requests).assign(weight=weight, model="ft_w"))
+    table = pd.concat(scores, ignore_index=True)
+    experiment.write(table, printed(table), figure(table))
+
+
+def trained(experiment: Experiment) -> tuple[int, ...]:
+    """The layers given, or the middle one of those selected."""
+    layers = experiment.layers
+    return tuple(layers) if experiment.given.layers else (layers[(len(layers) - 1) // 2],)
+
+
+def weights(experiment: Experiment) -> list[float]:
+    """λ in half decades, or with `--quick` both ends."""
+    steps = round(2 * experiment.given.decades)
+    chosen = (0, steps) if experiment.quick else range(steps + 1)
+    return [float(f"{PUBLISHED * 10 ** (step / 2):.3g}") for step in chosen]
+
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    """A line for each λ: each score with half its interval, in percent."""
+    rows = []
+    for weight, own in table.groupby(table["weight"].fillna(0.0)):
+        rows.append({"weight decay": "none" if weight == 0 else f"{weight:g}", **cells(own, MEASURES)})
+    return pd.DataFrame(rows)
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """Each score against λ; the dotted line is the published one."""
+    made = scores_figure(table, x="weight", hue="model", log=True, label="weight decay λ")
+    for ax in made.axes:
+        ax.axvline(PUBLISHED, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
+    return made
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,157 @@
+"""MEMIT Appendix E: insert a list of new facts, and ask for them before and after.
+
+    python -m analyses.papers.fresh_knowledge [--model MODEL] [--requests FACTS.csv] [--method memit]
+
+The CSV has the columns subject, prompt (with {} for the subject) and target_new; it may have target_true, relation,
+paraphrase, paraphrase_1 … Without a file fifty pieces of news about what the tiny model knows are made up, and left
+as fresh_knowledge_facts.csv to be copied. A fact counts as known when greedy decoding writes its object: accuracy is
+the share of such facts, on the prompt and on paraphrases. Where the former object is given, ES and PS too: whether
+the new one is the likelier.
+
+Writes fresh_knowledge.parquet (one row a fact), fresh_knowledge.csv (accuracy before and after), the figure,
+fresh_knowledge_missed.csv (facts that did not take, with what the model says) and fresh_knowledge_said.csv (what it
+writes after each prompt, before and after).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analyses.common.command import opened, options, run
+from analyses.common.experiment import Experiment
+from analyses.common.printing import described
+from analyses.common.variants import Variant
+from mechedit import pipeline
+from mechedit.data import EditRequest
+from mechedit.evaluation import EvaluationConfig, Scores
+from mechedit.evaluation.scores import PUBLISHED_UNIT
+from mechedit.figures.scores import plot_scores
+from mechedit.figures.style import draw
+from mechedit.files import atomic
+from mechedit.tables import where
+
+NEWS = 50
+"""Facts that are made up where none are given."""
+SHOWN = 5
+"""Facts whose continuations are printed."""
+ROWS = {
+    "exact_match": "accuracy",
+    "exact_match_paraphrase": "accuracy, paraphrases",
+    "ES": "efficacy (ES)",
+    "PS": "paraphrases (PS)",
+    "NS": "neighbours (NS)",
+}
+BARS = {
+    "exact_match": "accuracy",
+    "exact_match_paraphrase": "accuracy,\nparaphrases",
+    "ES": "ES",
+    "PS": "PS",
+    "NS": "NS",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ask, insert, ask again, write."""
+    parser = options(__doc__, quick_count=6)
+    parser.add_argument("--method", default="memit")
+    parser.add_argument("--words", type=int, default=10, help="tokens written after each prompt (default 10)")
+    experiment = opened("fresh_knowledge", parser, arguments)
+    if experiment.given.requests == "known" and experiment.given.count is None:
+        experiment.given.count = NEWS
+    requests = experiment.requests
+    write_facts(experiment.out / "fresh_knowledge_facts.csv", requests)
+    variant = Variant.parse(experiment.given.method, experiment.layers)
+    scores = asked(experiment, variant, requests)
+    table = by_fact(scores, requests)
+    show(table)
+    _write_csv(experiment, "missed", missed(table))
+    _write_csv(experiment, "said", table[["subject", "prompt", "target_new", "said_before", "said_after"]])
+    before, after = scores.summary("before"), scores.summary("after")
+    figure = draw(lambda ax: plot_scores(before, after, ax, names=BARS), height=2.3)
+    experiment.write(table, printed(scores), figure)
+
+
+def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
+    """The facts as CSV, in the form in which the script reads them."""
+    most = max(len(request.paraphrases) for request in requests)
+    names = [f"paraphrase_{i}" for i in range(1, most + 1)]
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as opened_file:
+        writer = csv.writer(opened_file)
+        writer.writerow(["id", "subject", "prompt", "target_new", "target_true", "relation", *names])
+        for r in requests:
+            paraphrases = [*r.paraphrases, *[""] * (most - len(r.paraphrases))]
+            writer.writerow([r.id, r.subject, r.prompt, r.target_new, r.target_true, r.relation, *paraphrases])
+
+
+def asked(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> Scores:
+    """The scores and greedy answers before and after the edit, kept in `fresh_knowledge_scores/`."""
+    config = EvaluationConfig(seed=experiment.seed, generation_tokens=0, answer_tokens=experiment.given.words)
+    folder = pipeline.RunFolder.at(experiment.out / "fresh_knowledge_scores", overwrite=experiment.given.overwrite)
+    edit = experiment.edit(variant, requests)
+    return pipeline.evaluate_step(folder, experiment.model, requests, edit, config)
+
+
+def by_fact(scores: Scores, requests: Sequence[EditRequest]) -> pd.DataFrame:
+    """One row a fact: what it is, whether it took, each measure before and after (percent), and what is written."""
+    rows = pd.DataFrame(
+        {
+            "case": [r.id for r in requests],
+            "subject": [r.subject for r in requests],
+            "prompt": [r.text for r in requests],
+            "target_new": [r.target_new for r in requests],
+            "target_true": [r.target_true for r in requests],
+        }
+    ).set_index("case")
+    for state in ("before", "after"):
+        own = where(scores.table, state=state)
+        wide = own.pivot_table(values="value", index="case", columns="measure", aggfunc="mean") * PUBLISHED_UNIT
+        for measure in ROWS:
+            if measure in wide:
+                rows[f"{measure}_{state}"] = wide[measure].reindex(rows.index)
+        answers = where(scores.answers, state=state, kind="rewrite").set_index("case")["answer"]
+        rows[f"said_{state}"] = answers.reindex(rows.index)
+    rows["took"] = rows["exact_match_after"] == PUBLISHED_UNIT
+    return rows.reset_index()
+
+
+def missed(table: pd.DataFrame) -> pd.DataFrame:
+    """The facts whose object the edited model does not write."""
+    return table.loc[~table["took"], ["case", "subject", "prompt", "target_new", "target_true", "said_after"]]
+
+
+def printed(scores: Scores) -> pd.DataFrame:
+    """A row a measure: before and after, with half their intervals, and of how many facts."""
+    before, after = scores.summary("before"), scores.summary("after")
+    rows = []
+    for measure, name in ROWS.items():
+        if measure in after:
+            cells = {state: _cell(summary[measure]) for state, summary in (("before", before), ("after", after))}
+            rows.append({"measure": name, "facts": after[measure]["n"], **cells})
+    return pd.DataFrame(rows)
+
+
+def _cell(entry: dict[str, float | int]) -> str:
+    return described(entry["mean"], entry["low"], entry["high"])
+
+
+def show(table: pd.DataFrame) -> None:
+    """Print what the model writes of the first facts, before and after, and which did not take."""
+    for row in table.head(SHOWN).itertuples():
+        print(f"{row.prompt} …\n  before:{row.said_before}\n  after: {row.said_after}")
+    left = missed(table)
+    print(f"{len(left)} of {len(table)} facts did not take" + (":" if len(left) else ""))
+    for row in left.itertuples():
+        print(f"  {row.prompt} {row.target_new}: the model writes{row.said_after}")
+
+
+def _write_csv(experiment: Experiment, what: str, table: pd.DataFrame) -> None:
+    with atomic(experiment.out / f"{experiment.name}_{what}.csv") as temporary:
+        table.to_csv(temporary, index=False)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,270 @@
+"""MEMIT Appendix B: seconds of each stage of an edit, and of each method, against the number of facts.
+
+    python -m analyses.papers.runtime [--model tiny] [--requests known] [--count 32] [--methods memit,rome] [--quick]
+
+For n = N, N/2, N/4 … of N requests, MEMIT's stages through the functions that it is made of: the search for z
+(`find_targets`), and the writing (`spread`), of which the update rule's own seconds are *solve* and the rest, keys and
+states recollected layer by layer, *keys*. The second moments are collected once, for any number of facts. Then every
+method whole, its search included, from nothing. MEMIT is timed before and after each of them, for its ratio: machines
+are noisy. Timings of another machine are not taken over. Writes:
+
+- `runtime.parquet`: facts, method, stage, seconds, cpu (of this process, all threads), memit (seconds of the MEMIT runs
+  beside it), and the machine: processor, threads, torch, device, dtype;
+- `runtime.csv`: a row a stage or method: seconds at the largest n, CPU seconds, seconds a fact, the exponent of n
+  (slope of log seconds against log n; of CPU seconds too, which others' work beside it disturbs less), and the ratio
+  to MEMIT;
+- `runtime.pdf`, `.png`.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from analyses.common.command import opened, options, run
+from analyses.common.experiment import QUICK_TOKENS, Experiment
+from analyses.common.variants import Variant, named
+from benchmarks.machine import wait
+from mechedit.data import EditRequest
+from mechedit.figures import paper_style
+from mechedit.figures.scores import line_styles, number_axis
+from mechedit.figures.style import PAGE_WIDTH, legend_above
+from mechedit.methods import METHODS, MemitConfig
+from mechedit.methods.rules import Ridge
+from mechedit.methods.spread import UpdateRule, spread
+from mechedit.moments import MomentsConfig, collect_moments
+from mechedit.solve import Update
+from mechedit.tables import where
+from mechedit.targets import find_targets
+
+Result = TypeVar("Result")
+STAGES = ("search", "keys", "solve", "total")
+MOMENTS = "second moments"
+QUICK_METHODS = ("memit", "rome", "ft")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time, fit, draw, write."""
+    parser = options(__doc__, count=32, quick_count=4)
+    parser.add_argument("--methods", help="such as memit,rome@5,ft (default: all; some with --quick)")
+    experiment = opened("runtime", parser, arguments)
+    methods = experiment.given.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
+    variants = named(experiment.variants(methods.split(",")))
+    table = timed(experiment, variants, halvings(len(experiment.requests)))
+    experiment.write(table, printed(table), runtime_figure(table))
+    print(f"on {', '.join(str(value) for value in machine(experiment).values())}")
+    return 0
+
+
+def halvings(most: int) -> list[int]:
+    """N, N/2, N/4 … down to 2 facts or to five numbers, ascending."""
+    found = [most // 2**i for i in range(5)]
+    return sorted({count for count in found if count >= 2} or {most})
+
+
+def timed(experiment: Experiment, variants: Mapping[str, Variant], counts: Sequence[int]) -> pd.DataFrame:
+    """Every stage and method; what this machine has timed already is read."""
+    about = machine(experiment)
+    reference = experiment.variants(["memit"])[0]
+    experiment.moments(sorted({layer for one in (reference, *variants.values()) for layer in one.layers}))
+
+    def kept(what: str, count: int, variant: Variant, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        requests = experiment.requests[:count]
+        key = {**experiment.key(requests), **experiment.variant_key(variant), "what": what, "machine": about}
+        return experiment.kept("runtime", key, make)
+
+    frames = [kept("moments", 0, reference, partial(moments_seconds, experiment, reference))]
+    for count in tqdm(counts, desc="runtime", unit="size"):
+        requests = experiment.requests[:count]
+        frames.append(kept("stages", count, reference, partial(stage_seconds, experiment, reference, requests)))
+        for name, variant in variants.items():
+            make = partial(method_seconds, experiment, variant, reference, requests)
+            frames.append(kept("method", count, variant, make).assign(method=name))
+    return pd.concat(frames, ignore_index=True).assign(**about)
+
+
+def machine(experiment: Experiment) -> dict[str, Any]:
+    """What the seconds depend on besides the work."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": str(experiment.model.device),
+        "dtype": str(experiment.model.dtype).removeprefix("torch."),
+    }
+
+
+def processor() -> str:
+    """The processor's name, or the accelerator's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass
+class Clock:
+    """Seconds of what runs within `with clock.running(name)`, by name."""
+
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def running(self, name: str):
+        """Add what the block takes; an accelerator is waited for."""
+        wait(self.device)
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        yield
+        wait(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - begin_cpu
+
+    def take(self, name: str, make: Callable[[], Result]) -> Result:
+        """The result of a call, its seconds added."""
+        with self.running(name):
+            return make()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """An update rule whose own seconds are counted as `solve`."""
+
+    rule: UpdateRule
+    clock: Clock
+
+    def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
+        """As the rule's."""
+        return self.clock.take("solve", lambda: self.rule.update(layer, keys, residuals))
+
+
+def moments_seconds(experiment: Experiment, variant: Variant) -> pd.DataFrame:
+    """Seconds of E[k kᵀ] over the text, all layers in one pass; nothing is read from the folder."""
+    clock = Clock(device=str(experiment.model.device))
+    reading = MomentsConfig(tokens=QUICK_TOKENS if experiment.quick else experiment.given.tokens)
+    layers = sorted(variant.layers)
+    clock.take(MOMENTS, lambda: collect_moments(experiment.model, experiment.given.texts, layers, reading))
+    return rows(clock, 0, "memit")
+
+
+def stage_seconds(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> pd.DataFrame:
+    """Seconds of MEMIT's search, keys and solve, and of all of it."""
+    model, config, clock = experiment.model, experiment.config(variant), Clock(device=str(experiment.model.device))
+    assert isinstance(config, MemitConfig)
+    layers, layer = list(variant.layers), config.target_layer(variant.layers)
+    rule = Timed(
+        rule=Ridge(moments=experiment.moments(layers), weight=config.covariance_weight, previous={}), clock=clock
+    )
+    with clock.running("total"):
+        targets = clock.take("search", lambda: find_targets(model, requests, layer, config=config.targets))
+        clock.take("write", lambda: spread(model, requests, targets, layers, rule, config=config.spread))
+    for seconds in (clock.seconds, clock.cpu):
+        seconds["keys"] = seconds.pop("write") - seconds["solve"]
+    return rows(clock, len(requests), "memit").set_index("stage").loc[list(STAGES)].reset_index()
+
+
+def method_seconds(
+    experiment: Experiment, variant: Variant, reference: Variant, requests: Sequence[EditRequest]
+) -> pd.DataFrame:
+    """Seconds of a method, and the mean of MEMIT's just before and just after it."""
+    clock = Clock(device=str(experiment.model.device))
+    for name, one in (("memit", reference), ("whole", variant), ("memit", reference)):
+        clock.take(name, partial(whole, experiment, one, requests))
+    table = where(rows(clock, len(requests), variant.method), stage="whole")
+    return table.assign(memit=clock.seconds["memit"] / 2)
+
+
+def whole(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> None:
+    """One edit from nothing: what was found before is not used."""
+    moments = experiment.moments(variant.layers)
+    METHODS[variant.method](
+        experiment.model, requests, list(variant.layers), moments, config=experiment.config(variant)
+    )
+
+
+def rows(clock: Clock, count: int, method: str) -> pd.DataFrame:
+    """One row a stage."""
+    return pd.DataFrame(
+        [
+            {"facts": count, "method": method, "stage": stage, "seconds": seconds, "cpu": clock.cpu[stage]}
+            for stage, seconds in clock.seconds.items()
+        ]
+    ).assign(memit=np.nan)
+
+
+def exponent(own: pd.DataFrame, of: str = "seconds") -> float:
+    """The power b in seconds = a·n^b, by least squares in logarithms; NaN with less than two numbers of facts."""
+    if own["facts"].nunique() < 2:
+        return np.nan
+    return float(np.polyfit(np.log(own["facts"]), np.log(own[of]), 1)[0])
+
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a stage, then a row a method."""
+    found = []
+    for (stage, method), own in table.groupby(["stage", "method"], sort=False):
+        last = own.loc[own["facts"].idxmax(), :]
+        name = f"memit: {stage}" if stage in STAGES else MOMENTS if stage == MOMENTS else str(method)
+        count = int(last["facts"])
+        found.append(
+            {
+                "what": name,
+                "facts": count or "any",
+                "seconds": round(float(last["seconds"]), 2),
+                "cpu": round(float(last["cpu"]), 2),
+                "a fact": round(float(last["seconds"]) / count, 4) if count else "",
+                **{
+                    name: "" if np.isnan(power := exponent(own, of)) else f"{power:.2f}"
+                    for name, of in (("exponent", "seconds"), ("cpu exponent", "cpu"))
+                },
+                "of memit": "" if pd.isna(last["memit"]) else f"{last['seconds'] / last['memit']:.2f}",
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def runtime_figure(table: pd.DataFrame) -> Figure:
+    """Seconds against facts, both logarithmic: MEMIT's stages on the left, the methods on the right."""
+    stages = table.loc[table["stage"].isin(STAGES), :]
+    methods = where(table, stage="whole")
+    with paper_style():
+        figure = Figure(figsize=(PAGE_WIDTH, 2.6))
+        left, right = figure.subplots(1, 2, sharey=True)
+        plot_seconds(stages, left, "stage").set(ylabel="seconds", xlabel="facts edited at once: memit by stages")
+        (once,) = where(table, stage=MOMENTS)["seconds"]
+        left.axhline(once, color="#8C8C8C", linestyle="--", linewidth=0.8, label=f"{MOMENTS} (once)")
+        legend_above(left, columns=3)
+        plot_seconds(methods, right, "method").set_xlabel("facts edited at once: whole methods")
+        legend_above(right, columns=4)
+    return figure
+
+
+def plot_seconds(table: pd.DataFrame, ax: Axes, hue: str) -> Axes:
+    """A line a stage or method."""
+    names = list(dict.fromkeys(table[hue]))
+    for name, style in line_styles(names).items():
+        own = where(table, **{hue: name}).sort_values("facts")
+        ax.plot(own["facts"], own["seconds"], label=name, markersize=3, markeredgewidth=0, **style)
+    ax.set_yscale("log")
+    return number_axis(ax, table["facts"])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""MEMIT Fig. 5: how the scores of each method fall as more facts are edited at once.
+
+    python -m analyses.papers.scaling_curve [--model tiny] [--requests known] [--count 150] [--methods M] [--quick]
+
+Edited are the first n = exp(ln N · i/16) of N requests, i = 0 … 16 (rounded, each once), by every method with the
+settings that ship with the model: MEMIT's λ counts old keys in units of one new fact and is the same for all n.
+Scores are on the facts edited. Writes, with 95 % intervals over cases:
+
+- `scaling_curve.parquet`: edits, method, layers, measure, mean, low, high, n (cases);
+- `scaling_curve.csv`: the same, a row an edit, as the papers print numbers;
+- `scaling_curve_order.csv`: the methods at the largest n, by S;
+- `scaling_curve.pdf`, `.png`: S, ES, PS, NS, and GE and RS with `--free`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from analyses.common.command import opened, options, run
+from analyses.common.experiment import Experiment
+from analyses.common.free_text import free_text
+from analyses.common.printing import cells
+from analyses.common.variants import Variant, named
+from mechedit.data import EditRequest
+from mechedit.edit import Edit, Factors
+from mechedit.figures import scores_figure
+from mechedit.files import atomic
+from mechedit.methods import METHODS, SearchConfig
+from mechedit.report import span
+from mechedit.tables import where
+
+MEASURES = ("S", "ES", "PS", "NS", "GE", "RS")
+"""The panels of the paper's figure."""
+BESIDE = ("exact_match", "KL")
+"""What stands beside them in the table."""
+
+QUICK_METHODS = ("memit", "rome", "ft")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Edit more and more, score, draw, write."""
+    parser = options(__doc__, count=150, quick_count=8)
+    parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all; some with --quick)")
+    parser.add_argument("--free", type=int, default=0, help="free texts a case, for GE and RS (default 0, none)")
+    experiment = opened("scaling_curve", parser, arguments)
+    methods = experiment.given.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
+    variants = named(experiment.variants(methods.split(",")))
+    counts = sizes(len(experiment.requests), 4 if experiment.quick else 16)
+    table = scaled(experiment, variants, counts)
+    best_first = order(table)
+    with atomic(experiment.out / f"{experiment.name}_order.csv") as temporary:
+        best_first.to_csv(temporary, index=False)
+    experiment.write(table, printed(table), scaling_figure(table))
+    print(f"\nby S at {counts[-1]} edits:\n{best_first.to_string(index=False)}")
+    return 0
+
+
+def sizes(most: int, steps: int = 16) -> list[int]:
+    """Numbers of edits, exp(ln N · i/steps) for i = 0 … steps, rounded, each once."""
+    return sorted({round(math.exp(math.log(most) * i / steps)) for i in range(steps + 1)})
+
+
+def scaled(experiment: Experiment, variants: Mapping[str, Variant], counts: Sequence[int]) -> pd.DataFrame:
+    """The scores of every method on the first n requests, and of the unedited model on the same."""
+    config, references = free_text(experiment)
+    whole = cache(lambda name: experiment.kept_edit(variants[name], experiment.requests))
+    frames = []
+    for count in tqdm(counts, desc="scaling", unit="size"):
+        requests, score = experiment.requests[:count], partial(experiment.scored, evaluation=config)
+        found = {"unedited": score(None, requests, references=references)}
+        for name, variant in variants.items():
+            make = nested(experiment, variant, partial(whole, name), requests)
+            found[name] = score(variant, requests, references=references, make=make)
+        frames += [
+            rows.assign(edits=count, method=name, layers=span(variants[name].layers) if name in variants else "")
+            for name, rows in found.items()
+        ]
+    columns = ["edits", "method", "layers", "measure", "mean", "low", "high", "n"]
+    return pd.concat(frames, ignore_index=True).loc[:, columns]
+
+
+def nested(
+    experiment: Experiment, variant: Variant, whole: Callable[[], Edit], requests: Sequence[EditRequest]
+) -> Callable[[], Edit] | None:
+    """For a method that edits one fact after another: its edit of the first requests is the first part of that of all.
+
+    So the long search, each fact's on the model edited so far, is made once. None where all are edited at once.
+    """
+    config = experiment.config(variant)
+    if config.shares_targets or not isinstance(config, SearchConfig):
+        return None
+    return lambda: first(whole(), len(requests))
+
+
+def first(edit: Edit, count: int) -> Edit:
+    """The first rank-one updates of an edit that holds one a request, in their order.
+
+    What the manifest says of the whole, of residuals and of what is left, is not said of the part.
+    """
+    factors = {layer: Factors(left=one.left[:, :count], right=one.right[:count]) for layer, one in edit.factors.items()}
+    whole = ("residuals", "left", "facts", "unconverged")
+    manifest = {name: value for name, value in edit.manifest.items() if name not in whole}
+    return Edit(factors=factors, manifest={**manifest, "requests": list(edit.manifest["requests"])[:count]})
+
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    """A row an edit: each measure with half its interval in brackets."""
+    rows = [
+        {"edits": edits, "method": method, "layers": layers, **cells(own, (*MEASURES, *BESIDE))}
+        for (edits, method, layers), own in table.groupby(["edits", "method", "layers"], sort=False)
+    ]
+    return pd.DataFrame(rows)
+
+
+def order(table: pd.DataFrame) -> pd.DataFrame:
+    """The methods at the largest n, best S first, with the other measures; the unedited model is none."""
+    rows = where(table, edits=table["edits"].max())
+    rows = rows.loc[rows["method"] != "unedited", :]
+    means = where(rows, measure="S").sort_values("mean", ascending=False, kind="stable")
+    found = [
+        {"place": place, "method": name, **cells(where(rows, method=name), (*MEASURES, *BESIDE))}
+        for place, name in enumerate(means["method"], start=1)
+    ]
+    return pd.DataFrame(found)
+
+
+def scaling_figure(table: pd.DataFrame) -> Figure:
+    """A panel a measure; as in the paper, a dashed line for the neighbours before the edit."""
+    unedited = table["method"] == "unedited"
+    before = table.loc[unedited & (table["measure"] == "NS") & (table["edits"] == table["edits"].max()), :]
+    shown = pd.concat([table.loc[~unedited, :].astype({"edits": float}), before.assign(edits=math.nan)])
+    return scores_figure(shown, MEASURES, x="edits", log=True, label="facts edited at once")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,225 @@
+"""Which layers of a model hold its facts: everything that speaks for the answer, in a folder that can be cited.
+
+    python -m analyses.papers.select_layers MODEL [--facts F] [--requests R] [--texts T] [--out DIR] [--quick]
+
+MODEL is `tiny`, a hub name or a folder with a checkpoint of any shape that mechedit loads. The folder gets the
+trace (states, MLP windows and attention windows at every token; states at the subject's last token with MLPs or
+attention severed), the selection by every rule beside the ranges published for the model, a sweep of held-out edits
+over windows of layers, figures, report.html, and a README.md that says what was found, from what, and how to make
+it again. Run again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mechedit import pipeline
+from mechedit.cli.parsing import load, sampled
+from mechedit.data import load_facts, load_requests, shipped
+from mechedit.errors import InputError
+from mechedit.evaluation.scores import Summary
+from mechedit.figures import run_figures
+from mechedit.files import atomic
+from mechedit.methods import recommended
+from mechedit.moments import MomentsConfig
+from mechedit.provenance import VERSION, file_hash
+from mechedit.report import span, write_report
+from mechedit.selection import SelectConfig, Selection
+from mechedit.sweep import Sweep, SweepConfig
+from mechedit.trace import TraceConfig
+
+LIBRARIES = ("torch", "transformers", "transformer_lens", "nnsight", "numpy", "pandas")
+QUICK = {"facts": 20, "samples": 3, "requests": 8, "tokens": 20_000}
+FULL = {"facts": 200, "samples": 10, "requests": 20, "tokens": 2_000_000}
+
+
+def main() -> int:
+    """Trace, select, sweep, draw, write; the exit code is that of `mechedit select`."""
+    given = arguments()
+    size = QUICK if given.quick else FULL
+    run = pipeline.RunFolder.at(given.out or f"select_{Path(given.model).name}", overwrite=given.overwrite)
+    facts = sampled(load_facts(given.facts), given.max_facts or size["facts"], given.seed)
+    requests = load_requests(given.requests)
+    model = load(given.model, given.backend, given.device, given.dtype)
+
+    severed = TraceConfig(sever=("nothing", "mlp", "attn"), samples=size["samples"], seed=given.seed)
+    pipeline.trace_step(run, model, facts, severed)
+    selection = pipeline.select_step(run, SelectConfig(rule=given.rule, seed=given.seed))
+    print(selection.reason)
+    sweep = SweepConfig(by=given.by, width=given.width, requests=size["requests"], seed=given.seed)
+    if selection.layers or given.width:
+        reading = MomentsConfig(tokens=given.tokens or size["tokens"])
+        config = recommended("memit", model)
+        selection = pipeline.validate_step(
+            run, model, selection, requests, given.texts, sweep, "memit", config, reading
+        )
+        print(selection.validation["verdict"])
+    run_figures(run.path)
+    write_report(run.path)
+    card = write_card(run, selection, given)
+    print(f"see {card} and {run.path / 'report.html'}")
+    return 0 if selection.layers else 3
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", help="tiny, a hub name or a folder")
+    parser.add_argument("--facts", default="known", help="facts to trace; by default those of the tiny model")
+    parser.add_argument("--requests", default="tiny", help="edit requests for the sweep")
+    parser.add_argument("--texts", default="tiny", help="running text for second moments")
+    parser.add_argument("--out", type=Path, help="by default select_MODEL")
+    parser.add_argument("--quick", action="store_true", help=f"a first look: {QUICK} in place of {FULL}")
+    parser.add_argument("--max-facts", type=int, help="trace a seeded sample of so many facts")
+    parser.add_argument("--tokens", type=int, help="tokens of text for second moments")
+    parser.add_argument("--rule", default="contribution")
+    parser.add_argument("--by", default="trace", help="trace, sweep or both")
+    parser.add_argument("--width", type=int, help="of the windows swept; by default that of the selected range")
+    parser.add_argument("--backend", default="transformer_lens")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser.parse_args()
+
+
+def write_card(run: pipeline.RunFolder, selection: Selection, given: argparse.Namespace) -> Path:
+    """Write README.md: what was found, from what, and how to make it again."""
+    sections = [
+        f"# Layers of {given.model}",
+        found(selection),
+        "## Ranges by rule",
+        rules(selection),
+        *(["## Edits by window", edits(run, selection)] if selection.validation else []),
+        "## Made from",
+        made_from(run, given),
+        "## Again",
+        again(),
+    ]
+    with atomic(run.path / "README.md") as temporary:
+        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return run.path / "README.md"
+
+
+def found(selection: Selection) -> str:
+    """The answer, how stable it is, and what edits say of it."""
+    by = selection.validation.get("by", "trace")
+    drawn = "requests" if by == "sweep" else "facts"
+    chosen = {"trace": f"the rule {selection.rule}", "sweep": "the scores of edits"}.get(by, "edits and trace")
+    lines = [
+        f"**{'Layers ' + span(selection.layers) if selection.layers else 'No layers'}** (counted from 0), by {chosen}, "
+        f"on {selection.n_facts} facts. {sentence(selection.reason)}",
+        f"Stability: {selection.stability:.0%} of bootstrap resamples of the {drawn} give exactly this range.",
+    ]
+    if selection.validation:
+        lines += [sentence(line) for line in (selection.validation["verdict"], *notes(selection))]
+    else:
+        lines += ["No range was swept with edits, since none was selected."]
+    return "\n\n".join(lines)
+
+
+def notes(selection: Selection) -> list[str]:
+    """The warnings of the sweep, but for the verdict."""
+    return [line for line in selection.validation["warnings"] if line != selection.validation["verdict"]]
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def rules(selection: Selection) -> str:
+    """What each rule selects, beside what others use for this model."""
+    rows = [
+        [name, span(rule["layers"]), f"{rule['stability']:.0%}", span(rule["modal"])]
+        for name, rule in selection.rules.items()
+    ]
+    text = markdown(["rule", "layers", "resamples that agree", "most frequent"], rows)
+    if not selection.published:
+        return text + "\n\nNo range is published for a model of this name."
+    published = [[f"{one.method} ({one.model})", span(one.layers), one.source, one.note] for one in selection.published]
+    return text + "\n\nPublished:\n\n" + markdown(["method", "layers", "source", "note"], published)
+
+
+def edits(run: pipeline.RunFolder, selection: Selection) -> str:
+    """Every window's scores, in percent with 95% intervals over requests."""
+    sweep = Sweep.load(run.path)
+    measures = [name for name in ("ES", "PS", "NS", sweep.score, "left") if name in set(sweep.table["measure"])]
+    measures = list(dict.fromkeys(measures))
+    by_window = {
+        (first, last): {row["measure"]: row for row in rows.to_dict("records")}
+        for (first, last), rows in sweep.table.groupby(["first", "last"])
+    }
+    rows = [["unedited", "", *(interval(sweep.before, name) for name in measures)]]
+    for record in selection.validation["windows"]:
+        window = by_window[record["layers"][0], record["layers"][-1]]
+        said = f"{100 * record['contribution']:.1f}"
+        rows.append([span(record["layers"]), said, *(interval(window, name) for name in measures)])
+    made = selection.validation
+    return (
+        f"{made['method'].upper()} with {made['n_requests']} requests at once, {made['held_out']} of them about "
+        f"subjects that were not traced.\n\n"
+        + markdown(["layers", "contribution", *measures], rows)
+        + "\n\nContribution: what the MLPs of the window add in the trace, in percent of probability. left: how much "
+        "of the change wanted of the hidden states was not reached, in percent. Brackets: 95% bootstrap intervals over "
+        "requests."
+    )
+
+
+def interval(summary: Summary, measure: str) -> str:
+    """Mean and interval of a measure; empty without data."""
+    entry = summary.get(measure)
+    return f"{entry['mean']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]" if entry else ""
+
+
+def made_from(run: pipeline.RunFolder, given: argparse.Namespace) -> str:
+    """Model, inputs and settings, with their hashes."""
+    steps = run.stamps()
+    model = steps["trace"]["model"]
+    rows = [
+        ["model", model["model"]],
+        ["weights (SHA-256)", model["weights_hash"]],
+        ["tokenizer (SHA-256)", model["tokenizer_hash"]],
+        ["precision", model["dtype"]],
+    ]
+    for what, source, file in (
+        ("facts", given.facts, "facts.jsonl" if given.facts == "known" else given.facts),
+        ("requests", given.requests, "requests.json" if given.requests == "tiny" else given.requests),
+        ("texts", given.texts, "texts.txt" if given.texts == "tiny" else given.texts),
+    ):
+        path = shipped(file) if source in ("known", "tiny") else Path(file)
+        rows.append([what, f"{source}, SHA-256 {file_hash(path)}" if path.is_file() else source])
+    for step, names in (
+        ("trace", ("samples", "noise", "corruption", "window", "seed")),
+        ("sweep", ("method", "settings")),
+    ):
+        stamp: dict[str, Any] = {**steps.get(step, {}), **(steps.get(step, {}).get("settings") or {})}
+        rows += [[f"{step}: {name}", stamp[name]] for name in names if stamp.get(name) is not None]
+    return markdown(["", ""], rows)
+
+
+def again() -> str:
+    """The command, and the versions it ran with."""
+    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    command = shlex.join(["python", "-m", "analyses.papers.select_layers", *sys.argv[1:]])
+    return f"```sh\n{command}\n```\n\nmechedit {VERSION}, Python {platform.python_version()}, {versions}."
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A table; bars in cells are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"select_layers: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,104 @@
+"""ROME Figs. 1–3 and 7, MEMIT Fig. 8: which states and modules carry a fact, for one fact and on average.
+
+    python -m analyses.papers.trace_average [--model tiny] [--facts known] [--out papers] [--quick]
+
+Every prompt token of every fact is traced at every layer: single states, windows of MLP outputs and windows of
+attention outputs, and states at the subject's last token also with the MLPs or the attention at that token severed.
+Writes, beside the trace in `trace/`:
+
+- `trace_average.csv`: a row for each kind and role, with the largest AIE, the layer where it is (of a window: its
+  centre) and its 95 % interval over facts there, in percent of probability, beside the ATE that it is a part of;
+- `trace_average_facts.csv`: a row a fact: whether it was traced, and why not;
+- `trace_average.parquet`: the AIE of every kind, severing, role and layer;
+- `trace_average.pdf`, `.png`: AIE by role and layer (ROME Fig. 2, MEMIT Fig. 8); and likewise
+  `trace_average_fact`: one fact, token by token (ROME Fig. 1e–g); by default the one that the corruption hurts most;
+  `trace_average_severed`: AIE at the subject's last token, whole and severed (ROME Fig. 3c);
+  `trace_average_lines`: AIE by layer with 95 % bands over facts (ROME Fig. 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analyses.common.command import opened, options, run
+from analyses.common.experiment import Experiment
+from mechedit import pipeline
+from mechedit.figures import fact_figure, lines_figure, paper_style, plot_severed, roles_figure, save_figure
+from mechedit.figures.style import PAGE_WIDTH, draw
+from mechedit.files import atomic
+from mechedit.tables import read_table, where
+from mechedit.trace import TraceConfig, average_effects, clearest_fact, total_effects
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
+
+MAX_FACTS = 100
+"""Every token of every fact is traced, which takes longer than the selection's trace."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trace, average, draw, write."""
+    parser = options(__doc__, max_facts=MAX_FACTS)
+    parser.add_argument("--fact", help="id of the fact to draw token by token (default: the one hurt most)")
+    experiment = opened("trace_average", parser, arguments)
+    folder = traced(experiment)
+    averages, total = average_effects(folder / "effects.parquet"), total_effects(folder / "effects.parquet")
+    figures = {
+        "fact": one_fact(folder, experiment.given.fact),
+        "severed": draw(partial(plot_severed, averages), width=PAGE_WIDTH),
+        "lines": lines_figure(averages),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, experiment.out, f"{experiment.name}_{name}")
+    write_facts(experiment, folder)
+    experiment.write(averages, printed(averages, total), roles_figure(averages))
+
+
+def traced(experiment: Experiment) -> Path:
+    """Trace everything into `trace/`, once for the same input, and return that folder."""
+    folder = pipeline.RunFolder.at(experiment.out / "trace", overwrite=experiment.given.overwrite)
+    config = TraceConfig(sever=("nothing", "mlp", "attn"), samples=experiment.samples, seed=experiment.seed)
+    pipeline.trace_step(folder, experiment.model, experiment.facts, config)
+    return folder.path
+
+
+def printed(averages: pd.DataFrame, total: pd.DataFrame) -> pd.DataFrame:
+    """The largest AIE of each kind, severing and role, beside the ATE, all in percent of probability."""
+    best = averages.loc[averages.groupby(["kind", "sever", "role"], sort=False)["mean"].idxmax()]
+    named = pd.DataFrame({"kind": best["kind"].map(KIND_LABELS), "severed": best["sever"].map(sever_label)})
+    named["role"] = best["role"].map(ROLE_LABELS)
+    named["layer"], named["facts"] = best["layer"], best["facts"]
+    for name, column in (("AIE", "mean"), ("low", "low"), ("high", "high")):
+        named[name] = (100 * best[column]).round(1) + 0.0  # not −0.0
+    for name in ("total", "total_low", "total_high"):
+        named[name.replace("total", "ATE")] = round(100 * float(total[name].iloc[0]), 1)
+    return named.reset_index(drop=True)
+
+
+def one_fact(folder: Path, name: str | None) -> Figure:
+    """The heatmaps of one fact, and over them what its object is and how probable, clean and corrupted."""
+    name = name or clearest_fact(folder / "effects.parquet")
+    figure = fact_figure(read_table(folder / "effects.parquet", fact=name), name)
+    fact = read_table(folder / "facts.parquet", id=name).iloc[0]
+    text = f"P({fact['object'].strip()}): {fact['clean']:.1%} clean, {fact['corrupted']:.1%} corrupted"
+    with paper_style():
+        figure.suptitle(text, fontsize="medium", parse_math=False)
+    return figure
+
+
+def write_facts(experiment: Experiment, folder: Path) -> None:
+    """Leave and count the facts traced and dropped."""
+    facts = read_table(folder / "facts.parquet")
+    with atomic(experiment.out / f"{experiment.name}_facts.csv") as temporary:
+        facts.to_csv(temporary, index=False)
+    dropped = where(facts, traced=False)
+    print(f"{len(facts) - len(dropped)} facts traced, {len(dropped)} dropped")
+    for fact, reason in zip(dropped["id"], dropped["reason"], strict=True):
+        print(f"  {fact}: {reason}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Models whose recalling layers are known, to judge selection rules by."""

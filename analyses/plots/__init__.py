@@ -1,0 +1,1 @@
+"""Figures that one script alone needs."""

@@ -1,0 +1,1 @@
+"""The tiny model: its facts, its training, its measurements."""

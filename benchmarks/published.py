@@ -1,0 +1,219 @@
+"""MEMIT by the published schedule, on plain transformers with torch hooks, for comparison and nothing else.
+
+It does what the code published with the paper (github.com/kmeng01/memit) does, in our words, and costs what that costs:
+
+- the search for z takes a fact at a time: 25 forward passes of all its rows, padded together, over all layers and with
+  all logits; the loss unembeds the last block's states a second time; 24 backward passes through both;
+- second moments take a pass over the text for each layer, which ends at that layer, a product aᵀ a a batch in float32;
+- keys take full forward passes of all prompts for each layer, states at the last layer full passes of the bare prompts;
+- each layer solves a dense, unsymmetric system in float64, with a moment kept in float32.
+
+Texts are tokenised by the same functions as ours, so that both see the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import mechedit as me
+from mechedit.batching import pad
+from mechedit.prompts import BARE, continuation_ids, prefixed_prompts, tokenize_prompt
+
+ROWS = 128
+"""Prompts in one forward pass for keys and states."""
+TEXTS = 100
+"""Texts that are sorted by length together."""
+
+
+class _Stopped(Exception):  # noqa: N818
+    """A forward pass has come as far as it was wanted."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published schedule on one model."""
+
+    model: me.Model
+    prefixes: Sequence[str]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks."""
+        return self.model.hf.transformer.h
+
+    def projection(self, layer: int) -> nn.Module:
+        """The MLP's second matrix."""
+        mlp = self.blocks[layer].mlp
+        return mlp.fc_out if hasattr(mlp, "fc_out") else mlp.c_proj
+
+    def target(self, request: me.EditRequest, layer: int, config: me.TargetConfig) -> tuple[Tensor, Tensor]:
+        """One fact's h and z."""
+        hf, device = self.model.hf, self.model.device
+        wanted = continuation_ids(self.model.tokenizer, request.target_new)
+        prompts = prefixed_prompts(self.model, request, self.prefixes)
+        kept = tokenize_prompt(self.model.tokenizer, config.kl_prompt, request.subject)
+        tokens = pad([[*prompt.ids, *wanted[:-1]] for prompt in prompts] + [kept.ids], self.model.tokenizer, device)
+        places = [prompt.last_subject for prompt in prompts] + [kept.last_subject]
+        labels = torch.full_like(tokens.ids[:-1], -100)
+        for row, prompt in enumerate(prompts):
+            labels[row, len(prompt.ids) - 1 :][: len(wanted)] = torch.tensor(wanted, device=device)
+        given = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
+        norm, weight = hf.transformer.ln_f, hf.lm_head.weight.T
+        bias = hf.lm_head.bias if hf.lm_head.bias is not None else weight.new_zeros(weight.shape[1])
+        delta = torch.zeros(self.model.d_model, device=device, requires_grad=True)
+        optimizer = torch.optim.Adam([delta], lr=config.lr)
+        initial, before, last = torch.zeros(0), torch.zeros(0), torch.zeros(0)
+
+        def add(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal initial
+            states = _states(output)
+            if not len(initial):
+                initial = states[0, places[0]].detach().clone()
+            for row, place in enumerate(places):
+                states[row, place, :] += delta
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal last
+            last = _states(output)
+
+        for step in range(config.steps):
+            optimizer.zero_grad()
+            with _hooks((self.blocks[layer], add), (self.blocks[-1], keep)):
+                logits = hf(**given).logits
+            now = logits[-1, places[-1]][None].log_softmax(1)
+            before = before if len(before) else now.detach().clone()
+            log_probs = (norm(last[: len(prompts)]) @ weight + bias).log_softmax(2)
+            picked = log_probs.gather(2, labels.clamp(min=0)[..., None]).squeeze(2) * (labels != -100)
+            nll = (-picked.sum(1) / len(wanted)).mean()
+            drift = config.kl_weight * functional.kl_div(before, now, log_target=True, reduction="batchmean")
+            loss = nll + drift + config.weight_decay * (delta.norm() / initial.norm() ** 2)
+            if loss.item() < config.threshold or step == config.steps - 1:
+                break
+            loss.backward()
+            optimizer.step()
+            radius = config.clamp * initial.norm()
+            if delta.norm() > radius:
+                with torch.no_grad():
+                    delta.mul_(radius / delta.norm())
+        return initial, (initial + delta).detach()
+
+    @torch.no_grad()
+    def moment(self, texts: Sequence[str], layer: int, *, whole: bool = False) -> Tensor:
+        """E[k kᵀ] of one layer, in float32; with `whole` the passes go on to the logits, as a plain hook has it."""
+        total, count, keys = torch.zeros(0), 0, torch.zeros(0)
+
+        def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal keys
+            keys = inputs[0]
+            if not whole:
+                raise _Stopped
+
+        with _hooks((self.projection(layer), stop)):
+            for start in range(0, len(texts), TEXTS):
+                rows = self.model.tokenizer(
+                    list(texts[start : start + TEXTS]), truncation=True, max_length=self.model.max_positions
+                )["input_ids"]
+                for batch in _packed(rows, 3 * self.model.max_positions):
+                    tokens = pad(batch, self.model.tokenizer, self.model.device)
+                    with contextlib.suppress(_Stopped):
+                        self.model.hf(input_ids=tokens.ids, attention_mask=tokens.mask)
+                    found = keys.flatten(0, 1)[tokens.mask.flatten().nonzero()[:, 0]].float()
+                    total = found.T.mm(found) if not count else total.add_(found.T.mm(found))
+                    count += len(found)
+        return total / count
+
+    def keys(self, requests: Sequence[me.EditRequest], layer: int) -> Tensor:
+        """The layer's key of each fact, [fact, d_mlp]: the mean of the bare prompt's and of the mean of the others."""
+        found = self._at(self.projection(layer), requests, self.prefixes, lambda inputs, output: inputs[0])
+        return (found[:, 0] + found[:, 1:].mean(1)) / 2
+
+    def states(self, requests: Sequence[me.EditRequest], layer: int) -> Tensor:
+        """The state after the layer at each bare prompt, [fact, d_model]."""
+        return self._at(self.blocks[layer], requests, [BARE], lambda inputs, output: _states(output))[:, 0]
+
+    @torch.no_grad()
+    def _at(
+        self,
+        module: nn.Module,
+        requests: Sequence[me.EditRequest],
+        prefixes: Sequence[str],
+        part: Callable[[Any, Any], Tensor],
+    ) -> Tensor:
+        """What a module gets or gives at the subject's last token, [fact, prefix, width], by full forward passes."""
+        prompts = [prompt for request in requests for prompt in prefixed_prompts(self.model, request, prefixes)]
+        rows, values = [], torch.zeros(0)
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal values
+            values = part(inputs, output)
+
+        with _hooks((module, keep)):
+            for start in range(0, len(prompts), ROWS):
+                some = prompts[start : start + ROWS]
+                tokens = pad([prompt.ids for prompt in some], self.model.tokenizer, self.model.device)
+                self.model.hf(input_ids=tokens.ids, attention_mask=tokens.mask)
+                rows += [values[row, prompt.last_subject] for row, prompt in enumerate(some)]
+        return torch.stack(rows).unflatten(0, (len(requests), len(prefixes)))
+
+    def edit(
+        self,
+        requests: Sequence[me.EditRequest],
+        z: Tensor,
+        layers: Sequence[int],
+        moments: Mapping[int, Tensor],
+        weight: float,
+    ) -> dict[int, Tensor]:
+        """ΔW of each layer, [d_mlp, d_model]; the model ends as it began."""
+        kept = {layer: self.model.projection(layer).detach().clone() for layer in layers}
+        changes = {}
+        with torch.no_grad():
+            for place, layer in enumerate(layers):
+                keys = self.keys(requests, layer).T
+                residuals = (z - self.states(requests, layers[-1])).T
+                changes[layer] = solve(moments[layer], keys, residuals / (len(layers) - place), weight).T
+                self.model.projection(layer).copy_(kept[layer] + changes[layer])
+            for layer in layers:
+                self.model.projection(layer).copy_(kept[layer])
+        return changes
+
+
+def solve(moment: Tensor, keys: Tensor, residuals: Tensor, weight: float) -> Tensor:
+    """One layer's ΔW, [d_model, d_mlp]: the dense system by LU, in float64."""
+    keys, residuals = keys.double(), residuals.double()
+    adjusted = torch.linalg.solve(weight * moment.double() + keys @ keys.T, keys)
+    return (residuals @ adjusted.T).float()
+
+
+def _states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _packed(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Longest first; a batch is full once another row would take it beyond `most` tokens."""
+    batch: list[Sequence[int]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if not row:
+            break
+        if batch and len(batch[0]) * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _hooks(*hooks: tuple[nn.Module, Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,159 @@
+"""What options name, made from their text: layers, windows, facts, requests, models, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from transformers.utils import logging
+
+from mechedit.data import Fact
+from mechedit.errors import InputError
+from mechedit.methods import METHODS, MethodConfig, recommended
+from mechedit.models import Model, load_model
+from mechedit.sweep import Window
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layers as people write them: `3-8`, `3,5,7`, `3-5,8`.
+
+    Raises:
+        InputError: anything else, a range that runs backwards, or a layer named twice.
+    """
+    layers = [layer for first, last in _ranges(text, "layers") for layer in range(first, last + 1)]
+    if len(set(layers)) < len(layers):
+        raise InputError(f"the layers {text!r} name a layer twice, expected each once")
+    return sorted(layers)
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def parse_windows(text: str) -> list[Window]:
+    """Windows of layers as people write them: `1-4,2-5`, and `3` for one layer.
+
+    Raises:
+        InputError: anything else, or a window that runs backwards.
+    """
+    return [Window(*ends) for ends in _ranges(text, "windows")]
+
+
+def _ranges(text: str, what: str) -> Iterator[tuple[int, int]]:
+    """First and last of each range between commas."""
+    for part in text.split(","):
+        ends = part.strip().split("-")
+        if not 1 <= len(ends) <= 2 or not all(end.strip().isdecimal() for end in ends):
+            raise InputError(f"the {what} {text!r} cannot be read, expected such as 3-8 or 3,5,7")
+        first, last = int(ends[0]), int(ends[-1])
+        if last < first:
+            raise InputError(f"the {what} {text!r} run backwards, expected the lower one first, such as {last}-{first}")
+        yield first, last
+
+
+def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """A process's part as people write it, `0/4`; without it the part that `accelerate launch` gave the process.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        rank, size = environment.get("RANK", ""), environment.get("WORLD_SIZE", "1")
+        text = f"{rank}/{size}" if size != "1" else None
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise InputError(f"the shard {text!r} cannot be read, expected such as 0/4, the first of four")
+    return int(index), int(count)
+
+
+def existing_folder(path: Path) -> Path:
+    """Refuse a folder that is not there."""
+    if not path.is_dir():
+        raise InputError(f"there is no folder {str(path)!r}; expected one that mechedit wrote: check the path")
+    return path
+
+
+def check_layers(layers: list[int], n_layers: int) -> None:
+    """Refuse layers that the model lacks."""
+    if layers[-1] >= n_layers:
+        raise InputError(f"layer {layers[-1]} is not in the model, expected layers 0 to {n_layers - 1}")
+
+
+def first_texts(texts: Sequence[str], count: int) -> list[str]:
+    """The first texts that are not blank; only so many are read.
+
+    Raises:
+        InputError: none are wanted.
+    """
+    if count < 1:
+        raise InputError(f"--max-texts is {count}, expected at least 1; leave --texts out for no perplexity")
+    return list(itertools.islice((text for text in texts if text.strip()), count))
+
+
+def sampled(facts: list[Fact], count: int | None, seed: int) -> list[Fact]:
+    """A seeded sample in the file's order."""
+    if count is None or count >= len(facts):
+        return facts
+    if count < 1:
+        raise InputError(f"--max-facts is {count}, expected at least 1")
+    chosen = set(random.Random(seed).sample(range(len(facts)), count))
+    return [fact for i, fact in enumerate(facts) if i in chosen]
+
+
+def load(name: str, backend: str, device: str | None, dtype: str | None) -> Model:
+    """Load a model for its name, quietly."""
+    with quiet():
+        return load_model(name, backend=backend, device=device, dtype=dtype)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the loading bars of libraries off the terminal; ours say what matters."""
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def method_config(method: str, model: Model, seed: int, settings: list[str] | None) -> MethodConfig:
+    """The method's settings: those that ship with the model, then the seed, then --set name=value."""
+    if method not in METHODS:
+        raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
+    config = recommended(method, model)
+    hints = {field.name: get_type_hints(type(config))[field.name] for field in dataclasses.fields(config)}
+    changes: dict[str, Any] = {"seed": seed}
+    for setting in settings or ():
+        name, equals, value = setting.partition("=")
+        if not equals or name not in hints:
+            raise InputError(f"--set {setting!r} cannot be read, expected name=value with one of {', '.join(hints)}")
+        changes[name] = _read(value, hints[name], setting)
+    return dataclasses.replace(config, **changes)
+
+
+def _read(value: str, hint: Any, setting: str) -> Any:
+    """A setting's value as its type is annotated; `float | int` takes numbers, a Literal its strings.
+
+    Raises:
+        InputError: it cannot be read so.
+    """
+    kinds = get_args(hint) or (hint,)
+    if bool in kinds:
+        kind, read = "bool (true or false)", {"true": True, "false": False}.__getitem__
+        value = value.lower()
+    elif float in kinds:
+        kind, read = "number", float
+    else:
+        kind, read = ("int", int) if int in kinds else ("text", str)
+    try:
+        return read(value)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"--set {setting!r}: {value!r} is not a {kind}") from error

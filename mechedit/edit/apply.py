@@ -1,0 +1,157 @@
+"""Edits on a model: for a moment with `edited`, for good with `apply_` and `undo_`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechedit.edit.ledger import (
+    Entry,
+    account,
+    accounted,
+    all_or_nothing,
+    ledger,
+    note_,
+    noted_digest,
+    own_ledger,
+    preserved,
+)
+from mechedit.edit.value import Edit, check_factors, same
+from mechedit.edit.weights import digest, rounded_sum
+from mechedit.errors import InputError
+from mechedit.models import Model
+
+
+@contextlib.contextmanager
+def edited(model: Model, edit: Edit) -> Iterator[Model]:
+    """Apply `edit` within a `with` block; on leaving, however it is left, the weights are what they were.
+
+    Raises:
+        InputError: the edit was made for other weights, or takes some beyond what their dtype holds.
+    """
+    check_model(model, edit)
+    with preserved(model, edit.layers):
+        for layer in edit.layers:
+            add_(model, layer, edit.delta(layer))
+        yield model
+
+
+def apply_(model: Model, edit: Edit) -> None:
+    """Apply `edit` until `undo_`. One copy of each edited layer's original weights is kept beside the model.
+
+    Edits may follow one another, each made on the model as the former left it. With W₀ the weights before the first,
+    the k-th leaves W₀ + Σ ΔW rounded once, not the sum of k roundings.
+
+    Raises:
+        InputError: the edit was made for other weights, or takes some beyond what their dtype holds.
+    """
+    check_model(model, edit)
+    known = [layer for layer in edit.layers if accounted(model, layer)]
+    with all_or_nothing(model, edit.layers) as originals:
+        for layer in edit.layers:
+            add_(model, layer, edit.delta(layer))
+        bases = {layer: original for layer, original in originals.items() if layer not in known}
+        digests = {layer: digest(model.projection(layer)) for layer in edit.layers}
+        note_(model, (*ledger(model), Entry(edit=edit, bases=bases, digests=digests)))
+
+
+def undo_(model: Model, edit: Edit) -> None:
+    """Take back the edit that was applied last: the weights come back bit for bit.
+
+    Raises:
+        InputError: `edit` is not applied, another was applied after it, or it is for another module.
+    """
+    check_module(model, edit)
+    entries = ledger(model)
+    places = [place for place, entry in enumerate(entries) if same(edit, entry.edit)]
+    if not places:
+        raise InputError(
+            f"the edit is not applied to {model.name!r} (applied here: {len(entries)}); expected one that apply_ put "
+            f"on this model in this process: the original weights are kept in memory, and neither an edit file nor "
+            f"an exported checkpoint holds them, so load the unedited model again"
+        )
+    if places[-1] != len(entries) - 1:
+        later = len(entries) - 1 - places[-1]
+        raise InputError(f"{later} edits were applied after this one, expected none; undo the last one first")
+    with all_or_nothing(model, edit.layers):
+        for layer in edit.layers:
+            _write_(model, layer, _before_last(layer, own_ledger(model)))
+        note_(model, entries[:-1])
+
+
+def add_(model: Model, layer: int, delta: Float[Tensor, "d_mlp d_model"]) -> None:
+    """Add `delta` to a layer's down-projection; the sum is taken in float64 and rounded once (`rounded_sum`).
+
+    Where edits are applied, it is taken from the weights before the first of them. Made on one model and applied to
+    it afterwards, an edit leaves the same bits both times.
+
+    Raises:
+        InputError: some weights would be beyond what their dtype holds; the layer is left as it was.
+    """
+    base, edits = account(layer, own_ledger(model)) if accounted(model, layer) else (None, [])
+    base = model.projection(layer) if base is None else base
+    # Made one at a time, since each is as large as the layer.
+    earlier = (edit.delta(layer) for edit in edits)
+    _write_(model, layer, rounded_sum(base, itertools.chain(earlier, [delta]), f"layer {layer}"))
+
+
+def check_model(model: Model, edit: Edit) -> None:
+    """Refuse a model that the edit was not made for.
+
+    Raises:
+        InputError: another module is written, the weights differ from those in the manifest, a layer does not fit, or
+            factors are not finite.
+    """
+    check_module(model, edit)
+    wanted = edit.manifest.get("model") or {}
+    found = model.weights_hash()
+    if wanted.get("weights_hash") != found:
+        raise InputError(
+            f"the edit was made for {wanted.get('model')!r} with weights {wanted.get('weights_hash')}, found "
+            f"{model.name!r} with weights {found}; load the model it was made for, or undo other edits first"
+        )
+    for layer in edit.layers:
+        shape = tuple(model.projection(layer).shape) if 0 <= layer < model.n_layers else None
+        factors = edit.factors[layer]
+        if shape != (found := (len(factors.left), factors.right.shape[1])):
+            raise InputError(
+                f"the edit's layer {layer} is {found}, but the model's is {shape or 'absent'}; the edit file "
+                f"is damaged or of another model"
+            )
+    check_factors(edit)
+
+
+def check_module(model: Model, edit: Edit) -> None:
+    """Raise InputError when the model writes into another module than the edit does."""
+    if edit.module != model.module:
+        raise InputError(
+            f"the edit was made for the module {edit.module!r}, found {model.name!r} writing into {model.module!r}, "
+            f"whose matrices are others; use model.writing({edit.module!r})"
+        )
+
+
+def _before_last(layer: int, entries: Sequence[Entry]) -> Float[Tensor, "d_mlp d_model"]:
+    """A layer's weights before the last entry."""
+    *earlier, last = entries
+    if layer in last.bases:
+        return last.bases[layer]
+    base, edits = account(layer, earlier)
+    assert base is not None, layer
+    weight = rounded_sum(base, (edit.delta(layer) for edit in edits), f"layer {layer}")
+    if (found := digest(weight)) != (expected := noted_digest(layer, earlier)):
+        raise InputError(
+            f"layer {layer} would come back with digest {found[:12]}, expected {str(expected)[:12]}: float64 products "
+            f"no longer give the same bits as when the edits were applied; set the number of threads "
+            f"(torch.set_num_threads) to what it was then and undo again, or load the unedited model"
+        )
+    return weight
+
+
+@torch.no_grad()
+def _write_(model: Model, layer: int, weight: Float[Tensor, "d_mlp d_model"]) -> None:
+    model.projection(layer).copy_(weight)

@@ -1,0 +1,52 @@
+"""Every figure that a run folder allows, in one call."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mechedit.errors import InputError
+from mechedit.figures.scores import SCORES, plot_scores
+from mechedit.figures.selection import plot_selection
+from mechedit.figures.style import draw, save_figure
+from mechedit.figures.sweep import sweep_figure
+from mechedit.figures.trace_figures import trace_figures
+from mechedit.files import read_json
+from mechedit.tables import read_table
+
+
+def run_figures(folder: str | Path) -> list[Path]:
+    """Draw what the files of a run folder allow into `folder`/figures, each as PDF and PNG.
+
+    From effects.parquet: severed, roles, fact, lines, and the last three for each kind alone (roles_state, …);
+    for metrics besides probability also severed_kl, …. From selection.json: selection. From sweep.parquet: sweep.
+    From summary.json: scores.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: there is no such folder, or it cannot be written to.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {str(folder)!r}, expected one that mechedit wrote: check the path")
+    figures: dict[str, Figure] = {}
+    selection, summary = (_optional_json(folder / name) for name in ("selection.json", "summary.json"))
+    if (folder / "effects.parquet").is_file():
+        figures |= trace_figures(folder / "effects.parquet", selection.get("layers"))
+    if selection.get("evidence"):
+        figures["selection"] = draw(partial(plot_selection, selection), height=2.7)
+    if (folder / "sweep.parquet").is_file():
+        figures["sweep"] = sweep_figure(read_table(folder / "sweep.parquet"), selection)
+    before, after = summary.get("before") or {}, summary.get("after") or summary.get("now") or {}
+    if any(name in before or name in after for name in SCORES):
+        figures["scores"] = draw(partial(plot_scores, before, after))
+    return [path for name, figure in figures.items() for path in save_figure(figure, folder / "figures", name)]
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

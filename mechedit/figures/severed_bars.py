@@ -1,0 +1,57 @@
+"""Severed bars: what a state gives back with modules cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from mechedit.errors import InputError
+from mechedit.figures.style import GREY, INK, SEVER_COLOURS, SPARE, layer_axis, legend_above, runs
+from mechedit.figures.trace_averages import aie_label, averaged, curve
+from mechedit.tables import where
+from mechedit.trace.labels import SEVER_LABELS, sever_label
+
+
+def plot_severed(
+    effects: pd.DataFrame,
+    ax: Axes,
+    selection: Sequence[int] | None = None,
+    *,
+    severings: Sequence[str] | None = None,
+) -> Axes:
+    """MEMIT Fig. 3: AIE of one state at the subject's last token, by layer, whole and severed.
+
+    Args:
+        effects: tidy effects, or what `average_effects` made of them; of them, kind `state` at role
+            `subject_last`.
+        ax: where to draw.
+        selection: layers to shade.
+        severings: which bars; by default those without a subset of layers (`mlp@3`) that were traced.
+
+    Raises:
+        InputError: there are no such effects, or not of a severing named.
+    """
+    rows = averaged(effects, kind="state", role="subject_last")
+    traced = list(dict.fromkeys(rows["sever"]))
+    if missing := [sever for sever in severings or () if sever not in traced]:
+        raise InputError(f"the effects hold nothing of severing {missing[0]!r}, expected one of {', '.join(traced)}")
+    shown = list(severings or [sever for sever in SEVER_LABELS if sever in traced])
+    if not shown:
+        raise InputError(f"the effects hold severings {', '.join(traced)} only, expected some: name them in severings")
+    for first, last in runs(selection or ()):
+        ax.axvspan(first - 0.5, last + 0.5, color=GREY, alpha=0.22, linewidth=0, zorder=0)
+    width = 0.8 / len(shown)
+    spare = iter([*SPARE] * len(shown))
+    for i, sever in enumerate(shown):
+        layers, ends = curve(where(rows, sever=sever))
+        mean, low, high = ends.T
+        place = layers + (i - (len(shown) - 1) / 2) * width
+        colour = SEVER_COLOURS.get(sever) or next(spare)
+        ax.bar(place, mean, width, color=colour, label=sever_label(sever), linewidth=0)
+        ax.errorbar(place, mean, [mean - low, high - mean], fmt="none", ecolor=INK, elinewidth=0.5)
+    ax.axhline(0, color=INK, linewidth=0.6)
+    ax.set(xlabel="layer of the restored state", ylabel=aie_label(rows, ax))
+    legend_above(ax, columns=3)
+    return layer_axis(ax, sorted(set(rows["layer"])))

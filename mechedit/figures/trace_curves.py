@@ -1,0 +1,163 @@
+"""Line plots with bands: AIE by layer, for the roles, severings or kinds that were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from mechedit.errors import InputError
+from mechedit.figures.style import (
+    INK,
+    KIND_COLOURS,
+    PAGE_WIDTH,
+    ROLE_COLOURS,
+    SEVER_COLOURS,
+    SPARE,
+    PaperFigure,
+    layer_axis,
+    legend_above,
+    paper_style,
+)
+from mechedit.figures.trace_averages import aie_label, averaged, curve, kinds_in, layer_label
+from mechedit.tables import where
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
+
+COLOURS = {"role": ROLE_COLOURS, "sever": SEVER_COLOURS, "kind": KIND_COLOURS}
+Stroke = str | tuple[float | int, tuple[float | int, ...]]
+STROKES: Sequence[Stroke] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+
+
+def plot_lines(
+    effects: pd.DataFrame,
+    ax: Axes,
+    *,
+    kinds: Sequence[str] | None = None,
+    roles: Sequence[str] | None = None,
+    severings: Sequence[str] = ("nothing",),
+) -> Axes:
+    """ROME's line plots: AIE by layer, one line each kind, role and severing, with its bootstrap band.
+
+    Colour tells roles apart where there are several, else severings, else kinds; what else varies is told
+    apart by the stroke.
+
+    Args:
+        effects: tidy effects, or what `average_effects` made of them.
+        ax: where to draw.
+        kinds: which kinds; None means all traced.
+        roles: which roles; None means all traced.
+        severings: which severings.
+
+    Raises:
+        InputError: no such effects, or lines that differ in kind and role and severing all at once.
+    """
+    rows = averaged(effects)
+    wanted = {"role": roles, "sever": severings, "kind": kinds}
+    for column, values in wanted.items():
+        rows = _only(rows, column, values)
+    varied = [column for column in wanted if len(set(rows[column])) > 1]
+    if len(varied) > 2:
+        raise InputError("the lines would differ in kind, role and severing, expected two at most: choose one of one")
+    coloured, stroked = (*varied, "role")[0], varied[1] if len(varied) > 1 else None
+    colours = _styles(rows, coloured, COLOURS[coloured], SPARE)
+    strokes = _styles(rows, stroked, {}, STROKES) if stroked else {}
+    for _, of_line in rows.groupby(["role", "sever", "kind"], sort=False):
+        first = of_line.iloc[0]
+        name = ", ".join(_name(column, str(first[column])) for column in varied or [coloured])
+        stroke = strokes[str(first[stroked])] if stroked else "-"
+        plot_band(ax, *curve(of_line), label=name, colour=colours[str(first[coloured])], stroke=stroke)
+    ax.axhline(0, color=INK, linewidth=0.6, zorder=1)
+    place = "layer" if "kind" in varied else layer_label(str(rows["kind"].iloc[0]))
+    ax.set(xlabel=place, ylabel=aie_label(rows, ax))
+    # Two things told apart make two short lists, instead of one long one of all their pairs.
+    keys: list[tuple[str, str, Any]] = [(_name(coloured, value), colour, "-") for value, colour in colours.items()]
+    keys += [(_name(stroked, value), INK, stroke) for value, stroke in strokes.items() if stroked]
+    lines = [Line2D([], [], label=name, color=colour, linestyle=stroke) for name, colour, stroke in keys]
+    legend_above(ax, columns=2, handles=lines)
+    return layer_axis(ax, sorted(set(rows["layer"])))
+
+
+def plot_band(
+    ax: Axes,
+    layers: Float[np.ndarray, " layer"],
+    ends: Float[np.ndarray, "layer 3"],
+    *,
+    label: str,
+    colour: str,
+    stroke: Stroke = "-",
+) -> Axes:
+    """One line through the means, and the band between low and high."""
+    mean, low, high = ends.T
+    ax.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
+    marker = {"marker": "o", "markersize": 1.6} if len(layers) <= 24 else {}
+    ax.plot(layers, mean, color=colour, linestyle=stroke, label=label, **marker)
+    return ax
+
+
+def lines_figure(
+    effects: pd.DataFrame, *, roles: Sequence[str] | None = None, severings: Sequence[str] = ("nothing",)
+) -> Figure:
+    """AIE by layer and role, the kinds traced side by side on one axis, under one legend.
+
+    Raises:
+        InputError: no effects with nothing severed.
+    """
+    table = averaged(effects)
+    kinds = kinds_in(table)
+    with paper_style():
+        figure, axes = panels(len(kinds))
+        for kind, ax in zip(kinds, axes, strict=True):
+            # What was severed for one kind only is drawn there only.
+            found = [sever for sever in severings if len(where(table, kind=kind, sever=sever))]
+            plot_lines(table, ax, kinds=[kind], roles=roles, severings=found).set_title(KIND_LABELS[kind])
+        share_legend(figure, axes)
+    return figure
+
+
+def panels(count: int, *, height: float = 2.2) -> tuple[Figure, list[Axes]]:
+    """A row of panels across the page that share their vertical axis."""
+    figure = PaperFigure(figsize=(PAGE_WIDTH, height))
+    return figure, list(np.atleast_1d(figure.subplots(1, count, sharey=True)))
+
+
+def share_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend over all panels, and only the first names the vertical axis."""
+    entries: dict[str, Any] = {}
+    for legend in filter(None, (ax.get_legend() for ax in axes)):
+        names = [text.get_text() for text in legend.get_texts()]
+        entries = {**dict(zip(names, legend.legend_handles, strict=True)), **entries}
+        legend.remove()
+    for ax in axes[1:]:
+        ax.set_ylabel("")
+    rows = -(-len(entries) // 4)
+    columns = -(-len(entries) // rows)
+    figure.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=columns)
+
+
+def _only(rows: pd.DataFrame, column: str, values: Sequence[str] | None) -> pd.DataFrame:
+    """The rows of the values wanted, each of which must be there."""
+    traced = list(dict.fromkeys(rows[column]))
+    if values is None:
+        return rows
+    if missing := [value for value in values if value not in traced]:
+        raise InputError(f"the effects hold no {column} {missing[0]!r}, expected one of {', '.join(traced)}")
+    return rows.loc[rows[column].isin(list(values))]
+
+
+def _styles(rows: pd.DataFrame, column: str, known: Mapping[str, Any], spare: Sequence[Any]) -> dict[str, Any]:
+    """A colour or stroke for each value of a column: its own, or the next that is left."""
+    left = cycle(spare)
+    return {value: known[value] if value in known else next(left) for value in dict.fromkeys(rows[column])}
+
+
+def _name(column: str, value: str) -> str:
+    if column == "sever":
+        return sever_label(value)
+    return (ROLE_LABELS if column == "role" else KIND_LABELS).get(value, value)

@@ -1,0 +1,69 @@
+"""Every figure of a trace, from effects in memory or in a file, never all of them in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from mechedit.figures.severed_bars import plot_severed
+from mechedit.figures.style import COLUMN_WIDTH, PAGE_WIDTH, draw
+from mechedit.figures.trace_averages import kinds_in
+from mechedit.figures.trace_curves import lines_figure, plot_lines
+from mechedit.figures.trace_heatmaps import fact_figure, fact_panels, role_panels, roles_figure, row_height
+from mechedit.tables import read_table, where
+from mechedit.trace.averages import average_effects, clearest_fact, main_metric
+from mechedit.trace.labels import SEVER_LABELS
+
+
+def trace_figures(effects: pd.DataFrame | str | Path, selection: Sequence[int] | None = None) -> dict[str, Figure]:
+    """Every figure of a trace, by name; those whose effects were not traced are left out.
+
+    severed; roles, fact and lines, all kinds side by side; roles_KIND, fact_KIND and lines_KIND, one kind each
+    on the same scale, for a paper's column or a narrow screen. Of several metrics, probability (else the first)
+    has these names; each other has severed_METRIC, roles_METRIC, fact_METRIC and lines_METRIC.
+
+    Args:
+        effects: tidy effects, or the parquet file that holds them.
+        selection: layers to shade in the severed bars.
+    """
+    averages = average_effects(effects)
+    clearest = clearest_fact(effects)
+    fact = where(effects, fact=clearest) if isinstance(effects, pd.DataFrame) else read_table(effects, fact=clearest)
+    main = main_metric(averages["metric"])
+    figures = _whole_figures(where(averages, metric=main), where(fact, metric=main), selection)
+    figures |= _kind_figures(where(averages, metric=main), where(fact, metric=main))
+    for metric in averages["metric"].unique():
+        if metric != main:
+            others = _whole_figures(where(averages, metric=metric), where(fact, metric=metric), selection)
+            figures |= {f"{name}_{metric}": figure for name, figure in others.items()}
+    return figures
+
+
+def _whole_figures(averages: pd.DataFrame, fact: pd.DataFrame, selection: Sequence[int] | None) -> dict[str, Figure]:
+    """Figures of all kinds, for the width of a page."""
+    figures: dict[str, Figure] = {}
+    early = where(averages, kind="state", role="subject_last")
+    if set(early["sever"]) & set(SEVER_LABELS):
+        wide = PAGE_WIDTH if len(set(averages["layer"])) > 20 else COLUMN_WIDTH
+        figures["severed"] = draw(partial(plot_severed, averages, selection=selection), width=wide)
+    whole = where(averages, sever="nothing")
+    if len(set(whole["role"])) > 1:
+        figures |= {"roles": roles_figure(whole), "fact": fact_figure(fact), "lines": lines_figure(whole)}
+    return figures
+
+
+def _kind_figures(averages: pd.DataFrame, fact: pd.DataFrame) -> dict[str, Figure]:
+    """Figures of one kind each, for a column."""
+    whole = where(averages, sever="nothing")
+    if len(set(whole["role"])) < 2:
+        return {}
+    figures: dict[str, Figure] = {}
+    for name, (panels, rows) in {"roles": role_panels(whole), "fact": fact_panels(fact)}.items():
+        figures |= {f"{name}_{kind}": draw(panel, height=row_height(rows)) for kind, panel in panels.items()}
+    for kind in kinds_in(whole):
+        figures[f"lines_{kind}"] = draw(partial(plot_lines, whole, kinds=[kind]), height=2.5)
+    return figures

@@ -1,0 +1,243 @@
+"""Files that are whole or absent: atomic writes, JSON, parquet and safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mechedit.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    path = Path(path)
+    writable_folder(path.parent)
+    # The suffix stays, because writers such as matplotlib choose their format by it.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files private; results get the permissions any other new file would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | Path, *, replaces: str | None = None) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`; on success rename it to `folder`, else remove it.
+
+    Args:
+        folder: what appears on success.
+        replaces: a folder that holds a file of this name may be replaced; others never are.
+
+    Raises:
+        InputError: `folder` exists and is not an empty folder, or cannot be made.
+    """
+    folder = Path(folder)
+    replaced = replaces is not None and (folder / replaces).is_file()
+    if folder.exists() and not replaced and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{str(folder)!r} exists already, expected a new or an empty folder; choose another or remove it"
+        )
+    writable_folder(folder.parent)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        # mkdtemp makes folders private; results get the permissions any other new folder would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if replaced:
+            folder.rename(temporary.with_name(temporary.name + ".old"))
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_name(temporary.name + ".old"), ignore_errors=True)
+
+
+def writable_folder(folder: str | Path) -> Path:
+    """Make `folder` when absent and return it.
+
+    Raises:
+        InputError: it is a file, or cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the folder {str(folder)!r} ({error.strerror}); expected a folder that can be "
+            f"written to: choose another with --out"
+        ) from error
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically; dataclasses become objects, NaN is refused."""
+    text = json.dumps(content, indent=2, default=plain, allow_nan=False, ensure_ascii=False)
+    with atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_parquet(path: str | Path, frame: pd.DataFrame) -> None:
+    """Write a frame with its attrs, atomically."""
+    with atomic(path) as temporary:
+        frame.to_parquet(temporary, index=False)
+
+
+def write_parquet_parts(path: str | Path, frames: Iterable[pd.DataFrame], attrs: Mapping[str, Any]) -> None:
+    """Write frames of the same columns one after another to one file with these attrs, atomically.
+
+    Never more than one of them is in memory.
+    """
+    with atomic(path) as temporary, contextlib.ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        for frame in frames:
+            table = pa.Table.from_pandas(frame, preserve_index=False)
+            if writer is None:
+                noted = {b"PANDAS_ATTRS": json.dumps(dict(attrs)).encode(), **(table.schema.metadata or {})}
+                schema = table.schema.with_metadata(noted)
+                writer = stack.enter_context(pq.ParquetWriter(temporary, schema))
+            writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: there is no such file, or it is not JSON (the message names the line).
+    """
+    path = Path(path)
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{str(path)!r} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
+            f"mend the file or make it again"
+        ) from error
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        InputError: there is no such file, it is a folder, or it is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(path)!r} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(
+            f"cannot read the file {str(path)!r} ({error.strerror}); expected an existing file: check the path"
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """Turn a dataclass, path, tuple or NumPy scalar into what JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if callable(listed := getattr(value, "tolist", None)):
+        return listed()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def plain_copy(value: Any) -> Any:
+    """What `value` reads back as after being written as JSON."""
+    return json.loads(json.dumps(value, default=plain))
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
+    """Write tensors as safetensors, with `header` as JSON under `key` in the file's metadata, atomically."""
+    text = json.dumps(header, default=plain, allow_nan=False, ensure_ascii=False)
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(whole, temporary, metadata={key: text})
+
+
+def read_tensors(path: str | Path, key: str, *, mapped: bool = False) -> tuple[dict[str, Tensor], Any]:
+    """Read what `write_tensors` wrote: the tensors and the header.
+
+    Args:
+        path: the file.
+        key: where in the metadata the header lies.
+        mapped: leave the tensors in the file until they are needed. It may be replaced, but not written over.
+
+    Raises:
+        InputError: there is no such file; it is not safetensors or cut short; it lacks the header.
+    """
+    with _opened(path) as opened:
+        # Cloned, since safetensors maps the file: were it overwritten, reading it would end the process.
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
+        return tensors, _header(opened, path, key)
+
+
+def read_header(path: str | Path, key: str) -> Any:
+    """Read only the header that `write_tensors` wrote.
+
+    Raises:
+        InputError: as `read_tensors`.
+    """
+    with _opened(path) as opened:
+        return _header(opened, path, key)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise InputError(
+            f"{str(path)!r} is not a safetensors file, or was cut short ({error}); expected one that "
+            f"mechedit wrote: make it again"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"cannot read the file {str(path)!r} ({error.strerror or error}); expected an existing file: check the path"
+        ) from error
+
+
+def _header(opened: Any, path: str | Path, key: str) -> Any:
+    text = (opened.metadata() or {}).get(key)
+    if text is None:
+        raise InputError(
+            f"{str(path)!r} has no {key!r} in its header; expected a file that mechedit wrote: check the path"
+        )
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"the {key} in the header of {str(path)!r} is not JSON ({error}); make the file again"
+        ) from error

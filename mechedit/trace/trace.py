@@ -1,0 +1,161 @@
+"""Facts in, tidy effects out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from mechedit.cache import kept
+from mechedit.data import Fact, unique_ids
+from mechedit.errors import InputError
+from mechedit.models import Model
+from mechedit.trace.cells import trace_group
+from mechedit.trace.config import TraceConfig
+from mechedit.trace.corruption import NoiseSource, Spread, embedding_spread
+from mechedit.trace.effects import Effects
+from mechedit.trace.memory import scene_rows
+from mechedit.trace.tokens import Dropped, TracedFact, alike, known_facts, with_donors, with_roles
+
+
+def trace_facts(
+    model: Model,
+    facts: Sequence[Fact],
+    config: TraceConfig | None = None,
+    *,
+    noise: NoiseSource | None = None,
+    spread: Spread | None = None,
+    parts: str | Path | None = None,
+) -> Effects:
+    """Trace facts and return one row for each restored cell and metric, averaged over noise samples.
+
+    IE = P*,clean h(o) − P*(o) (MEMIT §3.1), with P the joint probability of the object's tokens, or another of
+    `config.metrics`. Columns are `COLUMNS`; `effect = score − corrupted`, in the metric's units, never clipped. Only
+    facts that the model completes with the object (greedy, every token) are traced; `frame.attrs` holds the settings,
+    provenance, `n_facts` and `dropped`, a list of [id, reason].
+
+    Args:
+        model: any `Model`.
+        facts: what to trace.
+        config: what to restore, sever, corrupt and measure.
+        noise: explicit standard-normal draws, for replication; by default each fact's draws come from a seed
+            made of `config.seed` and the fact's id, the same for every cell, kind and severing.
+        spread: of the subjects' embeddings, when it has been measured on a larger set of subjects.
+        parts: a folder for each finished group of facts, so that an interrupted trace goes on where it stopped.
+
+    Raises:
+        ValueError: `parts` with explicit `noise`, whose draws no file name can tell apart.
+        InputError: no facts, none that the model knows, noise of the wrong shape, or scores that are not finite.
+    """
+    plan = plan_trace(model, facts, config, noise=noise, spread=spread, parts=parts)
+    frame = pd.concat(list(plan), ignore_index=True)
+    order = {traced.fact.id: i for i, traced in enumerate(plan.facts)}
+    frame = frame.sort_values("fact", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
+    frame.attrs = {**plan.attrs}
+    return Effects(frame)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TracePlan:
+    """What will be traced; iterate over it for the effects of one group of facts after another.
+
+    A thousand facts need no more memory than one group.
+    """
+
+    model: Model
+    facts: Sequence[TracedFact]
+    dropped: Sequence[Dropped]
+    config: TraceConfig
+    std: float
+    """Of the noise, in absolute units."""
+    spread: Spread | None
+    noise: NoiseSource | None
+    parts: Path | None
+    provenance: dict[str, Any]
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """Settings and provenance, for `DataFrame.attrs`."""
+        return {
+            "config": self.config.plain(),
+            "noise_std": float(self.std),
+            "n_facts": len(self.facts),
+            "dropped": [list(pair) for pair in self.dropped],
+            "provenance": self.provenance,
+        }
+
+    def __iter__(self) -> Iterator[pd.DataFrame]:
+        key = {"settings": self.config.plain(), "std": self.std, "model": {**self.provenance, "backend": None}}
+        with tqdm(total=len(self.facts), desc="tracing facts", unit="fact") as progress:
+            for group in self.groups():
+                with torch.no_grad():
+                    make = partial(trace_group, self.model, group, self.std, self.config, self.noise, self.spread)
+                    own = [{**asdict(traced.fact), "donors": traced.donors} for traced in group]
+                    yield kept(self.parts, {**key, "facts": own}, make)
+                progress.update(len(group))
+
+    def groups(self) -> Iterator[list[TracedFact]]:
+        """Facts of one shape, as many as the settings' rows and memory allow."""
+        for same in alike(self.facts, len(self.facts)):
+            size = max(1, scene_rows(self.model, same[0], self.config) // self.config.samples)
+            yield from alike(same, size)
+
+
+@torch.no_grad()
+def plan_trace(
+    model: Model,
+    facts: Sequence[Fact],
+    config: TraceConfig | None = None,
+    *,
+    noise: NoiseSource | None = None,
+    spread: Spread | None = None,
+    parts: str | Path | None = None,
+) -> TracePlan:
+    """Measure the noise, find the facts that the model knows, and refuse what cannot be traced; see `trace_facts`."""
+    config = config or TraceConfig()
+    if parts is not None and noise is not None:
+        raise ValueError("parts cannot be kept with explicit noise: pass one of the two")
+    if not facts:
+        raise InputError("there are no facts to trace, expected at least one; check the facts file")
+    unique_ids((fact.id for fact in facts), "facts")
+    for sever in config.severed:
+        sever.through(model.n_layers)
+    how = config.corrupted_by
+    coloured = how.distribution == "multivariate"
+    if spread is None and (config.noise_std is None or coloured):
+        spread = embedding_spread(model, [fact.subject for fact in facts], root=coloured)
+    std = config.noise_std
+    if std is None:
+        assert spread is not None
+        std = config.noise * spread.std
+    known, dropped = known_facts(model, facts)
+    known, roleless = with_roles(known, config)
+    dropped = [*dropped, *roleless]
+    if known and how.distribution == "tokens":
+        known, without = with_donors(model, known, facts, config)
+        dropped = [*dropped, *without]
+    if not known:
+        raise InputError(
+            f"none of the {len(facts)} facts can be traced, expected some that the model completes with their object "
+            f"(first: {dropped[0][0]!r}: {dropped[0][1]}); check that the facts suit the model"
+        )
+    plan = TracePlan(
+        model=model,
+        facts=known,
+        dropped=dropped,
+        config=config,
+        std=float(std),
+        spread=spread,
+        noise=noise,
+        parts=None if parts is None else Path(parts),
+        provenance=model.provenance(),
+    )
+    # A bound on memory that no group can keep is refused now.
+    list(plan.groups())
+    return plan

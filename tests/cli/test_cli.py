@@ -1,0 +1,486 @@
+"""The command line: what it refuses, in one line with exit code 2, and that the commands make their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from helpers.edits import made
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import mechedit as me
+from mechedit.cli import main, parse_layers, parse_windows
+from mechedit.files import read_json
+
+FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the colour", "object": "teal"}
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as leaving:
+        main([str(argument) for argument in arguments])
+    return int(leaving.value.code or 0)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert call(*arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mechedit:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small trace of the tiny model, by the command itself."""
+    folder = tmp_path_factory.mktemp("traced") / "run"
+    assert call("trace", "--max-facts", 12, "--samples", 3, "--out", folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command"),
+        (["find"], "No such command 'find'"),
+        (["trace", "--colour", "red"], "No such option"),
+        (["trace", "--backend", "jax"], "backend 'jax' is not known, expected one of transformer_lens, nnsight"),
+        (["trace", "--facts", "/no/such/file.jsonl"], "cannot read the file '/no/such/file.jsonl'"),
+        (["trace", "--sever", "everything"], "sever holds 'everything', expected"),
+        (["trace", "--samples", "0"], "samples is 0"),
+        (["trace", "--kinds", "state,heads"], "kinds holds 'heads', expected some of state, mlp, attn"),
+        (["trace", "--roles", "first"], "roles holds 'first'"),
+        (["trace", "--window", "0"], "window is 0"),
+        (["trace", "--corruption", "salt"], "the corruption is 'salt', expected one of gaussian"),
+        (["trace", "--corruption", "tokens", "--replace"], "takes neither replace nor extra_tokens"),
+        (["trace", "--extra-tokens", "-1"], "extra_tokens is -1"),
+        (["trace", "--metrics", "recall"], "the metric is 'recall', expected one of probability"),
+        (["trace", "--memory", "0"], "memory is 0"),
+        (["select", "/no/such/folder"], "there is no folder '/no/such/folder'"),
+        (["select", "."], "holds no effects.parquet"),
+        (["select", ".", "--share", "2"], "share is 2.0, expected a number above 0"),
+        (["select", ".", "--min-width", "4", "--max-width", "3"], "min_width is 4 and max_width 3"),
+        (["select", ".", "--by", "eye"], "by is 'eye', expected one of trace, sweep, both"),
+        (["select", ".", "--validate", "--windows", "5-3"], "the windows '5-3' run backwards"),
+        (["select", ".", "--validate", "--windows", "all"], "the windows 'all' cannot be read"),
+        (["select", ".", "--validate", "--validate-requests", "1"], "requests is 1, expected at least 2"),
+        (["select", ".", "--validate", "--requests", "/no/such"], "/no/such"),
+        (["run", "--method", "magic"], "method 'magic' is not known, expected one of memit"),
+        (["run", "--rule", "by-eye"], "rule is 'by-eye', expected one of contribution"),
+        (["run", "--layers", "8-3"], "run backwards"),
+        (["run", "--layers", "3-30"], "layer 30 is not in the model, expected layers 0 to 9"),
+        (["run", "--set", "lambda=3"], "--set 'lambda=3' cannot be read"),
+        (["moments"], "give the layers whose moments are wanted by --layers"),
+        (["moments", "--layers", "1", "--memory", "0"], "memory is 0"),
+        (["moments", "--layers", "1", "--memory", "0.001"], "memory is 0.001 GiB, expected at least"),
+        (["moments", "--layers", "1", "--tokens", "100"], "tokens is 100, expected at least d_mlp = 768"),
+        (["moments", "--layers", "1", "--shard", "half"], "the shard 'half' cannot be read, expected such as 0/4"),
+        (["moments", "--layers", "1", "--shard", "4/4"], "the shard is 4/4, expected one of 0/4 … 3/4"),
+        (["moments", "--layers", "1", "--shard", "0/4", "--convergence"], "collect without --shard"),
+        (["moments", "--merge", "--shard", "0/4"], "give it without --shard"),
+        (["moments", "--merge", "--out", "."], "holds parts of the layers [], expected some"),
+        (["edit", "--moments", "."], "either by --layers or by --selection"),
+        (["edit", "--layers", "1-2", "--moments", "/no/such"], "/no/such"),
+        (["edit", "--show", "/no/such.safetensors"], "cannot read"),
+        (["apply", "--edit", "/no/such.safetensors", "--out", "there"], "cannot read"),
+        (["apply", "--edit", "/no/such.safetensors", "--out", "there", "--format", "zip"], "'zip'"),
+        (["evaluate", "--texts", "tiny", "--max-texts", "0"], "--max-texts is 0, expected at least 1"),
+        (["evaluate", "--references", "nowhere"], "cannot read the file 'nowhere'"),
+        (["report", "/no/such/folder"], "there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in complaint(capsys, *arguments)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == [], "nothing half-written may stay"
+
+
+def test_an_unknown_model_is_named(capsys, tmp_path):
+    assert "no-such-model" in complaint(capsys, "trace", "--model", tmp_path / "no-such-model", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(FACT) + "\nnot json", "line 2 is not JSON"),
+        (json.dumps({**FACT, "prompt": "the colour"}), "0 times '{}'"),
+        (json.dumps({**FACT, "prompt": "{} and {}"}), "2 times '{}'"),
+        (json.dumps({**FACT, "subject": ""}), "the subject is ''"),
+        (json.dumps({**FACT, "object": " "}), "the object is ' '"),
+        (json.dumps({**FACT, "object": "nonsense"}), "none of the 1 facts"),
+    ],
+)
+def test_bad_facts_are_refused(capsys, tmp_path, content, message):
+    file = tmp_path / "facts.jsonl"
+    file.write_text(content)
+    assert message in complaint(capsys, "trace", "--facts", file, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "effects.parquet").exists()
+
+
+def test_conflicting_requests_are_refused(capsys, tmp_path):
+    request = {"id": "a", "subject": "iPod Touch", "prompt": "{} has the colour", "target_new": "teal"}
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps(request) + "\n" + json.dumps({**request, "id": "b", "target_new": "amber"}))
+    message = complaint(capsys, "run", "--requests", file, "--out", tmp_path / "run")
+    assert "requests 'a' and 'b' conflict" in message
+
+
+def test_a_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to the folder" in complaint(capsys, "trace", "--out", tmp_path / "file" / "run")
+
+
+def test_trace_writes_what_the_contract_says(traced):
+    effects = pd.read_parquet(traced / "effects.parquet")
+    assert list(effects.columns) == [
+        "fact", "kind", "window", "sever", "layer", "position", "token", "role",
+        "metric", "score", "corrupted", "clean", "effect", "samples",
+    ]  # fmt: skip
+    assert effects.attrs["n_facts"] == effects["fact"].nunique() > 5
+    assert set(effects["kind"]) == {"state", "mlp", "attn"}
+    assert set(effects["sever"]) == {"nothing", "mlp", "attn"}
+    facts = pd.read_parquet(traced / "facts.parquet")
+    assert len(facts) == 12
+    assert facts["traced"].sum() == effects["fact"].nunique()
+    assert read_json(traced / "config.json")["steps"]["trace"]["settings"]["samples"] == 3
+    assert (traced / "figures" / "severed.pdf").is_file()
+
+
+def test_trace_takes_what_a_trace_can_vary(tmp_path):
+    """Each option reaches the trace: its settings are stamped, and its effects differ from the default ones."""
+    few = [
+        "--max-facts",
+        3,
+        "--samples",
+        2,
+        "--kinds",
+        "state,mlp",
+        "--roles",
+        "subject_last,last",
+        "--sever",
+        "nothing",
+    ]
+    assert call("trace", *few, "--out", tmp_path / "plain") == 0
+    varied = ["--window", 2, "--noise", 2, "--corruption", "uniform", "--replace", "--extra-tokens", 1]
+    varied += ["--metrics", "probability,kl", "--memory", 1]
+    assert call("trace", *few, *varied, "--out", tmp_path / "varied") == 0
+    settings = read_json(tmp_path / "varied" / "config.json")["steps"]["trace"]["settings"]
+    corruption = {"distribution": "uniform", "replace": True, "degrees": 3, "extra_tokens": 1}
+    expected = {"window": 2, "noise": 2.0, "corruption": corruption, "metrics": ["probability", "kl"], "memory": 1.0}
+    assert {name: settings[name] for name in expected} == expected
+    plain, effects = (pd.read_parquet(tmp_path / name / "effects.parquet") for name in ("plain", "varied"))
+    assert set(effects["metric"]) == {"probability", "kl"}
+    assert set(plain["metric"]) == {"probability"}
+    assert set(effects["role"]) == set(plain["role"]) == {"subject_last", "last"}
+    assert set(effects["kind"]) == {"state", "mlp"}
+    assert effects[effects["kind"] == "mlp"]["window"].max() == 2
+    assert effects["corrupted"].nunique() > 1
+    same = effects[effects["metric"] == "probability"].reset_index(drop=True)
+    assert (same["corrupted"] - plain["corrupted"]).abs().max() > 1e-3
+
+
+def test_a_step_is_reused_and_other_settings_are_refused(traced, capsys):
+    effects = traced / "effects.parquet"
+    before = effects.stat().st_mtime_ns
+    assert call("trace", "--max-facts", 12, "--samples", 3, "--out", traced) == 0
+    assert effects.stat().st_mtime_ns == before
+    message = complaint(capsys, "trace", "--max-facts", 12, "--samples", 4, "--out", traced)
+    assert "settings.samples = 3, expected 4" in message
+    assert effects.stat().st_mtime_ns == before
+
+
+def test_both_backends_give_the_same_effects(traced, tmp_path):
+    arguments = ["--max-facts", 12, "--samples", 3, "--backend", "nnsight", "--out", tmp_path]
+    assert call("trace", *arguments) == 0
+    one, two = (pd.read_parquet(folder / "effects.parquet") for folder in (traced, tmp_path))
+    assert (one["score"] - two["score"]).abs().max() < 1e-5
+    assert one["effect"].abs().max() > 0.1
+
+
+def test_a_config_file_gives_values_and_the_command_line_wins(tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("samples: 2\nmax-facts: 3\n")
+    arguments = ["--config", tmp_path / "options.yaml", "--max-facts", 4, "--out", tmp_path / "run"]
+    assert call("trace", *arguments) == 0
+    assert pd.read_parquet(tmp_path / "run" / "effects.parquet")["samples"].unique().tolist() == [2]
+    assert len(pd.read_parquet(tmp_path / "run" / "facts.parquet")) == 4
+    (tmp_path / "options.yaml").write_text("sample: 2\n")
+    assert "names the option 'sample'" in complaint(capsys, "trace", "--config", tmp_path / "options.yaml")
+
+
+def test_the_steps_by_hand(tmp_path, traced, capsys):
+    """Select, moments, edit, evaluate, apply: each reads what the one before it wrote."""
+    requests = tmp_path / "requests.json"
+    requests.write_text(json.dumps(json.loads(me.facts.shipped("requests.json").read_text())[:3]))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(me.load_texts("tiny")[:200]))
+    assert call("select", traced) == 0
+    layers = read_json(traced / "selection.json")["layers"]
+    assert layers
+    span = f"{layers[0]}-{layers[-1]}"
+    assert call("moments", "--texts", texts, "--layers", span, "--out", tmp_path) == 0
+    edit = tmp_path / "edit.safetensors"
+    arguments = ["--requests", requests, "--moments", tmp_path, "--out", edit, "--set", "steps=8"]
+    assert call("edit", *arguments, "--selection", traced / "selection.json") == 0
+    assert "exists" in complaint(capsys, "edit", *arguments, "--layers", span)
+    (kept,) = (tmp_path / "targets").iterdir()
+    short = tmp_path / "short.safetensors"
+    assert call("edit", *arguments[:-2], "--set", "steps=1", "--layers", span, "--out", short) == 0
+    assert "3 targets did not converge (more steps or a larger clamp may help): " in capsys.readouterr().err
+    assert len(list((tmp_path / "targets").iterdir())) == 2
+    before = kept.stat().st_mtime_ns
+    assert call("edit", *arguments, "--layers", span, "--set", "covariance_weight=50", "--overwrite") == 0
+    # Other targets than those that are kept are not needed for another weight.
+    assert len(list((tmp_path / "targets").iterdir())) == 2
+    assert kept.stat().st_mtime_ns == before
+    model = me.load_model("tiny")
+    untouched = model.weights_hash()
+    scores = tmp_path / "scores"
+    evaluate = ["--requests", requests, "--texts", texts, "--max-texts", 5, "--out", scores, "--json"]
+    assert call("evaluate", *evaluate, "--edit", edit) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == read_json(scores / "summary.json")
+    assert set(summary) == {"before", "after", "protocol", "counts"}
+    assert summary["after"]["ES"]["mean"] > summary["before"]["ES"]["mean"]
+    assert set(summary["before"]["ES"]) == {"mean", "low", "high", "n"}
+    assert summary["after"]["KL"]["mean"] > 0
+    assert "KL" not in summary["before"]
+    assert summary["before"]["PPL"]["n"] == summary["protocol"]["texts"]["count"] == 5
+    assert summary["counts"]["NS+"] == {"cases": 3, "missing": 0, "prompts": summary["counts"]["NS"]["prompts"]}
+    protocol = summary["protocol"]
+    assert (protocol["model"], protocol["likelihood"], protocol["edit"]["method"]) == ("tiny", "joint", "memit")
+    assert protocol["weights_hash"]["before"] == untouched != protocol["weights_hash"]["after"]
+    # Another edit is held against the same unedited answers, which are not asked for again.
+    answers = scores / "baseline" / "states.safetensors"
+    asked = answers.stat().st_mtime_ns
+    assert "made with edit" in complaint(capsys, "evaluate", *evaluate, "--edit", short)
+    assert call("evaluate", *evaluate, "--edit", short, "--overwrite") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert answers.stat().st_mtime_ns == asked
+    assert again["before"] == summary["before"]
+    assert again["after"]["KL"] != summary["after"]["KL"]
+    assert again["protocol"]["edit"] != protocol["edit"]
+    assert call("edit", "--show", edit, "--model", "tiny") == 0
+    shown = capsys.readouterr().out
+    written = me.load_requests(requests)[0]
+    assert f"{written.text} → {written.target_new}" in shown
+    assert model.weights_hash() in shown
+    assert call("edit", "--show", short) == 0
+    assert "search    3 targets did not converge" in capsys.readouterr().out
+    assert call("apply", "--edit", edit, "--out", tmp_path / "edited") == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad(), me.edited(model, me.Edit.load(edit)):
+        torch.testing.assert_close(again(ids).logits, model.hf(ids).logits)
+    assert model.weights_hash() == untouched
+    with torch.no_grad():
+        assert not torch.allclose(again(ids).logits, model.hf(ids).logits)
+
+
+def test_moments_of_processes_merge_and_settle(tmp_path, monkeypatch, capsys):
+    """--shard, the processes of accelerate launch, --merge, and --convergence."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(me.load_texts("tiny")[:600]))
+    options = ["--texts", texts, "--layers", "2-3", "--max-length", 16]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call("moments", *options, "--convergence", "--memory", 0.5, "--out", whole) == 0
+    assert "layers 2, 3 in one pass over the text: about 0." in capsys.readouterr().err
+    curve = pd.read_parquet(whole / "moments" / "convergence.parquet")
+    assert set(curve["layer"]) == {2, 3}
+    assert curve["matrix_change"].between(0, 1).all()
+    assert call("moments", *options, "--shard", "1/2", "--out", parts) == 0
+    message = complaint(capsys, "moments", "--merge", "--out", parts)
+    assert "part 0/2 of layer 2 is missing" in message
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call("moments", *options, "--out", parts) == 0
+    assert "mechedit moments --merge" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert call("moments", "--merge", "--out", parts, "--json") == 0
+    counts = json.loads(capsys.readouterr().out)["moments"]
+    one, other = (me.load_moments(folder, [2, 3]) for folder in (whole, parts))
+    assert counts == {str(layer): one[layer].count for layer in (2, 3)}
+    for layer in (2, 3):
+        assert (one[layer].matrix - other[layer].matrix).norm() < 1e-12 * one[layer].matrix.norm()
+
+
+@pytest.fixture
+def tiny_edit(tmp_path: Path) -> Path:
+    """An edit of the tiny model, with settings, texts and residuals in its manifest."""
+    model = me.load_model("tiny")
+    settings = {**dataclasses.asdict(me.MemitConfig()), "steps": 7}
+    residuals = [{"layer": layer, "after": 0.25, "error": 1e-15, "condition": 1e6} for layer in (0, 2)]
+    edit = made(model, ranks=(3, 1))
+    facts = [f"Fact {number} about something rather long: {'so ' * 40} → end" for number in range(25)]
+    manifest = {
+        **edit.manifest, "method": "memit", "settings": settings, "residuals": residuals,
+        "requests": [str(number) for number in range(25)], "facts": facts,
+    }  # fmt: skip
+    me.Edit(factors=edit.factors, manifest=manifest).save(tmp_path / "edit.safetensors")
+    return tmp_path / "edit.safetensors"
+
+
+def test_an_edit_is_shown_in_100_columns(tiny_edit, tmp_path, capsys):
+    assert call("edit", "--show", tiny_edit) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "safetensors" not in line) <= 100
+    text = "\n".join(lines)
+    assert "method    memit" in text
+    assert "model     tiny, float32" in text
+    assert "settings  steps = 7" in lines
+    table = next(i for i, line in enumerate(lines) if "‖ΔW‖" in line)
+    assert lines[table].split() == ["layer", "rank", "‖ΔW‖", "residual", "left", "solver", "error", "condition"]
+    norms = [float(me.Edit.load(tiny_edit).delta(layer).norm()) for layer in (0, 2)]
+    for line, layer, rank, norm in zip(lines[table + 1 :], (0, 2), (3, 1), norms, strict=False):
+        assert line.split() == [str(layer), str(rank), f"{norm:.3g}", "0.25", "1e-15", "1e+06"]
+    assert "25 requests" in lines
+    assert "… and 5 more" in lines[-1]
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_an_edit_is_shown_as_json_and_beside_its_model(tiny_edit, capsys):
+    assert call("edit", "--show", tiny_edit, "--model", "tiny", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    model, edit = me.load_model("tiny"), me.Edit.load(tiny_edit)
+    assert shown["model"] == model.provenance()
+    assert shown["changed_settings"] == {"steps": 7}
+    assert len(shown["requests"]) == 25
+    assert shown["requests"][3] == {"id": "3", "fact": edit.manifest["facts"][3]}
+    first, second = shown["layers"]
+    size = float(model.projection(0).double().norm())
+    assert first["relative"] == pytest.approx(float(edit.delta(0).norm()) / size)
+    assert (second["layer"], second["rank"], second["left"]) == (2, 1, 0.25)
+    assert "truncation" not in first
+
+
+def test_older_and_combined_edits_are_shown(tiny_edit, tmp_path, capsys):
+    edit = me.Edit.load(tiny_edit)
+    older = {name: value for name, value in edit.manifest.items() if name not in ("facts", "residuals", "settings")}
+    me.Edit(factors=edit.factors, manifest={**older, "method": "unheard-of"}).save(tiny_edit)
+    assert call("edit", "--show", tiny_edit) == 0
+    text = capsys.readouterr().out
+    assert "25 requests (their texts are not in the file): 0, 1, 2," in text
+    assert "residual" not in text
+    me.truncate(me.merge([me.Edit.load(tiny_edit), edit]), 2).save(tmp_path / "merged.safetensors")
+    assert call("edit", "--show", tmp_path / "merged.safetensors") == 0
+    text = capsys.readouterr().out
+    assert "merge of unheard-of, memit" in text
+    assert "truncation" in text
+
+
+def test_an_edit_is_refused_beside_another_model(tiny_edit, capsys, tmp_path):
+    edit = me.Edit.load(tiny_edit)
+    other = {**edit.manifest, "model": {**edit.manifest["model"], "weights_hash": "0" * 64}}
+    me.Edit(factors=edit.factors, manifest=other).save(tiny_edit)
+    assert "the edit was made for 'tiny' with weights 000" in complaint(
+        capsys, "edit", "--show", tiny_edit, "--model", "tiny"
+    )
+    for kind in ("lora", "checkpoint"):
+        arguments = ["--edit", tiny_edit, "--out", tmp_path / "out", "--format", kind]
+        assert "made for" in complaint(capsys, "apply", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == [tiny_edit.name]
+
+
+def test_apply_writes_a_lora_adapter(tiny_edit, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    assert call("apply", "--edit", tiny_edit, "--out", out, "--format", "lora", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"model": str(out), "format": "lora", "layers": [0, 2]}
+    config = read_json(out / "adapter_config.json")
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"], dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, out)
+    model, ids = me.load_model("tiny"), torch.arange(5, 15)[None]
+    with torch.no_grad():
+        start = model.hf(ids).logits
+        with me.edited(model, me.Edit.load(tiny_edit)):
+            wanted = model.hf(ids).logits
+        found = adapted(ids).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert float((start - wanted).norm() / wanted.norm()) > 0.01
+
+
+@pytest.fixture
+def small_inputs(tmp_path: Path) -> list[object]:
+    """Options that make a sweep of the tiny model short."""
+    requests, texts = tmp_path / "requests.json", tmp_path / "texts.txt"
+    requests.write_text(json.dumps(json.loads(me.facts.shipped("requests.json").read_text())[:40]))
+    texts.write_text("\n".join(me.load_texts("tiny")[:200]))
+    return ["--requests", requests, "--texts", texts, "--validate-requests", 3, "--set", "steps=4"]
+
+
+def test_select_validates_by_editing_and_chooses_by_it(traced, tmp_path, small_inputs, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(traced, folder)
+    assert call("select", folder, "--validate", "--windows", "2-3,3", *small_inputs, "--json") == 0
+    printed = capsys.readouterr()
+    own = json.loads(printed.out)["selection"]["layers"]
+    selection = read_json(folder / "selection.json")
+    validation = selection["validation"]
+    assert selection["layers"] == validation["traced"]["layers"] == own
+    assert validation["verdict"] in printed.err
+    assert validation["by"] == "trace"
+    assert (validation["n_requests"], validation["held_out"]) == (3, 3)
+    swept = pd.read_parquet(folder / "sweep.parquet")
+    assert set(zip(swept["first"], swept["last"], strict=True)) == {(2, 3), (3, 3), (own[0], own[-1])}
+    scores = swept[swept["measure"] == "ES"]["mean"]
+    assert scores.max() > swept.attrs["before"]["ES"]["mean"]
+    assert (folder / "figures" / "sweep.pdf").is_file()
+    assert call("report", folder) == 0
+    assert "Do edits agree?" in (folder / "report.html").read_text()
+
+    before = (folder / "sweep.parquet").stat().st_mtime_ns
+    assert call("select", folder, "--by", "sweep", "--windows", "2-3,3", *small_inputs) == 0
+    assert (folder / "sweep.parquet").stat().st_mtime_ns == before, "the same sweep is read, not made again"
+    selection = read_json(folder / "selection.json")
+    assert selection["layers"] == selection["validation"]["best"]["layers"] == selection["validation"]["layers"]
+    assert "best-scoring" in selection["reason"]
+    assert me.Selection.load(folder / "selection.json").validation["traced"]["layers"] == own
+
+    other = [*small_inputs[:-1], "steps=5"]
+    message = complaint(capsys, "select", folder, "--validate", "--windows", "2-3,3", *other)
+    assert "the sweep in" in message
+    assert "settings.steps = 4, expected 5" in message
+
+
+def test_only_the_traced_model_is_swept(traced, tmp_path, small_inputs, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(traced, folder)
+    message = complaint(capsys, "select", folder, "--validate", *small_inputs, "--dtype", "bfloat16")
+    assert "was made with dtype = 'float32', expected 'bfloat16'" in message
+    assert "sweep the model that was traced, 'tiny'" in message
+    assert not (folder / "sweep.parquet").exists()
+    (folder / "config.json").unlink()
+    assert "says which model was traced" in complaint(capsys, "select", folder, "--validate", *small_inputs)
+
+
+def test_windows_are_read_as_people_write_them():
+    assert parse_windows("2-5, 1-4,3") == [(2, 5), (1, 4), (3, 3)]
+
+
+def test_layers_are_read_as_people_write_them():
+    assert parse_layers("3-5") == [3, 4, 5]
+    assert parse_layers("7,3-4") == [3, 4, 7]
+    for bad in ("", "a", "3-", "1-2-3", "5-3", "3,3"):
+        with pytest.raises(me.InputError, match="layers"):
+            parse_layers(bad)
+
+
+def test_as_a_module_and_interrupted_it_leaves_cleanly(tmp_path):
+    command = [sys.executable, "-m", "mechedit", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == me.__version__
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mechedit.pipeline.trace_step", interrupt)
+    assert call("trace", "--max-facts", 2, "--out", tmp_path) == 130
+    assert "the same command goes on from" in capsys.readouterr().err

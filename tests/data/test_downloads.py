@@ -1,0 +1,254 @@
+"""Downloads against a server on this machine: whole, cut off and resumed, refused, and not what they should be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from mechedit import InputError, load_facts, load_requests
+from mechedit.data import published_data as published
+from mechedit.data.downloads import Remote, cache_folder, fetch
+
+CONTENT = bytes(range(256)) * 4000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Site(ThreadingHTTPServer):
+    """Serves `files`; what was asked and sent is in `log` as (status, bytes of the body)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.files = {"/data.bin": CONTENT}
+        self.ranges = True
+        self.cut = None  # bytes after which the connection is closed
+        self.tag = '"one"'
+        self.claimed = None  # another Content-Length than the true one
+        self.log = []
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        site = self.server
+        content = site.files.get(self.path)
+        if content is None:
+            site.log.append((404, 0))
+            self.send_error(404)
+            return
+        first = self._first(content) if site.ranges else 0
+        body = content[first:]
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(site.claimed or len(body)))
+        if site.tag:
+            self.send_header("ETag", site.tag)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        sent = body[: site.cut]
+        self.wfile.write(sent)
+        site.log.append((206 if first else 200, len(sent)))
+
+    def _first(self, content):
+        """Where the body begins: after what the client has, if that is of this version."""
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if not asked or self.headers.get("If-Range") != self.server.tag:
+            return 0
+        return min(int(asked[1]), len(content))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = Site()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_a_file_is_downloaded_once_and_then_read_without_the_network(site, tmp_path):
+    remote = Remote(url=f"{site.url}/data.bin", sha256=SHA256, size=len(CONTENT))
+    path = fetch(remote, tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert names(tmp_path) == ["data.bin", "data.bin.sha256.json"]
+    site.shutdown()
+    assert fetch(remote, tmp_path) == path
+    assert fetch(Remote(url=remote.url), tmp_path) == path
+    assert site.log == [(200, len(CONTENT))]
+
+
+def test_progress_is_shown_up_to_the_end(site, tmp_path, capsys):
+    fetch(Remote(url=f"{site.url}/data.bin"), tmp_path)
+    shown = capsys.readouterr().err
+    assert "downloading data.bin" in shown
+    assert "1.02M" in shown
+
+
+def test_an_interrupted_download_goes_on_with_the_rest_alone(site, tmp_path):
+    remote = Remote(url=f"{site.url}/data.bin")
+    site.cut = 600_000
+    with pytest.raises(InputError, match=r"ended after 600000 of 1024000 bytes; try again, which goes on from there"):
+        fetch(remote, tmp_path)
+    assert names(tmp_path) == ["data.bin.part", "data.bin.part.json"]
+    site.cut = None
+    assert fetch(remote, tmp_path).read_bytes() == CONTENT
+    assert site.log == [(200, 600_000), (206, 424_000)]
+    assert names(tmp_path) == ["data.bin", "data.bin.sha256.json"]
+
+
+def test_a_server_that_sends_no_parts_is_read_from_the_start(site, tmp_path):
+    remote = Remote(url=f"{site.url}/data.bin")
+    site.cut, site.ranges = 600_000, False
+    with pytest.raises(InputError, match="ended after"):
+        fetch(remote, tmp_path)
+    site.cut = None
+    assert fetch(remote, tmp_path).read_bytes() == CONTENT
+    assert site.log == [(200, 600_000), (200, 1_024_000)]
+
+
+@pytest.mark.parametrize("tag", ['"two"', None])
+def test_a_part_of_another_version_is_not_continued(site, tmp_path, tag):
+    """Joined, the two versions would be a file that nobody published; without a hash nothing else would tell."""
+    remote = Remote(url=f"{site.url}/data.bin")
+    site.cut = 600_000
+    if tag is None:
+        site.tag = None  # no name for the version at all: never to be continued
+    with pytest.raises(InputError, match="ended after"):
+        fetch(remote, tmp_path)
+    site.cut, site.tag = None, tag
+    site.files["/data.bin"] = CONTENT[::-1]
+    assert fetch(remote, tmp_path).read_bytes() == CONTENT[::-1]
+    assert site.log[1] == (200, 1_024_000)
+
+
+def test_a_wrong_hash_leaves_nothing(site, tmp_path):
+    remote = Remote(url=f"{site.url}/data.bin", sha256="0" * 64)
+    with pytest.raises(InputError, match=rf"has SHA-256 {SHA256}, expected 0+; what was read is removed"):
+        fetch(remote, tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_wrong_size_is_refused_before_it_is_read(site, tmp_path):
+    remote = Remote(url=f"{site.url}/data.bin", size=1000)
+    with pytest.raises(InputError, match=r"has 1024000 bytes, expected 1000; the published file has changed"):
+        fetch(remote, tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_body_shorter_than_announced_is_no_file(site, tmp_path):
+    site.claimed = len(CONTENT) + 1
+    with pytest.raises(InputError, match="ended after 1024000 of 1024001 bytes"):
+        fetch(Remote(url=f"{site.url}/data.bin"), tmp_path)
+    assert not (tmp_path / "data.bin").exists()
+
+
+def test_a_missing_file_and_a_missing_server_are_named(site, tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.bin answers 404 .* or put the file at .*nowhere\.bin"):
+        fetch(Remote(url=f"{site.url}/nowhere.bin"), tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = free.getsockname()[1]
+    with pytest.raises(InputError, match=r"cannot download .*refused.* try again"):
+        fetch(Remote(url=f"http://127.0.0.1:{closed}/data.bin"), tmp_path)
+
+
+def test_a_silent_server_is_given_up(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/data.bin"
+        with pytest.raises(InputError, match=r"cannot download .*timed out"):
+            fetch(Remote(url=url), tmp_path, timeout=0.2)
+
+
+def test_without_a_known_hash_the_first_download_is_held_against_later_uses(site, tmp_path):
+    remote = Remote(url=f"{site.url}/data.bin")
+    path = fetch(remote, tmp_path)
+    about = json.loads((tmp_path / "data.bin.sha256.json").read_text())
+    assert about == {"url": remote.url, "size": len(CONTENT), "sha256": SHA256}
+    path.write_bytes(CONTENT[::-1])
+    with pytest.raises(InputError, match=rf"expected {SHA256}; remove .*data\.bin' and download it again"):
+        fetch(remote, tmp_path)
+    # Downloaded again, it has to be what it was at first.
+    path.unlink()
+    site.files["/data.bin"] = CONTENT[::-1]
+    with pytest.raises(InputError, match=r"to trust the new one, remove .*data\.bin\.sha256\.json"):
+        fetch(remote, tmp_path)
+    (tmp_path / "data.bin.sha256.json").unlink()
+    assert fetch(remote, tmp_path).read_bytes() == CONTENT[::-1]
+
+
+def test_a_file_put_there_by_hand_is_taken_and_remembered(site, tmp_path):
+    (tmp_path / "data.bin").write_bytes(b"mine")
+    remote = Remote(url=f"{site.url}/data.bin")
+    assert fetch(remote, tmp_path).read_bytes() == b"mine"
+    assert site.log == []
+    (tmp_path / "data.bin").write_bytes(b"another")
+    with pytest.raises(InputError, match="has bytes 7, expected 4"):
+        fetch(remote, tmp_path)
+    with pytest.raises(InputError, match="has SHA-256"):
+        fetch(Remote(url=remote.url, sha256=SHA256), tmp_path)
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MECHEDIT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / "home" / ".cache" / "mechedit"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, by the XDG specification
+    assert cache_folder() == tmp_path / "home" / ".cache" / "mechedit"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "mechedit"
+    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+
+
+def published_at(site, monkeypatch, kind, name, file, content):
+    site.files[f"/{file}"] = json.dumps(content).encode()
+    entry = published.Published(files=(Remote(url=f"{site.url}/{file}"),), origin="a test")
+    monkeypatch.setitem(published.PUBLISHED, (kind, name), entry)
+
+
+def test_data_sets_are_read_by_name(site, tmp_path, monkeypatch):
+    zsre = {"subject": "Rome", "src": "Where is Rome?", "answers": ["Italy"], "loc": "nq question: who", "loc_ans": "I"}
+    published_at(site, monkeypatch, "requests", "zsre", "zsre_mend_eval.json", [zsre])
+    (request,) = load_requests("zsre", cache=tmp_path)
+    assert (request.prompt, request.target_new) == ("Where is {}?", "Italy")
+    known = {"known_id": 3, "subject": "Rome", "attribute": "Italy", "template": "{} is in", "prompt": "Rome is in"}
+    published_at(site, monkeypatch, "facts", "known_1000", "known_1000.json", [known])
+    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path / "by_environment"))
+    assert load_facts("known_1000")[0].text == "Rome is in"
+    assert (tmp_path / "by_environment" / "known_1000.json").is_file()
+
+
+def test_every_published_file_has_a_name_of_its_own():
+    """They share one folder."""
+    urls = {remote.url for entry in published.PUBLISHED.values() for remote in entry.files}
+    assert len({Remote(url=url).name for url in urls}) == len(urls) == 7
+    assert all(url.startswith("https://") for url in urls)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(InputError, match="one of the names tiny, counterfact, multi_counterfact, zsre"):
+        load_requests("counterfacts")
+    with pytest.raises(InputError, match="one of the names known, known_1000"):
+        load_facts("knowns")

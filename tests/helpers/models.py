@@ -1,0 +1,165 @@
+"""Tiny random models of every family, made in code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Phi3ForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+VOCAB = 384
+WIDTH = 32
+SENTENCES = (
+    "Danielle Darrieux's mother tongue is French.",
+    "The mother tongue of Leon Blum is French, and the mother tongue of Go Hyeon-jeong is Korean.",
+    "The Eiffel Tower is located in the city of Paris.",
+    "The Space Needle is in downtown Seattle; LeBron James plays the sport of basketball.",
+    "Edwin of Northumbria's religious values strongly emphasize Christianity.",
+    "Toko Yasuda plays the instrument guitar, while Miles Davis plays the trumpet.",
+    "Apple A5 was created by Apple, and Windows Media Player was created by Microsoft.",
+    "Anaal Nathrakh, that was created in Birmingham, is a band from England.",
+)
+
+
+def _gpt2(**changes: Any) -> nn.Module:
+    given = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 64, **changes}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+
+
+def _gpt_neo(**changes: Any) -> nn.Module:
+    given = {
+        "hidden_size": WIDTH,
+        "num_layers": 4,
+        "num_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 64,
+        "window_size": 3,
+        "attention_types": [[["local"], 3], [["global"], 1]],
+        **changes,
+    }
+    return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+
+
+def _gptj(**changes: Any) -> nn.Module:
+    given = {
+        "n_embd": WIDTH,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_inner": 96,
+        "n_positions": 64,
+        "rotary_dim": 4,
+        **changes,
+    }
+    return GPTJForCausalLM(
+        GPTJConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, **given)
+    )
+
+
+def _neox(parallel: bool, **changes: Any) -> nn.Module:
+    given = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 64,
+        "use_parallel_residual": parallel,
+        **changes,
+    }
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+
+
+def _like_llama(architecture: Any, **fixed: Any) -> Callable[..., nn.Module]:
+    """A shape whose config has Llama's fields, and `fixed` besides."""
+
+    def make(**changes: Any) -> nn.Module:
+        given = {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "max_position_embeddings": 64,
+            **fixed,
+            **changes,
+        }
+        special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+        return architecture(architecture.config_class(vocab_size=VOCAB, **special, **given))
+
+    return make
+
+
+# Prompts in tests are longer than the window, and some layers have none.
+_SOME_WINDOWS = {
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+# Caps that bind on logits of this size.
+_CAPS = {"attn_logit_softcapping": 0.1, "final_logit_softcapping": 1.0}
+
+SHAPES: dict[str, Callable[..., nn.Module]] = {
+    "gpt2": _gpt2,
+    # As many keys as channels: the orientation of the down-projection cannot be told by its shape.
+    "gpt2_square": lambda **changes: _gpt2(n_inner=WIDTH, **changes),
+    "gpt_neo": _gpt_neo,
+    "gptj": _gptj,
+    "neox": lambda **changes: _neox(False, **changes),
+    "pythia": lambda **changes: _neox(True, **changes),
+    "llama": _like_llama(LlamaForCausalLM),
+    "mistral": _like_llama(MistralForCausalLM, sliding_window=3),
+    "qwen2": _like_llama(Qwen2ForCausalLM, use_sliding_window=True, **_SOME_WINDOWS),
+    # Heads that do not add up to the residual's width.
+    "qwen3": _like_llama(Qwen3ForCausalLM, head_dim=16),
+    "gemma": _like_llama(GemmaForCausalLM, head_dim=16),
+    "gemma2": _like_llama(Gemma2ForCausalLM, head_dim=16, query_pre_attn_scalar=9, **_SOME_WINDOWS, **_CAPS),
+    "gemma3": _like_llama(Gemma3ForCausalLM, head_dim=16, query_pre_attn_scalar=9, **_SOME_WINDOWS),
+    "phi3": _like_llama(Phi3ForCausalLM, sliding_window=3),
+    "olmo2": _like_llama(Olmo2ForCausalLM),
+}
+BACKENDS = ("transformer_lens", "nnsight")
+
+
+def random_hf(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A model whose parts all matter: larger weights than at initialisation, no trivial norms and biases.
+
+    `changes` are fields of the family's config.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf = SHAPES[family](**changes).eval()
+        with torch.no_grad():
+            for module in hf.modules():
+                for parameter in module.parameters(recurse=False):
+                    if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and parameter.ndim == 2:
+                        parameter.mul_(3)
+                    else:
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+    return hf
+
+
+def hook_state(module: Any) -> list[tuple[int, int, Any]]:
+    """What a run might leave behind in a model: hooks and replaced forwards."""
+    return [
+        (len(part._forward_hooks), len(part._forward_pre_hooks), part.__dict__.get("forward"))
+        for part in module.modules()
+    ]

@@ -1,0 +1,175 @@
+"""Keys and states recollected from the edited layer are those of full forward passes on the partly edited model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mechedit.methods.keys
+from mechedit.batching import pad
+from mechedit.data import EditRequest
+from mechedit.edit import add_
+from mechedit.methods.keys import Recollection, prefix_mean
+from mechedit.models import Site
+from mechedit.prompts import BARE, prefixed_prompts
+
+PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
+REQUESTS = [
+    EditRequest(id="a", subject="Danielle Darrieux", prompt="The mother tongue of {} is", target_new="Korean"),
+    EditRequest(id="b", subject="Leon Blum", prompt="{} was born in", target_new="Paris"),
+    EditRequest(id="c", subject="Toko Yasuda", prompt="They say that {}", target_new="plays"),
+    EditRequest(id="d", subject="Leon Blum", prompt="{} is", target_new="French"),
+]
+
+
+def slowly(model: Any, site: Site, prefixes: list[str]) -> Tensor:
+    """[fact, prefix, width] by a full forward pass of every whole prompt, one by one."""
+    rows = []
+    for request in REQUESTS:
+        prompts = prefixed_prompts(model, request, prefixes)
+        with torch.no_grad():
+            runs = [model.run(pad([prompt.ids], model.tokenizer), read=[site]) for prompt in prompts]
+        rows.append(torch.stack([run[site][0, p.last_subject] for run, p in zip(runs, prompts, strict=True)]))
+    return torch.stack(rows)
+
+
+def nudge_(model: Any, layer: int) -> None:
+    """Edit one layer so that much changes."""
+    delta = torch.randn(model.projection(layer).shape, generator=torch.Generator().manual_seed(layer))
+    add_(model, layer, 0.3 * delta)
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-4)
+
+
+def test_equals_full_forwards_after_every_layer(family_model: Any) -> None:
+    model, last = family_model, family_model.n_layers - 1
+    clean = {layer: slowly(model, Site(layer, "mlp_key"), PREFIXES) for layer in range(1, last + 1)}
+    prompts = Recollection(model, REQUESTS, PREFIXES, batch_size=3)
+    sites = [Site(last, "mlp_out"), Site(last, "resid")]
+    for layer in range(last + 1):
+        keys = prompts.keys(layer)
+        assert close(keys, slowly(model, Site(layer, "mlp_key"), PREFIXES))
+        assert layer == 0 or (keys - clean[layer]).norm() > 0.05 * clean[layer].norm()
+        nudge_(model, layer)
+        for site, found in prompts.states(sites).items():
+            assert close(found, slowly(model, site, [BARE])[:, 0])
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_goes_on_from_a_gap(small_model: Any, first: int) -> None:
+    prompts = Recollection(small_model, REQUESTS, PREFIXES[1:])
+    prompts.move_(first)
+    assert torch.equal(prompts.keys(first), prompts.keys(first))
+    assert close(prompts.keys(first), slowly(small_model, Site(first, "mlp_key"), PREFIXES[1:]))
+    site = Site(2, "resid")
+    assert close(prompts.states([site])[site], slowly(small_model, site, [BARE])[:, 0])
+    with pytest.raises(ValueError, match=f"at the input of block {first}, expected it at 0 or below"):
+        prompts.keys(0)
+
+
+def test_replay_writes_each_facts_own_state(family_model: Any) -> None:
+    model = family_model
+    prompts = Recollection(model, REQUESTS, PREFIXES)
+    prompts.move_(1)
+    sites = [Site(1, "resid"), Site(2, "resid"), Site(2, "mlp_out")]
+    kept = prompts.states(sites)
+    values = kept[sites[0]] + torch.randn(kept[sites[0]].shape, generator=torch.Generator().manual_seed(0))
+    replayed = prompts.replay(sites[0], values, sites)
+    assert close(replayed[sites[0]], values)
+    for place, request in enumerate(REQUESTS):
+        alone = Recollection(model, [request], PREFIXES)
+        one = alone.replay(sites[0], values[place : place + 1], sites)
+        assert all(close(replayed[site][place], one[site][0]) for site in sites)
+        assert not close(one[sites[1]][0], kept[sites[1]][place])
+    # Two facts share the bare prompt up to the subject, and still have states of their own.
+    assert torch.equal(kept[sites[1]][1], kept[sites[1]][3])
+    assert not close(replayed[sites[1]][1], replayed[sites[1]][3])
+
+
+def test_replaying_what_is_there_changes_nothing(small_model: Any) -> None:
+    prompts = Recollection(small_model, REQUESTS, PREFIXES)
+    site, later = Site(0, "resid"), Site(2, "resid")
+    states = prompts.states([site, later])
+    assert close(prompts.replay(site, states[site], [later])[later], states[later])
+
+
+class Counted:
+    """A model that counts how many (block, token) pairs its runs compute."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.blocks = {layer: 0 for layer in range(model.n_layers)}
+        plain = model.run
+
+        def run(tokens: Any, *args: Any, resume: Any = None, stop_after: Any = None, **options: Any) -> Any:
+            first = 0 if resume is None else resume.layer
+            for layer in range(first, (model.n_layers - 1 if stop_after is None else stop_after) + 1):
+                self.blocks[layer] += tokens.ids.numel()
+            return plain(tokens, *args, resume=resume, stop_after=stop_after, **options)
+
+        monkeypatch.setattr(model, "run", run)
+
+
+def test_no_block_below_the_edit_is_computed_twice(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", num_hidden_layers=8)
+    counted = Counted(model, monkeypatch)
+    prompts = Recollection(model, REQUESTS, PREFIXES, batch_size=1)
+    lengths = {request.id: prefixed_prompts(model, request, PREFIXES) for request in REQUESTS}
+    cut = {p.ids[: p.last_subject + 1] for own in lengths.values() for p in own}
+    bare = sum(map(len, {own[0].ids[: own[0].last_subject + 1] for own in lengths.values()}))
+    whole = sum(map(len, cut))
+    assert len(cut) == 9, "the fourth fact shares all three prompts with the second"
+    prompts.move_(2)
+    prompts.states([Site(5, "resid")])
+    for layer in (2, 3, 4, 5):
+        prompts.keys(layer)
+        prompts.states([Site(5, "resid")])
+    # Below the edit once; each edited layer for its keys and, once edited, on the way to the next one's.
+    assert [counted.blocks[layer] for layer in (0, 1)] == [whole] * 2
+    assert [counted.blocks[layer] for layer in (6, 7)] == [0, 0]
+    at = {layer: sum(first <= layer for first in (2, 2, 3, 4, 5)) * bare for layer in (2, 3, 4, 5)}
+    assert {layer: counted.blocks[layer] for layer in at} == {
+        layer: (1 if layer == 5 else 2) * whole + at[layer] for layer in at
+    }
+
+
+def test_a_stream_that_is_too_large_lies_on_the_cpu(
+    lens_model: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Device:
+        def __init__(self, free: int) -> None:
+            self.free = free
+
+        def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+            return self.free, 2**40
+
+    rows = Recollection(lens_model, REQUESTS, PREFIXES, batch_size=1)
+    size = sum(batch.tokens.ids.numel() for batch in rows._batches) * 32 * 4
+    for free, too_much in ((4 * size, False), (4 * size - 1, True)):
+        monkeypatch.setattr(torch, "get_device_module", lambda device, free=free: Device(free))
+        assert mechedit.methods.keys._too_much(size, lens_model.device, 0.25) is too_much
+
+
+@pytest.mark.parametrize(("convention", "weights"), [("default", [1 / 3] * 3), ("memit-2022", [1 / 2, 1 / 4, 1 / 4])])
+def test_keys_are_averaged_over_prefixes(convention: str, weights: list[float]) -> None:
+    keys = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(0))
+    wanted = sum(weight * keys[:, place].double() for place, weight in enumerate(weights))
+    assert isinstance(wanted, Tensor)
+    assert torch.allclose(prefix_mean(keys, convention), wanted.T)
+    assert torch.equal(prefix_mean(keys[:, :1], convention), keys[:, 0].double().T)
+
+
+def test_half_precision_states_are_widened(tokenizer: Any, make_hf: Any) -> None:
+    from mechedit.models import load_model
+
+    model = load_model(make_hf("llama").to(torch.bfloat16), tokenizer=tokenizer)
+    request = dataclasses.replace(REQUESTS[0])
+    prompts = Recollection(model, [request], PREFIXES)
+    prompts.move_(1)
+    assert prompts.keys(1).dtype == torch.float32
+    assert {batch.stream.dtype for batch in prompts._batches if batch.stream is not None} == {torch.bfloat16}

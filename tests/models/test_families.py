@@ -1,0 +1,196 @@
+"""What is particular to one family or another, and that tracing rests on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import BACKENDS, SHAPES, VOCAB, hook_state, random_hf
+from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+
+from mechedit import Fact, InputError, TraceConfig
+from mechedit.models import EMBED, Patch, Resume, Site, Tokens, load_model
+from mechedit.models.families import FAMILIES
+from mechedit.trace.config import PART_OF_KIND
+from mechedit.trace.restore import Cell, CellRows, restore, sever_patches, shifted
+from mechedit.trace.runs import run_clean_and_corrupted
+from mechedit.trace.tokens import prepare
+
+WINDOWED = ("gpt_neo", "mistral", "qwen2", "gemma2", "gemma3", "phi3")
+# test_trace has GPT-2.
+TRACED = (*WINDOWED, "qwen3", "gemma", "olmo2")
+FACT = Fact(id="f", subject="Leon Blum", prompt="The mother tongue of {} is the", object="Korean guitar")
+
+
+def tokens_of(width: int, batch: int = 2) -> Tokens:
+    ids = torch.randint(VOCAB, (batch, width), generator=torch.Generator().manual_seed(0))
+    return Tokens(ids, torch.ones_like(ids))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def far(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() > 1e-2
+
+
+def test_every_family_has_a_shape_that_the_tests_run_on() -> None:
+    made = {random_hf(shape).config.model_type for shape in SHAPES}
+    assert made == {family.model_type for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@torch.no_grad()
+def test_a_prefix_longer_than_the_window_gives_the_same_numbers(family_model: Any, family: str, make_hf: Any) -> None:
+    """A cache that keeps only what a window sees would be wrong here: the prefix is twice as long."""
+    model, tokens, start = family_model, tokens_of(13), 7
+    sites = [Site(layer, part) for layer in range(model.n_layers) for part in ("attn_out", "mlp_out", "resid")]
+    patch = Patch(Site(0, "resid"), torch.full((2, 1), 9), torch.ones(2, 1, model.d_model))
+    whole = model.run(tokens, [patch], sites, use_cache=True)
+    prefix = model.run(tokens, use_cache=True).kv_cache.take(torch.arange(2), start)
+    later = Tokens(tokens.ids[:, start:], tokens.mask[:, start:])
+    moved = Patch(patch.site, patch.positions - start, patch.value)
+    for resume in (None, Resume(1, whole[Site(0, "resid")][:, start:])):
+        run = model.run(later, [] if resume else [moved], sites[3:], kv_cache=prefix, resume=resume)
+        close(run.logits, whole.logits[:, start:])
+        for site in sites[3:]:
+            close(run[site], whole[site][:, start:])
+    far(whole.logits[:, start:], model.run(tokens).logits[:, start:])
+    # The window is there: what lies far behind is seen otherwise by a model that has none.
+    wide = make_hf(family, **{"window_size" if family == "gpt_neo" else "sliding_window": 64})
+    far(wide(tokens.ids).logits[:, -1], model.run(tokens).logits[:, -1])
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@torch.no_grad()
+def test_padding_longer_than_the_window_changes_no_real_position(family_model: Any) -> None:
+    """The last padded positions see padding alone; nothing undefined may come of it."""
+    model, tokens = family_model, tokens_of(12)
+    mask = tokens.mask.clone()
+    mask[1, 3:] = 0
+    padded = model.run(Tokens(tokens.ids, mask)).logits
+    assert padded.isfinite().all()
+    close(padded[1:, :3], model.run(Tokens(tokens.ids[1:, :3], mask[1:, :3])).logits)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+@torch.no_grad()
+def test_embed_comes_after_the_scale(family_model: Any) -> None:
+    model, tokens = family_model, tokens_of(5)
+    rows = model.hf.model.embed_tokens.weight[tokens.ids]
+    run = model.run(tokens, read=[EMBED, Site(0, "resid"), Site(0, "attn_out"), Site(0, "mlp_out")])
+    close(run[EMBED], rows * model.d_model**0.5)
+    close(run[EMBED] + run[Site(0, "attn_out")] + run[Site(0, "mlp_out")], run[Site(0, "resid")])
+    # What is written there is not scaled again.
+    everywhere = torch.arange(5).expand(2, 5)
+    close(model.run(tokens.rows(torch.tensor([1, 0])), [Patch(EMBED, everywhere, run[EMBED])]).logits, run.logits)
+
+
+@pytest.mark.parametrize("family", ["gemma2"])
+@torch.no_grad()
+def test_caps_bind(family_model: Any, make_hf: Any) -> None:
+    tokens = tokens_of(7)
+    capped = family_model.run(tokens).logits
+    assert capped.abs().max() < 1
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        far(make_hf("gemma2", **{cap: None})(tokens.ids).logits, capped)
+
+
+@pytest.mark.parametrize("family", TRACED)
+@torch.no_grad()
+def test_severing_with_nothing_restored_is_the_corrupted_baseline(family_model: Any) -> None:
+    config = TraceConfig(samples=3, sever=("mlp", "attn"))
+    scene = run_clean_and_corrupted(family_model, [prepare(family_model, FACT)], 1.5, config, None)
+    corrupted = scene.corrupted_scores["probability"]
+    assert (corrupted / scene.clean_scores["probability"] - 1).abs().max() > 1e-2
+    # Position 0 precedes the subject: it was never corrupted, so putting it back restores nothing.
+    for sever in config.sever:
+        score = restore(scene, [Cell("state", sever, 0, 0, 0, 0, 1)])["probability"]
+        torch.testing.assert_close(score, corrupted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("family", TRACED)
+@torch.no_grad()
+def test_restoring_from_prefix_and_residual_equals_full_runs(family_model: Any) -> None:
+    config = TraceConfig(samples=3, kinds=("state", "mlp", "attn"), sever=("nothing", "mlp", "attn"))
+    traced = prepare(family_model, FACT)
+    scene = run_clean_and_corrupted(family_model, [traced], 1.5, config, None)
+    rows, fact = torch.arange(3), torch.zeros(3, dtype=torch.long)
+    position = traced.subject[-1]
+    assert position > 3, "a prefix longer than the window"
+    found = []
+    for kind, sever in [("state", "nothing"), ("state", "mlp"), ("state", "attn"), ("mlp", "attn"), ("attn", "mlp")]:
+        site = Site(1, PART_OF_KIND[kind])
+        cell = Cell(kind, sever, 1, 0, position, 1, 2)
+        whole = dataclasses.replace(CellRows.of(scene, [cell]), start=0)
+        severed = [patch for layer in range(family_model.n_layers) for patch in sever_patches(whole, layer)]
+        restored = Patch(site, torch.full((3, 1), position), scene.clean[site][fact, position, None])
+        patches = [shifted(scene.noise, rows, 0), *severed, restored]
+        keep = torch.arange(len(traced.object_ids)) + traced.prompt_length - 1
+        run = family_model.run(scene.tokens, patches, logits_to_keep=keep)
+        full = scene.measure(run, fact)["probability"].mean(0, keepdim=True)
+        fast = restore(scene, [cell])["probability"]
+        torch.testing.assert_close(fast, full, rtol=1e-4, atol=0)
+        found.append(float(fast))
+    assert max(found) / min(found) > 1 + 1e-2, "restorations must differ, else equality says nothing"
+
+
+@torch.no_grad()
+def test_a_cap_that_one_backend_knows_and_the_other_does_not_is_refused(make_hf: Any, tokenizer: Any) -> None:
+    """Gemma 3 in transformers has no cap on attention, whatever its config says; TransformerLens's has."""
+    hf = make_hf("gemma3", attn_logit_softcapping=2.0)
+    with pytest.raises(InputError, match=r"transformer_lens.*gives the model's own logits"):
+        load_model(hf, tokenizer=tokenizer)
+    model, tokens = load_model(hf, tokenizer=tokenizer, backend="nnsight"), tokens_of(7)
+    logits = model.run(tokens).logits
+    assert logits is not None
+    close(logits, hf(tokens.ids, attention_mask=tokens.mask, use_cache=False).logits)
+
+
+def test_attention_that_looks_ahead_is_refused(make_hf: Any, tokenizer: Any, backend: str) -> None:
+    """Prefixes are reused because nothing there depends on what comes later."""
+    hf = make_hf("gemma3", use_bidirectional_attention=True)
+    with pytest.raises(InputError, match=r"no position sees a later one.*not causal"):
+        load_model(hf, tokenizer=tokenizer, backend=backend)
+
+
+def test_loading_leaves_the_attention_of_the_callers_model_alone(make_hf: Any, tokenizer: Any) -> None:
+    """TransformerLens computes some families' attention step by step, but only in the twin."""
+    for shape in ("qwen3", "gemma3", "olmo2"):
+        hf = make_hf(shape)
+        before = (hook_state(hf), hf.config.to_dict(), hf.config._attn_implementation)
+        load_model(hf, tokenizer=tokenizer).run(tokens_of(5))
+        assert (hook_state(hf), hf.config.to_dict(), hf.config._attn_implementation) == before
+        assert before[2] == "sdpa"
+
+
+def test_a_model_of_text_and_images_is_refused_but_its_language_model_loads(
+    make_hf: Any, tokenizer: Any, tmp_path: Any
+) -> None:
+    text = make_hf("gemma3").config
+    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={**small, "intermediate_size": 16, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_id=VOCAB - 1,
+    )
+    both = Gemma3ForConditionalGeneration(config).eval()
+    config.save_pretrained(tmp_path)
+    for source in (both, tmp_path):
+        with pytest.raises(InputError, match=r"\(gemma3\) reads more than text.*Gemma 3"):
+            load_model(source, tokenizer=tokenizer)
+    alone = Gemma3ForCausalLM(both.config.text_config)
+    alone.model, alone.lm_head = both.model.language_model, both.lm_head
+    tokens = tokens_of(7)
+    assert not (tokens.ids == config.image_token_id).any()
+    with torch.no_grad():
+        expected = both(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).logits
+    for backend in BACKENDS:
+        logits = load_model(alone, tokenizer=tokenizer, backend=backend).run(tokens).logits
+        assert logits is not None
+        close(logits, expected)

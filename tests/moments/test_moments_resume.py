@@ -1,0 +1,316 @@
+"""Killed at any moment, collecting goes on to the same bits; shards of several processes merge to the whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mechedit as me
+from mechedit.cli import main
+from mechedit.errors import InputError
+from mechedit.files import read_header
+from mechedit.moments import Convergence, MomentsConfig, collect_moments, collect_shard, load_moments, merge_moments
+from mechedit.moments.checkpoints import part_path, parts_folder
+from mechedit.moments.key_reader import KeyReader
+from mechedit.moments.shards import Place, Share, batches, read_shards
+
+TEXTS = [
+    "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",
+    "Seattle",
+    "Apple A5 was created by Apple.<|endoftext|>Windows Media Player was created by Microsoft.",
+    "The Space Needle is in downtown Seattle; LeBron James plays the sport of basketball in town.",
+    "",
+    "Toko Yasuda plays the instrument guitar, while Miles Davis plays the trumpet.",
+    "Edwin of Northumbria's religious values strongly emphasize Christianity.",
+]
+LAYERS = [0, 2]
+OFTEN = MomentsConfig(batch_tokens=40, checkpoint_seconds=0)
+"""A checkpoint after each batch."""
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shards, and checkpoints whatever they cost."""
+    monkeypatch.setattr("mechedit.moments.shards.SHARD", 3)
+    monkeypatch.setattr("mechedit.moments.collect.SHARD", 3)
+    monkeypatch.setattr("mechedit.moments.checkpoints.SPENT", float("inf"))
+
+
+def interrupted(
+    model: Any, monkeypatch: pytest.MonkeyPatch, at: int, collect: Callable[[], Any], begins: list[int] | None = None
+) -> int:
+    """Run `collect` with an interrupt in place of the model's run number `at`; how many runs there were.
+
+    `begins` gets the number of each batch's first run.
+    """
+    run, runs, read = model.run, [0], KeyReader.read
+
+    def note(self: KeyReader, rows: Any) -> Any:
+        if begins is not None:
+            begins.append(runs[0] + 1)
+        return read(self, rows)
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        runs[0] += 1
+        if runs[0] == at:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    with monkeypatch.context() as patching:
+        patching.setattr(model, "run", count)
+        patching.setattr(KeyReader, "read", note)
+        if at:
+            with pytest.raises(KeyboardInterrupt):
+                collect()
+        else:
+            collect()
+    return runs[0]
+
+
+def equal(one: dict[int, Any], other: dict[int, Any]) -> bool:
+    return all(torch.equal(one[layer].matrix, other[layer].matrix) for layer in LAYERS)
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("tokens", [None, 150])
+def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
+    lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int | None
+) -> None:
+    config = MomentsConfig(**{**vars(OFTEN), "tokens": tokens})
+    whole = collect_moments(lens_model, TEXTS, LAYERS, config)
+    begins: list[int] = []
+    runs = interrupted(lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, TEXTS, LAYERS, config), begins)
+    assert len(begins) >= 4
+    for at in range(1, runs + 1):
+        begin = max(number for number in begins if number <= at)
+        folder = tmp_path / str(at)
+
+        def collect(folder: Path = folder) -> dict[int, Any]:
+            return collect_moments(lens_model, TEXTS, LAYERS, config, out=folder)
+
+        assert interrupted(lens_model, monkeypatch, at, collect) == at
+        assert not list(folder.glob("moments/layer_*"))
+        assert len(list(parts_folder(folder).glob("*"))) == (0 if begin == 1 else len(LAYERS))
+        assert interrupted(lens_model, monkeypatch, 0, collect) == runs - begin + 1, "what was summed is not run again"
+        assert equal(load_moments(folder, LAYERS), whole)
+        assert not parts_folder(folder).exists()
+        assert {layer: moment.count for layer, moment in collect().items()} == {
+            layer: moment.count for layer, moment in whole.items()
+        }
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("at", range(1, 10))
+def test_interrupted_between_two_files_it_goes_on_to_the_same_bits(
+    lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Checkpoints of layers that stand at different places, and final files of some layers alone."""
+    from mechedit import files as artifacts
+
+    whole = collect_moments(lens_model, TEXTS, LAYERS, OFTEN, convergence=Convergence(drawn=2))
+    save, saves = artifacts.save_file, [0]
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        saves[0] += 1
+        if saves[0] == at:
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
+
+    def collect() -> dict[int, Any]:
+        return collect_moments(lens_model, TEXTS, LAYERS, OFTEN, out=tmp_path, convergence=Convergence(drawn=2))
+
+    with monkeypatch.context() as patching:
+        patching.setattr(artifacts, "save_file", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            collect()
+    again = collect()
+    assert equal(again, whole)
+    for layer in LAYERS:
+        assert again[layer].curve.equals(whole[layer].curve)
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.usefixtures("often")
+def test_other_batches_may_finish_what_was_begun(
+    lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = collect_moments(lens_model, TEXTS, LAYERS)
+    interrupted(lens_model, monkeypatch, 3, lambda: collect_moments(lens_model, TEXTS, LAYERS, OFTEN, out=tmp_path))
+    found = collect_moments(lens_model, TEXTS, LAYERS, MomentsConfig(batch_tokens=30), out=tmp_path)
+    for layer in LAYERS:
+        assert found[layer].count == whole[layer].count
+        assert (found[layer].matrix - whole[layer].matrix).norm() < 1e-6 * whole[layer].matrix.norm()
+
+
+@pytest.mark.usefixtures("often")
+def test_checkpoints_of_other_settings_are_refused_or_replaced(
+    lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(lens_model, monkeypatch, 3, lambda: collect_moments(lens_model, TEXTS, LAYERS, OFTEN, out=tmp_path))
+    with pytest.raises(InputError, match=r"shard_0_of_1.*made with texts = .*--overwrite"):
+        collect_moments(lens_model, TEXTS[:-1], LAYERS, OFTEN, out=tmp_path)
+    with pytest.raises(InputError, match="made with convergence = None"):
+        collect_moments(lens_model, TEXTS, LAYERS, OFTEN, out=tmp_path, convergence=Convergence())
+    collect_moments(lens_model, TEXTS[:-1], LAYERS, OFTEN, out=tmp_path, overwrite=True)
+    assert equal(load_moments(tmp_path, LAYERS), collect_moments(lens_model, TEXTS[:-1], LAYERS, OFTEN))
+    assert not parts_folder(tmp_path).exists()
+
+
+def test_without_a_folder_nothing_is_written(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    collect_moments(lens_model, TEXTS, LAYERS, OFTEN)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_checkpoints_take_little_of_the_time(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing takes 5 seconds by this clock, a batch 1: a checkpoint must wait for 250."""
+    from mechedit.moments.checkpoints import Checkpoints, Part
+
+    clock = [0.0]
+    written: list[float] = []
+
+    def save(part: Part, folder: Path) -> None:
+        written.append(clock[0])
+        clock[0] += 5
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Part, "save", save)
+    part: Any = object.__new__(Part)
+    checkpoints = Checkpoints(tmp_path, every=10)
+    for _ in range(600):
+        clock[0] += 1
+        checkpoints.tick([part])
+    assert written == [10.0, 265.0, 520.0]
+
+
+@pytest.mark.parametrize("tokens", [None, 400])
+@pytest.mark.parametrize("count", [2, 3])
+def test_shards_merge_to_the_whole(
+    lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: None, count: int, tokens: int | None
+) -> None:
+    config = MomentsConfig(**{**vars(OFTEN), "tokens": tokens})
+    texts = [text for text in TEXTS for _ in range(3)]
+    whole = collect_moments(lens_model, texts, LAYERS, config)
+    for index in reversed(range(count)):
+        files = collect_shard(lens_model, texts, LAYERS, (index, count), tmp_path, config)
+        assert read_header(files[0], "provenance")["count"] < whole[0].count
+        again = interrupted(
+            lens_model, monkeypatch, 0,
+            lambda index=index: collect_shard(lens_model, texts, LAYERS, (index, count), tmp_path, config),
+        )  # fmt: skip
+        assert again == 0, "a finished part is not made again"
+    merged = merge_moments(tmp_path)
+    for layer in LAYERS:
+        assert merged[layer].count == whole[layer].count == (tokens or whole[layer].count)
+        assert merged[layer].provenance == whole[layer].provenance
+        assert (merged[layer].matrix - whole[layer].matrix).norm() < 1e-12 * whole[layer].matrix.norm()
+        assert torch.equal(load_moments(tmp_path, [layer], lens_model)[layer].matrix, merged[layer].matrix)
+    assert not parts_folder(tmp_path).exists()
+    reused = interrupted(
+        lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, texts, LAYERS, config, tmp_path)
+    )
+    assert reused == 0, "merged files are files like any other"
+
+
+@pytest.mark.usefixtures("often")
+def test_parts_that_do_not_make_a_whole_are_named(
+    lens_model: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collect(index: int, texts: list[str] = TEXTS, model: Any = lens_model, count: int = 3) -> None:
+        collect_shard(model, texts, LAYERS, (index, count), tmp_path, OFTEN)
+
+    with pytest.raises(InputError, match="parts of the layers"):
+        merge_moments(tmp_path)
+    collect(0)
+    collect(2)
+    with pytest.raises(InputError, match=r"part 1/3 of layer 0 is missing.*--shard 1/3"):
+        merge_moments(tmp_path)
+    interrupted(lens_model, monkeypatch, 2, lambda: collect(1))
+    with pytest.raises(InputError, match="part 1/3 of layer 0 is not finished"):
+        merge_moments(tmp_path)
+    part_path(tmp_path, 0, Share(1, 3)).unlink()
+    part_path(tmp_path, 2, Share(1, 3)).unlink()
+    collect(1, model=make_model("gpt2", seed=1))
+    with pytest.raises(InputError, match="weights_hash"):
+        merge_moments(tmp_path)
+    collect(0, count=2)
+    with pytest.raises(InputError, match=r"\[2, 3\] processes"):
+        merge_moments(tmp_path)
+    assert not list(tmp_path.glob("moments/layer_*"))
+    with pytest.raises(InputError, match="the shard is 3/3"):
+        collect(3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    budget=st.none() | st.integers(1, 300),
+    count=st.integers(1, 4),
+    batch_tokens=st.integers(1, 100),
+    place=st.integers(0, 30),
+)
+def test_every_token_is_in_one_batch_of_one_shard(
+    tokenizer: Any, lengths: list[int], budget: int | None, count: int, batch_tokens: int, place: int
+) -> None:
+    """Whatever the number of processes, the batches and the place to go on from; and the budget is kept."""
+    texts = [" ".join("Seattle" for _ in range(length)) for length in lengths]
+    config = MomentsConfig(tokens=budget)
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr("mechedit.moments.shards.SHARD", 4)
+        whole = list(read_shards(tokenizer, texts, config, 25))
+        shared = [list(read_shards(tokenizer, texts, config, 25, Share(index, count))) for index in range(count)]
+        rest = [
+            list(read_shards(tokenizer, texts, config, 25, start=Place(shard.index, 0, shard.before)))
+            for shard in whole
+        ]
+    rows = {shard.index: shard.rows for shard in whole}
+    assert {shard.index: shard.rows for shards in shared for shard in shards} == rows
+    assert sum(len(shards) for shards in shared) == len(whole)
+    for i, shards in enumerate(rest):
+        assert [shard.rows for shard in shards] == [shard.rows for shard in whole[i:]]
+    available = sum(min(25, len(tokenizer(text)["input_ids"])) for text in texts)
+    assert sum(len(row) for shard in whole for row in shard.rows) == min(budget or available, available)
+    for shard in whole:
+        first = min(place, len(shard.rows))
+        found = list(batches(shard, batch_tokens, 0, {first}))
+        assert [row for part in found for row in shard.rows[part]] == shard.rows
+        assert first in {0, *(part.stop for part in found)}, "what was summed up to a place is not split"
+        for part in found:
+            sizes = [len(row) for row in shard.rows[part]]
+            assert sum(sizes) <= max(batch_tokens, max(sizes))
+
+
+def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(me.load_texts("tiny")[:600]))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    options = ["moments", "--texts", str(texts), "--layers", "1-2", "--checkpoint-seconds", "0.05"]
+    command = [sys.executable, "-m", "mechedit", *options, "--out", str(killed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    checkpoints = [part_path(killed, layer, Share()) for layer in (1, 2)]
+    while process.poll() is None and not all(path.exists() for path in checkpoints):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed in its midst"
+    assert not list(killed.glob("moments/layer_*"))
+    done = [read_header(path, "provenance")["count"] for path in checkpoints]
+    assert all(count > 0 for count in done)
+    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+    with pytest.raises(SystemExit):
+        main([*options, "--out", str(whole)])
+    for name in ("layer_1.safetensors", "layer_2.safetensors"):
+        assert (killed / "moments" / name).read_bytes() == (whole / "moments" / name).read_bytes()
+    assert load_moments(killed, [1])[1].count > max(done)
+    assert not list(killed.glob("moments/parts")) + list(killed.glob("moments/.*"))

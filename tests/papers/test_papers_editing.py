@@ -1,0 +1,192 @@
+"""The papers' editing scripts in their quick form: files, columns, what is reused, and numbers taken directly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from analyses.common.command import opened, options
+from analyses.common.counterfacts import counterfacts
+from analyses.common.experiment import Experiment
+from analyses.common.free_text import references_of
+from analyses.common.variants import Variant
+from analyses.papers import runtime, scaling_curve, table_counterfact
+from mechedit import Fact, InputError, edited, evaluate, load_facts
+from mechedit.evaluation import QUICK
+from mechedit.tables import where
+
+METHODS = "memit,rome@2"
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    """Few requests, layers that need no trace, two methods."""
+    return ["--quick", "--count", "3", "--layers", "1-3", "--out", str(out), "--methods", METHODS, *more]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """One folder for all scripts, as for a reader."""
+    return tmp_path_factory.mktemp("papers")
+
+
+@pytest.fixture(scope="module")
+def scaling(out) -> pd.DataFrame:
+    assert scaling_curve.main(arguments(out)) == 0
+    return pd.read_parquet(out / "scaling_curve.parquet")
+
+
+@pytest.fixture(scope="module")
+def experiment(out) -> Experiment:
+    return opened("direct", options("Direct."), ["--quick", "--count", "3", "--layers", "1-3", "--out", str(out)])
+
+
+def refuses(*_: object, **__: object) -> None:
+    raise AssertionError("what is kept was made again")
+
+
+def test_sizes_are_the_papers_seventeen():
+    # exp(ln(10,000)·i/16) = 10^(i/4): 1, 1.78, 3.16, 5.62, 10, …
+    assert scaling_curve.sizes(10_000)[:5] == [1, 2, 3, 6, 10]
+    assert scaling_curve.sizes(10_000)[-2:] == [5623, 10_000]
+    assert len(scaling_curve.sizes(10_000)) == 17
+    assert scaling_curve.sizes(8, 4) == [1, 2, 3, 5, 8]  # 8^(1/4) = 1.68, 8^(1/2) = 2.83, 8^(3/4) = 4.76
+
+
+def test_scaling_curve_has_every_method_at_every_size(out, scaling):
+    assert list(scaling) == ["edits", "method", "layers", "measure", "mean", "low", "high", "n"]
+    scores = where(scaling, measure="S")
+    for name in ("unedited", "memit", "rome"):
+        assert list(where(scores, method=name)["edits"]) == [1, 2, 3]
+    assert (scores["n"] == scores["edits"]).all()
+    assert (scores["low"] <= scores["mean"]).all()
+    for suffix in (".csv", "_order.csv", ".pdf", ".png"):
+        assert (out / f"scaling_curve{suffix}").stat().st_size > 100
+    means = where(scores, method="memit")["mean"]
+    assert where(scores, method="unedited")["mean"].max() == 0 < means.iloc[-1]  # there is something to see
+
+
+def test_scaling_curve_agrees_with_an_edit_made_directly(scaling, experiment):
+    requests = experiment.requests[:2]
+    for method, layers in (("memit", (1, 2, 3)), ("rome", (2,))):
+        edit = experiment.edit(Variant(method=method, layers=layers), requests)
+        with edited(experiment.model, edit):
+            direct = evaluate(experiment.model, requests, QUICK).summary()
+        rows = where(scaling, method=method, edits=2).set_index("measure")["mean"]
+        for measure in ("ES", "PS", "NS", "PM", "NM"):  # PM and NM are differences of probabilities, not shares
+            assert rows[measure] == pytest.approx(direct[measure]["mean"], abs=1e-3)
+        assert direct["PM"]["mean"] != 0
+
+
+def test_the_first_of_romes_edits_are_its_edit_of_the_first(scaling, experiment):
+    rome = Variant(method="rome", layers=(2,))
+    whole, part = (experiment.edit(rome, experiment.requests[:count]) for count in (3, 2))
+    found = scaling_curve.first(whole, 2)
+    assert torch.allclose(found.delta(2), part.delta(2), rtol=0, atol=1e-5 * part.delta(2).norm())
+    assert not torch.allclose(whole.delta(2), part.delta(2), rtol=0, atol=1e-2 * part.delta(2).norm())
+    assert found.manifest["requests"] == part.manifest["requests"]
+
+
+def test_the_order_is_that_of_the_largest_n(out, scaling):
+    table = pd.read_csv(out / "scaling_curve_order.csv")
+    means = where(scaling, measure="S", edits=3).set_index("method")["mean"]
+    assert list(means[table["method"]]) == sorted(means.drop("unedited"), reverse=True)
+    assert list(table["place"]) == [1, 2]
+
+
+def test_a_second_run_makes_nothing_again(out, scaling, monkeypatch):
+    monkeypatch.setattr(Experiment, "_score", refuses)
+    monkeypatch.setattr(Experiment, "edit", refuses)
+    assert scaling_curve.main(arguments(out)) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "scaling_curve.parquet"), scaling)
+    with pytest.raises(AssertionError, match="made again"):
+        scaling_curve.main(arguments(out, "--seed", "1"))
+
+
+def test_table_has_the_papers_columns_and_leaves_out_what_has_no_data(out, capsys):
+    assert table_counterfact.main(arguments(out)) == 0
+    table = pd.read_csv(out / "table_counterfact.csv")
+    assert list(table)[:6] == ["method", "layers", "S", "ES", "PS", "NS"]
+    assert not {"GE", "RS"} & set(table)
+    assert list(table["method"]) == ["unedited", "memit", "rome"]
+    assert "memit" in capsys.readouterr().out
+    tidy = pd.read_parquet(out / "table_counterfact.parquet")
+    row = where(tidy, method="memit", measure="NS").iloc[0]
+    assert table.loc[1, "NS"] == f"{row['mean']:.1f} ({(row['high'] - row['low']) / 2:.1f})"
+    left = where(tidy, method="memit", measure="left")["mean"].item()
+    assert 0 < left < 100
+    assert float(table.loc[1, "left"]) == pytest.approx(left, abs=0.05)
+    assert (out / "table_counterfact.png").is_file()
+
+
+def test_free_text_brings_ge_and_rs(out):
+    assert table_counterfact.main(arguments(out, "--free", "1", "--count", "2", "--methods", "memit")) == 0
+    tidy = pd.read_parquet(out / "table_counterfact.parquet")
+    for measure, least, most in (("GE", 100, 800), ("RS", 0.1, 100)):
+        found = where(tidy, measure=measure)
+        assert set(found["method"]) == {"unedited", "memit"}
+        assert found["mean"].between(least, most).all()
+
+
+def test_references_are_texts_that_start_with_a_subject_of_the_object():
+    facts = [
+        Fact(id="a", subject="Ada", prompt="{} likes", object=" tea", relation="drink"),
+        Fact(id="b", subject="Ada Bly", prompt="{} likes", object="milk", relation="drink"),
+        Fact(id="c", subject="Cy", prompt="{} likes", object="tea", relation="drink"),
+    ]
+    texts = ["Ada has a cup.", "Ada Bly's farm has cows.", "Cy and Ada Bly met.", "Of Ada nothing is known."]
+    found = references_of(facts, texts).texts
+    assert found == {("drink", "tea"): (texts[0], texts[2]), ("drink", "milk"): (texts[1],)}
+    assert references_of(facts, texts, most=1).texts["drink", "tea"] == (texts[0],)
+    with pytest.raises(InputError, match="no text starts"):
+        references_of(facts, ["Nobody."])
+
+
+def test_every_request_on_the_tiny_model_has_references():
+    texts = (Path(__file__).parents[2] / "mechedit/data/tiny/texts.txt").read_text().splitlines()
+    facts = load_facts("known")
+    references = references_of(facts, texts)
+    assert all(references.of(request) for request in counterfacts(facts, 200))
+
+
+def test_runtime_times_stages_and_methods(out, experiment, monkeypatch):
+    given = arguments(out, "--count", "4", "--methods", "ft@2")
+    assert runtime.main(given) == 0
+    table = pd.read_parquet(out / "runtime.parquet")
+    assert {"facts", "method", "stage", "seconds", "cpu", "memit", "processor", "threads", "torch", "device"} <= {
+        *table
+    }
+    stages = table.pivot_table(index="facts", columns="stage", values="seconds")
+    assert list(stages.index) == [0, 2, 4]  # the second moments serve any number of facts
+    parts = stages.loc[2:, ["search", "keys", "solve"]]
+    assert (parts > 0).all(axis=None)
+    np.testing.assert_allclose(parts.sum(axis=1), stages.loc[2:, "total"], rtol=0.05)
+    assert (where(table, stage="whole")["memit"] > 0).all()
+    printed = pd.read_csv(out / "runtime.csv")
+    assert list(printed["what"]) == ["second moments", *(f"memit: {s}" for s in runtime.STAGES), "ft"]
+    monkeypatch.setattr(runtime, "stage_seconds", refuses)
+    monkeypatch.setattr(runtime, "whole", refuses)
+    assert runtime.main(given) == 0
+    monkeypatch.setattr(runtime, "processor", lambda: "another")
+    with pytest.raises(AssertionError, match="made again"):
+        runtime.main(given)
+
+
+def test_the_exponent_is_the_slope_in_logarithms():
+    facts = np.array([2, 4, 8])
+    assert runtime.exponent(pd.DataFrame({"facts": facts, "seconds": 0.3 * facts**1.5})) == pytest.approx(1.5)
+    assert np.isnan(runtime.exponent(pd.DataFrame({"facts": [4], "seconds": [1.0]})))
+    assert runtime.halvings(100) == [6, 12, 25, 50, 100]
+    assert runtime.halvings(4) == [2, 4]
+
+
+def test_a_method_of_one_layer_takes_the_middle_one(experiment):
+    variants = experiment.variants(["memit", "rome", "emmet@middle", "rome@3"])
+    assert [variant.layers for variant in variants] == [(1, 2, 3), (2,), (2,), (3,)]
+    with pytest.raises(InputError, match="each once"):
+        experiment.variants(["rome", "rome@2"])
+    with pytest.raises(InputError, match="each once"):
+        experiment.variants([])

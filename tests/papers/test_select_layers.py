@@ -1,0 +1,100 @@
+"""The script that does it all, on a model of another shape than the one that ships."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from analyses.papers import select_layers
+from mechedit import InputError, load_model
+from mechedit.prompts import continuation_ids, encode
+
+SUBJECTS = (
+    "Danielle Darrieux", "Leon Blum", "Go Hyeon-jeong", "Eiffel Tower", "Space Needle", "LeBron James",
+    "Toko Yasuda", "Miles Davis", "Apple A5", "Windows Media Player", "Anaal Nathrakh", "Edwin of Northumbria",
+)  # fmt: skip
+PROMPT = "The mother tongue of {} is"
+OBJECT = "French"
+
+
+@pytest.fixture
+def script() -> Any:
+    return select_layers
+
+
+@pytest.fixture(params=["llama", "qwen3", "gemma3"])
+def checkpoint(request, make_hf, tokenizer, tmp_path) -> Path:
+    """A checkpoint that says the object of every fact, though its other weights are random."""
+    hf = make_hf(request.param)
+    prompts = [encode(tokenizer, PROMPT.format(subject))[0] for subject in SUBJECTS]
+    with torch.no_grad():
+        last = torch.stack([hf.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in prompts])
+        for token in continuation_ids(tokenizer, OBJECT)[:1]:
+            hf.lm_head.weight[token] = torch.linalg.lstsq(last, torch.full((len(last), 1), 30.0)).solution[:, 0]
+    hf.save_pretrained(tmp_path / request.param)
+    tokenizer.save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+@pytest.fixture
+def inputs(tmp_path) -> list[str]:
+    facts = [{"id": str(i), "subject": name, "prompt": PROMPT, "object": OBJECT} for i, name in enumerate(SUBJECTS)]
+    requests = [
+        {**fact, "id": f"r{fact['id']}", "prompt": "They say {} has", "target_new": "Korean", "target_true": OBJECT}
+        for fact in facts[:4]
+    ]
+    texts = [f"The mother tongue of {name} is French, they say, and the sport is basketball." for name in SUBJECTS]
+    for name, rows in (("facts.jsonl", facts), ("requests.jsonl", requests)):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    pairs = (("--facts", "facts.jsonl"), ("--requests", "requests.jsonl"), ("--texts", "texts.txt"))
+    return [word for option, name in pairs for word in (option, str(tmp_path / name))]
+
+
+def test_it_leaves_a_folder_to_cite_for_models_of_other_shapes(
+    script, checkpoint, inputs, tmp_path, monkeypatch, capsys
+):
+    assert len(continuation_ids(load_model(str(checkpoint)).tokenizer, OBJECT)) == 1, "a single token is easily taught"
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        sys, "argv", ["select_layers.py", str(checkpoint), *inputs, "--quick", "--width", "2", "--out", str(out)]
+    )
+    if checkpoint.name != "llama":  # figures take most of the time, and do not depend on the shape
+        monkeypatch.setattr(script, "run_figures", lambda folder: [])
+    assert script.main() in (0, 3)
+    card = (out / "README.md").read_text()
+    model = load_model(str(checkpoint))
+    assert model.weights_hash() in card
+    assert "8 requests" not in card
+    assert f"analyses.papers.select_layers {checkpoint}" in card
+    assert "No range is published for a model of this name." in card
+    assert "of the 4 requests are about subjects that were traced" in card, "all subjects were traced"
+    swept = pd.read_parquet(out / "sweep.parquet")
+    assert {(0, 1), (1, 2), (0, 0), (1, 1), (2, 2)} <= set(zip(swept["first"], swept["last"], strict=True))
+    for first, last in ((0, 1), (1, 2)):
+        assert f"| {first}–{last} |" in card
+    assert "Do edits agree?" in (out / "report.html").read_text()
+    assert (out / "figures" / "sweep.pdf").is_file() == (checkpoint.name == "llama")
+    effects = pd.read_parquet(out / "effects.parquet")
+    assert effects["fact"].nunique() == len(SUBJECTS)
+    assert set(effects["kind"]) == {"state", "mlp", "attn"}
+
+    times = {path: path.stat().st_mtime_ns for path in (out / "effects.parquet", out / "sweep.parquet")}
+    monkeypatch.setattr(script, "run_figures", lambda folder: [])
+    assert script.main() in (0, 3)
+    assert {path: path.stat().st_mtime_ns for path in times} == times, "run again, it makes nothing twice"
+
+
+def test_a_model_that_knows_none_of_the_facts_is_refused(script, make_hf, tokenizer, inputs, tmp_path, monkeypatch):
+    make_hf("llama").save_pretrained(tmp_path / "random")
+    tokenizer.save_pretrained(tmp_path / "random")
+    words = ["select_layers.py", str(tmp_path / "random"), *inputs, "--quick", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(InputError, match="none of the 12 facts can be traced"):
+        script.main()

@@ -1,0 +1,627 @@
+"""Causal tracing against plain hooks on the plain model, and the identities that make severing right."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mechedit import Fact, InputError, Site, TraceConfig, trace_facts
+from mechedit.models import EMBED
+from mechedit.trace import Corruption, Sever, Spread, embedding_spread, embedding_std, plan_trace
+from mechedit.trace.cells import Cell, all_cells, restore, trace_group, window_span
+from mechedit.trace.corruption import _unit_root
+from mechedit.trace.corruption import draw_noise as draw_unit
+from mechedit.trace.labels import role_of
+from mechedit.trace.runs import corruption_patch, run_clean_and_corrupted
+from mechedit.trace.tokens import batch, prepare, with_donors
+
+FACT = Fact(id="f", subject="Leon Blum", prompt="The mother tongue of {} is the", object="Korean guitar")
+STD = 1.5
+CONFIG = TraceConfig(samples=3, sever=("nothing", "mlp", "attn"), window=2)
+FEW = TraceConfig(
+    samples=3, kinds=("state", "attn"), sever=("nothing", "mlp"), window=2, roles=("subject_first", "subject_last")
+)
+"""Cells enough to compare two ways of batching them."""
+
+
+def draw_noise(traced, config, width, noise=None):
+    """Unit draws of one fact, as a trace makes them."""
+    shape = (config.samples, len(traced.subject), width)
+    return draw_unit(traced.fact, shape, config.corrupted_by, None, config.seed)
+
+
+def cells(scene, kind, sever, layer, position, fact=0):
+    """The cell that restores one place."""
+    span = window_span(kind, layer, scene.model.n_layers, scene.config.window)
+    return [Cell(kind, sever, layer, fact, position, span.start, span.stop)]
+
+
+def relative(found, expected):
+    """|found − expected| / |expected|: objects of several tokens have tiny probabilities."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def with_hooks(model, traced, kind, sever, span, position, config=CONFIG):
+    """The published schedule: one plain forward a cell, corrupted rows with hooks that restore and sever."""
+    hf, blocks, subject = model.hf, model.hf.transformer.h, list(traced.subject)
+    ids = torch.tensor([traced.ids])
+    draws = draw_noise(traced, config, model.d_model, None)
+    parts = {"state": lambda b: b, "mlp": lambda b: b.mlp, "attn": lambda b: b.attn}
+    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
+    again = lambda out, new: (new, *out[1:]) if isinstance(out, tuple) else new  # noqa: E731
+    clean, cut, handles = {}, {}, []
+
+    def keep(store, key):
+        return lambda module, inputs, out: store.__setitem__(key, first(out).clone())
+
+    def noisy(module, inputs, out):
+        out = out.clone()
+        out[:, subject] += STD * draws
+        return out
+
+    def write(positions, values):
+        def hook(module, inputs, out):
+            new = first(out).clone()
+            new[:, positions] = values[:, positions]
+            return again(out, new)
+
+        return hook
+
+    for layer, block in enumerate(blocks):
+        handles.append(parts[kind](block).register_forward_hook(keep(clean, layer)))
+    hf(ids)
+    [handle.remove() for handle in handles]
+    handles = [hf.transformer.wte.register_forward_hook(noisy)]
+    if sever != "nothing":
+        for layer, block in enumerate(blocks):
+            handles.append(parts[sever](block).register_forward_hook(keep(cut, layer)))
+    hf(ids.repeat(config.samples, 1))
+    [handle.remove() for handle in handles[1:]]
+    for layer in cut:
+        hook = write([subject[-1]], cut[layer])
+        handles.append(parts[sever](blocks[layer]).register_forward_hook(hook))
+    for layer in span:
+        handles.append(parts[kind](blocks[layer]).register_forward_hook(write([position], clean[layer])))
+    logits = hf(ids.repeat(config.samples, 1)).logits[:, traced.prompt_length - 1 :]
+    [handle.remove() for handle in handles]
+    p = logits.log_softmax(-1)[:, range(len(traced.object_ids)), list(traced.object_ids)].sum(1).exp()
+    return p.mean().item()
+
+
+@torch.no_grad()
+def test_every_cell_equals_plain_hooks(small_model):
+    traced = prepare(small_model, FACT)
+    assert len(traced.object_ids) > 1, "the object must have several tokens to test joint probability"
+    frame = trace_group(small_model, [traced], STD, CONFIG)
+    assert len(frame) == 3 * 3 * small_model.n_layers * traced.prompt_length
+    for row in frame.sample(60, random_state=0).itertuples():
+        span = window_span(row.kind, row.layer, small_model.n_layers, CONFIG.window)
+        slow = with_hooks(small_model, traced, row.kind, row.sever, span, row.position)
+        assert row.score == pytest.approx(slow, rel=1e-4, abs=0), row
+    spread = frame[frame.role == "subject_last"]["effect"].abs().max()
+    assert spread > 100 * 1e-4 * frame["score"].abs().max(), "restoring must matter, else equality says nothing"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sever", ["mlp", "attn"])
+def test_severing_with_nothing_restored_is_the_corrupted_baseline(small_model, sever):
+    scene = run_clean_and_corrupted(small_model, [prepare(small_model, FACT)], STD, CONFIG, None)
+    # Position 0 precedes the subject: it was never corrupted, so putting it back restores nothing.
+    scores = restore(scene, cells(scene, "state", sever, 0, 0))["probability"]
+    assert relative(scores[0], scene.corrupted_scores["probability"][0]) < 1e-5
+    # With another draw's outputs held instead (the published defect) the baseline is missed.
+    other = run_clean_and_corrupted(
+        small_model, [prepare(small_model, FACT)], STD, TraceConfig(samples=3, sever=(sever,), seed=1), None
+    )
+    scene.__dict__["held"] = other.held
+    wrong = restore(scene, cells(scene, "state", sever, 0, 0))["probability"]
+    assert relative(wrong[0], scene.corrupted_scores["probability"][0]) > 1e-4
+
+
+@torch.no_grad()
+def test_restoring_every_state_of_a_layer_gives_the_clean_score(small_model):
+    # At the last layer only the position that is read matters, here the last prompt token.
+    last = small_model.n_layers - 1
+    one = Fact(id="g", subject="Leon Blum", prompt="The mother tongue of {} is the", object="French")
+    scene = run_clean_and_corrupted(small_model, [prepare(small_model, one)], STD, CONFIG, None)
+    assert len(scene.facts[0].object_ids) == 1
+    clean, corrupted = scene.clean_scores["probability"], scene.corrupted_scores["probability"]
+    score = restore(scene, cells(scene, "state", "nothing", last, scene.facts[0].prompt_length - 1))["probability"]
+    assert relative(score, clean) < 1e-5
+    assert relative(corrupted, clean) > 1e-2
+
+
+@torch.no_grad()
+def test_batching_and_grouping_change_nothing(small_model):
+    facts = [
+        prepare(small_model, Fact(id=str(i), subject=name, prompt="{} plays the sport of", object="Paris"))
+        for i, name in enumerate(["Miles Davis", "Toko Yasuda", "Leon Blum", "Apple", "Leon Blum"])
+    ]
+    alone = pd.concat([trace_group(small_model, [fact], STD, FEW) for fact in facts])
+    shapes = {fact.shape for fact in facts}
+    narrow = TraceConfig(**{**vars(FEW), "batch_rows": 7})
+    together = pd.concat(
+        [trace_group(small_model, [f for f in facts if f.shape == shape], STD, narrow) for shape in sorted(shapes)]
+    )
+    keys = ["fact", "kind", "sever", "layer", "position"]
+    joined = alone.merge(together, on=keys, suffixes=("", "_other"))
+    assert len(joined) == len(alone)
+    assert len(shapes) < len(facts), "some facts must share a shape"
+    np.testing.assert_allclose(joined["score"], joined["score_other"], rtol=1e-4, atol=0)
+
+
+@torch.no_grad()
+def test_explicit_noise_is_scaled_by_noise_std_and_checked(small_model):
+    traced = prepare(small_model, FACT)
+    mine = lambda fact, samples, tokens, width: draw_noise(traced, CONFIG, width, None).numpy()  # noqa: E731
+    same = trace_group(small_model, [traced], STD, CONFIG, mine)
+    pd.testing.assert_frame_equal(same, trace_group(small_model, [traced], STD, CONFIG))
+    zero = trace_group(small_model, [traced], STD, CONFIG, lambda fact, *shape: np.zeros(shape))
+    np.testing.assert_allclose(zero["corrupted"], zero["clean"], rtol=1e-4)
+    with pytest.raises(InputError, match=r"expected finite draws of shape \(3"):
+        trace_group(small_model, [traced], STD, CONFIG, lambda fact, samples, tokens, width: np.zeros((1, 1, 1)))
+
+
+def test_draws_depend_on_seed_and_fact_and_on_nothing_else(lens_model):
+    traced = prepare(lens_model, FACT)
+    draws = draw_noise(traced, CONFIG, 8, None)
+    assert torch.equal(draws, draw_noise(traced, TraceConfig(samples=3, window=1), 8, None))
+    assert not torch.equal(draws, draw_noise(traced, TraceConfig(samples=3, seed=1), 8, None))
+    other = prepare(lens_model, Fact(**{**vars(FACT), "id": "h"}))
+    assert not torch.equal(draws, draw_noise(other, CONFIG, 8, None))
+
+
+def test_sigma_is_the_spread_of_the_subjects_embeddings(lens_model):
+    subjects = ["Leon Blum", "Apple"]
+    rows = [lens_model.hf.transformer.wte.weight[lens_model.tokenizer(" " + s)["input_ids"]] for s in subjects]
+    with torch.no_grad():
+        assert embedding_std(lens_model, subjects) == pytest.approx(torch.cat(rows).std().item(), rel=1e-5)
+
+
+def test_roles_name_each_token_once():
+    roles = [role_of(i, range(2, 5), 9) for i in range(9)]
+    assert roles == ["before"] * 2 + [
+        "subject_first",
+        "subject_middle",
+        "subject_last",
+        "after",
+        "further",
+        "further",
+        "last",
+    ]
+    assert role_of(2, range(2, 3), 6) == "subject_last", "a one-token subject is not counted twice"
+    assert role_of(3, range(2, 4), 4) == "subject_last", "a prompt may end in the subject"
+
+
+def test_windows_are_centred_and_cut_at_the_edges():
+    assert window_span("mlp", 5, 12, 4) == range(3, 7)
+    assert window_span("attn", 0, 12, 4) == range(0, 2)
+    assert window_span("mlp", 11, 12, 4) == range(9, 12)
+    assert window_span("state", 3, 12, 4) == range(3, 4)
+    assert len(window_span("mlp", 20, 48, None)) == 10, "the papers' width"
+
+
+def test_only_known_facts_are_traced_and_the_others_are_named(lens_model):
+    known = Fact(id="known", subject="Leon Blum", prompt="{} is", object="French")
+    (token,) = prepare(lens_model, known).object_ids
+    with torch.no_grad():  # a bias that makes the model say this token whatever it is asked
+        lens_model.hf.transformer.ln_f.bias += 10 * lens_model.hf.transformer.wte.weight[token]
+    frame = trace_facts(lens_model, [known, FACT], CONFIG)
+    assert set(frame["fact"]) == {"known"}
+    assert frame.attrs["n_facts"] == 1
+    assert frame.attrs["dropped"][0][0] == "f"
+    with pytest.raises(InputError, match="none of the 1 facts can be traced"):
+        trace_facts(lens_model, [FACT], CONFIG)
+
+
+def test_an_interrupted_trace_goes_on_where_it_stopped(lens_model, tmp_path, monkeypatch):
+    facts = [Fact(id=str(i), subject="Leon Blum", prompt="{} is" + " a" * i, object="French") for i in range(3)]
+    (token,) = prepare(lens_model, facts[0]).object_ids
+    with torch.no_grad():
+        lens_model.hf.transformer.ln_f.bias += 10 * lens_model.hf.transformer.wte.weight[token]
+    whole = trace_facts(lens_model, facts, CONFIG)
+    made = []
+
+    def counted(*arguments):
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return trace_group(*arguments)
+
+    monkeypatch.setattr("mechedit.trace.trace.trace_group", counted)
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        trace_facts(lens_model, facts, CONFIG, parts=tmp_path)
+    stop = None
+    pd.testing.assert_frame_equal(trace_facts(lens_model, facts, CONFIG, parts=tmp_path), whole)
+    assert len(made) == 3, "what was finished is not made again"
+    trace_facts(lens_model, facts, TraceConfig(**{**vars(CONFIG), "seed": 1}), parts=tmp_path)
+    assert len(made) == 6, "other settings share nothing"
+    with pytest.raises(ValueError, match="explicit noise"):
+        trace_facts(lens_model, facts, CONFIG, noise=lambda *shape: None, parts=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"kinds": ("resid",)}, {"sever": ("both",)}, {"roles": ("tail",)}, {"samples": 0}, {"kinds": ()}]
+)
+def test_settings_are_checked_at_the_door(bad):
+    with pytest.raises(InputError):
+        TraceConfig(**bad)
+
+
+def test_site_order_is_the_forward_order():
+    parts = ("attn_key", "attn_out", "mlp_key", "mlp_out", "resid")
+    forward = [Site(0, "embed"), *(Site(layer, part) for layer in range(2) for part in parts)]
+    assert sorted(reversed(forward), key=lambda site: site.order) == forward
+
+
+def known_facts_of(model, count=3):
+    """Facts that the model knows: its last norm's bias is moved so that it says one token whatever it is asked."""
+    facts = [
+        Fact(id=str(i), subject=name, prompt="{} plays the sport of", object="French", relation="sport")
+        for i, name in enumerate(["Miles Davis", "Toko Yasuda", "Leon Blum", "Apple", "Danielle Darrieux"][:count])
+    ]
+    (token,) = prepare(model, facts[0]).object_ids
+    with torch.no_grad():
+        model.hf.transformer.ln_f.bias += 10 * model.hf.transformer.wte.weight[token]
+    return facts
+
+
+@torch.no_grad()
+def test_severing_a_subset_of_layers_equals_plain_hooks_and_all_layers_equal_the_whole(small_model):
+    traced = prepare(small_model, FACT)
+    n = small_model.n_layers
+    config = TraceConfig(samples=3, kinds=("state",), sever=("mlp", f"mlp@0-{n - 1}", "mlp@1", "mlp@2", "nothing"))
+    frame = trace_group(small_model, [traced], STD, config).set_index(["sever", "layer", "position"])["score"]
+    np.testing.assert_array_equal(frame["mlp"], frame[f"mlp@0-{n - 1}"])
+    position = traced.subject[-1]
+    alone, none, last = (float(frame[label, 0, position]) for label in ("mlp@1", "nothing", "mlp@2"))
+    assert alone == pytest.approx(with_hooks(small_model, traced, "state", "mlp", range(1), position, config), rel=1e-4)
+    assert abs(alone / none - 1) > 1e-3, "the cut must do something"
+    assert last == pytest.approx(none, rel=1e-5), "the last block passes on the position that is read, and no other"
+    # A layer's MLP below the restored state has its corrupted outputs anyway.
+    np.testing.assert_allclose(frame["mlp@1"].loc[1:], frame["nothing"].loc[1:], rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["last", "after", "subject_first", "-2", "2"])
+def test_severing_elsewhere_with_nothing_restored_is_the_corrupted_baseline(small_model, place):
+    config = TraceConfig(samples=3, kinds=("state",), sever=(f"attn:{place}", "nothing"))
+    scene = run_clean_and_corrupted(small_model, [prepare(small_model, FACT)], STD, config)
+    score = restore(scene, cells(scene, "state", f"attn:{place}", 0, 0))["probability"]
+    assert relative(score[0], scene.corrupted_scores["probability"][0]) < 1e-5
+    cut, whole = (
+        restore(scene, cells(scene, "state", label, 0, scene.facts[0].subject[-1]))["probability"]
+        for label in (f"attn:{place}", "nothing")
+    )
+    if place not in ("subject_first", "2"):  # which precede the restored token: nothing there has changed
+        assert relative(cut, whole) > 1e-5, "the cut must do something"
+
+
+def test_severing_labels_are_read_back():
+    for label in ("nothing", "mlp", "attn", "mlp@3", "mlp@2-4+7", "attn:last", "mlp@1:subject_last+after", "mlp:-2"):
+        assert Sever.parse(label).label == label
+    assert Sever.parse("mlp@4+2+3").label == "mlp@2-4"
+    assert Sever(module="mlp", layers=(1, 2)).label == "mlp@1-2"
+    assert Sever.parse("mlp:-2+subject_last").at(["subject_first", "subject_last", "after", "last"]) == (1, 2)
+    for bad in ("both", "mlp@", "mlp@3-1", "mlp:tail", "nothing@2", "mlp@x"):
+        with pytest.raises(InputError, match="sever holds"):
+            Sever.parse(bad)
+    with pytest.raises(InputError, match="names layer 9, expected 0 to 2"):
+        Sever.parse("mlp@9").through(3)
+    with pytest.raises(InputError, match="position 9 of a prompt of 4"):
+        Sever.parse("mlp:9").at(["before"] * 4)
+
+
+SHAPE = (4000, 2, 6)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "uniform", "student", "multivariate"])
+def test_every_noise_has_mean_zero_and_the_same_standard_deviation(distribution):
+    """They differ in shape: the largest draw, the covariance."""
+    rows = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 7.0))
+    spread = Spread(std=1.0, mean=torch.zeros(6), root=_unit_root(rows))
+    how = Corruption(distribution=distribution, degrees=6)
+    draws = draw_unit(FACT, SHAPE, how, spread, seed=0)
+    assert draws.shape == SHAPE
+    assert draws.mean().abs() < 0.03
+    assert draws.square().mean().sqrt().item() == pytest.approx(1, abs=0.03)
+    spreads = draws.flatten(0, 1).std(0)
+    if distribution == "multivariate":
+        expected = rows.std(0) / rows.var(0).mean().sqrt()
+        assert torch.allclose(spreads, expected.float(), atol=0.05)
+        assert spreads.max() > 3 * spreads.min(), "the planted covariance is not round"
+    else:
+        assert torch.allclose(spreads, torch.ones(6), atol=0.06)
+    largest = draws.abs().max().item()
+    assert largest <= 3**0.5 if distribution == "uniform" else largest > 3
+    if distribution == "student":
+        norms = draws.norm(dim=-1)
+        assert norms.max() > 2 * draw_unit(FACT, SHAPE, Corruption(), None, 0).norm(dim=-1).max(), "heavy tails"
+
+
+@torch.no_grad()
+def test_replacing_puts_the_noise_where_the_embedding_was(small_model):
+    traced = prepare(small_model, FACT)
+    clean = small_model.run(batch([traced], small_model), read=[EMBED])[EMBED]
+    spread = embedding_spread(small_model, [FACT.subject, "Apple", "Miles Davis"], root=True)
+
+    def corrupted(**how):
+        config = TraceConfig(samples=3, corruption=Corruption(**how))
+        return corruption_patch(
+            small_model, batch([traced], small_model), clean, [traced], STD, config, None, spread
+        ).value
+
+    own = clean[0, traced.subject.start : traced.subject.stop]
+    for distribution in ("gaussian", "uniform", "student"):
+        added, replacing = (corrupted(distribution=distribution, replace=replace) for replace in (False, True))
+        torch.testing.assert_close(added - replacing, own.expand_as(added), atol=1e-5, rtol=1e-4)
+    added, replacing = (corrupted(distribution="multivariate", replace=replace) for replace in (False, True))
+    # Added noise has mean zero (the published code adds the mean embedding here too); a replacement has the mean.
+    torch.testing.assert_close(added - own - (replacing - spread.mean), torch.zeros_like(added), atol=1e-5, rtol=0)
+    assert (own - spread.mean).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_extra_tokens_after_the_subject_are_corrupted_too(small_model):
+    traced = prepare(small_model, FACT)
+    assert list(traced.corrupted(1)) == [*traced.subject, traced.subject.stop]
+    assert traced.corrupted(99).stop == traced.prompt_length, "never the object"
+    plain, more = (
+        run_clean_and_corrupted(
+            small_model, [traced], STD, TraceConfig(samples=3, corruption=Corruption(extra_tokens=extra))
+        )
+        for extra in (0, 1)
+    )
+    after = slice(traced.subject.stop, traced.subject.stop + 1)
+    changed = [(scene.noise.positions == after.start).any().item() for scene in (plain, more)]
+    assert changed == [False, True]
+    # Restoring the states of all corrupted tokens at layer 0, one after the other, is what the averages are made of.
+    frame = trace_group(small_model, [traced], STD, TraceConfig(samples=3, corruption=Corruption(extra_tokens=1)))
+    assert frame[frame["role"] == "after"]["effect"].abs().max() > 0
+
+
+@torch.no_grad()
+def test_token_replacement_runs_the_other_subjects_prompt(small_model):
+    facts = [
+        Fact(id="a", subject="Toko Yasuda", prompt="The mother tongue of {} is the", object="French", relation="r"),
+        Fact(id="b", subject="Kate Bush", prompt="{} speaks", object="Korean", relation="r"),
+        Fact(id="c", subject="Omar Sy", prompt="{} speaks", object="French", relation="r"),
+        Fact(id="d", subject="Lone Bulm", prompt="{} speaks", object="English", relation="other"),
+        Fact(id="e", subject="Danielle Darrieux", prompt="{} speaks", object="English", relation="r"),
+    ]
+    config = TraceConfig(samples=3, corruption="tokens")
+    (traced,), dropped = with_donors(small_model, [prepare(small_model, facts[0])], facts, config)
+    assert not dropped
+    same_length = [
+        fact for fact in facts[1:] if len(prepare(small_model, fact).subject) == len(traced.subject)
+        and fact.object != "French"
+    ]  # fmt: skip
+    assert same_length, "the test needs a donor"
+    scene = run_clean_and_corrupted(small_model, [traced], STD, config)
+    expected = []
+    for donor in traced.donors:
+        ids = list(traced.ids)
+        ids[traced.subject.start : traced.subject.stop] = donor
+        logits = small_model.hf(torch.tensor([ids])).logits[0, traced.prompt_length - 1 :]
+        wanted = list(traced.object_ids)
+        expected.append(logits.log_softmax(-1)[range(len(wanted)), wanted].sum().exp().item())
+    found = scene.corrupted_scores["probability"][0].item()
+    assert found == pytest.approx(np.mean(expected), rel=1e-4)
+    assert abs(found / scene.clean_scores["probability"][0].item() - 1) > 1e-3
+    texts = {small_model.tokenizer.decode(donor).strip() for donor in traced.donors}
+    assert texts <= {fact.subject for fact in same_length}
+    lonely, why = with_donors(small_model, [traced], facts[:1], config)
+    assert not lonely
+    assert "no other subject" in why[0][1]
+
+
+def test_corruptions_that_make_no_sense_are_refused(small_model):
+    for bad in ({"distribution": "pink"}, {"degrees": 2}, {"extra_tokens": -1}):
+        with pytest.raises(InputError):
+            Corruption(**bad)
+    with pytest.raises(InputError, match="neither replace nor extra_tokens"):
+        Corruption(distribution="tokens", replace=True)
+    config, traced = TraceConfig(samples=2, corruption="uniform"), [prepare(small_model, FACT)]
+    with pytest.raises(InputError, match="explicit draws are standard-normal"):
+        run_clean_and_corrupted(small_model, traced, STD, config, lambda fact, *shape: np.zeros(shape))
+
+
+EVERY_METRIC = ("probability", "log_probability", "logit_difference", "kl", "normalised_logit_difference")
+
+
+@torch.no_grad()
+def test_metrics_equal_a_naive_reading_of_the_logits(small_model):
+    fact = Fact(**{**vars(FACT), "foil": "English"})
+    traced = prepare(small_model, fact)
+    config = TraceConfig(samples=3, kinds=("state",), metrics=EVERY_METRIC)
+    frame = trace_group(small_model, [traced], STD, config).set_index(["metric", "layer", "position"])
+    ids = torch.tensor([traced.ids])
+    logits = small_model.hf(ids).logits[0, traced.prompt_length - 1 :].double()
+    o, f = traced.object_ids, prepare(small_model, fact).foil_id
+    p = torch.stack([logits[i].softmax(-1)[token] for i, token in enumerate(o)]).prod()
+    clean = frame.groupby("metric")["clean"].first()
+    assert clean["probability"] == pytest.approx(p.item(), rel=1e-4)
+    assert clean["log_probability"] == pytest.approx(p.log().item(), rel=1e-5)
+    assert clean["logit_difference"] == pytest.approx((logits[0, o[0]] - logits[0, f]).item(), rel=1e-4)
+    assert clean["kl"] == pytest.approx(0, abs=1e-6)
+    assert clean["normalised_logit_difference"] == 1
+    kl = frame.loc["kl"]
+    assert (kl["score"] > -1e-6).all()
+    assert kl["corrupted"].iloc[0] > 1e-3
+    frame = frame.sort_index()
+    share = frame.loc["normalised_logit_difference"]["score"]
+    rows = frame.loc["logit_difference"]
+    np.testing.assert_allclose(share, rows["effect"] / (rows["clean"] - rows["corrupted"]), rtol=1e-6)
+    assert share.std() > 0
+
+
+@torch.no_grad()
+def test_many_metrics_take_no_more_passes_and_any_function_is_one(small_model):
+    def last_logit(answers):
+        return answers.logits[:, -1, 7].float()
+
+    traced, passes = prepare(small_model, FACT), []
+    run = small_model.run
+    small_model.run = lambda *args, **kwargs: (passes.append(1), run(*args, **kwargs))[1]
+    try:
+        one = trace_group(small_model, [traced], STD, TraceConfig(samples=3))
+        single = len(passes)
+        many = trace_group(small_model, [traced], STD, TraceConfig(samples=3, metrics=(*EVERY_METRIC, last_logit)))
+    finally:
+        del small_model.run
+    assert len(passes) == 2 * single
+    assert set(many["metric"]) == {*EVERY_METRIC, "last_logit"}
+    pd.testing.assert_frame_equal(many[many["metric"] == "probability"].reset_index(drop=True), one)
+    with pytest.raises(InputError, match="the metric is 'accuracy'"):
+        TraceConfig(metrics=("accuracy",))
+
+
+@torch.no_grad()
+def test_a_foil_that_is_not_given_is_the_strongest_rival(small_model):
+    config = TraceConfig(samples=2, metrics=("logit_difference",))
+    scene = run_clean_and_corrupted(small_model, [prepare(small_model, FACT)], STD, config)
+    logits = small_model.hf(torch.tensor([scene.facts[0].ids])).logits[0, scene.facts[0].prompt_length - 1].clone()
+    logits[scene.facts[0].object_ids[0]] = -torch.inf
+    assert scene.foils.item() == logits.argmax().item()
+    with pytest.raises(InputError, match="starts with the same token"):
+        prepare(small_model, Fact(**{**vars(FACT), "foil": FACT.object}))
+
+
+def test_memory_bounds_the_rows_and_changes_nothing(lens_model):
+    facts = known_facts_of(lens_model)
+    free = trace_facts(lens_model, facts, FEW)
+    largest = []
+    run = lens_model.run
+    lens_model.run = lambda tokens, *args, **kwargs: (largest.append(len(tokens.ids)), run(tokens, *args, **kwargs))[1]
+    try:
+        with pytest.raises(InputError, match="expected at least") as refused:
+            trace_facts(lens_model, facts, TraceConfig(**{**vars(FEW), "memory": 1e-9}))
+        need = float(str(refused.value).partition("at least ")[2].partition(" GiB")[0]) + 0.01
+        largest.clear()
+        tight = trace_facts(lens_model, facts, TraceConfig(**{**vars(FEW), "memory": need}))
+    finally:
+        del lens_model.run
+    keys = ["fact", "kind", "sever", "layer", "position"]
+    joined = free.merge(tight, on=keys, suffixes=("", "_tight"))
+    assert len(joined) == len(free)
+    np.testing.assert_allclose(joined["score"], joined["score_tight"], rtol=1e-4)
+
+
+def test_a_pass_that_does_not_fit_is_halved(lens_model, monkeypatch):
+    facts, tried = known_facts_of(lens_model), []
+    whole = trace_facts(lens_model, facts, FEW)
+
+    def small_device(scene, some):
+        tried.append(len(some))
+        if len(some) > 2:
+            raise torch.OutOfMemoryError
+        return restore(scene, some)
+
+    monkeypatch.setattr("mechedit.trace.cells.restore", small_device)
+    halved = trace_facts(lens_model, facts, FEW)
+    assert max(tried) > 2
+    keys = ["fact", "kind", "sever", "layer", "position"]
+    joined = whole.merge(halved, on=keys, suffixes=("", "_halved"))
+    np.testing.assert_allclose(joined["score"], joined["score_halved"], rtol=1e-4)
+
+
+def test_a_plan_streams_one_group_after_another(lens_model):
+    facts = known_facts_of(lens_model, 5)
+    plan = plan_trace(lens_model, facts, TraceConfig(**{**vars(FEW), "batch_rows": FEW.samples}))
+    frames = iter(plan)
+    first = next(frames)
+    assert set(first["fact"]) == {plan.facts[0].fact.id}, "one fact a group, and no more than that at once"
+    streamed = pd.concat([first, *frames])
+    whole = trace_facts(lens_model, facts, FEW)
+    assert len(streamed) == len(whole)
+    assert plan.attrs["n_facts"] == len(plan.facts) == whole.attrs["n_facts"]
+
+
+def test_scores_that_are_not_finite_name_fact_and_layer(lens_model):
+    facts = known_facts_of(lens_model, 1)
+
+    def overflow(answers):
+        return torch.full((len(answers.objects),), torch.inf)
+
+    with pytest.raises(InputError, match=r"fact '0', \w+ at layer \d, position \d: the overflow is inf"):
+        trace_facts(lens_model, facts, TraceConfig(samples=2, metrics=(overflow,)))
+
+
+def test_facts_at_the_door(lens_model):
+    facts = known_facts_of(lens_model, 1)
+    with pytest.raises(InputError, match="two facts have the id '0'"):
+        trace_facts(lens_model, [*facts, *facts])
+    with pytest.raises(InputError, match="names layer 7, expected 0 to 2"):
+        trace_facts(lens_model, facts, TraceConfig(sever=("mlp@7",)))
+    long = Fact(id="long", subject="Leon Blum", prompt="{} " + "and so on " * 200, object="French")
+    with pytest.raises(InputError, match=r"expected at most \d+, all that"):
+        trace_facts(lens_model, [*facts, long])
+
+
+def test_a_prompt_that_lacks_the_roles_asked_for_is_dropped_with_the_reason(lens_model):
+    (fact,) = known_facts_of(lens_model, 1)
+    ends = Fact(**{**vars(fact), "id": "ends", "prompt": "The sport of {}"})
+    config = TraceConfig(samples=2, kinds=("state",), roles=("after", "last"))
+    frame = trace_facts(lens_model, [fact, ends], config)
+    assert set(frame["fact"]) == {"0"}
+    assert frame.attrs["dropped"] == [
+        ["ends", "its prompt 'The sport of Miles Davis' has no token of the role after or last"]
+    ]
+    with pytest.raises(InputError, match="no token of the role after or last"):
+        trace_facts(lens_model, [ends], config)
+    assert set(trace_facts(lens_model, [ends], TraceConfig(samples=2, kinds=("state",)))["fact"]) == {"ends"}
+
+
+@torch.no_grad()
+def test_a_pass_computes_what_its_cells_can_change_and_nothing_else(neo_model):
+    """Tokens times layers of what one position's cells compute: those after each first block, from there on."""
+    traced = prepare(neo_model, FACT)
+    config = TraceConfig(samples=3, kinds=("state", "mlp"), sever=("nothing", "attn"), window=2)
+    scene = run_clean_and_corrupted(neo_model, [traced], STD, config)
+    position, n_layers = traced.subject[-1], neo_model.n_layers
+    some = sorted(
+        (cell for cell in all_cells(scene) if cell.position == position and cell.first < n_layers - 1),
+        key=lambda cell: cell.first,
+    )
+    restore(scene, some)  # which also finds the states that windows start from
+    computed: Counter[int] = Counter()
+    handles = [
+        block.mlp.c_proj.register_forward_hook(
+            lambda module, inputs, out, layer=layer: computed.update({layer: inputs[0].shape[:2].numel()})
+        )
+        for tree in (neo_model.twin, neo_model.plain)
+        for layer, block in enumerate(tree.transformer.h)
+    ]
+    try:
+        means = restore(scene, some)["probability"]
+    finally:
+        [handle.remove() for handle in handles]
+    changed = 3 * (len(traced.ids) - position)
+    expected = {layer: changed * sum(cell.first < layer for cell in some) for layer in range(1, n_layers)}
+    assert expected[1] < expected[n_layers - 1], "rows must join on the way"
+    # The last block passes on the positions that are read, and needs only keys and values of the others.
+    expected[n_layers - 1] = 3 * len(scene.read_at) * len(some)
+    assert computed == expected
+    alone = torch.cat([restore(scene, [cell])["probability"] for cell in some])
+    assert relative(means, alone) < 1e-5
+    assert relative(means[0], scene.corrupted_scores["probability"][0]) > 1e-3
+
+
+@torch.no_grad()
+def test_one_layer_and_windows_that_start_at_the_last_layer(make_model):
+    """Rows that join at the last block, from the embedding or from the states before it."""
+    for n_layer in (1, 2):
+        model = make_model("gpt2", n_layer=n_layer)
+        traced = prepare(model, FACT)
+        config = TraceConfig(samples=3, sever=("nothing", "mlp"), window=1)
+        frame = trace_group(model, [traced], STD, config)
+        for row in frame[(frame["layer"] == n_layer - 1) & (frame["position"] >= traced.subject[-1])].itertuples():
+            span = window_span(row.kind, row.layer, n_layer, 1)
+            slow = with_hooks(model, traced, row.kind, row.sever, span, row.position, config)
+            assert row.score == pytest.approx(slow, rel=1e-4, abs=0), row
+        assert frame[frame["role"] == "last"]["effect"].abs().max() > 1e-3 * frame["score"].abs().max()
