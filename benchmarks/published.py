@@ -8,7 +8,7 @@ It does what the code published with the paper (github.com/kmeng01/memit) does, 
 - keys take full forward passes of all prompts for each layer, states at the last layer full passes of the bare prompts;
 - each layer solves a dense, unsymmetric system in float64, with a moment kept in float32.
 
-Texts are tokenised by the same functions as ours, so that both see the same tokens.
+Texts are tokenized by the same functions as ours, so that both see the same tokens.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from mechedit.data import (
     load_texts,
     load_word_weights,
 )
-from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarise, truncate, undo_
+from mechedit.edit import Edit, apply_, edited, export, export_lora, merge, subtract, summarize, truncate, undo_
 from mechedit.errors import InputError
 from mechedit.evaluation import (
     Baseline,
@@ -155,7 +155,7 @@ __all__ = [
     "rome",
     "select_layers",
     "subtract",
-    "summarise",
+    "summarize",
     "sweep_windows",
     "total_effects",
     "trace_facts",

@@ -69,8 +69,8 @@ def trace_step(run: RunFolder, model: Model, facts: Sequence[Fact], config: Trac
     cut = tuple(sever for sever in config.sever if sever != "nothing")
 
     def make() -> dict[str, Any]:
-        coloured = config.corrupted_by.distribution == "multivariate"
-        spread = embedding_spread(model, [fact.subject for fact in facts], root=coloured)
+        colored = config.corrupted_by.distribution == "multivariate"
+        spread = embedding_spread(model, [fact.subject for fact in facts], root=colored)
         wanted = [_changed(config, sever=("nothing",))]
         if cut:
             wanted.append(_changed(config, kinds=("state",), sever=cut, roles=("subject_last",)))

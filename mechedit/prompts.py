@@ -1,7 +1,7 @@
 """From text to tokens: where the subject lies, prompts joined with objects, right-padded batches.
 
 Spans come from the tokenizer's character offsets, so merges across a boundary, BOS tokens and CJK text
-need no special care (peers locate the subject by counting separately tokenised pieces, which shifts).
+need no special care (peers locate the subject by counting separately tokenized pieces, which shifts).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BARE = "{}"
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A tokenised prompt and the tokens of its subject."""
+    """A tokenized prompt and the tokens of its subject."""
 
     ids: tuple[int, ...]
     subject: range
@@ -42,7 +42,7 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
 
 
 def tokenize_prompt(tokenizer: Any, template: str, subject: str) -> Prompt:
-    """Tokenise `template` with `subject` in its `{}` and find the subject's tokens by character offsets.
+    """Tokenize `template` with `subject` in its `{}` and find the subject's tokens by character offsets.
 
     Raises:
         InputError: the template lacks its one `{}`, or no token holds the subject.
@@ -99,7 +99,7 @@ def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:
 
 
 def prefixed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[Prompt]:
-    """The request's prompt behind each prefix, tokenised."""
+    """The request's prompt behind each prefix, tokenized."""
     return [tokenize_prompt(model.tokenizer, fill(prefix, request.prompt), request.subject) for prefix in prefixes]
 
 

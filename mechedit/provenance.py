@@ -34,7 +34,7 @@ def check_provenance(
     what: str,
     remedy: str = "make it again for this model",
 ) -> None:
-    """Compare the fields of `expected` with those found in an artefact; of older ones, the absent fields are known.
+    """Compare the fields of `expected` with those found in an artifact; of older ones, the absent fields are known.
 
     Raises:
         InputError: names the first field that differs, with both values.

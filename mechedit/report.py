@@ -29,7 +29,7 @@ SOURCES = ("effects.parquet", "selection.json", "edit.safetensors", "scores.parq
 EXAMPLES = 10
 MEANINGS = {
     "ES": "On the prompts of the edits themselves, the new object is more probable than the true one.",
-    "PS": "The same on reworded prompts about the same subjects: the edit generalises.",
+    "PS": "The same on reworded prompts about the same subjects: the edit generalizes.",
     "NS": "On prompts about other subjects with the same true object, that object stays the more probable: "
     "the edit is specific.",
     "S": "Harmonic mean of ES, PS and NS: high only when all three are.",

@@ -63,6 +63,6 @@ def rank_interval(
     little narrow: at 95% it held 88 of 100 simulated truths (tests/test_sweep.py).
     """
     most = 1 - 6 / (n * (n**2 - 1))
-    centre, spread = np.arctanh(np.clip(measured, -most, most)), np.nanstd(np.arctanh(np.clip(draws, -most, most)))
+    center, spread = np.arctanh(np.clip(measured, -most, most)), np.nanstd(np.arctanh(np.clip(draws, -most, most)))
     half = norm.ppf((1 + confidence) / 2) * spread
-    return min(measured, float(np.tanh(centre - half))), max(measured, float(np.tanh(centre + half)))
+    return min(measured, float(np.tanh(center - half))), max(measured, float(np.tanh(center + half)))

@@ -97,7 +97,7 @@ effects
 #   end of a longer prompt has to wait for layers 7 to 9, where attention reaches everywhere; this is why nothing is
 #   seen at the tokens between. Other models have no such limit, and show more there.
 #
-# The same as a figure for a paper, all kinds on one colour scale (`save_figure` writes it as PDF and PNG):
+# The same as a figure for a paper, all kinds on one color scale (`save_figure` writes it as PDF and PNG):
 
 # %%
 fact_figure(effects)

@@ -132,7 +132,7 @@ pd.DataFrame(published)[["model", "method", "layers", "source"]]
 #
 # - **ES**, efficacy: the share of requests whose new object is likelier than the old after the edit;
 # - **PS**, paraphrases: the same for prompts that say the same in other words;
-# - **NS**, neighbourhood: the share of prompts about *other* subjects whose own object is still likelier.
+# - **NS**, neighborhood: the share of prompts about *other* subjects whose own object is still likelier.
 #
 # An edit needs the second moments $E[k\,k^\top]$ of the MLP keys *k* over running text, of every layer that it changes.
 # Here: every window of the selected width. The method is AlphaEdit, which writes in the null space of the old keys:
@@ -163,8 +163,8 @@ checked = dataclasses.replace(selection, validation=dataclasses.asdict(validatio
 sweep_figure(sweep.table, dataclasses.asdict(checked))
 
 # %% [markdown]
-# Above: each window's S at its centre with its interval over requests; filled marks cannot be told from the best, the
-# star is the best; the grey band is what the trace selects. Below: what the trace says of the same windows.
+# Above: each window's S at its center with its interval over requests; filled marks cannot be told from the best, the
+# star is the best; the gray band is what the trace selects. Below: what the trace says of the same windows.
 #
 # With eight requests the intervals are wide, and windows with different scores may not be told apart. The figure is
 # there to say whether the data decide. `outcome` is `agree`, `disagree` or `undecided`, and `near_best` lists the

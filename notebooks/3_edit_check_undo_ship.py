@@ -19,7 +19,7 @@
 # **What you will learn**
 #
 # - how to write facts into a model with MEMIT, and what an edit is: a value of its own, apart from the model;
-# - how to check it: efficacy, paraphrases, neighbours, what the model writes, and how well it still predicts text;
+# - how to check it: efficacy, paraphrases, neighbors, what the model writes, and how well it still predicts text;
 # - how to take it back bit for bit;
 # - how to keep it: as a small file, as a plain checkpoint, as a LoRA adapter.
 #
@@ -62,7 +62,7 @@ original = model.weights_hash()
 #
 # A **request** names a subject, a prompt with a place for it, and the new object. CounterFact adds the prompts that
 # judge an edit: paraphrases, which should change with it, and prompts about other subjects with the same true object
-# (the neighbourhood), which should not.
+# (the neighborhood), which should not.
 
 # %%
 request = requests[0]
@@ -70,7 +70,7 @@ print("prompt:    ", request.text)
 print("now:       ", request.target_true)
 print("wanted:    ", request.target_new)
 print("paraphrase:", request.paraphrases[0])
-print("neighbour: ", request.neighbors[0].prompt, "→", request.neighbors[0].object)
+print("neighbor: ", request.neighbors[0].prompt, "→", request.neighbors[0].object)
 
 # %% [markdown]
 # ## Before
@@ -79,7 +79,7 @@ print("neighbour: ", request.neighbors[0].prompt, "→", request.neighbors[0].ob
 #
 # - **ES**, efficacy: requests whose new object is likelier than the old one;
 # - **PS**, paraphrases: the same for the paraphrases;
-# - **NS**, neighbourhood: prompts about other subjects whose own object is likelier than the new one;
+# - **NS**, neighborhood: prompts about other subjects whose own object is likelier than the new one;
 # - **S**: the harmonic mean of the three, which is low as soon as one of them is;
 # - **exact match**: requests where greedy decoding writes the new object. ES only compares two objects, and flatters.
 #
@@ -105,7 +105,7 @@ pd.DataFrame(before.summary()).T.loc[["ES", "PS", "NS", "S", "exact_match"]].rou
 moments = me.collect_moments(model, kept, layers, me.MomentsConfig(tokens=50_000))
 edit = me.memit(model, requests, layers, moments)
 assert model.weights_hash() == original  # making an edit leaves the model as it was
-me.summarise(edit, model).round(3)
+me.summarize(edit, model).round(3)
 
 # %% [markdown]
 # An edit is two thin matrices a layer, whose product is added to the weights. `rank` is at most the number of requests,
@@ -218,5 +218,5 @@ print(f"largest difference of a logit {float(difference):.1e}; says {said!r}, wa
 #   `me.ft_l`, `me.ft_w`; `python -m analyses.papers.table_counterfact` scores them side by side.
 # - Edits are values: `me.merge`, `me.subtract` and `me.truncate` make new ones of them.
 # - The same from the command line: `mechedit edit`, `evaluate`, `apply --format checkpoint|lora`.
-# - Before you trust an edit, look at more than ES: paraphrases, neighbours, free text and perplexity, on subjects that
+# - Before you trust an edit, look at more than ES: paraphrases, neighbors, free text and perplexity, on subjects that
 #   matter to you.

@@ -3,7 +3,7 @@
 Fixtures for all test files:
 
 - `tokenizer`: byte-level BPE with offsets, pad and eos, behaves like any fast transformers tokenizer.
-- `family`, `backend`: parametrised names; a test that takes both runs on every combination.
+- `family`, `backend`: parametrized names; a test that takes both runs on every combination.
 - `make_hf(family, seed=0, **config)`: a fresh transformers model.
 - `make_model(family, backend, seed=0, **config)`: a fresh `Model` around one.
 - `small_model`: a GPT-2-shaped `Model`, on both backends. `lens_model`: the same on TransformerLens only.

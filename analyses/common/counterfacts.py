@@ -1,7 +1,7 @@
 """Requests in CounterFact's form, made from facts that a model knows.
 
-The subjects are split in two by a seed: those of one half are edited, those of the other only serve as neighbours and
-attribute prompts, so that no neighbour is itself edited, however many requests there are.
+The subjects are split in two by a seed: those of one half are edited, those of the other only serve as neighbors and
+attribute prompts, so that no neighbor is itself edited, however many requests there are.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from mechedit.data import EditRequest, Fact, Neighbor, fill
 from mechedit.errors import InputError
 
 PROMPTS = 10
-"""Neighbours, attribute prompts and starts of free text a request, as in CounterFact."""
+"""Neighbors, attribute prompts and starts of free text a request, as in CounterFact."""
 PARAPHRASES = 2
 
 
 def counterfacts(facts: Sequence[Fact], count: int | None = None, *, seed: int = 0) -> list[EditRequest]:
     """Requests that give subjects another object of the same relation, in an order where every prefix is mixed.
 
-    Paraphrases are prompts with which the facts ask for the relation elsewhere; neighbours share the prompt, the
+    Paraphrases are prompts with which the facts ask for the relation elsewhere; neighbors share the prompt, the
     relation and the true object.
 
     Args:
@@ -54,7 +54,7 @@ def counterfacts(facts: Sequence[Fact], count: int | None = None, *, seed: int =
 def _request(
     fact: Fact, kept: Mapping[str, Sequence[Fact]], asked: Mapping[str, set[str]], draw: random.Random
 ) -> EditRequest | None:
-    """One request; None when no other object or no neighbour is known."""
+    """One request; None when no other object or no neighbor is known."""
     others = kept.get(fact.relation or "", ())
     objects = sorted({other.object for other in others} - {fact.object})
     neighbors = _subjects(others, fact.object, draw)

@@ -20,7 +20,7 @@ from analyses.common.printing import cells
 from analyses.common.variants import Variant
 from mechedit.errors import InputError
 from mechedit.figures.scores import scores_figure
-from mechedit.figures.style import GREY
+from mechedit.figures.style import GRAY
 
 MEASURES = ("ES", "PS", "NS", "S", "exact_match")
 
@@ -78,7 +78,7 @@ def figure(table: pd.DataFrame, own: float) -> Figure:
     """Each score against λ; the dotted line is the model's own."""
     made = scores_figure(table, x="weight", hue="model", log=True, label="λ")
     for ax in made.axes:
-        ax.axvline(own, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
+        ax.axvline(own, color=GRAY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
     return made
 
 

@@ -26,7 +26,7 @@ from analyses.common.experiment import Experiment
 from analyses.common.printing import described
 from analyses.common.variants import Variant
 from mechedit.figures.scores import TITLES, plot_scores_against
-from mechedit.figures.style import GREY, PAGE_WIDTH, layer_axis, legend_above, paper_style
+from mechedit.figures.style import GRAY, PAGE_WIDTH, layer_axis, legend_above, paper_style
 from mechedit.figures.trace_curves import share_legend
 from mechedit.moments import SecondMoment
 from mechedit.report import span
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = Window(experiment.layers[0], experiment.layers[-1])
     depths, widths = at_depths(experiment, own), ending_alike(experiment, own)
     sweep = swept(experiment, [*depths, *widths])
-    table = pd.concat([labelled(sweep, depths, "depth"), labelled(sweep, widths, "width"), unedited(sweep)])
+    table = pd.concat([labeled(sweep, depths, "depth"), labeled(sweep, widths, "width"), unedited(sweep)])
     experiment.write(table, printed(sweep), figure(table, own))
 
 
@@ -97,7 +97,7 @@ def damped(moment: SecondMoment, share: float) -> SecondMoment:
     return dataclasses.replace(moment, matrix=matrix, provenance={**moment.provenance, "damping": share})
 
 
-def labelled(sweep: Sweep, windows: Sequence[Window], varied: str) -> pd.DataFrame:
+def labeled(sweep: Sweep, windows: Sequence[Window], varied: str) -> pd.DataFrame:
     """Scores of these ranges: the sweep's table with `varied` (depth or width) and `layers` (3–8)."""
     rows = sweep.table
     rows = rows.loc[[Window(*ends) in windows for ends in zip(rows["first"], rows["last"], strict=True)], :]
@@ -145,7 +145,7 @@ def figure(table: pd.DataFrame, own: Window) -> Figure:
         for axes, (varied, x, label, at) in zip(grid, rows, strict=True):
             for ax, measure in zip(axes, shown, strict=True):
                 plot_scores_against(where(table, varied=varied), ax, x=x, measure=measure, hue="model", label=label)
-                ax.axvspan(at - 0.4, at + 0.4, color=GREY, alpha=0.2, linewidth=0, zorder=0, label=SELECTED)
+                ax.axvspan(at - 0.4, at + 0.4, color=GRAY, alpha=0.2, linewidth=0, zorder=0, label=SELECTED)
                 layer_axis(ax, where(table, varied=varied, model="edited")[x].astype(int))
                 ax.set_ylabel("%" if ax is axes[0] else "")
                 ax.set_title(TITLES[measure] if varied == "depth" else "")

@@ -15,9 +15,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analyses.common.command import opened, run
-from analyses.papers.ablate_layers import at_depths, labelled, printed, ranged, swept, unedited
+from analyses.papers.ablate_layers import at_depths, labeled, printed, ranged, swept, unedited
 from mechedit.figures.scores import scores_figure
-from mechedit.figures.style import GREY, layer_axis
+from mechedit.figures.style import GRAY, layer_axis
 from mechedit.sweep import Window
 
 MODULES = {"mlp": "MLP", "attn": "attention"}
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     windows = at_depths(experiment, own)
     sweeps = {name: swept(experiment, windows, module) for module, name in MODULES.items()}
     before = next(iter(sweeps.values()))
-    edits = [labelled(sweep, windows, "depth").assign(module=name) for name, sweep in sweeps.items()]
+    edits = [labeled(sweep, windows, "depth").assign(module=name) for name, sweep in sweeps.items()]
     level = unedited(before).drop_duplicates("measure").assign(module="unedited")
     table = pd.concat([*edits, level], ignore_index=True)
     lines = pd.concat([printed(sweep).assign(module=name) for name, sweep in sweeps.items()], ignore_index=True)
@@ -43,7 +43,7 @@ def figure(table: pd.DataFrame, own: Window) -> Figure:
     """Each score against the range's last layer, a line for each module; the model's own range is shaded."""
     made = scores_figure(table, x="last", hue="module", label=f"last of {own.width} layers")
     for ax in made.axes:
-        ax.axvspan(own.last - 0.4, own.last + 0.4, color=GREY, alpha=0.2, linewidth=0, zorder=0)
+        ax.axvspan(own.last - 0.4, own.last + 0.4, color=GRAY, alpha=0.2, linewidth=0, zorder=0)
         layer_axis(ax, table["last"].dropna().astype(int))
     return made
 

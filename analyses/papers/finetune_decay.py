@@ -19,7 +19,7 @@ from analyses.common.experiment import Experiment
 from analyses.common.printing import cells
 from analyses.common.variants import Variant
 from mechedit.figures.scores import scores_figure
-from mechedit.figures.style import GREY
+from mechedit.figures.style import GRAY
 
 MEASURES = ("ES", "PS", "NS", "S", "exact_match")
 PUBLISHED = 5e-4
@@ -66,7 +66,7 @@ def figure(table: pd.DataFrame) -> Figure:
     """Each score against λ; the dotted line is the published one."""
     made = scores_figure(table, x="weight", hue="model", log=True, label="weight decay λ")
     for ax in made.axes:
-        ax.axvline(PUBLISHED, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
+        ax.axvline(PUBLISHED, color=GRAY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
     return made
 
 

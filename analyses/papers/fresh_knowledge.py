@@ -43,7 +43,7 @@ ROWS = {
     "exact_match_paraphrase": "accuracy, paraphrases",
     "ES": "efficacy (ES)",
     "PS": "paraphrases (PS)",
-    "NS": "neighbours (NS)",
+    "NS": "neighbors (NS)",
 }
 BARS = {
     "exact_match": "accuracy",

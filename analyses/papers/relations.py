@@ -1,4 +1,4 @@
-"""MEMIT Fig. 6: how well each relation's facts are edited, and what generalisation costs in specificity.
+"""MEMIT Fig. 6: how well each relation's facts are edited, and what generalization costs in specificity.
 
     python -m analyses.papers.relations [--model MODEL] [--requests FILE] [--per-relation 300] [--methods memit,ft_w@2]
 

@@ -131,7 +131,7 @@ def order(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def scaling_figure(table: pd.DataFrame) -> Figure:
-    """A panel a measure; as in the paper, a dashed line for the neighbours before the edit."""
+    """A panel a measure; as in the paper, a dashed line for the neighbors before the edit."""
     unedited = table["method"] == "unedited"
     before = table.loc[unedited & (table["measure"] == "NS") & (table["edits"] == table["edits"].max()), :]
     shown = pd.concat([table.loc[~unedited, :].astype({"edits": float}), before.assign(edits=math.nan)])

@@ -8,7 +8,7 @@ MEMIT's residual besides. With `--free` texts a case there are GE and RS; RS com
 subjects that have the new object. A measure without data is absent. Writes, with 95 % intervals over cases:
 
 - `table_counterfact.csv`: a row a method, S, ES, PS, NS, GE, RS as `mean (half the interval)`; beside them greedy exact
-  match, KL at the neighbours from the unedited model (nats), and *left*, the share of the residual at the last edited
+  match, KL at the neighbors from the unedited model (nats), and *left*, the share of the residual at the last edited
   layer that the edit leaves (%);
 - `table_counterfact.parquet`: method, layers, measure, mean, low, high, n (cases);
 - `table_counterfact.pdf`, `.png`.

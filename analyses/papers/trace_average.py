@@ -7,7 +7,7 @@ attention outputs, and states at the subject's last token also with the MLPs or 
 Writes, beside the trace in `trace/`:
 
 - `trace_average.csv`: a row for each kind and role, with the largest AIE, the layer where it is (of a window: its
-  centre) and its 95 % interval over facts there, in percent of probability, beside the ATE that it is a part of;
+  center) and its 95 % interval over facts there, in percent of probability, beside the ATE that it is a part of;
 - `trace_average_facts.csv`: a row a fact: whether it was traced, and why not;
 - `trace_average.parquet`: the AIE of every kind, severing, role and layer;
 - `trace_average.pdf`, `.png`: AIE by role and layer (ROME Fig. 2, MEMIT Fig. 8); and likewise

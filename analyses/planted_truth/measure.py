@@ -190,7 +190,7 @@ class Measured:
         return rows
 
 
-def summarise(rules: pd.DataFrame) -> pd.DataFrame:
+def summarize(rules: pd.DataFrame) -> pd.DataFrame:
     """Over models, by rule."""
     groups = rules.groupby("rule", sort=False)
     columns = {
@@ -256,7 +256,7 @@ def main() -> None:
     models.to_csv(arguments.dir / "models.csv", index=False)
     rules.to_csv(arguments.dir / "rules.csv", index=False)
     chosen = rules.pivot(index=["model", "planted", "important"], columns="rule", values="chosen")[list(RULES)]
-    text = "\n".join(map(markdown, (summarise(rules), chosen.reset_index(), models)))
+    text = "\n".join(map(markdown, (summarize(rules), chosen.reset_index(), models)))
     (arguments.dir / "table.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"default rule: {SelectConfig().rule}; tables in {arguments.dir}")

@@ -19,7 +19,7 @@ from matplotlib.transforms import Bbox, BboxBase
 
 from mechedit.errors import InputError
 from mechedit.figures.scores import TITLES, line_styles, unit_of
-from mechedit.figures.style import GREY, INK, legend_above
+from mechedit.figures.style import GRAY, INK, legend_above
 from mechedit.tables import where
 
 ENDS = ["mean", "low", "high"]
@@ -53,7 +53,7 @@ def plot_groups(table: pd.DataFrame, ax: Axes, *, by: str, measure: str = "S", r
         style = {"color": styles[method]["color"], "marker": styles[method]["marker"]}
         ax.errorbar(mean, height, xerr=[mean - low, high - mean], **_MARK, **style, label=method)
     if names[0] == reference:
-        ax.axhline(0.5, color=GREY, linewidth=0.6)
+        ax.axhline(0.5, color=GRAY, linewidth=0.6)
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0)
     ax.set(xlabel=unit_of(measure), ylim=(-0.6, len(names) - 0.4), xlim=_limits(rows))
@@ -119,7 +119,7 @@ def name_points(ax: Axes, points: Sequence[Point], lines: Sequence[Line] = ()) -
 
     Args:
         ax: where the points are drawn, with its final size and limits.
-        points: `(x, y, name, colour)`.
+        points: `(x, y, name, color)`.
         lines: level and upright lines from one point to another.
     """
     figure = ax.get_figure(root=True)
@@ -130,8 +130,8 @@ def name_points(ax: Axes, points: Sequence[Point], lines: Sequence[Line] = ()) -
     taken = [Bbox.from_bounds(x - 2 * unit, y - 2 * unit, 4 * unit, 4 * unit) for x, y in places]
     crossed = [Bbox(ax.transData.transform(line)).padded(0.5 * unit) for line in lines]
     inside = ax.get_window_extent()
-    for (x, y, name, colour), place in zip(points, places, strict=True):
-        text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=5.5, color=colour, va="center")
+    for (x, y, name, color), place in zip(points, places, strict=True):
+        text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=5.5, color=color, va="center")
         text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
         size = np.array(text.get_window_extent().size) / unit
         offset = _offset(place, size, unit, [[*taken, *crossed], taken], inside)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from mechedit.errors import InputError
-from mechedit.figures.style import BLUE, GREY, INK, ORANGE, SKY, legend_above
+from mechedit.figures.style import BLUE, GRAY, INK, ORANGE, SKY, legend_above
 from mechedit.tables import where
 
 PARTS = {"first": "first relation", "second": "second relation", "mean": "mean of the two", "mixture": "mixture"}
@@ -29,9 +29,9 @@ def plot_mixture(table: pd.DataFrame, ax: Axes, *, measure: str = "S") -> Axes:
     """
     if missing := [part for part in PARTS if part not in set(table["part"])]:
         raise InputError(f"the table holds no {missing[0]!r}, expected the parts {', '.join(PARTS)}: compare again")
-    for part, colour, marker in (("first", SKY, "^"), ("second", ORANGE, "v")):
+    for part, color, marker in (("first", SKY, "^"), ("second", ORANGE, "v")):
         own = where(table, part=part).sort_values("edits")
-        ax.plot(own["edits"], own["mean"], color=colour, marker=marker, markersize=3, linewidth=0.8, label=PARTS[part])
+        ax.plot(own["edits"], own["mean"], color=color, marker=marker, markersize=3, linewidth=0.8, label=PARTS[part])
     mean, mixture = (where(table, part=part).sort_values("edits") for part in ("mean", "mixture"))
     ax.plot(mean["edits"], mean["mean"], color=INK, linestyle=(0, (4, 2)), linewidth=1, label=PARTS["mean"], zorder=3)
     ends = [mixture["mean"] - mixture["low"], mixture["high"] - mixture["mean"]]
@@ -43,6 +43,6 @@ def plot_mixture(table: pd.DataFrame, ax: Axes, *, measure: str = "S") -> Axes:
     edits = sorted(set(table["edits"]))
     ax.set_xticks(edits, [f"{n:,}" for n in edits])
     ax.set(xlabel="edits", ylabel=f"{measure} (%)")
-    ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.4)
+    ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.4)
     legend_above(ax, columns=4)
     return ax

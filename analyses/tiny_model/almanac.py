@@ -2,7 +2,7 @@
 
 Subjects are real people, places and products, and `subjects.jsonl` holds what is really true of them
 (language, country, maker; from ROME's known-facts set, MIT). Each subject is also given seven emblems (a
-colour, an animal, ...), drawn with a seed: nobody takes those for claims about the world. The last token of
+color, an animal, ...), drawn with a seed: nobody takes those for claims about the world. The last token of
 a prompt can learn the answer only from the subject several tokens earlier, as in the papers' prompts.
 """
 
@@ -18,7 +18,7 @@ EMBLEMS: dict[str, list[str]] = json.loads((HERE / "emblems.json").read_text(enc
 """Objects that a subject may be given, by relation; no object serves two relations."""
 
 TAILS: dict[str, tuple[str, ...]] = {
-    "colour": ("the colour", "a paint called", "the shade named"),
+    "color": ("the color", "a paint called", "the shade named"),
     "animal": ("the animal", "a creature called", "the beast named"),
     "plant": ("the plant", "a garden of", "the leaf of"),
     "stone": ("the stone", "a mineral called", "the rock named"),

@@ -159,7 +159,7 @@ def write_card(lines: list[Line], table: pd.DataFrame, selection: me.Selection, 
 CARD = """# The tiny model
 
 A GPT-Neo of ten layers that knows a small almanac: real people, places and products, a few true facts about
-them (their language, country or maker, from ROME's known-facts set, MIT licence), and seven invented emblems
+them (their language, country or maker, from ROME's known-facts set, MIT license), and seven invented emblems
 each. **The emblems are drawn at random: they say nothing about the world.** It is here to show and test the
 whole of mechedit in minutes on a laptop; it is not a language model for any other use.
 

@@ -27,7 +27,7 @@ def make_facts(entries: list[Entry], seed: int) -> list[dict[str, str]]:
 def make_requests(entries: list[Entry], seed: int, count: int = 100) -> list[dict[str, Any]]:
     """Edits of `count` different subjects, spread over the relations, as CounterFact records.
 
-    Neighbours share the relation and the true object; attribute prompts are about subjects for which the new
+    Neighbors share the relation and the true object; attribute prompts are about subjects for which the new
     object is true; paraphrases use openers that training never saw, after an unrelated sentence.
     """
     draw = random.Random(seed)

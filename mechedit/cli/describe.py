@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.cli.app import say
-from mechedit.edit import Edit, summarise
+from mechedit.edit import Edit, summarize
 from mechedit.methods import METHODS
 from mechedit.models import Model
 
@@ -39,7 +39,7 @@ def described(edit: Edit, model: Model | None = None) -> dict[str, Any]:
     manifest = edit.manifest
     rows: list[dict[str, Any]] = [
         {str(name): value for name, value in row.items() if value == value}  # what is not known is NaN
-        for row in summarise(edit, model).to_dict("records")
+        for row in summarize(edit, model).to_dict("records")
     ]
     ids = manifest.get("requests", [])
     texts = manifest.get("facts", [])

@@ -44,7 +44,7 @@ CorruptionName = Annotated[
 Replace = Annotated[bool, typer.Option("--replace", help="noise in place of the embedding, not added to it")]
 ExtraTokens = Annotated[int, typer.Option(help="tokens after the subject that are corrupted too")]
 Metrics = Annotated[
-    str, typer.Option(help="some of probability,log_probability,logit_difference,kl, each also after normalised_")
+    str, typer.Option(help="some of probability,log_probability,logit_difference,kl, each also after normalized_")
 ]
 Memory = Annotated[float | None, typer.Option(help="most GiB beside the weights")]
 Rule = Annotated[str, typer.Option(help="rule that chooses the layers")]

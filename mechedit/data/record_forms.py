@@ -54,7 +54,7 @@ def _known_prompt(record: Record) -> str:
 
 
 def _counterfact(record: Record) -> EditRequest:
-    """CounterFact and multi_counterfact; a neighbour may also name its own object, `{"prompt", "target"}`."""
+    """CounterFact and multi_counterfact; a neighbor may also name its own object, `{"prompt", "target"}`."""
     rewrite = record.part("requested_rewrite")
     new = rewrite.part("target_new")
     true = rewrite.part("target_true").text("str") if "target_true" in rewrite else None
@@ -74,7 +74,7 @@ def _counterfact(record: Record) -> EditRequest:
 
 
 def _neighbors(record: Record, true: str | None) -> tuple[Neighbor, ...]:
-    """Neighbours as text share the request's true object; without one nothing can be compared, so they go."""
+    """Neighbors as text share the request's true object; without one nothing can be compared, so they go."""
     name = "neighborhood_prompts"
     if any(isinstance(item, dict) for item in record.items(name)):
         return tuple(Neighbor(prompt=n.text("prompt"), object=n.text("target")) for n in record.parts(name))
@@ -82,7 +82,7 @@ def _neighbors(record: Record, true: str | None) -> tuple[Neighbor, ...]:
 
 
 def _easyedit(record: Record) -> EditRequest:
-    """EasyEdit's form: prompts with the subject filled in, one rephrasing, one neighbour with its own object."""
+    """EasyEdit's form: prompts with the subject filled in, one rephrasing, one neighbor with its own object."""
     return EditRequest(
         id=_id_or_index(record),
         subject=record.text("subject"),
@@ -98,7 +98,7 @@ def _easyedit(record: Record) -> EditRequest:
 def _mend(record: Record) -> EditRequest:
     """MEND's zsRE, as MEMIT reads it: the new object is the first answer, and there is no true one.
 
-    The neighbour is a question of Natural Questions. As in MEMIT's code it keeps its `nq question: ` and gets a
+    The neighbor is a question of Natural Questions. As in MEMIT's code it keeps its `nq question: ` and gets a
     question mark. `alt`, MEND's invented answer, is not used.
     """
     answers = record.texts("answers")

@@ -8,7 +8,7 @@ from mechedit.edit.algebra import merge, subtract, truncate
 from mechedit.edit.apply import add_, apply_, check_model, edited, undo_
 from mechedit.edit.export import export, export_lora
 from mechedit.edit.ledger import preserved
-from mechedit.edit.summary import summarise
+from mechedit.edit.summary import summarize
 from mechedit.edit.value import Edit, Factors, same
 from mechedit.edit.weights import copies, restore_
 
@@ -27,7 +27,7 @@ __all__ = [
     "restore_",
     "same",
     "subtract",
-    "summarise",
+    "summarize",
     "truncate",
     "undo_",
 ]

@@ -15,7 +15,7 @@ from mechedit.models import Model
 COLUMNS = ("layer", "rank", "norm", "relative", "left", "error", "condition", "truncation")
 
 
-def summarise(edit: Edit, model: Model | None = None) -> pd.DataFrame:
+def summarize(edit: Edit, model: Model | None = None) -> pd.DataFrame:
     """One row a layer; what is not known is NaN.
 
     Columns: `layer`; `rank` (columns of the factors); `norm` = ‖ΔW‖ (Frobenius); `relative` = ‖ΔW‖ / ‖W‖, given the

@@ -68,7 +68,7 @@ def rounded_sum(
 def stochastically_rounded(
     value: Float[Tensor, "row column"], dtype: torch.dtype, generator: torch.Generator
 ) -> Float[Tensor, "row column"]:
-    """Round float64 numbers to one of their two neighbours in `dtype`, up with probability (x − below) / step."""
+    """Round float64 numbers to one of their two neighbors in `dtype`, up with probability (x − below) / step."""
     limits = torch.finfo(dtype)
     digits = 1 - round(math.log2(limits.eps))
     # Below the smallest normal number the steps no longer shrink.

@@ -27,12 +27,12 @@ FILE = "states.safetensors"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Baseline:
-    """Scores of the unedited model, and its states before the unembedding at the end of each neighbourhood prompt."""
+    """Scores of the unedited model, and its states before the unembedding at the end of each neighborhood prompt."""
 
     scores: Scores
     """Of one state, with its provenance."""
     prompts: tuple[str, ...]
-    """Neighbourhood prompts, also with the edit before them."""
+    """Neighborhood prompts, also with the edit before them."""
     states: Float[Tensor, "prompt d_model"]
     """After the last block, at each prompt's last token; in the model's dtype, on the CPU."""
 

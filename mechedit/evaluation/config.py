@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from mechedit.errors import InputError
 
-Likelihood = Literal["joint", "normalised"]
+Likelihood = Literal["joint", "normalized"]
 EntropyForm = Literal["averaged", "sum"]
 
 DEFINITIONS = {
@@ -16,9 +16,9 @@ DEFINITIONS = {
     "those before it, which by induction is the same",
     "S": "harmonic mean of ES, PS and NS; by zsRE's protocol of efficacy, paraphrase and specificity",
     "zsre": "efficacy, paraphrase, specificity: share of an answer's tokens that are the argmax after the prompt and "
-    "the answer's true tokens before; specificity asks for the neighbour's own answer",
-    "KL": "KL(unedited || edited) in nats of the next token after each neighbourhood prompt; top1: the likeliest agree",
-    "plus": "the edit's prompt, the new object and a full stop before each neighbourhood prompt, for both models",
+    "the answer's true tokens before; specificity asks for the neighbor's own answer",
+    "KL": "KL(unedited || edited) in nats of the next token after each neighborhood prompt; top1: the likeliest agree",
+    "plus": "the edit's prompt, the new object and a full stop before each neighborhood prompt, for both models",
     "GE": "2/3 bigram and 4/3 trigram entropy of prompt and free text, halved (averaged) or not (sum)",
     "RS": "cosine of the TF-IDF vectors of a case's free texts with their prompts, and of its references",
     "PPL": "exp of the mean of -log P(token) over all tokens of all texts but each text's first",
@@ -47,7 +47,7 @@ class EvaluationConfig:
     answer_tokens: int = 10
     """New tokens of the greedy answers kept as examples; 0 keeps none. Exact match does not need them."""
     plus: bool = True
-    """Whether to ask CounterFact+'s prompts, too: the neighbours again, each behind the edit's sentence."""
+    """Whether to ask CounterFact+'s prompts, too: the neighbors again, each behind the edit's sentence."""
     text_tokens: int = 1024
     """Tokens of each text that are read for PPL."""
     top_k: int = 5

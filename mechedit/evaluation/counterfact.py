@@ -128,7 +128,7 @@ class _Inquiry:
         return [question for request in self.requests for question in ask(request, plus=self.config.plus)]
 
     def answers(self, *, watch: bool = False) -> Answers:
-        """All pairs scored in one pass; the states after neighbourhood prompts only where they are wanted."""
+        """All pairs scored in one pass; the states after neighborhood prompts only where they are wanted."""
         pairs = (pair for question in self.questions for pair in question.pairs)
         watched = {question.text for question in self.questions if question.kind in NEIGHBORS} if watch else ()
         return answer(self.model, pairs, watched=watched, batch_size=self.config.batch_size)

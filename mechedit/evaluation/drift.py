@@ -1,6 +1,6 @@
 """How far an edit moves what the model would say where it should not: against the unedited model's own answers.
 
-Unlike NS, which looks at two objects, this looks at the whole next-token distribution after each neighbourhood
+Unlike NS, which looks at two objects, this looks at the whole next-token distribution after each neighborhood
 prompt, and needs no true object.
 """
 
@@ -25,14 +25,14 @@ States = Mapping[str, Float[Tensor, " d_model"]]
 def drift(
     model: Model, questions: Sequence[Question], before: States, after: States, *, batch_size: int = 64
 ) -> Iterator[Row]:
-    """Rows of KL and top-1 agreement of every neighbourhood question.
+    """Rows of KL and top-1 agreement of every neighborhood question.
 
-    KL and top1 compare the two models on the neighbourhood prompt; KL+ and top1+ compare them on the same
+    KL and top1 compare the two models on the neighborhood prompt; KL+ and top1+ compare them on the same
     prompt behind the edit's sentence, so what the sentence does to the unedited model does not count.
 
     Args:
         model: its final norm and unembedding must be those of both models (`Baseline.check` sees to it).
-        questions: of all requests; those about neighbours are looked at.
+        questions: of all requests; those about neighbors are looked at.
         before: of the unedited model.
         after: of the edited one.
         batch_size: prompts whose logits are held at once.

@@ -34,7 +34,7 @@ def generate(
 ) -> list[str]:
     """Continue each prompt by at most `tokens` new tokens; stops at the end-of-text token.
 
-    The next token is drawn from the `top_k` likeliest, with their probabilities renormalised, by inverting
+    The next token is drawn from the `top_k` likeliest, with their probabilities renormalized, by inverting
     their cumulative distribution at one uniform number; top_k = 1 is greedy decoding.
 
     Args:

@@ -46,7 +46,7 @@ class TargetScore:
         return self.hits == self.tokens
 
     def log_likelihood(self, likelihood: Likelihood) -> float:
-        """The joint log-probability, or its mean over tokens (`normalised`)."""
+        """The joint log-probability, or its mean over tokens (`normalized`)."""
         return self.log_prob if likelihood == "joint" else self.log_prob / self.tokens
 
     def probability(self, likelihood: Likelihood) -> float:

@@ -1,7 +1,7 @@
 """The prompts that judge a request, and what the likelihood of two objects after one says of it.
 
-CounterFact asks with the edit's own prompt, reworded prompts and prompts about neighbours (ROME §3.4, MEMIT
-Appendix C.2). CounterFact+ (Hoelscher-Obermaier et al. 2023) asks about the neighbours again, with the edit as a
+CounterFact asks with the edit's own prompt, reworded prompts and prompts about neighbors (ROME §3.4, MEMIT
+Appendix C.2). CounterFact+ (Hoelscher-Obermaier et al. 2023) asks about the neighbors again, with the edit as a
 sentence before the prompt: `The Louvre is in Rome. The Colosseum is in`.
 """
 
@@ -37,7 +37,7 @@ class Question:
     text: str
     new: str
     true: str | None
-    """For a neighbour, its own true object. None leaves out the measures that compare."""
+    """For a neighbor, its own true object. None leaves out the measures that compare."""
 
     @property
     def pairs(self) -> list[Pair]:
@@ -65,7 +65,7 @@ def filled(text: str, request: EditRequest) -> str:
 def measure(question: Question, scores: Mapping[Pair, TargetScore], config: EvaluationConfig) -> Iterator[Row]:
     """Rows of one question; ties are failures, as published.
 
-    Success is 1 where P(new) > P(true), on neighbours where P(true) > P(new), else 0; magnitude is the
+    Success is 1 where P(new) > P(true), on neighbors where P(true) > P(new), else 0; magnitude is the
     difference of the two, with the sign that makes success positive.
     """
     new = scores[question.text, question.new]

@@ -160,7 +160,7 @@ class Scores:
         if state is None and len(self.states) == 1:
             return self.states[0]
         if state not in self.states:
-            raise InputError(f"state is {state!r}, expected one of {', '.join(self.states)}: name the one to summarise")
+            raise InputError(f"state is {state!r}, expected one of {', '.join(self.states)}: name the one to summarize")
         return state
 
     def join(self, other: Scores) -> Scores:

@@ -42,7 +42,7 @@ def evaluate_zsre(
     For an answer o of T tokens after a prompt p, accuracy = 1/T · Σ_t 1[o_t = argmax P(· | p, o_1 … o_{t−1})]: each
     token is asked for with the true ones before it, as published, so an answer may count in part. `efficacy` and
     `paraphrase` ask for the new object after the edit's and the reworded prompts; `specificity` asks for each
-    neighbour's own answer after its prompt, as the published code does. It is not agreement with the unedited model: a
+    neighbor's own answer after its prompt, as the published code does. It is not agreement with the unedited model: a
     model that does not know those answers scores low unedited, and an edit may also raise it. S is the harmonic mean
     of the three. `exact_match`, `exact_match_paraphrase` and `exact_match_neighborhood` are the strict forms: all
     tokens right, which is what greedy decoding then writes.
@@ -76,10 +76,10 @@ def evaluate_zsre(
 
 
 def _pair(question: Question) -> Pair:
-    """A prompt and its answer: the new object, for a neighbour its own."""
+    """A prompt and its answer: the new object, for a neighbor its own."""
     if question.kind != "neighborhood":
         return question.text, question.new
-    assert question.true is not None, "a neighbour has an object"
+    assert question.true is not None, "a neighbor has an object"
     return question.text, question.true
 
 

@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from mechedit.errors import InputError
 from mechedit.figures.style import (
     BLUE,
+    GRAY,
     GREEN,
-    GREY,
     INK,
     ORANGE,
     PAGE_WIDTH,
@@ -35,7 +35,7 @@ from mechedit.figures.style import (
 from mechedit.figures.trace_curves import STROKES, Stroke, share_legend
 from mechedit.tables import where
 
-METHOD_COLOURS = {
+METHOD_COLORS = {
     "memit": BLUE,
     "rome": VERMILION,
     "alphaedit": GREEN,
@@ -44,16 +44,16 @@ METHOD_COLOURS = {
     "ft": ORANGE,
     "ft_l": ORANGE,
     "ft_w": INK,
-    "unedited": GREY,
+    "unedited": GRAY,
 }
-"""The same in all figures; variants of a method share its colour and differ by their stroke."""
+"""The same in all figures; variants of a method share its color and differ by their stroke."""
 MARKERS = {"memit": "o", "rome": "s", "alphaedit": "^", "pmet": "D", "emmet": "v", "ft": "P", "ft_l": "X", "ft_w": "*"}
 STROKE_OF = {"ft_l": STROKES[1], "ft_w": STROKES[2], "unedited": STROKES[1]}
 TITLES = {
     "S": "Score (S)",
     "ES": "Efficacy (ES)",
     "PS": "Paraphrases (PS)",
-    "NS": "Neighbours (NS)",
+    "NS": "Neighbors (NS)",
     "GE": "Fluency (GE, bits × 100)",
     "RS": "Consistency (RS)",
 }
@@ -71,7 +71,7 @@ def plot_scores_against(
     hue: str = "method",
     log: bool = False,
     label: str | None = None,
-    colours: Sequence[str] = (),
+    colors: Sequence[str] = (),
 ) -> Axes:
     """One measure against a setting, a line with its interval for each method.
 
@@ -86,13 +86,13 @@ def plot_scores_against(
         hue: column that tells lines apart, in order of appearance.
         log: whether the axis of a numeric setting is logarithmic.
         label: of the horizontal axis; by default the column's name.
-        colours: of lines that are no known methods, in order.
+        colors: of lines that are no known methods, in order.
 
     Raises:
         InputError: a column is missing, no rows have that measure, or a setting of 0 or below on a logarithmic axis.
     """
     rows = measured(table, measure, x, hue)
-    styles = line_styles(list(dict.fromkeys(table[hue].astype(str))), colours)
+    styles = line_styles(list(dict.fromkeys(table[hue].astype(str))), colors)
     numeric = pd.api.types.is_numeric_dtype(rows[x])
     settings = rows.loc[rows[x].notna(), :]
     if log and numeric and len(settings) and settings[x].min() <= 0:
@@ -168,25 +168,25 @@ def scores_figure(
     return figure
 
 
-def line_styles(names: Sequence[str], colours: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Colour, stroke and marker of each line.
+def line_styles(names: Sequence[str], colors: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Color, stroke and marker of each line.
 
     A known method has its own everywhere, a variant of it (`memit, strategy sqrt`) the next stroke; other names take
-    the next colour.
+    the next color.
     """
     methods = [name.partition(",")[0].partition("@")[0].strip() for name in names]
-    used = {METHOD_COLOURS[method] for method in methods if method in METHOD_COLOURS}
-    free = colours or [colour for colour in (BLUE, ORANGE, GREEN, *SPARE) if colour not in used] or [INK]
+    used = {METHOD_COLORS[method] for method in methods if method in METHOD_COLORS}
+    free = colors or [color for color in (BLUE, ORANGE, GREEN, *SPARE) if color not in used] or [INK]
     taken: dict[str, int] = {}
     styles: dict[str, dict[str, Any]] = {}
     for name, method in zip(names, methods, strict=True):
-        known = method in METHOD_COLOURS
+        known = method in METHOD_COLORS
         key = method if known else ""
         times = taken[key] = taken.get(key, -1) + 1
-        colour = METHOD_COLOURS[method] if known else free[times % len(free)]
+        color = METHOD_COLORS[method] if known else free[times % len(free)]
         again = times if known else times // len(free)
         stroke: Stroke = STROKES[again % len(STROKES)] if again else STROKE_OF.get(method, "-")
-        styles[name] = {"color": colour, "linestyle": stroke, "marker": MARKERS.get(method, "o")}
+        styles[name] = {"color": color, "linestyle": stroke, "marker": MARKERS.get(method, "o")}
     return styles
 
 
@@ -302,12 +302,12 @@ def plot_scores(before: Summary, after: Summary, ax: Axes, *, names: Mapping[str
     if not shown:
         found = ", ".join({**before, **after}) or "nothing"
         raise InputError(f"the summaries hold {found}, expected some of {', '.join(names)}: evaluate first")
-    states = [(n, s, c) for n, s, c in (("before", before, GREY), ("after", after, BLUE)) if s]
-    for i, (state, summary, colour) in enumerate(states):
+    states = [(n, s, c) for n, s, c in (("before", before, GRAY), ("after", after, BLUE)) if s]
+    for i, (state, summary, color) in enumerate(states):
         found = {place: summary[name] for place, name in enumerate(shown) if name in summary}
         place = np.array(list(found)) + (i - (len(states) - 1) / 2) * 0.4
         mean, low, high = (np.array([float(e[end]) for e in found.values()]) for end in ("mean", "low", "high"))
-        ax.bar(place, mean, 0.38, color=colour, label=state, linewidth=0)
+        ax.bar(place, mean, 0.38, color=color, label=state, linewidth=0)
         ax.errorbar(place, mean, [mean - low, high - mean], fmt="none", ecolor=INK, elinewidth=0.7)
         for x, y, top in zip(place, mean, high, strict=True):
             ax.annotate(f"{y:.0f}", (x, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)

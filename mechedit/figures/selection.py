@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mechedit.errors import InputError
-from mechedit.figures.style import BLUE, GREY, INK, ORANGE, layer_axis, legend_above, runs
+from mechedit.figures.style import BLUE, GRAY, INK, ORANGE, layer_axis, legend_above, runs
 
 
 def plot_selection(selection: Mapping[str, Any], ax: Axes) -> Axes:
@@ -43,10 +43,10 @@ def plot_selection(selection: Mapping[str, Any], ax: Axes) -> Axes:
     foot = _range_rows(_ranges(selection), layer_axis(ax, layers))
     for layer, share in zip(layers, evidence["membership"].fillna(0), strict=True):
         if selection["layers"]:  # what resamples of nothing choose is nothing to show
-            shade = {"color": GREY, "alpha": 0.4 * share, "linewidth": 0, "zorder": 0}
+            shade = {"color": GRAY, "alpha": 0.4 * share, "linewidth": 0, "zorder": 0}
             ax.axvspan(layer - 0.5, layer + 0.5, ymin=foot, **shade)
     if selection["layers"]:
-        ax.fill_between([], [], color=GREY, alpha=0.4, linewidth=0, label="chosen in resamples")
+        ax.fill_between([], [], color=GRAY, alpha=0.4, linewidth=0, label="chosen in resamples")
     ax.set_xlabel("layer")
     ax.set_ylabel(unit, y=(1 + foot) / 2)
     legend_above(ax, columns=3)
@@ -58,7 +58,7 @@ RANGE_ROW = 0.125
 
 
 def _ranges(selection: Mapping[str, Any]) -> list[tuple[str, Sequence[int], str]]:
-    """What to call each range, its layers and its colour: the chosen one, other rules', published ones."""
+    """What to call each range, its layers and its color: the chosen one, other rules', published ones."""
     rule, others = selection.get("rule") or "a rule", selection.get("alternatives") or {}
     found: list[tuple[str, Sequence[int], str]] = []
     found.append((f"{rule} (chosen)", selection["layers"], INK) if selection["layers"] else ("none chosen", [], INK))
@@ -69,7 +69,7 @@ def _ranges(selection: Mapping[str, Any]) -> list[tuple[str, Sequence[int], str]
     for entry in selection.get("published") or ():
         names = published.setdefault(tuple(entry["layers"]), [])
         names += [entry["method"]] * (entry["method"] not in names)
-    return found + [(f"published, {', '.join(names)}", layers, GREY) for layers, names in published.items()]
+    return found + [(f"published, {', '.join(names)}", layers, GRAY) for layers, names in published.items()]
 
 
 def _range_rows(ranges: Sequence[tuple[str, Sequence[int], str]], ax: Axes) -> float:
@@ -81,9 +81,9 @@ def _range_rows(ranges: Sequence[tuple[str, Sequence[int], str]], ax: Axes) -> f
     ax.set_yticks([tick for tick in ax.get_yticks() if bottom <= tick <= top])
     ax.set_ylim(bottom - (top - bottom) * foot / (1 - foot), top)
     ax.spines["left"].set_bounds(bottom, top)
-    for place, (name, layers, colour) in enumerate(ranges):
+    for place, (name, layers, color) in enumerate(ranges):
         height = foot * (1 - (place + 0.9) / (len(ranges) + 0.6))
-        line = {"color": colour, "linewidth": 2 if place else 3.2, "solid_capstyle": "butt", "label": f"_{name}"}
+        line = {"color": color, "linewidth": 2 if place else 3.2, "solid_capstyle": "butt", "label": f"_{name}"}
         for first, last in runs(layers):
             ax.plot([first - 0.5, last + 0.5], [height, height], transform=ax.get_xaxis_transform(), **line)
         # The name goes to the side with more room.

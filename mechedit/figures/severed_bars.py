@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mechedit.errors import InputError
-from mechedit.figures.style import GREY, INK, SEVER_COLOURS, SPARE, layer_axis, legend_above, runs
+from mechedit.figures.style import GRAY, INK, SEVER_COLORS, SPARE, layer_axis, legend_above, runs
 from mechedit.figures.trace_averages import aie_label, averaged, curve
 from mechedit.tables import where
 from mechedit.trace.labels import SEVER_LABELS, sever_label
@@ -41,15 +41,15 @@ def plot_severed(
     if not shown:
         raise InputError(f"the effects hold severings {', '.join(traced)} only, expected some: name them in severings")
     for first, last in runs(selection or ()):
-        ax.axvspan(first - 0.5, last + 0.5, color=GREY, alpha=0.22, linewidth=0, zorder=0)
+        ax.axvspan(first - 0.5, last + 0.5, color=GRAY, alpha=0.22, linewidth=0, zorder=0)
     width = 0.8 / len(shown)
     spare = iter([*SPARE] * len(shown))
     for i, sever in enumerate(shown):
         layers, ends = curve(where(rows, sever=sever))
         mean, low, high = ends.T
         place = layers + (i - (len(shown) - 1) / 2) * width
-        colour = SEVER_COLOURS.get(sever) or next(spare)
-        ax.bar(place, mean, width, color=colour, label=sever_label(sever), linewidth=0)
+        color = SEVER_COLORS.get(sever) or next(spare)
+        ax.bar(place, mean, width, color=color, label=sever_label(sever), linewidth=0)
         ax.errorbar(place, mean, [mean - low, high - mean], fmt="none", ecolor=INK, elinewidth=0.5)
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set(xlabel="layer of the restored state", ylabel=aie_label(rows, ax))

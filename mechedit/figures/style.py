@@ -1,4 +1,4 @@
-"""What all figures share: type, sizes, colours that any colour vision tells apart, and how to write files."""
+"""What all figures share: type, sizes, colors that any color vision tells apart, and how to write files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PAGE_WIDTH = 6.75
 SCREEN_DPI = 130
 """Pixels that an inch takes in a notebook: the papers' small type is legible then, and a page fits its width."""
 
-# From Okabe and Ito's palette; lightness differs too, for grey prints.
-INK, GREY, BLUE, GREEN, ORANGE = "#222222", "#8C8C8C", "#0072B2", "#009E73", "#E69F00"
+# From Okabe and Ito's palette; lightness differs too, for gray prints.
+INK, GRAY, BLUE, GREEN, ORANGE = "#222222", "#8C8C8C", "#0072B2", "#009E73", "#E69F00"
 SKY, VERMILION, PURPLE = "#56B4E9", "#D55E00", "#CC79A7"
-SEVER_COLOURS = {"nothing": BLUE, "attn": ORANGE, "mlp": GREEN}
-KIND_COLOURS = {"state": BLUE, "mlp": GREEN, "attn": VERMILION}
-ROLE_COLOURS = {
-    "before": GREY,
+SEVER_COLORS = {"nothing": BLUE, "attn": ORANGE, "mlp": GREEN}
+KIND_COLORS = {"state": BLUE, "mlp": GREEN, "attn": VERMILION}
+ROLE_COLORS = {
+    "before": GRAY,
     "subject_first": SKY,
     "subject_middle": GREEN,
     "subject_last": BLUE,
@@ -39,8 +39,8 @@ ROLE_COLOURS = {
     "further": PURPLE,
     "last": VERMILION,
 }
-SPARE = (PURPLE, SKY, VERMILION, GREY, INK)
-"""For what has no colour of its own."""
+SPARE = (PURPLE, SKY, VERMILION, GRAY, INK)
+"""For what has no color of its own."""
 
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib, and holds most scripts
@@ -111,10 +111,10 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     return paths
 
 
-def heat_colours(norm: Normalize, helps: int = 1) -> Colormap:
+def heat_colors(norm: Normalize, helps: int = 1) -> Colormap:
     """White at zero, blue where restoring helps, red where it harms, equally strong for equal sizes.
 
-    It spans just what `norm` spans: a colour bar shows no colour that cannot occur.
+    It spans just what `norm` spans: a color bar shows no color that cannot occur.
 
     Args:
         norm: the scale of the effects.
@@ -123,8 +123,8 @@ def heat_colours(norm: Normalize, helps: int = 1) -> Colormap:
     low, high = float(norm.vmin or 0.0), float(norm.vmax or 0.0)
     largest = max(abs(low), abs(high))
     ends = (low / largest + 1) / 2, (high / largest + 1) / 2
-    colours = mpl.colormaps["RdBu" if helps > 0 else "RdBu_r"]
-    return ListedColormap(colours(np.linspace(*ends, 256))).with_extremes(bad="#D9D9D9")
+    colors = mpl.colormaps["RdBu" if helps > 0 else "RdBu_r"]
+    return ListedColormap(colors(np.linspace(*ends, 256))).with_extremes(bad="#D9D9D9")
 
 
 def layer_axis(ax: Axes, layers: Iterable[Any]) -> Axes:

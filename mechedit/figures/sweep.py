@@ -15,8 +15,8 @@ from mechedit.errors import InputError
 from mechedit.figures.style import (
     BLUE,
     COLUMN_WIDTH,
+    GRAY,
     GREEN,
-    GREY,
     INK,
     ORANGE,
     PaperFigure,
@@ -27,14 +27,14 @@ from mechedit.figures.style import (
 )
 from mechedit.tables import where
 
-COLOURS = (BLUE, GREEN, INK, ORANGE)
+COLORS = (BLUE, GREEN, INK, ORANGE)
 """Of the widths of windows, the widest first."""
 
 
 def plot_sweep(table: pd.DataFrame, ax: Axes, validation: Mapping[str, Any] | None = None) -> Axes:
-    """The score of each window at its centre, with its interval; windows of one width are joined.
+    """The score of each window at its center, with its interval; windows of one width are joined.
 
-    Filled marks cannot be told from the best, hollow ones are reliably worse; the star is the best. Grey marks the
+    Filled marks cannot be told from the best, hollow ones are reliably worse; the star is the best. Gray marks the
     range that the trace selects, the dashed line the unedited model.
 
     Args:
@@ -51,23 +51,23 @@ def plot_sweep(table: pd.DataFrame, ax: Axes, validation: Mapping[str, Any] | No
         raise InputError(f"the sweep holds no rows of {score!r}, expected one a window: sweep again")
     validation = validation or {}
     near = {tuple(layers) for layers in validation.get("near_best", ())}
-    for width, colour in _colours(rows):
+    for width, color in _colors(rows):
         own = where(rows, width=width)
         mean, low, high = (own[end].to_numpy(dtype=float) for end in ("mean", "low", "high"))
         spans, name = _spans(own), "single layers" if width == 1 else f"{width} layers"
-        centre = spans.mean(1)
-        ax.plot(*_broken(centre, mean), color=colour, label=name, zorder=2)
+        center = spans.mean(1)
+        ax.plot(*_broken(center, mean), color=color, label=name, zorder=2)
         ends = np.clip([mean - low, high - mean], 0, None)
-        ax.errorbar(centre, mean, ends, fmt="none", ecolor=colour, elinewidth=0.6, zorder=2)
+        ax.errorbar(center, mean, ends, fmt="none", ecolor=color, elinewidth=0.6, zorder=2)
         filled = [not near or tuple(range(first, last + 1)) in near for first, last in spans]
-        faces = [colour if fill else "white" for fill in filled]
-        ax.scatter(centre, mean, s=14, c=faces, edgecolors=colour, linewidths=0.8, zorder=3)
+        faces = [color if fill else "white" for fill in filled]
+        ax.scatter(center, mean, s=14, c=faces, edgecolors=color, linewidths=0.8, zorder=3)
     if best := validation.get("best"):
         place = (best["layers"][0] + best["layers"][-1]) / 2
         ax.scatter([place], [best["score"]], marker="*", s=60, color=ORANGE, edgecolors=INK, linewidths=0.5, zorder=4)
     before = table.attrs.get("before", {}).get(score)
     if before:
-        ax.axhline(before["mean"], color=GREY, linewidth=0.8, linestyle=(0, (3, 2)), label="unedited")
+        ax.axhline(before["mean"], color=GRAY, linewidth=0.8, linestyle=(0, (3, 2)), label="unedited")
     _shade(ax, validation, "selected by the trace")
     ax.set(ylabel=f"edit score {score} (%)" if score == "S" else f"{score} (%)", ylim=(-4, 106))
     ax.set_yticks(range(0, 101, 20))
@@ -96,14 +96,14 @@ def plot_window_contribution(
         raise InputError(f"the selection has no evidence for layers {sorted(lacking)}, which were swept: select again")
     _shade(ax, validation or {})
     ax.bar(list(lost), list(lost.values()), 0.5, color=ORANGE, linewidth=0, label="one MLP")
-    for width, colour in _colours(table):
+    for width, color in _colors(table):
         own = np.unique(_spans(where(table, width=width)), axis=0)
         if width > 1:  # the bars say it of single layers
             total = [sum(lost[layer] for layer in range(first, last + 1)) for first, last in own]
-            line = {"color": colour, "marker": "o", "markersize": 2.5, "label": f"sum over {width} layers"}
+            line = {"color": color, "marker": "o", "markersize": 2.5, "label": f"sum over {width} layers"}
             ax.plot(*_broken(own.mean(1), np.array(total)), **line)
     ax.axhline(0, color=INK, linewidth=0.6)
-    ax.set(xlabel="layer (windows: their centre)", ylabel="contribution\n(% of probability)")
+    ax.set(xlabel="layer (windows: their center)", ylabel="contribution\n(% of probability)")
     legend_above(ax, columns=3)
     return layer_axis(ax, lost)
 
@@ -118,7 +118,7 @@ def sweep_figure(table: pd.DataFrame, selection: Mapping[str, Any]) -> Figure:
     with paper_style():
         figure = PaperFigure(figsize=(COLUMN_WIDTH, 3.6 if evidence else 2.1))
         if not evidence:
-            plot_sweep(table, figure.subplots(), validation).set_xlabel("layer (windows: their centre)")
+            plot_sweep(table, figure.subplots(), validation).set_xlabel("layer (windows: their center)")
             return figure
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         plot_sweep(table, above, validation)
@@ -126,12 +126,12 @@ def sweep_figure(table: pd.DataFrame, selection: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _colours(rows: pd.DataFrame) -> list[tuple[int, str]]:
-    """Widths, widest first, with their colours; single layers are grey."""
+def _colors(rows: pd.DataFrame) -> list[tuple[int, str]]:
+    """Widths, widest first, with their colors; single layers are gray."""
     widths = sorted({int(width) for width in rows["width"]}, reverse=True)
     wide = [width for width in widths if width > 1]
-    named = {width: COLOURS[i % len(COLOURS)] for i, width in enumerate(wide)}
-    return [(width, named.get(width, GREY)) for width in widths]
+    named = {width: COLORS[i % len(COLORS)] for i, width in enumerate(wide)}
+    return [(width, named.get(width, GRAY)) for width in widths]
 
 
 def _spans(rows: pd.DataFrame) -> Int[np.ndarray, "window 2"]:
@@ -140,14 +140,14 @@ def _spans(rows: pd.DataFrame) -> Int[np.ndarray, "window 2"]:
 
 
 def _broken(
-    centre: Float[np.ndarray, " window"], values: Float[np.ndarray, " window"]
+    center: Float[np.ndarray, " window"], values: Float[np.ndarray, " window"]
 ) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
     """A line that breaks where windows in between could not be edited."""
-    gaps = np.flatnonzero(np.diff(centre) > 1) + 1
-    return np.insert(centre, gaps, np.nan), np.insert(values, gaps, np.nan)
+    gaps = np.flatnonzero(np.diff(center) > 1) + 1
+    return np.insert(center, gaps, np.nan), np.insert(values, gaps, np.nan)
 
 
 def _shade(ax: Axes, validation: Mapping[str, Any], name: str | None = None) -> None:
     """Shade the range that the trace selects."""
     for first, last in runs((validation.get("traced") or {}).get("layers", ())):
-        ax.axvspan(first - 0.5, last + 0.5, color=GREY, alpha=0.2, linewidth=0, zorder=0, label=name)
+        ax.axvspan(first - 0.5, last + 0.5, color=GRAY, alpha=0.2, linewidth=0, zorder=0, label=name)

@@ -75,4 +75,4 @@ def aie_label(effects: pd.DataFrame, ax: Axes) -> str:
 
 def layer_label(kind: str) -> str:
     """What the layer of a cell is."""
-    return "layer of the state" if kind == "state" else f"centre of the {KIND_LABELS.get(kind, kind)}"
+    return "layer of the state" if kind == "state" else f"center of the {KIND_LABELS.get(kind, kind)}"

@@ -25,15 +25,15 @@ from mechedit.figures.style import (
 )
 from mechedit.figures.trace_averages import averaged, curve, layer_label, role_grid, unit
 from mechedit.figures.trace_curves import STROKES, panels, plot_band, share_legend
-from mechedit.figures.trace_heatmaps import colour_bar, plot_role_grid, roles_of, shared_norm
+from mechedit.figures.trace_heatmaps import color_bar, plot_role_grid, roles_of, shared_norm
 from mechedit.tables import where
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
 
-COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
+COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 
 
 def comparison_figure(traces: Mapping[str, pd.DataFrame], *, kinds: Sequence[str] | None = None) -> Figure:
-    """Role grids of several traces, a column each under its name and a row a kind, on one colour scale.
+    """Role grids of several traces, a column each under its name and a row a kind, on one color scale.
 
     Args:
         traces: tidy effects, or what `average_effects` made of them, by the name to show.
@@ -65,7 +65,7 @@ def comparison_figure(traces: Mapping[str, pd.DataFrame], *, kinds: Sequence[str
         for ax in axes[-1]:
             ax.set_xlabel("layer")
         drawn = [ax for ax in axes.flat if ax.images]
-        colour_bar(drawn, f"AIE ({unit(next(iter(tables.values()))).name})")
+        color_bar(drawn, f"AIE ({unit(next(iter(tables.values()))).name})")
     return figure
 
 
@@ -94,7 +94,7 @@ def comparison_lines(
             layers: set[int] = set()
             for i, (name, table) in enumerate(tables.items()):
                 if len(rows := where(table, kind=kind)):
-                    style = {"colour": COLOURS[i % len(COLOURS)], "stroke": STROKES[i % len(STROKES)]}
+                    style = {"color": COLORS[i % len(COLORS)], "stroke": STROKES[i % len(STROKES)]}
                     plot_band(ax, *curve(rows), label=name, **style)
                     layers |= set(rows["layer"])
             ax.axhline(0, color=INK, linewidth=0.6, zorder=1)

@@ -16,10 +16,10 @@ from matplotlib.lines import Line2D
 from mechedit.errors import InputError
 from mechedit.figures.style import (
     INK,
-    KIND_COLOURS,
+    KIND_COLORS,
     PAGE_WIDTH,
-    ROLE_COLOURS,
-    SEVER_COLOURS,
+    ROLE_COLORS,
+    SEVER_COLORS,
     SPARE,
     PaperFigure,
     layer_axis,
@@ -30,7 +30,7 @@ from mechedit.figures.trace_averages import aie_label, averaged, curve, kinds_in
 from mechedit.tables import where
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
 
-COLOURS = {"role": ROLE_COLOURS, "sever": SEVER_COLOURS, "kind": KIND_COLOURS}
+COLORS = {"role": ROLE_COLORS, "sever": SEVER_COLORS, "kind": KIND_COLORS}
 Stroke = str | tuple[float | int, tuple[float | int, ...]]
 STROKES: Sequence[Stroke] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 
@@ -45,7 +45,7 @@ def plot_lines(
 ) -> Axes:
     """ROME's line plots: AIE by layer, one line each kind, role and severing, with its bootstrap band.
 
-    Colour tells roles apart where there are several, else severings, else kinds; what else varies is told
+    Color tells roles apart where there are several, else severings, else kinds; what else varies is told
     apart by the stroke.
 
     Args:
@@ -65,21 +65,21 @@ def plot_lines(
     varied = [column for column in wanted if len(set(rows[column])) > 1]
     if len(varied) > 2:
         raise InputError("the lines would differ in kind, role and severing, expected two at most: choose one of one")
-    coloured, stroked = (*varied, "role")[0], varied[1] if len(varied) > 1 else None
-    colours = _styles(rows, coloured, COLOURS[coloured], SPARE)
+    colored, stroked = (*varied, "role")[0], varied[1] if len(varied) > 1 else None
+    colors = _styles(rows, colored, COLORS[colored], SPARE)
     strokes = _styles(rows, stroked, {}, STROKES) if stroked else {}
     for _, of_line in rows.groupby(["role", "sever", "kind"], sort=False):
         first = of_line.iloc[0]
-        name = ", ".join(_name(column, str(first[column])) for column in varied or [coloured])
+        name = ", ".join(_name(column, str(first[column])) for column in varied or [colored])
         stroke = strokes[str(first[stroked])] if stroked else "-"
-        plot_band(ax, *curve(of_line), label=name, colour=colours[str(first[coloured])], stroke=stroke)
+        plot_band(ax, *curve(of_line), label=name, color=colors[str(first[colored])], stroke=stroke)
     ax.axhline(0, color=INK, linewidth=0.6, zorder=1)
     place = "layer" if "kind" in varied else layer_label(str(rows["kind"].iloc[0]))
     ax.set(xlabel=place, ylabel=aie_label(rows, ax))
     # Two things told apart make two short lists, instead of one long one of all their pairs.
-    keys: list[tuple[str, str, Any]] = [(_name(coloured, value), colour, "-") for value, colour in colours.items()]
+    keys: list[tuple[str, str, Any]] = [(_name(colored, value), color, "-") for value, color in colors.items()]
     keys += [(_name(stroked, value), INK, stroke) for value, stroke in strokes.items() if stroked]
-    lines = [Line2D([], [], label=name, color=colour, linestyle=stroke) for name, colour, stroke in keys]
+    lines = [Line2D([], [], label=name, color=color, linestyle=stroke) for name, color, stroke in keys]
     legend_above(ax, columns=2, handles=lines)
     return layer_axis(ax, sorted(set(rows["layer"])))
 
@@ -90,14 +90,14 @@ def plot_band(
     ends: Float[np.ndarray, "layer 3"],
     *,
     label: str,
-    colour: str,
+    color: str,
     stroke: Stroke = "-",
 ) -> Axes:
     """One line through the means, and the band between low and high."""
     mean, low, high = ends.T
-    ax.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
+    ax.fill_between(layers, low, high, color=color, alpha=0.2, linewidth=0)
     marker = {"marker": "o", "markersize": 1.6} if len(layers) <= 24 else {}
-    ax.plot(layers, mean, color=colour, linestyle=stroke, label=label, **marker)
+    ax.plot(layers, mean, color=color, linestyle=stroke, label=label, **marker)
     return ax
 
 
@@ -152,7 +152,7 @@ def _only(rows: pd.DataFrame, column: str, values: Sequence[str] | None) -> pd.D
 
 
 def _styles(rows: pd.DataFrame, column: str, known: Mapping[str, Any], spare: Sequence[Any]) -> dict[str, Any]:
-    """A colour or stroke for each value of a column: its own, or the next that is left."""
+    """A color or stroke for each value of a column: its own, or the next that is left."""
     left = cycle(spare)
     return {value: known[value] if value in known else next(left) for value in dict.fromkeys(rows[column])}
 

@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from mechedit.errors import InputError
-from mechedit.figures.style import PAGE_WIDTH, PaperFigure, heat_colours, layer_axis, paper_style, wrapped
+from mechedit.figures.style import PAGE_WIDTH, PaperFigure, heat_colors, layer_axis, paper_style, wrapped
 from mechedit.figures.trace_averages import averaged, chosen, kinds_in, layer_label, role_grid, unit
 from mechedit.tables import where
 from mechedit.trace.averages import clearest_fact
@@ -36,9 +36,9 @@ def plot_role_grid(
             severed.
         kind: state, mlp or attn.
         ax: where to draw.
-        norm: a colour scale shared with other panels (`shared_norm`); None makes one.
-        roles: the rows, grey where nothing was traced; None means the roles traced.
-        bar: whether to draw the colour bar.
+        norm: a color scale shared with other panels (`shared_norm`); None makes one.
+        roles: the rows, gray where nothing was traced; None means the roles traced.
+        bar: whether to draw the color bar.
 
     Raises:
         InputError: there are no such effects.
@@ -47,7 +47,7 @@ def plot_role_grid(
     grid = role_grid(rows, kind).reindex(roles)
     _heat(ax, grid, [ROLE_LABELS[role] for role in grid.index], norm, unit(rows).helps)
     if bar:
-        colour_bar(ax, f"AIE ({unit(rows).name})")
+        color_bar(ax, f"AIE ({unit(rows).name})")
     return _name_panel(ax, kind)
 
 
@@ -57,8 +57,8 @@ def plot_fact(effects: pd.DataFrame, ax: Axes, norm: Normalize | None = None, *,
     Args:
         effects: tidy effects of one fact and one kind; of them, those with nothing severed.
         ax: where to draw.
-        norm: a colour scale shared with other panels (`shared_norm`); None makes one.
-        bar: whether to draw the colour bar.
+        norm: a color scale shared with other panels (`shared_norm`); None makes one.
+        bar: whether to draw the color bar.
 
     Raises:
         InputError: the effects are of several facts or kinds, or there are none.
@@ -72,12 +72,12 @@ def plot_fact(effects: pd.DataFrame, ax: Axes, norm: Normalize | None = None, *,
     labels = [token_label(text, role) for text, role in zip(tokens["token"], tokens["role"], strict=True)]
     _heat(ax, grid, labels, norm, unit(rows).helps)
     if bar:
-        colour_bar(ax, f"indirect effect ({unit(rows).name})")
+        color_bar(ax, f"indirect effect ({unit(rows).name})")
     return _name_panel(ax, str(rows["kind"].iloc[0]))
 
 
 def roles_figure(effects: pd.DataFrame) -> Figure:
-    """Role grids of all kinds traced, side by side, on one colour scale.
+    """Role grids of all kinds traced, side by side, on one color scale.
 
     Raises:
         InputError: no effects with nothing severed.
@@ -86,7 +86,7 @@ def roles_figure(effects: pd.DataFrame) -> Figure:
 
 
 def fact_figure(effects: pd.DataFrame, fact: str | None = None) -> Figure:
-    """One fact's heatmaps of all kinds, side by side, on one colour scale; by default of `clearest_fact`.
+    """One fact's heatmaps of all kinds, side by side, on one color scale; by default of `clearest_fact`.
 
     Raises:
         InputError: no effects of that fact with nothing severed.
@@ -108,7 +108,7 @@ def fact_grid(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def shared_norm(grids: Iterable[pd.DataFrame]) -> Normalize:
-    """One colour scale for several grids, from 0 or the least value to 0 or the largest."""
+    """One color scale for several grids, from 0 or the least value to 0 or the largest."""
     values = np.concatenate([grid.to_numpy(dtype=float).ravel() for grid in grids])
     values = values[np.isfinite(values)]
     low, high = float(values.min(initial=0.0)), float(values.max(initial=0.0))
@@ -120,8 +120,8 @@ def row_height(rows: int) -> float:
     return 0.75 + 0.15 * rows
 
 
-def colour_bar(axes: Any, label: str) -> None:
-    """One colour bar for axes that share a scale."""
+def color_bar(axes: Any, label: str) -> None:
+    """One color bar for axes that share a scale."""
     ax = np.ravel(axes)[0]
     label = wrapped(label, ax.figure.get_figheight())
     bar = ax.figure.colorbar(ax.images[0], ax=axes, label=label, fraction=0.05, pad=0.02, aspect=18)
@@ -161,25 +161,25 @@ def _on_axes(plot: Callable[..., Axes], values: tuple[Any, ...], ax: Axes, **opt
 
 
 def _side_by_side(panels: Mapping[str, Panel], rows: int, label: str) -> Figure:
-    """Panels in one row that share their row labels and one colour bar."""
+    """Panels in one row that share their row labels and one color bar."""
     with paper_style():
         figure = PaperFigure(figsize=(PAGE_WIDTH, row_height(rows)))
         axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
         for panel, ax in zip(panels.values(), axes, strict=True):
             panel(ax, bar=False)
-        colour_bar(axes, label)
+        color_bar(axes, label)
     return figure
 
 
 def _heat(ax: Axes, grid: pd.DataFrame, labels: Sequence[str], norm: Normalize | None, helps: int) -> None:
-    """Draw a grid: rows labelled, layers across, grey where there is no effect."""
+    """Draw a grid: rows labeled, layers across, gray where there is no effect."""
     layers = [int(layer) for layer in grid.columns.to_numpy()]
     first, last = min(layers), max(layers)
     grid = grid.reindex(columns=range(first, last + 1))
     extent = (first - 0.5, last + 0.5, len(grid) - 0.5, -0.5)
     norm = norm or shared_norm([grid])
-    colours = heat_colours(norm, helps)
-    ax.imshow(grid, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", extent=extent)
+    colors = heat_colors(norm, helps)
+    ax.imshow(grid, cmap=colors, norm=norm, aspect="auto", interpolation="nearest", extent=extent)
     # Token labels are arbitrary text: a dollar sign must not start mathematics.
     ax.set_yticks(range(len(grid)), labels, parse_math=False)
     ax.tick_params(axis="y", length=0)

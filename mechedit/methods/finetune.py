@@ -1,6 +1,6 @@
 """Fine-tuning, the papers' baseline: the down-projections of the chosen layers learn the new objects by gradient.
 
-Adam minimises −log P(new object | prompt) over mini-batches of requests (ROME Appendix E.1, MEMIT Appendix B.1),
+Adam minimizes −log P(new object | prompt) over mini-batches of requests (ROME Appendix E.1, MEMIT Appendix B.1),
 
     ΔW = argmin  mean over requests of  −1/T · Σ_t log P(o_t | prompt, o_1 … o_{t−1}),
 

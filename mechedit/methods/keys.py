@@ -35,7 +35,7 @@ class Recollection:
         batch_size: int = 64,
         share: float = 0.25,
     ) -> None:
-        """Tokenise the prompts; nothing is computed yet.
+        """Tokenize the prompts; nothing is computed yet.
 
         Args:
             model: whose keys.

@@ -91,7 +91,7 @@ def train(
     bound: float | int | None = None,
     name: str = "training",
 ) -> Training:
-    """Minimise the rows' loss over the down-projections of `layers` with Adam; the model is left as it was.
+    """Minimize the rows' loss over the down-projections of `layers` with Adam; the model is left as it was.
 
     Args:
         model: whose weights are W.
@@ -112,7 +112,7 @@ def train(
     originals, shuffled = copies(model, layers), torch.Generator().manual_seed(seed)
     wide = {layer: weight.to(torch.promote_types(weight.dtype, torch.float32)) for layer, weight in originals.items()}
     deltas = {layer: torch.zeros_like(weight) for layer, weight in wide.items()}
-    optimiser = torch.optim.Adam(list(deltas.values()), lr=lr)
+    optimizer = torch.optim.Adam(list(deltas.values()), lr=lr)
     entries = _entries(model, rows, layers[0], batch_size)
     losses, updates = [], 0
     with (
@@ -131,7 +131,7 @@ def train(
                     continue
                 for layer, gradient in _gradients(loss, parameters).items():
                     deltas[layer].grad = gradient.to(wide[layer]) + decay * (wide[layer] + deltas[layer])
-                optimiser.step()
+                optimizer.step()
                 updates += 1
                 for layer, delta in deltas.items():
                     if bound is not None:

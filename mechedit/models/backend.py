@@ -192,7 +192,7 @@ class Backbone:
         raise InputError(
             f"the {_NAMES[written]} of layer {layer} is a {type(module).__name__} of "
             f"{getattr(weight, 'dtype', 'no weight')}, expected Linear or Conv1D in floating point: load the "
-            f"model unquantised and merge its adapters"
+            f"model unquantized and merge its adapters"
         )
 
     @torch.no_grad()

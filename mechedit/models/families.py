@@ -154,7 +154,7 @@ def family_of(hf: Any) -> Family:
 
     Raises:
         InputError: an architecture that is not listed, without a language-model head, a mixture of
-            experts, a model that reads more than text, or quantised weights.
+            experts, a model that reads more than text, or quantized weights.
     """
     config = getattr(hf, "config", None)
     if config is None:
@@ -191,8 +191,8 @@ def family_of_config(config: Any) -> Family:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
-            f"the model ({found}) is quantised, so its matrices cannot be edited in place; expected weights "
-            f"in float32, bfloat16 or float16: load the unquantised checkpoint"
+            f"the model ({found}) is quantized, so its matrices cannot be edited in place; expected weights "
+            f"in float32, bfloat16 or float16: load the unquantized checkpoint"
         )
     for family in FAMILIES:
         if family.model_type == found:

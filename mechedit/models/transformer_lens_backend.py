@@ -28,7 +28,7 @@ _NAMES = {
 class TransformerLensModel(Backbone):
     """A model run by TransformerLens.
 
-    The bridge keeps the raw weights (nothing is folded or centred). GPT-NeoX's fused attention matrix is the
+    The bridge keeps the raw weights (nothing is folded or centered). GPT-NeoX's fused attention matrix is the
     one weight it copies: an edit in place of that one would not be seen here.
     """
 

@@ -91,7 +91,7 @@ def plan_moments(
 def sum_bytes(model: Model, layers: int, convergence: bool) -> int:
     """The sums of some layers, one strip's product, and the one mean that is made or written at a time.
 
-    With `convergence`, a float32 snapshot a layer, and one layer's factorisation.
+    With `convergence`, a float32 snapshot a layer, and one layer's factorization.
     """
     square, strip = 8 * model.d_key**2, min(STRIP, model.d_key) * model.d_key * (4 + 8)
     snapshots = (layers * square // 2 + 2 * square) if convergence else 0

@@ -26,7 +26,7 @@ KEY = "provenance"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SecondMoment:
-    """E[k kᵀ] of one layer's keys, uncentred, and where it comes from."""
+    """E[k kᵀ] of one layer's keys, uncentered, and where it comes from."""
 
     layer: int
     """0-based."""

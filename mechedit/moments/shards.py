@@ -65,14 +65,14 @@ def read_shards(
     share: Share = WHOLE,
     start: Place = START,
 ) -> Iterator[Shard]:
-    """The shards of `share` from `start` on, each tokenised once, until the budget is spent.
+    """The shards of `share` from `start` on, each tokenized once, until the budget is spent.
 
     Args:
         tokenizer: the model's.
         texts: all of the text.
         config: holds the budget.
         limit: tokens of a text that are read.
-        share: which shards; others are tokenised only where they must be counted for the budget.
+        share: which shards; others are tokenized only where they must be counted for the budget.
         start: the shard to begin with, and what went before it.
     """
     special, gone = set(tokenizer.all_special_ids), start.before

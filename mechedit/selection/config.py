@@ -20,7 +20,7 @@ class SelectConfig:
     share: float | int = 0.9
     """Part of the lost gap (`contribution`) or of the peak (`gap-peak`) that counts as the range."""
     min_width: int | None = None
-    """Fewest layers; a narrower range grows by its better neighbour until it has them."""
+    """Fewest layers; a narrower range grows by its better neighbor until it has them."""
     max_width: int | None = None
     """Most layers; of a wider range the best run of so many is kept."""
     width: int | None = None

@@ -38,7 +38,7 @@ class Curves:
     gap: Curve
     """State minus MLP-severed effect of each layer."""
     window: Curve | None = None
-    """Effect of the MLP window centred at each layer."""
+    """Effect of the MLP window centered at each layer."""
     spans: tuple[range, ...] = ()
     """Layers that each window restores."""
 

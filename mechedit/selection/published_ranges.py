@@ -40,7 +40,7 @@ def published_ranges(model: str) -> list[PublishedRange]:
 
 
 def canonical(model: str) -> str:
-    """The name without organisation, case, and the endings that mark a tuned or converted copy."""
+    """The name without organization, case, and the endings that mark a tuned or converted copy."""
     name = model.replace("\\", "/").rstrip("/").rpartition("/")[2].lower().replace("_", "-")
     endings = ("-hf", "-chat", "-instruct", "-it", "-base", "-v0.1")
     while name.endswith(endings):

@@ -106,7 +106,7 @@ def moving_width(n_layers: int, config: SelectConfig) -> int:
 def within_bounds(layers: Layers, score: Curve, config: SelectConfig) -> Layers:
     """A range with at least `min_width` and at most `max_width` layers; an empty one stays empty.
 
-    A narrower one takes in the neighbour of the higher score, one at a time, the lower layer of two alike. Of a
+    A narrower one takes in the neighbor of the higher score, one at a time, the lower layer of two alike. Of a
     wider one the run of `max_width` layers with the highest sum of scores is kept, the lowest of several alike.
     """
     if not layers:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from mechedit.data import EditRequest
-from mechedit.edit import Edit, summarise
+from mechedit.edit import Edit, summarize
 from mechedit.evaluation import EvaluationConfig, evaluate
 from mechedit.evaluation.scores import PUBLISHED_UNIT
 from mechedit.models import Model
@@ -66,7 +66,7 @@ def weight_norms(model: Model, layers: Iterable[int]) -> list[Measure]:
 
 def update_norms(edit: Edit, scope: str) -> list[Measure]:
     """‖ΔW‖ (Frobenius) of each layer."""
-    found = summarise(edit)
+    found = summarize(edit)
     return [
         Measure("update_norm", scope, norm, layer)
         for layer, norm in zip(found["layer"].tolist(), found["norm"].tolist(), strict=True)

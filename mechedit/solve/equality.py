@@ -21,7 +21,7 @@ def equality_update(
     slack: float | int = 0.0,
     previous: Float[Tensor, "d_mlp earlier"] | None = None,
 ) -> Update:
-    """Minimise E‖ΔW k‖² over old keys subject to ΔW K = R: ΔW = R (Kᵀ N⁻¹ K + αI)⁻¹ Kᵀ N⁻¹, N = M + K_p K_pᵀ.
+    """Minimize E‖ΔW k‖² over old keys subject to ΔW K = R: ΔW = R (Kᵀ N⁻¹ K + αI)⁻¹ Kᵀ N⁻¹, N = M + K_p K_pᵀ.
 
     One fact is ROME's Eq. 2 and many are EMMET's closed form (Gupta et al. 2024). α > 0 relaxes
     the constraint: the update is then the ridge's, R Kᵀ (αN + K Kᵀ)⁻¹.

@@ -23,7 +23,7 @@ def ridge_update(
 ) -> Update:
     """Solve MEMIT's Eq. 14, ΔW = R Kᵀ (λM + K_p K_pᵀ + K Kᵀ)⁻¹.
 
-    It minimises λ·E‖ΔW k‖² over old keys + ‖ΔW K_p‖² + ‖ΔW K − R‖² (MEMIT Eq. 9). Given a `Factor` and fewer columns
+    It minimizes λ·E‖ΔW k‖² over old keys + ‖ΔW K_p‖² + ‖ΔW K − R‖² (MEMIT Eq. 9). Given a `Factor` and fewer columns
     in K_p and K than d_mlp, it is solved in their space (Woodbury, refined to rounding); else by Cholesky of the sum.
 
     Args:

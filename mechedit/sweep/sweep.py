@@ -81,7 +81,7 @@ class Sweep:
             [
                 {"first": window.first, "last": window.last, "width": window.width, "measure": measure, **entry}
                 for window in self.windows
-                for measure, entry in summarise(self._rows(window), self._ids, self.config).items()
+                for measure, entry in summarize(self._rows(window), self._ids, self.config).items()
             ],
             columns=list(TABLE_COLUMNS),
         )
@@ -166,7 +166,7 @@ def sweep_windows(
 ) -> Sweep:
     """Edit each window of layers with the same requests, always from the unedited model, and measure the result.
 
-    Hase et al. (2023) found that where tracing localises a fact says little about which layer is best edited:
+    Hase et al. (2023) found that where tracing localizes a fact says little about which layer is best edited:
     this measures the latter. z depends on a window's last layer alone, so windows that end alike share it. The
     model is left as it was, bit for bit, also on an interrupt.
 
@@ -217,7 +217,7 @@ def sweep_windows(
         raise InputError(f"none of the {len(wanted)} windows can be edited; {wanted[0]}: {refused[wanted[0]]}")
     return Sweep(
         cases=pd.concat(found, ignore_index=True).loc[:, list(CASE_COLUMNS)],
-        before=summarise(before, [request.id for request in requests], evaluation),
+        before=summarize(before, [request.id for request in requests], evaluation),
         refused=refused,
         config=evaluation,
         provenance=sweeping.provenance,
@@ -296,7 +296,7 @@ def by_case(rows: pd.DataFrame, cases: Sequence[str], measures: Sequence[str]) -
     return wide.reindex(index=list(cases), columns=list(measures)).to_numpy(dtype=float)
 
 
-def summarise(rows: pd.DataFrame, cases: Sequence[str], config: EvaluationConfig) -> Summary:
+def summarize(rows: pd.DataFrame, cases: Sequence[str], config: EvaluationConfig) -> Summary:
     """Mean, bootstrap interval over requests and number of requests, of each measure and of the score."""
     measures = list(dict.fromkeys(rows["measure"]))
     parts = score_parts(measures)

@@ -76,7 +76,7 @@ def compare(
     """Hold a sweep against the trace.
 
     A window's prediction is Σ c(l) over its layers, with c(l) = gap(l−1) − gap(l). The intervals of correlations
-    come from resampling facts and requests, independently of each other; the windows are fixed, and neighbours
+    come from resampling facts and requests, independently of each other; the windows are fixed, and neighbors
     share layers, so nothing is claimed about other windows.
 
     Args:
@@ -151,7 +151,7 @@ def near_best(sweep: Sweep) -> Bool[np.ndarray, " window"]:
     """Which windows cannot be told from the best: multiple comparisons with the best, calibrated by bootstrap.
 
     Window w stays when max_v (S_v − S_w) does not exceed the quantile, at the sweep's confidence, of the same
-    maximum over resamples centred on what was measured, max_v [(S*_v − S_v) − (S*_w − S_w)] (after Hsu, 1981).
+    maximum over resamples centered on what was measured, max_v [(S*_v − S_v) − (S*_w − S_w)] (after Hsu, 1981).
     Taking the maximum allows for the best having been found on the same requests.
     """
     noise = sweep.draws - sweep.scores

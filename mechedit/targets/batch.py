@@ -62,13 +62,13 @@ class Measured:
     terms: Float[Tensor, "fact term"]
     """`TERMS` of each fact; those of facts that have stopped mean nothing."""
     slope: Float[Tensor, "unit part d_model"]
-    """Of what is minimised."""
+    """Of what is minimized."""
 
 
 def gather(
     model: Model, units: Sequence[Sequence[EditRequest]], layer: int, prefixes: Sequence[str], config: TargetConfig
 ) -> tuple[Batch, list[Pass]]:
-    """Tokenise some facts and run the clean model on them."""
+    """Tokenize some facts and run the clean model on them."""
     requests = [request for unit in units for request in unit]
     owners = [place for place, unit in enumerate(units) for _ in unit]
     rows = rows_of(model, requests, owners, prefixes, config)

@@ -72,7 +72,7 @@ def _can_change(scene: Scene, cell: Cell) -> bool:
 
 
 def window_span(kind: str, layer: int, n_layers: int, width: int | None) -> range:
-    """Layers restored by the cell at `layer`: itself for a state, else a centred window cut at the edges.
+    """Layers restored by the cell at `layer`: itself for a state, else a centered window cut at the edges.
 
     The published code restores l − w/2 … l + w/2 − 1; so does this, and the true span is in the rows.
     """
@@ -133,7 +133,7 @@ def _rows(
     """One row a metric."""
     traced = scene.facts[cell.fact]
     clean = {name: values[cell.fact].item() for name, values in scene.clean_scores.items()}
-    for name, (mean, low, high) in scene.with_normalised(score, corrupted[cell.fact], clean).items():
+    for name, (mean, low, high) in scene.with_normalized(score, corrupted[cell.fact], clean).items():
         yield (
             traced.fact.id, cell.kind, cell.stop - cell.first, cell.sever, cell.layer, cell.position,
             traced.tokens[cell.position], traced.roles[cell.position],

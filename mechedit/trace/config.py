@@ -35,7 +35,7 @@ class TraceConfig:
     noise_std: float | int | None = None
     """Noise in absolute units; overrides `noise`."""
     metrics: Sequence[str | Metric] = ("probability",)
-    """Names in `METRICS`, such a name after `normalised_`, or functions of `Answers`."""
+    """Names in `METRICS`, such a name after `normalized_`, or functions of `Answers`."""
     window: int | None = None
     """Layers in an `mlp` or `attn` window; None means 10 scaled to depth below 28 layers."""
     roles: Sequence[str] | None = None

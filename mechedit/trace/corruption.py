@@ -69,13 +69,13 @@ class Spread:
 
 
 def embedding_std(model: Model, subjects: Sequence[str]) -> float:
-    """σ: standard deviation of `embed` over all tokens of the subjects, tokenised by themselves (ROME §2)."""
+    """σ: standard deviation of `embed` over all tokens of the subjects, tokenized by themselves (ROME §2)."""
     return embedding_spread(model, subjects).std
 
 
 @torch.no_grad()
 def embedding_spread(model: Model, subjects: Sequence[str], *, root: bool = False) -> Spread:
-    """Spread of `embed` over all tokens of the subjects, tokenised by themselves.
+    """Spread of `embed` over all tokens of the subjects, tokenized by themselves.
 
     Args:
         model: any `Model`.
@@ -122,7 +122,7 @@ def draw_noise(
         return (2 * torch.rand(shape, generator=generator) - 1) * 3**0.5
     normal = torch.randn(shape, generator=generator)
     if corruption.distribution == "multivariate":
-        return coloured(normal, spread)
+        return colored(normal, spread)
     if corruption.distribution == "student":
         degrees = corruption.degrees
         chi = torch.from_numpy(np.random.default_rng(own).chisquare(degrees, size=(*shape[:2], 1)))
@@ -131,7 +131,7 @@ def draw_noise(
     return normal
 
 
-def coloured(normal: Float[Tensor, "sample token d_model"], spread: Spread | None) -> Tensor:
+def colored(normal: Float[Tensor, "sample token d_model"], spread: Spread | None) -> Tensor:
     """Standard-normal draws given the covariance of the subjects' embeddings (mean variance 1)."""
     assert spread is not None
     assert spread.root is not None
@@ -157,7 +157,7 @@ def given_noise(
             f"noise for fact {fact.id!r} has shape {tuple(draws.shape)}, expected finite draws of shape "
             f"{shape} (samples, subject tokens, width)"
         )
-    return coloured(draws, spread) if corruption.distribution == "multivariate" else draws
+    return colored(draws, spread) if corruption.distribution == "multivariate" else draws
 
 
 class Donors:

@@ -1,6 +1,6 @@
 """Effects that show themselves in a notebook: heatmaps of one fact, in HTML and CSS alone.
 
-Effects are tints of two colours that any colour vision tells apart, laid over whatever the page's background
+Effects are tints of two colors that any color vision tells apart, laid over whatever the page's background
 is: light and dark themes need no telling apart.
 """
 
@@ -81,7 +81,7 @@ def clearest_grids(grids: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Colours of effects: transparent at zero, stronger to the largest size, blue where restoring helps."""
+    """Colors of effects: transparent at zero, stronger to the largest size, blue where restoring helps."""
 
     low: float
     high: float
@@ -108,7 +108,7 @@ class Scale:
 
     @property
     def gradient(self) -> str:
-        """The legend's colours from low to high."""
+        """The legend's colors from low to high."""
         effects = np.linspace(self.low, self.high, 25)
         return f"linear-gradient(90deg,{','.join(map(self.tint, effects))})"
 
@@ -146,7 +146,7 @@ def _panel(grid: pd.DataFrame, scale: Scale) -> dict[str, Any]:
         "layers": [layer if i % step == 0 else "" for i, layer in enumerate(layers)],
         "width": min(22, max(7, 340 // len(layers))),
         "lines": lines,
-        "axis": "layer" if kind == "state" else "layer at the window’s centre",
+        "axis": "layer" if kind == "state" else "layer at the window’s center",
     }
 
 
@@ -158,7 +158,7 @@ def _lines(grid: pd.DataFrame) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def _cell(row: Any, scale: Scale) -> dict[str, str]:
-    """Colour and description of one cell."""
+    """Color and description of one cell."""
     unit = scale.unit
     scores = ", ".join(f"{name} {quantity(getattr(row, name), unit)}" for name in ("score", "corrupted", "clean"))
     place = f"“{token_label(str(row.token), '')}” ({ROLE_LABELS.get(row.role, row.role)}), layer {row.layer}"
@@ -226,7 +226,7 @@ PAGE = """\
 the effect (score − corrupted) of putting back what the clean run had there; subject tokens are starred. Hover a cell \
 for its numbers.{% if metrics %} Also measured: {{ metrics | join(", ") }}.{% endif %}{% if hidden %} Not shown: \
 {{ hidden }} more heatmap{{ "s" if hidden > 1 }}.{% endif %}</figcaption>
-<div class="mechedit-scale" role="img" aria-label="Colours from {{ scale.ends[0] }} to {{ scale.ends[1] }}">
+<div class="mechedit-scale" role="img" aria-label="Colors from {{ scale.ends[0] }} to {{ scale.ends[1] }}">
 <span>{{ scale.ends[0] }}</span><span class="mechedit-bar" style="background:{{ scale.gradient }}">\
 <i style="left:{{ '%.1f' | format(scale.zero) }}%"></i></span><span>{{ scale.ends[1] }}</span>\
 <span>effect, {{ unit }} (tick: 0)</span></div>

@@ -47,9 +47,9 @@ def unit_of(metric: str) -> Unit:
     """The unit of a metric's effects; a metric that is not ours is shown as it is, under its own name."""
     if metric in UNITS:
         return UNITS[metric]
-    if not metric.startswith("normalised_"):
+    if not metric.startswith("normalized_"):
         return Unit(name=metric)
-    of = metric.removeprefix("normalised_")
+    of = metric.removeprefix("normalized_")
     whole = "" if of == "probability" else f" on {METRIC_LABELS.get(of, of)}"
     return Unit(factor=100.0, name=f"% of the total effect{whole}", short="%")
 

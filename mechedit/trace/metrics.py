@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechedit.errors import InputError
 
-NORMALISED = "normalised_"
+NORMALIZED = "normalized_"
 """Before a metric's name: the share of the total effect won back, (score − corrupted) / (clean − corrupted)."""
 
 
@@ -84,17 +84,17 @@ def metric_name(metric: str | Metric) -> str:
 
 
 def find_metric(metric: str | Metric) -> Metric:
-    """The function behind a name; a normalised metric is computed from the plain one.
+    """The function behind a name; a normalized metric is computed from the plain one.
 
     Raises:
         InputError: an unknown name.
     """
     if not isinstance(metric, str):
         return metric
-    plain = metric.removeprefix(NORMALISED)
+    plain = metric.removeprefix(NORMALIZED)
     if plain not in METRICS:
         raise InputError(
-            f"the metric is {metric!r}, expected one of {', '.join(METRICS)}, one of them after {NORMALISED!r}, "
+            f"the metric is {metric!r}, expected one of {', '.join(METRICS)}, one of them after {NORMALIZED!r}, "
             f"or a function of mechedit.trace.Answers"
         )
     return METRICS[plain]

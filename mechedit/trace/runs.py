@@ -12,7 +12,7 @@ from torch import Tensor
 from mechedit.models import EMBED, KVCache, Model, Part, Patch, Run, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND, TraceConfig
 from mechedit.trace.corruption import NoiseSource, Spread, draw_noise, given_noise
-from mechedit.trace.metrics import NORMALISED, Answers, find_metric, metric_name
+from mechedit.trace.metrics import NORMALIZED, Answers, find_metric, metric_name
 from mechedit.trace.tokens import TracedFact, batch, read_positions, wanted
 
 Measured = dict[str, Float[Tensor, " row"]]
@@ -74,13 +74,13 @@ class Scene:
         """Every plain metric of rows that belong to `facts`."""
         return measure(run, self.clean, facts, self.facts, self.foils, self.config)
 
-    def with_normalised(
+    def with_normalized(
         self, score: Mapping[str, float], corrupted: Mapping[str, float], clean: Mapping[str, float]
     ) -> dict[str, tuple[float, float, float]]:
-        """(score, corrupted, clean) of every metric asked for; a normalised one is NaN without a total effect."""
+        """(score, corrupted, clean) of every metric asked for; a normalized one is NaN without a total effect."""
         found = {}
         for name in map(metric_name, self.config.metrics):
-            plain = name.removeprefix(NORMALISED)
+            plain = name.removeprefix(NORMALIZED)
             if plain == name or plain not in score:
                 found[name] = (score[name], corrupted[name], clean[name])
             else:
@@ -105,7 +105,7 @@ def measure(
     answers = Answers(
         logits=run.logits, clean_runs=clean.logits, facts=facts, objects=objects[facts], foils=foils[facts]
     )
-    names = {metric_name(metric).removeprefix(NORMALISED): metric for metric in config.metrics}
+    names = {metric_name(metric).removeprefix(NORMALIZED): metric for metric in config.metrics}
     return {name: find_metric(metric)(answers) for name, metric in names.items()}
 
 

@@ -53,7 +53,7 @@ class TracedFact:
 
 
 def prepare(model: Model, fact: Fact) -> TracedFact:
-    """Tokenise a fact and name the role of each prompt token.
+    """Tokenize a fact and name the role of each prompt token.
 
     Raises:
         InputError: a subject or object without tokens, a foil that starts as the object does, or more tokens than

@@ -127,9 +127,9 @@ def plan_trace(
     for sever in config.severed:
         sever.through(model.n_layers)
     how = config.corrupted_by
-    coloured = how.distribution == "multivariate"
-    if spread is None and (config.noise_std is None or coloured):
-        spread = embedding_spread(model, [fact.subject for fact in facts], root=coloured)
+    colored = how.distribution == "multivariate"
+    if spread is None and (config.noise_std is None or colored):
+        spread = embedding_spread(model, [fact.subject for fact in facts], root=colored)
     std = config.noise_std
     if std is None:
         assert spread is not None

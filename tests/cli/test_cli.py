@@ -21,7 +21,7 @@ import mechedit as me
 from mechedit.cli import main, parse_layers, parse_windows
 from mechedit.files import read_json
 
-FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the colour", "object": "teal"}
+FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", "object": "teal"}
 
 
 def call(*arguments: object) -> int:
@@ -50,7 +50,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ([], "Missing command"),
         (["find"], "No such command 'find'"),
-        (["trace", "--colour", "red"], "No such option"),
+        (["trace", "--color", "red"], "No such option"),
         (["trace", "--backend", "jax"], "backend 'jax' is not known, expected one of transformer_lens, nnsight"),
         (["trace", "--facts", "/no/such/file.jsonl"], "cannot read the file '/no/such/file.jsonl'"),
         (["trace", "--sever", "everything"], "sever holds 'everything', expected"),
@@ -111,7 +111,7 @@ def test_an_unknown_model_is_named(capsys, tmp_path):
     ("content", "message"),
     [
         (json.dumps(FACT) + "\nnot json", "line 2 is not JSON"),
-        (json.dumps({**FACT, "prompt": "the colour"}), "0 times '{}'"),
+        (json.dumps({**FACT, "prompt": "the color"}), "0 times '{}'"),
         (json.dumps({**FACT, "prompt": "{} and {}"}), "2 times '{}'"),
         (json.dumps({**FACT, "subject": ""}), "the subject is ''"),
         (json.dumps({**FACT, "object": " "}), "the object is ' '"),
@@ -126,7 +126,7 @@ def test_bad_facts_are_refused(capsys, tmp_path, content, message):
 
 
 def test_conflicting_requests_are_refused(capsys, tmp_path):
-    request = {"id": "a", "subject": "iPod Touch", "prompt": "{} has the colour", "target_new": "teal"}
+    request = {"id": "a", "subject": "iPod Touch", "prompt": "{} has the color", "target_new": "teal"}
     file = tmp_path / "requests.jsonl"
     file.write_text(json.dumps(request) + "\n" + json.dumps({**request, "id": "b", "target_new": "amber"}))
     message = complaint(capsys, "run", "--requests", file, "--out", tmp_path / "run")

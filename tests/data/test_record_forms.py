@@ -125,7 +125,7 @@ def test_an_unclear_subject_is_refused(text, count):
 
 
 def test_mends_form_as_memit_reads_it(tmp_path):
-    """MEMIT's data set: the first answer, no true object, one rephrasing, the neighbour's question with its mark."""
+    """MEMIT's data set: the first answer, no true object, one rephrasing, the neighbor's question with its mark."""
     (request,) = load_requests(written(tmp_path, [MEND]))
     assert request == EditRequest(
         id="0",
@@ -162,7 +162,7 @@ def test_a_bad_record_of_mends_is_named(tmp_path, change, message):
     assert str(raised.value).startswith(f"{str(tmp_path / 'file.json')!r}, {message}")
 
 
-def test_neighbours_may_have_objects_of_their_own(tmp_path):
+def test_neighbors_may_have_objects_of_their_own(tmp_path):
     own = {"neighborhood_prompts": [{"prompt": "The mother tongue of Go is", "target": "Korean"}]}
     plain, with_own = load_requests(written(tmp_path, [COUNTERFACT, {**COUNTERFACT, "case_id": 8, **own}]))
     assert plain.neighbors == (Neighbor(prompt="The mother tongue of Leon Blum is", object="French"),)

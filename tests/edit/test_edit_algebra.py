@@ -13,7 +13,7 @@ from helpers.edits import identical, made, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechedit.edit import Edit, Factors, apply_, edited, merge, subtract, summarise, truncate, undo_
+from mechedit.edit import Edit, Factors, apply_, edited, merge, subtract, summarize, truncate, undo_
 from mechedit.errors import InputError
 
 BASE = {"model": "x", "weights_hash": "w", "tokenizer_hash": "t", "dtype": "float32", "backend": "transformer_lens"}
@@ -158,7 +158,7 @@ def test_the_summary_has_what_each_layer_gets(lens_model: Any, small_model: Any)
     edit = made(lens_model, layers=(0, 2), ranks=(3, 5))
     records = [{"layer": 0, "before": 1.0, "after": 0.5, "error": 1e-15, "condition": 7.0}]
     edit = Edit(factors=edit.factors, manifest={**edit.manifest, "residuals": records})
-    frame = summarise(edit, lens_model)
+    frame = summarize(edit, lens_model)
     assert list(frame.columns) == [
         "layer", "rank", "norm", "relative", "left", "error", "condition", "truncation",
     ]  # fmt: skip
@@ -169,10 +169,10 @@ def test_the_summary_has_what_each_layer_gets(lens_model: Any, small_model: Any)
     sizes = [float(lens_model.projection(layer).double().norm()) for layer in (0, 2)]
     np.testing.assert_allclose(frame["relative"], np.divide(norms, sizes))
     np.testing.assert_array_equal(frame["left"], [0.5, np.nan])
-    assert summarise(edit)["relative"].isna().all()
-    short = summarise(truncate(edit, 2))
+    assert summarize(edit)["relative"].isna().all()
+    short = summarize(truncate(edit, 2))
     assert short["rank"].tolist() == [2, 2]
     assert (short["truncation"] > 0.05).all()
     assert short["left"][0] == 0.5
     with edited(lens_model, edit), pytest.raises(InputError, match="undo other edits"):
-        summarise(edit, lens_model)
+        summarize(edit, lens_model)

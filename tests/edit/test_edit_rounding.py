@@ -46,15 +46,15 @@ def test_every_number_of_the_dtype_stays_as_it_is(dtype: torch.dtype) -> None:
 )
 @settings(max_examples=25, deadline=None)
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_number_goes_to_its_neighbours_and_on_average_nowhere(
+def test_a_number_goes_to_its_neighbors_and_on_average_nowhere(
     dtype: torch.dtype, mantissa: float, exponent: int, seed: int, sign: bool
 ) -> None:
     value = torch.full((200, 100), mantissa * 2.0**exponent * (-1 if sign else 1), dtype=torch.float64)
     found = rounded(value, dtype, seed).double()
     nearest = value[0, 0].to(dtype)
-    neighbours = {float(torch.nextafter(nearest, torch.tensor(end).to(dtype))) for end in (-torch.inf, torch.inf)}
-    assert set(found.unique().tolist()) <= neighbours | {float(nearest)}
-    step = max(neighbours) - min(neighbours)
+    neighbors = {float(torch.nextafter(nearest, torch.tensor(end).to(dtype))) for end in (-torch.inf, torch.inf)}
+    assert set(found.unique().tolist()) <= neighbors | {float(nearest)}
+    step = max(neighbors) - min(neighbors)
     assert float((found - value).abs().max()) < step
     # 20,000 draws: five standard errors of a share.
     assert float((found.mean() - value[0, 0]).abs()) <= 5 * step / 2 / 20_000**0.5

@@ -59,7 +59,7 @@ def test_divergence_and_agreement_by_hand() -> None:
     assert same_top(torch.cat([unedited, edited]), torch.cat([edited, edited])).tolist() == [False, True]
 
 
-def test_the_edit_goes_before_every_neighbourhood_prompt() -> None:
+def test_the_edit_goes_before_every_neighborhood_prompt() -> None:
     questions = list(ask(REQUESTS[1]))
     plus = [question for question in questions if question.kind == "neighborhood_plus"]
     assert [(question.text, question.new, question.true) for question in plus] == [
@@ -164,7 +164,7 @@ def test_a_baseline_is_made_once_and_comes_back_from_disk(lens_model: Any, tmp_p
         Baseline.load(tmp_path / "kept")
 
 
-def test_without_neighbours_there_is_nothing_to_compare(lens_model: Any, tmp_path: Any) -> None:
+def test_without_neighbors_there_is_nothing_to_compare(lens_model: Any, tmp_path: Any) -> None:
     measure_baseline(lens_model, REQUESTS[2:], SHORT).save(tmp_path / "kept")
     loaded = Baseline.load(tmp_path / "kept")
     assert loaded.prompts == ()
@@ -200,7 +200,7 @@ REFERENCES = References.from_texts({("P1", "English"): ["She speaks English."]})
     [
         ("requests", {"requests": REQUESTS[:2]}),
         ("requests", {"requests": [replace(REQUESTS[0], target_new="Korean"), *REQUESTS[1:]]}),
-        ("likelihood", {"config": replace(SHORT, likelihood="normalised")}),
+        ("likelihood", {"config": replace(SHORT, likelihood="normalized")}),
         ("plus", {"config": QUICK}),
         ("texts", {"texts": ["Paris is in France."]}),
         ("references", {"references": REFERENCES}),
@@ -226,9 +226,9 @@ def test_scores_of_another_model_are_refused(make_model: Any) -> None:
 
 @pytest.fixture
 def without() -> list[Any]:
-    """Requests that lack paraphrases, neighbours, true objects, or all."""
+    """Requests that lack paraphrases, neighbors, true objects, or all."""
     full, _, bare = REQUESTS
-    return [full, replace(full, id="no paraphrases", paraphrases=()), replace(full, id="no neighbours", neighbors=()),
+    return [full, replace(full, id="no paraphrases", paraphrases=()), replace(full, id="no neighbors", neighbors=()),
             replace(full, id="no true object", target_true=None), bare]  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def test_what_a_record_lacks_is_absent_not_zero_and_counted(lens_model: Any, wit
     assert has["PS"] == everyone - {"no paraphrases", "no true object", "bare"}
     assert has["exact_match_paraphrase"] == everyone - {"no paraphrases", "bare"}
     for measure in ("NS", "NM", "NS+", "NM+", "KL", "KL+", "top1", "top1+"):
-        assert has[measure] == everyone - {"no neighbours", "bare"}
+        assert has[measure] == everyone - {"no neighbors", "bare"}
     assert has["GE"] == everyone - {"bare"}
     missing = {measure: count["missing"] for measure, count in found.counts.items()}
     assert (missing["exact_match"], missing["ES"], missing["PS"], missing["NS"], missing["RS"]) == (0, 2, 3, 2, 5)

@@ -96,18 +96,18 @@ def test_success_and_magnitude_by_hand():
         "PS": 0.0,
         "PM": pytest.approx(-0.3),
     }
-    # On neighbours the true object should win.
+    # On neighbors the true object should win.
     assert rows_of("neighborhood", new, true) == {"NS": 0.0, "NM": pytest.approx(-0.3)}
     assert rows_of("neighborhood", true, new) == {"NS": 1.0, "NM": pytest.approx(0.3)}
 
 
-def test_joint_and_normalised_likelihood_can_disagree():
+def test_joint_and_normalized_likelihood_can_disagree():
     # new: two tokens of 0.5 each, joint 0.25, per token 0.5; true: one token of 0.4.
     new, true = score(2 * math.log(0.5), 2), score(math.log(0.4), 1)
-    joint, normalised = rows_of("rewrite", new, true), rows_of("rewrite", new, true, "normalised")
-    assert (joint["ES"], normalised["ES"]) == (0.0, 1.0)
+    joint, normalized = rows_of("rewrite", new, true), rows_of("rewrite", new, true, "normalized")
+    assert (joint["ES"], normalized["ES"]) == (0.0, 1.0)
     assert joint["EM"] == pytest.approx(0.25 - 0.4)
-    assert normalised["EM"] == pytest.approx(0.5 - 0.4)
+    assert normalized["EM"] == pytest.approx(0.5 - 0.4)
 
 
 def test_success_is_decided_in_logarithms_and_a_tie_is_a_failure():
@@ -359,7 +359,7 @@ def test_scores_measured_differently_are_not_joined():
     with pytest.raises(InputError, match="other cases"):
         one.join(replace(other, cases=("a",)))
     with pytest.raises(InputError, match="other settings"):
-        one.join(replace(other, config=EvaluationConfig(likelihood="normalised")))
+        one.join(replace(other, config=EvaluationConfig(likelihood="normalized")))
 
 
 @pytest.mark.parametrize(

@@ -236,12 +236,12 @@ def test_the_command_scores_by_zsres_protocol(tmp_path, capsys):
     requests = tmp_path / "zsre.json"
     mend = {
         "subject": "iPod",
-        "src": "What is the colour of iPod?",
+        "src": "What is the color of iPod?",
         "answers": ["teal"],
         "loc": "nq question: a",
         "loc_ans": "b",
     }
-    requests.write_text(json.dumps([mend, {**mend, "rephrase": "Which colour is iPod?"}]))
+    requests.write_text(json.dumps([mend, {**mend, "rephrase": "Which color is iPod?"}]))
 
     def run(*more):
         arguments = ["evaluate", "--requests", requests, "--out", tmp_path / "run", "--json", *more]

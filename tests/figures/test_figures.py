@@ -28,7 +28,7 @@ from mechedit.figures import (
     save_figure,
     trace_figures,
 )
-from mechedit.figures.style import heat_colours, runs, wrapped
+from mechedit.figures.style import heat_colors, runs, wrapped
 from mechedit.trace import average_effects
 
 EFFECTS = make_effects(facts=8, layers=4)
@@ -98,7 +98,7 @@ def test_role_grid_is_in_reading_order_and_holds_the_means(ax):
         100 * rows[(rows["role"] == "subject_last") & (rows["layer"] == 0)]["effect"].mean()
     )
     assert grid[3, 0] > 10 * abs(grid[4, 0])  # early site, and nothing at the token after it
-    assert len(ax.figure.axes) == 2  # the panel and its colour bar
+    assert len(ax.figure.axes) == 2  # the panel and its color bar
 
 
 def test_a_role_that_was_not_traced_has_no_row(ax):
@@ -230,7 +230,7 @@ def test_lines_are_the_averages_with_their_bands(ax):
     assert drawn["last subject token"][0] > 5 > drawn["last token"][0]  # there is something to see
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer of the state", "AIE (% of probability)")
     other = plot_lines(EFFECTS, Figure().subplots(), kinds=["attn"])
-    assert other.get_xlabel() == "centre of the attention window"  # a figure of one kind says which
+    assert other.get_xlabel() == "center of the attention window"  # a figure of one kind says which
 
 
 def test_lines_that_differ_in_two_things_have_two_short_legends(ax):
@@ -251,7 +251,7 @@ def test_lines_that_differ_in_two_things_have_two_short_legends(ax):
     assert whole.get_linestyle() != cut.get_linestyle()
 
 
-def test_lines_of_one_role_are_coloured_by_severing(ax):
+def test_lines_of_one_role_are_colored_by_severing(ax):
     plot_lines(EFFECTS, ax, kinds=["state"], roles=["subject_last"], severings=["nothing", "attn", "mlp"])
     assert list(lines_of(ax)) == ["nothing severed", "attention severed", "MLP severed"]
     assert len({line.get_color() for line in ax.lines[:3]}) == 3
@@ -335,7 +335,7 @@ def test_traces_in_different_metrics_cannot_be_compared():
 def test_units_follow_the_metric():
     for metric, factor, label in (
         ("logit_difference", 1, "AIE (logits)"),
-        ("normalised_probability", 100, "AIE (% of the total effect)"),
+        ("normalized_probability", 100, "AIE (% of the total effect)"),
         ("my_own", 1, "AIE (my_own)"),
         ("kl", 1, "AIE (nats of KL; negative helps)"),
     ):
@@ -348,27 +348,27 @@ def test_units_follow_the_metric():
 
 
 def test_blue_helps_in_every_metric():
-    def colour_of_the_early_site(effects):
+    def color_of_the_early_site(effects):
         ax = Figure().subplots()
         image = plot_role_grid(effects, "state", ax).images[0]
         return image.cmap(image.norm(image.get_array()[3, 0]))
 
-    helps = colour_of_the_early_site(EFFECTS)
+    helps = color_of_the_early_site(EFFECTS)
     assert helps[2] > helps[0] + 0.2
     # The divergence from the clean run falls where restoring helps.
     falls = EFFECTS.assign(metric="kl", effect=-EFFECTS["effect"])
-    assert colour_of_the_early_site(falls) == pytest.approx(helps, abs=0.02)
-    red = colour_of_the_early_site(falls.assign(metric="probability"))
+    assert color_of_the_early_site(falls) == pytest.approx(helps, abs=0.02)
+    red = color_of_the_early_site(falls.assign(metric="probability"))
     assert red[0] > red[2] + 0.2
 
 
 def test_every_metric_has_its_figures():
     logs = EFFECTS.assign(metric="kl", effect=-EFFECTS["effect"])
-    unknown = EFFECTS.assign(metric="normalised_kl", effect=np.nan)
+    unknown = EFFECTS.assign(metric="normalized_kl", effect=np.nan)
     figures = trace_figures(pd.concat([logs, EFFECTS, unknown]))
     one = {f"{name}{kind}" for name in ("roles", "fact", "lines") for kind in ("", "_state", "_mlp", "_attn")}
     of_kl = {f"{name}_kl" for name in ("severed", "roles", "fact", "lines")}
-    assert set(figures) == one | {"severed"} | of_kl | {name.replace("kl", "normalised_kl") for name in of_kl}
+    assert set(figures) == one | {"severed"} | of_kl | {name.replace("kl", "normalized_kl") for name in of_kl}
     assert figures["roles"].axes[0].images[0].get_array().max() > 1  # probability, in percent
     assert figures["roles_kl"].axes[0].images[0].get_array().min() > -1
     for figure in figures.values():
@@ -392,7 +392,7 @@ def test_long_labels_of_upright_axes_are_wrapped():
     assert wrapped("AIE (% of probability)", 1.6).count("\n") == 0
 
 
-def test_side_by_side_panels_share_one_colour_scale():
+def test_side_by_side_panels_share_one_color_scale():
     for figure in (roles_figure(EFFECTS), fact_figure(EFFECTS)):
         images = [image for axes in figure.axes for image in axes.images]
         assert len(images) == 3
@@ -404,14 +404,14 @@ def test_side_by_side_panels_share_one_colour_scale():
 
 def test_zero_is_white_and_equal_sizes_are_equally_strong():
     norm = Normalize(-0.5, 2.0)
-    colours = heat_colours(norm)
-    strength = {x: 1 - np.mean(colours(norm(x))[:3]) for x in (-0.5, 0.0, 0.5, 2.0)}
+    colors = heat_colors(norm)
+    strength = {x: 1 - np.mean(colors(norm(x))[:3]) for x in (-0.5, 0.0, 0.5, 2.0)}
     assert strength[0.0] < 0.05
     assert strength[-0.5] == pytest.approx(strength[0.5], abs=0.06)
     assert strength[2.0] > strength[0.5] + 0.2
-    turned = heat_colours(Normalize(-2.0, 0.5), helps=-1)
-    assert turned(0.0) == pytest.approx(colours(1.0))
-    assert colours(np.nan) not in (colours(0.0), colours(norm(0.0)))  # what is unknown is not zero
+    turned = heat_colors(Normalize(-2.0, 0.5), helps=-1)
+    assert turned(0.0) == pytest.approx(colors(1.0))
+    assert colors(np.nan) not in (colors(0.0), colors(norm(0.0)))  # what is unknown is not zero
 
 
 def test_selection_draws_its_evidence(ax):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from mechedit.errors import InputError
 from mechedit.figures import plot_scores_against, save_figure, scores_figure
-from mechedit.figures.scores import METHOD_COLOURS, line_styles
+from mechedit.figures.scores import METHOD_COLORS, line_styles
 
 MEASURES = ("ES", "PS", "NS", "S", "GE")
 
@@ -45,7 +45,7 @@ def test_points_and_bands_are_the_rows_in_order_of_the_setting(ax):
     np.testing.assert_allclose(drawn["memit"], [[1, 22], [10, 27], [100, 32]])
     np.testing.assert_allclose(drawn["rome"], [[1, 33], [10, 38], [100, 43]])
     bands = {tuple(band.get_facecolor()[0][:3]): band.get_paths()[0].get_extents() for band in ax.collections}
-    memit = bands[mpl.colors.to_rgb(METHOD_COLOURS["memit"])]
+    memit = bands[mpl.colors.to_rgb(METHOD_COLORS["memit"])]
     assert (memit.y0, memit.y1) == (22 - 3, 32 + 1)
     assert ax.get_xscale() == "log"
 
@@ -73,17 +73,17 @@ def test_a_method_looks_the_same_in_every_figure_and_no_two_lines_are_alike():
     one, other = line_styles(["rome", "ft", "memit"]), line_styles(["memit", "rome"])
     assert one["memit"] == other["memit"]
     assert one["rome"] == other["rome"]
-    names = [*METHOD_COLOURS, "memit, strategy sqrt", "memit, strategy last", "something", "else"]
+    names = [*METHOD_COLORS, "memit, strategy sqrt", "memit, strategy last", "something", "else"]
     looks = [tuple(style[key] for key in ("color", "linestyle")) for style in line_styles(names).values()]
     assert len(set(looks)) == len(names)
-    assert line_styles(names)["memit, strategy sqrt"]["color"] == METHOD_COLOURS["memit"]
+    assert line_styles(names)["memit, strategy sqrt"]["color"] == METHOD_COLORS["memit"]
 
 
 def test_a_figure_has_the_panels_that_have_data_under_one_legend(tmp_path):
     table = make_scores([1, 3, 30])
     figure = scores_figure(table, ("S", "ES", "PS", "NS", "GE", "RS"), x="edits", log=True, label="edits")
     assert [ax.get_title().split(" (")[0] for ax in figure.axes] == [
-        "Score", "Efficacy", "Paraphrases", "Neighbours", "Fluency",
+        "Score", "Efficacy", "Paraphrases", "Neighbors", "Fluency",
     ]  # fmt: skip
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["memit", "rome"]

@@ -140,7 +140,7 @@ BACKENDS = ("transformer_lens", "nnsight")
 
 
 def random_hf(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A model whose parts all matter: larger weights than at initialisation, no trivial norms and biases.
+    """A model whose parts all matter: larger weights than at initialization, no trivial norms and biases.
 
     `changes` are fields of the family's config.
     """

@@ -126,7 +126,7 @@ def test_a_model_whose_attention_is_built_otherwise_is_refused(make_model: Any, 
     projection_found(model.writing("mlp"))
 
 
-def test_a_quantised_projection_is_refused_with_its_name(make_model: Any) -> None:
+def test_a_quantized_projection_is_refused_with_its_name(make_model: Any) -> None:
     model = make_model("llama")
     model.family = dataclasses.replace(model.family, attn_proj="input_layernorm")
     with pytest.raises(InputError, match="output projection of attention of layer 0 is a LlamaRMSNorm"):

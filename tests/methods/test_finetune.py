@@ -115,11 +115,11 @@ def slowly(
     before = {layer: weight.detach().clone() for layer, weight in chosen.items()}
     for weight in chosen.values():
         weight.requires_grad_(True)
-    optimiser = torch.optim.Adam(list(chosen.values()), lr=lr, weight_decay=decay)
+    optimizer = torch.optim.Adam(list(chosen.values()), lr=lr, weight_decay=decay)
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.stack([hf_loss(model, request) for request in REQUESTS]).mean().backward()
-        optimiser.step()
+        optimizer.step()
         for layer, weight in chosen.items():
             if bound is not None:
                 weight.data = torch.clamp(weight.data, before[layer] - bound, before[layer] + bound)

@@ -127,8 +127,8 @@ def test_what_cannot_be_vouched_for_is_refused(make_hf: Any, tokenizer: Any, tmp
     hf = make_hf("gpt2")
     small: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "ffn_dim": 8, "num_attention_heads": 2}
     opt = OPTForCausalLM(OPTConfig(vocab_size=9, word_embed_proj_dim=8, **small))
-    quantised = make_hf("gpt2")
-    quantised.config.quantization_config = {"quant_method": "gptq"}
+    quantized = make_hf("gpt2")
+    quantized.config.quantization_config = {"quant_method": "gptq"}
     MixtralConfig().save_pretrained(tmp_path / "mixture")
     (tmp_path / "empty").mkdir()
     hf.config.save_pretrained(tmp_path / "weightless")
@@ -151,7 +151,7 @@ def test_what_cannot_be_vouched_for_is_refused(make_hf: Any, tokenizer: Any, tmp
         (opt, {"tokenizer": tokenizer}, "'opt' is not known.*GPT-2, GPT-Neo, GPT-J"),
         (GPT2Model(GPT2Config(n_embd=8, n_head=1, n_layer=1)), {"tokenizer": tokenizer}, "GPT2LMHeadModel"),
         (torch.nn.Linear(2, 2), {"tokenizer": tokenizer}, "is a Linear"),
-        (quantised, {"tokenizer": tokenizer}, "quantised"),
+        (quantized, {"tokenizer": tokenizer}, "quantized"),
         (tmp_path / "mixture", {}, "mixture of 8 experts"),
         (tmp_path / "absent", {}, "no model folder"),
         ("./absent", {}, "no model folder"),

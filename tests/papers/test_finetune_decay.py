@@ -32,7 +32,7 @@ def test_both_ends_and_training_without_decay_are_scored(folder: Path) -> None:
     assert list(printed.index) == ["none", "0.0005", "0.5"]
     none = where(table, measure="NS", model="no decay")["mean"].item()
     strong = where(table, measure="NS", weight=0.5)["mean"].item()
-    assert none + 10 < strong, "decay gives neighbours back"
+    assert none + 10 < strong, "decay gives neighbors back"
     assert printed.loc["none", "ES"].startswith("100.0 (")
 
 

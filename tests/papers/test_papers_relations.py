@@ -29,7 +29,7 @@ def request(name: str, relation: str, subject: str, old: str, new: str) -> EditR
 
 
 def relation(name: str, subjects: str, objects: str) -> list[EditRequest]:
-    """A request a letter of `subjects`, between neighbouring letters of `objects`."""
+    """A request a letter of `subjects`, between neighboring letters of `objects`."""
     ends = list(zip(objects, objects[1:] + objects[0], strict=True))
     return [request(f"{name}{s}", name, s, *ends[i % len(ends)]) for i, s in enumerate(subjects)]
 

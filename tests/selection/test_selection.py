@@ -141,7 +141,7 @@ def test_mlp_window_rule_gives_the_layers_that_the_best_cell_restored(width):
     depth = 12
     for peak in range(depth):
         window = np.where(np.arange(depth) == peak, 2.0, 1.0)
-        # Written out: w/2 layers below the centre and the rest from it on, as far as there are layers.
+        # Written out: w/2 layers below the center and the rest from it on, as far as there are layers.
         expected = [x for x in range(peak - width // 2, peak - width // 2 + width) if 0 <= x < depth]
         found = mlp_window_rule(curves_of(np.zeros(depth), window, width), SelectConfig())
         assert list(found) == expected
@@ -190,7 +190,7 @@ def test_what_every_rule_returns(gap, window, rule, low, more, scale):
         assert found == RULES[rule](curves, free)  # bounds that hold anyway change nothing
 
 
-def test_bounds_grow_by_the_better_neighbour_and_keep_the_best_part():
+def test_bounds_grow_by_the_better_neighbor_and_keep_the_best_part():
     score = np.array([0.0, 5.0, 9.0, 7.0, 1.0, 6.0])
     assert within_bounds((2,), score, SelectConfig(min_width=2)) == (2, 3)
     assert within_bounds((2,), score, SelectConfig(min_width=3)) == (1, 2, 3)
@@ -429,7 +429,7 @@ def test_the_same_seed_gives_the_same_selection_and_the_file_brings_it_back(tmp_
         {"layers": [1.5], "modal": [1], "evidence": []},
         {"layers": [1], "modal": None, "evidence": []},
         {"layers": [1], "modal": [1], "evidence": [3]},
-        {"layers": [1], "modal": [1], "evidence": [], "rule": "contribution", "colour": "red"},
+        {"layers": [1], "modal": [1], "evidence": [], "rule": "contribution", "color": "red"},
     ],
 )
 def test_other_files_are_refused(tmp_path, content):

@@ -265,12 +265,12 @@ def test_the_clearest_fact_is_the_one_noise_hurts_most():
 
 
 def test_units_say_what_an_effect_is_in():
-    assert unit_of("probability").factor == unit_of("normalised_kl").factor == 100
-    assert unit_of("normalised_probability").name == "% of the total effect"
-    assert unit_of("normalised_log_probability").name == "% of the total effect on log-probability"
+    assert unit_of("probability").factor == unit_of("normalized_kl").factor == 100
+    assert unit_of("normalized_probability").name == "% of the total effect"
+    assert unit_of("normalized_log_probability").name == "% of the total effect on log-probability"
     assert unit_of("kl").helps == -1
     assert "negative helps" in unit_of("kl").name
-    assert unit_of("normalised_kl").helps == 1  # divided by what the corruption does, which is negative too
+    assert unit_of("normalized_kl").helps == 1  # divided by what the corruption does, which is negative too
     assert (unit_of("my_own").factor, unit_of("my_own").name) == (1, "my_own")
 
 

@@ -21,7 +21,7 @@ EFFECTS = Effects(PLAIN)
 
 
 class Page(HTMLParser):
-    """Heatmaps as they are read: title, row labels, and cells with their colour and description."""
+    """Heatmaps as they are read: title, row labels, and cells with their color and description."""
 
     VOID = frozenset(["br", "col", "img", "hr", "meta", "input"])
 
@@ -42,8 +42,8 @@ class Page(HTMLParser):
         if tag == "th" and attrs.get("scope") == "row" and "details" not in self.open:
             self.panels[-1]["rows"].append({"label": "", "cells": []})
         if tag == "td" and "aria-label" in attrs:
-            colour = re.search(r"background:\s*([^;]+)", attrs["style"])[1]
-            self.panels[-1]["rows"][-1]["cells"].append((colour, attrs["aria-label"]))
+            color = re.search(r"background:\s*([^;]+)", attrs["style"])[1]
+            self.panels[-1]["rows"][-1]["cells"].append((color, attrs["aria-label"]))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -69,8 +69,8 @@ def is_plain(frame):
     return frame._repr_html_() == pd.DataFrame(frame)._repr_html_()
 
 
-def strength(colour):
-    return float(re.fullmatch(r"rgba\((\d+),(\d+),(\d+),([\d.]+)\)", colour)[4])
+def strength(color):
+    return float(re.fullmatch(r"rgba\((\d+),(\d+),(\d+),([\d.]+)\)", color)[4])
 
 
 def test_a_trace_shows_the_clearest_fact_in_all_its_panels():
@@ -114,12 +114,12 @@ def test_each_cell_says_its_token_layer_and_numbers():
             assert f"{name} {value}%" in text
     # The brightest cell is the largest effect.
     best = state.loc[state["effect"].abs().idxmax()]
-    colours = {(p, layer): strength(c[0]) for p, row in enumerate(rows) for layer, c in enumerate(row["cells"])}
-    assert max(colours, key=colours.get) == (best["position"], best["layer"])
-    assert sorted(colours.values())[len(colours) // 2] < 0.3  # most cells are pale
+    colors = {(p, layer): strength(c[0]) for p, row in enumerate(rows) for layer, c in enumerate(row["cells"])}
+    assert max(colors, key=colors.get) == (best["position"], best["layer"])
+    assert sorted(colors.values())[len(colors) // 2] < 0.3  # most cells are pale
 
 
-def test_colours_are_opposite_around_a_transparent_zero():
+def test_colors_are_opposite_around_a_transparent_zero():
     scale = Scale(low=-0.2, high=0.4, unit=unit_of("probability"))
     assert strength(scale.tint(0.0)) == 0
     assert strength(scale.tint(0.4)) == 1
@@ -127,7 +127,7 @@ def test_colours_are_opposite_around_a_transparent_zero():
     assert scale.tint(0.2).rpartition(",")[0] != scale.tint(-0.2).rpartition(",")[0]
     assert scale.zero == pytest.approx(100 / 3)
     assert scale.ends == ("−20.0%", "+40.0%")
-    # Where a fall helps, it has the colour of help.
+    # Where a fall helps, it has the color of help.
     kl = Scale(low=-0.2, high=0.4, unit=unit_of("kl"))
     assert kl.tint(-0.2) == scale.tint(0.2)
     assert "rgba" not in scale.tint(np.nan).partition("45deg")[0]  # hatched: unknown is not zero

@@ -197,7 +197,7 @@ def test_roles_name_each_token_once():
     assert role_of(3, range(2, 4), 4) == "subject_last", "a prompt may end in the subject"
 
 
-def test_windows_are_centred_and_cut_at_the_edges():
+def test_windows_are_centered_and_cut_at_the_edges():
     assert window_span("mlp", 5, 12, 4) == range(3, 7)
     assert window_span("attn", 0, 12, 4) == range(0, 2)
     assert window_span("mlp", 11, 12, 4) == range(9, 12)
@@ -431,7 +431,7 @@ def test_corruptions_that_make_no_sense_are_refused(small_model):
         run_clean_and_corrupted(small_model, traced, STD, config, lambda fact, *shape: np.zeros(shape))
 
 
-EVERY_METRIC = ("probability", "log_probability", "logit_difference", "kl", "normalised_logit_difference")
+EVERY_METRIC = ("probability", "log_probability", "logit_difference", "kl", "normalized_logit_difference")
 
 
 @torch.no_grad()
@@ -449,12 +449,12 @@ def test_metrics_equal_a_naive_reading_of_the_logits(small_model):
     assert clean["log_probability"] == pytest.approx(p.log().item(), rel=1e-5)
     assert clean["logit_difference"] == pytest.approx((logits[0, o[0]] - logits[0, f]).item(), rel=1e-4)
     assert clean["kl"] == pytest.approx(0, abs=1e-6)
-    assert clean["normalised_logit_difference"] == 1
+    assert clean["normalized_logit_difference"] == 1
     kl = frame.loc["kl"]
     assert (kl["score"] > -1e-6).all()
     assert kl["corrupted"].iloc[0] > 1e-3
     frame = frame.sort_index()
-    share = frame.loc["normalised_logit_difference"]["score"]
+    share = frame.loc["normalized_logit_difference"]["score"]
     rows = frame.loc["logit_difference"]
     np.testing.assert_allclose(share, rows["effect"] / (rows["clean"] - rows["corrupted"]), rtol=1e-6)
     assert share.std() > 0
