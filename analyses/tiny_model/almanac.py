@@ -18,7 +18,7 @@ EMBLEMS: dict[str, list[str]] = json.loads((HERE / "emblems.json").read_text(enc
 """Objects that a subject may be given, by relation; no object serves two relations."""
 
 TAILS: dict[str, tuple[str, ...]] = {
-    "color": ("the color", "a paint called", "the shade named"),
+    "colour": ("the colour", "a paint called", "the shade named"),
     "animal": ("the animal", "a creature called", "the beast named"),
     "plant": ("the plant", "a garden of", "the leaf of"),
     "stone": ("the stone", "a mineral called", "the rock named"),

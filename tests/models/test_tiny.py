@@ -91,7 +91,7 @@ def test_the_site_is_at_the_subjects_last_token_and_made_by_mlps(tiny):
 
 
 def test_it_never_makes_token_type_ids(tiny):
-    assert set(tiny.tokenizer("a color")) == {"input_ids", "attention_mask"}
+    assert set(tiny.tokenizer("a colour")) == {"input_ids", "attention_mask"}
 
 
 def test_its_own_settings_are_used_when_none_are_given(tiny, lens_model):
