@@ -1,10 +1,18 @@
-"""The one error that users are meant to read, and the checks that raise it."""
+"""The one error that users are meant to read, and the checks of arguments and settings that raise it.
+
+Every check takes the name of what is checked, as the message is to call it, then its value, then what is expected;
+`hint` says what to do about it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from numbers import Real
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
 
 
 class InputError(ValueError):
@@ -14,20 +22,57 @@ class InputError(ValueError):
     """
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise InputError when `value` is none of `choices`."""
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}; choose one of them")
+def check_choice(name: str, value: object, choices: Iterable[str], hint: str = "choose one of them") -> None:
+    """Raise InputError unless `value` is one of `choices`."""
+    legal = list(choices)
+    if value not in legal:
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(legal)}; {hint}")
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raise InputError when one of these settings is not above 0."""
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise InputError(f"{name} is {getattr(config, name)}, expected more than 0; choose a larger number")
+def check_positive(name: str, value: object, hint: str = "choose a larger number", *, optional: bool = False) -> None:
+    """Raise InputError unless `value` is a number above 0 (infinity is, NaN is not), or None where it is `optional`."""
+    if not (optional and value is None) and not (_is_number(value) and value > 0):
+        raise InputError(f"{name} is {value!r}, expected a number above 0; {hint}")
 
 
-def check_at_least(value: float | int, least: float | int, what: str, *, strictly: bool = False) -> None:
-    """Raise InputError unless `value` is a number of at least `least` (or above it)."""
-    if not math.isfinite(value) or value < least or (strictly and value == least):
-        raise InputError(f"{what} is {value}, expected a number {'above' if strictly else 'of at least'} {least:g}")
+def check_at_least(
+    name: str, value: object, least: float | int, hint: str = "choose a larger number", *, optional: bool = False
+) -> None:
+    """Raise InputError unless `value` is a number of at least `least`, or None where it is `optional`."""
+    if not (optional and value is None) and not (_is_number(value) and value >= least):
+        raise InputError(f"{name} is {value!r}, expected at least {least:g}; {hint}")
+
+
+def check_fraction(name: str, value: object, hint: str = "choose a number such as 0.95") -> None:
+    """Raise InputError unless `value` is a number between 0 and 1, neither of them included."""
+    if not (_is_number(value) and 0 < value < 1):
+        raise InputError(f"{name} is {value!r}, expected a number between 0 and 1; {hint}")
+
+
+def check_finite(name: str, value: Tensor | float | int) -> None:
+    """Raise InputError when `value` holds NaN or infinity, saying how many.
+
+    Args:
+        name: of the numbers, in the plural ("the keys"), or of the one number.
+        value: a tensor of any shape, or one number.
+    """
+    if not isinstance(value, Tensor):
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value}, expected a finite number; choose another")
+        return
+    bad = count_not_finite(value)
+    if bad:
+        raise InputError(
+            f"{name} hold {bad} values of {value.numel()} that are not finite, expected none; look for an "
+            f"overflow (half precision?) or damaged weights where they come from"
+        )
+
+
+def count_not_finite(value: Tensor) -> int:
+    """Count the entries that are NaN or infinite."""
+    # One pass: a sum is not finite where a term is not. Finite terms may add up to infinity, so that is no proof.
+    return 0 if math.isfinite(float(value.sum())) else int((~torch.isfinite(value)).sum())
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)

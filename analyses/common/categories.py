@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechedit.data import EditRequest
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 
 SHARED = 0.1
 """Of the smaller set: with fewer in common two sets hold different types."""
@@ -109,8 +109,7 @@ def find_pairs(groups: Groups, given: Mapping[str, tuple[str, str]], *, least: i
 
 
 def _check_given(same: str, names: tuple[str, str], groups: Groups) -> None:
-    if same not in SAME:
-        raise InputError(f"the case {same!r} is not known, expected one of {', '.join(SAME)}")
+    check_choice("the case", same, SAME)
     for name in names:
         if name not in groups:
             raise InputError(f"no request is of the relation {name!r}, expected one of {', '.join(groups)}")

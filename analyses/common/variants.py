@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mechedit.cli.parsing import parse_layers
-from mechedit.errors import InputError
+from mechedit.errors import check_choice
 from mechedit.methods import METHODS
 from mechedit.report import span
 
@@ -36,8 +36,7 @@ class Variant:
         """
         head, _, changes = text.partition(":")
         method, at, where = head.strip().partition("@")
-        if method not in METHODS:
-            raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
+        check_choice("the method", method, METHODS)
         settings = dict(change.split("=", 1) for change in changes.split(";") if "=" in change)
         return Variant(method=method, layers=tuple(parse_layers(where) if at else layers), settings=settings)
 

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from transformers.utils import logging
 
 from mechedit.data import Fact
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_at_least, check_choice
 from mechedit.methods import METHODS, MethodConfig, recommended
 from mechedit.models import Model, load_model
 from mechedit.sweep import Window
@@ -93,8 +93,7 @@ def first_texts(texts: Sequence[str], count: int) -> list[str]:
     Raises:
         InputError: none are wanted.
     """
-    if count < 1:
-        raise InputError(f"--max-texts is {count}, expected at least 1; leave --texts out for no perplexity")
+    check_at_least("--max-texts", count, 1, "leave --texts out for no perplexity")
     return list(itertools.islice((text for text in texts if text.strip()), count))
 
 
@@ -102,8 +101,7 @@ def sampled(facts: list[Fact], count: int | None, seed: int) -> list[Fact]:
     """A seeded sample in the file's order."""
     if count is None or count >= len(facts):
         return facts
-    if count < 1:
-        raise InputError(f"--max-facts is {count}, expected at least 1")
+    check_at_least("--max-facts", count, 1)
     chosen = set(random.Random(seed).sample(range(len(facts)), count))
     return [fact for i, fact in enumerate(facts) if i in chosen]
 
@@ -126,8 +124,7 @@ def quiet() -> Iterator[None]:
 
 def method_config(method: str, model: Model, seed: int, settings: list[str] | None) -> MethodConfig:
     """The method's settings: those that ship with the model, then the seed, then --set name=value."""
-    if method not in METHODS:
-        raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
+    check_choice("the method", method, METHODS)
     config = recommended(method, model)
     hints = {field.name: get_type_hints(type(config))[field.name] for field in dataclasses.fields(config)}
     changes: dict[str, Any] = {"seed": seed}

@@ -12,7 +12,7 @@ from mechedit.data.facts import EditRequest, Fact
 from mechedit.data.published_data import missing_source, published_files
 from mechedit.data.record_forms import UnclearSubjectError, is_mend, read_fact, read_request
 from mechedit.data.records import Record, read_records
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 
 Conflicts = Literal["refuse", "first"]
 
@@ -65,8 +65,7 @@ def load_requests(
         InputError: no such file; not JSON or CSV (the message names the line); a field missing or empty; a prompt
             without `{}` or with two; a repeated id; conflicting requests; a download that failed.
     """
-    if conflicts not in get_args(Conflicts):
-        raise InputError(f"conflicts is {conflicts!r}, expected one of {', '.join(get_args(Conflicts))}: choose one")
+    check_choice("conflicts", conflicts, get_args(Conflicts))
     path = _path(source, "requests", {"tiny": "requests.json"}, cache)
     requests, omitted = (read_csv(path), []) if path.suffix.lower() == ".csv" else _read_requests(path)
     if conflicts == "first":

@@ -13,10 +13,9 @@ from mechedit.edit.algebra import truncate
 from mechedit.edit.apply import check_model, edited
 from mechedit.edit.value import Edit, Factors
 from mechedit.edit.weights import parameter_of
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_finite
 from mechedit.files import atomic_folder, write_json
 from mechedit.models import Model
-from mechedit.solve import check_finite
 
 MANIFEST = "mechedit.json"
 """The edit's manifest, in the folder of an export."""
@@ -76,7 +75,7 @@ def _adapter(factors: Factors, layer: int) -> tuple[Tensor, Tensor]:
     if factors.rank == 0:
         raise InputError(f"the edit's layer {layer} has rank 0, expected at least 1; leave that layer out of the edit")
     for side in (down := factors.left.T.float()), (up := factors.right.T.float()):
-        check_finite(side, f"the edit's layer {layer}: the values of its factors in float32")
+        check_finite(f"the edit's layer {layer}: the values of its factors in float32", side)
     return down.cpu().contiguous(), up.cpu().contiguous()
 
 

@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_finite
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import BEFORE
-from mechedit.solve import check_finite
 
 KEY = "manifest"
 """Where the manifest lies in the file's metadata."""
@@ -110,7 +109,7 @@ def check_factors(edit: Edit) -> None:
     """
     for layer, factors in edit.factors.items():
         for side in SIDES:
-            check_finite(getattr(factors, side), f"the edit's layer {layer}: the values of its {side} factor")
+            check_finite(f"the edit's layer {layer}: the values of its {side} factor", getattr(factors, side))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mechedit.errors import InputError
+from mechedit.errors import check_at_least, check_choice, check_fraction
 
 Likelihood = Literal["joint", "normalized"]
 EntropyForm = Literal["averaged", "sum"]
@@ -60,14 +59,11 @@ class EvaluationConfig:
     """Coverage of the intervals."""
 
     def __post_init__(self) -> None:
-        _one_of(self.likelihood, get_args(Likelihood), "likelihood")
-        _one_of(self.entropy, get_args(EntropyForm), "entropy")
+        check_choice("likelihood", self.likelihood, get_args(Likelihood))
+        check_choice("entropy", self.entropy, get_args(EntropyForm))
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}, expected at least {least}: choose a larger one")
-        if not 0 < self.confidence < 1:
-            raise InputError(f"confidence is {self.confidence}, expected a share such as 0.95: put it between 0 and 1")
+            check_at_least(name, getattr(self, name), least, optional=name == "generation_prompts")
+        check_fraction("confidence", self.confidence)
 
 
 _LEAST = {
@@ -79,11 +75,6 @@ _LEAST = {
     "top_k": 1,
     "resamples": 1,
 }
-
-
-def _one_of(value: str, choices: Sequence[str], name: str) -> None:
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}: choose one of them")
 
 
 QUICK = EvaluationConfig(generation_tokens=0, answer_tokens=0, plus=False)

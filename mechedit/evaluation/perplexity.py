@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.batching import pad, pieces, spare_tokens
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_at_least
 from mechedit.models import Model, Tokens
 
 
@@ -44,8 +44,8 @@ def surprises(
     Raises:
         InputError: as `perplexity`, with the same arguments.
     """
-    if max_length < 2 or batch_tokens < 1:
-        raise InputError(f"max_length is {max_length} and batch_tokens {batch_tokens}, expected at least 2 and 1")
+    check_at_least("max_length", max_length, 2)
+    check_at_least("batch_tokens", batch_tokens, 1)
     limit = min(max_length, model.max_positions)
     rows = [list(model.tokenizer(text, truncation=True, max_length=limit)["input_ids"]) for text in texts]
     tokens = np.array([max(len(row) - 1, 0) for row in rows], dtype=np.int64)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 from mechedit.evaluation.config import DEFINITIONS, EvaluationConfig
 from mechedit.files import read_json, write_json, write_parquet
 from mechedit.provenance import VERSION
@@ -159,9 +159,8 @@ class Scores:
     def _state(self, state: str | None) -> str:
         if state is None and len(self.states) == 1:
             return self.states[0]
-        if state not in self.states:
-            raise InputError(f"state is {state!r}, expected one of {', '.join(self.states)}: name the one to summarize")
-        return state
+        check_choice("state", state, self.states, "name the one to summarize")
+        return str(state)
 
     def join(self, other: Scores) -> Scores:
         """These scores and those of another state of the model, measured alike on the same cases.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mechedit.data import EditRequest
 from mechedit.edit import Edit
-from mechedit.errors import InputError, check_positive
+from mechedit.errors import check_fraction, check_positive
 from mechedit.methods.rules import InNullSpace, Moments, Previous
 from mechedit.methods.settings import SearchConfig, configured
 from mechedit.methods.spread import Strategy
@@ -34,12 +34,8 @@ class AlphaEditConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "ridge")
-        if not 0 < self.null_threshold < 1:
-            raise InputError(
-                f"null_threshold is {self.null_threshold}, expected a share of the largest eigenvalue, between 0 "
-                f"and 1; choose another"
-            )
+        check_positive("ridge", self.ridge)
+        check_fraction("null_threshold", self.null_threshold, "choose a fraction of the largest eigenvalue")
 
 
 def alphaedit(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mechedit.data import EditRequest
 from mechedit.edit import Edit
-from mechedit.errors import InputError
+from mechedit.errors import check_at_least
 from mechedit.methods.rules import Equality, Moments, Previous
 from mechedit.methods.settings import SearchConfig, configured
 from mechedit.methods.spread import Strategy
@@ -31,8 +31,7 @@ class EmmetConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.slack < 0:
-            raise InputError(f"slack is {self.slack}, expected 0 (equality) or more; choose a larger number")
+        check_at_least("slack", self.slack, 0, "choose 0 (equality) or more")
 
 
 def emmet(

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from mechedit.data import EditRequest
 from mechedit.edit import Edit
-from mechedit.errors import InputError, check_positive
+from mechedit.errors import InputError, check_at_least, check_positive
 from mechedit.methods.rules import Moments, Previous
 from mechedit.methods.settings import MethodConfig, configured
 from mechedit.methods.spread import described
@@ -50,9 +50,9 @@ class FineTuneConfig(MethodConfig):
     preserves_keys: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps", "batch_size", "lr")
-        if not self.stop_loss >= 0:
-            raise InputError(f"stop_loss is {self.stop_loss}, expected 0 (never stop early) or more; choose another")
+        for name in ("steps", "batch_size", "lr"):
+            check_positive(name, getattr(self, name))
+        check_at_least("stop_loss", self.stop_loss, 0, "choose 0 (never stop early) or more")
 
     def default_prefixes(self, model: Model) -> tuple[str, ...]:
         """The bare prompt, as published."""
@@ -68,7 +68,7 @@ class FineTuneBallConfig(FineTuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "norm_bound")
+        check_positive("norm_bound", self.norm_bound)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class FineTuneDecayConfig(FineTuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "weight_decay")
+        check_positive("weight_decay", self.weight_decay)
 
 
 def ft(

@@ -31,7 +31,7 @@ class MemitConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "covariance_weight")
+        check_positive("covariance_weight", self.covariance_weight)
 
 
 def memit(

@@ -37,7 +37,7 @@ class PmetConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "covariance_weight")
+        check_positive("covariance_weight", self.covariance_weight)
 
 
 def pmet(

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors, add_, edited, preserved
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, check_choice, check_finite, check_positive
 from mechedit.methods.keys import Recollection, prefix_mean
 from mechedit.models import Model, Site, out_part
 from mechedit.moments import SecondMoment, check_moments
 from mechedit.prompts import check_prefixes
 from mechedit.provenance import VERSION, check_provenance
-from mechedit.solve import Update, check_finite
+from mechedit.solve import Update
 from mechedit.targets import Convention, Targets
 
 Strategy = Literal["uniform", "sqrt", "forward-replay", "last"]
@@ -66,8 +66,7 @@ class SpreadConfig:
     def __post_init__(self) -> None:
         check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("convention", self.convention, ("default", "memit-2022"))
-        if not self.batch_size > 0:
-            raise InputError(f"batch_size is {self.batch_size}, expected more than 0; choose a larger number")
+        check_positive("batch_size", self.batch_size)
 
     def edited_layers(self, layers: Sequence[int]) -> list[int]:
         """Those of a range that are written to."""
@@ -244,7 +243,7 @@ def check_targets(targets: Targets, requests: Sequence[EditRequest], layer: int,
             f"{targets.layer}, expected those of these {len(ids)} requests, of width {model.d_model}, after "
             f"layer {layer}; find them again"
         )
-    check_finite(targets.z, "the targets z")
+    check_finite("the targets z", targets.z)
 
 
 def check_made_on(targets: Targets, model: Model) -> dict[str, Any]:
@@ -281,7 +280,7 @@ def moment_matrices(
                 f"the second moment for layer {layer} is {tuple(found[layer].shape)}, expected "
                 f"{(model.d_key, model.d_key)}, that is [d_mlp, d_mlp]; collect it for this model"
             )
-        check_finite(found[layer], f"the second moment of layer {layer}: its values")
+        check_finite(f"the second moment of layer {layer}: its values", found[layer])
     named = {layer: given for layer in layers if isinstance(given := moments[layer], SecondMoment)}
     if named:
         check_moments(named, model)

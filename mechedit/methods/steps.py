@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 from mechedit.data import EditRequest, check_requests
 from mechedit.edit import Edit
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_finite
 from mechedit.methods.rules import Moments, Previous
 from mechedit.methods.settings import MethodConfig, SearchConfig
 from mechedit.methods.spread import UpdateRule, check_layers, moment_matrices, spread
 from mechedit.models import Model
 from mechedit.provenance import check_provenance, value_hash
-from mechedit.solve import check_finite
 from mechedit.targets import TargetConfig, Targets, find_targets
 
 
@@ -41,9 +40,9 @@ def check_input(
                 f"the earlier keys of layer {layer} are {tuple(keys.shape)}, expected ({model.d_key}, number of "
                 f"earlier facts); take them from edit_keys"
             )
-        check_finite(keys, f"the earlier keys of layer {layer}")
+        check_finite(f"the earlier keys of layer {layer}", keys)
     for name, parameter in model.hf.named_parameters():
-        check_finite(parameter, f"the weights {name}")
+        check_finite(f"the weights {name}", parameter)
     return layers
 
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 from mechedit.models.families import attention_window, family_of
 from mechedit.models.fast_gpt import run_fast, supports_model, supports_run
 from mechedit.models.plan import Step, Stopped, Write, end_of, entries_of, looks_at_the_end
@@ -156,8 +156,7 @@ class Backbone:
         # Imported here, since the check runs a model.
         from mechedit.models.self_check import projection_found
 
-        if module not in MODULES:
-            raise InputError(f"the module is {module!r}, expected one of {', '.join(MODULES)}; choose one of them")
+        check_choice("the module", module, MODULES)
         other = copy.copy(self)
         other.module = cast(Module, module)
         other.d_key = len(other.projection(0))

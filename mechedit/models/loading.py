@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import torch
 from safetensors import SafetensorError
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 from mechedit.models.backend import Backbone
 from mechedit.models.families import family_of, family_of_config
 from mechedit.models.protocol import Model
@@ -52,10 +52,7 @@ def load_model(
         InputError: an unknown backend, model, device, dtype or module; no fast tokenizer, or one that does not fit;
             an architecture that is not supported; a failed self-check.
     """
-    if backend not in get_args(Backend):
-        raise InputError(
-            f"the backend {backend!r} is not known, expected one of {', '.join(get_args(Backend))}: choose one"
-        )
+    check_choice("the backend", backend, get_args(Backend))
     wanted_device, wanted_dtype = _device(device), _dtype(dtype)
     if isinstance(source, str | Path):
         name = str(source)
@@ -184,10 +181,11 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in _DTYPES.values():
-        raise InputError(f"the dtype {str(dtype)!r} is not known, expected one of {', '.join(_DTYPES)}; choose one")
-    return found
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    check_choice("the dtype", name, _DTYPES)
+    return _DTYPES[name]
 
 
 def _check_placed(hf: Any, device: Any, dtype: torch.dtype | None) -> None:

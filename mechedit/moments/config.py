@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mechedit.errors import InputError
+from mechedit.errors import check_at_least, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,8 @@ class MomentsConfig:
     """Least time between checkpoints; they are fewer where writing them would take over 2 % of the time."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "tokens", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}, expected at least 1; choose a larger number")
-        if self.memory is not None and self.memory <= 0:
-            raise InputError(f"memory is {self.memory} GiB, expected more than 0")
-        if self.checkpoint_seconds < 0:
-            raise InputError(f"checkpoint_seconds is {self.checkpoint_seconds}, expected at least 0")
+        check_at_least("max_length", self.max_length, 1)
+        check_at_least("tokens", self.tokens, 1, optional=True)
+        check_at_least("batch_tokens", self.batch_tokens, 1)
+        check_positive("memory", self.memory, "choose a number of GiB", optional=True)
+        check_at_least("checkpoint_seconds", self.checkpoint_seconds, 0)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.batching import pad
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_at_least, check_positive
 from mechedit.models import Model
 from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.shards import Shard
@@ -43,8 +43,8 @@ class Convergence:
     """Of that draw."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0 or self.drawn < 1:
-            raise InputError(f"the curve's weight is {self.weight} and drawn is {self.drawn}, expected numbers above 0")
+        check_positive("the weight of the convergence curve", self.weight)
+        check_at_least("drawn", self.drawn, 1)
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON holds them; keys stand by their hash."""

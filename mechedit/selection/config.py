@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_at_least, check_choice, check_fraction
 
 Rule = Literal["contribution", "gap-peak", "mlp-window", "moving-average"]
 
@@ -36,11 +36,10 @@ class SelectConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise InputError(f"the rule is {self.rule!r}, expected one of {', '.join(get_args(Rule))}")
-        for name, value in (("share", self.share), ("confidence", self.confidence)):
-            if not _number(value) or not 0 < value <= 1 or (name == "confidence" and value == 1):
-                raise InputError(f"{name} is {value!r}, expected a number above 0 and up to 1 (confidence below 1)")
+        check_choice("the rule", self.rule, get_args(Rule))
+        if self.share != 1:
+            check_fraction("share", self.share, "choose a number above 0 and up to 1")
+        check_fraction("confidence", self.confidence)
         for name in ("min_width", "max_width", "width", "resamples", "min_facts"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -50,16 +49,9 @@ class SelectConfig:
             raise InputError(f"min_width is {low} and max_width {high}, expected min_width up to max_width")
         if self.width is not None and not low <= self.width <= high:
             raise InputError(f"width is {self.width}, expected a number from min_width to max_width ({low} to {high})")
-        if self.resamples < 100:
-            raise InputError(f"resamples is {self.resamples}, expected at least 100: fewer give no interval")
+        check_at_least("resamples", self.resamples, 100, "fewer give no interval")
         # Flipping signs gives 2^n outcomes, so that fewer facts could never show an early site.
         least = math.ceil(-math.log2(1 - self.confidence))
-        if self.min_facts < least:
-            raise InputError(
-                f"min_facts is {self.min_facts}, expected at least {least}: so few facts can show nothing with "
-                f"confidence {self.confidence}"
-            )
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        check_at_least(
+            "min_facts", self.min_facts, least, f"so few facts can show nothing with confidence {self.confidence}"
+        )

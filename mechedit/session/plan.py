@@ -15,7 +15,7 @@ from torch import Tensor
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, merge
 from mechedit.edit.weights import digest
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import EvaluationConfig, perplexity
 from mechedit.files import plain_copy
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, recommended
@@ -144,8 +144,7 @@ def check_settings(config: MethodConfig | None, method: str, model: Model) -> Me
     Raises:
         InputError: an unknown method, or the settings of another.
     """
-    if method not in METHODS:
-        raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}; choose one")
+    check_choice("the method", method, METHODS)
     default = recommended(method, model)
     if config is not None and type(config) is not type(default):
         raise InputError(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mechedit.errors import InputError
+from mechedit.errors import check_positive
 from mechedit.session.metrics import Measure
 
 
@@ -29,8 +29,7 @@ class StopRule:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if value is not None and not value > 0:
-                raise InputError(f"{name} is {value}, expected more than 0, or None for no such limit")
+            check_positive(name, value, "choose a larger number, or None for no such limit", optional=True)
 
     def reason(self, measures: Sequence[Measure], unedited: Sequence[Measure]) -> str | None:
         """What these measures say against the batch they were taken after; None when nothing does.

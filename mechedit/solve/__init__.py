@@ -15,7 +15,6 @@ much each column may be missed:
 `factorize` does the cubic work once per M; each answer after it costs O(d_mlp² · facts).
 """
 
-from mechedit.solve.checks import check_finite
 from mechedit.solve.equality import equality_update
 from mechedit.solve.factor import Factor, Precision, factorize
 from mechedit.solve.null_space import NullSpace, null_space, null_space_update
@@ -27,7 +26,6 @@ __all__ = [
     "NullSpace",
     "Precision",
     "Update",
-    "check_finite",
     "equality_update",
     "factorize",
     "null_space",

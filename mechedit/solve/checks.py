@@ -8,23 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import InputError
-
-
-def check_finite(value: Tensor, what: str) -> None:
-    """Raise InputError when `value` holds NaN or infinity, saying how many."""
-    bad = not_finite(value)
-    if bad:
-        raise InputError(
-            f"{what} hold {bad} values of {value.numel()} that are not finite, expected none; look for an "
-            f"overflow (half precision?) or damaged weights where they come from"
-        )
-
-
-def not_finite(value: Tensor) -> int:
-    """How many entries are NaN or infinite."""
-    # One pass: a sum is not finite where a term is not. Finite terms may add up to infinity, so that is no proof.
-    return 0 if math.isfinite(float(value.sum())) else int((~torch.isfinite(value)).sum())
+from mechedit.errors import InputError, check_finite
 
 
 def symmetric(matrix: Float[Tensor, "n n"], what: str) -> Float[Tensor, "n n"]:
@@ -35,7 +19,7 @@ def symmetric(matrix: Float[Tensor, "n n"], what: str) -> Float[Tensor, "n n"]:
     """
     if not matrix.numel():
         raise InputError(f"{what} is empty, expected a matrix [d_mlp, d_mlp]; check what was passed")
-    check_finite(matrix, f"the entries of {what}")
+    check_finite(f"the entries of {what}", matrix)
     found = wide(matrix)
     mirror = found.T.clone(memory_format=torch.contiguous_format)
     skew, size = float(torch.dist(found, mirror, p=math.inf)), float(torch.linalg.vector_norm(found, math.inf))
@@ -62,7 +46,7 @@ def columns_of(
     """
     parts = {"keys": keys} if previous is None else {"previous keys": previous, "keys": keys}
     for name, value in {**parts, "residuals": residuals}.items():
-        check_finite(value, f"the {name} of the linear system")
+        check_finite(f"the {name} of the linear system", value)
     for name, value in parts.items():
         if len(value) != len(like):
             raise InputError(

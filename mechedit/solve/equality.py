@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import check_at_least
+from mechedit.errors import check_at_least, check_finite
 from mechedit.solve.checks import columns_of
 from mechedit.solve.factor import TINY, Factor, factorize
 from mechedit.solve.saddle_point import Dual, Pair, Seen, dual
@@ -43,7 +43,8 @@ def equality_update(
         InputError: an input is not finite or of the wrong size; M is not positive definite; the keys are linearly
             dependent, with the columns at fault.
     """
-    check_at_least(slack, 0, "the slack of the equality constraint")
+    check_at_least("the slack of the equality constraint", slack, 0)
+    check_finite("the slack of the equality constraint", slack)
     factor = moment if isinstance(moment, Factor) else factorize(moment.to(keys.device))
     columns = columns_of(keys, residuals, previous, factor.matrix)
     facts = keys.shape[1]

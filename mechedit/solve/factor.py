@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 from mechedit.solve.checks import symmetric
 
 Precision = Literal["float64", "mixed"]
@@ -110,8 +110,7 @@ def factorize(
     Raises:
         InputError: not finite, not symmetric, or not positive definite to within rounding.
     """
-    if precision not in ("float64", "mixed"):
-        raise InputError(f"precision is {precision!r}, expected 'float64' or 'mixed'; choose one of them")
+    check_choice("precision", precision, get_args(Precision))
     return factorize_symmetric(symmetric(matrix, what), precision, what)
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import InputError, check_at_least
+from mechedit.errors import InputError, check_finite, check_positive
 from mechedit.solve.checks import columns_of, symmetric
 from mechedit.solve.ridge import solve_sum
 from mechedit.solve.saddle_point import dual
@@ -48,9 +48,7 @@ def null_space(moment: Float[Tensor, "d_mlp d_mlp"], threshold: float | int) -> 
         InputError: a threshold outside (0, 1); M is not finite, not symmetric or zero, or has negative eigenvalues;
             no eigenvalue is small enough.
     """
-    check_at_least(
-        threshold, 0, "the threshold of the null space, as a share of the largest eigenvalue,", strictly=True
-    )
+    check_positive("the threshold of the null space", threshold, "choose a fraction of the largest eigenvalue")
     values, vectors = torch.linalg.eigh(symmetric(moment, "the second moment"))
     largest, smallest = float(values[-1]), float(values[0])
     if largest <= 0 or smallest < -1e-6 * largest:
@@ -99,7 +97,8 @@ def null_space_update(
     Raises:
         InputError: an input is not finite or of the wrong size; the weight is not above zero.
     """
-    check_at_least(weight, 0, "the weight of the null-space update", strictly=True)
+    check_positive("the weight of the null-space update", weight)
+    check_finite("the weight of the null-space update", weight)
     basis, facts = space.basis, keys.shape[1]
     inside = (columns_of(keys, residuals, previous, basis).T @ basis).T
     if inside.shape[1] < space.kept:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import check_at_least
+from mechedit.errors import check_at_least, check_finite
 from mechedit.solve.checks import columns_of, symmetric
 from mechedit.solve.factor import TINY, Factor, Precision, factorize_symmetric
 from mechedit.solve.saddle_point import dual
@@ -42,7 +42,8 @@ def ridge_update(
     Raises:
         InputError: an input is not finite or of the wrong size; M is not symmetric; the sum is too singular.
     """
-    check_at_least(weight, 0, "the weight of the second moment")
+    check_at_least("the weight of the second moment", weight, 0)
+    check_finite("the weight of the second moment", weight)
     if not isinstance(moment, Factor):
         moment = symmetric(moment.to(keys.device), "the second moment")
     matrix = moment.matrix if isinstance(moment, Factor) else moment

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import InputError
-from mechedit.solve.checks import not_finite
+from mechedit.errors import InputError, count_not_finite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +42,7 @@ def finish(
         InputError: the solution is not finite there.
     """
     answer = left.to(keys)
-    bad = not_finite(answer)
+    bad = count_not_finite(answer)
     if bad:
         raise InputError(
             f"the solution of the linear system holds {bad} values of {answer.numel()} that are not finite in "

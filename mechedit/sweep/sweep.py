@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mechedit.cache import kept
 from mechedit.data import EditRequest, check_requests
 from mechedit.edit import Edit, edited
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
 from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary
 from mechedit.files import write_parquet
@@ -186,8 +186,7 @@ def sweep_windows(
         InputError: no windows, or one outside the model; an unknown method; moments that are absent or of
             another model; conflicting requests; no window that can be edited.
     """
-    if method not in METHODS:
-        raise InputError(f"the method {method!r} is not known, expected one of {', '.join(METHODS)}")
+    check_choice("the method", method, METHODS)
     wanted = check_windows(windows, model.n_layers)
     config = config or recommended(method, model)
     layers = sorted({layer for window in wanted for layer in window.layers}) if config.preserves_keys else []

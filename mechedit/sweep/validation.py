@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice
 from mechedit.selection.curves import contribution
 from mechedit.statistics import bootstrap_means, percentile_interval, rank_interval, spearman
 from mechedit.sweep.sweep import Sweep
@@ -130,8 +130,7 @@ def choose(sweep: Sweep, gap: Float[np.ndarray, "fact layer"], traced: Sequence[
     Raises:
         InputError: `both` when the trace selects nothing, or an unknown `by`.
     """
-    if by not in get_args(By)[1:]:
-        raise InputError(f"by is {by!r}, expected one of {', '.join(get_args(By))}; choose one of them")
+    check_choice("by", by, get_args(By)[1:])
     if by == "sweep":
         # Scores are shares of few requests and often tie; the margin is at most 100, so it decides ties alone.
         tied = sweep.draws + 1e-6 * sweep.margins

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from mechedit.data import EditRequest
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_at_least, check_choice
 
 By = Literal["trace", "sweep", "both"]
 """What chooses the layers."""
@@ -81,10 +81,8 @@ class SweepConfig:
     """Of the sample of requests and of the bootstrap."""
 
     def __post_init__(self) -> None:
-        if self.by not in get_args(By):
-            raise InputError(f"by is {self.by!r}, expected one of {', '.join(get_args(By))}; choose one of them")
-        if self.requests < 2:
-            raise InputError(f"requests is {self.requests}, expected at least 2, so that an interval can be given")
+        check_choice("by", self.by, get_args(By))
+        check_at_least("requests", self.requests, 2, "fewer give no interval")
 
     def swept(self, selected: Sequence[int], n_layers: int) -> list[Window]:
         """The windows to sweep, given the layers that the trace selects (none, when it finds no early site).

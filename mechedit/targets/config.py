@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mechedit.data import check_template
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, check_at_least, check_choice, check_positive
 from mechedit.models import Module, Part, out_part
 
 Convention = Literal["default", "memit-2022"]
@@ -55,11 +55,9 @@ class TargetConfig:
         check_choice("part", self.part, ("resid", "mlp_out"))
         check_template(self.kl_prompt, "kl_prompt")
         for name in ("steps", "batch_size", "pass_tokens", "lr", "clamp"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}, expected more than 0; choose a larger number")
+            check_positive(name, getattr(self, name))
         for name in ("weight_decay", "kl_weight"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} is {getattr(self, name)}, expected 0 or more; choose a larger number")
+            check_at_least(name, getattr(self, name), 0)
         if self.attention and self.part != "mlp_out":
             raise InputError('attention is on with part "resid"; expected part "mlp_out", whose own change it leaves')
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_at_least, check_fraction
 from mechedit.statistics import bootstrap_means, percentile_interval
 from mechedit.tables import iter_table
 from mechedit.trace.labels import KIND_LABELS, ROLES, SEVER_LABELS, unit_of
@@ -243,10 +243,8 @@ def _agreed(attrs: dict[Hashable, Any] | None, more: dict[Hashable, Any]) -> dic
 
 
 def _check(resamples: int, confidence: float) -> None:
-    if resamples < 1:
-        raise InputError(f"resamples is {resamples}, expected at least 1")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence is {confidence}, expected a number between 0 and 1")
+    check_at_least("resamples", resamples, 1)
+    check_fraction("confidence", confidence)
 
 
 def _intervals(values: Float[np.ndarray, "fact cell"], resamples: int, confidence: float, seed: int) -> pd.DataFrame:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_at_least, check_choice, check_positive
 from mechedit.models import Part
 from mechedit.trace.corruption import Corruption
 from mechedit.trace.labels import ROLES
@@ -56,16 +56,14 @@ class TraceConfig:
             find_metric(metric)
         for name, values, legal in (("kinds", self.kinds, get_args(Kind)), ("roles", self.roles or (), ROLES)):
             for value in values:
-                if value not in legal:
-                    raise InputError(f"{name} holds {value!r}, expected some of {', '.join(legal)}")
+                check_choice(f"an entry of {name}", value, legal)
         for name, values in (("kinds", self.kinds), ("sever", self.sever), ("metrics", names)):
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} is {list(values)}, expected at least one choice, each once")
-        for name, value in (("samples", self.samples), ("window", self.window), ("batch_rows", self.batch_rows)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}, expected at least 1")
-        if self.memory is not None and self.memory <= 0:
-            raise InputError(f"memory is {self.memory} GiB, expected more than 0")
+        check_at_least("samples", self.samples, 1)
+        check_at_least("window", self.window, 1, optional=True)
+        check_at_least("batch_rows", self.batch_rows, 1, optional=True)
+        check_positive("memory", self.memory, "choose a number of GiB", optional=True)
 
     @property
     def severed(self) -> tuple[Sever, ...]:

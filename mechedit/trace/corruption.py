@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.data import Fact
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_at_least, check_choice
 from mechedit.models import EMBED, Model, Tokens
 from mechedit.prompts import continuation_ids
 
@@ -46,13 +46,10 @@ class Corruption:
     """Tokens after the subject that are corrupted too."""
 
     def __post_init__(self) -> None:
-        legal = get_args(Distribution)
-        if self.distribution not in legal:
-            raise InputError(f"the corruption is {self.distribution!r}, expected one of {', '.join(legal)}")
+        check_choice("the corruption", self.distribution, get_args(Distribution))
         if self.degrees <= 2:
             raise InputError(f"degrees is {self.degrees}, expected more than 2: with less there is no variance")
-        if self.extra_tokens < 0:
-            raise InputError(f"extra_tokens is {self.extra_tokens}, expected at least 0")
+        check_at_least("extra_tokens", self.extra_tokens, 0)
         if self.distribution == "tokens" and (self.replace or self.extra_tokens):
             raise InputError("token replacement takes neither replace nor extra_tokens: drop them")
 

@@ -140,11 +140,11 @@ def test_what_cannot_be_vouched_for_is_refused(make_hf: Any, tokenizer: Any, tmp
         (
             hf,
             {"tokenizer": tokenizer, "backend": "torch"},
-            "backend 'torch' is not known.*transformer_lens, nnsight",
+            "the backend is 'torch', expected one of transformer_lens, nnsight",
         ),
         (hf, {}, "without its tokenizer"),
         (hf, {"tokenizer": object()}, "character offsets"),
-        (hf, {"tokenizer": tokenizer, "dtype": "int8"}, "dtype 'int8'.*bfloat16"),
+        (hf, {"tokenizer": tokenizer, "dtype": "int8"}, "the dtype is 'int8', expected one of float32, bfloat16"),
         (hf, {"tokenizer": tokenizer, "dtype": "float16"}, r"call \.to"),
         (hf, {"tokenizer": tokenizer, "device": "nowhere"}, "device 'nowhere'"),
         (make_hf("gpt2").to("meta"), {"tokenizer": tokenizer}, "without data"),

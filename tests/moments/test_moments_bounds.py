@@ -100,7 +100,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for field, value in (("memory", 0), ("memory", -1.0), ("checkpoint_seconds", -1), ("tokens", 0)):
         with pytest.raises(InputError, match=f"{field} is {value}"):
             MomentsConfig(**{field: value})
-    with pytest.raises(InputError, match="expected numbers above 0"):
+    with pytest.raises(InputError, match="weight of the convergence curve is 0, expected a number above 0"):
         Convergence(weight=0)
 
 

@@ -466,7 +466,7 @@ def test_too_few_facts_are_refused_unless_asked_for():
     assert forced.layers == (2, 3, 4)
     assert "9 facts are too few" in forced.reason
     assert "too few" not in select_layers(effects_of(PLANTED, facts=10)).reason
-    with pytest.raises(InputError, match="expected at least 5: so few facts can show nothing"):
+    with pytest.raises(InputError, match="expected at least 5; so few facts can show nothing"):
         SelectConfig(min_facts=4)
     assert SelectConfig(min_facts=4, confidence=0.9).min_facts == 4
 

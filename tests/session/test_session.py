@@ -574,7 +574,7 @@ def test_preserved_keys_of_what_is_superseded_would_hold_the_new_fact_back(begin
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "memo"}, "'memo' is not known"),
+        ({"method": "memo"}, "the method is 'memo', expected one of memit"),
         ({"texts": None, "rule": StopRule()}, "there are no texts"),
         ({"texts": []}, "none of the 0 texts"),
         ({"moments": {0: torch.eye(96)}}, "no second moment for layer 1"),

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_finite
 from mechedit.solve import (
     Factor,
     NullSpace,
     Update,
-    check_finite,
     equality_update,
     factorize,
     null_space,
@@ -473,7 +472,7 @@ def test_refuses_what_is_not_finite(
         with pytest.raises(InputError, match=rf"the {which}.* of the linear system hold 1 values"):
             solver(**given)
     large = torch.full_like(keys, 1e308)
-    check_finite(large, "finite numbers whose sum is not")
+    check_finite("finite numbers whose sum is not", large)
     assert not large.sum().isfinite()
     moment[1, 2] = torch.inf
     for refused in (factorize, lambda matrix: ridge_update(keys, residuals, matrix)):

@@ -330,7 +330,7 @@ def test_bad_settings_are_refused() -> None:
     for wrong, match in (
         ({"attention": True}, 'attention is on with part "resid"'),
         ({"pass_tokens": 0}, "pass_tokens is 0"),
-        ({"kl_weight": -1}, "kl_weight is -1, expected 0 or more"),
+        ({"kl_weight": -1}, "kl_weight is -1, expected at least 0; choose"),
     ):
         with pytest.raises(InputError, match=match):
             TargetConfig(**wrong)  # type: ignore[arg-type]

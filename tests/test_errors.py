@@ -1,0 +1,60 @@
+"""The checks of arguments: what each lets through, and that its message names value, expectation and remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mechedit.errors import (
+    InputError,
+    check_at_least,
+    check_choice,
+    check_finite,
+    check_fraction,
+    check_positive,
+    count_not_finite,
+)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "refused", "check"),
+    [
+        ((1, 0.5, 1e-300, math.inf), (0, -1, math.nan, None, "1", True), lambda x: check_positive("x", x)),
+        ((2, 2.5, math.inf), (1, 1.99, math.nan, None, "2"), lambda x: check_at_least("x", x, 2)),
+        ((1e-9, 0.95), (0, 1, 1.5, -0.5, math.nan, None, "0.5"), lambda x: check_fraction("x", x)),
+        (("a", "b"), ("c", "", None, 1), lambda x: check_choice("x", x, ("a", "b"))),
+        ((0, -1.5), (math.inf, -math.inf, math.nan), lambda x: check_finite("x", x)),
+    ],
+)
+def test_each_check_lets_through_what_it_says(
+    accepted: tuple[object, ...], refused: tuple[object, ...], check: Callable[[object], None]
+) -> None:
+    for value in accepted:
+        check(value)
+    for value in refused:
+        with pytest.raises(InputError, match=r"^x is .*, expected .*; choose "):
+            check(value)
+
+
+def test_none_passes_only_where_a_setting_may_be_left_out() -> None:
+    check_positive("memory", None, optional=True)
+    check_at_least("window", None, 1, optional=True)
+    with pytest.raises(InputError, match="window is 0, expected at least 1; choose a larger number"):
+        check_at_least("window", 0, 1, optional=True)
+
+
+def test_a_message_lists_the_choices_and_ends_with_the_hint() -> None:
+    with pytest.raises(InputError, match=r"^the rule is 'eye', expected one of a, b; ask a colleague$"):
+        check_choice("the rule", "eye", {"a": 1, "b": 2}, "ask a colleague")
+
+
+def test_tensors_are_checked_entry_by_entry() -> None:
+    values = torch.tensor([[1.0, math.nan], [-math.inf, 2.0]])
+    assert (count_not_finite(values), count_not_finite(values[:, :1].abs()[:1])) == (2, 0)
+    # Finite numbers whose sum overflows are finite all the same.
+    assert count_not_finite(torch.full((4,), 3e38)) == 0
+    with pytest.raises(InputError, match="the keys hold 2 values of 4 that are not finite, expected none; look for"):
+        check_finite("the keys", values)
