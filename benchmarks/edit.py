@@ -36,7 +36,7 @@ from benchmarks.machine import Peak, Result, load, timed
 from benchmarks.published import ROWS, Published, solve
 from benchmarks.synthetic_requests import invented
 from mechedit.evaluation.likelihood import score_targets
-from mechedit.methods.keys import Recollection, prefix_mean
+from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.rules import Ridge
 from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Site
@@ -217,8 +217,8 @@ def keys(given: Setting) -> None:
 
 def recollected(given: Setting, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Each layer's keys and the last one's states after it; the states before the first are asked for as well."""
-    prompts, last = Recollection(given.model, given.requests, given.prefixes), Site(layers[-1], "resid")
-    prompts.move_(layers[0])
+    prompts, last = KeyExtractor(given.model, given.requests, given.prefixes), Site(layers[-1], "resid")
+    prompts.advance_(layers[0])
     prompts.states([last])
     return [(prefix_mean(prompts.keys(layer), "memit-2022"), prompts.states([last])[last]) for layer in layers]
 

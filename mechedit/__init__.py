@@ -44,9 +44,11 @@ from mechedit.methods import (
     FineTuneConfig,
     FineTuneDecayConfig,
     MemitConfig,
+    Method,
     PmetConfig,
     RomeConfig,
     alphaedit,
+    edit_keys,
     emmet,
     ft,
     ft_l,
@@ -56,7 +58,6 @@ from mechedit.methods import (
     recommended,
     rome,
 )
-from mechedit.methods.spread import edit_keys
 from mechedit.models import EMBED, Model, Patch, Resume, Run, Site, Tokens, load_model
 from mechedit.moments import (
     Convergence,
@@ -94,6 +95,7 @@ __all__ = [
     "FineTuneDecayConfig",
     "InputError",
     "MemitConfig",
+    "Method",
     "Model",
     "MomentsConfig",
     "Neighbor",

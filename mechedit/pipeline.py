@@ -33,7 +33,7 @@ from mechedit.evaluation import (
     measure_baseline,
 )
 from mechedit.files import plain_copy, write_json, write_parquet, write_parquet_parts
-from mechedit.methods import METHODS, MethodConfig, SearchConfig, check_input
+from mechedit.methods import METHODS, MethodConfig
 from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
 from mechedit.provenance import check_provenance, value_hash
@@ -51,7 +51,6 @@ from mechedit.sweep import (
     sweep_windows,
 )
 from mechedit.tables import read_table, where
-from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig, embedding_spread, plan_trace
 from mechedit.trace.averages import fact_totals, main_metric
 
@@ -265,26 +264,9 @@ def edit_step(
     path = run.path / file
     return run.step(
         "edit", stamp, [file],
-        lambda: make_edit(model, requests, layers, moments, method, config, run.path / "targets"),
+        lambda: METHODS[method](model, requests, layers, moments, config=config, cache=run.path / "targets"),
         lambda edit: edit.save(path), lambda: Edit.load(path),
     )  # fmt: skip
-
-
-def make_edit(
-    model: Model,
-    requests: Sequence[EditRequest],
-    layers: Sequence[int],
-    moments: Mapping[int, SecondMoment],
-    method: str,
-    config: MethodConfig,
-    kept: Path,
-) -> Edit:
-    """Make an edit by a named method; the targets found are kept in a folder, so that an interrupted search goes on."""
-    layers = check_input(model, requests, layers, moments, None, config)
-    targets = None
-    if isinstance(config, SearchConfig) and config.shares_targets:
-        targets = find_targets(model, requests, config.target_layer(layers), config=config.targets, cache=kept)
-    return METHODS[method](model, requests, layers, moments, config=config, targets=targets)
 
 
 def evaluate_step(

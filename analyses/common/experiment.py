@@ -31,7 +31,7 @@ from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, References, e
 from mechedit.evaluation.scores import PUBLISHED_UNIT
 from mechedit.figures import save_figure
 from mechedit.files import atomic, write_parquet
-from mechedit.methods import MethodConfig, SearchConfig
+from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
 from mechedit.provenance import value_hash
@@ -169,9 +169,8 @@ class Experiment:
         """Make one edit; targets that were found are kept in the folder, so that other edits may share them."""
         config = self.config(variant)
         moments = self.moments(variant.layers) if config.preserves_keys else {}
-        return pipeline.make_edit(
-            self.model, requests, variant.layers, moments, variant.method, config, self.out / "targets"
-        )
+        method = METHODS[variant.method]
+        return method(self.model, requests, variant.layers, moments, config=config, cache=self.out / "targets")
 
     def kept_edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
         """As `edit`; what was made is left in `edits/` and found there again."""

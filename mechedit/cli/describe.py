@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import textwrap
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,11 +112,9 @@ def _changed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that differ from the method's defaults; all of them when those are not known."""
     settings = manifest.get("settings", {})
     method = METHODS.get(manifest.get("method") or "")
-    hints = typing.get_type_hints(method) if method else {}
-    kinds = [kind for kind in typing.get_args(hints.get("config")) if dataclasses.is_dataclass(kind)]
-    if not kinds:
+    if method is None:
         return dict(settings)
-    defaults = {field.name: field.default for field in dataclasses.fields(kinds[0])}
+    defaults = {field.name: field.default for field in dataclasses.fields(method.config)}
     return {name: value for name, value in settings.items() if name not in defaults or defaults[name] != value}
 
 

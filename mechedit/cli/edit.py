@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from mechedit import pipeline
 from mechedit.cli import options
 from mechedit.cli.app import print_json, say
 from mechedit.cli.describe import described, page, say_unconverged
@@ -21,6 +20,7 @@ from mechedit.data import load_requests
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.files import writable_folder
+from mechedit.methods import METHODS
 from mechedit.moments import (
     load_moments,
 )
@@ -67,7 +67,7 @@ def edit_command(
     check_layers(chosen, loaded.n_layers)
     how = method_config(method, loaded, seed, settings)
     found = load_moments(moments, chosen, loaded) if how.preserves_keys else {}
-    edit = pipeline.make_edit(loaded, edits, chosen, found, method, how, moments / "targets")
+    edit = METHODS[method](loaded, edits, chosen, found, config=how, cache=moments / "targets")
     edit.save(out)
     say(f"wrote {out}: {len(edits)} requests in layers {chosen}")
     say_unconverged(edit)

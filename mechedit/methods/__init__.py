@@ -1,70 +1,69 @@
-"""Editing methods: each composes targets, keys and an update rule into one function that returns an `Edit`."""
+"""Editing methods: each composes targets, keys and an update rule into one call that returns an `Edit`.
+
+`METHODS` holds them by name. How to add one is said in `mechedit.methods.method`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-from mechedit.edit import Edit
 from mechedit.methods.alphaedit import AlphaEditConfig, alphaedit
+from mechedit.methods.checks import check_layers, moment_matrices
 from mechedit.methods.emmet import EmmetConfig, emmet
 from mechedit.methods.finetune import FineTuneBallConfig, FineTuneConfig, FineTuneDecayConfig, ft, ft_l, ft_w
 from mechedit.methods.memit import MemitConfig, memit
+from mechedit.methods.method import EditTask, Method, edit_method, spread_over_layers, targets_for
 from mechedit.methods.pmet import PmetConfig, pmet
 from mechedit.methods.rome import RomeConfig, rome
-from mechedit.methods.settings import MethodConfig, SearchConfig, configured
-from mechedit.methods.steps import check_input
+from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadConfig, SpreadingConfig
+from mechedit.methods.spread import SpreadResult, edit_keys
 from mechedit.models import Model
 
 __all__ = [
     "METHODS",
     "AlphaEditConfig",
+    "EditTask",
     "EmmetConfig",
     "FineTuneBallConfig",
     "FineTuneConfig",
     "FineTuneDecayConfig",
     "MemitConfig",
+    "Method",
     "MethodConfig",
     "PmetConfig",
     "RomeConfig",
     "SearchConfig",
+    "SpreadConfig",
+    "SpreadResult",
+    "SpreadingConfig",
     "alphaedit",
-    "check_input",
+    "check_layers",
+    "edit_keys",
+    "edit_method",
     "emmet",
     "ft",
     "ft_l",
     "ft_w",
     "memit",
+    "moment_matrices",
     "pmet",
     "recommended",
     "rome",
+    "spread_over_layers",
+    "targets_for",
 ]
 
-METHODS: Mapping[str, Callable[..., Edit]] = {
-    "memit": memit,
-    "rome": rome,
-    "emmet": emmet,
-    "alphaedit": alphaedit,
-    "pmet": pmet,
-    "ft": ft,
-    "ft_l": ft_l,
-    "ft_w": ft_w,
+METHODS: Mapping[str, Method[Any]] = {
+    method.name: method for method in (memit, rome, emmet, alphaedit, pmet, ft, ft_l, ft_w)
 }
-"""Each is called as method(model, requests, layers, moments, prefixes=..., config=..., targets=..., previous=...); see
-`memit` for the arguments. A `SearchConfig` says how a method searches for the targets (`targets`), and where
-(`target_layer`); fine-tuning (`ft`, `ft_l`, `ft_w`) searches for none, and preserves no keys."""
-
-_CONFIGS: Mapping[str, type[MethodConfig]] = {
-    "memit": MemitConfig,
-    "rome": RomeConfig,
-    "emmet": EmmetConfig,
-    "alphaedit": AlphaEditConfig,
-    "pmet": PmetConfig,
-    "ft": FineTuneConfig,
-    "ft_l": FineTuneBallConfig,
-    "ft_w": FineTuneDecayConfig,
-}
+"""The editing methods by name, as the command line, sweeps, sessions and analyses know them."""
 
 
 def recommended(method: str, model: Model) -> MethodConfig:
-    """The settings that a named method uses for this model when it is given none (see `configured`)."""
-    return configured(_CONFIGS[method], method, model)
+    """The settings that a method, given by name, uses for this model when it is passed none.
+
+    Raises:
+        InputError: the checkpoint's `editing.json` names a setting that the method lacks.
+    """
+    return METHODS[method].recommended(model)

@@ -4,7 +4,7 @@ Adam minimizes −log P(new object | prompt) over mini-batches of requests (ROME
 
     ΔW = argmin  mean over requests of  −1/T · Σ_t log P(o_t | prompt, o_1 … o_{t−1}),
 
-by itself (`ft`), with each entry of ΔW kept within ±ε (`ft_l`), or with weight decay (`ft_w`).
+without constraint (`ft`), with each entry of ΔW kept within ±ε (`ft_l`), or with weight decay (`ft_w`).
 
 Three things differ from the published code. It scores all of an object's tokens at the prompt's last position; here
 each is scored after those before it. Its FT-W has no decay at all: the law that sets it is read from a file as a list,
@@ -14,21 +14,17 @@ block; here, as by every method, the down-projection alone changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mechedit.data import EditRequest
 from mechedit.edit import Edit
-from mechedit.errors import InputError, check_at_least, check_positive
-from mechedit.methods.rules import Moments, Previous
-from mechedit.methods.settings import MethodConfig, configured
-from mechedit.methods.spread import described
-from mechedit.methods.steps import check_input, named
-from mechedit.methods.training import dense_factors, judge, rows_of, train
+from mechedit.errors import check_at_least, check_positive
+from mechedit.methods.manifest import edit_manifest
+from mechedit.methods.method import EditTask, edit_method
+from mechedit.methods.settings import MethodConfig
+from mechedit.methods.training import dense_factors, evaluate_loss, train, training_rows
 from mechedit.models import Model
 from mechedit.prompts import BARE, check_prefixes
-from mechedit.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +36,12 @@ class FineTuneConfig(MethodConfig):
     """
 
     steps: int = 25
-    """Passes over the requests at most (both papers)."""
+    """Most passes over the requests (both papers)."""
     lr: float | int = 5e-4
-    """Adam's (both papers)."""
+    """Learning rate of Adam (both papers)."""
     stop_loss: float | int = 1e-2
-    """The training ends after a pass whose mean loss is below it, and a batch below it is left alone; in nats a token
-    (both papers)."""
+    """The training ends after a pass whose mean loss is below it, and a batch below it makes no update; in nats per
+    token (both papers)."""
 
     preserves_keys: ClassVar[bool] = False
 
@@ -84,112 +80,55 @@ class FineTuneDecayConfig(FineTuneConfig):
         check_positive("weight_decay", self.weight_decay)
 
 
-def ft(
-    model: Model,
-    requests: Sequence[EditRequest],
-    layers: Sequence[int],
-    moments: Moments | None = None,
-    prefixes: Sequence[str] | None = None,
-    config: FineTuneConfig | None = None,
-    targets: Targets | None = None,
-    previous: Previous | None = None,
-) -> Edit:
-    """Fine-tune `layers` on the requests, without constraint. The model is left as it was, bit for bit.
+@edit_method(FineTuneConfig)
+def ft(task: EditTask[FineTuneConfig]) -> Edit:
+    """Fine-tune the down-projections of the layers on the requests, without constraint (FT).
+
+    Adam minimizes the mean over requests of −1/T · Σ_t log P(o_t | prompt, o_1 … o_{t−1}), all layers together. In
+    half precision the training keeps ΔW in float32, and the forward passes see W + ΔW rounded.
+
+    The factors of the edit hold all of ΔW. In its manifest `training` holds `losses` (the mean over each pass, before
+    each batch's own update), `final_loss`, `updates` and `stopped_early`; `unconverged` names the requests whose new
+    object is not the greedy answer to every prompt. `residuals` is absent, since nothing is spread. A prompt longer
+    than the model takes, or a loss that is not finite, raises InputError.
+    """
+    return fine_tune(task)
+
+
+@edit_method(FineTuneBallConfig)
+def ft_l(task: EditTask[FineTuneBallConfig]) -> Edit:
+    """Fine-tune as `ft` does, with every entry of ΔW clamped to ±ε after each update (FT+L)."""
+    return fine_tune(task, bound=task.config.norm_bound)
+
+
+@edit_method(FineTuneDecayConfig)
+def ft_w(task: EditTask[FineTuneDecayConfig]) -> Edit:
+    """Fine-tune as `ft` does, with weight decay: λ·(W + ΔW) is added to the gradient (FT-W)."""
+    return fine_tune(task, decay=task.config.weight_decay)
+
+
+def fine_tune(task: EditTask[FineTuneConfig], *, decay: float | int = 0.0, bound: float | int | None = None) -> Edit:
+    """Train ΔW on the task's requests, measure the loss that it reaches, and record both.
 
     Args:
-        model: to be edited (apply the result with `edited` or `apply_`). In half precision the training keeps ΔW in
-            float32, and the passes see W + ΔW rounded.
-        requests: what it should say; they must not conflict.
-        layers: 0-based, ascending; all are trained together.
-        moments: not used, as for no old keys: every method is called alike.
-        prefixes: templates with one {} for the whole prompt; the default is the bare prompt alone, as published.
-        config: settings; the default is what ships with the checkpoint (`configured`), else `FineTuneConfig()`.
-        targets: must be None: fine-tuning searches for none.
-        previous: must be empty: fine-tuning preserves no keys.
-
-    Returns:
-        The edit, whose factors hold all of ΔW. In its manifest `training` holds `losses` (the mean over each pass, as
-        it went), `final_loss`, `updates` and `stopped_early`; `unconverged` names the requests whose new object is
-        not the greedy answer to every prompt. `residuals` is absent, since nothing is spread.
-
-    Raises:
-        InputError: conflicting requests; layers not ascending or not in the model; targets or earlier keys; prompts
-            longer than the model takes; weights that are not finite, or a loss that is not.
+        task: what to learn, and how.
+        decay: λ of the L2 penalty on W + ΔW.
+        bound: largest absolute entry of ΔW; None for no bound.
     """
-    config = config or configured(FineTuneConfig, "ft", model)
-    return _tuned("ft", model, requests, layers, prefixes, config, targets, previous)
-
-
-def ft_l(
-    model: Model,
-    requests: Sequence[EditRequest],
-    layers: Sequence[int],
-    moments: Moments | None = None,
-    prefixes: Sequence[str] | None = None,
-    config: FineTuneBallConfig | None = None,
-    targets: Targets | None = None,
-    previous: Previous | None = None,
-) -> Edit:
-    """Fine-tune with every entry of ΔW clamped to ±ε after each update; arguments and errors are those of `ft`."""
-    config = config or configured(FineTuneBallConfig, "ft_l", model)
-    return _tuned("ft_l", model, requests, layers, prefixes, config, targets, previous)
-
-
-def ft_w(
-    model: Model,
-    requests: Sequence[EditRequest],
-    layers: Sequence[int],
-    moments: Moments | None = None,
-    prefixes: Sequence[str] | None = None,
-    config: FineTuneDecayConfig | None = None,
-    targets: Targets | None = None,
-    previous: Previous | None = None,
-) -> Edit:
-    """Fine-tune with weight decay; arguments and errors are those of `ft`."""
-    config = config or configured(FineTuneDecayConfig, "ft_w", model)
-    return _tuned("ft_w", model, requests, layers, prefixes, config, targets, previous)
-
-
-def _tuned(
-    method: str,
-    model: Model,
-    requests: Sequence[EditRequest],
-    layers: Sequence[int],
-    prefixes: Sequence[str] | None,
-    config: FineTuneConfig,
-    targets: Targets | None,
-    previous: Previous | None,
-) -> Edit:
-    """Check, train, judge what came out, and write it all down."""
-    _check_unused(method, targets, previous)
-    layers = check_input(model, requests, layers, None, None, config)
-    prefixes = check_prefixes(prefixes or config.default_prefixes(model))
+    model, config = task.model, task.config
+    prefixes = check_prefixes(task.prefixes or config.default_prefixes(model))
     provenance = model.provenance()
-    rows = rows_of(model, requests, prefixes)
+    rows = training_rows(model, task.requests, prefixes)
     training = train(
-        model, rows, layers, steps=config.steps, batch_size=config.batch_size, lr=config.lr, seed=config.seed,
-        stop_loss=config.stop_loss, decay=getattr(config, "weight_decay", 0.0),
-        bound=getattr(config, "norm_bound", None), name=method,
+        model, rows, task.layers, steps=config.steps, batch_size=config.batch_size, lr=config.lr, seed=config.seed,
+        stop_loss=config.stop_loss, decay=decay, bound=bound, name=task.method,
     )  # fmt: skip
-    edit = Edit(factors={layer: dense_factors(delta) for layer, delta in training.deltas.items()}, manifest={})
-    losses, said = judge(model, rows, edit, config.batch_size)
-    missed = {row.request for row, greedy in zip(rows, said.tolist(), strict=True) if not greedy}
+    factors = {layer: dense_factors(delta) for layer, delta in training.deltas.items()}
+    losses, greedy = evaluate_loss(model, rows, Edit(factors=factors, manifest={}), config.batch_size)
+    missed = {row.request for row, is_greedy in zip(rows, greedy.tolist(), strict=True) if not is_greedy}
     manifest = {
-        **described(provenance, layers, requests, None, prefixes),
+        **edit_manifest(provenance, task.layers, task.requests, None, prefixes),
         "training": {**training.record, "final_loss": float(losses.mean())},
+        "unconverged": [request.id for index, request in enumerate(task.requests) if index in missed],
     }
-    unconverged = [request.id for place, request in enumerate(requests) if place in missed]
-    return named(Edit(factors=edit.factors, manifest=manifest), method, config, unconverged)
-
-
-def _check_unused(method: str, targets: Targets | None, previous: Previous | None) -> None:
-    """Refuse what would be ignored although the caller counts on it; moments are not, since all methods get them."""
-    if targets is not None:
-        raise InputError(
-            f"{method} was given targets, expected none: fine-tuning does not search for z; leave them out"
-        )
-    if previous:
-        raise InputError(
-            f"{method} was given keys of earlier edits (layers {sorted(previous)}), expected none: fine-tuning cannot "
-            f"preserve them; leave `previous` out, or choose another method"
-        )
+    return Edit(factors=factors, manifest=manifest)

@@ -1,8 +1,8 @@
-"""Keys and states at the subject's last token, recollected while an edit moves up through the layers (Algorithm 1).
+"""Keys and states at the subject's last token, read while an edit moves up through the layers (MEMIT Algorithm 1).
 
-Requests and prefixes go in; after each edited layer the next one's keys come out (MEMIT Eq. 19). The stream of all
-prompts is kept at the input of the layer that the edit has come to, and goes on from there, so that no block below
-the edit is computed twice. Prompts end with the subject: what follows it cannot matter in a causal model.
+Requests and prefixes go in; after each edited layer the next one's keys come out (MEMIT Eq. 19). The residual stream of
+all prompts is cached at the input of the layer that the edit has reached, and runs go on from there, so that no block
+below the edit is computed twice. Prompts end with the subject: the tokens after it cannot matter in a causal model.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mechedit.models import Model, Patch, Resume, Run, Site, Tokens
 from mechedit.prompts import BARE, prefixed_prompts
 
 
-class Recollection:
+class KeyExtractor:
     """Every request's prompt behind every prefix, with the residual stream at the input of block `layer`.
 
-    The model may be edited between calls, at `layer` and above: what is kept does not depend on that.
+    The model may be edited between calls, at `layer` and above: the cached stream does not depend on those weights.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Recollection:
         prefixes: Sequence[str],
         *,
         batch_size: int = 64,
-        share: float = 0.25,
+        memory_fraction: float = 0.25,
     ) -> None:
         """Tokenize the prompts; nothing is computed yet.
 
@@ -41,34 +41,38 @@ class Recollection:
             model: whose keys.
             requests: the facts.
             prefixes: templates with one {} for the whole prompt.
-            batch_size: prompts in one forward pass.
-            share: of the device's free memory that the kept stream may take; more than that lies on the CPU.
+            batch_size: prompts per forward pass.
+            memory_fraction: fraction of the device's free memory that the cached stream may take; a larger one lies on
+                the CPU.
         """
         self.model = model
         self.layer = 0
-        """Where the stream is kept: the input of this block. It only goes up."""
-        cut = [_cut_prompts(model, request, [*prefixes, BARE]) for request in requests]
-        bare = sorted({prompts[-1] for prompts in cut}, key=_by_length)
-        others = sorted({ids for prompts in cut for ids in prompts[:-1]} - set(bare), key=_by_length)
-        place = {ids: row for row, ids in enumerate([*bare, *others])}
-        self._rows = torch.tensor([[place[ids] for ids in prompts] for prompts in cut])
+        """The block at whose input the stream is cached. It only goes up."""
+        prompts = [_prompts_up_to_subject(model, request, [*prefixes, BARE]) for request in requests]
+        bare = sorted({fact_prompts[-1] for fact_prompts in prompts}, key=_by_length)
+        with_prefix = {ids for fact_prompts in prompts for ids in fact_prompts[:-1]}
+        unique = [*bare, *sorted(with_prefix - set(bare), key=_by_length)]
+        index = {ids: row for row, ids in enumerate(unique)}
+        self._rows = torch.tensor([[index[ids] for ids in fact_prompts] for fact_prompts in prompts])
+        """Row of each request's prompts among the unique ones, [fact, prefix]; the bare prompt's comes last."""
         # Prompts that are equal up to the subject are run once, and the bare ones can be run alone.
         self._bare = _batches(model, bare, batch_size)
-        self._batches = [*self._bare, *_batches(model, others, batch_size)]
-        kept = sum(batch.tokens.ids.numel() for batch in self._batches) * model.d_model * model.dtype.itemsize
-        self._home = torch.device("cpu") if _too_much(kept, model.device, share) else model.device
+        self._batches = [*self._bare, *_batches(model, unique[len(bare) :], batch_size)]
+        size = sum(batch.tokens.ids.numel() for batch in self._batches) * model.d_model * model.dtype.itemsize
+        fits = _fits_in_memory(size, model.device, memory_fraction)
+        self._cache_device = model.device if fits else torch.device("cpu")
 
     @torch.no_grad()
-    def move_(self, layer: int) -> None:
+    def advance_(self, layer: int) -> None:
         """Take the stream on to the input of block `layer`, through the model as it is now.
 
         Raises:
             ValueError: it is beyond that block already.
         """
-        self._check(layer)
+        self._check_layer(layer)
         if layer > self.layer:
             site = Site(layer - 1, "resid")
-            self._keep_(layer, [self._run(batch, [site])[site].to(self._home) for batch in self._batches])
+            self._cache_(layer, [self._run(batch, [site])[site].to(self._cache_device) for batch in self._batches])
 
     @torch.no_grad()
     def keys(self, layer: int) -> Float[Tensor, "fact prefix d_mlp"]:
@@ -77,59 +81,62 @@ class Recollection:
         Raises:
             ValueError: the stream is beyond that block already.
         """
-        self._check(layer)
-        key, entry = self.model.key_site(layer), Site(layer - 1, "resid")
-        sites = [key] if layer == self.layer else [entry, key]
-        found, streams = [], []
+        self._check_layer(layer)
+        key, block_input = self.model.key_site(layer), Site(layer - 1, "resid")
+        sites = [key] if layer == self.layer else [block_input, key]
+        keys, streams = [], []
         for batch in self._batches:
             run = self._run(batch, sites)
-            found.append(_last(run[key], batch.tokens))
-            if entry in sites:
-                streams.append(run[entry].to(self._home))
+            keys.append(_at_last_token(run[key], batch.tokens))
+            if block_input in sites:
+                streams.append(run[block_input].to(self._cache_device))
         if streams:
-            self._keep_(layer, streams)
-        return torch.cat(found)[self._rows[:, :-1]]
+            self._cache_(layer, streams)
+        return torch.cat(keys)[self._rows[:, :-1]]
 
     @torch.no_grad()
     def states(self, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "fact d_model"]]:
-        """What `sites`, at `layer` or above, hold at the subject's last token of the bare prompt, in float32 at least.
+        """The states of `sites`, at `layer` or above, at the subject's last token of the bare prompt.
 
-        The stream stays where it is.
+        They are in float32 at least. The stream stays where it is.
         """
         runs = [(self._run(batch, sites), batch.tokens) for batch in self._bare]
-        return {site: torch.cat([_last(run[site], at) for run, at in runs])[self._rows[:, -1]] for site in sites}
+        return {
+            site: torch.cat([_at_last_token(run[site], tokens) for run, tokens in runs])[self._rows[:, -1]]
+            for site in sites
+        }
 
     @torch.no_grad()
     def replay(
         self, site: Site, values: Float[Tensor, "fact d_model"], read: Sequence[Site]
     ) -> dict[Site, Float[Tensor, "fact d_model"]]:
-        """What `states` would give if `site` held `values` at the subject's last token."""
-        found = {other: torch.zeros_like(values) for other in read}
-        for first, batch in zip(_firsts(self._bare), self._bare, strict=True):
-            own = self._rows[:, -1] - first
-            facts = ((own >= 0) & (own < len(batch.tokens.ids))).nonzero()[:, 0]
+        """The states at `read`, as by `states`, with `values` written to `site` at the subject's last token."""
+        states = {read_site: torch.zeros_like(values) for read_site in read}
+        for first, batch in zip(_first_rows(self._bare), self._bare, strict=True):
+            rows = self._rows[:, -1] - first
+            facts = ((rows >= 0) & (rows < len(batch.tokens.ids))).nonzero()[:, 0]
             # A row for each fact: those that share a prompt differ in what is written.
-            for some in facts.split(len(batch.tokens.ids)):
-                rows = batch.take(own[some])
-                at = (rows.tokens.lengths - 1)[:, None]
-                patch = Patch(site, at, values[some.to(values.device)][:, None].to(self.model.dtype))
-                run = self._run(rows, read, [patch])
-                for other in read:
-                    found[other][some.to(values.device)] = _last(run[other], rows.tokens).to(values)
-        return found
+            for chunk in facts.split(len(batch.tokens.ids)):
+                chunk_batch, chunk = batch.take(rows[chunk]), chunk.to(values.device)
+                last = (chunk_batch.tokens.lengths - 1)[:, None]
+                patch = Patch(site, last, values[chunk][:, None].to(self.model.dtype))
+                run = self._run(chunk_batch, read, [patch])
+                for read_site in read:
+                    states[read_site][chunk] = _at_last_token(run[read_site], chunk_batch.tokens).to(values)
+        return states
 
     def _run(self, batch: _Batch, read: Sequence[Site], patches: Sequence[Patch] = ()) -> Run:
-        """From the kept stream to the last site."""
+        """Run from the cached stream to the last site."""
         start = Resume(self.layer, batch.stream) if batch.stream is not None else None
         return self.model.run(batch.tokens, patches, read, resume=start, stop_after=max(site.layer for site in read))
 
-    def _keep_(self, layer: int, streams: Sequence[Tensor]) -> None:
-        """Each batch's stream, [batch, pos, d_model], and where it is."""
+    def _cache_(self, layer: int, streams: Sequence[Tensor]) -> None:
+        """Cache each batch's stream, [batch, pos, d_model], at the input of block `layer`."""
         for batch, stream in zip(self._batches, streams, strict=True):
             batch.stream = stream
         self.layer = layer
 
-    def _check(self, layer: int) -> None:
+    def _check_layer(self, layer: int) -> None:
         if layer < self.layer:
             raise ValueError(f"the stream is at the input of block {self.layer}, expected it at {layer} or below")
 
@@ -137,7 +144,7 @@ class Recollection:
 def prefix_mean(keys: Float[Tensor, "fact prefix d_mlp"], convention: str = "default") -> Float[Tensor, "d_mlp fact"]:
     """Each fact's key: the mean over prefixes (MEMIT Eq. 19), in float64.
 
-    `convention="memit-2022"` takes the mean of the first prefix's key and of the mean over the others, as the
+    `convention="memit-2022"` takes the mean of the first prefix's key and of the mean over the other prefixes, as the
     published code does.
     """
     weights = keys.new_full((keys.shape[1],), 1 / keys.shape[1], dtype=torch.float64)
@@ -148,7 +155,7 @@ def prefix_mean(keys: Float[Tensor, "fact prefix d_mlp"], convention: str = "def
 
 @dataclass(eq=False)
 class _Batch:
-    """Prompts of like length and their stream at the input of the layer that was come to."""
+    """Prompts of similar length and their residual stream at the input of the layer that was reached."""
 
     tokens: Tokens
     stream: Float[Tensor, "batch pos d_model"] | None = None
@@ -156,11 +163,11 @@ class _Batch:
 
     def take(self, rows: Int[Tensor, " row"]) -> _Batch:
         """The chosen rows, which may repeat."""
-        at = rows.to(self.tokens.ids.device)
-        return _Batch(self.tokens.rows(at), None if self.stream is None else self.stream[rows.to(self.stream.device)])
+        tokens = self.tokens.rows(rows.to(self.tokens.ids.device))
+        return _Batch(tokens, None if self.stream is None else self.stream[rows.to(self.stream.device)])
 
 
-def _cut_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[tuple[int, ...]]:
+def _prompts_up_to_subject(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[tuple[int, ...]]:
     """Token ids of the request behind each prefix, up to the subject's last token."""
     return [prompt.ids[: prompt.last_subject + 1] for prompt in prefixed_prompts(model, request, prefixes)]
 
@@ -174,20 +181,20 @@ def _batches(model: Model, rows: Sequence[tuple[int, ...]], size: int) -> list[_
     return [_Batch(pad(chunk, model.tokenizer, model.device)) for chunk in chunks]
 
 
-def _firsts(batches: Sequence[_Batch]) -> list[int]:
+def _first_rows(batches: Sequence[_Batch]) -> list[int]:
     """The number of each batch's first row."""
     sizes = [len(batch.tokens.ids) for batch in batches]
-    return [sum(sizes[:place]) for place in range(len(sizes))]
+    return [sum(sizes[:number]) for number in range(len(sizes))]
 
 
-def _last(values: Float[Tensor, "batch pos width"], tokens: Tokens) -> Float[Tensor, "batch width"]:
-    """At each row's last token, in float32 at least."""
-    at = (tokens.lengths - 1).to(values.device)[:, None, None]
-    found = values.take_along_dim(at, 1)[:, 0]
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+def _at_last_token(values: Float[Tensor, "batch pos width"], tokens: Tokens) -> Float[Tensor, "batch width"]:
+    """The values at each row's last token, in float32 at least."""
+    last = (tokens.lengths - 1).to(values.device)[:, None, None]
+    chosen = values.take_along_dim(last, 1)[:, 0]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
 
-def _too_much(size: int, device: torch.device, share: float) -> bool:
-    """Whether so many bytes are more than their share of the device's free memory, where that can be told."""
-    free = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return free is not None and size > share * free(device)[0]
+def _fits_in_memory(size: int, device: torch.device, fraction: float) -> bool:
+    """Whether so many bytes are within this fraction of the device's free memory, or where that is not known."""
+    memory_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return memory_info is None or size <= fraction * memory_info(device)[0]

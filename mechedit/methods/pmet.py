@@ -1,37 +1,32 @@
-"""PMET (Li et al., 2024, "Precise Model Editing in a Transformer"): as MEMIT, but what is written is the MLP's own.
-
-z is the MLP's output and not the residual stream, so that ΔW need not also do what attention did to reach it: the
-search moves attention's output as well, and throws that part away. Layers are given 1/√(L − l + 1) of what is missing.
-"""
+"""PMET (Li et al., 2024, "Precise Model Editing in a Transformer"): as MEMIT, but z is what the MLP itself adds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mechedit.data import EditRequest
 from mechedit.edit import Edit
 from mechedit.errors import check_positive
-from mechedit.methods.rules import Moments, Previous, Ridge
-from mechedit.methods.settings import SearchConfig, configured
-from mechedit.methods.spread import Strategy
-from mechedit.methods.steps import check_input, write
-from mechedit.models import Model
-from mechedit.targets import Targets
+from mechedit.methods.method import EditTask, edit_method, spread_over_layers, targets_for
+from mechedit.methods.rules import Ridge
+from mechedit.methods.settings import SpreadingConfig, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class PmetConfig(SearchConfig):
+class PmetConfig(SpreadingConfig):
     """Settings of PMET; the defaults are those of the published code for GPT-J."""
 
     steps: int = 30
+    """Most steps of the search for z."""
     lr: float | int = 0.2
+    """Learning rate of Adam, in units of the MLP's output."""
     kl_weight: float | int = 1.0
+    """Weight of the KL term, which keeps the subject's other meaning."""
     covariance_weight: float | int = 6_000.0
     """λ: how much the old keys count, in units of one new fact."""
     strategy: Strategy = "sqrt"
-    """How the residual is shared out over the layers; see `SpreadConfig`."""
+    """How the residual is spread over the layers (`uniform`, `sqrt`, `forward-replay` or `last`); PMET gives layer l
+    1/√(L − l + 1) of it."""
 
     search: ClassVar[dict[str, Any]] = {"part": "mlp_out", "attention": True}
 
@@ -40,18 +35,14 @@ class PmetConfig(SearchConfig):
         check_positive("covariance_weight", self.covariance_weight)
 
 
-def pmet(
-    model: Model,
-    requests: Sequence[EditRequest],
-    layers: Sequence[int],
-    moments: Moments,
-    prefixes: Sequence[str] | None = None,
-    config: PmetConfig | None = None,
-    targets: Targets | None = None,
-    previous: Previous | None = None,
-) -> Edit:
-    """Make one edit that writes all `requests` into `layers`; arguments and errors are those of `memit`."""
-    config = config or configured(PmetConfig, "pmet", model)
-    layers = check_input(model, requests, layers, moments, previous, config)
-    rule = Ridge(moments=moments, weight=config.covariance_weight, previous=previous or {})
-    return write("pmet", model, requests, layers, rule, prefixes, config, targets)
+@edit_method(PmetConfig)
+def pmet(task: EditTask[PmetConfig]) -> Edit:
+    """Write into the MLP only what the MLP itself should add (PMET; Li et al., 2024).
+
+    As `memit`, but z is the MLP's output and not the residual stream, so that ΔW need not also do what attention did
+    to reach it: the search moves attention's output as well, and discards that part. Layer l is given 1/√(L − l + 1)
+    of the residual.
+    """
+    targets = targets_for(task)
+    rule = Ridge(moments=task.moments, weight=task.config.covariance_weight, previous=task.previous)
+    return spread_over_layers(task, targets, rule)

@@ -1,13 +1,4 @@
-"""ROME (Meng et al., 2022): facts written into one MLP layer, one after another, each exactly.
-
-For each request, on the model as edited so far: z is searched for as the MLP's output (Eq. 4), and the rank-one ΔW of
-Eq. 2 makes the layer give it at the key, with the least change on old keys,
-
-    ΔW = (z − W k) (M⁻¹ k)ᵀ / kᵀ M⁻¹ k,        M = E[k kᵀ].
-
-The published code takes k as the mean over prefixes in M⁻¹ k, but from the bare prompt elsewhere, which makes some
-edits so large that they disable the model; r-ROME (Gupta et al., 2024, "Rebuilding ROME") takes the mean everywhere.
-"""
+"""ROME (Meng et al., 2022): facts written into one MLP layer, one after another, each exactly."""
 
 from __future__ import annotations
 
@@ -20,14 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors, add_, copies, preserved, restore_
 from mechedit.errors import InputError, check_choice
-from mechedit.methods.keys import Recollection, prefix_mean
-from mechedit.methods.rules import Moments, Previous, factor_of
-from mechedit.methods.settings import SearchConfig, configured
-from mechedit.methods.spread import check_made_on, check_targets, described, left_of, raw_change, record, relative
-from mechedit.methods.steps import check_input, check_shared, named
+from mechedit.methods.checks import check_target_settings, check_target_weights, check_targets
+from mechedit.methods.keys import KeyExtractor, prefix_mean
+from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm, relative_residuals
+from mechedit.methods.method import EditTask, edit_method
+from mechedit.methods.rules import moment_factor
+from mechedit.methods.settings import SearchConfig
+from mechedit.methods.spread import change_before_norm
 from mechedit.models import Model
 from mechedit.prompts import BARE, check_prefixes, make_prefixes
 from mechedit.solve import Factor, Update, equality_update
@@ -39,7 +31,9 @@ class RomeConfig(SearchConfig):
     """Settings of ROME; the defaults are those of the published code for GPT-J."""
 
     steps: int = 20
+    """Most steps of the search for z."""
     clamp: float | int = 4.0
+    """Largest ‖δ‖, in units of ‖h‖, where h is the MLP's output."""
     keys: Literal["prefixes", "published"] = "prefixes"
     """`prefixes`: k is the mean over prefixes (r-ROME). `published`: only in M⁻¹ k, and the bare prompt's elsewhere."""
 
@@ -51,106 +45,125 @@ class RomeConfig(SearchConfig):
         check_choice("keys", self.keys, ("prefixes", "published"))
 
 
-def rome(
-    model: Model,
-    requests: Sequence[EditRequest],
-    layers: Sequence[int],
-    moments: Moments,
-    prefixes: Sequence[str] | None = None,
-    config: RomeConfig | None = None,
-    targets: Targets | None = None,
-    previous: Previous | None = None,
-) -> Edit:
-    """Write `requests` one after another into the one layer of `layers`; arguments and errors are those of `memit`.
+@edit_method(RomeConfig)
+def rome(task: EditTask[RomeConfig]) -> Edit:
+    """Write facts one after another into one MLP layer, each exactly (ROME; Meng et al., 2022).
 
-    Given `targets` are taken as they are: those of later requests then know nothing of the edits before them, while
-    `rome` alone searches for each on the model edited so far. The manifest's `residuals` has the layer's record, and
-    `left` what is missing of each request's z after all of them.
+    For each request, on the model as edited so far: z is searched for as the MLP's output (Eq. 4), and the rank-one ΔW
+    of Eq. 2 makes the layer return it at the key k, with the least change on old keys,
 
-    Raises:
-        InputError: besides, more than one layer.
+        ΔW = (z − W k) (M⁻¹ k)ᵀ / kᵀ M⁻¹ k,        M = E[k kᵀ].
+
+    The published code takes k as the mean over prefixes in M⁻¹ k, but from the bare prompt elsewhere, which makes some
+    edits so large that they disable the model; r-ROME (Gupta et al., 2024, "Rebuilding ROME") takes the mean
+    everywhere, as the default here does.
+
+    Targets that are passed are taken as they are: those of later requests then do not see the edits before them. The
+    manifest's `residuals` holds the layer's record, and `left` the relative residual of each request after all edits.
+    More than one layer is refused.
     """
-    config = config or configured(RomeConfig, "rome", model)
-    layers = check_input(model, requests, layers, moments, previous, config)
-    if len(layers) > 1:
-        raise InputError(f"the layers are {layers}, expected one: ROME edits a single layer; choose one of them")
-    if targets is not None:
-        check_shared(targets, requests, prefixes, config.targets)
-        check_targets(targets, requests, layers[0], model)
-        prefixes = targets.prefixes
-    prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed))
-    (layer,), provenance = layers, model.provenance() if targets is None else check_made_on(targets, model)
+    model, config, layer = task.model, task.config, _single_layer(task.layers)
+    prefixes, provenance = _prefixes_and_provenance(task, layer)
     # One layer's keys do not depend on its own down-projection: they stay as they are while it is edited.
-    keys = Recollection(model, requests, [*prefixes, BARE], batch_size=config.batch_size).keys(layer)
-    factor, earlier = factor_of(moments[layer], keys.device), (previous or {}).get(layer)
-    found, starts, updates = [], [], []
+    keys = KeyExtractor(model, task.requests, [*prefixes, BARE], batch_size=config.batch_size).keys(layer)
+    factor, earlier = moment_factor(task.moments[layer], keys.device), task.previous.get(layer)
+    targets, starts, updates = [], [], []
     total = torch.zeros(model.d_key, model.d_model, dtype=torch.float64)
-    originals = copies(model, layers)
-    with preserved(model, layers):
-        for place, request in enumerate(tqdm(requests, desc="rome", unit="fact", leave=None)):
-            own = find_targets(model, [request], layer, prefixes, config.targets) if targets is None else targets
-            found.append(own if targets is None else _only(own, place))
-            starts.append(_gap(model, layer, keys[place], found[-1], config))
-            updates.append(_update(model, layer, keys[place], starts[-1], factor, earlier, config))
+    originals = copies(model, [layer])
+    with preserved(model, [layer]):
+        for index, request in enumerate(tqdm(task.requests, desc=task.method, unit="fact", leave=None)):
+            if task.targets is None:
+                targets.append(find_targets(model, [request], layer, prefixes, config.targets))
+            else:
+                targets.append(_single_target(task.targets, index))
+            starts.append(_residual(model, layer, keys[index], targets[-1], config))
+            updates.append(_rank_one_update(model, layer, keys[index], starts[-1], factor, earlier, config))
             # All so far at once, so that half-precision weights are rounded once, as they will be by the whole edit.
             total += updates[-1].delta.to(total)
             restore_(model, originals)
             add_(model, layer, total)
-        ends = [_gap(model, layer, own, target, config) for own, target in zip(keys, found, strict=True)]
+        ends = [
+            _residual(model, layer, fact_keys, target, config) for fact_keys, target in zip(keys, targets, strict=True)
+        ]
     start, end = torch.stack(starts), torch.stack(ends)
-    after = relative(end, start)
+    after = relative_norm(end, start)
     manifest = {
-        **described(provenance, layers, requests, found[0], prefixes),
-        "residuals": [record(layer, updates, before=1.0, after=after, own=after)],
-        "left": left_of(end, start),
+        **edit_manifest(provenance, [layer], task.requests, targets[0], prefixes),
+        "residuals": [layer_record(layer, updates, before=1.0, after=after, own=after)],
+        "left": relative_residuals(end, start),
+        "unconverged": [name for target in targets for name in target.unconverged],
     }
-    unconverged = [name for target in found for name in target.unconverged]
-    return named(Edit(factors={layer: _joined(updates)}, manifest=manifest), "rome", config, unconverged)
+    return Edit(factors={layer: _sum_of_updates(updates)}, manifest=manifest)
 
 
-def _update(
+def _single_layer(layers: Sequence[int]) -> int:
+    """The only layer.
+
+    Raises:
+        InputError: there are more.
+    """
+    if len(layers) > 1:
+        raise InputError(f"the layers are {layers}, expected one: ROME edits a single layer; choose one of them")
+    return layers[0]
+
+
+def _prefixes_and_provenance(task: EditTask[RomeConfig], layer: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The prefixes, those of the targets where these are passed, and the unedited model's provenance.
+
+    Raises:
+        InputError: targets of other requests, layer, settings, prefixes or weights.
+    """
+    if task.targets is None:
+        prefixes = check_prefixes(task.prefixes or make_prefixes(task.model, seed=task.config.seed))
+        return prefixes, task.model.provenance()
+    check_target_settings(task.targets, task.requests, task.prefixes, task.config.targets)
+    check_targets(task.targets, task.requests, layer, task.model)
+    return check_prefixes(task.targets.prefixes), check_target_weights(task.targets, task.model)
+
+
+def _rank_one_update(
     model: Model,
     layer: int,
     keys: Float[Tensor, "prefix d_mlp"],
-    gap: Float[Tensor, " d_model"],
+    residual: Float[Tensor, " d_model"],
     factor: Factor,
     earlier: Float[Tensor, "d_mlp earlier"] | None,
     config: RomeConfig,
 ) -> Update:
-    """The rank-one ΔW that closes the gap of one fact (ROME Eq. 2)."""
+    """The rank-one ΔW that closes the residual of one fact (ROME Eq. 2); the last key is the bare prompt's."""
     mean = prefix_mean(keys[None, :-1])
-    raw = raw_change(model, layer, _divided_by(keys, config)[None], gap[None])
-    update = equality_update(mean, raw.T.to(mean), factor, previous=earlier)
+    change = change_before_norm(model, layer, _value_keys(keys, config)[None], residual[None])
+    update = equality_update(mean, change.T.to(mean), factor, previous=earlier)
     if config.keys == "prefixes":
         return update
     bare = keys[-1:].to(mean) @ update.left
     return replace(update, left=update.left * (mean.T @ update.left) / bare)
 
 
-def _gap(
+def _residual(
     model: Model, layer: int, keys: Float[Tensor, "prefix d_mlp"], target: Targets, config: RomeConfig
 ) -> Float[Tensor, " d_model"]:
-    """What is missing of one fact on the model as it is now, z − W k."""
-    now = model.module_output(layer, _divided_by(keys, config)).mean(0)
-    return target.z[0].to(now) - now
+    """Z − W k of one fact, on the model as it is now."""
+    value = model.module_output(layer, _value_keys(keys, config)).mean(0)
+    return target.z[0].to(value) - value
 
 
-def _divided_by(keys: Float[Tensor, "prefix d_mlp"], config: RomeConfig) -> Float[Tensor, "some d_mlp"]:
-    """The keys at which the value is wanted, and by which ΔW is scaled; the bare prompt's comes last."""
+def _value_keys(keys: Float[Tensor, "prefix d_mlp"], config: RomeConfig) -> Float[Tensor, "value_prefix d_mlp"]:
+    """The keys at which the layer is to return z: those behind all prefixes, or the bare prompt's, which comes last."""
     return keys[:-1] if config.keys == "prefixes" else keys[-1:]
 
 
-def _joined(updates: Sequence[Update]) -> Factors:
-    """The sum of the updates, a column and a row each."""
+def _sum_of_updates(updates: Sequence[Update]) -> Factors:
+    """The sum of rank-one updates, one column of `left` and one row of `right` each."""
     left, right = [update.left for update in updates], [update.right for update in updates]
     return Factors(left=torch.cat(left, 1), right=torch.cat(right))
 
 
-def _only(targets: Targets, place: int) -> Targets:
-    """Those of one fact."""
-    at = slice(place, place + 1)
-    ids = targets.ids[at]
+def _single_target(targets: Targets, index: int) -> Targets:
+    """The targets of one fact."""
+    fact = slice(index, index + 1)
+    ids = targets.ids[fact]
     return replace(
-        targets, z=targets.z[at], initial=targets.initial[at], ids=ids,
+        targets, z=targets.z[fact], initial=targets.initial[fact], ids=ids,
         summary=targets.summary[targets.summary.id.isin(ids)], losses=targets.losses[targets.losses.id.isin(ids)],
     )  # fmt: skip

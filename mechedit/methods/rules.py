@@ -17,7 +17,7 @@ from mechedit.moments import SecondMoment
 from mechedit.solve import Factor, Update, equality_update, factorize, null_space, null_space_update, ridge_update
 
 Moments = Mapping[int, SecondMoment | Tensor]
-Previous = Mapping[int, Tensor]
+EarlierKeys = Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +27,7 @@ class Ridge:
     moments: Moments
     weight: float | int
     """λ."""
-    previous: Previous = field(default_factory=dict)
+    previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """See `ridge_update`."""
@@ -35,7 +35,7 @@ class Ridge:
         columns = keys.shape[1] + (0 if earlier is None else earlier.shape[1])
         # A factor that is kept with the moment saves the cubic work; with as many facts as keys are wide it does not.
         known = isinstance(moment, SecondMoment) and columns < len(keys)
-        given = factor_of(moment, keys.device) if known else matrix_of(moment)
+        given = moment_factor(moment, keys.device) if known else moment_matrix(moment)
         return ridge_update(keys, residuals, given, self.weight, previous=earlier)
 
 
@@ -49,14 +49,14 @@ class Equality:
     moments: Moments
     slack: float | int = 0.0
     """α: how far a value may be missed, in units of the old keys' mean; 0 asks for equality."""
-    previous: Previous = field(default_factory=dict)
+    previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """See `equality_update`; of rank at most the number of different keys."""
         single, owner = torch.unique(keys, dim=1, return_inverse=True)
         counts = torch.bincount(owner, minlength=single.shape[1])
         summed = residuals.new_zeros(len(residuals), single.shape[1]).index_add_(1, owner, residuals)
-        factor, earlier = factor_of(self.moments[layer], keys.device), self.previous.get(layer)
+        factor, earlier = moment_factor(self.moments[layer], keys.device), self.previous.get(layer)
         return equality_update(single, summed / counts, factor, slack=self.slack, previous=earlier)
 
 
@@ -69,7 +69,7 @@ class InNullSpace:
     """Eigenvalues of E[k kᵀ] up to this share of the largest belong to the null space."""
     weight: float | int
     """Of ‖ΔW‖²."""
-    previous: Previous = field(default_factory=dict)
+    previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """See `null_space_update`."""
@@ -81,12 +81,12 @@ class InNullSpace:
         return null_space_update(keys, residuals, space, weight=self.weight, previous=earlier)
 
 
-def matrix_of(moment: SecondMoment | Tensor) -> Float[Tensor, "d_mlp d_mlp"]:
+def moment_matrix(moment: SecondMoment | Tensor) -> Float[Tensor, "d_mlp d_mlp"]:
     """E[k kᵀ]."""
     return moment.matrix if isinstance(moment, SecondMoment) else torch.as_tensor(moment)
 
 
-def factor_of(moment: SecondMoment | Tensor, device: torch.device) -> Factor:
+def moment_factor(moment: SecondMoment | Tensor, device: torch.device) -> Factor:
     """The Cholesky factor of E[k kᵀ]: the one kept with a collected moment, else made now.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the settings of all methods have in common, and those that ship with a checkpoint.
+"""Settings that all methods have in common, and those that ship with a checkpoint.
 
 `editing.json` beside a checkpoint's weights holds a section for each method.
 """
@@ -9,14 +9,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_choice, check_positive
 from mechedit.files import read_json
-from mechedit.methods.spread import SpreadConfig
 from mechedit.models import Model
 from mechedit.prompts import make_prefixes
-from mechedit.targets import Convention, TargetConfig
+from mechedit.targets import Convention, TargetConfig, TargetSettings
+
+Strategy = Literal["uniform", "sqrt", "forward-replay", "last"]
+STRATEGIES = ("uniform", "sqrt", "forward-replay", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +26,17 @@ class MethodConfig:
     """Settings of any method."""
 
     seed: int = 0
-    """For all that is drawn."""
+    """Seed of everything that is drawn."""
     batch_size: int = 64
-    """Facts searched together, and prompts in one forward pass."""
+    """Facts searched together, and prompts per forward pass."""
 
     shares_targets: ClassVar[bool] = False
-    """Whether z is searched for on the unedited model, so that edits whose range ends alike can share it."""
+    """Whether z is searched for on the unedited model, so that ranges with the same last layer can share it."""
     preserves_keys: ClassVar[bool] = True
     """Whether the method preserves old keys: it then needs their second moments, and takes those of earlier edits."""
 
     def edited_layers(self, layers: Sequence[int]) -> list[int]:
-        """Those of a range that are written to."""
+        """The layers of a range that are written to."""
         return list(layers)
 
     def default_prefixes(self, model: Model) -> tuple[str, ...]:
@@ -43,50 +45,90 @@ class MethodConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(MethodConfig):
-    """Settings of a method that searches for z; see `TargetConfig` and `SpreadConfig` for their meaning."""
-
-    steps: int = 25
-    lr: float | int = 0.5
-    clamp: float | int = 0.75
-    weight_decay: float | int = 0.5
-    kl_weight: float | int = 0.0625
-    kl_prompt: str = "{} is a"
-    threshold: float | int = 0.05
-    joint: bool = True
-    convention: Convention = "default"
+class SearchConfig(MethodConfig, TargetSettings):
+    """Settings of a method that searches for z: those of the search are `TargetSettings`."""
 
     shares_targets: ClassVar[bool] = True
     search: ClassVar[dict[str, Any]] = {}
-    """Settings of the search for z that the method is defined by."""
-
-    def __post_init__(self) -> None:
-        # Both check what they are given, so that a bad setting is refused at once.
-        _ = self.targets, self.spread
+    """Settings of the search by which the method is defined, and which its user does not choose."""
 
     @property
     def targets(self) -> TargetConfig:
-        """The settings that concern the search for z."""
-        return TargetConfig(**_shared(self, TargetConfig), **self.search)
+        """The settings of the search for z."""
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(TargetSettings)}
+        return TargetConfig(**chosen, **self.search)
+
+    def target_layer(self, layers: Sequence[int]) -> int:
+        """The layer of a range at which the method searches for z."""
+        return layers[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadConfig:
+    """How the residual z − h is spread over the layers.
+
+    - `uniform` (MEMIT Eq. 20): layer l is given 1/(L − l + 1) of the residual at the last layer L.
+    - `sqrt` (PMET; Li et al., 2024): 1/√(L − l + 1) of it.
+    - `forward-replay` (MEMIT-FE; Liu et al., 2026): z is searched for at the *first* layer; a run with z written there
+      gives each later layer a target state of its own, and each layer is given the whole residual at its own.
+    - `last`: only the last layer is edited, and given all of it.
+
+    `convention="memit-2022"` follows the published code of MEMIT where the paper says otherwise: a key is the
+    mean of the first prefix's key and the mean over the other prefixes (default: plain mean, Eq. 19), and
+    shares count the listed layers still to come (default: the distance L − l + 1, Eq. 20; the two differ
+    only when the list has gaps).
+    """
+
+    strategy: Strategy = "uniform"
+    """How the residual is spread: `uniform`, `sqrt`, `forward-replay` or `last`."""
+    convention: Convention = "default"
+    """`memit-2022` follows the published code of MEMIT to the letter; `default` follows the paper."""
+    batch_size: int = 64
+    """Prompts per forward pass."""
+
+    def __post_init__(self) -> None:
+        check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("convention", self.convention, ("default", "memit-2022"))
+        check_positive("batch_size", self.batch_size)
+
+    def edited_layers(self, layers: Sequence[int]) -> list[int]:
+        """The layers of a range that are written to."""
+        return list(layers[-1:] if self.strategy == "last" else layers)
+
+    def target_layer(self, layers: Sequence[int]) -> int:
+        """The layer of a range at which z is searched for."""
+        return layers[0] if self.strategy == "forward-replay" else layers[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadingConfig(SearchConfig):
+    """Settings of a method that searches for z and spreads the residual over its layers."""
+
+    strategy: Strategy = "uniform"
+    """How the residual is spread over the layers: `uniform`, `sqrt`, `forward-replay` or `last`; see `SpreadConfig`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.spread  # refuses a bad setting at once
 
     @property
     def spread(self) -> SpreadConfig:
-        """The settings that concern the writing."""
-        return SpreadConfig(**_shared(self, SpreadConfig))
+        """The settings of the spreading."""
+        return SpreadConfig(strategy=self.strategy, convention=self.convention, batch_size=self.batch_size)
 
     def edited_layers(self, layers: Sequence[int]) -> list[int]:
-        """Those of a range that are written to."""
+        """The layers of a range that are written to."""
         return self.spread.edited_layers(layers)
 
     def target_layer(self, layers: Sequence[int]) -> int:
-        """Where in a range the method searches for z."""
+        """The layer of a range at which the method searches for z."""
         return self.spread.target_layer(layers)
 
 
 Config = TypeVar("Config", bound=MethodConfig)
 
 
-def configured(kind: type[Config], method: str, model: Model) -> Config:
+def checkpoint_settings(kind: type[Config], method: str, model: Model) -> Config:
     """The method's settings as the model's checkpoint recommends them; without a recommendation, the defaults.
 
     Raises:
@@ -97,10 +139,4 @@ def configured(kind: type[Config], method: str, model: Model) -> Config:
     try:
         return kind(**settings)
     except TypeError as error:
-        raise InputError(f"{str(file)!r} does not fit the method {method!r}: {error}; mend the file") from error
-
-
-def _shared(config: SearchConfig, kind: type) -> dict[str, Any]:
-    """The fields that `config` has in common with another settings class."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+        raise InputError(f"{str(file)!r} does not fit the method {method!r}: {error}; fix the file") from error

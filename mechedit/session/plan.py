@@ -18,14 +18,12 @@ from mechedit.edit.weights import digest
 from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import EvaluationConfig, perplexity
 from mechedit.files import plain_copy
-from mechedit.methods import METHODS, MethodConfig, SearchConfig, recommended
-from mechedit.methods.spread import edit_keys
+from mechedit.methods import METHODS, MethodConfig, edit_keys, recommended
 from mechedit.models import Model
 from mechedit.provenance import value_hash
 from mechedit.session.metrics import Judged, Measure, finite, judge, weight_norms
 from mechedit.session.record import Record
 from mechedit.session.stop_rule import StopRule
-from mechedit.targets import Targets, find_targets
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,8 +79,8 @@ class Plan:
             self.moments,
             prefixes=self.prefixes,
             config=self.config,
-            targets=self._targets(batch, cache),
             previous=previous if self.config.preserves_keys else None,
+            cache=cache,
         )
         keys = {layer: keys.cpu() for layer, keys in edit_keys(self.model, batch, own).items()}
         return dataclasses.replace(own, manifest=plain_copy(own.manifest)), keys
@@ -129,13 +127,6 @@ class Plan:
                 f"not as the session left them. Undo other edits; or, when the session was made on another machine or "
                 f"number of threads, whose products differ in their last bits, go on with it there"
             )
-
-    def _targets(self, batch: Sequence[EditRequest], cache: Path | None) -> Targets | None:
-        """z, found here where what is found can be kept; else the method finds it."""
-        if cache is None or not isinstance(self.config, SearchConfig) or not self.config.shares_targets:
-            return None
-        layer = self.config.target_layer(self.layers)
-        return find_targets(self.model, batch, layer, self.prefixes, self.config.targets, cache=cache)
 
 
 def check_settings(config: MethodConfig | None, method: str, model: Model) -> MethodConfig:

@@ -24,8 +24,7 @@ from mechedit.edit.ledger import all_or_nothing
 from mechedit.edit.weights import uninterrupted
 from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import QUICK, EvaluationConfig
-from mechedit.methods import MethodConfig
-from mechedit.methods.spread import check_layers, moment_matrices
+from mechedit.methods import MethodConfig, check_layers, moment_matrices
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
 from mechedit.prompts import check_prefixes

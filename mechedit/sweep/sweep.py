@@ -22,8 +22,7 @@ from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
 from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary
 from mechedit.files import write_parquet
-from mechedit.methods import METHODS, MethodConfig, SearchConfig, recommended
-from mechedit.methods.spread import moment_matrices
+from mechedit.methods import METHODS, MethodConfig, SearchConfig, moment_matrices, recommended
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
 from mechedit.provenance import value_hash

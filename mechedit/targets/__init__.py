@@ -7,9 +7,9 @@ Requests go in, `Targets` come out. For each fact, z = h + δ with δ found by A
 δ being added at one layer, within a ball of radius clamp·‖h‖. What δ cannot change is computed once.
 """
 
-from mechedit.targets.config import Convention, TargetConfig
+from mechedit.targets.config import Convention, TargetConfig, TargetSettings
 from mechedit.targets.prompts import check_length
 from mechedit.targets.search import find_targets
 from mechedit.targets.targets import Targets
 
-__all__ = ["Convention", "TargetConfig", "Targets", "check_length", "find_targets"]
+__all__ = ["Convention", "TargetConfig", "TargetSettings", "Targets", "check_length", "find_targets"]

@@ -14,8 +14,8 @@ Written = Literal["resid", "mlp_out"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetConfig:
-    """How z is searched for.
+class TargetSettings:
+    """Settings of the search for z that every method leaves to its user; `TargetConfig` has the rest.
 
     `convention="memit-2022"` follows the published code of MEMIT: it makes steps − 1 updates, stops a fact
     when its whole loss falls below `threshold`, decays with weight_decay·‖δ‖/‖h‖², takes the KL term at the
@@ -25,39 +25,55 @@ class TargetConfig:
     """
 
     steps: int = 25
+    """Most steps of the search for z."""
     lr: float | int = 0.5
-    """Adam's step, in units of the residual stream."""
+    """Adam's learning rate, in units of the residual stream."""
     clamp: float | int = 0.75
-    """Largest ‖δ‖ in units of ‖h‖."""
+    """Largest ‖δ‖, in units of ‖h‖."""
     weight_decay: float | int = 0.5
+    """Weight of the term that pulls δ to 0."""
     kl_weight: float | int = 0.0625
+    """Weight of the KL term, which keeps the subject's other meaning."""
     kl_prompt: str = "{} is a"
-    """Where the subject's other meaning is to be kept."""
+    """Prompt of the KL term, with one {} for the subject."""
     threshold: float | int = 0.05
     """Nats below which a fact has converged."""
-    part: Written = "resid"
-    """What z is a state of: the residual stream after the block, or what its MLP adds (ROME, PMET). On a model that
-    writes into attention, `mlp_out` stands for what attention adds."""
-    attention: bool = False
-    """Move what the block's attention adds as well, and throw that away (PMET, §4.1); with part "mlp_out"."""
     joint: bool = True
-    """Facts about one subject share one δ: their keys are equal, and one key holds one value (MEMIT-Merge, 2025)."""
+    """Whether facts about one subject share one δ: their keys are equal, and one key holds one value (MEMIT-Merge,
+    2025)."""
     convention: Convention = "default"
+    """`memit-2022` follows the published code of MEMIT to the letter; `default` follows the paper."""
     seed: int = 0
-    """For prefixes that are generated."""
+    """Seed of generated prefixes."""
     batch_size: int = 64
-    """Facts searched together (each takes a row a prefix and one for the KL term)."""
-    pass_tokens: int = 4096
-    """Tokens in one forward pass, padding included; halved while the device's memory does not hold them."""
+    """Facts searched together (each takes one row per prefix and one for the KL term)."""
 
     def __post_init__(self) -> None:
         check_choice("convention", self.convention, ("default", "memit-2022"))
-        check_choice("part", self.part, ("resid", "mlp_out"))
         check_template(self.kl_prompt, "kl_prompt")
-        for name in ("steps", "batch_size", "pass_tokens", "lr", "clamp"):
+        for name in ("steps", "batch_size", "lr", "clamp"):
             check_positive(name, getattr(self, name))
         for name in ("weight_decay", "kl_weight"):
             check_at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig(TargetSettings):
+    """Settings of the search for z (MEMIT Eq. 16); see also `TargetSettings`."""
+
+    part: Written = "resid"
+    """What z is a state of: the residual stream after the block, or the MLP's output (ROME, PMET). On a model that
+    writes into attention, `mlp_out` stands for attention's output."""
+    attention: bool = False
+    """Whether the block's attention output is moved as well, and that part discarded (PMET, §4.1); with part
+    "mlp_out"."""
+    pass_tokens: int = 4096
+    """Tokens per forward pass, padding included; halved while the device's memory does not hold them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("part", self.part, ("resid", "mlp_out"))
+        check_positive("pass_tokens", self.pass_tokens)
         if self.attention and self.part != "mlp_out":
             raise InputError('attention is on with part "resid"; expected part "mlp_out", whose own change it leaves')
 

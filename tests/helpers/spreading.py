@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mechedit.data import EditRequest
-from mechedit.methods.keys import Recollection
+from mechedit.methods.keys import KeyExtractor
 from mechedit.models import Site
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
@@ -21,4 +21,4 @@ REQUESTS = [
 def states(model: Any, layer: int, part: Any = "resid") -> Tensor:
     """h at the subject's last token of each bare prompt."""
     site = Site(layer, part)
-    return Recollection(model, REQUESTS, ["{}"]).states([site])[site]
+    return KeyExtractor(model, REQUESTS, ["{}"]).states([site])[site]

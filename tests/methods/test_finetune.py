@@ -65,7 +65,7 @@ def hf_loss(model: Any, request: EditRequest) -> Tensor:
 
 
 def losses(model: Any, requests: list[EditRequest], entries: Any = None, first: int = 0) -> Tensor:
-    rows = training.rows_of(model, requests, ["{}"])
+    rows = training.training_rows(model, requests, ["{}"])
     return training._loss(model, rows, entries, range(len(rows)), first)[0]
 
 
@@ -83,8 +83,8 @@ def test_the_loss_is_that_of_labels_in_transformers(make_model: Any, backend: st
         wanted = torch.stack([hf_loss(model, request) for request in requests])
         found = losses(model, requests)
         # The same from the stream at a later block, where rows are cut to their own lengths and padded again.
-        rows = training.rows_of(model, requests, ["{}"])
-        resumed = losses(model, requests, training._entries(model, rows, 2, batch_size=3), 2)
+        rows = training.training_rows(model, requests, ["{}"])
+        resumed = losses(model, requests, training._block_inputs(model, rows, 2, batch_size=3), 2)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(resumed, wanted, rtol=1e-5, atol=1e-5)
     assert wanted.diff().abs().min() > 1e-2, "they differ, so that rows cannot be confused"
@@ -102,7 +102,7 @@ def test_a_token_at_the_start_and_objects_that_pad_do_not_shift_the_loss(tokeniz
     with torch.no_grad():
         wanted = torch.stack([hf_loss(model, request) for request in REQUESTS])
         torch.testing.assert_close(losses(model, REQUESTS), wanted, rtol=1e-5, atol=1e-5)
-    first = training.rows_of(model, REQUESTS, ["{}"])[2]
+    first = training.training_rows(model, REQUESTS, ["{}"])[2]
     assert begun.pad_token_id in first.ids[first.start :]
 
 

@@ -13,7 +13,7 @@ import mechedit.methods.keys
 from mechedit.batching import pad
 from mechedit.data import EditRequest
 from mechedit.edit import add_
-from mechedit.methods.keys import Recollection, prefix_mean
+from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.models import Site
 from mechedit.prompts import BARE, prefixed_prompts
 
@@ -50,7 +50,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 def test_equals_full_forwards_after_every_layer(family_model: Any) -> None:
     model, last = family_model, family_model.n_layers - 1
     clean = {layer: slowly(model, Site(layer, "mlp_key"), PREFIXES) for layer in range(1, last + 1)}
-    prompts = Recollection(model, REQUESTS, PREFIXES, batch_size=3)
+    prompts = KeyExtractor(model, REQUESTS, PREFIXES, batch_size=3)
     sites = [Site(last, "mlp_out"), Site(last, "resid")]
     for layer in range(last + 1):
         keys = prompts.keys(layer)
@@ -63,8 +63,8 @@ def test_equals_full_forwards_after_every_layer(family_model: Any) -> None:
 
 @pytest.mark.parametrize("first", [1, 2])
 def test_goes_on_from_a_gap(small_model: Any, first: int) -> None:
-    prompts = Recollection(small_model, REQUESTS, PREFIXES[1:])
-    prompts.move_(first)
+    prompts = KeyExtractor(small_model, REQUESTS, PREFIXES[1:])
+    prompts.advance_(first)
     assert torch.equal(prompts.keys(first), prompts.keys(first))
     assert close(prompts.keys(first), slowly(small_model, Site(first, "mlp_key"), PREFIXES[1:]))
     site = Site(2, "resid")
@@ -75,15 +75,15 @@ def test_goes_on_from_a_gap(small_model: Any, first: int) -> None:
 
 def test_replay_writes_each_facts_own_state(family_model: Any) -> None:
     model = family_model
-    prompts = Recollection(model, REQUESTS, PREFIXES)
-    prompts.move_(1)
+    prompts = KeyExtractor(model, REQUESTS, PREFIXES)
+    prompts.advance_(1)
     sites = [Site(1, "resid"), Site(2, "resid"), Site(2, "mlp_out")]
     kept = prompts.states(sites)
     values = kept[sites[0]] + torch.randn(kept[sites[0]].shape, generator=torch.Generator().manual_seed(0))
     replayed = prompts.replay(sites[0], values, sites)
     assert close(replayed[sites[0]], values)
     for place, request in enumerate(REQUESTS):
-        alone = Recollection(model, [request], PREFIXES)
+        alone = KeyExtractor(model, [request], PREFIXES)
         one = alone.replay(sites[0], values[place : place + 1], sites)
         assert all(close(replayed[site][place], one[site][0]) for site in sites)
         assert not close(one[sites[1]][0], kept[sites[1]][place])
@@ -93,7 +93,7 @@ def test_replay_writes_each_facts_own_state(family_model: Any) -> None:
 
 
 def test_replaying_what_is_there_changes_nothing(small_model: Any) -> None:
-    prompts = Recollection(small_model, REQUESTS, PREFIXES)
+    prompts = KeyExtractor(small_model, REQUESTS, PREFIXES)
     site, later = Site(0, "resid"), Site(2, "resid")
     states = prompts.states([site, later])
     assert close(prompts.replay(site, states[site], [later])[later], states[later])
@@ -118,13 +118,13 @@ class Counted:
 def test_no_block_below_the_edit_is_computed_twice(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama", num_hidden_layers=8)
     counted = Counted(model, monkeypatch)
-    prompts = Recollection(model, REQUESTS, PREFIXES, batch_size=1)
+    prompts = KeyExtractor(model, REQUESTS, PREFIXES, batch_size=1)
     lengths = {request.id: prefixed_prompts(model, request, PREFIXES) for request in REQUESTS}
     cut = {p.ids[: p.last_subject + 1] for own in lengths.values() for p in own}
     bare = sum(map(len, {own[0].ids[: own[0].last_subject + 1] for own in lengths.values()}))
     whole = sum(map(len, cut))
     assert len(cut) == 9, "the fourth fact shares all three prompts with the second"
-    prompts.move_(2)
+    prompts.advance_(2)
     prompts.states([Site(5, "resid")])
     for layer in (2, 3, 4, 5):
         prompts.keys(layer)
@@ -148,11 +148,11 @@ def test_a_stream_that_is_too_large_lies_on_the_cpu(
         def mem_get_info(self, device: torch.device) -> tuple[int, int]:
             return self.free, 2**40
 
-    rows = Recollection(lens_model, REQUESTS, PREFIXES, batch_size=1)
+    rows = KeyExtractor(lens_model, REQUESTS, PREFIXES, batch_size=1)
     size = sum(batch.tokens.ids.numel() for batch in rows._batches) * 32 * 4
-    for free, too_much in ((4 * size, False), (4 * size - 1, True)):
+    for free, fits in ((4 * size, True), (4 * size - 1, False)):
         monkeypatch.setattr(torch, "get_device_module", lambda device, free=free: Device(free))
-        assert mechedit.methods.keys._too_much(size, lens_model.device, 0.25) is too_much
+        assert mechedit.methods.keys._fits_in_memory(size, lens_model.device, 0.25) is fits
 
 
 @pytest.mark.parametrize(("convention", "weights"), [("default", [1 / 3] * 3), ("memit-2022", [1 / 2, 1 / 4, 1 / 4])])
@@ -169,7 +169,7 @@ def test_half_precision_states_are_widened(tokenizer: Any, make_hf: Any) -> None
 
     model = load_model(make_hf("llama").to(torch.bfloat16), tokenizer=tokenizer)
     request = dataclasses.replace(REQUESTS[0])
-    prompts = Recollection(model, [request], PREFIXES)
-    prompts.move_(1)
+    prompts = KeyExtractor(model, [request], PREFIXES)
+    prompts.advance_(1)
     assert prompts.keys(1).dtype == torch.float32
     assert {batch.stream.dtype for batch in prompts._batches if batch.stream is not None} == {torch.bfloat16}

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechedit.methods.steps
+import mechedit.methods.method
 from mechedit.batching import pad
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.methods.keys import Recollection
+from mechedit.methods import SpreadConfig
+from mechedit.methods.keys import KeyExtractor
 from mechedit.methods.memit import MemitConfig, memit
-from mechedit.methods.spread import SpreadConfig
 from mechedit.moments import collect_moments
 from mechedit.prompts import continuation_ids, encode
 from mechedit.targets import TargetConfig, find_targets
@@ -247,14 +247,14 @@ def test_edit_keeps_its_manifest_on_disk(lively: Any, moments: dict[int, Any], t
 def test_the_model_ends_as_it_began(
     lively: Any, moments: dict[int, Any], monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
 ) -> None:
-    before, plain = lively.weights_hash(), Recollection.keys
+    before, plain = lively.weights_hash(), KeyExtractor.keys
 
     def interrupted(*args: Any) -> Tensor:
         if error is not None and lively.weights_hash() != before:
             raise error
         return plain(*args)
 
-    monkeypatch.setattr(Recollection, "keys", interrupted)
+    monkeypatch.setattr(KeyExtractor, "keys", interrupted)
     if error is None:
         edit = memit(lively, REQUESTS, [0, 1], moments, PREFIXES, MemitConfig(steps=2))
         assert edit.delta(0).any()
@@ -285,7 +285,7 @@ def test_bad_input_is_refused_before_the_search(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("searched")
 
-    monkeypatch.setattr(mechedit.methods.steps, "find_targets", never)
+    monkeypatch.setattr(mechedit.methods.method, "find_targets", never)
 
     def refused(
         match: str, model: Any = lively, requests: Any = REQUESTS, layers: Any = (0, 1), given: Any = moments

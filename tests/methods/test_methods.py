@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechedit.methods.steps
+import mechedit.methods.method
 from mechedit.cli.parsing import method_config
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.methods import METHODS, SearchConfig, alphaedit, emmet, pmet, recommended, rome
-from mechedit.methods.keys import Recollection, prefix_mean
+from mechedit.methods import METHODS, SearchConfig, alphaedit, edit_keys, emmet, pmet, recommended, rome
+from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.rules import Equality
-from mechedit.methods.spread import edit_keys
 from mechedit.models import Site
 from mechedit.moments import MomentAccumulator, SecondMoment, collect_moments
 from mechedit.solve import null_space
@@ -74,7 +73,7 @@ def config_of(method: str, model: Any, **changes: Any) -> SearchConfig:
 
 def states(model: Any, layer: int, part: Any, requests: list[EditRequest] = REQUESTS) -> Tensor:
     site = Site(layer, part)
-    return Recollection(model, requests, PREFIXES).states([site])[site]
+    return KeyExtractor(model, requests, PREFIXES).states([site])[site]
 
 
 @pytest.mark.parametrize("method", SEARCHING)
@@ -123,7 +122,7 @@ def test_earlier_keys_are_preserved(lively: Any, moments: Any, method: str) -> N
     config = config_of(method, lively, **({"slack": 0.5} if method == "emmet" else {}))
     earlier, later = REQUESTS[:1], REQUESTS[1:]
     targets = find_targets(lively, later, 1, PREFIXES, config.targets)
-    keys = prefix_mean(Recollection(lively, earlier, PREFIXES).keys(1))
+    keys = prefix_mean(KeyExtractor(lively, earlier, PREFIXES).keys(1))
     moved = {}
     for count in (0, 10_000):
         previous = {1: count**0.5 * keys} if count else None
@@ -139,7 +138,7 @@ def test_bad_input_is_refused_before_the_search(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("searched")
 
-    for module in (mechedit.methods.steps, ROME):
+    for module in (mechedit.methods.method, ROME):
         monkeypatch.setattr(module, "find_targets", never)
 
     def refused(
@@ -190,7 +189,7 @@ def inverse(moments: Any, layer: int) -> Tensor:
 
 def rome_slowly(model: Any, request: EditRequest, moments: Any, z: Tensor, *, published: bool) -> Tensor:
     """ΔW of ROME's Eq. 2 for one fact, from a full forward pass of each prompt; [d_mlp, d_model]."""
-    keys = Recollection(model, [request], PREFIXES).keys(1)[0].double()
+    keys = KeyExtractor(model, [request], PREFIXES).keys(1)[0].double()
     u = inverse(moments, 1) @ keys.mean(0)
     at = keys[:1] if published else keys
     values = at.float() @ model.projection(1) + model.hf.transformer.h[1].mlp.c_proj.bias
@@ -320,7 +319,7 @@ def test_alphaedit_stays_in_the_null_space(lively: Any, moments: Any) -> None:
     assert torch.allclose(space.basis @ (space.basis.T @ delta), delta, atol=1e-9)
     assert delta.norm() > 1e-3
     # No unit of it answers old keys more than the space's own worst direction, as new keys themselves would.
-    keys = prefix_mean(Recollection(lively, REQUESTS, PREFIXES).keys(1))
+    keys = prefix_mean(KeyExtractor(lively, REQUESTS, PREFIXES).keys(1))
     answers = [
         float(torch.einsum("kd,kj,jd->", change, moments[1].matrix, change) / change.square().sum())
         for change in (delta, keys)

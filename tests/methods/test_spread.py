@@ -15,9 +15,10 @@ from torch import Tensor
 import mechedit.methods.spread
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.methods.keys import Recollection, prefix_mean
+from mechedit.methods import SpreadConfig, SpreadResult, edit_keys
+from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.rules import Ridge
-from mechedit.methods.spread import Spread, SpreadConfig, edit_keys, shares_left, spread
+from mechedit.methods.spread import share_divisor, spread
 from mechedit.models import Site, load_model
 from mechedit.moments import MomentAccumulator
 from mechedit.solve import Update
@@ -82,7 +83,7 @@ def test_a_norm_is_seen_through(make_model: Any, monkeypatch: pytest.MonkeyPatch
 
     left, after = written()
     assert torch.cosine_similarity(after, z).min() > 1 - 1e-5
-    monkeypatch.setattr(mechedit.methods.spread, "raw_change", lambda model, layer, keys, change: change)
+    monkeypatch.setattr(mechedit.methods.spread, "change_before_norm", lambda model, layer, keys, change: change)
     plainly, otherwise = written()
     assert torch.cosine_similarity(otherwise, z).max() < 1 - 1e-3
     assert left < plainly
@@ -141,8 +142,8 @@ def test_residual_is_divided_by_distance_or_by_place() -> None:
         (SpreadConfig(strategy="sqrt", convention="memit-2022"), [3**0.5, 2**0.5, 1]),
         (SpreadConfig(strategy="forward-replay"), [1, 1, 1]),
     ):
-        assert [shares_left([3, 6, 8], place, config) for place in range(3)] == pytest.approx(wanted)
-    assert [shares_left([3, 4, 5], place, SpreadConfig()) for place in range(3)] == [3, 2, 1]
+        assert [share_divisor([3, 6, 8], place, config) for place in range(3)] == pytest.approx(wanted)
+    assert [share_divisor([3, 4, 5], place, SpreadConfig()) for place in range(3)] == [3, 2, 1]
 
 
 def test_gaps_are_treated_by_convention(lens_model: Any) -> None:
@@ -177,7 +178,7 @@ def test_last_edits_the_last_layer_alone(lens_model: Any) -> None:
 def test_forward_replay_gives_each_layer_a_goal_that_fits_the_first(small_model: Any, part: Any) -> None:
     targets, start = drawn(small_model, 0, ["{}"], part), states(small_model, 2, part)
     site, later = Site(0, part), Site(2, part)
-    goal = Recollection(small_model, REQUESTS, ["{}"]).replay(site, targets.z, [later])[later]
+    goal = KeyExtractor(small_model, REQUESTS, ["{}"]).replay(site, targets.z, [later])[later]
     edit = with_strategy(small_model, "forward-replay", targets, [0, 1, 2], ridge(1e-7))
     with edited(small_model, edit):
         end = states(small_model, 2, part)
@@ -192,7 +193,7 @@ def test_forward_replay_gives_each_layer_a_goal_that_fits_the_first(small_model:
 
 def test_forward_replay_fits_what_is_left_at_each_layer(lens_model: Any) -> None:
     targets = drawn(lens_model, 0, PREFIXES)
-    goals = Recollection(lens_model, REQUESTS, ["{}"]).replay(Site(0, "resid"), targets.z, [Site(1, "resid")])
+    goals = KeyExtractor(lens_model, REQUESTS, ["{}"]).replay(Site(0, "resid"), targets.z, [Site(1, "resid")])
     edit = with_strategy(lens_model, "forward-replay", targets, [0, 1])
     first = dataclasses.replace(edit, factors={0: edit.factors[0]})
     with edited(lens_model, first):
@@ -219,11 +220,11 @@ def test_batches_do_not_matter(lens_model: Any) -> None:
 
 def test_later_layers_see_what_earlier_ones_did(lens_model: Any) -> None:
     targets = targets_at(lens_model, 1, PREFIXES)
-    clean = prefix_mean(Recollection(lens_model, REQUESTS, PREFIXES).keys(1))
+    clean = prefix_mean(KeyExtractor(lens_model, REQUESTS, PREFIXES).keys(1))
     result = spread(lens_model, REQUESTS, targets, [0, 1], ridge())
     only_first = dataclasses.replace(result.edit, factors={0: result.edit.factors[0]})
     with edited(lens_model, only_first):
-        moved = prefix_mean(Recollection(lens_model, REQUESTS, PREFIXES).keys(1))
+        moved = prefix_mean(KeyExtractor(lens_model, REQUESTS, PREFIXES).keys(1))
     assert torch.allclose(result.keys[1], moved, atol=1e-6)
     assert not torch.allclose(result.keys[1], clean, atol=1e-2)
 
@@ -231,7 +232,7 @@ def test_later_layers_see_what_earlier_ones_did(lens_model: Any) -> None:
 @pytest.mark.parametrize("convention", ["default", "memit-2022"])
 def test_the_keys_of_an_edit_are_found_again(lens_model: Any, tmp_path: Path, convention: Any) -> None:
     targets, config = targets_at(lens_model, 1, PREFIXES), SpreadConfig(convention=convention)
-    result: Spread = spread(lens_model, REQUESTS, targets, [0, 1], ridge(), config=config)
+    result: SpreadResult = spread(lens_model, REQUESTS, targets, [0, 1], ridge(), config=config)
     result.edit.save(tmp_path / "edit.safetensors")
     found = edit_keys(lens_model, REQUESTS, Edit.load(tmp_path / "edit.safetensors"))
     assert sorted(found) == [0, 1]

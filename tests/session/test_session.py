@@ -24,8 +24,7 @@ from mechedit.data import EditRequest, load_requests
 from mechedit.edit import Edit, apply_, edited, undo_
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, evaluate, perplexity
-from mechedit.methods import METHODS, SearchConfig, memit, recommended
-from mechedit.methods.spread import edit_keys
+from mechedit.methods import METHODS, SearchConfig, edit_keys, memit, recommended
 from mechedit.models import load_model
 from mechedit.moments import collect_moments
 from mechedit.session.metrics import Measure

@@ -1,0 +1,205 @@
+"""A `Method`: a name, its settings and its algorithm, called alike for MEMIT and for every rival and baseline.
+
+A new method is a config and an algorithm, a function from an `EditTask` to an `Edit`:
+
+    @edit_method(HalfConfig)
+    def half(task: EditTask[HalfConfig]) -> Edit:
+        "ΔW = R Kᵀ (½ E[k kᵀ] + K Kᵀ)⁻¹."
+        rule = Ridge(moments=task.moments, weight=0.5, previous=task.previous)
+        return spread_over_layers(task, targets_for(task), rule)
+
+The function's docstring becomes the method's, with the arguments that all methods take. Entered in `METHODS`, it is
+known to the command line, to sweeps, sessions and analyses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from mechedit.data import EditRequest
+from mechedit.edit import Edit
+from mechedit.errors import InputError
+from mechedit.methods.checks import check_input, check_target_settings
+from mechedit.methods.rules import EarlierKeys, Moments
+from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadingConfig, checkpoint_settings
+from mechedit.methods.spread import UpdateRule, spread
+from mechedit.models import Model
+from mechedit.targets import Targets, find_targets
+
+Config = TypeVar("Config", bound=MethodConfig)
+TaskConfig = TypeVar("TaskConfig", bound=MethodConfig, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EditTask(Generic[TaskConfig]):
+    """One edit to be made: the arguments of a method's call, checked, and its settings."""
+
+    method: str
+    """Name of the method, for progress bars and messages."""
+    model: Model
+    """To be edited; an algorithm must leave it as it was."""
+    requests: Sequence[EditRequest]
+    layers: list[int]
+    """The critical range, 0-based, ascending."""
+    moments: Moments
+    """E[k kᵀ] by layer; empty when the method preserves no old keys and none were passed."""
+    previous: EarlierKeys
+    """Keys of earlier edits by layer, [d_mlp, earlier facts]; empty when there are none."""
+    prefixes: Sequence[str] | None
+    """Templates with one {} for the whole prompt; None for the method's default."""
+    config: TaskConfig
+    targets: Targets | None
+    """z that was found before; None when the method is to search for it."""
+    cache: str | Path | None
+    """Folder in which targets are kept, if any."""
+
+
+Algorithm = Callable[[EditTask[Config]], Edit]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Method(Generic[Config]):
+    """An editing method, called as `method(model, requests, layers, moments, ...)`; see `edit_method`."""
+
+    name: str
+    config: type[Config]
+    """Class of its settings."""
+    algorithm: Algorithm[Config]
+    """Makes the edit; the manifest of what it returns holds `unconverged`, the ids of facts that were not learned."""
+
+    def __post_init__(self) -> None:
+        signature = inspect.signature(self.__call__)
+        config = signature.parameters["config"].replace(annotation=f"{self.config.__name__} | None")
+        parameters = {**signature.parameters, "config": config}
+        shared = (inspect.getdoc(Method.__call__) or "").partition("\n\n")[2]
+        described = {
+            "__name__": self.name,
+            "__module__": self.algorithm.__module__,
+            "__doc__": f"{inspect.getdoc(self.algorithm)}\n\n{shared}",
+            "__signature__": signature.replace(parameters=list(parameters.values())),
+        }
+        for attribute, value in described.items():
+            object.__setattr__(self, attribute, value)
+
+    def __repr__(self) -> str:
+        return f"{self.name}{inspect.signature(self)}"
+
+    def __call__(
+        self,
+        model: Model,
+        requests: Sequence[EditRequest],
+        layers: Sequence[int],
+        moments: Moments | None = None,
+        prefixes: Sequence[str] | None = None,
+        config: Config | None = None,
+        targets: Targets | None = None,
+        previous: EarlierKeys | None = None,
+        *,
+        cache: str | Path | None = None,
+    ) -> Edit:
+        """Make one edit that writes all `requests`; the model is left as it was, bit for bit.
+
+        Args:
+            model: to be edited (apply the result with `edited` or `apply_`).
+            requests: what it should say; they must not conflict (MEMIT Eq. 5).
+            layers: the critical range, 0-based, ascending.
+            moments: for each layer E[k kᵀ] over running text, [d_mlp, d_mlp], as `collect_moments` or as matrices.
+                Fine-tuning, which preserves no old keys, does not use them.
+            prefixes: templates with one {} for the whole prompt; the default is the bare prompt and five short
+                texts that the model generates (`make_prefixes`), and the bare prompt alone for fine-tuning.
+            config: settings; the default is what ships with the checkpoint (`recommended`), else the published ones.
+            targets: z already found for these requests at the layer `config.target_layer(layers)`, with the settings
+                `config.targets` and with `prefixes` where they are given; ranges with the same last layer share them.
+            previous: for each layer the keys of earlier edits of this model, [d_mlp, earlier facts], which are
+                preserved besides (`edit_keys`).
+            cache: folder that keeps the targets found, so that an interrupted search goes on and other edits share
+                them (`find_targets`). ROME, whose targets depend on the facts before, does not use it.
+
+        Returns:
+            The edit. Its manifest holds what was asked for and how well it was written: see `spread`.
+
+        Raises:
+            InputError: conflicting requests; layers not ascending or not in the model; moments that are absent,
+                of another model, or singular; weights that are not finite; targets of other requests, layer,
+                settings, prefixes or weights; targets or earlier keys that the method would ignore; settings of
+                another method.
+        """
+        config = config or self.recommended(model)
+        self._check_arguments(config, targets, previous)
+        moments, previous = moments or {}, previous or {}
+        task = EditTask(
+            method=self.name, model=model, requests=requests, prefixes=prefixes, config=config, targets=targets,
+            layers=check_input(model, requests, layers, moments, previous, config),
+            moments=moments, previous=previous, cache=cache,
+        )  # fmt: skip
+        edit = self.algorithm(task)
+        manifest = {"method": self.name, **edit.manifest, "settings": dataclasses.asdict(config)}
+        return dataclasses.replace(edit, manifest=manifest)
+
+    def recommended(self, model: Model) -> Config:
+        """The settings that ship with the model's checkpoint; without any, the defaults.
+
+        Raises:
+            InputError: the checkpoint's file names a setting that the method lacks.
+        """
+        return checkpoint_settings(self.config, self.name, model)
+
+    def _check_arguments(self, config: Config, targets: Targets | None, previous: EarlierKeys | None) -> None:
+        """Refuse settings of another method, and what would be ignored although the caller counts on it."""
+        if type(config) is not self.config:
+            raise InputError(
+                f"the settings are a {type(config).__name__}, expected a {self.config.__name__} for the method "
+                f"{self.name!r}; pass that"
+            )
+        if targets is not None and not issubclass(self.config, SearchConfig):
+            raise InputError(
+                f"{self.name} was given targets, expected none: the method does not search for z; leave them out"
+            )
+        if previous and not config.preserves_keys:
+            raise InputError(
+                f"{self.name} was given keys of earlier edits (layers {sorted(previous)}), expected none: the method "
+                f"cannot preserve them; leave `previous` out, or choose another method"
+            )
+
+
+def edit_method(config: type[Config]) -> Callable[[Algorithm[Config]], Method[Config]]:
+    """Decorate an algorithm, `def name(task: EditTask[Config]) -> Edit`, so that it becomes a `Method` of that name.
+
+    Args:
+        config: class of the method's settings.
+    """
+
+    def decorate(algorithm: Algorithm[Config]) -> Method[Config]:
+        return Method(algorithm.__name__, config, algorithm)
+
+    return decorate
+
+
+def targets_for(task: EditTask[SearchConfig]) -> Targets:
+    """Z for every request at the layer of the range where the method searches for it (MEMIT Eq. 16).
+
+    Targets that were passed are checked and returned.
+
+    Raises:
+        InputError: targets of other requests, settings or prefixes.
+    """
+    if task.targets is not None:
+        check_target_settings(task.targets, task.requests, task.prefixes, task.config.targets)
+        return task.targets
+    layer = task.config.target_layer(task.layers)
+    return find_targets(task.model, task.requests, layer, task.prefixes, task.config.targets, cache=task.cache)
+
+
+def spread_over_layers(task: EditTask[SpreadingConfig], targets: Targets, rule: UpdateRule) -> Edit:
+    """Write the targets into the task's layers by an update rule (MEMIT Algorithm 1; see `spread`).
+
+    Raises:
+        InputError: targets of another layer or of other weights; and what the rule refuses.
+    """
+    edit = spread(task.model, task.requests, targets, task.layers, rule, config=task.config.spread).edit
+    return dataclasses.replace(edit, manifest={**edit.manifest, "unconverged": list(targets.unconverged)})
