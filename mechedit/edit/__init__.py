@@ -1,16 +1,21 @@
-"""An edit is a value: low-rank factors for each layer, and a manifest that says what made it and for whom.
+"""An edit is a value: low-rank factors for each layer, and a manifest that says what made it and for which weights.
 
-It is applied for a moment with `edited`, or for good with `apply_` and `undo_`; weights come back bit for bit. Edits
-for the same weights can be merged, subtracted and truncated, and written as a checkpoint or as a LoRA adapter.
+It is applied temporarily with `edited`, or until it is undone with `apply_` and `undo_`; weights come back bit for bit.
+Edits for the same weights can be merged, subtracted and truncated, and written as a checkpoint or as a LoRA adapter.
+
+One invariant holds throughout: weights = base + sum of the applied deltas, rounded once. That is, with W₀ a copy of a
+layer's weights before its first edit, W = round(W₀ + ΔW₁ + … + ΔW_k), summed in float64 and rounded once to the
+weights' dtype. So rounding errors do not add up over edits, an edit leaves the same bits wherever and whenever it is
+applied, and undoing the last edit gives back the bits that were there before it.
 """
 
 from mechedit.edit.algebra import merge, subtract, truncate
+from mechedit.edit.applied_edits import restoring, transaction
 from mechedit.edit.apply import add_, apply_, check_model, edited, undo_
 from mechedit.edit.export import export, export_lora
-from mechedit.edit.ledger import preserved
 from mechedit.edit.summary import summarize
-from mechedit.edit.value import Edit, Factors, same
-from mechedit.edit.weights import copies, restore_
+from mechedit.edit.value import Edit, Factors
+from mechedit.edit.weights import copy_weights, restore_
 
 __all__ = [
     "Edit",
@@ -18,16 +23,16 @@ __all__ = [
     "add_",
     "apply_",
     "check_model",
-    "copies",
+    "copy_weights",
     "edited",
     "export",
     "export_lora",
     "merge",
-    "preserved",
     "restore_",
-    "same",
+    "restoring",
     "subtract",
     "summarize",
+    "transaction",
     "truncate",
     "undo_",
 ]

@@ -20,10 +20,11 @@ _BASE = ("dtype", "weights_hash", "tokenizer_hash")
 def merge(edits: Sequence[Edit]) -> Edit:
     """One edit whose ΔW is the sum of those of `edits`: ΔW = [left₁ left₂ …] · [right₁; right₂; …].
 
-    Each was made as if alone, so facts of different edits may disturb each other. The ranks add up (see `truncate`).
+    Each edit was made without regard to the other ones, so their facts may disturb each other. The ranks add up (see
+    `truncate`).
 
     Returns:
-        The edit; `parts` in its manifest holds those of `edits`.
+        The edit; `parts` in its manifest holds the manifests of `edits`.
 
     Raises:
         InputError: no edits, or edits made for different weights (names the field that differs).
@@ -31,25 +32,25 @@ def merge(edits: Sequence[Edit]) -> Edit:
     if not edits:
         raise InputError("there are no edits to merge, expected at least one; pass a list of edits")
     _check_same_base(edits)
-    together = {
+    requests_and_facts = {
         name: [item for edit in edits for item in edit.manifest[name]]
         for name in ("requests", "facts")
         if all(name in edit.manifest for edit in edits)
     }
-    return _combined(edits, [1] * len(edits), {"method": "merge", **together})
+    return _signed_sum(edits, [1] * len(edits), {"method": "merge", **requests_and_facts})
 
 
-def subtract(one: Edit, other: Edit) -> Edit:
-    """One edit whose ΔW is that of `one` less that of `other`.
+def subtract(edit: Edit, subtrahend: Edit) -> Edit:
+    """One edit whose ΔW is that of `edit` less that of `subtrahend`.
 
     Returns:
-        The edit; `parts` in its manifest holds those of `one` and `other`.
+        The edit; `parts` in its manifest holds the manifests of both.
 
     Raises:
         InputError: they were made for different weights (names the field that differs).
     """
-    _check_same_base([one, other])
-    return _combined([one, other], [1, -1], {"method": "subtract"})
+    _check_same_base([edit, subtrahend])
+    return _signed_sum([edit, subtrahend], [1, -1], {"method": "subtract"})
 
 
 def truncate(edit: Edit, rank: int | None = None, *, error: float | int | None = None) -> Edit:
@@ -59,13 +60,13 @@ def truncate(edit: Edit, rank: int | None = None, *, error: float | int | None =
 
     Args:
         edit: of any rank.
-        rank: how many terms each layer keeps at most.
-        error: in place of `rank`: as few terms as leave ‖ΔW − ΔW'‖ ≤ error · ‖ΔW‖ in each layer (Frobenius norm). One
-            term is always kept.
+        rank: most terms that each layer keeps.
+        error: in place of `rank`: keep as few terms as leave ‖ΔW − ΔW'‖ ≤ error · ‖ΔW‖ in each layer (Frobenius
+            norm). One term is always kept.
 
     Returns:
-        The edit, in float64. `truncated` in its manifest holds a record for each layer: `layer`, `rank`, `of` (terms
-        there were), `error` (‖ΔW − ΔW'‖ / ‖ΔW‖).
+        The edit, in float64. `truncated` in its manifest holds a record for each layer: `layer`, `rank`, `of` (number
+        of terms before), `error` (‖ΔW − ΔW'‖ / ‖ΔW‖).
 
     Raises:
         InputError: both or neither of `rank` and `error`; a rank below 1 or an error outside 0 … 1.
@@ -76,34 +77,34 @@ def truncate(edit: Edit, rank: int | None = None, *, error: float | int | None =
         raise InputError(f"rank is {rank} and error {error}, expected a rank of at least 1, or an error from 0 to 1")
     factors, records = {}, []
     for layer in edit.layers:
-        q_left, core, q_right = decomposed(edit.factors[layer])
+        q_left, core, q_right = orthogonal_factors(edit.factors[layer])
         u, values, vh = torch.linalg.svd(core, full_matrices=False)
-        lost = _lost(values)
-        wanted = rank if error is None else int((lost > error).sum())
-        kept = min(max(1, wanted or 0), len(values))
-        factors[layer] = Factors(left=q_left @ (u[:, :kept] * values[:kept]), right=vh[:kept] @ q_right.T)
-        records.append({"layer": layer, "rank": kept, "of": len(values), "error": float(lost[kept])})
+        errors = _truncation_errors(values)
+        enough = rank if error is None else int((errors > error).sum())
+        terms = min(max(1, enough or 0), len(values))
+        factors[layer] = Factors(left=q_left @ (u[:, :terms] * values[:terms]), right=vh[:terms] @ q_right.T)
+        records.append({"layer": layer, "rank": terms, "of": len(values), "error": float(errors[terms])})
     return Edit(factors=factors, manifest={**edit.manifest, "truncated": records})
 
 
-def decomposed(
+def orthogonal_factors(
     factors: Factors,
 ) -> tuple[Float[Tensor, "d_mlp m"], Float[Tensor, "m n"], Float[Tensor, "d_model n"]]:
-    """Q, C and P with orthonormal columns in Q and P, and ΔW = Q C Pᵀ, in float64; C is no larger than the rank."""
+    """Q, C and P with ΔW = Q C Pᵀ and orthonormal columns in Q and P, in float64; C is no larger than the rank."""
     q_left, r_left = torch.linalg.qr(factors.left.double())
     q_right, r_right = torch.linalg.qr(factors.right.double().T)
     return q_left, r_left @ r_right.T, q_right
 
 
-def _lost(values: Float[Tensor, " m"]) -> Float[Tensor, " m+1"]:
-    """Relative error when the first 0, 1, … m singular values are kept."""
+def _truncation_errors(values: Float[Tensor, " m"]) -> Float[Tensor, " m+1"]:
+    """Relative error (Frobenius norm) when the first 0, 1, … m singular values are kept."""
     squares = values.square()
     tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
     return (tails / tails[0]).sqrt() if tails[0] > 0 else tails
 
 
-def _combined(edits: Sequence[Edit], signs: Sequence[int], manifest: Mapping[str, Any]) -> Edit:
-    """Σ signᵢ ΔWᵢ, with the edits' manifests as parts."""
+def _signed_sum(edits: Sequence[Edit], signs: Sequence[int], manifest: Mapping[str, Any]) -> Edit:
+    """The edit Σ signᵢ ΔWᵢ, with the manifests of `edits` as parts of its own."""
     factors = {}
     for layer in sorted({layer for edit in edits for layer in edit.layers}):
         signed = [(edit.factors[layer], sign) for edit, sign in zip(edits, signs, strict=True) if layer in edit.factors]
@@ -111,13 +112,13 @@ def _combined(edits: Sequence[Edit], signs: Sequence[int], manifest: Mapping[str
             left=torch.cat([part.left.cpu().double() for part, _ in signed], dim=1),
             right=torch.cat([sign * part.right.cpu().double() for part, sign in signed]),
         )
-    described = {
+    origin = {
         "mechedit": VERSION,
         "layers": list(factors),
         "model": dict(edits[0].manifest["model"]),
         "parts": [dict(edit.manifest) for edit in edits],
     }
-    return Edit(factors=factors, manifest={**manifest, **described})
+    return Edit(factors=factors, manifest={**manifest, **origin})
 
 
 def _check_same_base(edits: Sequence[Edit]) -> None:

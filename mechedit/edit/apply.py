@@ -1,4 +1,4 @@
-"""Edits on a model: for a moment with `edited`, for good with `apply_` and `undo_`."""
+"""Edits on a model: temporarily with `edited`, or until they are undone with `apply_` and `undo_`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.edit.ledger import (
-    Entry,
-    account,
-    accounted,
-    all_or_nothing,
-    ledger,
-    note_,
-    noted_digest,
-    own_ledger,
-    preserved,
+from mechedit.edit.applied_edits import (
+    AppliedEdit,
+    applied_edits,
+    base_and_edits,
+    edits_of_module,
+    expected_digest,
+    is_as_applied,
+    restoring,
+    set_applied_edits_,
+    transaction,
 )
-from mechedit.edit.value import Edit, check_factors, same
+from mechedit.edit.value import Edit, check_factors, has_same_factors
 from mechedit.edit.weights import digest, rounded_sum
 from mechedit.errors import InputError
 from mechedit.models import Model
@@ -31,11 +31,15 @@ from mechedit.models import Model
 def edited(model: Model, edit: Edit) -> Iterator[Model]:
     """Apply `edit` within a `with` block; on leaving, however it is left, the weights are what they were.
 
+    Example:
+        >>> with me.edited(model, edit):
+        ...     scores = me.evaluate(model, requests)
+
     Raises:
-        InputError: the edit was made for other weights, or takes some beyond what their dtype holds.
+        InputError: the edit was made for other weights, or some weights would exceed the range of their dtype.
     """
     check_model(model, edit)
-    with preserved(model, edit.layers):
+    with restoring(model, edit.layers):
         for layer in edit.layers:
             add_(model, layer, edit.delta(layer))
         yield model
@@ -47,17 +51,22 @@ def apply_(model: Model, edit: Edit) -> None:
     Edits may follow one another, each made on the model as the former left it. With W₀ the weights before the first,
     the k-th leaves W₀ + Σ ΔW rounded once, not the sum of k roundings.
 
+    Example:
+        >>> me.apply_(model, edit)
+        >>> me.undo_(model, edit)  # the weights are again what they were, bit for bit
+
     Raises:
-        InputError: the edit was made for other weights, or takes some beyond what their dtype holds.
+        InputError: the edit was made for other weights, or some weights would exceed the range of their dtype.
     """
     check_model(model, edit)
-    known = [layer for layer in edit.layers if accounted(model, layer)]
-    with all_or_nothing(model, edit.layers) as originals:
+    with_base = [layer for layer in edit.layers if is_as_applied(model, layer)]
+    with transaction(model, edit.layers) as originals:
         for layer in edit.layers:
             add_(model, layer, edit.delta(layer))
-        bases = {layer: original for layer, original in originals.items() if layer not in known}
+        bases = {layer: original for layer, original in originals.items() if layer not in with_base}
         digests = {layer: digest(model.projection(layer)) for layer in edit.layers}
-        note_(model, (*ledger(model), Entry(edit=edit, bases=bases, digests=digests)))
+        entry = AppliedEdit(edit=edit, bases=bases, digests=digests)
+        set_applied_edits_(model, (*applied_edits(model), entry))
 
 
 def undo_(model: Model, edit: Edit) -> None:
@@ -67,35 +76,35 @@ def undo_(model: Model, edit: Edit) -> None:
         InputError: `edit` is not applied, another was applied after it, or it is for another module.
     """
     check_module(model, edit)
-    entries = ledger(model)
-    places = [place for place, entry in enumerate(entries) if same(edit, entry.edit)]
-    if not places:
+    applied = applied_edits(model)
+    matches = [index for index, entry in enumerate(applied) if has_same_factors(edit, entry.edit)]
+    if not matches:
         raise InputError(
-            f"the edit is not applied to {model.name!r} (applied here: {len(entries)}); expected one that apply_ put "
+            f"the edit is not applied to {model.name!r} (applied here: {len(applied)}); expected one that apply_ put "
             f"on this model in this process: the original weights are kept in memory, and neither an edit file nor "
             f"an exported checkpoint holds them, so load the unedited model again"
         )
-    if places[-1] != len(entries) - 1:
-        later = len(entries) - 1 - places[-1]
+    if matches[-1] != len(applied) - 1:
+        later = len(applied) - 1 - matches[-1]
         raise InputError(f"{later} edits were applied after this one, expected none; undo the last one first")
-    with all_or_nothing(model, edit.layers):
+    with transaction(model, edit.layers):
         for layer in edit.layers:
-            _write_(model, layer, _before_last(layer, own_ledger(model)))
-        note_(model, entries[:-1])
+            _write_(model, layer, _weights_before_last(layer, edits_of_module(model)))
+        set_applied_edits_(model, applied[:-1])
 
 
 def add_(model: Model, layer: int, delta: Float[Tensor, "d_mlp d_model"]) -> None:
     """Add `delta` to a layer's down-projection; the sum is taken in float64 and rounded once (`rounded_sum`).
 
-    Where edits are applied, it is taken from the weights before the first of them. Made on one model and applied to
-    it afterwards, an edit leaves the same bits both times.
+    Where edits are applied, the sum starts from the weights before the first of them. An edit that is made on a model
+    and applied to it afterwards leaves the same bits both times.
 
     Raises:
-        InputError: some weights would be beyond what their dtype holds; the layer is left as it was.
+        InputError: some weights would exceed the range of their dtype; the layer is left as it was.
     """
-    base, edits = account(layer, own_ledger(model)) if accounted(model, layer) else (None, [])
+    base, edits = base_and_edits(layer, edits_of_module(model)) if is_as_applied(model, layer) else (None, [])
     base = model.projection(layer) if base is None else base
-    # Made one at a time, since each is as large as the layer.
+    # Computed one at a time, since each is as large as the layer.
     earlier = (edit.delta(layer) for edit in edits)
     _write_(model, layer, rounded_sum(base, itertools.chain(earlier, [delta]), f"layer {layer}"))
 
@@ -135,17 +144,21 @@ def check_module(model: Model, edit: Edit) -> None:
         )
 
 
-def _before_last(layer: int, entries: Sequence[Entry]) -> Float[Tensor, "d_mlp d_model"]:
-    """A layer's weights before the last entry."""
-    *earlier, last = entries
+def _weights_before_last(layer: int, applied: Sequence[AppliedEdit]) -> Float[Tensor, "d_mlp d_model"]:
+    """A layer's weights before the last of the applied edits.
+
+    Raises:
+        InputError: the sum does not have the digest that was recorded.
+    """
+    *earlier, last = applied
     if layer in last.bases:
         return last.bases[layer]
-    base, edits = account(layer, earlier)
+    base, edits = base_and_edits(layer, earlier)
     assert base is not None, layer
     weight = rounded_sum(base, (edit.delta(layer) for edit in edits), f"layer {layer}")
-    if (found := digest(weight)) != (expected := noted_digest(layer, earlier)):
+    if (actual := digest(weight)) != (expected := expected_digest(layer, earlier)):
         raise InputError(
-            f"layer {layer} would come back with digest {found[:12]}, expected {str(expected)[:12]}: float64 products "
+            f"layer {layer} would come back with digest {actual[:12]}, expected {str(expected)[:12]}: float64 products "
             f"no longer give the same bits as when the edits were applied; set the number of threads "
             f"(torch.set_num_threads) to what it was then and undo again, or load the unedited model"
         )

@@ -1,4 +1,4 @@
-"""What an edit does to each layer, as a tidy frame."""
+"""A table of what an edit does to each layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mechedit.edit.algebra import decomposed
+from mechedit.edit.algebra import orthogonal_factors
 from mechedit.edit.apply import check_model
 from mechedit.edit.value import Edit
 from mechedit.models import Model
@@ -16,7 +16,7 @@ COLUMNS = ("layer", "rank", "norm", "relative", "left", "error", "condition", "t
 
 
 def summarize(edit: Edit, model: Model | None = None) -> pd.DataFrame:
-    """One row a layer; what is not known is NaN.
+    """One row per layer; unknown values are NaN.
 
     Columns: `layer`; `rank` (columns of the factors); `norm` = ‖ΔW‖ (Frobenius); `relative` = ‖ΔW‖ / ‖W‖, given the
     model; `left` (‖Z − H‖ after the layer was written, relative to the start); `error` and `condition` of the layer's
@@ -30,7 +30,7 @@ def summarize(edit: Edit, model: Model | None = None) -> pd.DataFrame:
     residuals, truncated = (_by_layer(edit.manifest.get(name)) for name in ("residuals", "truncated"))
     rows = []
     for layer in edit.layers:
-        norm = float(decomposed(edit.factors[layer])[1].norm())
+        norm = float(orthogonal_factors(edit.factors[layer])[1].norm())
         record = residuals.get(layer, {})
         rows.append(
             {
@@ -44,8 +44,8 @@ def summarize(edit: Edit, model: Model | None = None) -> pd.DataFrame:
                 "truncation": truncated.get(layer, {}).get("error"),
             }
         )
-    kinds = {name: "int64" if name in ("layer", "rank") else "float64" for name in COLUMNS}
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(kinds)
+    dtypes = {name: "int64" if name in ("layer", "rank") else "float64" for name in COLUMNS}
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(dtypes)
 
 
 def _by_layer(records: Any) -> dict[int, Mapping[str, Any]]:

@@ -1,6 +1,6 @@
-"""The value itself: per layer two factors with ΔW = left · right, and a manifest.
+"""`Edit`: for each layer two factors with ΔW = left · right, and a manifest.
 
-On disk it is one safetensors file with `layer.L.left` [d_mlp, r] and `layer.L.right` [r, d_model].
+On disk an edit is one safetensors file with `layer.L.left` [d_mlp, r] and `layer.L.right` [r, d_model].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import BEFORE
 
 KEY = "manifest"
-"""Where the manifest lies in the file's metadata."""
+"""Name of the manifest in the file's metadata."""
 SIDES = ("left", "right")
 
 
@@ -39,17 +39,17 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Edit:
-    """A change of some layers' down-projections, or of attention's output projections, apart from any model."""
+    """A change of the down-projections of some layers, or of attention's output projections, independent of a model."""
 
     factors: Mapping[int, Factors]
-    """By 0-based layer."""
+    """The factors of ΔW by 0-based layer."""
     manifest: Mapping[str, Any]
-    """What made it: `method`, `layers`, `model` (provenance before the edit), `requests` (ids), `facts` (what each
+    """How it was made: `method`, `layers`, `model` (provenance before the edit), `requests` (ids), `facts` (what each
     request writes, in words; older edits lack it), settings …"""
 
     @property
     def module(self) -> str:
-        """What it is written into: `mlp`, also where an older manifest does not say so, or `attn`."""
+        """The module whose projections are edited: `mlp`, also where an older manifest does not say so, or `attn`."""
         return self.manifest.get("model", {}).get("module", BEFORE["module"])
 
     @property
@@ -80,8 +80,8 @@ class Edit:
         """Read what `save` wrote.
 
         Raises:
-            InputError: no such file; cut short; not an edit; factors that do not fit each other or are not finite;
-                a manifest that does not say which weights the edit is for.
+            InputError: the file is absent, cut short or not an edit; its factors do not fit each other or are not
+                finite; its manifest does not say which weights the edit is for.
         """
         tensors, manifest = read_tensors(path, KEY)
         edit = cls(factors=_factors(tensors, path), manifest=_manifest(manifest, path))
@@ -89,13 +89,13 @@ class Edit:
         return edit
 
 
-def same(one: Edit, other: Edit) -> bool:
+def has_same_factors(first: Edit, second: Edit) -> bool:
     """Whether two edits hold the same factors (one may have been saved and loaded)."""
-    return one is other or (
-        (one.layers, one.module) == (other.layers, other.module)
+    return first is second or (
+        (first.layers, first.module) == (second.layers, second.module)
         and all(
-            _equal(getattr(one.factors[layer], side), getattr(other.factors[layer], side))
-            for layer in one.layers
+            _equal(getattr(first.factors[layer], side), getattr(second.factors[layer], side))
+            for layer in first.layers
             for side in SIDES
         )
     )
@@ -112,21 +112,25 @@ def check_factors(edit: Edit) -> None:
             check_finite(f"the edit's layer {layer}: the values of its {side} factor", getattr(factors, side))
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
 
 
 def _factors(tensors: Mapping[str, Tensor], path: str | Path) -> dict[int, Factors]:
-    """Pair up an edit file's tensors, or say what is wrong with them."""
+    """The tensors of an edit file by layer.
+
+    Raises:
+        InputError: a tensor is unknown or missing, or the factors of a layer do not fit each other.
+    """
     names = {name: re.fullmatch(r"layer\.(0|[1-9]\d*)\.(left|right)", name) for name in tensors}
-    strange = sorted(name for name, match in names.items() if match is None)
+    unknown = sorted(name for name, match in names.items() if match is None)
     layers = sorted({int(match[1]) for match in names.values() if match})
-    wanted = [f"layer.{layer}.{side}" for layer in layers for side in SIDES]
-    lacking = [name for name in wanted if name not in tensors]
-    misfits = [] if lacking else _misfits(tensors, layers)
-    if strange or lacking or not layers or misfits:
+    expected = [f"layer.{layer}.{side}" for layer in layers for side in SIDES]
+    missing = [name for name in expected if name not in tensors]
+    misfits = [] if missing else _misfits(tensors, layers)
+    if unknown or missing or not layers or misfits:
         raise InputError(
-            f"{str(path)!r} is not an edit (unknown: {strange or 'none'}; missing: {lacking or 'none'}; layers that "
+            f"{str(path)!r} is not an edit (unknown: {unknown or 'none'}; missing: {missing or 'none'}; layers that "
             f"do not fit: {'; '.join(misfits) or 'none'}), expected layer.L.left [d_mlp, r] and layer.L.right "
             f"[r, d_model] in floating point for at least one layer; make it again"
         )
@@ -136,23 +140,27 @@ def _factors(tensors: Mapping[str, Tensor], path: str | Path) -> dict[int, Facto
 
 
 def _misfits(tensors: Mapping[str, Tensor], layers: list[int]) -> list[str]:
-    """What is wrong with the shapes and dtypes of each layer's factors."""
-    found = []
+    """A phrase for each layer whose factors have shapes or dtypes that do not fit."""
+    misfits = []
     for layer in layers:
         left, right = (tensors[f"layer.{layer}.{side}"] for side in SIDES)
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != len(right):
-            found.append(f"{layer} has left {list(left.shape)} and right {list(right.shape)}")
+            misfits.append(f"{layer} has left {list(left.shape)} and right {list(right.shape)}")
         elif not left.is_floating_point() or not right.is_floating_point():
-            found.append(f"{layer} has left in {left.dtype} and right in {right.dtype}")
-    return found
+            misfits.append(f"{layer} has left in {left.dtype} and right in {right.dtype}")
+    return misfits
 
 
-def _manifest(found: Any, path: str | Path) -> dict[str, Any]:
-    """The manifest, once it is clear that it names the weights it is for."""
-    model = found.get("model") if isinstance(found, dict) else None
+def _manifest(content: Any, path: str | Path) -> dict[str, Any]:
+    """The manifest, checked.
+
+    Raises:
+        InputError: it does not name the weights that the edit is for.
+    """
+    model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not model.get("weights_hash"):
         raise InputError(
             f"the manifest of {str(path)!r} does not say which model the edit is for (model.weights_hash is absent); "
             f"expected an edit that mechedit wrote: make it again"
         )
-    return found
+    return content

@@ -1,15 +1,15 @@
-"""Down-projections as tensors: copies, fingerprints, and sums that are rounded once.
+"""The weights of down-projections: copies, hashes, and sums that are rounded once.
 
 A sum W + ΔW is taken in float64. In float32 it is rounded to the nearest number. In bfloat16 and float16 that would
 lose the edit: an update below half a unit in the last place, 0.2 to 0.4 % of |w| in bfloat16, would leave no trace.
 There the sum is rounded up or down at random, up with the probability of its distance from the number below
 (stochastic rounding: Croci et al., Stochastic rounding: implementation, error analysis and applications, 2022), so
 that E[W'] = W + ΔW. An edit of 0.05 units in the last place, written for one key of width 8,192, changes the output
-there as it should to 5 % in bfloat16 and 4 % in float16 (`tests/test_edit_rounding.py`).
+there by the intended amount to within 5 % in bfloat16 and 4 % in float16 (`tests/edit/test_edit_rounding.py`).
 
-The draws are those of a generator on the CPU, seeded by the weights before the edit: the same edit on the same
-weights gives the same bits wherever the model runs, and of two edits on one base the weights that need not differ
-do not.
+The random numbers come from a generator on the CPU, seeded by the weights before the edit. So the same edit on the
+same weights gives the same bits wherever the model runs, and two edits of the same base weights round alike where their
+sums agree.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from mechedit.errors import InputError
 from mechedit.models import Model
 
 HALF = (torch.bfloat16, torch.float16)
-"""Dtypes whose sums are rounded at random."""
+"""Dtypes in which sums are rounded stochastically."""
 _ROWS = 1024
-"""Rows that are rounded at a time, so that little more than the sum itself is in memory."""
+"""Rows rounded at a time, so that little more than the sum itself is in memory."""
 
 
 def rounded_sum(
@@ -41,22 +41,22 @@ def rounded_sum(
     """`base` + Σ `deltas`, summed in float64 and rounded once to the dtype of `base`.
 
     Args:
-        base: exact weights; they also seed the draws in half precision.
+        base: exact weights; they also seed the random numbers in half precision.
         deltas: added one after another.
-        where: for the message.
+        where: name of the weights in the error message.
 
     Raises:
-        InputError: the sum is not finite, or beyond what the dtype can hold.
+        InputError: the sum is not finite, or exceeds the range of the dtype.
     """
     half = base.dtype in HALF
     total = base.to(device="cpu" if half else base.device, dtype=torch.float64, copy=True)
     for delta in deltas:
         total.add_(delta.to(total))
     largest = torch.finfo(base.dtype).max
-    beyond = int((~(total.abs() <= largest)).sum())
-    if beyond:
+    overflows = int((~(total.abs() <= largest)).sum())
+    if overflows:
         raise InputError(
-            f"the edit would take {beyond} weights of {where} beyond what {base.dtype} holds (±{largest:.6g}), "
+            f"the edit would take {overflows} weights of {where} beyond what {base.dtype} holds (±{largest:.6g}), "
             f"expected none; load the model in bfloat16 or float32, or make the edit again with milder settings"
         )
     if not half:
@@ -85,15 +85,15 @@ def digest(weight: Float[Tensor, "d_mlp d_model"]) -> str:
     return hashlib.sha256(memoryview(content.numpy())).hexdigest()
 
 
-def copies(model: Model, layers: Iterable[int]) -> dict[int, Float[Tensor, "d_mlp d_model"]]:
+def copy_weights(model: Model, layers: Iterable[int]) -> dict[int, Float[Tensor, "d_mlp d_model"]]:
     """Copies of the down-projections of `layers`."""
     return {layer: model.projection(layer).detach().clone() for layer in layers}
 
 
-def parameter_of(model: Model, layer: int) -> tuple[str, nn.Parameter, bool]:
-    """What a down-projection is a view of: the parameter's name, itself, and whether it lies [d_mlp, d_model] too.
+def projection_parameter(model: Model, layer: int) -> tuple[str, nn.Parameter, bool]:
+    """The parameter that a down-projection is a view of: its name, itself, and whether it is [d_mlp, d_model] as well.
 
-    A Conv1D's does, a Linear's is the transpose.
+    A Conv1D's weight is, a Linear's is the transpose.
     """
     view = model.projection(layer)
     name, weight = next((n, w) for n, w in model.hf.named_parameters() if w.data_ptr() == view.data_ptr())
@@ -111,15 +111,15 @@ def restore_(model: Model, originals: Mapping[int, Float[Tensor, "d_mlp d_model"
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block has ended (signals reach the main thread alone)."""
+    """Delay Ctrl-C until the block has ended (only the main thread receives signals)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-        if held:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        if received:
             signal.raise_signal(signal.SIGINT)

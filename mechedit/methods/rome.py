@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.edit import Edit, Factors, add_, copies, preserved, restore_
+from mechedit.edit import Edit, Factors, add_, copy_weights, restore_, restoring
 from mechedit.errors import InputError, check_choice
 from mechedit.methods.checks import check_target_settings, check_target_weights, check_targets
 from mechedit.methods.keys import KeyExtractor, prefix_mean
@@ -69,8 +69,8 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
     factor, earlier = moment_factor(task.moments[layer], keys.device), task.previous.get(layer)
     targets, starts, updates = [], [], []
     total = torch.zeros(model.d_key, model.d_model, dtype=torch.float64)
-    originals = copies(model, [layer])
-    with preserved(model, [layer]):
+    originals = copy_weights(model, [layer])
+    with restoring(model, [layer]):
         for index, request in enumerate(tqdm(task.requests, desc=task.method, unit="fact", leave=None)):
             if task.targets is None:
                 targets.append(find_targets(model, [request], layer, prefixes, config.targets))

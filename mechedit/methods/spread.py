@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.data import EditRequest
-from mechedit.edit import Edit, Factors, add_, edited, preserved
+from mechedit.edit import Edit, Factors, add_, edited, restoring
 from mechedit.errors import InputError
 from mechedit.methods.checks import check_layers, check_target_weights, check_targets
 from mechedit.methods.keys import KeyExtractor, prefix_mean
@@ -93,7 +93,7 @@ def spread(
     target_states = find_target_states(extractor, targets, layers, config)
     last = max(target_states, key=lambda site: site.order)
     factors, keys, records = {}, {}, []
-    with preserved(model, layers):
+    with restoring(model, layers):
         residuals = start = _residuals(extractor, target_states)
         for index, layer in enumerate(tqdm(layers, desc="spread", unit="layer", leave=None)):
             # Keys come from the partly edited model: earlier layers have already moved them.

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from mechedit.batching import pad
 from mechedit.data import EditRequest
-from mechedit.edit import Edit, Factors, add_, copies, preserved
-from mechedit.edit.weights import parameter_of
+from mechedit.edit import Edit, Factors, add_, copy_weights, restoring
+from mechedit.edit.weights import projection_parameter
 from mechedit.errors import InputError
 from mechedit.models import Model, Resume, Site
 from mechedit.prompts import continuation_ids, prefixed_prompts
@@ -112,14 +112,14 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     weights = {
         layer: weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for layer, weight in copies(model, layers).items()
+        for layer, weight in copy_weights(model, layers).items()
     }
     deltas = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
     optimizer = torch.optim.Adam(list(deltas.values()), lr=lr)
     block_inputs = _block_inputs(model, rows, layers[0], batch_size)
     losses, updates = [], 0
     with (
-        preserved(model, layers),
+        restoring(model, layers),
         _trainable(model, layers) as parameters,
         tqdm(total=steps * math.ceil(len(rows) / batch_size), desc=name, unit="batch", leave=None) as bar,
     ):
@@ -154,7 +154,7 @@ def evaluate_loss(
 ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
     """Each row's loss on the model with the edit's ΔW, and whether its object is the greedy answer."""
     batches = []
-    with preserved(model, edit.layers):
+    with restoring(model, edit.layers):
         for layer in edit.layers:
             add_(model, layer, edit.delta(layer))
         for start in range(0, len(rows), batch_size):
@@ -224,7 +224,7 @@ def _trainable(model: Model, layers: Sequence[int]) -> Iterator[Mapping[int, tup
 
     By layer, with each: whether it lies [d_mlp, d_model], as the projection's view does.
     """
-    parameters = {layer: parameter_of(model, layer)[1:] for layer in layers}
+    parameters = {layer: projection_parameter(model, layer)[1:] for layer in layers}
     flags = {layer: parameter.requires_grad for layer, (parameter, _) in parameters.items()}
     try:
         for parameter, _ in parameters.values():

@@ -19,8 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.data import EditRequest, check_requests, conflicts, unique_ids
-from mechedit.edit import Edit, apply_, preserved, undo_
-from mechedit.edit.ledger import all_or_nothing
+from mechedit.edit import Edit, apply_, restoring, transaction, undo_
 from mechedit.edit.weights import uninterrupted
 from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import QUICK, EvaluationConfig
@@ -130,7 +129,7 @@ class EditSession:
             raise InputError("the session is open already, expected one `with` block at a time; leave the other first")
         with contextlib.ExitStack() as stack:
             self._plan.check_weights(self._plan.base["weights_hash"])
-            stack.enter_context(preserved(self._plan.model, self._plan.layers))
+            stack.enter_context(restoring(self._plan.model, self._plan.layers))
             if self._standing:
                 apply_(self._plan.model, self.edit)
             self._plan.check_weights(self._expected)
@@ -264,7 +263,7 @@ class EditSession:
         previous = kept_keys(self._standing, superseded) if self._plan.accumulate else {}
         edit, keys = self._plan.make(batch, previous, self._folder.targets)
         record = Record(number=len(self._records) + 1, requests=batch, edit=edit, keys=keys, superseded=superseded)
-        with preserved(self._plan.model, self._plan.layers):
+        with restoring(self._plan.model, self._plan.layers):
             self._move_([*self._standing, record])
             return self._measured(record, start)
 
@@ -290,7 +289,7 @@ class EditSession:
 
     def _keep_(self, record: Record) -> None:
         """Take the batch on: its file, the model and the session change together, or not at all."""
-        with uninterrupted(), all_or_nothing(self._plan.model, self._plan.layers):
+        with uninterrupted(), transaction(self._plan.model, self._plan.layers):
             if record.refused is None:
                 self._move_([*self._standing, record])
             self._folder.keep(record)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechedit.edit.apply
-from mechedit.edit import Edit, Factors, apply_, copies, edited, export, restore_, undo_
+from mechedit.edit import Edit, Factors, apply_, copy_weights, edited, export, restore_, undo_
 from mechedit.errors import InputError
 from mechedit.models import load_model
 
@@ -123,7 +123,7 @@ def test_ctrl_c_between_two_layers_leaves_everything_as_it_was(
 
 @pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_waits_until_all_layers_are_back(lens_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, originals = weights(lens_model), copies(lens_model, LAYERS)
+    before, originals = weights(lens_model), copy_weights(lens_model, LAYERS)
     with torch.no_grad():
         for layer in LAYERS:
             lens_model.projection(layer).zero_()

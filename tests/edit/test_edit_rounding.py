@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mechedit.edit import Edit, Factors, add_, apply_, edited, preserved, undo_
-from mechedit.edit.ledger import ledger
+from mechedit.edit import Edit, Factors, add_, apply_, edited, restoring, undo_
+from mechedit.edit.applied_edits import applied_edits
 from mechedit.edit.weights import rounded_sum, stochastically_rounded
 from mechedit.errors import InputError
 from mechedit.models import load_model
@@ -115,7 +115,7 @@ def test_the_same_edit_gives_the_same_bits(make_hf: Any, tokenizer: Any, half_mo
     assert identical(other, wanted)
     assert torch.equal(torch.get_rng_state(), state)
     undo_(other, edit)
-    with preserved(half_model, edit.layers):
+    with restoring(half_model, edit.layers):
         for layer in edit.layers:
             add_(half_model, layer, edit.delta(layer))
         assert identical(half_model, wanted)
@@ -137,11 +137,11 @@ def test_edits_in_a_row_are_rounded_from_the_exact_base(make_hf: Any, tokenizer:
         stepwise = rounded_sum(stepwise, [delta], "")
     assert not torch.equal(model.projection(0), stepwise)
     # One copy a layer, however many edits are on it.
-    assert [sorted(entry.bases) for entry in ledger(model)] == [[0, 2], [1], []]
+    assert [sorted(entry.bases) for entry in applied_edits(model)] == [[0, 2], [1], []]
     for edit, before in zip(reversed(edits), reversed(states[:-1]), strict=True):
         undo_(model, edit)
         assert identical(model, before)
-    assert ledger(model) == ()
+    assert applied_edits(model) == ()
 
 
 def test_weights_that_something_else_changed_are_not_lost(half_model: Any) -> None:
@@ -154,7 +154,7 @@ def test_weights_that_something_else_changed_are_not_lost(half_model: Any) -> No
     apply_(half_model, second)
     expected = rounded_sum(tuned["transformer.h.0.mlp.c_proj.weight"], [second.delta(0)], "")
     assert torch.equal(half_model.projection(0), expected)
-    assert [sorted(entry.bases) for entry in ledger(half_model)] == [[0, 2], [0]]
+    assert [sorted(entry.bases) for entry in applied_edits(half_model)] == [[0, 2], [0]]
     undo_(half_model, second)
     assert identical(half_model, tuned)
 
@@ -179,11 +179,11 @@ def test_the_ledger_follows_the_weights(half_model: Any) -> None:
     before, outer = weights(half_model), made(half_model)
     with edited(half_model, outer):
         apply_(half_model, made(half_model, 1))
-    assert ledger(half_model) == ()
+    assert applied_edits(half_model) == ()
     assert identical(half_model, before)
     apply_(half_model, outer)
     copied = load_model(copy.deepcopy(half_model.hf), tokenizer=half_model.tokenizer)
-    assert ledger(copied)[0].bases[0] is ledger(half_model)[0].bases[0]
+    assert applied_edits(copied)[0].bases[0] is applied_edits(half_model)[0].bases[0]
     undo_(copied, outer)
     assert identical(copied, before)
     assert not identical(half_model, before)
@@ -209,4 +209,4 @@ def test_an_overflow_is_refused(make_hf: Any, tokenizer: Any, dtype: torch.dtype
         with pytest.raises(InputError, match=rf"3072 weights of layer 2 beyond what {dtype} holds"):
             change(model, bursts)
         assert identical(model, before)
-    assert ledger(model) == ()
+    assert applied_edits(model) == ()

@@ -134,7 +134,7 @@ def test_what_cannot_be_written_leaves_no_folder(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mechedit.edit.export, "_config", interrupt)
+    monkeypatch.setattr(mechedit.edit.export, "_lora_config", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_lora(lens_model, edit, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
