@@ -122,14 +122,14 @@ def _signed_sum(edits: Sequence[Edit], signs: Sequence[int], manifest: Mapping[s
 
 
 def _check_same_base(edits: Sequence[Edit]) -> None:
-    first, *others = (
+    first, *bases = (
         {**{name: edit.manifest.get("model", {}).get(name) for name in _BASE}, "module": edit.module} for edit in edits
     )
     if first["weights_hash"] is None:
         raise InputError(
             "the first edit's manifest does not name its weights, expected model.weights_hash; make it again"
         )
-    for place, other in enumerate(others, 2):
+    for number, base in enumerate(bases, 2):
         check_provenance(
-            other, first, f"edit {place} of {len(edits)}", remedy="edits add up on the weights they were made for alone"
+            base, first, f"edit {number} of {len(edits)}", remedy="edits add up on the weights they were made for alone"
         )

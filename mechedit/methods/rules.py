@@ -1,7 +1,7 @@
-"""The update rules of the methods: each turns a layer's keys and wanted changes into ΔW, with what it preserves.
+"""Update rules of the methods: each turns a layer's keys and the changes wanted at them into ΔW.
 
-All of them hold the moments E[k kᵀ] by layer, and may hold the keys of earlier edits ([d_mlp, earlier] by layer), which
-are then preserved too.
+What a rule preserves is the second moments E[k kᵀ] of old keys by layer, and the keys of earlier edits
+([d_mlp, earlier facts] by layer) if it is given any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from mechedit.moments import SecondMoment
 from mechedit.solve import Factor, Update, equality_update, factorize, null_space, null_space_update, ridge_update
 
 Moments = Mapping[int, SecondMoment | Tensor]
+"""E[k kᵀ] by layer, as collected or as a bare matrix [d_mlp, d_mlp]."""
 EarlierKeys = Mapping[int, Tensor]
+"""Keys of earlier edits by layer, [d_mlp, earlier facts]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +28,7 @@ class Ridge:
 
     moments: Moments
     weight: float | int
-    """λ."""
+    """λ: how much the old keys count, in units of one new fact."""
     previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
@@ -34,16 +36,18 @@ class Ridge:
         moment, earlier = self.moments[layer], self.previous.get(layer)
         columns = keys.shape[1] + (0 if earlier is None else earlier.shape[1])
         # A factor that is kept with the moment saves the cubic work; with as many facts as keys are wide it does not.
-        known = isinstance(moment, SecondMoment) and columns < len(keys)
-        given = moment_factor(moment, keys.device) if known else moment_matrix(moment)
-        return ridge_update(keys, residuals, given, self.weight, previous=earlier)
+        use_factor = isinstance(moment, SecondMoment) and columns < len(keys)
+        factor_or_matrix = moment_factor(moment, keys.device) if use_factor else moment_matrix(moment)
+        return ridge_update(keys, residuals, factor_or_matrix, self.weight, previous=earlier)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Equality:
-    """The least change on old keys that gives the new ones their values (ROME Eq. 2, EMMET).
+    """The least change on old keys that gives new keys their values (ROME Eq. 2, EMMET).
 
-    Facts with one and the same key (one subject after one text) cannot have different values: they get the mean.
+    ΔW = R (Kᵀ M⁻¹ K + α I)⁻¹ Kᵀ M⁻¹ with M = E[k kᵀ].
+
+    Facts with the same key (one subject after one text) cannot have different values: they get the mean.
     """
 
     moments: Moments
@@ -52,23 +56,23 @@ class Equality:
     previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
-        """See `equality_update`; of rank at most the number of different keys."""
-        single, owner = torch.unique(keys, dim=1, return_inverse=True)
-        counts = torch.bincount(owner, minlength=single.shape[1])
-        summed = residuals.new_zeros(len(residuals), single.shape[1]).index_add_(1, owner, residuals)
+        """See `equality_update`; the rank is at most the number of different keys."""
+        unique, index = torch.unique(keys, dim=1, return_inverse=True)
+        counts = torch.bincount(index, minlength=unique.shape[1])
+        sums = residuals.new_zeros(len(residuals), unique.shape[1]).index_add_(1, index, residuals)
         factor, earlier = moment_factor(self.moments[layer], keys.device), self.previous.get(layer)
-        return equality_update(single, summed / counts, factor, slack=self.slack, previous=earlier)
+        return equality_update(unique, sums / counts, factor, slack=self.slack, previous=earlier)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InNullSpace:
-    """Least squares over the new keys, within what old keys hardly use (AlphaEdit): ΔW = ΔW P."""
+    """Least squares over new keys within the null space of old ones (AlphaEdit): ΔW = ΔW P, P projecting onto it."""
 
     moments: Moments
     threshold: float | int
-    """Eigenvalues of E[k kᵀ] up to this share of the largest belong to the null space."""
+    """Eigenvalues of E[k kᵀ] up to this fraction of the largest belong to the null space."""
     weight: float | int
-    """Of ‖ΔW‖²."""
+    """L2: the weight of ‖ΔW‖²."""
     previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
@@ -82,12 +86,12 @@ class InNullSpace:
 
 
 def moment_matrix(moment: SecondMoment | Tensor) -> Float[Tensor, "d_mlp d_mlp"]:
-    """E[k kᵀ]."""
+    """E[k kᵀ] as a matrix."""
     return moment.matrix if isinstance(moment, SecondMoment) else torch.as_tensor(moment)
 
 
 def moment_factor(moment: SecondMoment | Tensor, device: torch.device) -> Factor:
-    """The Cholesky factor of E[k kᵀ]: the one kept with a collected moment, else made now.
+    """The Cholesky factor of E[k kᵀ]: the one stored with a collected moment, else computed now.
 
     Raises:
         InputError: the moment is singular.

@@ -99,8 +99,8 @@ def spread(
             # Keys come from the partly edited model: earlier layers have already moved them.
             prefix_keys, site = extractor.keys(layer), _next_site(target_states, layer)
             keys[layer] = prefix_mean(prefix_keys, config.convention)
-            share = residuals[site] / share_divisor(layers, index, config)
-            change = change_before_norm(model, layer, prefix_keys, share)
+            layer_share = residuals[site] / share_divisor(layers, index, config)
+            change = change_before_norm(model, layer, prefix_keys, layer_share)
             update = rule.update(layer, keys[layer], change.T.to(keys[layer]))
             factors[layer] = Factors(left=update.left, right=update.right)
             add_(model, layer, update.delta)
