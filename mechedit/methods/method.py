@@ -67,6 +67,7 @@ class Method(Generic[Config]):
     """An editing method, called as `method(model, requests, layers, moments, ...)`; see `edit_method`."""
 
     name: str
+    """The name in `METHODS`, on the command line and in manifests."""
     config: type[Config]
     """Class of its settings."""
     algorithm: Algorithm[Config]
@@ -76,14 +77,15 @@ class Method(Generic[Config]):
         signature = inspect.signature(self.__call__)
         config = signature.parameters["config"].replace(annotation=f"{self.config.__name__} | None")
         parameters = {**signature.parameters, "config": config}
-        shared = (inspect.getdoc(Method.__call__) or "").partition("\n\n")[2]
-        described = {
+        arguments = (inspect.getdoc(Method.__call__) or "").partition("\n\n")[2]
+        arguments = arguments.replace("config: settings;", f"config: settings, a `{self.config.__name__}`;")
+        attributes = {
             "__name__": self.name,
             "__module__": self.algorithm.__module__,
-            "__doc__": f"{inspect.getdoc(self.algorithm)}\n\n{shared}",
+            "__doc__": f"{inspect.getdoc(self.algorithm)}\n\n{arguments}",
             "__signature__": signature.replace(parameters=list(parameters.values())),
         }
-        for attribute, value in described.items():
+        for attribute, value in attributes.items():
             object.__setattr__(self, attribute, value)
 
     def __repr__(self) -> str:

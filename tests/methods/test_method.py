@@ -129,9 +129,8 @@ def test_the_weights_are_scanned_once_per_edit(
 def test_help_shows_purpose_arguments_and_settings(method: Method[Any]) -> None:
     assert getattr(me, method.name) is method
     shown = pydoc.plain(pydoc.render_doc(method))
-    assert f"{method.name}(model: 'Model', requests: " in shown.replace(" = ", "").replace("\n", "")[:400]
-    assert f"config: '{method.config.__name__} | None' = None" in shown
-    for text in ("Args:", "requests: what it should say", "Returns:", "Raises:"):
+    assert f"{method.name}(model: 'Model', requests: " in shown
+    for text in (f"config: settings, a `{method.config.__name__}`", "Args:", "requests: what it should say", "Returns:", "Raises:"):
         assert text in shown
     own = inspect.getdoc(method.algorithm)
     assert own
@@ -140,6 +139,7 @@ def test_help_shows_purpose_arguments_and_settings(method: Method[Any]) -> None:
     signature = inspect.signature(method)
     names = ["model", "requests", "layers", "moments", "prefixes", "config", "targets", "previous", "cache"]
     assert list(signature.parameters) == names
+    assert signature.parameters["config"].annotation == f"{method.config.__name__} | None"
 
 
 @pytest.mark.parametrize(
