@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers.edits import made
+from helpers.edits import random_edit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -317,7 +317,7 @@ def tiny_edit(tmp_path: Path) -> Path:
     model = me.load_model("tiny")
     settings = {**dataclasses.asdict(me.MemitConfig()), "steps": 7}
     residuals = [{"layer": layer, "after": 0.25, "error": 1e-15, "condition": 1e6} for layer in (0, 2)]
-    edit = made(model, ranks=(3, 1))
+    edit = random_edit(model, ranks=(3, 1))
     facts = [f"Fact {number} about something rather long: {'so ' * 40} → end" for number in range(25)]
     manifest = {
         **edit.manifest, "method": "memit", "settings": settings, "residuals": residuals,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.edits import LAYERS, identical, logits, made, weights
+from helpers.edits import LAYERS, identical, logits, random_edit, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +22,7 @@ from mechedit.models import load_model
 
 
 def test_delta_is_the_product_of_its_factors(lens_model: Any) -> None:
-    edit = made(lens_model)
+    edit = random_edit(lens_model)
     factors = edit.factors[2]
     assert torch.equal(edit.delta(2), factors.left @ factors.right)
     assert edit.delta(2).shape == (96, 32)
@@ -32,7 +32,7 @@ def test_delta_is_the_product_of_its_factors(lens_model: Any) -> None:
 
 
 def test_edited_changes_the_model_and_restores_it(family_model: Any) -> None:
-    edit, before, clean = made(family_model), weights(family_model), logits(family_model)
+    edit, before, clean = random_edit(family_model), weights(family_model), logits(family_model)
     start = {layer: family_model.projection(layer).clone() for layer in LAYERS}
     with edited(family_model, edit):
         for layer in LAYERS:
@@ -47,7 +47,7 @@ def test_edited_changes_the_model_and_restores_it(family_model: Any) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_edited_restores_on_errors(lens_model: Any, error: type[BaseException]) -> None:
-    before, edit = weights(lens_model), made(lens_model)
+    before, edit = weights(lens_model), random_edit(lens_model)
 
     def fail() -> None:
         with edited(lens_model, edit):
@@ -64,7 +64,7 @@ def test_undo_is_bit_exact(make_model: Any, family: str, dtype: torch.dtype) -> 
     model = make_model(family)
     model.hf.to(dtype)
     assert model.projection(0).dtype == dtype
-    before, edit = weights(model), made(model)
+    before, edit = weights(model), random_edit(model)
     apply_(model, edit)
     assert not identical(model, before)
     undo_(model, edit)
@@ -78,7 +78,7 @@ def test_undo_is_bit_exact(make_model: Any, family: str, dtype: torch.dtype) -> 
 
 def test_weights_are_summed_in_float64_and_rounded_once(make_model: Any) -> None:
     model = make_model("gpt2")
-    edit, start = made(model), model.projection(0).double()
+    edit, start = random_edit(model), model.projection(0).double()
     with edited(model, edit):
         assert torch.equal(model.projection(0), (start + edit.delta(0)).float())
         assert not torch.equal(model.projection(0), start.float() + edit.delta(0).float())
@@ -98,7 +98,7 @@ def test_ctrl_c_between_two_layers_leaves_everything_as_it_was(
     lens_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any
 ) -> None:
     """A real signal, as the terminal sends it, after the first of two layers is written."""
-    edit, written = made(lens_model), []
+    edit, written = random_edit(lens_model), []
     if change is undo_:
         apply_(lens_model, edit)
     before, write = weights(lens_model), mechedit.edit.apply._write_
@@ -144,7 +144,7 @@ def test_ctrl_c_waits_until_all_layers_are_back(lens_model: Any, monkeypatch: py
 
 def test_other_threads_edit_too(lens_model: Any) -> None:
     """Signal handlers can be set in the main thread alone."""
-    before, edit = weights(lens_model), made(lens_model)
+    before, edit = weights(lens_model), random_edit(lens_model)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(apply_, lens_model, edit).result()
         assert not identical(lens_model, before)
@@ -154,9 +154,9 @@ def test_other_threads_edit_too(lens_model: Any) -> None:
 
 def test_edits_are_undone_last_first(make_model: Any) -> None:
     model = make_model("gpt2")
-    before, first = weights(model), made(model, 0)
+    before, first = weights(model), random_edit(model, 0)
     apply_(model, first)
-    second = made(model, 1, (0, 1))
+    second = random_edit(model, 1, (0, 1))
     apply_(model, second)
     with pytest.raises(InputError, match="1 edits were applied after"):
         undo_(model, first)
@@ -171,7 +171,7 @@ def test_edits_are_undone_last_first(make_model: Any) -> None:
 
 def test_what_is_applied_is_known_by_the_model_alone(make_model: Any, tmp_path: Path) -> None:
     one, other = make_model("gpt2"), make_model("gpt2")
-    before, edit = weights(one), made(one)
+    before, edit = weights(one), random_edit(one)
     apply_(one, edit)
     with pytest.raises(InputError, match="not applied"):
         undo_(other, edit)
@@ -181,7 +181,7 @@ def test_what_is_applied_is_known_by_the_model_alone(make_model: Any, tmp_path: 
 
 
 def test_an_edit_for_other_weights_is_refused(lens_model: Any, make_model: Any) -> None:
-    edit, other = made(lens_model), make_model("gpt2", seed=1)
+    edit, other = random_edit(lens_model), make_model("gpt2", seed=1)
     before = weights(other)
     both = f"{lens_model.weights_hash()}.*{other.weights_hash()}"
     with pytest.raises(InputError, match=both), edited(other, edit):
@@ -195,11 +195,11 @@ def test_an_edit_for_other_weights_is_refused(lens_model: Any, make_model: Any) 
 
 def test_an_edit_that_names_no_weights_is_refused(lens_model: Any) -> None:
     with pytest.raises(InputError, match="made for None with weights None"):
-        apply_(lens_model, Edit(factors=made(lens_model).factors, manifest={"method": "test"}))
+        apply_(lens_model, Edit(factors=random_edit(lens_model).factors, manifest={"method": "test"}))
 
 
 def test_factors_that_are_not_finite_are_refused(lens_model: Any, tmp_path: Path) -> None:
-    edit, before = made(lens_model), weights(lens_model)
+    edit, before = random_edit(lens_model), weights(lens_model)
     edit.factors[2].right[1, 3] = torch.nan
     edit.factors[2].right[0, 0] = torch.inf
     message = "layer 2: the values of its right factor hold 2 values of 64 that are not finite"
@@ -220,7 +220,7 @@ def test_factors_that_do_not_fit_the_model_are_refused(lens_model: Any) -> None:
 
 
 def test_save_and_load(lens_model: Any, tmp_path: Path) -> None:
-    edit, path = made(lens_model), tmp_path / "deep" / "edit.safetensors"
+    edit, path = random_edit(lens_model), tmp_path / "deep" / "edit.safetensors"
     edit.save(path)
     loaded = Edit.load(path)
     assert loaded.manifest == edit.manifest
@@ -239,7 +239,7 @@ def test_damaged_and_foreign_files_are_refused(lens_model: Any, tmp_path: Path) 
     path = tmp_path / "edit.safetensors"
     with pytest.raises(InputError, match="cannot read"):
         Edit.load(path)
-    made(lens_model).save(path)
+    random_edit(lens_model).save(path)
     content, tensors = path.read_bytes(), {name: value.clone() for name, value in load_file(path).items()}
     loaded = Edit.load(path)
     path.write_bytes(bytes(len(content)))
@@ -279,7 +279,7 @@ def test_half_precision_and_tied_embeddings_survive_the_export(
 ) -> None:
     model = load_model(make_hf(name).bfloat16(), tokenizer=tokenizer)
     assert model.hf.config.tie_word_embeddings
-    edit, before = made(model), weights(model)
+    edit, before = random_edit(model), weights(model)
     export(model, edit, tmp_path / "out")
     assert identical(model, before)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -291,14 +291,14 @@ def test_half_precision_and_tied_embeddings_survive_the_export(
 
 
 def test_an_exported_edit_cannot_be_undone_and_it_is_said_why(lens_model: Any, tmp_path: Path) -> None:
-    edit = made(lens_model)
+    edit = random_edit(lens_model)
     export(lens_model, edit, tmp_path / "out")
     with pytest.raises(InputError, match="neither an edit file nor an exported checkpoint holds them, so load the"):
         undo_(load_model(tmp_path / "out"), edit)
 
 
 def test_export_reloads_to_the_edited_model(small_model: Any, tmp_path: Path) -> None:
-    edit, before = made(small_model), weights(small_model)
+    edit, before = random_edit(small_model), weights(small_model)
     with edited(small_model, edit):
         wanted = logits(small_model)
     export(small_model, edit, tmp_path / "out")
@@ -317,7 +317,7 @@ def test_export_reloads_to_the_edited_model(small_model: Any, tmp_path: Path) ->
 def test_export_is_whole_or_absent(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    edit, before = made(lens_model), weights(lens_model)
+    edit, before = random_edit(lens_model), weights(lens_model)
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").write_text("mine")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.edits import identical, made, weights
+from helpers.edits import identical, random_edit, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,7 +136,7 @@ def test_truncation_needs_one_sensible_bound(choice: dict[str, Any]) -> None:
 
 def test_a_merged_edit_on_a_model_is_both(lens_model: Any) -> None:
     """The same bits as adding both deltas at once, and as two edits in a row."""
-    one, two = made(lens_model, 0), made(lens_model, 1, (0, 1))
+    one, two = random_edit(lens_model, 0), random_edit(lens_model, 1, (0, 1))
     before, start = weights(lens_model), lens_model.projection(0).double()
     merged = merge([one, two])
     with edited(lens_model, merged):
@@ -155,7 +155,7 @@ def test_a_merged_edit_on_a_model_is_both(lens_model: Any) -> None:
 
 
 def test_the_summary_has_what_each_layer_gets(lens_model: Any, small_model: Any) -> None:
-    edit = made(lens_model, layers=(0, 2), ranks=(3, 5))
+    edit = random_edit(lens_model, layers=(0, 2), ranks=(3, 5))
     records = [{"layer": 0, "before": 1.0, "after": 0.5, "error": 1e-15, "condition": 7.0}]
     edit = Edit(factors=edit.factors, manifest={**edit.manifest, "residuals": records})
     frame = summarize(edit, lens_model)

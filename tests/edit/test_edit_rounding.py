@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.edits import LAYERS, identical, made, weights
+from helpers.edits import LAYERS, identical, random_edit, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -105,7 +105,7 @@ def test_an_edit_far_below_one_unit_in_the_last_place_is_there(
 
 def test_the_same_edit_gives_the_same_bits(make_hf: Any, tokenizer: Any, half_model: Any) -> None:
     """On both backends, whatever was drawn before, while an edit is being made and when it is applied."""
-    edit = made(half_model)
+    edit = random_edit(half_model)
     with edited(half_model, edit):
         wanted = weights(half_model)
     torch.rand(7)
@@ -127,7 +127,7 @@ def test_edits_in_a_row_are_rounded_from_the_exact_base(make_hf: Any, tokenizer:
     base = {layer: model.projection(layer).clone() for layer in range(3)}
     states, edits = [weights(model)], []
     for seed, layers in enumerate([(0, 2), (0, 1), (0, 1)]):
-        edits.append(made(model, seed, layers))
+        edits.append(random_edit(model, seed, layers))
         apply_(model, edits[-1])
         states.append(weights(model))
     deltas = [edit.delta(0) for edit in edits]
@@ -145,12 +145,12 @@ def test_edits_in_a_row_are_rounded_from_the_exact_base(make_hf: Any, tokenizer:
 
 
 def test_weights_that_something_else_changed_are_not_lost(half_model: Any) -> None:
-    first = made(half_model)
+    first = random_edit(half_model)
     apply_(half_model, first)
     with torch.no_grad():
         half_model.projection(0).mul_(2)
     tuned = weights(half_model)
-    second = made(half_model, 1)
+    second = random_edit(half_model, 1)
     apply_(half_model, second)
     expected = rounded_sum(tuned["transformer.h.0.mlp.c_proj.weight"], [second.delta(0)], "")
     assert torch.equal(half_model.projection(0), expected)
@@ -162,7 +162,7 @@ def test_weights_that_something_else_changed_are_not_lost(half_model: Any) -> No
 def test_an_undo_whose_sums_come_out_otherwise_is_refused(half_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     edits = []
     for seed in range(2):
-        edits.append(made(half_model, seed))
+        edits.append(random_edit(half_model, seed))
         apply_(half_model, edits[-1])
     before, delta = weights(half_model), Edit.delta
     monkeypatch.setattr(Edit, "delta", lambda self, layer: 1.01 * delta(self, layer))
@@ -176,9 +176,9 @@ def test_an_undo_whose_sums_come_out_otherwise_is_refused(half_model: Any, monke
 
 def test_the_ledger_follows_the_weights(half_model: Any) -> None:
     """What is applied within `edited` goes when it ends; a copied model can undo, without copies of the copies."""
-    before, outer = weights(half_model), made(half_model)
+    before, outer = weights(half_model), random_edit(half_model)
     with edited(half_model, outer):
-        apply_(half_model, made(half_model, 1))
+        apply_(half_model, random_edit(half_model, 1))
     assert applied_edits(half_model) == ()
     assert identical(half_model, before)
     apply_(half_model, outer)

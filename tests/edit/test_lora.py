@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.edits import identical, made, weights
+from helpers.edits import identical, random_edit, weights
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,7 +41,7 @@ def test_peft_gets_the_edited_model(make_hf: Any, tokenizer: Any, family: str, f
     """On every family, with another rank in each layer; merged into the weights, too."""
     base, folder = folders
     model = based(make_hf(family), tokenizer, base)
-    edit, before = made(model, layers=(0, 2), ranks=(3, 1)), weights(model)
+    edit, before = random_edit(model, layers=(0, 2), ranks=(3, 1)), weights(model)
     edit = Edit(
         factors={k: Factors(left=f.left, right=f.right / 10) for k, f in edit.factors.items()}, manifest=edit.manifest
     )
@@ -60,7 +60,7 @@ def test_peft_gets_the_edited_model(make_hf: Any, tokenizer: Any, family: str, f
 
 
 def test_the_folder_holds_what_peft_reads_and_the_manifest(lens_model: Any, tmp_path: Path) -> None:
-    edit = made(lens_model, layers=(0, 2), ranks=(3, 1))
+    edit = random_edit(lens_model, layers=(0, 2), ranks=(3, 1))
     export_lora(lens_model, edit, tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors", "mechedit.json"]
@@ -74,14 +74,14 @@ def test_the_folder_holds_what_peft_reads_and_the_manifest(lens_model: Any, tmp_
     }
     with pytest.raises(InputError, match="exists already"):
         export_lora(lens_model, edit, tmp_path / "out")
-    export_lora(lens_model, made(lens_model, 1), tmp_path / "out", overwrite=True)
+    export_lora(lens_model, random_edit(lens_model, 1), tmp_path / "out", overwrite=True)
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 4
 
 
 def test_layer_1_is_not_taken_for_layer_11(make_hf: Any, tokenizer: Any, folders: tuple[Path, Path]) -> None:
     base, folder = folders
     model = based(make_hf("llama", num_hidden_layers=12), tokenizer, base)
-    export_lora(model, made(model, layers=(1,), ranks=(2,)), folder)
+    export_lora(model, random_edit(model, layers=(1,), ranks=(2,)), folder)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     layers = {name.split(".layers.")[1].split(".")[0] for name, _ in adapted.named_parameters() if "lora" in name}
     assert layers == {"1"}
@@ -92,7 +92,7 @@ def test_more_terms_than_the_matrix_has_are_brought_down(
 ) -> None:
     base, folder = folders
     model = based(make_hf("gpt2"), tokenizer, base)
-    edit = made(model, layers=(0, 2), ranks=(50, 2))
+    edit = random_edit(model, layers=(0, 2), ranks=(50, 2))
     export_lora(model, edit, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.transformer.h.0.mlp.c_proj.lora"
@@ -104,7 +104,7 @@ def test_more_terms_than_the_matrix_has_are_brought_down(
 def test_on_half_precision_the_adapter_is_not_rounded(make_hf: Any, tokenizer: Any, folders: tuple[Path, Path]) -> None:
     base, folder = folders
     model = based(make_hf("llama"), tokenizer, base, torch.bfloat16)
-    edit = made(model)
+    edit = random_edit(model)
     export_lora(model, edit, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     found = tensors["base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"]
@@ -119,7 +119,7 @@ def test_on_half_precision_the_adapter_is_not_rounded(make_hf: Any, tokenizer: A
 def test_what_cannot_be_written_leaves_no_folder(
     lens_model: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit = made(lens_model)
+    edit = random_edit(lens_model)
     with pytest.raises(InputError, match="the edit was made for"):
         export_lora(make_model("gpt2", seed=1), edit, tmp_path / "out")
     empty = Factors(left=torch.zeros(96, 0), right=torch.zeros(0, 32))

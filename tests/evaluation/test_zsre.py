@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.edits import made
+from helpers.edits import random_edit
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -263,7 +263,7 @@ def test_the_command_scores_by_zsres_protocol(tmp_path, capsys):
 
 
 def test_a_step_scores_before_and_after_an_edit_and_leaves_the_model(lens_model, tmp_path):
-    edit, untouched = made(lens_model), lens_model.weights_hash()
+    edit, untouched = random_edit(lens_model), lens_model.weights_hash()
     folder = RunFolder.at(tmp_path)
     scores = evaluate_step(folder, lens_model, REQUESTS, edit, CONFIG, protocol="zsre")
     assert scores.states == ("before", "after")

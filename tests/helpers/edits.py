@@ -13,7 +13,7 @@ from mechedit.edit import Edit, Factors
 LAYERS = (0, 2)
 
 
-def made(model: Any, seed: int = 0, layers: tuple[int, ...] = LAYERS, ranks: tuple[int, ...] = (2, 2)) -> Edit:
+def random_edit(model: Any, seed: int = 0, layers: tuple[int, ...] = LAYERS, ranks: tuple[int, ...] = (2, 2)) -> Edit:
     """A random edit for the model as it is now."""
     draw = torch.Generator().manual_seed(seed)
     factors = {

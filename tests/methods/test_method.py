@@ -130,7 +130,13 @@ def test_help_shows_purpose_arguments_and_settings(method: Method[Any]) -> None:
     assert getattr(me, method.name) is method
     shown = pydoc.plain(pydoc.render_doc(method))
     assert f"{method.name}(model: 'Model', requests: " in shown
-    for text in (f"config: settings, a `{method.config.__name__}`", "Args:", "requests: what it should say", "Returns:", "Raises:"):
+    for text in (
+        f"config: settings, a `{method.config.__name__}`",
+        "Args:",
+        "requests: what it should say",
+        "Returns:",
+        "Raises:",
+    ):
         assert text in shown
     own = inspect.getdoc(method.algorithm)
     assert own

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers.edits import identical, made, weights
+from helpers.edits import identical, random_edit, weights
 from helpers.models import random_hf
 
 import mechedit.session.plan
@@ -208,7 +208,7 @@ def test_the_edit_outlives_the_session(lively: Any, whole: EditSession, tmp_path
 
 def test_an_applied_edit_stays_below_the_session(begin: Any, lively: Any) -> None:
     """A session starts from whatever the model is, an applied edit included."""
-    below = made(lively, layers=(0,), ranks=(1,))
+    below = random_edit(lively, layers=(0,), ranks=(1,))
     below.factors[0].left.mul_(1e-3)
     apply_(lively, below)
     applied = weights(lively)
