@@ -36,8 +36,8 @@ def test_edited_changes_the_model_and_restores_it(family_model: Any) -> None:
     start = {layer: family_model.projection(layer).clone() for layer in LAYERS}
     with edited(family_model, edit):
         for layer in LAYERS:
-            wanted = (start[layer].double() + edit.delta(layer)).float()
-            assert torch.equal(family_model.projection(layer), wanted)
+            expected = (start[layer].double() + edit.delta(layer)).float()
+            assert torch.equal(family_model.projection(layer), expected)
         assert not torch.allclose(logits(family_model), clean, atol=0.01)
         changed = [name for name, value in family_model.hf.named_parameters() if not torch.equal(value, before[name])]
         assert len(changed) == len(LAYERS)
@@ -170,25 +170,25 @@ def test_edits_are_undone_last_first(make_model: Any) -> None:
 
 
 def test_what_is_applied_is_known_by_the_model_alone(make_model: Any, tmp_path: Path) -> None:
-    one, other = make_model("gpt2"), make_model("gpt2")
-    before, edit = weights(one), random_edit(one)
-    apply_(one, edit)
+    first, second = make_model("gpt2"), make_model("gpt2")
+    before, edit = weights(first), random_edit(first)
+    apply_(first, edit)
     with pytest.raises(InputError, match="not applied"):
-        undo_(other, edit)
+        undo_(second, edit)
     edit.save(tmp_path / "edit.safetensors")
-    undo_(one, Edit.load(tmp_path / "edit.safetensors"))
-    assert identical(one, before)
+    undo_(first, Edit.load(tmp_path / "edit.safetensors"))
+    assert identical(first, before)
 
 
 def test_an_edit_for_other_weights_is_refused(lens_model: Any, make_model: Any) -> None:
-    edit, other = random_edit(lens_model), make_model("gpt2", seed=1)
-    before = weights(other)
-    both = f"{lens_model.weights_hash()}.*{other.weights_hash()}"
-    with pytest.raises(InputError, match=both), edited(other, edit):
+    edit, second = random_edit(lens_model), make_model("gpt2", seed=1)
+    before = weights(second)
+    both = f"{lens_model.weights_hash()}.*{second.weights_hash()}"
+    with pytest.raises(InputError, match=both), edited(second, edit):
         pass
     with pytest.raises(InputError, match=both):
-        apply_(other, edit)
-    assert identical(other, before)
+        apply_(second, edit)
+    assert identical(second, before)
     with edited(lens_model, edit), pytest.raises(InputError, match="undo other edits"):
         apply_(lens_model, edit)
 
@@ -213,9 +213,9 @@ def test_factors_that_are_not_finite_are_refused(lens_model: Any, tmp_path: Path
 
 def test_factors_that_do_not_fit_the_model_are_refused(lens_model: Any) -> None:
     square = Factors(left=torch.ones(32, 1), right=torch.ones(1, 96))
-    for layer, found in ((0, r"\(96, 32\)"), (7, "absent")):
+    for layer, actual in ((0, r"\(96, 32\)"), (7, "absent")):
         edit = Edit(factors={layer: square}, manifest={"model": lens_model.provenance()})
-        with pytest.raises(InputError, match=rf"layer {layer} is \(32, 96\), but the model's is {found}"):
+        with pytest.raises(InputError, match=rf"layer {layer} is \(32, 96\), but the model's is {actual}"):
             apply_(lens_model, edit)
 
 
@@ -300,16 +300,16 @@ def test_an_exported_edit_cannot_be_undone_and_it_is_said_why(lens_model: Any, t
 def test_export_reloads_to_the_edited_model(small_model: Any, tmp_path: Path) -> None:
     edit, before = random_edit(small_model), weights(small_model)
     with edited(small_model, edit):
-        wanted = logits(small_model)
+        expected = logits(small_model)
     export(small_model, edit, tmp_path / "out")
     assert identical(small_model, before)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer("The mother tongue of Leon Blum is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        found = reloaded(ids).logits
-    assert torch.allclose(found, wanted, atol=1e-5)
-    assert not torch.allclose(found, logits(small_model), atol=0.01)
+        actual = reloaded(ids).logits
+    assert torch.allclose(actual, expected, atol=1e-5)
+    assert not torch.allclose(actual, logits(small_model), atol=0.01)
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
 
 

@@ -40,12 +40,12 @@ def total(edits: list[Edit], layer: int) -> torch.Tensor:
 @given(ranks=st.lists(st.dictionaries(st.integers(0, 3), st.integers(1, 15), min_size=1), min_size=1, max_size=4))
 @settings(max_examples=25, deadline=None)
 def test_a_merged_edit_is_the_sum_and_subtracting_takes_away(ranks: list[dict[int, int]]) -> None:
-    edits = [drawn(seed, each) for seed, each in enumerate(ranks)]
+    edits = [drawn(seed, edit_ranks) for seed, edit_ranks in enumerate(ranks)]
     merged = merge(edits)
-    assert merged.layers == sorted({layer for each in ranks for layer in each})
+    assert merged.layers == sorted({layer for edit_ranks in ranks for layer in edit_ranks})
     for layer in merged.layers:
         torch.testing.assert_close(merged.delta(layer), total(edits, layer), rtol=1e-12, atol=1e-12)
-        assert merged.factors[layer].rank == sum(each.get(layer, 0) for each in ranks)
+        assert merged.factors[layer].rank == sum(edit_ranks.get(layer, 0) for edit_ranks in ranks)
         assert float(merged.delta(layer).norm()) > 0.1
     rest = merged
     for edit in edits:
@@ -57,18 +57,18 @@ def test_a_merged_edit_is_the_sum_and_subtracting_takes_away(ranks: list[dict[in
 
 
 def test_what_was_combined_is_noted(tmp_path: Path) -> None:
-    one = drawn(0, {1: 2}, {"requests": ["a", "b"], "facts": ["A → x", "B → y"]})
-    two = drawn(1, {1: 1, 2: 1}, {"requests": ["c"], "facts": ["C → z"]})
+    first = drawn(0, {1: 2}, {"requests": ["a", "b"], "facts": ["A → x", "B → y"]})
+    second = drawn(1, {1: 1, 2: 1}, {"requests": ["c"], "facts": ["C → z"]})
     old = drawn(2, {0: 1}, {"requests": ["d"]})
-    merged = merge([one, two])
+    merged = merge([first, second])
     assert merged.manifest["method"] == "merge"
     assert merged.manifest["layers"] == [1, 2]
     assert merged.manifest["requests"] == ["a", "b", "c"]
     assert merged.manifest["facts"] == ["A → x", "B → y", "C → z"]
     assert merged.manifest["model"] == BASE
-    assert merged.manifest["parts"] == [one.manifest, two.manifest]
-    assert "facts" not in merge([one, old]).manifest
-    less = subtract(merged, two)
+    assert merged.manifest["parts"] == [first.manifest, second.manifest]
+    assert "facts" not in merge([first, old]).manifest
+    less = subtract(merged, second)
     assert [part["method"] for part in less.manifest["parts"]] == ["merge", "m1"]
     less.save(tmp_path / "edit.safetensors")
     assert Edit.load(tmp_path / "edit.safetensors").manifest == json.loads(json.dumps(less.manifest))
@@ -76,33 +76,33 @@ def test_what_was_combined_is_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["dtype", "weights_hash", "tokenizer_hash"])
 def test_edits_for_other_weights_do_not_add_up(field: str) -> None:
-    one, other = drawn(0, {0: 1}), drawn(1, {0: 1}, {"model": {**BASE, field: "another"}})
-    for combine in (lambda: merge([one, one, other]), lambda: subtract(one, other)):
+    edit, foreign = drawn(0, {0: 1}), drawn(1, {0: 1}, {"model": {**BASE, field: "another"}})
+    for combine in (lambda: merge([edit, edit, foreign]), lambda: subtract(edit, foreign)):
         with pytest.raises(InputError, match=rf"was made with {field} = 'another', expected '{BASE[field]}'"):
             combine()
     same = drawn(1, {0: 1}, {"model": {**BASE, "model": "another name", "backend": "nnsight"}})
-    assert merge([one, same]).layers == [0]
+    assert merge([edit, same]).layers == [0]
     with pytest.raises(InputError, match="no edits to merge"):
         merge([])
     with pytest.raises(InputError, match="does not name its weights"):
         merge([drawn(0, {0: 1}, {"model": {}})])
 
 
-@given(seed=st.integers(0, 99), rank=st.integers(1, 15), kept=st.integers(1, 16))
+@given(seed=st.integers(0, 99), rank=st.integers(1, 15), terms=st.integers(1, 16))
 @settings(max_examples=25, deadline=None)
-def test_truncation_is_the_best_of_its_rank(seed: int, rank: int, kept: int) -> None:
+def test_truncation_is_the_best_of_its_rank(seed: int, rank: int, terms: int) -> None:
     edit = drawn(seed, {3: rank})
-    short = truncate(edit, kept)
-    delta, found = edit.delta(3), short.delta(3)
+    short = truncate(edit, terms)
+    delta, actual = edit.delta(3), short.delta(3)
     values = torch.linalg.svdvals(delta)
-    tail = float(values[kept:].norm())
-    assert short.factors[3].rank == min(kept, rank, 12) == torch.linalg.matrix_rank(found)
-    assert float((delta - found).norm()) == pytest.approx(tail, abs=1e-9)
+    tail = float(values[terms:].norm())
+    assert short.factors[3].rank == min(terms, rank, 12) == torch.linalg.matrix_rank(actual)
+    assert float((delta - actual).norm()) == pytest.approx(tail, abs=1e-9)
     record = short.manifest["truncated"][0]
     assert record["error"] == pytest.approx(tail / float(delta.norm()), abs=1e-9)
-    assert (record["layer"], record["rank"], record["of"]) == (3, min(kept, rank, 12), min(rank, 12))
-    if kept >= min(rank, 12):
-        torch.testing.assert_close(found, delta, rtol=1e-11, atol=1e-11)
+    assert (record["layer"], record["rank"], record["of"]) == (3, min(terms, rank, 12), min(rank, 12))
+    if terms >= min(rank, 12):
+        torch.testing.assert_close(actual, delta, rtol=1e-11, atol=1e-11)
         assert record["error"] < 1e-9
 
 
@@ -136,21 +136,21 @@ def test_truncation_needs_one_sensible_bound(choice: dict[str, Any]) -> None:
 
 def test_a_merged_edit_on_a_model_is_both(lens_model: Any) -> None:
     """The same bits as adding both deltas at once, and as two edits in a row."""
-    one, two = random_edit(lens_model, 0), random_edit(lens_model, 1, (0, 1))
+    first, second = random_edit(lens_model, 0), random_edit(lens_model, 1, (0, 1))
     before, start = weights(lens_model), lens_model.projection(0).double()
-    merged = merge([one, two])
+    merged = merge([first, second])
     with edited(lens_model, merged):
         torch.testing.assert_close(
-            lens_model.projection(0).double(), start + one.delta(0) + two.delta(0), rtol=1e-7, atol=1e-7
+            lens_model.projection(0).double(), start + first.delta(0) + second.delta(0), rtol=1e-7, atol=1e-7
         )
         both = weights(lens_model)
-    apply_(lens_model, one)
-    follower = Edit(factors=two.factors, manifest={"model": lens_model.provenance()})
+    apply_(lens_model, first)
+    follower = Edit(factors=second.factors, manifest={"model": lens_model.provenance()})
     apply_(lens_model, follower)
     close = [torch.allclose(value, both[name], atol=1e-6) for name, value in lens_model.hf.named_parameters()]
     assert all(close)
     undo_(lens_model, follower)
-    undo_(lens_model, one)
+    undo_(lens_model, first)
     assert identical(lens_model, before)
 
 

@@ -50,28 +50,28 @@ def test_a_number_goes_to_its_neighbors_and_on_average_nowhere(
     dtype: torch.dtype, mantissa: float, exponent: int, seed: int, sign: bool
 ) -> None:
     value = torch.full((200, 100), mantissa * 2.0**exponent * (-1 if sign else 1), dtype=torch.float64)
-    found = rounded(value, dtype, seed).double()
+    actual = rounded(value, dtype, seed).double()
     nearest = value[0, 0].to(dtype)
     neighbors = {float(torch.nextafter(nearest, torch.tensor(end).to(dtype))) for end in (-torch.inf, torch.inf)}
-    assert set(found.unique().tolist()) <= neighbors | {float(nearest)}
+    assert set(actual.unique().tolist()) <= neighbors | {float(nearest)}
     step = max(neighbors) - min(neighbors)
-    assert float((found - value).abs().max()) < step
+    assert float((actual - value).abs().max()) < step
     # 20,000 draws: five standard errors of a share.
-    assert float((found.mean() - value[0, 0]).abs()) <= 5 * step / 2 / 20_000**0.5
+    assert float((actual.mean() - value[0, 0]).abs()) <= 5 * step / 2 / 20_000**0.5
 
 
 def test_large_matrices_are_rounded_in_pieces_that_draw_afresh() -> None:
     """Rounding whole and rounding 1,024 rows at a time is the same, and no two pieces share their draws."""
     base = torch.ones(3000, 2, dtype=torch.bfloat16)
     delta = torch.full((3000, 2), 2.0**-8, dtype=torch.float64)
-    found = rounded_sum(base, [delta], "here")
-    assert torch.equal(found, rounded_sum(base, [delta], "here"))
-    up = found > 1
+    actual = rounded_sum(base, [delta], "here")
+    assert torch.equal(actual, rounded_sum(base, [delta], "here"))
+    up = actual > 1
     assert up.double().mean() == pytest.approx(0.5, abs=0.04)
     assert (up[:1024] != up[1024:2048]).double().mean() == pytest.approx(0.5, abs=0.05)
     # Two matrices draw differently.
-    other = rounded_sum(2 * base, [2 * delta], "here")
-    assert (up != (other > 2)).double().mean() == pytest.approx(0.5, abs=0.05)
+    second = rounded_sum(2 * base, [2 * delta], "here")
+    assert (up != (second > 2)).double().mean() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -88,37 +88,37 @@ def test_an_edit_far_below_one_unit_in_the_last_place_is_there(
         model.projection(1).copy_(start)
     signs = [(2 * torch.rand(size, generator=draw, dtype=torch.float64) - 1) for size in (8192, 64)]
     key, value = (sign.sign() * (0.5 + sign.abs()) for sign in signs)
-    wanted = torch.outer(key, value)
-    wanted *= 0.05 * unit / wanted.abs().mean()
-    assert torch.equal((start.double() + wanted).to(dtype), start)
+    delta = torch.outer(key, value)
+    delta *= 0.05 * unit / delta.abs().mean()
+    assert torch.equal((start.double() + delta).to(dtype), start)
     edit = Edit(
-        factors={1: Factors(left=key[:, None], right=(key @ wanted / (key @ key))[None])},
+        factors={1: Factors(left=key[:, None], right=(key @ delta / (key @ key))[None])},
         manifest={"model": model.provenance()},
     )
-    assert torch.allclose(edit.delta(1), wanted)
+    assert torch.allclose(edit.delta(1), delta)
     with edited(model, edit):
         change = key @ (model.projection(1).double() - start.double())
-    expected = key @ wanted
-    assert float(change @ expected / (expected @ expected)) == pytest.approx(1, abs=0.03)
-    assert float((change - expected).norm() / expected.norm()) < 0.08
+    response = key @ delta
+    assert float(change @ response / (response @ response)) == pytest.approx(1, abs=0.03)
+    assert float((change - response).norm() / response.norm()) < 0.08
 
 
 def test_the_same_edit_gives_the_same_bits(make_hf: Any, tokenizer: Any, half_model: Any) -> None:
     """On both backends, whatever was drawn before, while an edit is being made and when it is applied."""
     edit = random_edit(half_model)
     with edited(half_model, edit):
-        wanted = weights(half_model)
+        expected = weights(half_model)
     torch.rand(7)
-    other = load_model(make_hf("gpt2").bfloat16(), tokenizer=tokenizer, backend="nnsight")
+    second = load_model(make_hf("gpt2").bfloat16(), tokenizer=tokenizer, backend="nnsight")
     state = torch.get_rng_state()
-    apply_(other, edit)
-    assert identical(other, wanted)
+    apply_(second, edit)
+    assert identical(second, expected)
     assert torch.equal(torch.get_rng_state(), state)
-    undo_(other, edit)
+    undo_(second, edit)
     with restoring(half_model, edit.layers):
         for layer in edit.layers:
             add_(half_model, layer, edit.delta(layer))
-        assert identical(half_model, wanted)
+        assert identical(half_model, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -46,17 +46,17 @@ def test_peft_gets_the_edited_model(make_hf: Any, tokenizer: Any, family: str, f
         factors={k: Factors(left=f.left, right=f.right / 10) for k, f in edit.factors.items()}, manifest=edit.manifest
     )
     with edited(model, edit):
-        wanted = outputs(model.hf)
+        expected = outputs(model.hf)
     export_lora(model, edit, folder)
     assert identical(model, before)
     clean = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(folder).base_model_name_or_path)
     start = outputs(clean)
     adapted = PeftModel.from_pretrained(clean, folder)
-    size = wanted.abs().max()
-    assert float((start - wanted).abs().max() / size) > 0.01
-    assert float((outputs(adapted) - wanted).abs().max() / size) < 1e-5
+    size = expected.abs().max()
+    assert float((start - expected).abs().max() / size) > 0.01
+    assert float((outputs(adapted) - expected).abs().max() / size) < 1e-5
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
-    assert float((outputs(adapted.merge_and_unload()) - wanted).abs().max() / size) < 1e-5
+    assert float((outputs(adapted.merge_and_unload()) - expected).abs().max() / size) < 1e-5
 
 
 def test_the_folder_holds_what_peft_reads_and_the_manifest(lens_model: Any, tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_more_terms_than_the_matrix_has_are_brought_down(
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.transformer.h.0.mlp.c_proj.lora"
     assert tensors[f"{name}_A.weight"].shape == (32, 96)
-    found = (tensors[f"{name}_B.weight"].double() @ tensors[f"{name}_A.weight"].double()).T
-    torch.testing.assert_close(found, edit.delta(0), rtol=1e-5, atol=1e-4)
+    actual = (tensors[f"{name}_B.weight"].double() @ tensors[f"{name}_A.weight"].double()).T
+    torch.testing.assert_close(actual, edit.delta(0), rtol=1e-5, atol=1e-4)
 
 
 def test_on_half_precision_the_adapter_is_not_rounded(make_hf: Any, tokenizer: Any, folders: tuple[Path, Path]) -> None:
@@ -107,13 +107,13 @@ def test_on_half_precision_the_adapter_is_not_rounded(make_hf: Any, tokenizer: A
     edit = random_edit(model)
     export_lora(model, edit, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
-    found = tensors["base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"]
-    assert torch.equal(found, edit.factors[2].left.T.float())
+    actual = tensors["base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"]
+    assert torch.equal(actual, edit.factors[2].left.T.float())
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     with edited(model, edit):
-        wanted = outputs(model.hf)
+        expected = outputs(model.hf)
     start, reached = outputs(model.hf), outputs(adapted)
-    assert float((reached - wanted).norm() / (start - wanted).norm()) < 0.1
+    assert float((reached - expected).norm() / (start - expected).norm()) < 0.1
 
 
 def test_what_cannot_be_written_leaves_no_folder(

@@ -49,8 +49,8 @@ def moments(model: Any) -> dict[int, Tensor]:
 
 
 def projection(model: Any, layer: int) -> Any:
-    place = PLACES.get(model.hf.config.model_type, "self_attn.o_proj")
-    return model.hf.get_submodule(f"{model.family.blocks}.{layer}.{place}")
+    name = PLACES.get(model.hf.config.model_type, "self_attn.o_proj")
+    return model.hf.get_submodule(f"{model.family.blocks}.{layer}.{name}")
 
 
 def attention_edit(model: Any, seed: int = 0) -> Edit:
@@ -138,11 +138,11 @@ def test_one_layer_is_the_ten_line_computation(family_model: Any) -> None:
     """ΔW = R Kᵀ (λ M + K Kᵀ)⁻¹ with keys from plain hooks, one prompt at a time."""
     model = family_model.writing("attn")
     targets = find_targets(model, REQUESTS, 1, PREFIXES, TargetConfig(steps=3))
-    given, weight = moments(model), 5.0
-    edit = spread(model, REQUESTS, targets, [1], Ridge(moments=given, weight=weight)).edit
+    matrices, weight = moments(model), 5.0
+    edit = spread(model, REQUESTS, targets, [1], Ridge(moments=matrices, weight=weight)).edit
     keys = torch.stack([_mean_key(model, request) for request in REQUESTS], 1).double()
     residual = (targets.z - states(model, 1)).T.double()
-    expected = torch.linalg.solve(weight * given[1] + keys @ keys.T, keys) @ residual.T
+    expected = torch.linalg.solve(weight * matrices[1] + keys @ keys.T, keys) @ residual.T
     torch.testing.assert_close(edit.delta(1), expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-3)
     assert expected.norm() > 1e-3
 
@@ -188,9 +188,9 @@ def test_the_search_at_attention_sees_its_delta_in_the_mlp(small_model: Any) -> 
     patch = Patch(Site(1, "attn_out"), torch.tensor([[last]]), targets.z[:, None])
     row = torch.tensor([ids])
     with torch.no_grad():
-        found = model.run(Tokens(row, torch.ones_like(row)), [patch]).logits[0].log_softmax(-1)
+        log_probs = model.run(Tokens(row, torch.ones_like(row)), [patch]).logits[0].log_softmax(-1)
     spots = range(len(ids) - n_target, len(ids))
-    nll = -sum(float(found[spot - 1, ids[spot]]) for spot in spots) / n_target
+    nll = -sum(float(log_probs[spot - 1, ids[spot]]) for spot in spots) / n_target
     measured = targets.losses
     assert measured["nll"].iloc[-1] == pytest.approx(nll, abs=1e-4)
     assert measured["nll"].iloc[-1] < measured["nll"].iloc[0] - 0.01
@@ -201,9 +201,9 @@ def test_spreading_over_attention_reduces_the_residual_and_changes_nothing_else(
     config = MemitConfig(steps=8, covariance_weight=0.01)
     edit = memit(model, REQUESTS, [0, 1, 2], moments(model), PREFIXES, config)
     assert identical(model, before)
-    left = [record["after"] for record in edit.manifest["residuals"]]
-    assert left == sorted(left, reverse=True)
-    assert left[-1] < 0.6
+    residuals = [record["after"] for record in edit.manifest["residuals"]]
+    assert residuals == sorted(residuals, reverse=True)
+    assert residuals[-1] < 0.6
     with edited(model, edit):
         changed = [name for name, value in model.hf.named_parameters() if not torch.equal(value, before[name])]
         assert changed == [f"transformer.h.{layer}.attn.c_proj.weight" for layer in (0, 1, 2)]
@@ -215,8 +215,8 @@ def test_spreading_over_attention_reduces_the_residual_and_changes_nothing_else(
 def test_other_methods_write_there_too(lens_model: Any, method: str) -> None:
     model = lens_model.writing("attn")
     # AlphaEdit looks for directions that old keys hardly use.
-    given = torch.diag(torch.logspace(0, -4, model.d_key, dtype=torch.float64))
-    edit = METHODS[method](model, REQUESTS, [1], {1: given}, ["{}"])
+    moment = torch.diag(torch.logspace(0, -4, model.d_key, dtype=torch.float64))
+    edit = METHODS[method](model, REQUESTS, [1], {1: moment}, ["{}"])
     assert edit.factors[1].left.shape[0] == model.d_key
     before = logits(model)
     with edited(model, edit):
@@ -235,10 +235,10 @@ def test_an_edit_of_attention_never_reaches_the_mlps(make_model: Any, tmp_path: 
     edit = attention_edit(model)
     edit.save(tmp_path / "e.safetensors")
     loaded = Edit.load(tmp_path / "e.safetensors")
-    for one in (edit, loaded):
+    for copy in (edit, loaded):
         for use in (apply_, lambda model, edit: edited(model, edit).__enter__()):
             with pytest.raises(InputError, match=r"made for the module 'attn', found .* 'mlp'.*writing\('attn'\)"):
-                use(mlps, one)
+                use(mlps, copy)
     assert identical(mlps, before)
     apply_(model, loaded)
     with pytest.raises(InputError, match="made for the module 'attn'"):
@@ -266,14 +266,14 @@ def test_an_edit_without_the_field_is_one_of_mlps(make_model: Any) -> None:
 def test_edits_of_both_modules_follow_one_another(make_model: Any) -> None:
     """Each module of a layer has its own base weights, and all come back bit for bit."""
     mlps = make_model("gpt2_square")
-    attention, start, made = mlps.writing("attn"), weights(mlps), []
+    attention, start, edits = mlps.writing("attn"), weights(mlps), []
     for model, seed in ((mlps, 0), (attention, 1), (mlps, 2), (attention, 3)):
-        made.append((model, attention_edit(model, seed), weights(mlps)))
-        apply_(model, made[-1][1])
+        edits.append((model, attention_edit(model, seed), weights(mlps)))
+        apply_(model, edits[-1][1])
     # Taken once from the first base: the sum of both deltas is rounded once.
-    total = start["transformer.h.1.mlp.c_proj.weight"].double() + made[0][1].delta(1) + made[2][1].delta(1)
+    total = start["transformer.h.1.mlp.c_proj.weight"].double() + edits[0][1].delta(1) + edits[2][1].delta(1)
     assert torch.equal(mlps.projection(1), total.float())
-    for model, edit, before in reversed(made):
+    for model, edit, before in reversed(edits):
         assert not identical(mlps, before)
         undo_(model, edit)
         assert identical(mlps, before)
@@ -282,15 +282,15 @@ def test_edits_of_both_modules_follow_one_another(make_model: Any) -> None:
 
 def test_moments_of_attention_are_those_of_its_keys(small_model: Any, tmp_path: Any) -> None:
     model, config = small_model.writing("attn"), MomentsConfig(max_length=16)
-    found = collect_moments(model, TEXTS, [1], config, out=tmp_path)[1]
+    actual = collect_moments(model, TEXTS, [1], config, out=tmp_path)[1]
     total, count = torch.zeros(model.d_key, model.d_key, dtype=torch.float64), 0
     for text in TEXTS:
         ids = torch.tensor([model.tokenizer(text)["input_ids"][:16]])
         with torch.no_grad():
             keys = model.run(Tokens(ids, torch.ones_like(ids)), read=[Site(1, "attn_key")])[Site(1, "attn_key")][0]
         total, count = total + keys.double().T @ keys.double(), count + len(keys)
-    assert found.count == count
-    torch.testing.assert_close(found.matrix, total / count, atol=1e-6, rtol=1e-4)
+    assert actual.count == count
+    torch.testing.assert_close(actual.matrix, total / count, atol=1e-6, rtol=1e-4)
     assert isinstance(load_moments(tmp_path, [1], model)[1], SecondMoment)
     with pytest.raises(InputError, match="module = 'attn', expected 'mlp'"):
         load_moments(tmp_path, [1], small_model)
@@ -301,13 +301,13 @@ def test_moments_of_attention_are_those_of_its_keys(small_model: Any, tmp_path: 
 def test_states_of_the_residual_are_shared_by_both_modules(lens_model: Any, tmp_path: Any) -> None:
     """z of the residual stream does not depend on what is written, so one search serves both; others do."""
     model, shared = lens_model.writing("attn"), TargetConfig(steps=2)
-    one = find_targets(lens_model, REQUESTS, 1, ["{}"], shared, cache=tmp_path)
+    first = find_targets(lens_model, REQUESTS, 1, ["{}"], shared, cache=tmp_path)
     files = set(tmp_path.iterdir())
-    other = find_targets(model, REQUESTS, 1, ["{}"], shared, cache=tmp_path)
-    assert torch.equal(one.z, other.z)
+    second = find_targets(model, REQUESTS, 1, ["{}"], shared, cache=tmp_path)
+    assert torch.equal(first.z, second.z)
     assert set(tmp_path.iterdir()) == files
-    own = TargetConfig(steps=2, part="mlp_out")
-    parts = [find_targets(view, REQUESTS, 1, ["{}"], own, cache=tmp_path).part for view in (lens_model, model)]
+    of_module = TargetConfig(steps=2, part="mlp_out")
+    parts = [find_targets(view, REQUESTS, 1, ["{}"], of_module, cache=tmp_path).part for view in (lens_model, model)]
     assert parts == ["mlp_out", "attn_out"]
     assert len(set(tmp_path.iterdir())) == len(files) + 2
 

@@ -58,9 +58,9 @@ def double(tokenizer: Any, family: str = "gpt2") -> Any:
 def hf_loss(model: Any, request: EditRequest) -> Tensor:
     """What transformers makes of `labels`: −100 on the prompt, the object's ids after it."""
     prompt = model.tokenizer(request.text)["input_ids"]
-    wanted = model.tokenizer(f" {request.target_new}", add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([prompt + wanted])
-    labels = torch.tensor([[-100] * len(prompt) + wanted])
+    object_ids = model.tokenizer(f" {request.target_new}", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([prompt + object_ids])
+    labels = torch.tensor([[-100] * len(prompt) + object_ids])
     return model.hf(input_ids=ids, labels=labels).loss
 
 
@@ -80,14 +80,14 @@ def test_the_loss_is_that_of_labels_in_transformers(make_model: Any, backend: st
     model = make_model(family, backend)
     requests = [*REQUESTS, dataclasses.replace(REQUESTS[0], id="d", target_new=three_tokens(model.tokenizer))]
     with torch.no_grad():
-        wanted = torch.stack([hf_loss(model, request) for request in requests])
-        found = losses(model, requests)
+        expected = torch.stack([hf_loss(model, request) for request in requests])
+        actual = losses(model, requests)
         # The same from the stream at a later block, where rows are cut to their own lengths and padded again.
         rows = training.training_rows(model, requests, ["{}"])
         resumed = losses(model, requests, training._block_inputs(model, rows, 2, batch_size=3), 2)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(resumed, wanted, rtol=1e-5, atol=1e-5)
-    assert wanted.diff().abs().min() > 1e-2, "they differ, so that rows cannot be confused"
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(resumed, expected, rtol=1e-5, atol=1e-5)
+    assert expected.diff().abs().min() > 1e-2, "they differ, so that rows cannot be confused"
 
 
 def test_a_token_at_the_start_and_objects_that_pad_do_not_shift_the_loss(tokenizer: Any) -> None:
@@ -100,8 +100,8 @@ def test_a_token_at_the_start_and_objects_that_pad_do_not_shift_the_loss(tokeniz
     # The filler of shorter rows is a token of the longest object: told by its id, that token would not count.
     begun.pad_token = begun.convert_ids_to_tokens(begun(" plays", add_special_tokens=False)["input_ids"])[0]
     with torch.no_grad():
-        wanted = torch.stack([hf_loss(model, request) for request in REQUESTS])
-        torch.testing.assert_close(losses(model, REQUESTS), wanted, rtol=1e-5, atol=1e-5)
+        expected = torch.stack([hf_loss(model, request) for request in REQUESTS])
+        torch.testing.assert_close(losses(model, REQUESTS), expected, rtol=1e-5, atol=1e-5)
     first = training.training_rows(model, REQUESTS, ["{}"])[2]
     assert begun.pad_token_id in first.ids[first.start :]
 
@@ -123,11 +123,11 @@ def slowly(
         for layer, weight in chosen.items():
             if bound is not None:
                 weight.data = torch.clamp(weight.data, before[layer] - bound, before[layer] + bound)
-    made = {layer: (chosen[layer] - before[layer]).detach() for layer in layers}
+    deltas = {layer: (chosen[layer] - before[layer]).detach() for layer in layers}
     for layer, weight in chosen.items():
         weight.requires_grad_(False).copy_(before[layer])
         weight.grad = None
-    return {layer: delta if delta.shape == (96, 32) else delta.T for layer, delta in made.items()}
+    return {layer: delta if delta.shape == (96, 32) else delta.T for layer, delta in deltas.items()}
 
 
 def blocks(model: Any) -> Any:
@@ -148,26 +148,26 @@ def test_it_is_adam_of_torch_on_the_same_loss(
 ) -> None:
     model = double(tokenizer, family)
     edit = method(model, REQUESTS, [0, 2], config=config)
-    wanted = slowly(model, [0, 2], steps=5, lr=1e-3, **options)
+    expected = slowly(model, [0, 2], steps=5, lr=1e-3, **options)
     for layer in (0, 2):
-        torch.testing.assert_close(edit.delta(layer), wanted[layer], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(edit.delta(layer), expected[layer], rtol=1e-5, atol=1e-7)
     if options:
         free = slowly(model, [0, 2], steps=5, lr=1e-3)
-        assert (free[0] - wanted[0]).norm() > 0.1 * free[0].norm(), "the constraint has an effect"
+        assert (free[0] - expected[0]).norm() > 0.1 * free[0].norm(), "the constraint has an effect"
 
 
 def test_the_backends_agree_also_where_they_run_their_own_modules(
     make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    deltas = []
     for backend in ("transformer_lens", "nnsight"):
         for plain in (True, False):
             model = make_model("gemma2", backend)
             monkeypatch.setattr(model, "_plain_fits", plain)
-            made.append(ft(model, REQUESTS, [1], config=dataclasses.replace(QUICK, steps=3)).delta(1))
-    assert made[0].norm() > 1e-2
-    for delta in made[1:]:
-        assert (delta - made[0]).norm() < 1e-3 * made[0].norm()
+            deltas.append(ft(model, REQUESTS, [1], config=dataclasses.replace(QUICK, steps=3)).delta(1))
+    assert deltas[0].norm() > 1e-2
+    for delta in deltas[1:]:
+        assert (delta - deltas[0]).norm() < 1e-3 * deltas[0].norm()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt2_square", "pythia", "gemma3"])
@@ -180,9 +180,9 @@ def test_the_edited_model_says_the_new_objects(make_model: Any, family: str, tmp
     assert identical(model, before)
     assert edit.manifest["unconverged"] == []
     with edited(model, edit):
-        found = score_targets(model, pairs)
-        assert all(score.greedy for score in found.values())
-        reached = -sum(score.log_prob / score.tokens for score in found.values()) / 3
+        actual = score_targets(model, pairs)
+        assert all(score.greedy for score in actual.values())
+        reached = -sum(score.log_prob / score.tokens for score in actual.values()) / 3
     assert edit.manifest["training"]["final_loss"] == pytest.approx(reached, rel=1e-3, abs=1e-6)
     edit.save(tmp_path / "edit.safetensors")
     loaded = Edit.load(tmp_path / "edit.safetensors")
@@ -235,19 +235,19 @@ def test_training_stops_early_and_says_how_it_went(lively: Any) -> None:
     # One batch a pass, of which the last, already below, is left alone.
     assert record["updates"] == len(record["losses"]) - 1 < 99
     assert record["losses"][0] == pytest.approx(float(losses(lively, REQUESTS).mean()), rel=1e-5)
-    whole = ft(lively, REQUESTS, [1], config=dataclasses.replace(QUICK, steps=3, batch_size=2, lr=1e-6))
-    record = whole.manifest["training"]
+    all_passes = ft(lively, REQUESTS, [1], config=dataclasses.replace(QUICK, steps=3, batch_size=2, lr=1e-6))
+    record = all_passes.manifest["training"]
     assert (len(record["losses"]), record["updates"], record["stopped_early"]) == (3, 6, False)
-    assert whole.manifest["unconverged"] == ["a", "b", "c"]
+    assert all_passes.manifest["unconverged"] == ["a", "b", "c"]
 
 
 def test_seeds_shuffle_and_reproduce(lively: Any) -> None:
     config = FineTuneConfig(steps=3, lr=1e-3, batch_size=1)
-    first, again, other = (
+    first, again, second = (
         ft(lively, REQUESTS, [1], config=dataclasses.replace(config, seed=seed)).delta(1) for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
-    assert (first - other).norm() > 1e-3 * first.norm()
+    assert (first - second).norm() > 1e-3 * first.norm()
 
 
 def test_prefixes_are_learnt_in_when_they_are_given(lively: Any) -> None:
@@ -291,7 +291,7 @@ def test_the_model_is_left_as_it_was_when_training_breaks_off(
     with pytest.raises(error):
         ft(lively, REQUESTS, [1], config=QUICK)
     assert [same for same, _ in seen] == [True, False, False]
-    (names,) = {tuple(name for name, wants in asked.items() if wants) for _, asked in seen}
+    (names,) = {tuple(name for name, wants in flagged.items() if wants) for _, flagged in seen}
     assert names == ("transformer.h.1.mlp.c_proj.weight",)
     assert identical(lively, before)
     assert requires(lively) == flags

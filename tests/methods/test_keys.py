@@ -43,8 +43,8 @@ def nudge_(model: Any, layer: int) -> None:
     add_(model, layer, 0.3 * delta)
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-4)
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(actual, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
 
 
 def test_equals_full_forwards_after_every_layer(family_model: Any) -> None:
@@ -57,8 +57,8 @@ def test_equals_full_forwards_after_every_layer(family_model: Any) -> None:
         assert close(keys, slowly(model, Site(layer, "mlp_key"), PREFIXES))
         assert layer == 0 or (keys - clean[layer]).norm() > 0.05 * clean[layer].norm()
         nudge_(model, layer)
-        for site, found in prompts.states(sites).items():
-            assert close(found, slowly(model, site, [BARE])[:, 0])
+        for site, actual in prompts.states(sites).items():
+            assert close(actual, slowly(model, site, [BARE])[:, 0])
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -78,17 +78,17 @@ def test_replay_writes_each_facts_own_state(family_model: Any) -> None:
     prompts = KeyExtractor(model, REQUESTS, PREFIXES)
     prompts.advance_(1)
     sites = [Site(1, "resid"), Site(2, "resid"), Site(2, "mlp_out")]
-    kept = prompts.states(sites)
-    values = kept[sites[0]] + torch.randn(kept[sites[0]].shape, generator=torch.Generator().manual_seed(0))
+    before = prompts.states(sites)
+    values = before[sites[0]] + torch.randn(before[sites[0]].shape, generator=torch.Generator().manual_seed(0))
     replayed = prompts.replay(sites[0], values, sites)
     assert close(replayed[sites[0]], values)
-    for place, request in enumerate(REQUESTS):
+    for index, request in enumerate(REQUESTS):
         alone = KeyExtractor(model, [request], PREFIXES)
-        one = alone.replay(sites[0], values[place : place + 1], sites)
-        assert all(close(replayed[site][place], one[site][0]) for site in sites)
-        assert not close(one[sites[1]][0], kept[sites[1]][place])
+        single = alone.replay(sites[0], values[index : index + 1], sites)
+        assert all(close(replayed[site][index], single[site][0]) for site in sites)
+        assert not close(single[sites[1]][0], before[sites[1]][index])
     # Two facts share the bare prompt up to the subject, and still have states of their own.
-    assert torch.equal(kept[sites[1]][1], kept[sites[1]][3])
+    assert torch.equal(before[sites[1]][1], before[sites[1]][3])
     assert not close(replayed[sites[1]][1], replayed[sites[1]][3])
 
 
@@ -120,9 +120,9 @@ def test_no_block_below_the_edit_is_computed_twice(make_model: Any, monkeypatch:
     counted = Counted(model, monkeypatch)
     prompts = KeyExtractor(model, REQUESTS, PREFIXES, batch_size=1)
     lengths = {request.id: prefixed_prompts(model, request, PREFIXES) for request in REQUESTS}
-    cut = {p.ids[: p.last_subject + 1] for own in lengths.values() for p in own}
-    bare = sum(map(len, {own[0].ids[: own[0].last_subject + 1] for own in lengths.values()}))
-    whole = sum(map(len, cut))
+    cut = {p.ids[: p.last_subject + 1] for prompts in lengths.values() for p in prompts}
+    bare = sum(map(len, {prompts[0].ids[: prompts[0].last_subject + 1] for prompts in lengths.values()}))
+    all_tokens = sum(map(len, cut))
     assert len(cut) == 9, "the fourth fact shares all three prompts with the second"
     prompts.advance_(2)
     prompts.states([Site(5, "resid")])
@@ -130,11 +130,11 @@ def test_no_block_below_the_edit_is_computed_twice(make_model: Any, monkeypatch:
         prompts.keys(layer)
         prompts.states([Site(5, "resid")])
     # Below the edit once; each edited layer for its keys and, once edited, on the way to the next one's.
-    assert [counted.blocks[layer] for layer in (0, 1)] == [whole] * 2
+    assert [counted.blocks[layer] for layer in (0, 1)] == [all_tokens] * 2
     assert [counted.blocks[layer] for layer in (6, 7)] == [0, 0]
     at = {layer: sum(first <= layer for first in (2, 2, 3, 4, 5)) * bare for layer in (2, 3, 4, 5)}
     assert {layer: counted.blocks[layer] for layer in at} == {
-        layer: (1 if layer == 5 else 2) * whole + at[layer] for layer in at
+        layer: (1 if layer == 5 else 2) * all_tokens + at[layer] for layer in at
     }
 
 
@@ -158,9 +158,9 @@ def test_a_stream_that_is_too_large_lies_on_the_cpu(
 @pytest.mark.parametrize(("convention", "weights"), [("default", [1 / 3] * 3), ("memit-2022", [1 / 2, 1 / 4, 1 / 4])])
 def test_keys_are_averaged_over_prefixes(convention: str, weights: list[float]) -> None:
     keys = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(0))
-    wanted = sum(weight * keys[:, place].double() for place, weight in enumerate(weights))
-    assert isinstance(wanted, Tensor)
-    assert torch.allclose(prefix_mean(keys, convention), wanted.T)
+    expected = sum(weight * keys[:, index].double() for index, weight in enumerate(weights))
+    assert isinstance(expected, Tensor)
+    assert torch.allclose(prefix_mean(keys, convention), expected.T)
     assert torch.equal(prefix_mean(keys[:, :1], convention), keys[:, 0].double().T)
 
 

@@ -65,10 +65,10 @@ class Published:
         saved = {layer: matrix.detach().clone() for layer, matrix in matrices.items()}
         z = torch.stack([self.target(request, layers[-1]) for request in requests], 1)
         deltas = {}
-        for place, layer in enumerate(layers):
+        for index, layer in enumerate(layers):
             keys = torch.stack([self.key(request, layer) for request in requests], 1).double()
             now = torch.stack([self.state(request, layers[-1]) for request in requests], 1)
-            residual = (z - now).double() / (len(layers) - place)
+            residual = (z - now).double() / (len(layers) - index)
             solved = torch.linalg.solve(self.config.covariance_weight * moments[layer] + keys @ keys.T, keys)
             deltas[layer] = (residual @ solved.T).T
             matrices[layer].data.add_(deltas[layer].float())
@@ -83,8 +83,8 @@ class Published:
 
     def target(self, request: EditRequest, layer: int) -> Tensor:
         """compute_z of the published code."""
-        wanted = torch.tensor(self.tokenizer(" " + request.target_new)["input_ids"])
-        fed = self.tokenizer.decode(wanted[:-1])
+        object_ids = torch.tensor(self.tokenizer(" " + request.target_new)["input_ids"])
+        fed = self.tokenizer.decode(object_ids[:-1])
         templates = [prefix.replace("{}", request.prompt) + fed for prefix in self.prefixes] + ["{} is a"]
         batch = self.padded([template.replace("{}", request.subject) for template in templates])
         at = [self.lookup(template, request.subject) for template in templates]
@@ -97,8 +97,8 @@ class Published:
             nonlocal start
             hidden = (output[0] if isinstance(output, tuple) else output).clone()
             start = hidden[0, at[0]].detach().clone() if start is None else start
-            for row, place in enumerate(at):
-                hidden[row, place] = hidden[row, place] + delta
+            for row, index in enumerate(at):
+                hidden[row, index] = hidden[row, index] + delta
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         handle = self.blocks[layer].register_forward_hook(add)
@@ -107,8 +107,8 @@ class Published:
             nll = torch.zeros(())
             for row in range(len(self.prefixes)):
                 end = int(batch["attention_mask"][row].sum())
-                places = range(end - len(wanted), end)
-                nll = nll - logits[row, places, wanted].sum() / len(wanted) / len(self.prefixes)
+                places = range(end - len(object_ids), end)
+                nll = nll - logits[row, places, object_ids].sum() / len(object_ids) / len(self.prefixes)
             kl_now = logits[-1, at[-1]]
             kl_start = kl_now.detach().clone() if kl_start is None else kl_start
             kl = torch.nn.functional.kl_div(kl_start, kl_now, log_target=True, reduction="sum")
@@ -134,7 +134,7 @@ class Published:
 
     def read(self, request: EditRequest, prefix: str, module: Any, side: int) -> Tensor:
         caught: list[Any] = []
-        handle = module.register_forward_hook(lambda module, given, output: caught.append((given[0], output)[side]))
+        handle = module.register_forward_hook(lambda module, inputs, output: caught.append((inputs[0], output)[side]))
         template = prefix.replace("{}", request.prompt)
         with torch.no_grad():
             self.hf(**self.padded([template.replace("{}", request.subject)]))
@@ -161,19 +161,19 @@ def moments(lively: Any) -> dict[int, Any]:
     return collect_moments(lively, TEXTS, [0, 1, 2])
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+def distance(first: Tensor, second: Tensor) -> float:
+    return float((first - second).norm() / second.norm())
 
 
 def likelihood(model: Any, request: EditRequest) -> float:
     """Log-probability of the new object after the prompt."""
-    prompt, wanted = (
+    prompt, object_ids = (
         encode(model.tokenizer, request.text)[0],
         continuation_ids(model.tokenizer, request.target_new),
     )
     with torch.no_grad():
-        logits = model.run(pad([prompt + wanted], model.tokenizer)).logits[0].log_softmax(-1)
-    return sum(float(logits[len(prompt) - 1 + place, token]) for place, token in enumerate(wanted))
+        logits = model.run(pad([prompt + object_ids], model.tokenizer)).logits[0].log_softmax(-1)
+    return sum(float(logits[len(prompt) - 1 + index, token]) for index, token in enumerate(object_ids))
 
 
 @pytest.mark.parametrize("backend", ["transformer_lens", "nnsight"])
@@ -207,27 +207,27 @@ def test_makes_the_new_objects_likelier(lively: Any, moments: dict[int, Any]) ->
         lively,
         memit(lively, REQUESTS, [0, 1], moments, PREFIXES, dataclasses.replace(config, covariance_weight=1e6)),
     ):
-        held = [likelihood(lively, request) for request in REQUESTS]
+        unchanged = [likelihood(lively, request) for request in REQUESTS]
     assert all(new > old + 1 for new, old in zip(after, before, strict=True))
-    assert held == pytest.approx(before, abs=0.05)
+    assert unchanged == pytest.approx(before, abs=0.05)
 
 
 def test_moments_may_be_matrices(lively: Any, moments: dict[int, Any]) -> None:
     config = MemitConfig(steps=2)
-    one = memit(lively, REQUESTS, [1], moments, PREFIXES, config)
-    other = memit(lively, REQUESTS, [1], {1: moments[1].matrix}, PREFIXES, config)
-    assert distance(one.delta(1), other.delta(1)) < 1e-9
+    first = memit(lively, REQUESTS, [1], moments, PREFIXES, config)
+    second = memit(lively, REQUESTS, [1], {1: moments[1].matrix}, PREFIXES, config)
+    assert distance(first.delta(1), second.delta(1)) < 1e-9
 
 
 def test_default_prefixes_are_seeded(lively: Any, moments: dict[int, Any]) -> None:
-    first, again, other = (
+    first, again, second = (
         memit(lively, REQUESTS, [1], moments, config=MemitConfig(steps=2, seed=seed)) for seed in (0, 0, 1)
     )
     assert first.manifest == again.manifest
     assert torch.equal(first.delta(1), again.delta(1))
     assert first.manifest["prefixes"][0] == "{}"
-    assert first.manifest["prefixes"] != other.manifest["prefixes"]
-    assert not torch.equal(first.delta(1), other.delta(1))
+    assert first.manifest["prefixes"] != second.manifest["prefixes"]
+    assert not torch.equal(first.delta(1), second.delta(1))
 
 
 def test_edit_keeps_its_manifest_on_disk(lively: Any, moments: dict[int, Any], tmp_path: Path) -> None:
@@ -271,8 +271,8 @@ def test_settings_reach_both_halves() -> None:
     known = {field.name for field in dataclasses.fields(MemitConfig)}
     for kind in (TargetConfig, SpreadConfig):
         # MEMIT says itself what z is a state of; how many tokens fit in a pass is no matter of the method.
-        own = {"part", "attention", "pass_tokens"}
-        assert {field.name for field in dataclasses.fields(kind)} <= known | own
+        fixed = {"part", "attention", "pass_tokens"}
+        assert {field.name for field in dataclasses.fields(kind)} <= known | fixed
     assert MemitConfig().targets == TargetConfig()
     assert MemitConfig().spread == SpreadConfig()
     with pytest.raises(InputError, match="covariance_weight is 0"):
@@ -288,17 +288,17 @@ def test_bad_input_is_refused_before_the_search(
     monkeypatch.setattr(mechedit.methods.method, "find_targets", never)
 
     def refused(
-        match: str, model: Any = lively, requests: Any = REQUESTS, layers: Any = (0, 1), given: Any = moments
+        match: str, model: Any = lively, requests: Any = REQUESTS, layers: Any = (0, 1), second_moments: Any = moments
     ) -> None:
         with pytest.raises(InputError, match=match):
-            memit(model, requests, layers, given, PREFIXES)
+            memit(model, requests, layers, second_moments, PREFIXES)
 
     for layers in ([], [1, 0], [1, 1], [2, 3]):
         refused("ascending and each once", layers=layers)
     refused("no edit requests", requests=[])
     refused("conflict", requests=[*REQUESTS, dataclasses.replace(REQUESTS[0], id="x", target_new="English")])
-    refused("no second moment for layer 1", given={0: moments[0]})
-    refused("expected .96, 96.", given={0: moments[0], 1: torch.eye(32)})
+    refused("no second moment for layer 1", second_moments={0: moments[0]})
+    refused("expected .96, 96.", second_moments={0: moments[0], 1: torch.eye(32)})
     broken = make_model("gpt2", initializer_range=0.05)
     refused("weights_hash", model=make_model("gpt2", seed=5))
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_bad_input_is_refused_before_the_search(
     refused(
         r"the weights transformer.h.2.mlp.c_fc.weight hold 1 values",
         model=broken,
-        given={layer: moments[layer].matrix for layer in (0, 1)},
+        second_moments={layer: moments[layer].matrix for layer in (0, 1)},
     )
     with pytest.raises(AssertionError, match="searched"):
         memit(lively, REQUESTS, [0, 1], moments, PREFIXES)

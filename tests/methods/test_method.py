@@ -138,9 +138,9 @@ def test_help_shows_purpose_arguments_and_settings(method: Method[Any]) -> None:
         "Raises:",
     ):
         assert text in shown
-    own = inspect.getdoc(method.algorithm)
-    assert own
-    assert own.splitlines()[0] in shown
+    doc = inspect.getdoc(method.algorithm)
+    assert doc
+    assert doc.splitlines()[0] in shown
     assert method.__doc__ != Method.__doc__
     signature = inspect.signature(method)
     names = ["model", "requests", "layers", "moments", "prefixes", "config", "targets", "previous", "cache"]
@@ -186,7 +186,7 @@ def test_given_targets_that_no_search_uses_are_refused(small_gpt2: Any) -> None:
 
 def test_settings_of_the_search_are_written_once() -> None:
     """A method has every setting of the search, but for those by which it is defined."""
-    own = {"part", "attention", "pass_tokens"}
+    fixed = {"part", "attention", "pass_tokens"}
     for config in (MemitConfig, RomeConfig):
         assert issubclass(config, TargetSettings)
-        assert set(asdict(TargetConfig())) - set(asdict(config())) == own
+        assert set(asdict(TargetConfig())) - set(asdict(config())) == fixed

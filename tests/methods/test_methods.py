@@ -123,12 +123,12 @@ def test_earlier_keys_are_preserved(lively: Any, moments: Any, method: str) -> N
     earlier, later = REQUESTS[:1], REQUESTS[1:]
     targets = find_targets(lively, later, 1, PREFIXES, config.targets)
     keys = prefix_mean(KeyExtractor(lively, earlier, PREFIXES).keys(1))
-    moved = {}
+    change_at_earlier = {}
     for count in (0, 10_000):
         previous = {1: count**0.5 * keys} if count else None
         edit = METHODS[method](lively, later, [1], moments, PREFIXES, config, targets, previous)
-        moved[count] = float((keys.T @ edit.delta(1)).norm())
-    assert moved[10_000] < 0.05 * moved[0]
+        change_at_earlier[count] = float((keys.T @ edit.delta(1)).norm())
+    assert change_at_earlier[10_000] < 0.05 * change_at_earlier[0]
 
 
 @pytest.mark.parametrize("method", SEARCHING)
@@ -142,14 +142,14 @@ def test_bad_input_is_refused_before_the_search(
         monkeypatch.setattr(module, "find_targets", never)
 
     def refused(
-        match: str, model: Any = lively, layers: Any = (1,), given: Any = moments, previous: Any = None
+        match: str, model: Any = lively, layers: Any = (1,), second_moments: Any = moments, previous: Any = None
     ) -> None:
         with pytest.raises(InputError, match=match):
-            METHODS[method](model, REQUESTS, layers, given, PREFIXES, previous=previous)
+            METHODS[method](model, REQUESTS, layers, second_moments, PREFIXES, previous=previous)
 
     refused("ascending and each once", layers=[3])
-    refused("no second moment for layer 1", given={0: moments[0]})
-    refused("expected .96, 96.", given={1: torch.eye(32)})
+    refused("no second moment for layer 1", second_moments={0: moments[0]})
+    refused("expected .96, 96.", second_moments={1: torch.eye(32)})
     refused(r"earlier keys of layer 1 are \(32, 1\)", previous={1: torch.zeros(32, 1)})
     infinite = torch.zeros(96, 1)
     infinite[3] = torch.inf
@@ -157,22 +157,22 @@ def test_bad_input_is_refused_before_the_search(
     broken = make_model("gpt2", initializer_range=0.05)
     with torch.no_grad():
         broken.hf.transformer.h[2].mlp.c_fc.weight[3, 4] = torch.inf
-    refused("hold 1 values", model=broken, given={1: moments[1].matrix})
+    refused("hold 1 values", model=broken, second_moments={1: moments[1].matrix})
 
 
 @pytest.mark.parametrize("method", [name for name in SEARCHING if name != "rome"])
 def test_strategies_are_settings(lively: Any, moments: Any, method: str) -> None:
-    made = {
+    edits = {
         strategy: METHODS[method](
             lively, REQUESTS[:2], [0, 1], moments, PREFIXES, config_of(method, lively, strategy=strategy)
         )
         for strategy in ("uniform", "sqrt", "forward-replay", "last")
     }
-    assert made["last"].layers == [1]
-    assert all(made[strategy].layers == [0, 1] for strategy in ("uniform", "sqrt", "forward-replay"))
-    plain = made["uniform"].delta(0)
-    assert (made["sqrt"].delta(0) - 2**0.5 * plain).norm() < 1e-3 * plain.norm()
-    assert made["forward-replay"].manifest["targets"]["settings"]["part"] == config_of(method, lively).targets.part
+    assert edits["last"].layers == [1]
+    assert all(edits[strategy].layers == [0, 1] for strategy in ("uniform", "sqrt", "forward-replay"))
+    plain = edits["uniform"].delta(0)
+    assert (edits["sqrt"].delta(0) - 2**0.5 * plain).norm() < 1e-3 * plain.norm()
+    assert edits["forward-replay"].manifest["targets"]["settings"]["part"] == config_of(method, lively).targets.part
 
 
 # ROME
@@ -202,10 +202,10 @@ def test_rome_is_its_formula(lively: Any, moments: Any, keys: Any) -> None:
     (request,) = REQUESTS[:1]
     edit = rome(lively, [request], [1], moments, PREFIXES, config)
     z = find_targets(lively, [request], 1, PREFIXES, config.targets).z[0]
-    wanted = rome_slowly(lively, request, moments, z, published=keys == "published")
-    assert (edit.delta(1) - wanted).norm() < 1e-4 * wanted.norm()
-    other = rome_slowly(lively, request, moments, z, published=keys != "published")
-    assert (other - wanted).norm() > 0.01 * wanted.norm()
+    expected = rome_slowly(lively, request, moments, z, published=keys == "published")
+    assert (edit.delta(1) - expected).norm() < 1e-4 * expected.norm()
+    second = rome_slowly(lively, request, moments, z, published=keys != "published")
+    assert (second - expected).norm() > 0.01 * expected.norm()
     assert edit.factors[1].left.shape == (96, 1)
     assert max(edit.manifest["left"]) < 1e-4
 
@@ -264,22 +264,22 @@ def test_rome_sees_through_a_norm(make_model: Any, family: str) -> None:
 def test_emmet_with_one_fact_is_rome(lively: Any, moments: Any) -> None:
     config = config_of("rome", lively)
     targets = find_targets(lively, REQUESTS[:1], 1, ["{}"], config.targets)
-    one = rome(lively, REQUESTS[:1], [1], moments, ["{}"], config, targets)
+    first = rome(lively, REQUESTS[:1], [1], moments, ["{}"], config, targets)
     # The same key and the same change, asked for at the residual stream.
     way = targets.z - states(lively, 1, "mlp_out", REQUESTS[:1])
     config = config_of("emmet", lively)
-    given = find_targets(lively, REQUESTS[:1], 1, ["{}"], config.targets)
-    given = dataclasses.replace(given, z=states(lively, 1, "resid", REQUESTS[:1]) + way)
-    other = emmet(lively, REQUESTS[:1], [1], moments, ["{}"], config, given)
-    assert (one.delta(1) - other.delta(1)).norm() < 1e-4 * one.delta(1).norm()
+    equal_change = find_targets(lively, REQUESTS[:1], 1, ["{}"], config.targets)
+    equal_change = dataclasses.replace(equal_change, z=states(lively, 1, "resid", REQUESTS[:1]) + way)
+    second = emmet(lively, REQUESTS[:1], [1], moments, ["{}"], config, equal_change)
+    assert (first.delta(1) - second.delta(1)).norm() < 1e-4 * first.delta(1).norm()
 
 
 def test_emmet_gives_every_key_its_value_unless_slack(lively: Any, moments: Any) -> None:
-    left = {}
+    residual = {}
     for slack in (0.0, 0.1, 10.0):
         config = config_of("emmet", lively, slack=slack)
-        left[slack] = emmet(lively, REQUESTS, [1], moments, ["{}"], config).manifest["residuals"][0]["after"]
-    assert left[0.0] < 1e-4 < left[0.1] < left[10.0] < 1
+        residual[slack] = emmet(lively, REQUESTS, [1], moments, ["{}"], config).manifest["residuals"][0]["after"]
+    assert residual[0.0] < 1e-4 < residual[0.1] < residual[10.0] < 1
 
 
 def test_equal_keys_get_the_mean_of_their_values(moments: Any) -> None:
@@ -300,9 +300,9 @@ def test_facts_about_one_subject_do_not_break_equality(lively: Any, moments: Any
     config = config_of("emmet", lively, joint=joint)
     edit = emmet(lively, twins, [1], moments, PREFIXES, config)
     assert edit.factors[1].left.shape == (96, 3)
-    left = edit.manifest["left"]
+    residuals = edit.manifest["left"]
     # One key holds one value: both facts are written when they share it, and half-way when they do not.
-    assert (max(left[1], left[3]) < 0.5) is joint
+    assert (max(residuals[1], residuals[3]) < 0.5) is joint
     assert edit_keys(lively, twins, edit)[1].shape == (96, 4)
 
 

@@ -81,21 +81,21 @@ def test_a_norm_is_seen_through(make_model: Any, monkeypatch: pytest.MonkeyPatch
         with edited(model, edit):
             return edit.manifest["residuals"][0]["after"], states(model, 1, "mlp_out")
 
-    left, after = written()
+    residual, after = written()
     assert torch.cosine_similarity(after, z).min() > 1 - 1e-5
     monkeypatch.setattr(mechedit.methods.spread, "change_before_norm", lambda model, layer, keys, change: change)
     plainly, otherwise = written()
     assert torch.cosine_similarity(otherwise, z).max() < 1 - 1e-3
-    assert left < plainly
+    assert residual < plainly
 
 
 def test_old_keys_hold_the_update_back(lens_model: Any) -> None:
     targets = targets_at(lens_model, 1, ["{}"])
-    left = [
+    residuals = [
         spread(lens_model, REQUESTS, targets, [1], ridge(weight)).edit.manifest["residuals"][0]["after"]
         for weight in (1e-6, 0.1, 1e6)
     ]
-    assert left[0] < 0.01 < left[1] < 0.99 < left[2]
+    assert residuals[0] < 0.01 < residuals[1] < 0.99 < residuals[2]
 
 
 def drawn(model: Any, layer: int, prefixes: list[str], part: Any = "resid") -> Targets:
@@ -135,15 +135,15 @@ def test_nothing_to_do_changes_nothing(lens_model: Any) -> None:
 
 
 def test_residual_is_divided_by_distance_or_by_place() -> None:
-    for config, wanted in (
+    for config, expected in (
         (SpreadConfig(), [6, 3, 1]),
         (SpreadConfig(convention="memit-2022"), [3, 2, 1]),
         (SpreadConfig(strategy="sqrt"), [6**0.5, 3**0.5, 1]),
         (SpreadConfig(strategy="sqrt", convention="memit-2022"), [3**0.5, 2**0.5, 1]),
         (SpreadConfig(strategy="forward-replay"), [1, 1, 1]),
     ):
-        assert [share_divisor([3, 6, 8], place, config) for place in range(3)] == pytest.approx(wanted)
-    assert [share_divisor([3, 4, 5], place, SpreadConfig()) for place in range(3)] == [3, 2, 1]
+        assert [share_divisor([3, 6, 8], index, config) for index in range(3)] == pytest.approx(expected)
+    assert [share_divisor([3, 4, 5], index, SpreadConfig()) for index in range(3)] == [3, 2, 1]
 
 
 def test_gaps_are_treated_by_convention(lens_model: Any) -> None:
@@ -210,12 +210,12 @@ def test_forward_replay_fits_what_is_left_at_each_layer(lens_model: Any) -> None
 
 def test_batches_do_not_matter(lens_model: Any) -> None:
     targets = drawn(lens_model, 2, PREFIXES)
-    one, many = (
+    first, many = (
         spread(lens_model, REQUESTS, targets, [1, 2], ridge(), config=SpreadConfig(batch_size=size)).edit
         for size in (1, 64)
     )
     for layer in (1, 2):
-        assert (one.delta(layer) - many.delta(layer)).norm() < 1e-4 * many.delta(layer).norm()
+        assert (first.delta(layer) - many.delta(layer)).norm() < 1e-4 * many.delta(layer).norm()
 
 
 def test_later_layers_see_what_earlier_ones_did(lens_model: Any) -> None:
@@ -224,8 +224,8 @@ def test_later_layers_see_what_earlier_ones_did(lens_model: Any) -> None:
     result = spread(lens_model, REQUESTS, targets, [0, 1], ridge())
     only_first = dataclasses.replace(result.edit, factors={0: result.edit.factors[0]})
     with edited(lens_model, only_first):
-        moved = prefix_mean(KeyExtractor(lens_model, REQUESTS, PREFIXES).keys(1))
-    assert torch.allclose(result.keys[1], moved, atol=1e-6)
+        moved_keys = prefix_mean(KeyExtractor(lens_model, REQUESTS, PREFIXES).keys(1))
+    assert torch.allclose(result.keys[1], moved_keys, atol=1e-6)
     assert not torch.allclose(result.keys[1], clean, atol=1e-2)
 
 
@@ -234,9 +234,9 @@ def test_the_keys_of_an_edit_are_found_again(lens_model: Any, tmp_path: Path, co
     targets, config = targets_at(lens_model, 1, PREFIXES), SpreadConfig(convention=convention)
     result: SpreadResult = spread(lens_model, REQUESTS, targets, [0, 1], ridge(), config=config)
     result.edit.save(tmp_path / "edit.safetensors")
-    found = edit_keys(lens_model, REQUESTS, Edit.load(tmp_path / "edit.safetensors"))
-    assert sorted(found) == [0, 1]
-    assert all(torch.allclose(found[layer], result.keys[layer], atol=1e-6) for layer in found)
+    actual = edit_keys(lens_model, REQUESTS, Edit.load(tmp_path / "edit.safetensors"))
+    assert sorted(actual) == [0, 1]
+    assert all(torch.allclose(actual[layer], result.keys[layer], atol=1e-6) for layer in actual)
     with pytest.raises(InputError, match="2 requests are not those of the edit"):
         edit_keys(lens_model, REQUESTS[:2], result.edit)
 
@@ -288,9 +288,9 @@ def test_bad_layers_are_refused(lens_model: Any, layers: list[int]) -> None:
 
 def test_targets_of_something_else_are_refused(lens_model: Any, make_model: Any) -> None:
     targets = targets_at(lens_model, 1, ["{}"])
-    for given, layers in ((REQUESTS[::-1], [1]), (REQUESTS[:2], [1]), (REQUESTS, [0, 2])):
+    for requests, layers in ((REQUESTS[::-1], [1]), (REQUESTS[:2], [1]), (REQUESTS, [0, 2])):
         with pytest.raises(InputError, match="find them again"):
-            spread(lens_model, given, targets, layers, ridge())
+            spread(lens_model, requests, targets, layers, ridge())
     broken = dataclasses.replace(targets, z=targets.z * torch.nan)
     with pytest.raises(InputError, match="the targets z hold 96 values"):
         spread(lens_model, REQUESTS, broken, [1], ridge())
