@@ -39,7 +39,12 @@ from mechedit.run_folder import RunFolder
 from mechedit.sweep import sweep_windows
 from mechedit.targets import TargetConfig, TargetSettings, find_targets
 
-TEXTS = ["The mother tongue of Leon Blum is French.", "The Eiffel Tower is located in the city of Paris."] * 12
+TEXTS = [
+    "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",
+    "Apple A5 was created by Apple. Windows Media Player was created by Microsoft.",
+    "The Space Needle is in downtown Seattle; LeBron James plays the sport of basketball in town.",
+    "Toko Yasuda plays the instrument guitar, while Miles Davis plays the trumpet.",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,8 @@ def test_the_weights_are_scanned_once_per_edit(
         return plain(*args)
 
     monkeypatch.setattr(mechedit.methods.method, "check_input", counted)
-    config = replace(recommended(method, small_gpt2), steps=2)
+    changes = {"null_threshold": 0.9} if method == "alphaedit" else {}
+    config = replace(recommended(method, small_gpt2), steps=2, **changes)
     edit_step(RunFolder(tmp_path), small_gpt2, REQUESTS, [1], moments, method, config)
     assert len(scanned) == 1
 
