@@ -81,22 +81,22 @@ def test_padding_is_left_out_whatever_token_fills_it(make_hf: Any, tokenizer: An
     assert close(found.matrix, alone.matrix)
 
 
-def test_fitter_gathers_in_parts_what_it_gathers_at_once() -> None:
+def test_keys_added_in_two_updates_give_the_same_as_in_one() -> None:
     keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    whole = MomentAccumulator(6).update(keys).result(0, {})
-    parts = MomentAccumulator(6).update(keys[:7]).update(keys[7:]).result(0, {})
-    assert torch.allclose(whole.matrix, parts.matrix, atol=1e-14)
-    assert torch.allclose(whole.matrix, (keys.double().T @ keys.double()) / 40)
-    assert whole.count == parts.count == 40
+    at_once = MomentAccumulator(6).update(keys).finalize(0, {})
+    in_two = MomentAccumulator(6).update(keys[:7]).update(keys[7:]).finalize(0, {})
+    assert torch.allclose(at_once.matrix, in_two.matrix, atol=1e-14)
+    assert torch.allclose(at_once.matrix, (keys.double().T @ keys.double()) / 40)
+    assert at_once.count == in_two.count == 40
 
 
 def test_a_moment_is_factored_once_for_all_that_solve_with_it() -> None:
     keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    moment = MomentAccumulator(6).update(keys).result(3, {})
+    moment = MomentAccumulator(6).update(keys).finalize(3, {})
     assert moment.factor is moment.factor
     right = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(moment.matrix @ moment.factor.solve(right), right)
-    dead = MomentAccumulator(6).update(keys * torch.tensor([1, 1, 1, 1, 1, 0])).result(3, {})
+    dead = MomentAccumulator(6).update(keys * torch.tensor([1, 1, 1, 1, 1, 0])).finalize(3, {})
     with pytest.raises(InputError, match="the second moment of layer 3"):
         _ = dead.factor
 

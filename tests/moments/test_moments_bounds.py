@@ -23,7 +23,7 @@ from mechedit.moments import (
     load_moments,
     plan_moments,
 )
-from mechedit.moments.convergence import Curve, unit_update
+from mechedit.moments.convergence import ConvergenceTracker, unit_update
 from mechedit.moments.memory import GIB
 
 SENTENCES = [
@@ -37,9 +37,9 @@ LAYERS = [0, 1, 2]
 
 
 @pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mechedit.moments.shards.SHARD", 4)
-    monkeypatch.setattr("mechedit.moments.collect.SHARD", 4)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechedit.moments.chunks.CHUNK_SIZE", 4)
+    monkeypatch.setattr("mechedit.moments.text_pass.CHUNK_SIZE", 4)
 
 
 def refuse(*args: Any, **kwargs: Any) -> None:
@@ -148,11 +148,11 @@ def test_half_precision_keys_are_multiplied_in_float32(dtype: torch.dtype) -> No
 
 def test_a_hundred_million_tokens_lose_nothing() -> None:
     """A sum of 10⁸ ones in steps of 10⁴: exact here, and no longer growing in float32 with steps of one."""
-    fitter = MomentAccumulator(1)
+    accumulator = MomentAccumulator(1)
     keys = torch.ones(10_000, 1)
     for _ in range(10_000):
-        fitter.update(keys)
-    assert fitter.total.item() == fitter.count == 100_000_000
+        accumulator.update(keys)
+    assert accumulator.total.item() == accumulator.count == 100_000_000
     assert torch.tensor(2.0**24) + 1 == 2.0**24
 
 
@@ -162,14 +162,15 @@ def test_the_change_estimates_the_error() -> None:
     root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     true, errors, changes = root.T @ root, [], []
     for _ in range(60):
-        curve, fitter = Curve(torch.ones(12, 1, dtype=torch.float64), Convergence()), MomentAccumulator(12)
+        tracker = ConvergenceTracker(torch.ones(12, 1, dtype=torch.float64), Convergence())
+        accumulator = MomentAccumulator(12)
         for _ in range(8):
-            fitter.update(torch.randn(100, 12, generator=generator, dtype=torch.float64) @ root)
-            curve.watch(fitter)
-        assert [row[0] for row in curve.rows] == [200, 400, 800]
-        matrix = fitter.mean()
+            accumulator.update(torch.randn(100, 12, generator=generator, dtype=torch.float64) @ root)
+            tracker.track(accumulator)
+        assert [row[0] for row in tracker.changes] == [200, 400, 800]
+        matrix = accumulator.mean()
         errors.append(float((matrix - true).norm() / matrix.norm()))
-        changes.append([row[1] for row in curve.rows])
+        changes.append([row[1] for row in tracker.changes])
     squares = torch.tensor(changes).square().mean(0)
     assert float(squares[2].sqrt()) == pytest.approx(float(torch.tensor(errors).square().mean().sqrt()), rel=0.1)
     assert float(squares[0] / squares[2]) == pytest.approx(4, rel=0.25), "and falls as the root of the tokens"
@@ -184,7 +185,7 @@ def test_the_update_is_that_of_the_ridge_system() -> None:
     assert unit_update(torch.zeros(12, 12, dtype=torch.float64), keys, 7) is None
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_chunks")
 def test_the_curve_compares_moments_that_could_have_been_collected(lens_model: Any, tmp_path: Path) -> None:
     settings = Convergence(weight=10, drawn=3, seed=5)
     found = collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path, convergence=settings)
@@ -207,7 +208,7 @@ def test_the_curve_compares_moments_that_could_have_been_collected(lens_model: A
     assert collect_moments(lens_model, TEXTS, LAYERS)[0].curve is None
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_chunks")
 def test_a_curve_is_reused_or_made(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path)
     made = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence())

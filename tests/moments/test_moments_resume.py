@@ -21,9 +21,9 @@ from mechedit.cli import main
 from mechedit.errors import InputError
 from mechedit.files import read_header
 from mechedit.moments import Convergence, MomentsConfig, collect_moments, collect_shard, load_moments, merge_moments
-from mechedit.moments.checkpoints import part_path, parts_folder
+from mechedit.moments.checkpoints import checkpoint_path, checkpoints_folder
+from mechedit.moments.chunks import Position, Rank, batches, read_chunks
 from mechedit.moments.key_reader import KeyReader
-from mechedit.moments.shards import Place, Share, batches, read_shards
 
 TEXTS = [
     "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",
@@ -41,10 +41,10 @@ OFTEN = MomentsConfig(batch_tokens=40, checkpoint_seconds=0)
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shards, and checkpoints whatever they cost."""
-    monkeypatch.setattr("mechedit.moments.shards.SHARD", 3)
-    monkeypatch.setattr("mechedit.moments.collect.SHARD", 3)
-    monkeypatch.setattr("mechedit.moments.checkpoints.SPENT", float("inf"))
+    """Small chunks, and checkpoints whatever they cost."""
+    monkeypatch.setattr("mechedit.moments.chunks.CHUNK_SIZE", 3)
+    monkeypatch.setattr("mechedit.moments.text_pass.CHUNK_SIZE", 3)
+    monkeypatch.setattr("mechedit.moments.moments_folder.CHECKPOINT_TIME_FRACTION", float("inf"))
 
 
 def interrupted(
@@ -101,10 +101,10 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
 
         assert interrupted(lens_model, monkeypatch, at, collect) == at
         assert not list(folder.glob("moments/layer_*"))
-        assert len(list(parts_folder(folder).glob("*"))) == (0 if begin == 1 else len(LAYERS))
+        assert len(list(checkpoints_folder(folder).glob("*"))) == (0 if begin == 1 else len(LAYERS))
         assert interrupted(lens_model, monkeypatch, 0, collect) == runs - begin + 1, "what was summed is not run again"
         assert equal(load_moments(folder, LAYERS), whole)
-        assert not parts_folder(folder).exists()
+        assert not checkpoints_folder(folder).exists()
         assert {layer: moment.count for layer, moment in collect().items()} == {
             layer: moment.count for layer, moment in whole.items()
         }
@@ -164,7 +164,7 @@ def test_checkpoints_of_other_settings_are_refused_or_replaced(
         collect_moments(lens_model, TEXTS, LAYERS, OFTEN, out=tmp_path, convergence=Convergence())
     collect_moments(lens_model, TEXTS[:-1], LAYERS, OFTEN, out=tmp_path, overwrite=True)
     assert equal(load_moments(tmp_path, LAYERS), collect_moments(lens_model, TEXTS[:-1], LAYERS, OFTEN))
-    assert not parts_folder(tmp_path).exists()
+    assert not checkpoints_folder(tmp_path).exists()
 
 
 def test_without_a_folder_nothing_is_written(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,28 +175,31 @@ def test_without_a_folder_nothing_is_written(lens_model: Any, tmp_path: Path, mo
 
 def test_checkpoints_take_little_of_the_time(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing takes 5 seconds by this clock, a batch 1: a checkpoint must wait for 250."""
-    from mechedit.moments.checkpoints import Checkpoints, Part
+    from mechedit.moments.checkpoints import Checkpoint
+    from mechedit.moments.moments_folder import MomentsFolder
 
     clock = [0.0]
     written: list[float] = []
 
-    def save(part: Part, folder: Path) -> None:
+    def save(checkpoint: Checkpoint, folder: Path) -> None:
         written.append(clock[0])
         clock[0] += 5
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(Part, "save", save)
-    part: Any = object.__new__(Part)
-    checkpoints = Checkpoints(tmp_path, every=10)
+    monkeypatch.setattr(Checkpoint, "save", save)
+    checkpoint: Any = object.__new__(Checkpoint)
+    folder = MomentsFolder(
+        path=tmp_path, provenance={}, rank=Rank(), overwrite=False, convergence=None, checkpoint_seconds=10
+    )
     for _ in range(600):
         clock[0] += 1
-        checkpoints.tick([part])
+        folder.save_if_due([checkpoint])
     assert written == [10.0, 265.0, 520.0]
 
 
 @pytest.mark.parametrize("tokens", [None, 400])
 @pytest.mark.parametrize("count", [2, 3])
-def test_shards_merge_to_the_whole(
+def test_shards_merge_to_the_sum_of_one_process(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: None, count: int, tokens: int | None
 ) -> None:
     config = MomentsConfig(**{**vars(OFTEN), "tokens": tokens})
@@ -209,14 +212,14 @@ def test_shards_merge_to_the_whole(
             lens_model, monkeypatch, 0,
             lambda index=index: collect_shard(lens_model, texts, LAYERS, (index, count), tmp_path, config),
         )  # fmt: skip
-        assert again == 0, "a finished part is not made again"
+        assert again == 0, "a finished shard is not summed again"
     merged = merge_moments(tmp_path)
     for layer in LAYERS:
         assert merged[layer].count == whole[layer].count == (tokens or whole[layer].count)
         assert merged[layer].provenance == whole[layer].provenance
         assert (merged[layer].matrix - whole[layer].matrix).norm() < 1e-12 * whole[layer].matrix.norm()
         assert torch.equal(load_moments(tmp_path, [layer], lens_model)[layer].matrix, merged[layer].matrix)
-    assert not parts_folder(tmp_path).exists()
+    assert not checkpoints_folder(tmp_path).exists()
     reused = interrupted(
         lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, texts, LAYERS, config, tmp_path)
     )
@@ -224,7 +227,7 @@ def test_shards_merge_to_the_whole(
 
 
 @pytest.mark.usefixtures("often")
-def test_parts_that_do_not_make_a_whole_are_named(
+def test_shards_that_are_missing_unfinished_or_of_another_model_are_named(
     lens_model: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def collect(index: int, texts: list[str] = TEXTS, model: Any = lens_model, count: int = 3) -> None:
@@ -239,8 +242,8 @@ def test_parts_that_do_not_make_a_whole_are_named(
     interrupted(lens_model, monkeypatch, 2, lambda: collect(1))
     with pytest.raises(InputError, match="part 1/3 of layer 0 is not finished"):
         merge_moments(tmp_path)
-    part_path(tmp_path, 0, Share(1, 3)).unlink()
-    part_path(tmp_path, 2, Share(1, 3)).unlink()
+    checkpoint_path(tmp_path, 0, Rank(1, 3)).unlink()
+    checkpoint_path(tmp_path, 2, Rank(1, 3)).unlink()
     collect(1, model=make_model("gpt2", seed=1))
     with pytest.raises(InputError, match="weights_hash"):
         merge_moments(tmp_path)
@@ -256,38 +259,41 @@ def test_parts_that_do_not_make_a_whole_are_named(
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30),
     budget=st.none() | st.integers(1, 300),
-    count=st.integers(1, 4),
+    world_size=st.integers(1, 4),
     batch_tokens=st.integers(1, 100),
-    place=st.integers(0, 30),
+    stop=st.integers(0, 30),
 )
-def test_every_token_is_in_one_batch_of_one_shard(
-    tokenizer: Any, lengths: list[int], budget: int | None, count: int, batch_tokens: int, place: int
+def test_every_token_is_in_one_batch_of_one_chunk(
+    tokenizer: Any, lengths: list[int], budget: int | None, world_size: int, batch_tokens: int, stop: int
 ) -> None:
-    """Whatever the number of processes, the batches and the place to go on from; and the budget is kept."""
+    """Whatever the number of processes, the batches and the position to go on from; and the budget is kept."""
     texts = [" ".join("Seattle" for _ in range(length)) for length in lengths]
     config = MomentsConfig(tokens=budget)
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr("mechedit.moments.shards.SHARD", 4)
-        whole = list(read_shards(tokenizer, texts, config, 25))
-        shared = [list(read_shards(tokenizer, texts, config, 25, Share(index, count))) for index in range(count)]
-        rest = [
-            list(read_shards(tokenizer, texts, config, 25, start=Place(shard.index, 0, shard.before)))
-            for shard in whole
+        patching.setattr("mechedit.moments.chunks.CHUNK_SIZE", 4)
+        chunks = list(read_chunks(tokenizer, texts, config, 25))
+        by_rank = [
+            list(read_chunks(tokenizer, texts, config, 25, Rank(index, world_size))) for index in range(world_size)
         ]
-    rows = {shard.index: shard.rows for shard in whole}
-    assert {shard.index: shard.rows for shards in shared for shard in shards} == rows
-    assert sum(len(shards) for shards in shared) == len(whole)
-    for i, shards in enumerate(rest):
-        assert [shard.rows for shard in shards] == [shard.rows for shard in whole[i:]]
+        resumed = [
+            list(read_chunks(tokenizer, texts, config, 25, start=Position(chunk.index, 0, chunk.tokens_before)))
+            for chunk in chunks
+        ]
+    sequences = {chunk.index: chunk.sequences for chunk in chunks}
+    assert {chunk.index: chunk.sequences for own_chunks in by_rank for chunk in own_chunks} == sequences
+    assert sum(len(own_chunks) for own_chunks in by_rank) == len(chunks)
+    for i, later_chunks in enumerate(resumed):
+        assert [chunk.sequences for chunk in later_chunks] == [chunk.sequences for chunk in chunks[i:]]
     available = sum(min(25, len(tokenizer(text)["input_ids"])) for text in texts)
-    assert sum(len(row) for shard in whole for row in shard.rows) == min(budget or available, available)
-    for shard in whole:
-        first = min(place, len(shard.rows))
-        found = list(batches(shard, batch_tokens, 0, {first}))
-        assert [row for part in found for row in shard.rows[part]] == shard.rows
-        assert first in {0, *(part.stop for part in found)}, "what was summed up to a place is not split"
-        for part in found:
-            sizes = [len(row) for row in shard.rows[part]]
+    n_tokens = sum(len(sequence) for chunk in chunks for sequence in chunk.sequences)
+    assert n_tokens == min(budget or available, available)
+    for chunk in chunks:
+        first = min(stop, len(chunk.sequences))
+        slices = list(batches(chunk, batch_tokens, 0, {first}))
+        assert [sequence for batch in slices for sequence in chunk.sequences[batch]] == chunk.sequences
+        assert first in {0, *(batch.stop for batch in slices)}, "no batch holds sequences before and after a position"
+        for batch in slices:
+            sizes = [len(sequence) for sequence in chunk.sequences[batch]]
             assert sum(sizes) <= max(batch_tokens, max(sizes))
 
 
@@ -299,7 +305,7 @@ def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mechedit", *options, "--out", str(killed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    checkpoints = [part_path(killed, layer, Share()) for layer in (1, 2)]
+    checkpoints = [checkpoint_path(killed, layer, Rank()) for layer in (1, 2)]
     while process.poll() is None and not all(path.exists() for path in checkpoints):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

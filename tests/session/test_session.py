@@ -17,7 +17,7 @@ import torch
 from helpers.edits import identical, made, weights
 from helpers.models import random_hf
 
-import mechedit.session.plan
+import mechedit.session.batch_editor
 import mechedit.session.session
 from mechedit import EditSession, MemitConfig, StopRule
 from mechedit.data import EditRequest, load_requests
@@ -28,7 +28,7 @@ from mechedit.methods import METHODS, SearchConfig, memit, recommended
 from mechedit.methods.spread import edit_keys
 from mechedit.models import load_model
 from mechedit.moments import collect_moments
-from mechedit.session.metrics import Measure
+from mechedit.session.metrics import HistoryEntry
 
 PREFIXES = ["{}", "The first thing. {}"]
 TEXTS = [
@@ -98,10 +98,10 @@ def values(session: EditSession, measure: str, scope: str, layer: int | None = N
     return found["value"].tolist() if layer is None else found[found["layer"] == layer]["value"].tolist()
 
 
-def same_sessions(one: EditSession, other: EditSession) -> None:
+def assert_same_session(session: EditSession, other: EditSession) -> None:
     """All that a session ends with, bit for bit."""
-    assert len(one.records) == len(other.records) == len(BATCHES)
-    for mine, theirs in zip(one.records, other.records, strict=True):
+    assert len(session.batches) == len(other.batches) == len(BATCHES)
+    for mine, theirs in zip(session.batches, other.batches, strict=True):
         assert mine.weights_hash == theirs.weights_hash
         assert mine.edit.manifest == theirs.edit.manifest
         assert mine.edit.layers == theirs.edit.layers
@@ -109,16 +109,16 @@ def same_sessions(one: EditSession, other: EditSession) -> None:
             assert torch.equal(mine.edit.factors[layer].left, theirs.edit.factors[layer].left)
             assert torch.equal(mine.edit.factors[layer].right, theirs.edit.factors[layer].right)
             assert torch.equal(mine.keys[layer], theirs.keys[layer])
-    pd.testing.assert_frame_equal(lasting(one), lasting(other), check_exact=True)
-    pd.testing.assert_frame_equal(one.scores, other.scores, check_exact=True)
-    assert one.edit.manifest == other.edit.manifest
+    pd.testing.assert_frame_equal(lasting(session), lasting(other), check_exact=True)
+    pd.testing.assert_frame_equal(session.scores, other.scores, check_exact=True)
+    assert session.edit.manifest == other.edit.manifest
 
 
 def test_one_batch_is_the_method_alone(lively: Any, moments: Any, whole: EditSession) -> None:
     matrices = {layer: moments[layer].matrix for layer in LAYERS}
     alone = memit(lively, BATCHES[0], LAYERS, matrices, PREFIXES, CONFIG)
     keys = edit_keys(lively, BATCHES[0], alone)
-    first = whole.records[0]
+    first = whole.batches[0]
     for layer in LAYERS:
         assert torch.equal(first.edit.delta(layer), alone.delta(layer))
         assert torch.equal(first.keys[layer], keys[layer])
@@ -130,15 +130,15 @@ def test_each_batch_is_made_on_the_model_so_far_and_preserves_all_earlier_keys(
     matrices, before = {layer: moments[layer].matrix for layer in LAYERS}, weights(lively)
     applied: list[Edit] = []
     previous: dict[int, torch.Tensor] = {}
-    for batch, record in zip(BATCHES, whole.records, strict=True):
-        edit = memit(lively, batch, LAYERS, matrices, PREFIXES, CONFIG, previous=previous)
+    for requests, batch in zip(BATCHES, whole.batches, strict=True):
+        edit = memit(lively, requests, LAYERS, matrices, PREFIXES, CONFIG, previous=previous)
         for layer in LAYERS:
-            torch.testing.assert_close(record.edit.delta(layer), edit.delta(layer), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(batch.edit.delta(layer), edit.delta(layer), rtol=1e-4, atol=1e-6)
         if previous:
-            careless = memit(lively, batch, LAYERS, matrices, PREFIXES, CONFIG)
+            careless = memit(lively, requests, LAYERS, matrices, PREFIXES, CONFIG)
             apart = (careless.delta(0) - edit.delta(0)).norm() / edit.delta(0).norm()
             assert apart > 1e-2, "keys of earlier batches make a difference"
-        new = edit_keys(lively, batch, edit)
+        new = edit_keys(lively, requests, edit)
         previous = {layer: torch.cat([*([previous[layer]] if previous else []), new[layer]], 1) for layer in LAYERS}
         apply_(lively, edit)
         applied.append(edit)
@@ -156,7 +156,7 @@ def test_earlier_edits_last_longer_when_their_keys_are_preserved(begin: Any, who
 
     def disturbed(session: EditSession) -> float:
         """How far later batches moved the values that the first wrote, relative to what it wrote."""
-        first = session.records[0]
+        first = session.batches[0]
         later = session.edit.delta(1) - first.edit.delta(1)
         return float((first.keys[1].T @ later).norm() / (first.keys[1].T @ first.edit.delta(1)).norm())
 
@@ -174,7 +174,7 @@ def test_every_method_can_be_repeated(lively: Any, moments: Any, method: str) ->
     with EditSession(lively, [1], moments, method, config, prefixes=PREFIXES, rule=FREE) as session:
         for batch in BATCHES[:2]:
             session.write(batch)
-        assert lively.weights_hash() == session.records[-1].weights_hash != session.records[0].weights_hash
+        assert lively.weights_hash() == session.batches[-1].weights_hash != session.batches[0].weights_hash
     assert identical(lively, before)
     assert session.edit.manifest["method"] == method
     assert session.edit.manifest["requests"] == [request.id for request in REQUESTS[:4]]
@@ -200,10 +200,10 @@ def test_the_model_is_the_unedited_one_plus_the_edit_and_comes_back_bit_for_bit(
 def test_the_edit_outlives_the_session(lively: Any, whole: EditSession, tmp_path: Path) -> None:
     whole.edit.save(tmp_path / "edit.safetensors")
     with edited(lively, Edit.load(tmp_path / "edit.safetensors")):
-        assert lively.weights_hash() == whole.records[-1].weights_hash
+        assert lively.weights_hash() == whole.batches[-1].weights_hash
     assert [part["made_on"] for part in whole.edit.manifest["parts"]] == [
         lively.weights_hash(),
-        *(record.weights_hash for record in whole.records[:-1]),
+        *(batch.weights_hash for batch in whole.batches[:-1]),
     ]
 
 
@@ -218,20 +218,20 @@ def test_an_applied_edit_stays_below_the_session(begin: Any, lively: Any) -> Non
         write_all(session)
     assert identical(lively, applied)
     with edited(lively, session.edit):
-        assert lively.weights_hash() == session.records[-1].weights_hash
+        assert lively.weights_hash() == session.batches[-1].weights_hash
     undo_(lively, below)
 
 
 def test_history_is_what_the_model_does(lively: Any, whole: EditSession) -> None:
-    for count, record in enumerate(whole.records, 1):
-        asked = [request for batch in BATCHES[:count] for request in batch]
-        with edited(lively, whole._plan.together(whole.records[:count])):
-            found = evaluate(lively, asked, QUICK)
+    for count, batch in enumerate(whole.batches, 1):
+        requests = [request for written in BATCHES[:count] for request in written]
+        with edited(lively, whole._editor.merge(whole.batches[:count])):
+            evaluation = evaluate(lively, requests, QUICK)
             text = perplexity(lively, HELD_OUT)
             norm = float(lively.projection(1).double().norm())
-        table = found.table.pivot(index="case", columns="measure", values="value") * 100
-        now = record.history.set_index(["measure", "scope"])["value"]
-        ids = {"batch": [request.id for request in BATCHES[count - 1]], "all": [request.id for request in asked]}
+        table = evaluation.table.pivot(index="case", columns="measure", values="value") * 100
+        now = batch.history.set_index(["measure", "scope"])["value"]
+        ids = {"batch": [request.id for request in BATCHES[count - 1]], "all": [request.id for request in requests]}
         ids["earlier"] = ids["all"][: -len(ids["batch"])]
         for scope, cases in ids.items():
             for measure in ("ES", "EM", "exact_match"):
@@ -241,7 +241,7 @@ def test_history_is_what_the_model_does(lively: Any, whole: EditSession) -> None
                     assert (measure, scope) not in now.index
         assert now["perplexity", "model"] == text
         assert values(whole, "weight_norm", "model", 1)[count] == norm
-        assert record.history["requests"].unique().tolist() == [2 * count]
+        assert batch.history["requests"].unique().tolist() == [2 * count]
     assert values(whole, "perplexity", "model")[0] == perplexity(lively, HELD_OUT)
     unedited = evaluate(lively, BATCHES[0], QUICK).table.query("measure == 'EM'")["value"].mean() * 100
     assert values(whole, "EM", "batch")[0] != pytest.approx(unedited, rel=0.1), "edits have an effect"
@@ -252,12 +252,12 @@ def test_the_edit_grows(whole: EditSession) -> None:
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
     assert sizes[-1] == pytest.approx(float(whole.edit.delta(1).norm()))
-    assert values(whole, "update_norm", "batch", 1)[1] == pytest.approx(float(whole.records[1].edit.delta(1).norm()))
+    assert values(whole, "update_norm", "batch", 1)[1] == pytest.approx(float(whole.batches[1].edit.delta(1).norm()))
 
 
-def test_all_prompts_can_be_judged(begin: Any) -> None:
+def test_all_prompts_can_be_scored(begin: Any) -> None:
     full = [dataclasses.replace(request, paraphrases=("They say {} came from",)) for request in BATCHES[0]]
-    with begin(judged="all") as session:
+    with begin(scored_prompts="all") as session:
         assert "PS" in set(session.write(full).history["measure"])
     with begin() as session:
         assert "PS" not in set(session.write(full).history["measure"])
@@ -268,7 +268,7 @@ def test_one_session_knows_nothing_of_another(begin: Any, whole: EditSession) ->
         other.write(BATCHES[2])
     with begin() as again:
         write_all(again)
-    same_sessions(again, whole)
+    assert_same_session(again, whole)
 
 
 # A batch that the rule does not let pass.
@@ -288,17 +288,17 @@ def test_a_batch_that_ruins_the_model_is_taken_back(
     assert second > 1.05 * first, "the setting is hopeless"
     rule = StopRule(perplexity=(first * second) ** 0.5 / start, earlier=None)
     with begin(config=hopeless, rule=rule, folder=tmp_path) as session:
-        assert session.write(BATCHES[0]).refused is None
+        assert session.write(BATCHES[0]).rejected is None
         good = weights(lively)
-        record = session.write(BATCHES[1])
+        batch = session.write(BATCHES[1])
         assert identical(lively, good), "the model is the last good one"
-        assert "perplexity" in str(record.refused)
-        assert session.stopped == record.refused
+        assert "perplexity" in str(batch.rejected)
+        assert session.stopped == batch.rejected
         with pytest.raises(InputError, match="stopped at batch 2"):
             session.write(BATCHES[2])
     assert session.requests == BATCHES[0]
     assert session.edit.manifest["requests"] == [request.id for request in BATCHES[0]]
-    assert session.history.query("refused")["batch"].unique().tolist() == [2]
+    assert session.history.query("rejected")["batch"].unique().tolist() == [2]
     assert values(session, "perplexity", "model") == [start, first, second]
     with begin(config=hopeless, rule=rule, folder=tmp_path) as again:
         assert again.stopped == session.stopped
@@ -320,17 +320,17 @@ def test_a_batch_that_ruins_the_model_is_taken_back(
 )
 def test_each_limit_holds(rule: StopRule, passes: str | None) -> None:
     start = [
-        Measure("perplexity", "model", 10.0),
-        Measure("weight_norm", "model", 4.0, 2),
-        Measure("weight_norm", "model", 2.0, 3),
+        HistoryEntry("perplexity", "model", 10.0),
+        HistoryEntry("weight_norm", "model", 4.0, 2),
+        HistoryEntry("weight_norm", "model", 2.0, 3),
     ]
     now = [
-        Measure("perplexity", "model", 21.0),
-        Measure("ES", "earlier", 75.0),
-        Measure("exact_match", "earlier", 10.0),
-        Measure("ES", "batch", 0.0),
-        Measure("weight_norm", "model", 4.4, 2),
-        Measure("weight_norm", "model", 2.6, 3),
+        HistoryEntry("perplexity", "model", 21.0),
+        HistoryEntry("ES", "earlier", 75.0),
+        HistoryEntry("exact_match", "earlier", 10.0),
+        HistoryEntry("ES", "batch", 0.0),
+        HistoryEntry("weight_norm", "model", 4.4, 2),
+        HistoryEntry("weight_norm", "model", 2.6, 3),
     ]
     reason = rule.reason(now, start)
     assert reason is None if passes is None else passes in str(reason)
@@ -338,13 +338,13 @@ def test_each_limit_holds(rule: StopRule, passes: str | None) -> None:
 
 def test_exact_match_stands_in_where_nothing_can_be_compared() -> None:
     rule = StopRule(perplexity=None, earlier=50.0)
-    assert "exact_match" in str(rule.reason([Measure("exact_match", "earlier", 10.0)], []))
-    assert rule.reason([Measure("exact_match", "batch", 10.0)], []) is None
+    assert "exact_match" in str(rule.reason([HistoryEntry("exact_match", "earlier", 10.0)], []))
+    assert rule.reason([HistoryEntry("exact_match", "batch", 10.0)], []) is None
 
 
 def test_text_without_a_finite_likelihood_is_refused_whatever_the_rule() -> None:
-    nothing = [Measure("perplexity", "model", None)]
-    assert "finite" in str(FREE.reason(nothing, [Measure("perplexity", "model", 3.0)]))
+    nothing = [HistoryEntry("perplexity", "model", None)]
+    assert "finite" in str(FREE.reason(nothing, [HistoryEntry("perplexity", "model", 3.0)]))
 
 
 # Interrupts.
@@ -352,10 +352,10 @@ def test_text_without_a_finite_likelihood_is_refused_whatever_the_rule() -> None
 POINTS = {
     "search": "mechedit.targets.search.measure",
     "writing": "mechedit.methods.spread.add_",
-    "keys": "mechedit.session.plan.edit_keys",
+    "keys": "mechedit.session.batch_editor.edit_keys",
     "applying": "mechedit.edit.apply.rounded_sum",
-    "text": "mechedit.session.plan.perplexity",
-    "scoring": "mechedit.session.plan.judge",
+    "text": "mechedit.session.batch_editor.perplexity",
+    "scoring": "mechedit.session.batch_editor.score_requests",
     "checkpoint": "mechedit.files.save_file",
 }
 
@@ -381,7 +381,7 @@ def test_an_interrupted_write_leaves_all_as_it_was(
         assert [file for file in sorted(tmp_path.rglob("*.safetensors")) if file.parent.name == "batches"] == files
         session.write(BATCHES[1])
         session.write(BATCHES[2])
-    same_sessions(session, whole)
+    assert_same_session(session, whole)
 
 
 def interrupted(*args: Any, **options: Any) -> Any:
@@ -390,18 +390,18 @@ def interrupted(*args: Any, **options: Any) -> Any:
 
 KILLED = """
 import os, signal, sys
-import mechedit.session.plan as plan
+import mechedit.session.batch_editor as batch_editor
 from test_session import tiny_session
 
-judge, calls = plan.judge, []
+score_requests, calls = batch_editor.score_requests, []
 
 def kills(*args):
     calls.append(args)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return judge(*args)
+    return score_requests(*args)
 
-plan.judge = kills
+batch_editor.score_requests = kills
 tiny_session(sys.argv[1])
 """
 
@@ -430,13 +430,15 @@ def test_a_killed_session_goes_on_to_the_same_results(tmp_path: Path, monkeypatc
     assert list((tmp_path / "batches").iterdir()) == [first]
     assert list((tmp_path / "targets").iterdir()), "what was found of the second batch's z is kept"
     written, asked = first.read_bytes(), []
-    real = mechedit.session.plan.judge
-    monkeypatch.setattr(mechedit.session.plan, "judge", lambda *given: asked.append(given) or real(*given))
+    real = mechedit.session.batch_editor.score_requests
+    monkeypatch.setattr(
+        mechedit.session.batch_editor, "score_requests", lambda *given: asked.append(given) or real(*given)
+    )
     resumed = tiny_session(tmp_path)
     assert len(asked) == 2, "the first batch is skipped"
     assert first.read_bytes() == written
     assert not (tmp_path / "targets").exists()
-    same_sessions(resumed, tiny_session(None))
+    assert_same_session(resumed, tiny_session(None))
     assert len(asked) == 5
 
 
@@ -448,7 +450,7 @@ def test_a_half_written_checkpoint_is_cleared_away(begin: Any, whole: EditSessio
     with begin(folder=tmp_path) as session:
         write_all(session)
     assert not half.exists()
-    same_sessions(session, whole)
+    assert_same_session(session, whole)
 
 
 def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
@@ -460,12 +462,12 @@ def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
     second = begin(folder=tmp_path, prefixes=None)
     pd.testing.assert_frame_equal(second.history, first.history)
     with second:
-        assert lively.weights_hash() == first.records[-1].weights_hash, "it starts where the first ended"
-        record = second.write(second.records[0].requests)
-        assert record is second.records[0]
+        assert lively.weights_hash() == first.batches[-1].weights_hash, "it starts where the first ended"
+        batch = second.write(second.batches[0].requests)
+        assert batch is second.batches[0]
         second.write(BATCHES[1])
         second.write(BATCHES[2])
-    same_sessions(second, whole)
+    assert_same_session(second, whole)
 
 
 @pytest.mark.parametrize(
@@ -477,7 +479,7 @@ def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
         ({"texts": HELD_OUT[:1]}, "texts"),
         ({"rule": StopRule(perplexity=None, earlier=None, norm=3.0)}, "rule.norm"),
         ({"accumulate": False}, "accumulate"),
-        ({"judged": "all"}, "judged"),
+        ({"scored_prompts": "all"}, "judged"),
         ({"moments": {layer: torch.eye(96, dtype=torch.float64) for layer in LAYERS}}, "moments.0"),
     ],
 )
@@ -534,24 +536,24 @@ def test_another_batch_in_the_place_of_a_finished_one_is_refused(begin: Any, tmp
 # Requests that contradict earlier ones.
 
 
-def test_a_later_request_supersedes_an_earlier_one_only_when_asked_to(begin: Any, tmp_path: Path) -> None:
+def test_a_later_request_overrides_an_earlier_one_only_when_asked_to(begin: Any, tmp_path: Path) -> None:
     new = dataclasses.replace(REQUESTS[0], id="later", target_new="Birmingham")
     with begin(folder=tmp_path) as session:
         session.write(BATCHES[0])
         with pytest.raises(InputError, match="'Danielle Darrieux' by 'later'"):
             session.write([new])
-        record = session.write([new], overwrite=True)
-    assert record.superseded == ("Danielle Darrieux",)
+        batch = session.write([new], overwrite=True)
+    assert batch.overridden == ("Danielle Darrieux",)
     assert session.requests == [REQUESTS[1], new]
-    assert sorted(record.scores["case"].unique()) == ["Leon Blum", "later"]
-    first, second = session.records
+    assert sorted(batch.scores["case"].unique()) == ["Leon Blum", "later"]
+    first, second = session.batches
     for layer in LAYERS:
         assert torch.equal(session.keys[layer], torch.cat([first.keys[layer][:, 1:], second.keys[layer]], 1))
     assert session.edit.manifest["superseded"] == ["Danielle Darrieux"]
     assert begin(folder=tmp_path).requests == session.requests
 
 
-def test_preserved_keys_of_what_is_superseded_would_hold_the_new_fact_back(begin: Any, monkeypatch: Any) -> None:
+def test_preserved_keys_of_an_overridden_request_would_hold_the_new_fact_back(begin: Any, monkeypatch: Any) -> None:
     """Both have one key, so that preserving the earlier value would keep the later one out."""
     new = dataclasses.replace(REQUESTS[0], id="later", target_new="Birmingham")
     seen = []
@@ -559,12 +561,14 @@ def test_preserved_keys_of_what_is_superseded_would_hold_the_new_fact_back(begin
         with begin() as session, monkeypatch.context() as patched:
             session.write(BATCHES[0])
             if held_back:
-                real = mechedit.session.session.kept_keys
-                patched.setattr(mechedit.session.session, "kept_keys", lambda records, but=(), real=real: real(records))
-            record = session.write([new], overwrite=True)
+                real = mechedit.session.session.active_keys
+                patched.setattr(
+                    mechedit.session.session, "active_keys", lambda batches, exclude=(), real=real: real(batches)
+                )
+            batch = session.write([new], overwrite=True)
         # At the first layer, whose keys no edit moves.
-        written = record.keys[0][:, 0] @ record.edit.delta(0)
-        seen.append(float(written.norm() / record.edit.factors[0].right.norm()))
+        written = batch.keys[0][:, 0] @ batch.edit.delta(0)
+        seen.append(float(written.norm() / batch.edit.factors[0].right.norm()))
     assert seen[1] < 0.75 * seen[0]
 
 
@@ -625,7 +629,7 @@ def test_misuse_is_refused_and_changes_nothing(begin: Any, lively: Any) -> None:
         session.write(BATCHES[1])
     with session:
         session.write(BATCHES[1])
-    assert len(session.records) == 2
+    assert len(session.batches) == 2
 
 
 def test_the_folder_says_what_the_session_is_of(begin: Any, tmp_path: Path) -> None:
