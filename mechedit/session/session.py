@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.data import EditRequest, check_requests, conflicts, unique_ids
+from mechedit.data import EditRequest, check_requests, check_unique_ids, conflicts
 from mechedit.edit import Edit, apply_, preserved, undo_
 from mechedit.edit.ledger import all_or_nothing
 from mechedit.edit.weights import uninterrupted
@@ -278,7 +278,7 @@ class EditSession:
         """Ids of active requests that a new batch contradicts, after checking the batch."""
         check_requests(requests)
         written = [request.id for batch in self._batches for request in batch.requests]
-        unique_ids([*written, *(request.id for request in requests)], "requests of the session")
+        check_unique_ids([*written, *(request.id for request in requests)], "requests of the session")
         overridden = {old.id: new.id for new, old, _ in conflicts([*requests, *self.requests])}
         if overridden and not overwrite:
             old, new = next(iter(overridden.items()))

@@ -9,9 +9,8 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mechedit import EditRequest, InputError, load_snippets, load_word_weights
-from mechedit.data import published_data as published
-from mechedit.data import texts_by_object
-from mechedit.data.downloads import Remote
+from mechedit.data import published_data, texts_by_object
+from mechedit.data.downloads import RemoteFile
 
 TEXTS = ["Rome is in Italy", "Milan is in Italy too", "Paris is in France"]
 
@@ -85,9 +84,9 @@ def test_weights_are_those_of_the_fitted_vectorizer(tmp_path):
     ("idf", "words", "message"),
     [
         (np.ones(3), {"a": 0, "b": 1}, r"holds 2 words and idf\.npy 3 numbers, expected as many"),
-        (np.ones(2), {"a": 0, "b": 0}, "gives two words the same place"),
-        (np.ones(2), {"a": 0, "b": 2}, "the place of 'b' is 2, expected 0 to 1"),
-        (np.ones(2), {"a": 0, "b": True}, "the place of 'b' is True"),
+        (np.ones(2), {"a": 0, "b": 0}, "gives two words the same index"),
+        (np.ones(2), {"a": 0, "b": 2}, "the index of 'b' is 2, expected 0 to 1"),
+        (np.ones(2), {"a": 0, "b": True}, "the index of 'b' is True"),
         (np.ones(2), ["a", "b"], "is a list, expected an object"),
         (np.ones((2, 2)), {"a": 0, "b": 1}, r"float64 of shape \(2, 2\), expected a vector"),
         (np.array([1, 2]), {"a": 0, "b": 1}, "holds int64"),
@@ -121,8 +120,12 @@ def test_by_name_they_are_those_in_the_cache(tmp_path, monkeypatch):
     snippets(tmp_path, [entry("P17", "Q38", *TEXTS[:2])])
     nowhere = "http://127.0.0.1:9"
     for kind, files in (("snippets", ["attribute_snippets.json"]), ("word weights", ["idf.npy", "tfidf_vocab.json"])):
-        remotes = tuple(Remote(url=f"{nowhere}/{file}") for file in files)
-        assert [remote.name for remote in published.PUBLISHED[kind, "counterfact"].files] == files
-        monkeypatch.setitem(published.PUBLISHED, (kind, "counterfact"), published.Published(files=remotes, origin=""))
+        remotes = tuple(RemoteFile(url=f"{nowhere}/{file}") for file in files)
+        assert [remote.name for remote in published_data.PUBLISHED_DATASETS[kind, "counterfact"].files] == files
+        monkeypatch.setitem(
+            published_data.PUBLISHED_DATASETS,
+            (kind, "counterfact"),
+            published_data.PublishedDataset(files=remotes, origin=""),
+        )
     assert len(load_snippets(cache=tmp_path)) == 1
     assert len(load_word_weights(cache=tmp_path).idf) == 8
