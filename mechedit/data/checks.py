@@ -74,5 +74,5 @@ def _keys(request: EditRequest) -> set[str]:
     return {key for key in (request.relation, request.prompt) if key is not None}
 
 
-def _objects_differ(request: EditRequest, other: EditRequest) -> bool:
-    return request.target_new.strip() != other.target_new.strip()
+def _objects_differ(first: EditRequest, second: EditRequest) -> bool:
+    return first.target_new.strip() != second.target_new.strip()

@@ -92,11 +92,8 @@ class EditedBatch:
         tensors, header = read_tensors(path, METADATA_KEY)
         try:
             layers = header["manifest"]["layers"]
-            sides = {layer: [tensors[f"layer.{layer}.{side}"] for side in SIDES] for layer in layers}
-            edit = Edit(
-                factors={layer: Factors(left=left, right=right) for layer, (left, right) in sides.items()},
-                manifest=header["manifest"],
-            )
+            factors = {layer: Factors(**{side: tensors[f"layer.{layer}.{side}"] for side in SIDES}) for layer in layers}
+            edit = Edit(factors=factors, manifest=header["manifest"])
             batch = EditedBatch(
                 number=header["number"],
                 requests=tuple(_load_request(fields) for fields in header["requests"]),

@@ -61,10 +61,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _first(self, content):
         """Where the body begins: after what the client has, if that is of this version."""
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if not asked or self.headers.get("If-Range") != self.server.tag:
+        range_header = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if not range_header or self.headers.get("If-Range") != self.server.tag:
             return 0
-        return min(int(asked[1]), len(content))
+        return min(int(range_header[1]), len(content))
 
     def log_message(self, *_):
         pass
@@ -218,8 +218,8 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "home" / ".cache" / "mechedit"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "mechedit"
-    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path / "configured"))
+    assert cache_folder() == tmp_path / "configured"
 
 
 def published_at(site, monkeypatch, kind, name, file, content):

@@ -163,10 +163,10 @@ def test_a_bad_record_of_mends_is_named(tmp_path, change, message):
 
 
 def test_neighbors_may_have_objects_of_their_own(tmp_path):
-    own = {"neighborhood_prompts": [{"prompt": "The mother tongue of Go is", "target": "Korean"}]}
-    plain, with_own = load_requests(written(tmp_path, [COUNTERFACT, {**COUNTERFACT, "case_id": 8, **own}]))
+    neighbors = {"neighborhood_prompts": [{"prompt": "The mother tongue of Go is", "target": "Korean"}]}
+    plain, with_objects = load_requests(written(tmp_path, [COUNTERFACT, {**COUNTERFACT, "case_id": 8, **neighbors}]))
     assert plain.neighbors == (Neighbor(prompt="The mother tongue of Leon Blum is", object="French"),)
-    assert with_own.neighbors == (Neighbor(prompt="The mother tongue of Go is", object="Korean"),)
+    assert with_objects.neighbors == (Neighbor(prompt="The mother tongue of Go is", object="Korean"),)
     assert plain.target_id == "Q1860"
 
 
@@ -197,8 +197,8 @@ def test_of_conflicting_requests_the_first_may_be_kept(tmp_path):
     with pytest.raises(InputError, match=r"'a' and 'b' conflict.*conflicts=\"first\""):
         load_requests(path)
     with pytest.warns(UserWarning, match=r"1 of 4 requests are left out: b \(conflicts with another\)"):
-        kept = load_requests(path, conflicts="first")
-    assert [request.id for request in kept] == ["a", "c", "d"]
+        requests = load_requests(path, conflicts="first")
+    assert [request.id for request in requests] == ["a", "c", "d"]
 
 
 def test_a_request_conflicts_with_those_kept_not_with_those_left_out(tmp_path):
@@ -209,8 +209,8 @@ def test_a_request_conflicts_with_those_kept_not_with_those_left_out(tmp_path):
         {**base, "id": "c", "prompt": "{} talks", "target_new": "Dutch"},
     ]
     with pytest.warns(UserWarning, match="1 of 3"):
-        kept = load_requests(written(tmp_path, records), conflicts="first")
-    assert [request.id for request in kept] == ["a", "c"]
+        requests = load_requests(written(tmp_path, records), conflicts="first")
+    assert [request.id for request in requests] == ["a", "c"]
 
 
 def test_the_real_short_form_is_read_whole():

@@ -28,19 +28,19 @@ def entry(relation, target, *texts):
 
 def test_texts_are_grouped_by_relation_and_object(tmp_path):
     content = [entry("P17", "Q38", *TEXTS[:1]), entry("P17", "Q142", TEXTS[2]), entry("P17", "Q38", TEXTS[1])]
-    found = load_snippets(snippets(tmp_path, [*content, entry("P17", "Q1")]))
-    assert found == {("P17", "Q38"): tuple(TEXTS[:2]), ("P17", "Q142"): (TEXTS[2],)}
+    loaded = load_snippets(snippets(tmp_path, [*content, entry("P17", "Q1")]))
+    assert loaded == {("P17", "Q38"): tuple(TEXTS[:2]), ("P17", "Q142"): (TEXTS[2],)}
 
 
 def test_requests_find_their_texts_by_the_id_of_the_new_object(tmp_path):
-    found = load_snippets(snippets(tmp_path, [entry("P17", "Q38", *TEXTS[:2])]))
+    loaded = load_snippets(snippets(tmp_path, [entry("P17", "Q38", *TEXTS[:2])]))
     base = {"subject": "Lyon", "prompt": "{} is in", "target_new": "Italy"}
     requests = [
         EditRequest(id="a", relation="P17", target_id="Q38", **base),
         EditRequest(id="b", relation="P17", target_id="Q142", **{**base, "target_new": "France"}),
         EditRequest(id="c", **{**base, "target_new": "Spain"}),
     ]
-    assert texts_by_object(found, requests) == {("P17", "Italy"): tuple(TEXTS[:2])}
+    assert texts_by_object(loaded, requests) == {("P17", "Italy"): tuple(TEXTS[:2])}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def release(tmp_path, idf=None, words=None):
     """What the published code writes of a fitted vectorizer."""
     fitted = TfidfVectorizer().fit(TEXTS)
     np.save(tmp_path / "idf.npy", fitted.idf_ if idf is None else idf, allow_pickle=True)
-    words = {word: int(place) for word, place in fitted.vocabulary_.items()} if words is None else words
+    words = {word: int(index) for word, index in fitted.vocabulary_.items()} if words is None else words
     (tmp_path / "tfidf_vocab.json").write_text(json.dumps(words))
     return fitted
 
@@ -73,8 +73,8 @@ def test_weights_are_those_of_the_fitted_vectorizer(tmp_path):
     assert weights.vocabulary == fitted.vocabulary_
     assert weights.idf.tolist() == fitted.idf_.tolist()
     # "is" is in all three texts, "italy" in two, "rome" in one: ln((1 + 3) / (1 + n)) + 1.
-    found = [weights.idf[weights.vocabulary[word]] for word in ("is", "italy", "rome")]
-    assert found == pytest.approx([1, 1 + np.log(4 / 3), 1 + np.log(2)])
+    idf = [weights.idf[weights.vocabulary[word]] for word in ("is", "italy", "rome")]
+    assert idf == pytest.approx([1, 1 + np.log(4 / 3), 1 + np.log(2)])
     again = TfidfVectorizer(vocabulary=weights.vocabulary)
     again.idf_ = weights.idf
     assert np.allclose(again.transform(["Rome is too"]).toarray(), fitted.transform(["Rome is too"]).toarray())

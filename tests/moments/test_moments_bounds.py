@@ -53,7 +53,7 @@ def gib(size: int) -> float:
 def test_memory_decides_the_passes_and_not_the_result(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = collect_moments(lens_model, TEXTS, LAYERS)
+    in_one_pass = collect_moments(lens_model, TEXTS, LAYERS)
     free = plan_moments(lens_model, LAYERS)
     assert (free.passes, free.batch_tokens) == (((0, 1, 2),), 8192)
     least = [plan_moments(lens_model, LAYERS[:many], MomentsConfig(batch_tokens=64)).memory for many in (1, 2, 3)]
@@ -73,9 +73,11 @@ def test_memory_decides_the_passes_and_not_the_result(
         assert 64 <= plan.batch_tokens < 128
         stops.clear(), rows.clear()
         out = tmp_path / str(many)
-        for found in (collect_moments(lens_model, TEXTS, LAYERS, config, out), load_moments(out, LAYERS, lens_model)):
+        for moments in (collect_moments(lens_model, TEXTS, LAYERS, config, out), load_moments(out, LAYERS, lens_model)):
             for layer in LAYERS:
-                assert (found[layer].matrix - whole[layer].matrix).norm() < 1e-6 * whole[layer].matrix.norm()
+                assert (moments[layer].matrix - in_one_pass[layer].matrix).norm() < 1e-6 * in_one_pass[
+                    layer
+                ].matrix.norm()
         assert sorted(set(stops)) == [layers[-1] for layers in passes], "a pass stops after its own last layer"
         assert len(set(stops)) * len(rows) // len(passes) == len(rows)
         assert max(rows) <= plan.batch_tokens
@@ -188,15 +190,15 @@ def test_the_update_is_that_of_the_ridge_system() -> None:
 @pytest.mark.usefixtures("small_chunks")
 def test_the_curve_compares_moments_that_could_have_been_collected(lens_model: Any, tmp_path: Path) -> None:
     settings = Convergence(weight=10, drawn=3, seed=5)
-    found = collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path, convergence=settings)
+    moments = collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path, convergence=settings)
     frame = pd.read_parquet(curve_path(tmp_path))
     assert list(frame.columns) == ["tokens", "layer", "matrix_change", "update_change"]
     assert frame.attrs["settings"] == {"weight": 10, "drawn": 3, "seed": 5}
     for layer in LAYERS:
         rows = frame[frame["layer"] == layer].reset_index(drop=True)
-        assert rows.equals(found[layer].curve)
+        assert rows.equals(moments[layer].curve)
         tokens = rows["tokens"].tolist()
-        assert tokens[-1] == found[layer].count
+        assert tokens[-1] == moments[layer].count
         assert len(tokens) >= 3
         assert all(after >= 2 * before for before, after in pairwise(tokens[:-1]))
         before, after = (
@@ -211,18 +213,18 @@ def test_the_curve_compares_moments_that_could_have_been_collected(lens_model: A
 @pytest.mark.usefixtures("small_chunks")
 def test_a_curve_is_reused_or_made(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path)
-    made = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence())
-    assert torch.equal(made[0].matrix, plain[0].matrix)
+    with_curve = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence())
+    assert torch.equal(with_curve[0].matrix, plain[0].matrix)
     with monkeypatch.context() as patching:
         patching.setattr(lens_model, "run", refuse)
         again = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence())
-        assert again[1].curve.equals(made[1].curve)
+        assert again[1].curve.equals(with_curve[1].curve)
         with pytest.raises(AssertionError, match="was run"):
             collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence(seed=1))
     keys = {0: torch.randn(96, 4), 1: torch.randn(96, 4)}
-    given = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence(keys=keys))
-    assert given[0].curve["matrix_change"].equals(made[0].curve["matrix_change"])
-    assert not given[0].curve["update_change"].equals(made[0].curve["update_change"])
+    with_keys = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence(keys=keys))
+    assert with_keys[0].curve["matrix_change"].equals(with_curve[0].curve["matrix_change"])
+    assert not with_keys[0].curve["update_change"].equals(with_curve[0].curve["update_change"])
     with pytest.raises(InputError, match=r"keys of layer 1 have shape None, expected \[96"):
         collect_moments(lens_model, TEXTS, [0, 1], convergence=Convergence(keys={0: keys[0]}))
 

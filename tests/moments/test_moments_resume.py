@@ -1,4 +1,4 @@
-"""Killed at any moment, collecting goes on to the same bits; shards of several processes merge to the whole."""
+"""Killed at any moment, collecting goes on to the same bits; shards of several processes add up to the sum of one."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def interrupted(
     return runs[0]
 
 
-def equal(one: dict[int, Any], other: dict[int, Any]) -> bool:
-    return all(torch.equal(one[layer].matrix, other[layer].matrix) for layer in LAYERS)
+def equal(moments: dict[int, Any], expected: dict[int, Any]) -> bool:
+    return all(torch.equal(moments[layer].matrix, expected[layer].matrix) for layer in LAYERS)
 
 
 @pytest.mark.usefixtures("often")
@@ -88,7 +88,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int | None
 ) -> None:
     config = MomentsConfig(**{**vars(OFTEN), "tokens": tokens})
-    whole = collect_moments(lens_model, TEXTS, LAYERS, config)
+    uninterrupted = collect_moments(lens_model, TEXTS, LAYERS, config)
     begins: list[int] = []
     runs = interrupted(lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, TEXTS, LAYERS, config), begins)
     assert len(begins) >= 4
@@ -103,10 +103,10 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
         assert not list(folder.glob("moments/layer_*"))
         assert len(list(checkpoints_folder(folder).glob("*"))) == (0 if begin == 1 else len(LAYERS))
         assert interrupted(lens_model, monkeypatch, 0, collect) == runs - begin + 1, "what was summed is not run again"
-        assert equal(load_moments(folder, LAYERS), whole)
+        assert equal(load_moments(folder, LAYERS), uninterrupted)
         assert not checkpoints_folder(folder).exists()
         assert {layer: moment.count for layer, moment in collect().items()} == {
-            layer: moment.count for layer, moment in whole.items()
+            layer: moment.count for layer, moment in uninterrupted.items()
         }
 
 
@@ -118,7 +118,7 @@ def test_interrupted_between_two_files_it_goes_on_to_the_same_bits(
     """Checkpoints of layers that stand at different places, and final files of some layers alone."""
     from mechedit import files as artifacts
 
-    whole = collect_moments(lens_model, TEXTS, LAYERS, OFTEN, convergence=Convergence(drawn=2))
+    uninterrupted = collect_moments(lens_model, TEXTS, LAYERS, OFTEN, convergence=Convergence(drawn=2))
     save, saves = artifacts.save_file, [0]
 
     def interrupt(*args: Any, **kwargs: Any) -> None:
@@ -135,9 +135,9 @@ def test_interrupted_between_two_files_it_goes_on_to_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             collect()
     again = collect()
-    assert equal(again, whole)
+    assert equal(again, uninterrupted)
     for layer in LAYERS:
-        assert again[layer].curve.equals(whole[layer].curve)
+        assert again[layer].curve.equals(uninterrupted[layer].curve)
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -145,12 +145,12 @@ def test_interrupted_between_two_files_it_goes_on_to_the_same_bits(
 def test_other_batches_may_finish_what_was_begun(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = collect_moments(lens_model, TEXTS, LAYERS)
+    uninterrupted = collect_moments(lens_model, TEXTS, LAYERS)
     interrupted(lens_model, monkeypatch, 3, lambda: collect_moments(lens_model, TEXTS, LAYERS, OFTEN, out=tmp_path))
-    found = collect_moments(lens_model, TEXTS, LAYERS, MomentsConfig(batch_tokens=30), out=tmp_path)
+    resumed = collect_moments(lens_model, TEXTS, LAYERS, MomentsConfig(batch_tokens=30), out=tmp_path)
     for layer in LAYERS:
-        assert found[layer].count == whole[layer].count
-        assert (found[layer].matrix - whole[layer].matrix).norm() < 1e-6 * whole[layer].matrix.norm()
+        assert resumed[layer].count == uninterrupted[layer].count
+        assert (resumed[layer].matrix - uninterrupted[layer].matrix).norm() < 1e-6 * uninterrupted[layer].matrix.norm()
 
 
 @pytest.mark.usefixtures("often")
@@ -204,10 +204,10 @@ def test_shards_merge_to_the_sum_of_one_process(
 ) -> None:
     config = MomentsConfig(**{**vars(OFTEN), "tokens": tokens})
     texts = [text for text in TEXTS for _ in range(3)]
-    whole = collect_moments(lens_model, texts, LAYERS, config)
+    unsharded = collect_moments(lens_model, texts, LAYERS, config)
     for index in reversed(range(count)):
         files = collect_shard(lens_model, texts, LAYERS, (index, count), tmp_path, config)
-        assert read_header(files[0], "provenance")["count"] < whole[0].count
+        assert read_header(files[0], "provenance")["count"] < unsharded[0].count
         again = interrupted(
             lens_model, monkeypatch, 0,
             lambda index=index: collect_shard(lens_model, texts, LAYERS, (index, count), tmp_path, config),
@@ -215,9 +215,9 @@ def test_shards_merge_to_the_sum_of_one_process(
         assert again == 0, "a finished shard is not summed again"
     merged = merge_moments(tmp_path)
     for layer in LAYERS:
-        assert merged[layer].count == whole[layer].count == (tokens or whole[layer].count)
-        assert merged[layer].provenance == whole[layer].provenance
-        assert (merged[layer].matrix - whole[layer].matrix).norm() < 1e-12 * whole[layer].matrix.norm()
+        assert merged[layer].count == unsharded[layer].count == (tokens or unsharded[layer].count)
+        assert merged[layer].provenance == unsharded[layer].provenance
+        assert (merged[layer].matrix - unsharded[layer].matrix).norm() < 1e-12 * unsharded[layer].matrix.norm()
         assert torch.equal(load_moments(tmp_path, [layer], lens_model)[layer].matrix, merged[layer].matrix)
     assert not checkpoints_folder(tmp_path).exists()
     reused = interrupted(
@@ -300,7 +300,7 @@ def test_every_token_is_in_one_batch_of_one_chunk(
 def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(me.load_texts("tiny")[:600]))
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
     options = ["moments", "--texts", str(texts), "--layers", "1-2", "--checkpoint-seconds", "0.05"]
     command = [sys.executable, "-m", "mechedit", *options, "--out", str(killed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -315,8 +315,8 @@ def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert all(count > 0 for count in done)
     subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
     with pytest.raises(SystemExit):
-        main([*options, "--out", str(whole)])
+        main([*options, "--out", str(uninterrupted)])
     for name in ("layer_1.safetensors", "layer_2.safetensors"):
-        assert (killed / "moments" / name).read_bytes() == (whole / "moments" / name).read_bytes()
+        assert (killed / "moments" / name).read_bytes() == (uninterrupted / "moments" / name).read_bytes()
     assert load_moments(killed, [1])[1].count > max(done)
     assert not list(killed.glob("moments/parts")) + list(killed.glob("moments/.*"))

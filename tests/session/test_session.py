@@ -67,15 +67,15 @@ def begin(lively: Any, moments: Any) -> Any:
     before = weights(lively)
 
     def start(**changes: Any) -> EditSession:
-        given = {"config": CONFIG, "prefixes": PREFIXES, "texts": HELD_OUT, "rule": FREE, **changes}
-        return EditSession(given.pop("model", lively), LAYERS, given.pop("moments", moments), **given)
+        arguments = {"config": CONFIG, "prefixes": PREFIXES, "texts": HELD_OUT, "rule": FREE, **changes}
+        return EditSession(arguments.pop("model", lively), LAYERS, arguments.pop("moments", moments), **arguments)
 
     yield start
     assert identical(lively, before)
 
 
 @pytest.fixture(scope="module")
-def whole(lively: Any, moments: Any) -> EditSession:
+def uninterrupted(lively: Any, moments: Any) -> EditSession:
     """A session of all batches that nothing interrupted."""
     session = EditSession(lively, LAYERS, moments, config=CONFIG, prefixes=PREFIXES, texts=HELD_OUT, rule=FREE)
     with session:
@@ -94,8 +94,8 @@ def lasting(session: EditSession) -> pd.DataFrame:
 
 
 def values(session: EditSession, measure: str, scope: str, layer: int | None = None) -> list[float]:
-    found = session.history.query("measure == @measure and scope == @scope")
-    return found["value"].tolist() if layer is None else found[found["layer"] == layer]["value"].tolist()
+    rows = session.history.query("measure == @measure and scope == @scope")
+    return rows["value"].tolist() if layer is None else rows[rows["layer"] == layer]["value"].tolist()
 
 
 def assert_same_session(session: EditSession, other: EditSession) -> None:
@@ -114,23 +114,23 @@ def assert_same_session(session: EditSession, other: EditSession) -> None:
     assert session.edit.manifest == other.edit.manifest
 
 
-def test_one_batch_is_the_method_alone(lively: Any, moments: Any, whole: EditSession) -> None:
+def test_one_batch_is_the_method_alone(lively: Any, moments: Any, uninterrupted: EditSession) -> None:
     matrices = {layer: moments[layer].matrix for layer in LAYERS}
     alone = memit(lively, BATCHES[0], LAYERS, matrices, PREFIXES, CONFIG)
     keys = edit_keys(lively, BATCHES[0], alone)
-    first = whole.batches[0]
+    first = uninterrupted.batches[0]
     for layer in LAYERS:
         assert torch.equal(first.edit.delta(layer), alone.delta(layer))
         assert torch.equal(first.keys[layer], keys[layer])
 
 
 def test_each_batch_is_made_on_the_model_so_far_and_preserves_all_earlier_keys(
-    lively: Any, moments: Any, whole: EditSession
+    lively: Any, moments: Any, uninterrupted: EditSession
 ) -> None:
     matrices, before = {layer: moments[layer].matrix for layer in LAYERS}, weights(lively)
     applied: list[Edit] = []
     previous: dict[int, torch.Tensor] = {}
-    for requests, batch in zip(BATCHES, whole.batches, strict=True):
+    for requests, batch in zip(BATCHES, uninterrupted.batches, strict=True):
         edit = memit(lively, requests, LAYERS, matrices, PREFIXES, CONFIG, previous=previous)
         for layer in LAYERS:
             torch.testing.assert_close(batch.edit.delta(layer), edit.delta(layer), rtol=1e-4, atol=1e-6)
@@ -146,11 +146,11 @@ def test_each_batch_is_made_on_the_model_so_far_and_preserves_all_earlier_keys(
         undo_(lively, edit)
     assert identical(lively, before)
     for layer in LAYERS:
-        torch.testing.assert_close(whole.edit.delta(layer), sum(edit.delta(layer) for edit in applied))
-        torch.testing.assert_close(whole.keys[layer], previous[layer])
+        torch.testing.assert_close(uninterrupted.edit.delta(layer), sum(edit.delta(layer) for edit in applied))
+        torch.testing.assert_close(uninterrupted.keys[layer], previous[layer])
 
 
-def test_earlier_edits_last_longer_when_their_keys_are_preserved(begin: Any, whole: EditSession) -> None:
+def test_earlier_edits_last_longer_when_their_keys_are_preserved(begin: Any, uninterrupted: EditSession) -> None:
     with begin(accumulate=False) as careless:
         write_all(careless)
 
@@ -161,7 +161,7 @@ def test_earlier_edits_last_longer_when_their_keys_are_preserved(begin: Any, who
         return float((first.keys[1].T @ later).norm() / (first.keys[1].T @ first.edit.delta(1)).norm())
 
     assert disturbed(careless) > 0.1, "there is something to forget"
-    assert disturbed(whole) < 0.7 * disturbed(careless)
+    assert disturbed(uninterrupted) < 0.7 * disturbed(careless)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -169,8 +169,8 @@ def test_every_method_can_be_repeated(lively: Any, moments: Any, method: str) ->
     before = weights(lively)
     shared = dataclasses.asdict(CONFIG)
     config = recommended(method, lively)
-    own = ("steps", "kl_weight", "weight_decay") if isinstance(config, SearchConfig) else ("steps",)
-    config = dataclasses.replace(config, **{name: shared[name] for name in own})
+    names = ("steps", "kl_weight", "weight_decay") if isinstance(config, SearchConfig) else ("steps",)
+    config = dataclasses.replace(config, **{name: shared[name] for name in names})
     with EditSession(lively, [1], moments, method, config, prefixes=PREFIXES, rule=FREE) as session:
         for batch in BATCHES[:2]:
             session.write(batch)
@@ -197,13 +197,13 @@ def test_the_model_is_the_unedited_one_plus_the_edit_and_comes_back_bit_for_bit(
     assert identical(model, before)
 
 
-def test_the_edit_outlives_the_session(lively: Any, whole: EditSession, tmp_path: Path) -> None:
-    whole.edit.save(tmp_path / "edit.safetensors")
+def test_the_edit_outlives_the_session(lively: Any, uninterrupted: EditSession, tmp_path: Path) -> None:
+    uninterrupted.edit.save(tmp_path / "edit.safetensors")
     with edited(lively, Edit.load(tmp_path / "edit.safetensors")):
-        assert lively.weights_hash() == whole.batches[-1].weights_hash
-    assert [part["made_on"] for part in whole.edit.manifest["parts"]] == [
+        assert lively.weights_hash() == uninterrupted.batches[-1].weights_hash
+    assert [part["made_on"] for part in uninterrupted.edit.manifest["parts"]] == [
         lively.weights_hash(),
-        *(batch.weights_hash for batch in whole.batches[:-1]),
+        *(batch.weights_hash for batch in uninterrupted.batches[:-1]),
     ]
 
 
@@ -213,8 +213,8 @@ def test_an_applied_edit_stays_below_the_session(begin: Any, lively: Any) -> Non
     below.factors[0].left.mul_(1e-3)
     apply_(lively, below)
     applied = weights(lively)
-    own = {layer: moment.matrix for layer, moment in collect_moments(lively, TEXTS, LAYERS).items()}
-    with begin(moments=own) as session:
+    matrices = {layer: moment.matrix for layer, moment in collect_moments(lively, TEXTS, LAYERS).items()}
+    with begin(moments=matrices) as session:
         write_all(session)
     assert identical(lively, applied)
     with edited(lively, session.edit):
@@ -222,10 +222,10 @@ def test_an_applied_edit_stays_below_the_session(begin: Any, lively: Any) -> Non
     undo_(lively, below)
 
 
-def test_history_is_what_the_model_does(lively: Any, whole: EditSession) -> None:
-    for count, batch in enumerate(whole.batches, 1):
+def test_history_is_what_the_model_does(lively: Any, uninterrupted: EditSession) -> None:
+    for count, batch in enumerate(uninterrupted.batches, 1):
         requests = [request for written in BATCHES[:count] for request in written]
-        with edited(lively, whole._editor.merge(whole.batches[:count])):
+        with edited(lively, uninterrupted._editor.merge(uninterrupted.batches[:count])):
             evaluation = evaluate(lively, requests, QUICK)
             text = perplexity(lively, HELD_OUT)
             norm = float(lively.projection(1).double().norm())
@@ -240,19 +240,21 @@ def test_history_is_what_the_model_does(lively: Any, whole: EditSession) -> None
                 else:
                     assert (measure, scope) not in now.index
         assert now["perplexity", "model"] == text
-        assert values(whole, "weight_norm", "model", 1)[count] == norm
+        assert values(uninterrupted, "weight_norm", "model", 1)[count] == norm
         assert batch.history["requests"].unique().tolist() == [2 * count]
-    assert values(whole, "perplexity", "model")[0] == perplexity(lively, HELD_OUT)
+    assert values(uninterrupted, "perplexity", "model")[0] == perplexity(lively, HELD_OUT)
     unedited = evaluate(lively, BATCHES[0], QUICK).table.query("measure == 'EM'")["value"].mean() * 100
-    assert values(whole, "EM", "batch")[0] != pytest.approx(unedited, rel=0.1), "edits have an effect"
+    assert values(uninterrupted, "EM", "batch")[0] != pytest.approx(unedited, rel=0.1), "edits have an effect"
 
 
-def test_the_edit_grows(whole: EditSession) -> None:
-    sizes = values(whole, "update_norm", "all", 1)
+def test_the_edit_grows(uninterrupted: EditSession) -> None:
+    sizes = values(uninterrupted, "update_norm", "all", 1)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
-    assert sizes[-1] == pytest.approx(float(whole.edit.delta(1).norm()))
-    assert values(whole, "update_norm", "batch", 1)[1] == pytest.approx(float(whole.batches[1].edit.delta(1).norm()))
+    assert sizes[-1] == pytest.approx(float(uninterrupted.edit.delta(1).norm()))
+    assert values(uninterrupted, "update_norm", "batch", 1)[1] == pytest.approx(
+        float(uninterrupted.batches[1].edit.delta(1).norm())
+    )
 
 
 def test_all_prompts_can_be_scored(begin: Any) -> None:
@@ -263,12 +265,12 @@ def test_all_prompts_can_be_scored(begin: Any) -> None:
         assert "PS" not in set(session.write(full).history["measure"])
 
 
-def test_one_session_knows_nothing_of_another(begin: Any, whole: EditSession) -> None:
-    with begin() as other:
-        other.write(BATCHES[2])
+def test_one_session_knows_nothing_of_another(begin: Any, uninterrupted: EditSession) -> None:
+    with begin() as unrelated:
+        unrelated.write(BATCHES[2])
     with begin() as again:
         write_all(again)
-    assert_same_session(again, whole)
+    assert_same_session(again, uninterrupted)
 
 
 # A batch that the rule does not let pass.
@@ -360,14 +362,14 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("point", list(POINTS))
 def test_an_interrupted_write_leaves_all_as_it_was(
-    begin: Any, lively: Any, whole: EditSession, point: str, kept: bool, tmp_path: Path, monkeypatch: Any
+    begin: Any, lively: Any, uninterrupted: EditSession, point: str, saved: bool, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    if point == "checkpoint" and not kept:
+    if point == "checkpoint" and not saved:
         point = "scoring"
-    with begin(folder=tmp_path if kept else None) as session:
+    with begin(folder=tmp_path if saved else None) as session:
         session.write(BATCHES[0])
         before, history, edit = weights(lively), session.history, session.edit
         files = sorted(tmp_path.rglob("*.safetensors"))
@@ -381,7 +383,7 @@ def test_an_interrupted_write_leaves_all_as_it_was(
         assert [file for file in sorted(tmp_path.rglob("*.safetensors")) if file.parent.name == "batches"] == files
         session.write(BATCHES[1])
         session.write(BATCHES[2])
-    assert_same_session(session, whole)
+    assert_same_session(session, uninterrupted)
 
 
 def interrupted(*args: Any, **options: Any) -> Any:
@@ -428,21 +430,21 @@ def test_a_killed_session_goes_on_to_the_same_results(tmp_path: Path, monkeypatc
     assert child.returncode == -signal.SIGKILL, "it was killed in its midst"
     first = tmp_path / "batches" / "0001.safetensors"
     assert list((tmp_path / "batches").iterdir()) == [first]
-    assert list((tmp_path / "targets").iterdir()), "what was found of the second batch's z is kept"
-    written, asked = first.read_bytes(), []
+    assert list((tmp_path / "targets").iterdir()), "the z that were found for the second batch are cached"
+    written, scored = first.read_bytes(), []
     real = mechedit.session.batch_editor.score_requests
     monkeypatch.setattr(
-        mechedit.session.batch_editor, "score_requests", lambda *given: asked.append(given) or real(*given)
+        mechedit.session.batch_editor, "score_requests", lambda *args: scored.append(args) or real(*args)
     )
     resumed = tiny_session(tmp_path)
-    assert len(asked) == 2, "the first batch is skipped"
+    assert len(scored) == 2, "the first batch is skipped"
     assert first.read_bytes() == written
     assert not (tmp_path / "targets").exists()
     assert_same_session(resumed, tiny_session(None))
-    assert len(asked) == 5
+    assert len(scored) == 5
 
 
-def test_a_half_written_checkpoint_is_cleared_away(begin: Any, whole: EditSession, tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_cleared_away(begin: Any, uninterrupted: EditSession, tmp_path: Path) -> None:
     with begin(folder=tmp_path) as session:
         session.write(BATCHES[0])
     half = tmp_path / "batches" / ".0002.abc.safetensors"
@@ -450,11 +452,11 @@ def test_a_half_written_checkpoint_is_cleared_away(begin: Any, whole: EditSessio
     with begin(folder=tmp_path) as session:
         write_all(session)
     assert not half.exists()
-    assert_same_session(session, whole)
+    assert_same_session(session, uninterrupted)
 
 
 def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
-    begin: Any, lively: Any, whole: EditSession, tmp_path: Path
+    begin: Any, lively: Any, uninterrupted: EditSession, tmp_path: Path
 ) -> None:
     with begin(folder=tmp_path) as first:
         first.write(BATCHES[0])
@@ -467,11 +469,11 @@ def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
         assert batch is second.batches[0]
         second.write(BATCHES[1])
         second.write(BATCHES[2])
-    assert_same_session(second, whole)
+    assert_same_session(second, uninterrupted)
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "field"),
     [
         ({"config": dataclasses.replace(CONFIG, covariance_weight=2.0)}, "settings.covariance_weight"),
         ({"method": "pmet", "config": None}, "method"),
@@ -484,18 +486,18 @@ def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
     ],
 )
 def test_a_folder_of_another_session_is_refused(
-    begin: Any, changes: dict[str, Any], named: str, tmp_path: Path
+    begin: Any, changes: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
     begin(folder=tmp_path)
-    with pytest.raises(InputError, match=f"made with {named} = "):
+    with pytest.raises(InputError, match=f"made with {field} = "):
         begin(folder=tmp_path, **changes)
 
 
 def test_a_folder_of_another_model_is_refused(make_model: Any, begin: Any, tmp_path: Path) -> None:
     begin(folder=tmp_path)
-    other = make_model("gpt2", seed=1)
+    another_model = make_model("gpt2", seed=1)
     with pytest.raises(InputError, match="weights_hash"):
-        begin(model=other, moments={layer: torch.eye(96) for layer in LAYERS}, folder=tmp_path)
+        begin(model=another_model, moments={layer: torch.eye(96) for layer in LAYERS}, folder=tmp_path)
 
 
 def test_a_damaged_folder_is_refused(begin: Any, tmp_path: Path) -> None:
