@@ -26,7 +26,7 @@ def load_facts(source: str | Path, *, cache: str | Path | None = None) -> list[F
 
     Example:
         >>> facts = load_facts("known")
-        >>> facts[0].prompt.format(facts[0].subject), facts[0].object
+        >>> facts[0].text, facts[0].object
 
     Args:
         source: a name or a path.

@@ -17,18 +17,18 @@ class AmbiguousSubjectError(InputError):
 
 def read_fact(record: JsonRecord) -> Fact:
     """Read a fact: `{"id", "subject", "prompt", "object", …}`, or a record of ROME's known facts."""
-    return _read_located(_fact, record)
+    return _read_located(_parse_fact, record)
 
 
 def read_request(record: JsonRecord) -> EditRequest:
     """Read a request in any of the formats below, recognized by fields that only one of them has."""
     if "requested_rewrite" in record:
-        return _read_located(_counterfact, record)
+        return _read_located(_parse_counterfact, record)
     if has_mend_format(record):
-        return _read_located(_mend, record)
+        return _read_located(_parse_mend, record)
     if any(name in record for name in ("ground_truth", "rephrase_prompt", "locality_prompt")):
-        return _read_located(_easyedit, record)
-    return _read_located(_short, record)
+        return _read_located(_parse_easyedit, record)
+    return _read_located(_parse_short, record)
 
 
 def has_mend_format(record: JsonRecord) -> bool:
@@ -36,7 +36,7 @@ def has_mend_format(record: JsonRecord) -> bool:
     return "src" in record and "answers" in record
 
 
-def _fact(record: JsonRecord) -> Fact:
+def _parse_fact(record: JsonRecord) -> Fact:
     return Fact(
         id=record.id("id", "known_id"),
         subject=record.text("subject"),
@@ -53,7 +53,7 @@ def _known_prompt(record: JsonRecord) -> str:
     return prompt.replace(subject, "{}", 1) if prompt.count(subject) == 1 else record.text("template")
 
 
-def _counterfact(record: JsonRecord) -> EditRequest:
+def _parse_counterfact(record: JsonRecord) -> EditRequest:
     """CounterFact and multi_counterfact; a neighbor may also name its own object, `{"prompt", "target"}`."""
     rewrite = record.nested("requested_rewrite")
     new = rewrite.nested("target_new")
@@ -81,7 +81,7 @@ def _neighbors(record: JsonRecord, true: str | None) -> tuple[Neighbor, ...]:
     return tuple(Neighbor(prompt=prompt, object=true) for prompt in record.texts(name) if true)
 
 
-def _easyedit(record: JsonRecord) -> EditRequest:
+def _parse_easyedit(record: JsonRecord) -> EditRequest:
     """EasyEdit's format: prompts with the subject filled in, one rephrasing, one neighbor with its own object."""
     return EditRequest(
         id=_id_or_index(record),
@@ -95,7 +95,7 @@ def _easyedit(record: JsonRecord) -> EditRequest:
     )
 
 
-def _mend(record: JsonRecord) -> EditRequest:
+def _parse_mend(record: JsonRecord) -> EditRequest:
     """MEND's zsRE, as MEMIT reads it: the new object is the first answer, and there is no true one.
 
     The neighbor is a question of Natural Questions. As in MEMIT's code it keeps its `nq question: ` and gets a
@@ -120,7 +120,7 @@ def _neighbor(record: JsonRecord, prompt: str, answer: str, end: str = "") -> tu
     return (Neighbor(prompt=record.text(prompt) + end, object=record.text(answer)),)
 
 
-def _short(record: JsonRecord) -> EditRequest:
+def _parse_short(record: JsonRecord) -> EditRequest:
     return EditRequest(
         id=record.id("id", "case_id"),
         subject=record.text("subject"),

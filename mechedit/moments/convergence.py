@@ -112,7 +112,7 @@ class ConvergenceTracker:
         if not due and not (final and accumulator.count > self.count > 0):
             return
         matrix = accumulator.mean()
-        update = unit_update(matrix, self.keys, self.settings.weight)
+        update = identity_update(matrix, self.keys, self.settings.weight)
         if self.matrix is not None:
             changes = (_relative_change(self.matrix, matrix), _relative_change(self.update, update))
             self.changes.append([accumulator.count, *changes])
@@ -124,7 +124,7 @@ class ConvergenceTracker:
         return pd.DataFrame(rows, columns=COLUMNS).astype({"tokens": "int64", "layer": "int64"})
 
 
-def unit_update(
+def identity_update(
     matrix: Float[Tensor, "d_mlp d_mlp"], keys: Float[Tensor, "d_mlp key"], weight: float | int
 ) -> Float[Tensor, "d_mlp key"] | None:
     """(λM + K Kᵀ)⁻¹ K: the ridge update for residuals I. None if M, over too few tokens, makes the system singular."""

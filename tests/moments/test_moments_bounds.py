@@ -23,7 +23,7 @@ from mechedit.moments import (
     load_moments,
     plan_moments,
 )
-from mechedit.moments.convergence import ConvergenceTracker, unit_update
+from mechedit.moments.convergence import ConvergenceTracker, identity_update
 from mechedit.moments.memory import GIB
 
 SENTENCES = [
@@ -183,8 +183,8 @@ def test_the_update_is_that_of_the_ridge_system() -> None:
     root = torch.randn(30, 12, generator=generator, dtype=torch.float64)
     matrix, keys = root.T @ root / 30, torch.randn(12, 3, generator=generator, dtype=torch.float64)
     expected = torch.linalg.solve(7 * matrix + keys @ keys.T, keys)
-    torch.testing.assert_close(unit_update(matrix, keys, 7), expected, rtol=1e-10, atol=1e-12)
-    assert unit_update(torch.zeros(12, 12, dtype=torch.float64), keys, 7) is None
+    torch.testing.assert_close(identity_update(matrix, keys, 7), expected, rtol=1e-10, atol=1e-12)
+    assert identity_update(torch.zeros(12, 12, dtype=torch.float64), keys, 7) is None
 
 
 @pytest.mark.usefixtures("small_chunks")
