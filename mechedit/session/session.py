@@ -66,10 +66,10 @@ class EditSession:
     State     Begins                                          `write(batch)`
     ========= =============================================== =========================================================
     closed    when created, and on leaving `with`             raises InputError
-    replaying on entering `with`, if its folder holds          returns the finished batch, if its requests are the same
+    replaying on entering `with`, if its folder holds         returns the finished batch, if its requests are the same
               finished batches that were not given again yet
     writing   once all finished batches were given again      makes and measures the edit, and accepts or rejects it
-    stopped   when a batch is rejected                         raises InputError
+    stopped   when a batch is rejected                        raises InputError
     ========= =============================================== =========================================================
 
     A batch is *accepted* (its edit stays, and counts in `edit`, `keys` and `requests`) or *rejected* by the rule (it is
