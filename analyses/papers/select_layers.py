@@ -21,7 +21,7 @@ from typing import Any
 
 from mechedit import pipeline
 from mechedit.cli.parsing import load, sampled
-from mechedit.data import load_facts, load_requests, shipped
+from mechedit.data import load_facts, load_requests, tiny_data
 from mechedit.errors import InputError
 from mechedit.evaluation.scores import Summary
 from mechedit.figures import run_figures
@@ -193,7 +193,7 @@ def made_from(run: pipeline.RunFolder, given: argparse.Namespace) -> str:
         ("requests", given.requests, "requests.json" if given.requests == "tiny" else given.requests),
         ("texts", given.texts, "texts.txt" if given.texts == "tiny" else given.texts),
     ):
-        path = shipped(file) if source in ("known", "tiny") else Path(file)
+        path = tiny_data(file) if source in ("known", "tiny") else Path(file)
         rows.append([what, f"{source}, SHA-256 {file_hash(path)}" if path.is_file() else source])
     for step, names in (
         ("trace", ("samples", "noise", "corruption", "window", "seed")),

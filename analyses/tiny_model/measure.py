@@ -12,21 +12,22 @@ import json
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
 import mechedit as me
+import mechedit.models
 from analyses.tiny_model.almanac import Entry, make_entries, templates
 from mechedit.batching import pad
-from mechedit.data import shipped
 from mechedit.evaluation import EvaluationConfig
 from mechedit.files import write_json
 from mechedit.prompts import continuation_ids, encode
 from mechedit.provenance import file_hash
 
-TINY = shipped("config.json").parent
+TINY = Path(mechedit.models.__file__).parent / "tiny"
 
 
 @dataclass(frozen=True)

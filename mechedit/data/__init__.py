@@ -1,19 +1,19 @@
 """Facts to trace, requests to edit and running text: text only, no tokens.
 
 A fact is a subject, a prompt with one `{}` for it, and the object that completes the prompt (ROME §2). A
-request is the same with the object to write instead (MEMIT §4), and the prompts that judge the edit.
+request is the same with the object to write instead (MEMIT §4), and with the prompts that evaluate the edit.
 """
 
-from mechedit.data.checks import check_requests, conflicts, unique_ids
+from mechedit.data.checks import check_requests, check_unique_ids, conflicts
 from mechedit.data.facts import EditRequest, Fact, Neighbor, check_template, check_text, fill
-from mechedit.data.loading import load_facts, load_requests, shipped
-from mechedit.data.published_data import PUBLISHED
+from mechedit.data.loading import load_facts, load_requests, tiny_data
+from mechedit.data.published_data import PUBLISHED_DATASETS
 from mechedit.data.records import read_records
 from mechedit.data.reference_texts import Snippets, WordWeights, load_snippets, load_word_weights, texts_by_object
 from mechedit.data.texts import check_texts, load_texts, texts_hash
 
 __all__ = [
-    "PUBLISHED",
+    "PUBLISHED_DATASETS",
     "EditRequest",
     "Fact",
     "Neighbor",
@@ -23,6 +23,7 @@ __all__ = [
     "check_template",
     "check_text",
     "check_texts",
+    "check_unique_ids",
     "conflicts",
     "fill",
     "load_facts",
@@ -31,8 +32,7 @@ __all__ = [
     "load_texts",
     "load_word_weights",
     "read_records",
-    "shipped",
     "texts_by_object",
     "texts_hash",
-    "unique_ids",
+    "tiny_data",
 ]

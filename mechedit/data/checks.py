@@ -1,4 +1,4 @@
-"""What a batch of requests must satisfy: unique ids, and one object for each subject and relation."""
+"""Checks of a batch of requests: unique ids, and one object for each subject and relation."""
 
 from __future__ import annotations
 
@@ -17,57 +17,62 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
     """
     if not requests:
         raise InputError("no edit requests were found, expected at least one; check the requests file")
-    unique_ids((request.id for request in requests), "requests")
-    for other, request, key in conflicts(requests):
+    check_unique_ids((request.id for request in requests), "requests")
+    for earlier, request, key in conflicts(requests):
         raise InputError(
-            f"requests {other.id!r} and {request.id!r} conflict: both rewrite {key!r} of "
-            f"{request.subject!r}, to {other.target_new!r} and to {request.target_new!r}; expected one "
+            f"requests {earlier.id!r} and {request.id!r} conflict: both rewrite {key!r} of "
+            f"{request.subject!r}, to {earlier.target_new!r} and to {request.target_new!r}; expected one "
             f"object for each subject and relation: drop one of them, or read with "
             f'load_requests(…, conflicts="first")'
         )
 
 
 def conflicts(requests: Iterable[EditRequest]) -> Iterator[tuple[EditRequest, EditRequest, str]]:
-    """Each request that wants another object than the first about its subject and relation, or prompt.
+    """Yield each request that has another new object than the first with its subject and relation (or prompt).
 
     Yields:
         That first request, the one that conflicts with it, and the relation or prompt.
     """
-    wanted: dict[tuple[str, str], EditRequest] = {}
+    first_requests: dict[tuple[str, str], EditRequest] = {}
     for request in requests:
         for key in _keys(request):
-            other = wanted.setdefault((request.subject, key), request)
-            if _differ(other, request):
-                yield other, request, key
+            first = first_requests.setdefault((request.subject, key), request)
+            if _objects_differ(first, request):
+                yield first, request, key
 
 
 def without_conflicts(requests: Iterable[EditRequest]) -> tuple[list[EditRequest], list[EditRequest]]:
-    """The requests in their order without each that wants another object than one kept before it, and those."""
-    wanted: dict[tuple[str, str], EditRequest] = {}
-    kept: list[EditRequest] = []
-    left: list[EditRequest] = []
+    """Drop each request that conflicts with an earlier one that is not dropped itself.
+
+    Returns:
+        The remaining requests and the dropped ones, both in their order.
+    """
+    first_requests: dict[tuple[str, str], EditRequest] = {}
+    remaining: list[EditRequest] = []
+    dropped: list[EditRequest] = []
     for request in requests:
-        places = [(request.subject, key) for key in _keys(request)]
-        if any(_differ(wanted[place], request) for place in places if place in wanted):
-            left.append(request)
+        keys = [(request.subject, key) for key in _keys(request)]
+        if any(_objects_differ(first_requests[key], request) for key in keys if key in first_requests):
+            dropped.append(request)
         else:
-            wanted |= {place: request for place in places}
-            kept.append(request)
-    return kept, left
+            first_requests |= {key: request for key in keys}
+            remaining.append(request)
+    return remaining, dropped
 
 
-def _keys(request: EditRequest) -> set[str]:
-    return {key for key in (request.relation, request.prompt) if key is not None}
-
-
-def _differ(one: EditRequest, other: EditRequest) -> bool:
-    return one.target_new.strip() != other.target_new.strip()
-
-
-def unique_ids(ids: Iterable[str], what: str) -> None:
+def check_unique_ids(ids: Iterable[str], what: str) -> None:
     """Raise InputError when an id occurs twice."""
     seen: set[str] = set()
     for name in ids:
         if name in seen:
             raise InputError(f"two {what} have the id {name!r}, expected unique ids; rename or drop one")
         seen.add(name)
+
+
+def _keys(request: EditRequest) -> set[str]:
+    """The relation and the prompt, by either of which two requests may be about the same fact."""
+    return {key for key in (request.relation, request.prompt) if key is not None}
+
+
+def _objects_differ(first: EditRequest, second: EditRequest) -> bool:
+    return first.target_new.strip() != second.target_new.strip()

@@ -1,4 +1,4 @@
-"""Facts to insert from a CSV file, a fact a line (MEMIT Appendix E inserts facts newer than the model)."""
+"""Requests from a CSV file, one per line, such as facts newer than the model (MEMIT Appendix E inserts such)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PARAPHRASE = re.compile(r"paraphrase(_\d+)?")
 _CELL = r'(?:[^",]*| *"(?:[^"]|"")*")'
 _LINE = re.compile(rf"{_CELL}(?:,{_CELL})*")
 
-Row = tuple[str, dict[str, str]]
-"""The place of a line in the file, and its cells by column."""
+CsvRow = tuple[str, dict[str, str]]
+"""The location of a line, for messages, and its cells by column."""
 
 
 def read_csv(path: Path) -> list[EditRequest]:
@@ -32,19 +32,19 @@ def read_csv(path: Path) -> list[EditRequest]:
     byte-order mark at the start of the file. Cells are separated by commas, and each lies in one line.
 
     Raises:
-        InputError: no such file, or not UTF-8; a column missing, unknown or there twice; and, with the line: a
+        InputError: no such file, or not UTF-8; a column that is missing, unknown or given twice; and, with the line: a
             stray quote, too many or too few cells, an empty cell where text is needed, a bad prompt.
     """
-    return [_request(cells, where) for where, cells in _rows(path)]
+    return [_read_request(cells, location) for location, cells in _read_rows(path)]
 
 
-def _request(cells: dict[str, str], where: str) -> EditRequest:
+def _read_request(cells: dict[str, str], location: str) -> EditRequest:
     for name in REQUIRED:
         if not cells[name]:
-            raise InputError(f"{where}: the cell {name!r} is empty, expected text; fill it in or drop the line")
+            raise InputError(f"{location}: the cell {name!r} is empty, expected text; fill it in or drop the line")
     try:
         return EditRequest(
-            id=cells.get("id") or where.rpartition(" ")[2],
+            id=cells.get("id") or location.rpartition(" ")[2],
             subject=cells["subject"],
             prompt=cells["prompt"],
             target_new=cells["target_new"],
@@ -53,49 +53,52 @@ def _request(cells: dict[str, str], where: str) -> EditRequest:
             paraphrases=tuple(text for name, text in cells.items() if PARAPHRASE.fullmatch(name) and text),
         )
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{location}: {error}") from error
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    """The lines after the header, empty ones left out."""
-    lines = _lines(path)
-    where, header = next(lines, (f"{str(path)!r}", []))
-    _check_header(header, where)
-    for where, cells in lines:
+def _read_rows(path: Path) -> Iterator[CsvRow]:
+    """Yield the lines after the header, without empty ones."""
+    lines = _read_lines(path)
+    location, header = next(lines, (f"{str(path)!r}", []))
+    _check_header(header, location)
+    for location, cells in lines:
         if len(cells) != len(header):
             raise InputError(
-                f"{where} has {len(cells)} cells, expected {len(header)} ({', '.join(header)}); "
+                f"{location} has {len(cells)} cells, expected {len(header)} ({', '.join(header)}); "
                 f"put a cell that holds a comma in double quotes"
             )
-        yield where, dict(zip(header, cells, strict=True))
+        yield location, dict(zip(header, cells, strict=True))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+def _read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the location of each line that is not empty, and its cells."""
     for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
-        text, where = line.removesuffix("\r"), f"{str(path)!r}, line {number}"
+        text, location = line.removesuffix("\r"), f"{str(path)!r}, line {number}"
         if not text.strip():
             continue
         if not _LINE.fullmatch(text):
             raise InputError(
-                f"{where} has a stray quote: {text!r}; expected cells without quotes, or in a pair of double quotes "
-                f'with each inner one doubled, such as "the ""big"" one": mend that line'
+                f"{location} has a stray quote: {text!r}; expected cells without quotes, or in a pair of double quotes "
+                f'with each inner one doubled, such as "the ""big"" one": fix that line'
             )
         (cells,) = csv.reader([text], strict=True, skipinitialspace=True)
-        yield where, [cell.strip() for cell in cells]
+        yield location, [cell.strip() for cell in cells]
 
 
-def _check_header(header: list[str], where: str) -> None:
-    found = f"found: {', '.join(header) or 'nothing'}"
+def _check_header(header: list[str], location: str) -> None:
+    columns = f"found: {', '.join(header) or 'nothing'}"
     if missing := [name for name in REQUIRED if name not in header]:
         raise InputError(
-            f"{where} has no column {missing[0]!r} ({found}), expected a header with {', '.join(REQUIRED)}, "
+            f"{location} has no column {missing[0]!r} ({columns}), expected a header with {', '.join(REQUIRED)}, "
             f"separated by commas: add it"
         )
-    if twice := [name for name, count in Counter(header).items() if count > 1]:
-        raise InputError(f"{where} has the column {twice[0]!r} twice ({found}), expected each once: rename one")
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        raise InputError(
+            f"{location} has the column {repeated[0]!r} twice ({columns}), expected every column once: rename one"
+        )
     known = (*REQUIRED, *OPTIONAL)
     if unknown := [name for name in header if name not in known and not PARAPHRASE.fullmatch(name)]:
         raise InputError(
-            f"{where} has a column {unknown[0]!r} ({found}), expected {', '.join(known)}, paraphrase or "
+            f"{location} has a column {unknown[0]!r} ({columns}), expected {', '.join(known)}, paraphrase or "
             f"paraphrase_1, …: rename or drop it"
         )

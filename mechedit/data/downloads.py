@@ -1,7 +1,7 @@
-"""Files from the web: downloaded once, with progress; resumed when cut off; checked each time they are used.
+"""Files from the web: downloaded once, with progress; resumed after an interruption; checked at each use.
 
-In: an address, with the file's size and SHA-256 where they are known. Out: a path in the cache folder. A file whose
-hash is not known is trusted on first use: its hash is then written beside it, and later uses are held against that.
+In: a URL, with the file's size and SHA-256 where they are known. Out: a path in the cache folder. A file whose hash is
+not known is trusted on first use: its hash is then written beside it, and every later use is checked against that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from platformdirs import user_cache_dir
 from tqdm import tqdm
 
 from mechedit.errors import InputError
@@ -23,19 +24,20 @@ from mechedit.files import read_json, writable_folder, write_json
 from mechedit.provenance import VERSION, file_hash
 
 CACHE_VARIABLE = "MECHEDIT_CACHE"
-CHUNK = 1 << 18
-"""Bytes read at a time."""
+"""Environment variable with the path of the cache folder."""
+READ_BYTES = 1 << 18
+"""Bytes read from the server at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remote:
+class RemoteFile:
     """A file on the web."""
 
     url: str
     sha256: str | None = None
-    """None when it is not known: then the first download is trusted."""
+    """Expected hash in hex; None if it is not known: then the first download is trusted."""
     size: int | None = None
-    """In bytes; None when it is not known."""
+    """Expected size in bytes; None if it is not known."""
 
     @property
     def name(self) -> str:
@@ -44,122 +46,124 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class _Start:
-    """Where a download begins, and what the server says of the file."""
+class _Response:
+    """What a server's headers say about its answer and the file."""
 
     offset: int
-    """Bytes that need not be sent again."""
+    """Byte of the file at which the answer begins."""
     total: int | None
-    """Bytes of the whole file; None when the server does not say."""
+    """Size of the complete file in bytes; None if the server does not say."""
     validator: str | None
-    """The server's name for this version of the file; a rest is asked for only while it is the same."""
+    """The server's name for this version of the file; the rest is requested only if it has not changed."""
 
 
 def cache_folder() -> Path:
-    """$MECHEDIT_CACHE, else mechedit in $XDG_CACHE_HOME, else ~/.cache/mechedit."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "mechedit"
+    """The folder for downloads: $MECHEDIT_CACHE, else the operating system's (on Linux ~/.cache/mechedit)."""
+    if configured := os.environ.get(CACHE_VARIABLE):
+        return Path(configured).expanduser()
+    return Path(user_cache_dir("mechedit"))
 
 
-def fetch(remote: Remote, cache: str | Path | None = None, *, timeout: float = 30.0) -> Path:
-    """Path of a file, downloaded first when it is not in the cache; no network is needed when it is.
+def fetch(remote: RemoteFile, cache: str | Path | None = None, *, timeout: float = 30.0) -> Path:
+    """Path of a file in the cache, downloaded if it is not there; if it is, no network is needed.
 
-    What was read before an interrupt is kept as NAME.part, and the next call asks for the rest alone. A server that
-    does not send parts, or has another version by now, makes it start again. Several processes may ask at once.
+    Bytes read before an interruption are kept as NAME.part, and the next call requests only the rest. If the server
+    does not support that, or has another version by then, the download starts again. Several processes may fetch the
+    same file at once.
 
     Args:
         remote: the file.
-        cache: where it is kept; `cache_folder()` by default.
-        timeout: seconds without an answer after which the server is given up.
+        cache: folder for downloads; `cache_folder()` by default.
+        timeout: seconds without an answer after which the download fails.
 
     Raises:
-        InputError: the server cannot be reached, refuses, or ends early; the file's size or hash is not what it
-            should be, now or since it was downloaded; the folder cannot be written to.
+        InputError: the server cannot be reached, refuses, or ends early; the file's size or hash is not the expected
+            one, or not that of the first download; the folder cannot be written to.
     """
     path = Path(cache or cache_folder()) / remote.name
-    known = _known(remote, path)
-    if path.is_file() and known.sha256:
-        _check(path, known, f"remove {str(path)!r} and download it again")
+    expected = _expected(remote, path)
+    if path.is_file() and expected.sha256:
+        _check(path, expected, f"remove {str(path)!r} and download it again")
         return path
     with FileLock(writable_folder(path.parent) / f".{path.name}.lock"):
         if not path.is_file():
-            _read_anew(remote, path, timeout)
-        _check(path, _known(remote, path), f"remove {str(path)!r} and download it again")
-        if not _record(path).is_file():
-            about = {"url": remote.url, "size": path.stat().st_size, "sha256": file_hash(path)}
-            write_json(_record(path), about)
+            _download_and_check(remote, path, timeout)
+        _check(path, _expected(remote, path), f"remove {str(path)!r} and download it again")
+        if not _hash_file(path).is_file():
+            content = {"url": remote.url, "size": path.stat().st_size, "sha256": file_hash(path)}
+            write_json(_hash_file(path), content)
     return path
 
 
-def _read_anew(remote: Remote, path: Path, timeout: float) -> None:
-    """Download a file and put it in its place when it is what it should be."""
-    part = _download(remote, path, timeout)
+def _download_and_check(remote: RemoteFile, path: Path, timeout: float) -> None:
+    """Download a file, check it, and move it to its path."""
+    partial = _download(remote, path, timeout)
     try:
         _check(
-            part, _known(remote, path),
+            partial, _expected(remote, path),
             f"what was read is removed: try again. If that does not help, the published file has changed: to "
-            f"trust the new one, remove {str(_record(path))!r}",
+            f"trust the new one, remove {str(_hash_file(path))!r}",
         )  # fmt: skip
     except InputError:
-        _drop(part)
+        _remove_partial(partial)
         raise
-    part.replace(path)
+    partial.replace(path)
 
 
-def _record(path: Path) -> Path:
+def _hash_file(path: Path) -> Path:
+    """The file beside a download that holds its size and hash."""
     return path.with_name(f"{path.name}.sha256.json")
 
 
-def _known(remote: Remote, path: Path) -> Remote:
-    """What is known of a file: as registered, else as it was when first seen."""
-    file = _record(path)
+def _expected(remote: RemoteFile, path: Path) -> RemoteFile:
+    """The file with its size and hash: as given, else those of the first download, if there was one."""
+    file = _hash_file(path)
     if remote.sha256 or not file.is_file():
         return remote
-    seen = read_json(file)
-    if not isinstance(seen, dict) or not {"size", "sha256"} <= set(seen):
+    content = read_json(file)
+    if not isinstance(content, dict) or not {"size", "sha256"} <= set(content):
         raise InputError(f"{str(file)!r} does not say a size and sha256: remove it, to trust {path.name} as it is")
-    return replace(remote, sha256=seen["sha256"], size=seen["size"])
+    return replace(remote, sha256=content["sha256"], size=content["size"])
 
 
-def _check(content: Path, known: Remote, remedy: str) -> None:
-    """Hold a file's size and hash against what is known of it."""
-    for what, found, expected in (
-        ("bytes", content.stat().st_size, known.size),
-        ("SHA-256", file_hash(content) if known.sha256 else None, known.sha256),
+def _check(path: Path, expected: RemoteFile, remedy: str) -> None:
+    """Raise InputError when a file does not have the expected size and hash."""
+    for what, actual, value in (
+        ("bytes", path.stat().st_size, expected.size),
+        ("SHA-256", file_hash(path) if expected.sha256 else None, expected.sha256),
     ):
-        if expected is not None and found != expected:
-            raise InputError(f"{known.name} from {known.url} has {what} {found}, expected {expected}; {remedy}")
+        if value is not None and actual != value:
+            raise InputError(f"{expected.name} from {expected.url} has {what} {actual}, expected {value}; {remedy}")
 
 
-def _drop(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _about(part).unlink(missing_ok=True)
+def _remove_partial(partial: Path) -> None:
+    partial.unlink(missing_ok=True)
+    _version_file(partial).unlink(missing_ok=True)
 
 
-def _about(part: Path) -> Path:
-    """Which version of the remote file a part is of."""
-    return part.with_name(f"{part.name}.json")
+def _version_file(partial: Path) -> Path:
+    """The file beside a partial download that says of which version it is."""
+    return partial.with_name(f"{partial.name}.json")
 
 
-def _download(remote: Remote, path: Path, timeout: float) -> Path:
-    """Read the file, or the rest of it, to PATH.part."""
-    part = path.with_name(f"{path.name}.part")
+def _download(remote: RemoteFile, path: Path, timeout: float) -> Path:
+    """Read the file, or the rest of it, to PATH.part, and return that path."""
+    partial = path.with_name(f"{path.name}.part")
     try:
-        with _open(remote, part, timeout) as response:
-            start = _start(response)
-            expected = start.total if start.total is not None else remote.size
-            if remote.size is not None and expected != remote.size:
-                _drop(part)
+        with _open(remote, partial, timeout) as stream:
+            response = _read_headers(stream)
+            size = response.total if response.total is not None else remote.size
+            if remote.size is not None and size != remote.size:
+                _remove_partial(partial)
                 raise InputError(
-                    f"{remote.url} has {expected} bytes, expected {remote.size}; the published file has changed: "
+                    f"{remote.url} has {size} bytes, expected {remote.size}; the published file has changed: "
                     f"give the path of the one you want"
                 )
-            if not start.offset:
-                part.unlink(missing_ok=True)  # before the new version is noted: what is here may be of another
-            write_json(_about(part), {"url": remote.url, "validator": start.validator})
-            _write(response, part, start, expected, path.name)
+            if not response.offset:
+                # Before the new version is noted, since the bytes here may be of another one.
+                partial.unlink(missing_ok=True)
+            write_json(_version_file(partial), {"url": remote.url, "validator": response.validator})
+            _append(stream, partial, response.offset, size, path.name)
     except urllib.error.HTTPError as error:
         raise InputError(f"{remote.url} answers {error.code} ({error.reason}); {_by_hand(path)}") from error
     except (OSError, http.client.HTTPException) as error:
@@ -167,82 +171,90 @@ def _download(remote: Remote, path: Path, timeout: float) -> Path:
             f"cannot download {remote.url} ({getattr(error, 'reason', None) or error or type(error).__name__}); "
             f"try again, which goes on from what was read; {_by_hand(path)}"
         ) from error
-    size = part.stat().st_size
-    if expected is not None and size < expected:
+    n_read = partial.stat().st_size
+    if size is not None and n_read < size:
         raise InputError(
-            f"{remote.url} ended after {size} of {expected} bytes; try again, which goes on from there; "
-            f"{_by_hand(path)}"
+            f"{remote.url} ended after {n_read} of {size} bytes; try again, which goes on from there; {_by_hand(path)}"
         )
-    _about(part).unlink(missing_ok=True)
-    return part
+    _version_file(partial).unlink(missing_ok=True)
+    return partial
 
 
 def _by_hand(path: Path) -> str:
     return f"or put the file at {str(path)!r} yourself"
 
 
-def _open(remote: Remote, part: Path, timeout: float) -> Any:
-    """Ask for the rest of a file when some of this version of it is here, else for all of it."""
+def _open(remote: RemoteFile, partial: Path, timeout: float) -> Any:
+    """Request the rest of the file if a part of this version is here, else the complete file."""
     headers = {"User-Agent": f"mechedit/{VERSION}", "Accept-Encoding": "identity"}
-    resumed = _resumed(remote, part)
+    range_headers = _range_headers(remote, partial)
+    request = urllib.request.Request(remote.url, headers=headers | range_headers)
     try:
-        return urllib.request.urlopen(urllib.request.Request(remote.url, headers=headers | resumed), timeout=timeout)
+        return urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        # 416: there is no such rest, so what is here is of no use.
-        if error.code != 416 or not resumed:
+        # 416: the file has no such rest, so the part that is here is of no use.
+        if error.code != 416 or not range_headers:
             raise
     return urllib.request.urlopen(urllib.request.Request(remote.url, headers=headers), timeout=timeout)
 
 
-def _resumed(remote: Remote, part: Path) -> dict[str, str]:
-    """Headers that ask for the rest; a server whose file has changed since sends the whole (RFC 9110, 13.1.5)."""
-    if not part.is_file() or not part.stat().st_size or not _about(part).is_file():
+def _range_headers(remote: RemoteFile, partial: Path) -> dict[str, str]:
+    """Headers that request the rest; a server whose file has changed sends the complete file (RFC 9110, 13.1.5)."""
+    if not partial.is_file() or not partial.stat().st_size or not _version_file(partial).is_file():
         return {}
-    about = read_json(_about(part))
-    if about.get("url") != remote.url or not about.get("validator"):
+    version = read_json(_version_file(partial))
+    if version.get("url") != remote.url or not version.get("validator"):
         return {}
-    return {"Range": f"bytes={part.stat().st_size}-", "If-Range": about["validator"]}
+    return {"Range": f"bytes={partial.stat().st_size}-", "If-Range": version["validator"]}
 
 
-def _start(response: Any) -> _Start:
-    """Read from an answer's headers where it begins and how long the whole file is."""
-    headers = response.headers
+def _read_headers(stream: Any) -> _Response:
+    """Where an answer begins in the file, how long the complete file is, and which version it is."""
+    headers = stream.headers
     tag = headers.get("ETag")
     validator = tag if tag and not tag.startswith("W/") else headers.get("Last-Modified")
     length = headers.get("Content-Length")
-    if response.status != 206:
-        return _Start(0, int(length) if length and length.isdigit() else None, validator)
+    if stream.status != 206:
+        return _Response(0, int(length) if length and length.isdigit() else None, validator)
     # Content-Range: bytes FIRST-LAST/TOTAL
     span, _, total = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
     first = span.partition("-")[0]
     if not first.isdigit():
         raise http.client.HTTPException(f"a part without its place: {headers.get('Content-Range')!r}")
-    return _Start(int(first), int(total) if total.isdigit() else None, validator)
+    return _Response(int(first), int(total) if total.isdigit() else None, validator)
 
 
-def _write(response: Any, part: Path, start: _Start, total: int | None, name: str) -> None:
-    """Append what the server sends to the part, from where it begins."""
-    have = part.stat().st_size if start.offset else 0
-    if start.offset != have:
-        _drop(part)
-        raise http.client.HTTPException(f"what was sent begins at byte {start.offset}, expected {have}")
-    with part.open("ab" if have else "wb") as written:
-        bar = {"total": total, "initial": start.offset, "unit": "B", "unit_scale": True, "desc": f"downloading {name}"}
+def _append(stream: Any, partial: Path, offset: int, size: int | None, name: str) -> None:
+    """Append the answer's body to the partial download.
+
+    Args:
+        stream: the answer.
+        partial: path of the partial download.
+        offset: byte of the file at which the body begins.
+        size: size of the complete file, for the progress bar.
+        name: name of the file, for the progress bar.
+    """
+    n_present = partial.stat().st_size if offset else 0
+    if offset != n_present:
+        _remove_partial(partial)
+        raise http.client.HTTPException(f"what was sent begins at byte {offset}, expected {n_present}")
+    with partial.open("ab" if n_present else "wb") as file:
+        bar = {"total": size, "initial": offset, "unit": "B", "unit_scale": True, "desc": f"downloading {name}"}
         with tqdm(**bar, leave=False) as progress:
-            for chunk in _chunks(response):
-                written.write(chunk)
-                progress.update(len(chunk))
-        os.fsync(written.fileno())
+            for data in _blocks(stream):
+                file.write(data)
+                progress.update(len(data))
+        os.fsync(file.fileno())
 
 
-def _chunks(response: Any) -> Iterator[bytes]:
-    """The body in pieces; what came before a connection broke is given out too."""
+def _blocks(stream: Any) -> Iterator[bytes]:
+    """Yield the body piece by piece, including the bytes that came before the connection broke."""
     while True:
         try:
-            chunk = response.read(CHUNK)
+            data = stream.read(READ_BYTES)
         except http.client.IncompleteRead as error:
             yield error.partial
             return
-        if not chunk:
+        if not data:
             return
-        yield chunk
+        yield data

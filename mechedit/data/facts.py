@@ -1,4 +1,4 @@
-"""A fact to trace and a request to edit."""
+"""`Fact`: a fact to trace. `EditRequest`: a request to edit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from mechedit.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """One (subject, relation, object) with the prompt that asks for it."""
+    """One (subject, relation, object) triple, with a prompt that the object completes (ROME §2)."""
 
     id: str
+    """Unique name of the fact in its file."""
     subject: str
+    """Text that is put into the prompt."""
     prompt: str
     """Template with exactly one `{}` where the subject goes."""
     object: str
-    """What completes the prompt, without a leading space."""
+    """Text that completes the prompt, without a leading space."""
     relation: str | None = None
+    """Name of the relation, such as a Wikidata property."""
     foil: str | None = None
-    """Another object, for logit differences."""
+    """Another object, whose logit is subtracted from the object's in logit differences."""
 
     def __post_init__(self) -> None:
         check_template(self.prompt, f"fact {self.id!r}")
@@ -36,31 +39,40 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbor:
-    """A prompt about another subject with the same relation and true object: it must not change."""
+    """A prompt about another subject with the same relation and true object, whose answer must not change."""
 
     prompt: str
+    """Prompt with the subject filled in."""
     object: str
+    """The true object, without a leading space."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
-    """One edit to make, in CounterFact's terms."""
+    """One fact to write, and the prompts that evaluate the edit, named as in CounterFact."""
 
     id: str
+    """Unique name of the request in its file."""
     subject: str
+    """Text that is put into the prompt."""
     prompt: str
     """Template with exactly one `{}` where the subject goes."""
     target_new: str
+    """Object to write, without a leading space."""
     target_true: str | None = None
+    """Object that the edit replaces; needed for ES, PS and NS."""
     relation: str | None = None
+    """Name of the relation, such as a Wikidata property."""
     paraphrases: tuple[str, ...] = ()
+    """Other prompts for the same fact, with the subject filled in (for PS)."""
     neighbors: tuple[Neighbor, ...] = ()
+    """Prompts about other subjects with the same true object (for NS)."""
     attributes: tuple[str, ...] = ()
     """Prompts about subjects for which the new object is true (for RS)."""
     generations: tuple[str, ...] = ()
     """Prompts that start free text about the subject (for GE)."""
     target_id: str | None = None
-    """The data set's name of the new object (a Wikidata id): with the relation it finds the reference texts for RS."""
+    """Id of the new object in the data set (a Wikidata id), by which its reference texts for RS are looked up."""
 
     def __post_init__(self) -> None:
         check_template(self.prompt, f"request {self.id!r}")

@@ -1,4 +1,4 @@
-"""Read facts and requests, from a file or by name."""
+"""`load_facts` and `load_requests`: facts and requests from a file, or by the name of a data set."""
 
 from __future__ import annotations
 
@@ -6,36 +6,41 @@ import warnings
 from pathlib import Path
 from typing import Literal, get_args
 
-from mechedit.data.checks import check_requests, unique_ids, without_conflicts
+from mechedit.data.checks import check_requests, check_unique_ids, without_conflicts
 from mechedit.data.csv_requests import read_csv
 from mechedit.data.facts import EditRequest, Fact
-from mechedit.data.published_data import missing_source, published_files
-from mechedit.data.record_forms import UnclearSubjectError, is_mend, read_fact, read_request
-from mechedit.data.records import Record, read_records
+from mechedit.data.published_data import DatasetKind, dataset_files, missing_source_error
+from mechedit.data.record_formats import AmbiguousSubjectError, has_mend_format, read_fact, read_request
+from mechedit.data.records import JsonRecord, read_records
 from mechedit.errors import InputError, check_choice
 
 Conflicts = Literal["refuse", "first"]
 
 
 def load_facts(source: str | Path, *, cache: str | Path | None = None) -> list[Fact]:
-    """Read facts: `known` for those that ship with the tiny model, `known_1000` for ROME's known facts, or a path.
+    """Read facts to trace, from a file or by name.
 
-    A file holds one JSON object a line `{"id", "subject", "prompt", "object", "relation"?, "foil"?}`, or a
+    Names: `known` for the facts that ship with the tiny model; `known_1000` for ROME's known facts, downloaded once.
+    A file holds one JSON object per line `{"id", "subject", "prompt", "object", "relation"?, "foil"?}`, or a
     JSON list of them. Records of ROME's known-facts set (`known_id`, `template`, `attribute`) are accepted too.
+
+    Example:
+        >>> facts = load_facts("known")
+        >>> facts[0].text, facts[0].object
 
     Args:
         source: a name or a path.
-        cache: folder of downloads; by default `mechedit.data.downloads.cache_folder()`.
+        cache: folder for downloads; by default `mechedit.data.downloads.cache_folder()`.
 
     Raises:
         InputError: no such file; not JSON (the message names the line); a field missing or empty; a prompt
             without `{}` or with two; a repeated id; a download that failed.
     """
-    path = _path(source, "facts", {"known": "facts.jsonl"}, cache)
-    facts = [read_fact(record) for record in _records(path)]
+    path = _find_file(source, "facts", {"known": "facts.jsonl"}, cache)
+    facts = [read_fact(record) for record in _read_json(path)]
     if not facts:
-        raise InputError(f"{str(path)!r} holds no facts, expected one JSON object a line; check the file")
-    unique_ids((fact.id for fact in facts), "facts")
+        raise InputError(f"{str(path)!r} holds no facts, expected one JSON object per line; check the file")
+    check_unique_ids((fact.id for fact in facts), "facts")
     return facts
 
 
@@ -44,71 +49,80 @@ def load_requests(
 ) -> list[EditRequest]:
     """Read edit requests, from a file or by name.
 
-    Names: `tiny` for those that ship with the tiny model; `counterfact`, `multi_counterfact` and `zsre` are
-    downloaded once. A file is a CSV (`mechedit.data.csv_requests`), or a JSON list, or one JSON object a line, of
+    Names: `tiny` for the requests that ship with the tiny model; `counterfact`, `multi_counterfact` and `zsre` are
+    downloaded once. A file is a CSV (`mechedit.data.csv_requests`), or a JSON list, or one JSON object per line, of
 
     - CounterFact's records;
     - the short form `{"id", "subject", "prompt", "target_new", "target_true"?, "paraphrases"?, "neighbors"?}`;
     - EasyEdit's form, `prompt` with the subject filled in, `target_new`, `subject`, and `ground_truth`,
-      `rephrase_prompt`, `locality_prompt` with `locality_ground_truth` where they are there;
-    - MEND's zsRE, `subject`, `src`, `rephrase`, `answers`, `loc`, `loc_ans`. Records in which it is not clear where
-      the subject stands in `src` are left out, and a warning counts and names them.
+      `rephrase_prompt`, `locality_prompt` with `locality_ground_truth` where the record has them;
+    - MEND's zsRE, `subject`, `src`, `rephrase`, `answers`, `loc`, `loc_ans`. Records whose subject
+      does not stand in `src` exactly once are left out, and a warning counts and names them.
+
+    Example:
+        >>> requests = load_requests("tiny")
+        >>> requests = load_requests("facts.csv", conflicts="first")
 
     Args:
         source: a name or a path.
-        conflicts: requests that want different objects for one subject and relation (or prompt): `refuse` them, as
-            one edit cannot satisfy them, or keep the `first` and leave out the others, with a warning that counts
-            them. `counterfact` has such; `multi_counterfact` is the same without them.
-        cache: folder of downloads; by default `mechedit.data.downloads.cache_folder()`.
+        conflicts: how to treat requests with different new objects for one subject and relation (or prompt), which
+            no edit can satisfy: `refuse` them, or keep the `first` and leave out the others, with a warning that
+            counts them. `counterfact` has such requests; `multi_counterfact` is the same data set without them.
+        cache: folder for downloads; by default `mechedit.data.downloads.cache_folder()`.
 
     Raises:
         InputError: no such file; not JSON or CSV (the message names the line); a field missing or empty; a prompt
             without `{}` or with two; a repeated id; conflicting requests; a download that failed.
     """
     check_choice("conflicts", conflicts, get_args(Conflicts))
-    path = _path(source, "requests", {"tiny": "requests.json"}, cache)
+    path = _find_file(source, "requests", {"tiny": "requests.json"}, cache)
     requests, omitted = (read_csv(path), []) if path.suffix.lower() == ".csv" else _read_requests(path)
     if conflicts == "first":
-        requests, others = without_conflicts(requests)
-        omitted += [f"{request.id} (conflicts with another)" for request in others]
+        requests, dropped = without_conflicts(requests)
+        omitted += [f"{request.id} (conflicts with another)" for request in dropped]
     if omitted:
-        named = ", ".join(omitted[:10]) + (", …" if len(omitted) > 10 else "")
-        whole = len(requests) + len(omitted)
-        warnings.warn(f"{str(path)!r}: {len(omitted)} of {whole} requests are left out: {named}", stacklevel=2)
+        names = ", ".join(omitted[:10]) + (", …" if len(omitted) > 10 else "")
+        total = len(requests) + len(omitted)
+        warnings.warn(f"{str(path)!r}: {len(omitted)} of {total} requests are left out: {names}", stacklevel=2)
     check_requests(requests)
     return requests
 
 
-def shipped(name: str) -> Path:
-    """Path of a data file that ships beside the tiny model."""
+def tiny_data(name: str) -> Path:
+    """Path of a data file that ships with the tiny model: facts.jsonl, requests.json or texts.txt."""
     return Path(__file__).parent / "tiny" / name
 
 
-def _path(
-    source: str | Path, kind: Literal["facts", "requests"], own: dict[str, str], cache: str | Path | None
-) -> Path:
-    """Where the data lie: beside the tiny model, in the cache, or where the caller says."""
-    if str(source) in own:
-        return shipped(own[str(source)])
-    if downloaded := published_files(source, kind, cache):
+def _find_file(source: str | Path, kind: DatasetKind, tiny_files: dict[str, str], cache: str | Path | None) -> Path:
+    """Path of the data: a file that ships with the tiny model, a download in the cache, or the source itself.
+
+    Args:
+        source: a name or a path.
+        kind: which data sets are known by name.
+        tiny_files: names of data that ship with the tiny model, with their files.
+        cache: folder for downloads.
+    """
+    if str(source) in tiny_files:
+        return tiny_data(tiny_files[str(source)])
+    if downloaded := dataset_files(source, kind, cache):
         return downloaded[0]
     if not Path(source).exists():
-        raise missing_source(source, kind, ", ".join(own))
+        raise missing_source_error(source, kind, list(tiny_files))
     return Path(source)
 
 
-def _records(path: Path) -> list[Record]:
-    return [Record(fields, where, index) for index, (fields, where) in enumerate(read_records(path))]
+def _read_json(path: Path) -> list[JsonRecord]:
+    return [JsonRecord(fields, location, index) for index, (fields, location) in enumerate(read_records(path))]
 
 
 def _read_requests(path: Path) -> tuple[list[EditRequest], list[str]]:
-    """Requests of a JSON file, and which records of MEND's are left out since their subject has no clear place."""
-    found, unclear = [], []
-    for record in _records(path):
+    """Requests of a JSON file, and the names of MEND's records that are left out since their subject is ambiguous."""
+    requests, ambiguous = [], []
+    for record in _read_json(path):
         try:
-            found.append(read_request(record))
-        except UnclearSubjectError:
-            if not is_mend(record):
+            requests.append(read_request(record))
+        except AmbiguousSubjectError:
+            if not has_mend_format(record):
                 raise
-            unclear.append(f"{record.fields.get('case_id', record.index)} (no clear place for the subject)")
-    return found, unclear
+            ambiguous.append(f"{record.fields.get('case_id', record.index)} (no clear place for the subject)")
+    return requests, ambiguous

@@ -1,72 +1,80 @@
-"""Data sets that are known by name, and where they are published."""
+"""Data sets that can be loaded by name, and where they are published."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mechedit.data.downloads import Remote, fetch
+from mechedit.data.downloads import RemoteFile, fetch
 from mechedit.errors import InputError
 
-Kind = Literal["facts", "requests", "snippets", "word weights"]
+DatasetKind = Literal["facts", "requests", "snippets", "word weights"]
 
 ROME = "https://rome.baulab.info/data/dsets"
 MEMIT = "https://memit.baulab.info/data/dsets"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class PublishedDataset:
     """A data set on the web; its publishers state no hashes, so the first download is trusted."""
 
-    files: tuple[Remote, ...]
+    files: tuple[RemoteFile, ...]
     origin: str
-    """Who made it, for citing, and under which terms where they are stated."""
+    """Its authors, for citing, and its license where one is stated."""
 
 
 COUNTERFACT = "CounterFact, Meng et al. 2022 (ROME); MIT, with the code at github.com/kmeng01/rome"
 
-PUBLISHED: Mapping[tuple[Kind, str], Published] = {
-    ("facts", "known_1000"): Published(
-        files=(Remote(url=f"{ROME}/known_1000.json"),),
+PUBLISHED_DATASETS: Mapping[tuple[DatasetKind, str], PublishedDataset] = {
+    ("facts", "known_1000"): PublishedDataset(
+        files=(RemoteFile(url=f"{ROME}/known_1000.json"),),
         origin="facts that GPT-2 XL knows, Meng et al. 2022 (ROME); MIT, with the code at github.com/kmeng01/rome",
     ),
-    ("requests", "counterfact"): Published(files=(Remote(url=f"{MEMIT}/counterfact.json"),), origin=COUNTERFACT),
-    ("requests", "multi_counterfact"): Published(
-        files=(Remote(url=f"{MEMIT}/multi_counterfact.json"),),
+    ("requests", "counterfact"): PublishedDataset(
+        files=(RemoteFile(url=f"{MEMIT}/counterfact.json"),), origin=COUNTERFACT
+    ),
+    ("requests", "multi_counterfact"): PublishedDataset(
+        files=(RemoteFile(url=f"{MEMIT}/multi_counterfact.json"),),
         origin=f"{COUNTERFACT}; without conflicting records, Meng et al. 2023 (MEMIT)",
     ),
-    ("requests", "zsre"): Published(
-        files=(Remote(url=f"{MEMIT}/zsre_mend_eval.json"),),
+    ("requests", "zsre"): PublishedDataset(
+        files=(RemoteFile(url=f"{MEMIT}/zsre_mend_eval.json"),),
         origin="zsRE, Levy et al. 2017, as prepared by Mitchell et al. 2022 (MEND), with Natural Questions, "
         "Kwiatkowski et al. 2019",
     ),
-    ("snippets", "counterfact"): Published(
-        files=(Remote(url=f"{MEMIT}/attribute_snippets.json"),),
+    ("snippets", "counterfact"): PublishedDataset(
+        files=(RemoteFile(url=f"{MEMIT}/attribute_snippets.json"),),
         origin="texts of Wikipedia, gathered by Meng et al. 2022 (ROME)",
     ),
-    ("word weights", "counterfact"): Published(
-        files=(Remote(url=f"{MEMIT}/idf.npy"), Remote(url=f"{MEMIT}/tfidf_vocab.json")),
+    ("word weights", "counterfact"): PublishedDataset(
+        files=(RemoteFile(url=f"{MEMIT}/idf.npy"), RemoteFile(url=f"{MEMIT}/tfidf_vocab.json")),
         origin="TF-IDF over texts of Wikipedia, Meng et al. 2022 (ROME)",
     ),
 }
-"""By kind and name."""
+"""Data sets by kind and name."""
 
 
-def published_files(source: str | Path, kind: Kind, cache: str | Path | None = None) -> tuple[Path, ...]:
-    """The files of a data set known by name, downloaded where they are not in the cache; none for any other source.
+def dataset_files(source: str | Path, kind: DatasetKind, cache: str | Path | None = None) -> tuple[Path, ...]:
+    """Paths of a data set's files, downloaded if they are not in the cache; none if `source` is not a known name.
 
     Raises:
         InputError: a download failed, or a file is not what it was (`mechedit.data.downloads.fetch`).
     """
-    found = PUBLISHED.get((kind, str(source)))
-    return tuple(fetch(remote, cache) for remote in found.files) if found else ()
+    dataset = PUBLISHED_DATASETS.get((kind, str(source)))
+    return tuple(fetch(file, cache) for file in dataset.files) if dataset else ()
 
 
-def missing_source(source: str | Path, kind: Kind, shipped: str) -> InputError:
-    """What to say of a source that is neither a file nor a name."""
-    names = ", ".join([shipped, *(name for of, name in PUBLISHED if of == kind)])
+def missing_source_error(source: str | Path, kind: DatasetKind, tiny_names: Sequence[str]) -> InputError:
+    """The error for a source that is neither a file nor a known name.
+
+    Args:
+        source: what was given.
+        kind: which data sets were looked among.
+        tiny_names: names of data of this kind that ship with the tiny model.
+    """
+    names = ", ".join([*tiny_names, *(name for dataset_kind, name in PUBLISHED_DATASETS if dataset_kind == kind)])
     return InputError(
         f"cannot read the file {str(source)!r} (No such file or directory); expected an existing file, or one of "
         f"the names {names}: check the path"

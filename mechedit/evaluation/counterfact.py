@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mechedit.data import EditRequest, unique_ids
+from mechedit.data import EditRequest, check_unique_ids
 from mechedit.data.texts import texts_hash
 from mechedit.errors import InputError
 from mechedit.evaluation.baseline import Baseline
@@ -154,7 +154,7 @@ def check_asked(requests: Sequence[EditRequest]) -> None:
     """Raise InputError when there are no requests, or one id twice."""
     if not requests:
         raise InputError("no edit requests were found, expected at least one; check the requests file")
-    unique_ids((request.id for request in requests), "requests")
+    check_unique_ids((request.id for request in requests), "requests")
 
 
 def asked_of(

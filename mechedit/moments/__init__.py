@@ -1,7 +1,7 @@
 """Second moments E[k kᵀ] of the MLP keys over running text: what MEMIT preserves (§4.2, C₀ = λ·E[k kᵀ]).
 
-Texts and layers go in, one `SecondMoment` a layer comes out. One pass over the text serves all layers, as far as
-memory allows; it can be killed and goes on, and several processes can share the text.
+Texts and layers go in, one `SecondMoment` per layer comes out. One pass over the text serves all layers, as far as
+memory allows. A killed run can be resumed, and several processes can share the text.
 """
 
 from mechedit.moments.accumulator import MomentAccumulator

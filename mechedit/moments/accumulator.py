@@ -1,4 +1,4 @@
-"""Σ k kᵀ over tokens, gathered a batch at a time: products in float32 at least, their sum in float64."""
+"""Accumulates Σ k kᵀ over tokens, batch by batch: products in float32 at least, their sum in float64."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ from mechedit.errors import InputError
 from mechedit.moments.second_moment import SecondMoment
 
 STRIP = 256
-"""Rows of the sum that one product makes: only what lies on the diagonal and right of it is computed, so that
-3,072 × 3,072 takes 0.59 of the time of the whole product on two cores."""
+"""Rows of the sum computed by one product. Only the diagonal and what lies right of it is computed, so that
+3,072 × 3,072 takes 0.59 of the time of the full product on two cores."""
 
 
 class MomentAccumulator:
-    """Gathers Σ k kᵀ: products of a batch in float32 at least, their sum in float64; `result` divides."""
+    """Σ k kᵀ of one layer: `update` adds keys, `finalize` divides by their number.
+
+    The product of each batch is computed in float32 at least; the sum is kept in float64.
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        """Start with nothing gathered.
+        """Start with a sum of zero.
 
         Args:
             width: d_mlp.
-            device: where to keep the sum.
+            device: where the sum is kept.
         """
         self.total: Float[Tensor, "d_mlp d_mlp"] = torch.zeros(width, width, dtype=torch.float64, device=device)
-        """Right of the diagonal; what is left of it is not kept up."""
+        """Σ k kᵀ on the diagonal and right of it; entries left of the diagonal are not up to date."""
         self.count = 0
+        """Tokens in the sum."""
 
     def update(self, keys: Float[Tensor, "token d_mlp"]) -> MomentAccumulator:
         """Add the keys of some tokens."""
-        wide = keys.to(self.total.device, torch.promote_types(keys.dtype, torch.float32))
+        keys = keys.to(self.total.device, torch.promote_types(keys.dtype, torch.float32))
         for first in range(0, len(self.total), STRIP):
-            self.total[first : first + STRIP, first:] += wide[:, first : first + STRIP].T @ wide[:, first:]
+            self.total[first : first + STRIP, first:] += keys[:, first : first + STRIP].T @ keys[:, first:]
         self.count += len(keys)
         return self
 
     def add(self, total: Float[Tensor, "d_mlp d_mlp"], count: int) -> MomentAccumulator:
-        """Add what another has gathered."""
+        """Add the sum of another accumulator, over `count` tokens."""
         self.total += total.to(self.total.device)
         self.count += count
         return self
 
     @property
     def finite(self) -> bool:
-        """Whether no key has overflowed so far: one that has shows on the diagonal, Σ k²."""
+        """Whether no key has overflowed so far; an overflow shows on the diagonal, Σ k²."""
         return bool(torch.isfinite(self.total.diagonal()).all())
 
     def mean(self) -> Float[Tensor, "d_mlp d_mlp"]:
-        """Σ k kᵀ / count so far, symmetric to the bit."""
+        """Σ k kᵀ / count so far, exactly symmetric."""
         matrix = self.total / self.count
         for first in range(0, len(matrix), STRIP):
             strip = slice(first, first + STRIP)
@@ -60,8 +64,8 @@ class MomentAccumulator:
             matrix[first + STRIP :, strip] = matrix[strip, first + STRIP :].T
         return matrix
 
-    def result(self, layer: int, provenance: Mapping[str, Any]) -> SecondMoment:
-        """The mean over all tokens so far.
+    def finalize(self, layer: int, provenance: Mapping[str, Any]) -> SecondMoment:
+        """The mean over all tokens so far, as the second moment of a layer.
 
         Raises:
             InputError: fewer tokens than d_mlp (the matrix would be singular), or a value that is not finite.

@@ -1,14 +1,13 @@
-"""Checkpoints: one layer's sum over one process's shards, as far as it has come.
+"""Checkpoints: the running sum of one layer over the chunks that one process reads.
 
-A file a layer and share, `moments/parts/layer_L.shard_I_of_N.safetensors`, replaced whole each time. A killed run
-reads it and goes on from its place, adding the same batches in the same order.
+Each is a file of its own, `moments/parts/layer_L.shard_I_of_N.safetensors` for process I of N, replaced as a whole
+each time. A killed run loads it and goes on from its position, adding the same batches in the same order.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,107 +18,118 @@ from torch import Tensor
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
 from mechedit.moments.accumulator import MomentAccumulator
-from mechedit.moments.convergence import Convergence, Curve
-from mechedit.moments.second_moment import KEY
-from mechedit.moments.shards import START, Place, Share
+from mechedit.moments.chunks import START, Position, Rank
+from mechedit.moments.convergence import Convergence, ConvergenceTracker
+from mechedit.moments.second_moment import METADATA_KEY
 from mechedit.provenance import check_provenance
 
-SPENT = 0.02
-"""Most of the time that goes into writing checkpoints."""
 SAME_KEYS = ("model", "backend", "mechedit", "count")
-"""Another backend or release of mechedit, or another name for the same weights, gives the same keys."""
+"""Provenance that may differ: another backend or release, or another name of the same weights, gives the same keys."""
+PROGRESS_FIELDS = ("share", "place", "done", "read")
+"""Fields of a checkpoint's header that say how far it has come, and not what it is of."""
 
 
 @dataclass(kw_only=True, eq=False)
-class Part:
-    """One layer's sum over a share of the text."""
+class Checkpoint:
+    """One layer's sum over the chunks of one process, as far as it has come."""
 
     layer: int
-    share: Share
-    fitter: MomentAccumulator
+    rank: Rank
+    """Process whose chunks are summed."""
+    accumulator: MomentAccumulator
     provenance: Mapping[str, Any]
-    read: tuple[int, ...]
-    """Layers whose keys were read in the same runs: a run that reads others may round differently."""
-    place: Place = START
+    layers_read: tuple[int, ...]
+    """Layers whose keys are read in the same runs; reading others may round differently."""
+    position: Position = START
+    """Where to go on reading."""
     done: bool = False
-    curve: Curve | None = None
+    """Whether all chunks of the process are summed."""
+    tracker: ConvergenceTracker | None = None
+    """Convergence curve of the layer, if one is measured."""
 
     def save(self, folder: Path) -> Path:
-        """Write the checkpoint, atomically."""
-        path = part_path(folder, self.layer, self.share)
+        """Write the checkpoint atomically, and return its path."""
+        path = checkpoint_path(folder, self.layer, self.rank)
         header = {
             **self.provenance,
-            "layer": self.layer, "count": self.fitter.count, "share": self.share, "place": self.place,
-            "done": self.done, "read": self.read,
+            "layer": self.layer, "count": self.accumulator.count, "share": self.rank, "place": self.position,
+            "done": self.done, "read": self.layers_read,
         }  # fmt: skip
-        tensors = {"total": self.fitter.total}
-        if self.curve is not None:
-            rows = [[None if value != value else value for value in row] for row in self.curve.rows]
-            header["curve"] = {"rows": rows, "count": self.curve.count, "settings": self.curve.settings.plain()}
-            kept = {"keys": self.curve.keys, "matrix": self.curve.matrix, "update": self.curve.update}
-            tensors |= {name: tensor for name, tensor in kept.items() if tensor is not None}
-        write_tensors(path, tensors, KEY, header)
+        tensors = {"total": self.accumulator.total}
+        if self.tracker is not None:
+            # JSON holds no NaN.
+            rows = [[None if value != value else value for value in row] for row in self.tracker.changes]
+            settings = self.tracker.settings.as_json()
+            header["curve"] = {"rows": rows, "count": self.tracker.count, "settings": settings}
+            snapshot = {"keys": self.tracker.keys, "matrix": self.tracker.matrix, "update": self.tracker.update}
+            tensors |= {name: tensor for name, tensor in snapshot.items() if tensor is not None}
+        write_tensors(path, tensors, METADATA_KEY, header)
         return path
 
     def remove(self, folder: Path) -> None:
-        """Remove the checkpoint, and the folder when it is the last."""
-        part_path(folder, self.layer, self.share).unlink(missing_ok=True)
+        """Delete the checkpoint's file, and the folder of checkpoints when that is then empty."""
+        checkpoint_path(folder, self.layer, self.rank).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            part_path(folder, self.layer, self.share).parent.rmdir()
+            checkpoints_folder(folder).rmdir()
 
 
-def load_part(path: Path, device: torch.device | str, convergence: Convergence | None = None) -> Part:
-    """Read a checkpoint, with its curve when the settings of that are given.
+def load_checkpoint(path: Path, device: torch.device | str, convergence: Convergence | None = None) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: its file.
+        device: where its sum is kept.
+        convergence: settings of the convergence curve; without them the curve is not read.
 
     Raises:
-        InputError: it is absent, damaged or not a checkpoint.
+        InputError: the file is absent, damaged or not a checkpoint.
     """
-    tensors, header = read_tensors(path, KEY)
-    if "total" not in tensors or not {"layer", "count", "share", "place", "done", "read"} <= header.keys():
+    tensors, header = read_tensors(path, METADATA_KEY)
+    if "total" not in tensors or not {"layer", "count", *PROGRESS_FIELDS} <= header.keys():
         raise InputError(f"{str(path)!r} is not a checkpoint of mechedit moments; remove it")
-    own = ("share", "place", "done", "read", "curve", "layer", "count")
-    fitter = MomentAccumulator(len(tensors["total"]), device)
-    fitter.total, fitter.count = tensors["total"].to(device), header["count"]
-    part = Part(
+    accumulator = MomentAccumulator(len(tensors["total"]), device)
+    accumulator.total, accumulator.count = tensors["total"].to(device), header["count"]
+    fields = ("layer", "count", "curve", *PROGRESS_FIELDS)
+    checkpoint = Checkpoint(
         layer=header["layer"],
-        share=Share(*header["share"]),
-        fitter=fitter,
-        provenance={name: value for name, value in header.items() if name not in own},
-        read=tuple(header["read"]),
-        place=Place(*header["place"]),
+        rank=Rank(*header["share"]),
+        accumulator=accumulator,
+        provenance={name: value for name, value in header.items() if name not in fields},
+        layers_read=tuple(header["read"]),
+        position=Position(*header["place"]),
         done=header["done"],
     )
     if convergence is not None and "curve" in header:
-        part.curve = _curve(tensors, header["curve"], convergence, device)
-    return part
+        checkpoint.tracker = _load_tracker(tensors, header["curve"], convergence, device)
+    return checkpoint
 
 
-def _curve(
-    tensors: Mapping[str, Tensor], kept: Mapping[str, Any], settings: Convergence, device: torch.device | str
-) -> Curve:
-    curve = Curve(tensors["keys"], settings)
-    curve.count = kept["count"]
-    curve.rows = [[float("nan") if value is None else value for value in row] for row in kept["rows"]]
-    curve.matrix, curve.update = (
+def _load_tracker(
+    tensors: Mapping[str, Tensor], curve: Mapping[str, Any], settings: Convergence, device: torch.device | str
+) -> ConvergenceTracker:
+    tracker = ConvergenceTracker(tensors["keys"], settings)
+    tracker.count = curve["count"]
+    tracker.changes = [[float("nan") if value is None else value for value in row] for row in curve["rows"]]
+    tracker.matrix, tracker.update = (
         tensors[name].to(device) if name in tensors else None for name in ("matrix", "update")
     )
-    return curve
+    return tracker
 
 
-def parts_folder(folder: str | Path) -> Path:
+def checkpoints_folder(folder: str | Path) -> Path:
     """Where the checkpoints of a results folder lie."""
     return Path(folder) / "moments" / "parts"
 
 
-def part_path(folder: str | Path, layer: int, share: Share) -> Path:
-    """Where one checkpoint lies."""
-    return parts_folder(folder) / f"layer_{layer}.shard_{share.index}_of_{share.count}.safetensors"
+def checkpoint_path(folder: str | Path, layer: int, rank: Rank) -> Path:
+    """Path of one layer's and process's checkpoint in a results folder."""
+    return checkpoints_folder(folder) / f"layer_{layer}.shard_{rank.index}_of_{rank.world_size}.safetensors"
 
 
-def check_part(
+def check_checkpoint(
     header: Mapping[str, Any], provenance: Mapping[str, Any], convergence: Convergence | None, what: str
 ) -> None:
-    """Refuse a checkpoint of another model or text, or of another curve.
+    """Refuse a checkpoint of another model or text, or with another convergence curve.
 
     Raises:
         InputError: names the first field that differs.
@@ -127,36 +137,12 @@ def check_part(
     fields = {name: value for name, value in provenance.items() if name not in SAME_KEYS}
     remedy = "choose another --out, or pass --overwrite to begin anew"
     check_provenance(header, fields, what, remedy)
-    settings = None if convergence is None else convergence.plain()
+    settings = None if convergence is None else convergence.as_json()
     check_provenance({"convergence": header.get("curve", {}).get("settings")}, {"convergence": settings}, what, remedy)
 
 
-def clear_leftovers(folder: str | Path, layer: int, share: Share) -> None:
-    """Remove what a killed process left of a checkpoint that it was writing."""
-    path = part_path(folder, layer, share)
-    for left in path.parent.glob(f".{path.stem}.*{path.suffix}"):
-        left.unlink(missing_ok=True)
-
-
-class Checkpoints:
-    """Saves parts when it is time: after `every` seconds, and no more often than `SPENT` of the time allows."""
-
-    def __init__(self, folder: Path | None, every: float | int) -> None:
-        """Count from now.
-
-        Args:
-            folder: where to; None writes nothing.
-            every: seconds between two at least.
-        """
-        self.folder, self.every = folder, every
-        self.last, self.cost = time.monotonic(), 0.0
-
-    def tick(self, parts: Iterable[Part]) -> None:
-        """Save the parts if it is time."""
-        start = time.monotonic()
-        if self.folder is None or start - self.last < max(self.every, self.cost / SPENT):
-            return
-        for part in parts:
-            part.save(self.folder)
-        self.last = time.monotonic()
-        self.cost = self.last - start
+def remove_temporary_files(folder: str | Path, layer: int, rank: Rank) -> None:
+    """Remove the temporary file of a process that was killed while it wrote a checkpoint."""
+    path = checkpoint_path(folder, layer, rank)
+    for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
+        temporary.unlink(missing_ok=True)

@@ -1,27 +1,32 @@
-"""How to read the text, and within what bounds."""
+"""Settings of `collect_moments`: how the text is read, and within which limits of memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mechedit.errors import check_at_least, check_positive
+from mechedit.models import Model
 
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsConfig:
-    """How to read the text. Beyond rounding, none of it but the first two changes the result."""
+    """How to read the text. Only `max_length` and `tokens` change the result by more than rounding.
+
+    The model's own limit of tokens per text holds if it is lower than `max_length`. With a limit of `memory` (which is
+    compared with an estimate), batches shrink and layers are collected in several passes over the text. Checkpoints are
+    less frequent than `checkpoint_seconds` where writing them would take over 2 % of the time.
+    """
 
     max_length: int = 1024
-    """Tokens of a text that are read; the rest is dropped. The model's own limit holds if it is less."""
+    """Tokens read per text; the rest of a longer text is dropped."""
     tokens: int | None = None
-    """Stop after this many tokens (special ones not counted); None reads all texts."""
+    """Tokens read in all, without special tokens; by default all texts are read."""
     batch_tokens: int = 8192
-    """Tokens whose keys are held together, and most in one forward pass; less needs less memory."""
+    """Tokens per batch and per forward pass; fewer need less memory."""
     memory: float | int | None = None
-    """Most GiB that collecting may take beside the weights and the finished matrices (an estimate): with less,
-    batches shrink and the layers are collected in several passes."""
+    """GiB of memory to use at most, beside the weights and the finished matrices; no limit by default."""
     checkpoint_seconds: float | int = 60
-    """Least time between checkpoints; they are fewer where writing them would take over 2 % of the time."""
+    """Seconds between two checkpoints, at least."""
 
     def __post_init__(self) -> None:
         check_at_least("max_length", self.max_length, 1)
@@ -29,3 +34,7 @@ class MomentsConfig:
         check_at_least("batch_tokens", self.batch_tokens, 1)
         check_positive("memory", self.memory, "choose a number of GiB", optional=True)
         check_at_least("checkpoint_seconds", self.checkpoint_seconds, 0)
+
+    def text_length(self, model: Model) -> int:
+        """Tokens read per text: `max_length`, or the model's own limit if that is lower."""
+        return min(self.max_length, model.max_positions)

@@ -1,4 +1,4 @@
-"""Is the text enough? How a moment, and an update made with it, still changes as tokens are added."""
+"""Is the text long enough? Tracks how a second moment, and an update made with it, change as tokens are added."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from mechedit.batching import pad
 from mechedit.errors import InputError, check_at_least, check_positive
 from mechedit.models import Model
 from mechedit.moments.accumulator import MomentAccumulator
-from mechedit.moments.shards import Shard
+from mechedit.moments.chunks import Chunk
 from mechedit.solve import ridge_update
 
 COLUMNS = ["tokens", "layer", "matrix_change", "update_change"]
-PREFIX = 64
-"""Most tokens before a key that is drawn."""
+MAX_CONTEXT = 64
+"""Position of a drawn key in its text at most."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Convergence:
-    """What the curve measures: the change from one moment to that over at least twice as many tokens.
+    """Settings of the convergence curve: the change from one moment to that over at least twice as many tokens.
 
-    `matrix_change` is ‖M₂ − M₁‖ / ‖M₂‖ (Frobenius), `update_change` the same of (λM + K Kᵀ)⁻¹ K, which any
-    residuals R turn into the update of MEMIT Eq. 14. With independent documents and M₂ over exactly twice as many, M₂ −
-    M₁ has the variance of M₂ itself, so the last rows estimate how far the moment is from that of endless text.
+    `matrix_change` is ‖M₂ − M₁‖ / ‖M₂‖ (Frobenius); `update_change` is the same of (λM + K Kᵀ)⁻¹ K, which any
+    residuals R turn into the update of MEMIT Eq. 14. With independent documents and M₂ over exactly twice as many,
+    M₂ − M₁ has the variance of M₂ itself; so the last rows estimate how far the moment is from that of endless text.
     """
 
     weight: float | int = 15_000
-    """λ."""
+    """λ, the weight of the second moment in the update."""
     keys: Mapping[int, Tensor] | None = None
-    """K of each layer, [d_mlp, key]; None draws keys of the text."""
+    """K per layer, [d_mlp, key]; by default keys drawn from the text."""
     drawn: int = 32
-    """How many keys are drawn: each a random token of another of the first texts, at most 64 tokens in."""
+    """Number of keys drawn: each at a random token among the first 64 of a text, one per text."""
     seed: int = 0
-    """Of that draw."""
+    """Random seed of that draw."""
 
     def __post_init__(self) -> None:
         check_positive("the weight of the convergence curve", self.weight)
         check_at_least("drawn", self.drawn, 1)
 
-    def plain(self) -> dict[str, Any]:
-        """The settings as JSON holds them; keys stand by their hash."""
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON can hold them; keys are replaced by their hash."""
         if self.keys is None:
             return {"weight": self.weight, "drawn": self.drawn, "seed": self.seed}
         digest = hashlib.sha256()
@@ -56,12 +56,22 @@ class Convergence:
             digest.update(keys.detach().double().cpu().numpy().tobytes())
         return {"weight": self.weight, "keys": digest.hexdigest()}
 
-    def chosen(
-        self, model: Model, shard: Shard, together: list[int], layers: list[int]
+    def keys_of(
+        self, model: Model, chunk: Chunk, layers_read: list[int], layers: list[int]
     ) -> dict[int, Float[Tensor, "d_mlp key"]]:
-        """K of some layers: given, or drawn from the first shard of the text, where `together` are read at once."""
+        """K of some layers: the settings' own, or drawn from a chunk of the text.
+
+        Args:
+            model: model whose keys are drawn.
+            chunk: first chunk of the text.
+            layers_read: layers whose keys are drawn in one run.
+            layers: layers whose K is needed.
+
+        Raises:
+            InputError: the settings' own keys lack a layer, or have another width than the model's.
+        """
         if self.keys is None:
-            return draw_keys(model, shard, together, self.drawn, self.seed)
+            return draw_keys(model, chunk, layers_read, self.drawn, self.seed)
         for layer in layers:
             shape = tuple(self.keys[layer].shape) if layer in self.keys else None
             if shape is None or len(shape) != 2 or shape[0] != model.d_key:
@@ -71,46 +81,53 @@ class Convergence:
         return {layer: self.keys[layer].double() for layer in layers}
 
 
-class Curve:
-    """One layer's curve, as far as it has come; keeps the last snapshot alone."""
+class ConvergenceTracker:
+    """Measures one layer's convergence curve; keeps only the last snapshot of the moment."""
 
     def __init__(self, keys: Float[Tensor, "d_mlp key"], settings: Convergence) -> None:
-        """Start with no snapshot.
+        """Start without a snapshot.
 
         Args:
             keys: K of the layer.
             settings: what to measure.
         """
         self.keys, self.settings = keys, settings
-        self.rows: list[list[float]] = []
-        """Tokens, change of the matrix, change of the update."""
+        self.changes: list[list[float]] = []
+        """Per snapshot but the first: tokens, `matrix_change`, `update_change`."""
         self.count = 0
-        """Tokens of the last snapshot."""
+        """Tokens in the last snapshot."""
         self.matrix: Tensor | None = None
+        """The second moment in the last snapshot, in float32."""
         self.update: Tensor | None = None
+        """(λM + K Kᵀ)⁻¹ K in the last snapshot; None if that could not be solved."""
 
-    def watch(self, fitter: MomentAccumulator, *, final: bool = False) -> None:
-        """Take a snapshot when the tokens have doubled (the first at d_mlp), or are all there."""
-        due = fitter.count >= max(2 * self.count, len(fitter.total))
-        if not due and not (final and fitter.count > self.count > 0):
+    def track(self, accumulator: MomentAccumulator, *, final: bool = False) -> None:
+        """Take a snapshot if the tokens have doubled since the last one; the first is taken at d_mlp tokens.
+
+        Args:
+            accumulator: the sum so far.
+            final: whether it holds all tokens, which are worth a snapshot even if they have not doubled.
+        """
+        due = accumulator.count >= max(2 * self.count, len(accumulator.total))
+        if not due and not (final and accumulator.count > self.count > 0):
             return
-        matrix = fitter.mean()
-        update = unit_update(matrix, self.keys, self.settings.weight)
+        matrix = accumulator.mean()
+        update = identity_update(matrix, self.keys, self.settings.weight)
         if self.matrix is not None:
-            changes = (_change(self.matrix, matrix), _change(self.update, update))
-            self.rows.append([fitter.count, *changes])
-        self.count, self.matrix, self.update = fitter.count, matrix.float(), update
+            changes = (_relative_change(self.matrix, matrix), _relative_change(self.update, update))
+            self.changes.append([accumulator.count, *changes])
+        self.count, self.matrix, self.update = accumulator.count, matrix.float(), update
 
     def frame(self, layer: int) -> pd.DataFrame:
-        """The rows so far: `tokens, layer, matrix_change, update_change`."""
-        rows = [(int(tokens), layer, *changes) for tokens, *changes in self.rows]
+        """The curve so far: `tokens, layer, matrix_change, update_change`."""
+        rows = [(int(tokens), layer, *changes) for tokens, *changes in self.changes]
         return pd.DataFrame(rows, columns=COLUMNS).astype({"tokens": "int64", "layer": "int64"})
 
 
-def unit_update(
+def identity_update(
     matrix: Float[Tensor, "d_mlp d_mlp"], keys: Float[Tensor, "d_mlp key"], weight: float | int
 ) -> Float[Tensor, "d_mlp key"] | None:
-    """(λM + K Kᵀ)⁻¹ K: the ridge update for residuals I. None when M cannot be solved with, from too few tokens."""
+    """(λM + K Kᵀ)⁻¹ K: the ridge update for residuals I. None if M, over too few tokens, makes the system singular."""
     keys = keys.to(matrix)
     try:
         return ridge_update(keys, torch.eye(keys.shape[1]).to(matrix), matrix, weight).left
@@ -120,22 +137,22 @@ def unit_update(
 
 @torch.no_grad()
 def draw_keys(
-    model: Model, shard: Shard, layers: list[int], count: int, seed: int
+    model: Model, chunk: Chunk, layers: list[int], count: int, seed: int
 ) -> dict[int, Float[Tensor, "d_mlp key"]]:
-    """Keys of random tokens of a shard, at most one of a text."""
+    """Keys at random tokens of a chunk, at most one per text."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(shard.rows), generator=generator).tolist()
-    chosen = [shard.rows[i] for i in order[:count]]
-    ends = [int(torch.randint(min(len(ids), PREFIX), (), generator=generator)) + 1 for ids in chosen]
-    tokens = pad([ids[:end] for ids, end in zip(chosen, ends, strict=True)], model.tokenizer, model.device)
+    order = torch.randperm(len(chunk.sequences), generator=generator).tolist()
+    sequences = [chunk.sequences[i] for i in order[:count]]
+    ends = [int(torch.randint(min(len(ids), MAX_CONTEXT), (), generator=generator)) + 1 for ids in sequences]
+    tokens = pad([ids[:end] for ids, end in zip(sequences, ends, strict=True)], model.tokenizer, model.device)
     sites = {layer: model.key_site(layer) for layer in layers}
     run = model.run(tokens, read=list(sites.values()), stop_after=max(layers))
-    rows = torch.arange(len(chosen))
-    return {layer: run[site][rows, torch.tensor(ends) - 1].double().T.cpu() for layer, site in sites.items()}
+    index = torch.arange(len(sequences))
+    return {layer: run[site][index, torch.tensor(ends) - 1].double().T.cpu() for layer, site in sites.items()}
 
 
-def _change(before: Tensor | None, after: Tensor | None) -> float:
-    """‖after − before‖ / ‖after‖."""
+def _relative_change(before: Tensor | None, after: Tensor | None) -> float:
+    """‖after − before‖ / ‖after‖; NaN if one of them is missing."""
     if before is None or after is None:
         return float("nan")
     return float((after - before).norm() / after.norm())

@@ -1,4 +1,4 @@
-"""The curves of a results folder: moments/convergence.parquet."""
+"""The convergence curves of a results folder, in one file: moments/convergence.parquet."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from mechedit.tables import read_table, where
 
 
 @dataclass(frozen=True, eq=False)
-class CurveFile:
-    """The curves in a folder that were made alike; others are as if they were not there."""
+class ConvergenceFile:
+    """The curves in a folder that have the same provenance and settings; a file with others counts as absent."""
 
     folder: Path
+    """The results folder."""
     attrs: Mapping[str, Any]
-    """What the curves have in common: provenance and settings."""
+    """Provenance and settings that the curves have in common."""
 
-    def layer(self, layer: int) -> pd.DataFrame | None:
-        """The curve of one layer."""
-        found = self._found()
-        if found is None or layer not in set(found["layer"]):
+    def load(self, layer: int) -> pd.DataFrame | None:
+        """The curve of one layer; None if there is none."""
+        curves = self._read()
+        if curves is None or layer not in set(curves["layer"]):
             return None
-        return where(found, layer=layer).reset_index(drop=True)
+        return where(curves, layer=layer).reset_index(drop=True)
 
     def save(self, curve: pd.DataFrame, layer: int) -> None:
-        """Put the curve of one layer beside the others."""
-        found = self._found()
-        others = [] if found is None else [where(found, layer=other) for other in set(found["layer"]) - {layer}]
+        """Add the curve of one layer to the file, or replace it there."""
+        curves = self._read()
+        others = [] if curves is None else [curves.loc[curves["layer"] != layer, :]]
         frame = pd.concat([*others, curve]).sort_values(by=["layer", "tokens"], ignore_index=True)
         frame.attrs = {**self.attrs}
         write_parquet(curve_path(self.folder), frame)
 
-    def _found(self) -> pd.DataFrame | None:
+    def _read(self) -> pd.DataFrame | None:
         path = curve_path(self.folder)
-        found = read_table(path) if path.is_file() else None
-        return found if found is not None and found.attrs == self.attrs else None
+        curves = read_table(path) if path.is_file() else None
+        return curves if curves is not None and curves.attrs == self.attrs else None
 
 
 def curve_path(folder: str | Path) -> Path:
-    """Where the curves lie in a results folder."""
+    """Path of the convergence curves in a results folder."""
     return Path(folder) / "moments" / "convergence.parquet"

@@ -1,9 +1,9 @@
-"""What collecting takes, stated before it starts: the layers of each pass, its sums, a batch, the files."""
+"""Memory that collecting takes, estimated before it starts: the layers of each pass, sums, batches and files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mechedit.errors import InputError
 from mechedit.models import Model
@@ -12,31 +12,31 @@ from mechedit.moments.config import MomentsConfig
 
 GIB = 2**30
 HIDDEN_COPIES, MLP_COPIES, SCORE_COPIES = 12, 4, 3
-"""Activations of a block that are alive at once, in units of d_model, of d_mlp and of attention's scores."""
+"""Activations of a block that are in memory at once, in multiples of d_model, of d_mlp and of attention's scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsPlan:
-    """What collecting will take beside the weights; an estimate, in bytes."""
+    """Passes over the text, and an estimate of the bytes that collecting takes beside the weights."""
 
     passes: tuple[tuple[int, ...], ...]
-    """The layers that are collected together, each time in a pass over the text."""
+    """Layers per pass over the text."""
     batch_tokens: int
-    """Tokens whose keys are held together, and most in one forward pass."""
+    """Tokens per batch and per forward pass."""
     sums: int
-    """Of the largest pass, in float64, with what a product and a snapshot need."""
+    """Bytes of the float64 sums of the largest pass, and of what a product and a snapshot need."""
     batch: int
-    """The keys and activations of a batch."""
+    """Bytes of the keys and activations of a batch."""
     finished: int
-    """The matrices of all layers; as much disk is used when they are written."""
+    """Bytes of the finished matrices of all layers, in memory and again on disk when they are written."""
 
     @property
     def memory(self) -> int:
-        """Most that is taken at once, beside the finished matrices."""
+        """Bytes in use at once, beside the weights and the finished matrices."""
         return self.sums + self.batch
 
     def __str__(self) -> str:
-        layers = [layer for one in self.passes for layer in one]
+        layers = [layer for pass_layers in self.passes for layer in pass_layers]
         passes = "one pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
         return (
             f"second moments of layers {', '.join(map(str, layers))} in {passes} over the text: about "
@@ -49,63 +49,81 @@ class MomentsPlan:
 def plan_moments(
     model: Model, layers: Sequence[int], config: MomentsConfig | None = None, *, convergence: bool = False
 ) -> MomentsPlan:
-    """As few passes as `config.memory` allows, and then as large batches.
+    """Plan as few passes over the text as `config.memory` allows, and then as large batches as fit.
 
-    The sum of a layer takes 8·d_mlp² bytes. A batch keeps the keys of every layer of the pass, and one block's
-    activations, among them attention's scores.
+    The sum of a layer takes 8·d_mlp² bytes. A batch takes the keys of every layer of the pass and one block's
+    activations, including attention's scores.
+
+    Args:
+        model: model whose keys are collected.
+        layers: layers to collect.
+        config: limits of memory and of tokens per batch.
+        convergence: whether a convergence curve is measured too.
 
     Raises:
         InputError: not even one layer and one sequence fit.
     """
     config = config or MomentsConfig()
-    wanted = sorted(set(layers))
-    longest = min(config.max_length, model.max_positions)
-    least = replace(config, batch_tokens=min(config.batch_tokens, longest))
-
-    def need(together: int, tokens: int) -> int:
-        return sum_bytes(model, together, convergence) + batch_bytes(model, together, max(tokens, longest), longest)
-
-    together, tokens = len(wanted), config.batch_tokens
+    layers = sorted(set(layers))
+    n_layers, batch_tokens = len(layers), config.batch_tokens
+    length = config.text_length(model)
     if config.memory is not None:
-        most = int(config.memory * GIB)
-        fitting = [many for many in range(1, len(wanted) + 1) if need(many, least.batch_tokens) <= most]
-        if wanted and not fitting:
-            raise InputError(
-                f"memory is {config.memory} GiB, expected at least {need(1, least.batch_tokens) / GIB:.3g} GiB: one "
-                f"layer's sum takes {_gib(sum_bytes(model, 1, convergence))}, and a sequence of {longest} tokens "
-                f"{_gib(batch_bytes(model, 1, longest, longest))}; raise memory or lower max_length"
-            )
-        together = max(fitting, default=1)
-        each = batch_bytes(model, together, longest, longest) // longest
-        tokens = min(tokens, max(longest, (most - sum_bytes(model, together, convergence)) // each))
-    together = max(together, 1)
+        limit = int(config.memory * GIB)
+        n_layers = _layers_per_pass(model, len(layers), limit, config, convergence)
+        bytes_per_token = batch_bytes(model, n_layers, length, length) // length
+        fitting = (limit - sum_bytes(model, n_layers, convergence)) // bytes_per_token
+        batch_tokens = min(batch_tokens, max(length, fitting))
+    n_layers = max(n_layers, 1)
     return MomentsPlan(
-        passes=tuple(tuple(wanted[i : i + together]) for i in range(0, len(wanted), together)),
-        batch_tokens=tokens,
-        sums=sum_bytes(model, together, convergence),
-        batch=batch_bytes(model, together, max(tokens, longest), longest),
-        finished=len(wanted) * 8 * model.d_key**2,
+        passes=tuple(tuple(layers[i : i + n_layers]) for i in range(0, len(layers), n_layers)),
+        batch_tokens=batch_tokens,
+        sums=sum_bytes(model, n_layers, convergence),
+        batch=batch_bytes(model, n_layers, max(batch_tokens, length), length),
+        finished=len(layers) * 8 * model.d_key**2,
     )
 
 
-def sum_bytes(model: Model, layers: int, convergence: bool) -> int:
-    """The sums of some layers, one strip's product, and the one mean that is made or written at a time.
+def _layers_per_pass(model: Model, n_layers: int, limit: int, config: MomentsConfig, convergence: bool) -> int:
+    """How many of `n_layers` layers fit in `limit` bytes with the smallest batch."""
+    length = config.text_length(model)
 
-    With `convergence`, a float32 snapshot a layer, and one layer's factorization.
+    def needed(count: int) -> int:
+        return sum_bytes(model, count, convergence) + batch_bytes(model, count, length, length)
+
+    fitting = [count for count in range(1, n_layers + 1) if needed(count) <= limit]
+    if n_layers and not fitting:
+        raise InputError(
+            f"memory is {config.memory} GiB, expected at least {needed(1) / GIB:.3g} GiB: one "
+            f"layer's sum takes {_gib(sum_bytes(model, 1, convergence))}, and a sequence of {length} tokens "
+            f"{_gib(batch_bytes(model, 1, length, length))}; raise memory or lower max_length"
+        )
+    return max(fitting, default=1)
+
+
+def sum_bytes(model: Model, layers: int, convergence: bool) -> int:
+    """Bytes of the sums of some layers, of one strip's product, and of the one mean that is made at a time.
+
+    With `convergence`, also of a float32 snapshot per layer and of one layer's factorization.
     """
     square, strip = 8 * model.d_key**2, min(STRIP, model.d_key) * model.d_key * (4 + 8)
     snapshots = (layers * square // 2 + 2 * square) if convergence else 0
     return (layers + 1) * square + strip + snapshots
 
 
-def batch_bytes(model: Model, layers: int, tokens: int, longest: int) -> int:
-    """The keys of some layers for a batch, as they are computed and as they are kept, and a block's activations.
+def batch_bytes(model: Model, layers: int, tokens: int, length: int) -> int:
+    """Bytes of the keys of some layers for a batch, as computed and as buffered, and of one block's activations.
 
     One layer's keys are also there in float32.
+
+    Args:
+        model: model that is run.
+        layers: number of layers in the pass.
+        tokens: tokens in the batch.
+        length: tokens of its longest sequence.
     """
     size, heads = model.dtype.itemsize, model.hf.config.get_text_config().num_attention_heads
     keys = (2 * layers * size + 4) * model.d_key
-    block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + SCORE_COPIES * heads * longest)
+    block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + SCORE_COPIES * heads * length)
     return tokens * (keys + block)
 
 

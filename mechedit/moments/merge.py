@@ -1,4 +1,4 @@
-"""The parts that several processes left, added up: moments/parts → moments/layer_L.safetensors."""
+"""Adds up the sums that several processes left: moments/parts/* → moments/layer_L.safetensors."""
 
 from __future__ import annotations
 
@@ -9,98 +9,119 @@ from typing import Any
 
 from mechedit.errors import InputError
 from mechedit.files import read_header
-from mechedit.moments.checkpoints import SAME_KEYS, load_part, part_path, parts_folder
-from mechedit.moments.second_moment import KEY, SecondMoment, moment_path
-from mechedit.moments.shards import Share
+from mechedit.moments.checkpoints import (
+    PROGRESS_FIELDS,
+    SAME_KEYS,
+    checkpoint_path,
+    checkpoints_folder,
+    load_checkpoint,
+)
+from mechedit.moments.chunks import Rank
+from mechedit.moments.second_moment import METADATA_KEY, SecondMoment, moment_path
 from mechedit.provenance import check_provenance
 
-_NAME = re.compile(r"layer_(\d+)\.shard_(\d+)_of_(\d+)\.safetensors")
+_FILE_NAME = re.compile(r"layer_(?P<layer>\d+)\.shard_\d+_of_(?P<world_size>\d+)\.safetensors")
 
 
 def merge_moments(
     folder: str | Path, layers: Sequence[int] | None = None, *, overwrite: bool = False
 ) -> dict[int, SecondMoment]:
-    """Add up what `collect_shard` left in `folder`, write the moments, and remove the parts.
+    """Add up the sums that `collect_shard` left in `folder`, write the moments, and remove the sums' files.
 
-    The parts are added in their order. The result is that of one process up to the rounding of float64 sums.
+    Sums are added in the order of their ranks. The result is that of one process, up to the rounding of float64.
 
     Args:
         folder: the `out` of the processes.
-        layers: which; None merges all that there are parts of.
-        overwrite: replace moments of another provenance, instead of refusing.
+        layers: layers to merge; by default all that have files there.
+        overwrite: whether to replace moments of another provenance, instead of refusing them.
+
+    Returns:
+        The second moment of each layer.
 
     Raises:
-        InputError: a part is missing, not finished, or of another model or text; there are none; too few tokens.
+        InputError: a shard's sum is missing, not finished, or of another model or text; there are none; too few
+            tokens.
     """
-    shares = _shares(folder)
-    wanted = sorted(shares) if layers is None else sorted(set(layers))
-    if not wanted or not set(wanted) <= set(shares):
+    world_sizes = _world_sizes(folder)
+    layers_to_merge = sorted(world_sizes) if layers is None else sorted(set(layers))
+    if not layers_to_merge or not set(layers_to_merge) <= set(world_sizes):
         raise InputError(
-            f"{str(parts_folder(folder))!r} holds parts of the layers {sorted(shares)}, expected "
-            f"{'some' if layers is None else wanted}; collect them with mechedit moments --shard I/N"
+            f"{str(checkpoints_folder(folder))!r} holds parts of the layers {sorted(world_sizes)}, expected "
+            f"{'some' if layers is None else layers_to_merge}; collect them with mechedit moments --shard I/N"
         )
     # All is checked before anything is written.
-    headers = {layer: _check_parts(folder, layer, shares[layer]) for layer in wanted}
-    for layer in wanted:
-        check_alike(headers[layer], headers[wanted[0]], f"the part of layer {layer}", ("layer",))
+    headers = {layer: _checked_header(folder, layer, world_sizes[layer]) for layer in layers_to_merge}
+    for layer in layers_to_merge:
+        check_alike(headers[layer], headers[layers_to_merge[0]], f"the part of layer {layer}", ("layer",))
         if moment_path(folder, layer).exists() and not overwrite:
-            found = read_header(moment_path(folder, layer), KEY)
-            check_alike(found, headers[layer], f"{str(moment_path(folder, layer))!r}")
-    return {layer: _merged(folder, layer, shares[layer]) for layer in wanted}
+            header = read_header(moment_path(folder, layer), METADATA_KEY)
+            check_alike(header, headers[layer], f"{str(moment_path(folder, layer))!r}")
+    return {layer: _merge_layer(folder, layer, world_sizes[layer]) for layer in layers_to_merge}
 
 
-def _merged(folder: str | Path, layer: int, count: int) -> SecondMoment:
-    """Add, write, and remove the parts of one layer."""
-    whole = load_part(part_path(folder, layer, Share(0, count)), "cpu")
-    for index in range(1, count):
-        part = load_part(part_path(folder, layer, Share(index, count)), "cpu")
-        whole.fitter.add(part.fitter.total, part.fitter.count)
-    moment = whole.fitter.result(layer, whole.provenance)
+def _merge_layer(folder: str | Path, layer: int, world_size: int) -> SecondMoment:
+    """Add one layer's sums, write its moment, and remove the sums' files."""
+    first, *others = [Rank(index, world_size) for index in range(world_size)]
+    merged = load_checkpoint(checkpoint_path(folder, layer, first), "cpu")
+    for rank in others:
+        checkpoint = load_checkpoint(checkpoint_path(folder, layer, rank), "cpu")
+        merged.accumulator.add(checkpoint.accumulator.total, checkpoint.accumulator.count)
+    moment = merged.accumulator.finalize(layer, merged.provenance)
     moment.save(folder)
-    for index in range(count):
-        part_path(folder, layer, Share(index, count)).unlink()
-    whole.remove(Path(folder))
+    for rank in others:
+        checkpoint_path(folder, layer, rank).unlink()
+    merged.remove(Path(folder))
     return moment
 
 
-def _shares(folder: str | Path) -> dict[int, int]:
-    """For each layer, of how many processes there are parts."""
-    names = [_NAME.fullmatch(path.name) for path in sorted(parts_folder(folder).glob("layer_*.safetensors"))]
-    found: dict[int, set[int]] = {}
+def _world_sizes(folder: str | Path) -> dict[int, int]:
+    """For each layer, the number of processes that its sums are of."""
+    names = [_FILE_NAME.fullmatch(path.name) for path in sorted(checkpoints_folder(folder).glob("layer_*.safetensors"))]
+    sizes: dict[int, set[int]] = {}
     for name in names:
-        # One of one is the checkpoint of a process on its own.
-        if name is not None and int(name[3]) > 1:
-            found.setdefault(int(name[1]), set()).add(int(name[3]))
-    for layer, counts in found.items():
-        if len(counts) > 1:
+        # Process 0 of 1 is one on its own: its file is a checkpoint that nothing is merged with.
+        if name is not None and int(name["world_size"]) > 1:
+            sizes.setdefault(int(name["layer"]), set()).add(int(name["world_size"]))
+    for layer, layer_sizes in sizes.items():
+        if len(layer_sizes) > 1:
             raise InputError(
-                f"{str(parts_folder(folder))!r} holds parts of layer {layer} of {sorted(counts)} processes, expected "
-                f"those of one number; remove the others"
+                f"{str(checkpoints_folder(folder))!r} holds parts of layer {layer} of {sorted(layer_sizes)} processes, "
+                f"expected those of one number; remove the others"
             )
-    return {layer: min(counts) for layer, counts in found.items()}
+    return {layer: min(layer_sizes) for layer, layer_sizes in sizes.items()}
 
 
-def _check_parts(folder: str | Path, layer: int, count: int) -> Mapping[str, Any]:
-    """The header of a layer's first part, after all of them were found whole and alike."""
+def _checked_header(folder: str | Path, layer: int, world_size: int) -> Mapping[str, Any]:
+    """The header of a layer's first sum, after checking that all are there, finished and of one provenance."""
     first: Mapping[str, Any] = {}
-    for index in range(count):
-        path = part_path(folder, layer, Share(index, count))
-        state = "missing" if not path.exists() else "not finished" if not read_header(path, KEY).get("done") else ""
-        if state:
+    for index in range(world_size):
+        path = checkpoint_path(folder, layer, Rank(index, world_size))
+        header = read_header(path, METADATA_KEY) if path.exists() else None
+        state = "missing" if header is None else "not finished" if not header.get("done") else ""
+        if header is None or state:
             raise InputError(
-                f"the part {index}/{count} of layer {layer} is {state} ({str(path)!r}); collect it with "
-                f"mechedit moments --shard {index}/{count}"
+                f"the part {index}/{world_size} of layer {layer} is {state} ({str(path)!r}); collect it with "
+                f"mechedit moments --shard {index}/{world_size}"
             )
-        header = read_header(path, KEY)
         first = first or header
         check_alike(header, first, repr(str(path)))
     return first
 
 
 def check_alike(
-    found: Mapping[str, Any], expected: Mapping[str, Any], what: str, besides: tuple[str, ...] = ()
+    header: Mapping[str, Any], expected: Mapping[str, Any], what: str, besides: tuple[str, ...] = ()
 ) -> None:
-    """Refuse what was made with another model or text."""
-    own = (*SAME_KEYS, "share", "place", "done", "read", *besides)
-    fields = {name: value for name, value in expected.items() if name not in own}
-    check_provenance(found, fields, what, "remove what is of other settings, or collect it again")
+    """Refuse a file that was made with another model or text.
+
+    Args:
+        header: header of the file.
+        expected: header of the file that it must agree with.
+        what: name of the file for the message.
+        besides: fields that may differ too.
+
+    Raises:
+        InputError: names the first field that differs.
+    """
+    may_differ = (*SAME_KEYS, *PROGRESS_FIELDS, *besides)
+    fields = {name: value for name, value in expected.items() if name not in may_differ}
+    check_provenance(header, fields, what, "remove what is of other settings, or collect it again")

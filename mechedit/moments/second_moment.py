@@ -1,4 +1,4 @@
-"""What is collected: E[k kᵀ] of one layer, its file, and the checks before it is used."""
+"""`SecondMoment`: E[k kᵀ] of one layer, its file, and the checks before it is used."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from mechedit.models import Model
 from mechedit.provenance import check_provenance
 from mechedit.solve import Factor, NullSpace, factorize, null_space
 
-KEY = "provenance"
-"""Where the provenance lies in the file's metadata."""
+METADATA_KEY = "provenance"
+"""Key of the provenance in the file's metadata."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SecondMoment:
-    """E[k kᵀ] of one layer's keys, uncentered, and where it comes from."""
+    """E[k kᵀ] of one layer's keys: their uncentered covariance over running text, and where it comes from.
+
+    MEMIT's C₀ is λ times this matrix (§4.2).
+    """
 
     layer: int
-    """0-based."""
+    """Index of the layer, 0-based."""
     matrix: Float[Tensor, "d_mlp d_mlp"]
     """Mean of k kᵀ over tokens, in float64."""
     count: int
@@ -37,11 +40,11 @@ class SecondMoment:
     provenance: Mapping[str, Any]
     """Model, weights, tokenizer, dtype, texts and settings it was made with."""
     curve: pd.DataFrame | None = None
-    """How it settled while it was collected, when that was asked for: see `Convergence`."""
+    """How the moment converged while it was collected, if that was measured: see `Convergence`."""
 
     @functools.cached_property
     def factor(self) -> Factor:
-        """The matrix factored once, to be solved with by every method and setting that is given this moment.
+        """Cholesky factor of the matrix, computed once for all methods and settings that solve with this moment.
 
         Raises:
             InputError: it is not positive definite.
@@ -49,43 +52,53 @@ class SecondMoment:
         return factorize(self.matrix, what=f"the second moment of layer {self.layer}")
 
     def null_space(self, threshold: float | int) -> NullSpace:
-        """What old keys hardly use (`mechedit.solve.null_space`), found once for a threshold, as that is cubic work.
+        """Directions that old keys hardly use (`mechedit.solve.null_space`), computed once per threshold.
 
         Raises:
             InputError: as `mechedit.solve.null_space`.
         """
-        if threshold not in self._spaces:
-            self._spaces[threshold] = null_space(self.matrix, threshold)
-        return self._spaces[threshold]
+        if threshold not in self._null_spaces:
+            self._null_spaces[threshold] = null_space(self.matrix, threshold)
+        return self._null_spaces[threshold]
 
     @functools.cached_property
-    def _spaces(self) -> dict[float | int, NullSpace]:
+    def _null_spaces(self) -> dict[float | int, NullSpace]:
         return {}
 
     def save(self, folder: str | Path) -> None:
         """Write `folder`/moments/layer_L.safetensors, atomically."""
         path = moment_path(folder, self.layer)
-        write_tensors(path, {"matrix": self.matrix}, KEY, dict(self.provenance))
+        write_tensors(path, {"matrix": self.matrix}, METADATA_KEY, dict(self.provenance))
 
 
 def load_moments(folder: str | Path, layers: Sequence[int], model: Model | None = None) -> dict[int, SecondMoment]:
-    """Read the moments of `layers` from `folder`/moments; given a `model`, checked against it and put where it is.
+    """Read the moments of `layers` from `folder`/moments.
+
+    Args:
+        folder: results folder.
+        layers: layers to read.
+        model: if given, the moments are checked against it and put on its device.
 
     Raises:
         InputError: a file is absent, damaged, or of another model or layer; its matrix is of too few tokens or
             not finite.
     """
-    found = {layer: load_moment(folder, layer) for layer in layers}
+    moments = {layer: load_moment(folder, layer) for layer in layers}
     if model is None:
-        return found
-    check_moments(found, model)
-    # Where there is no float64 they stay on the CPU, and so does all that is solved with them.
+        return moments
+    check_moments(moments, model)
+    # MPS has no float64: there the moments stay on the CPU, and so does all that is solved with them.
     device = torch.device("cpu") if model.device.type == "mps" else model.device
-    return {layer: dataclasses.replace(moment, matrix=moment.matrix.to(device)) for layer, moment in found.items()}
+    return {layer: dataclasses.replace(moment, matrix=moment.matrix.to(device)) for layer, moment in moments.items()}
 
 
 def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> SecondMoment:
-    """Read and check the moment of one layer; `mapped` leaves the matrix in the file until it is needed.
+    """Read and check the moment of one layer.
+
+    Args:
+        folder: results folder.
+        layer: layer to read.
+        mapped: whether to leave the matrix in the file until it is used.
 
     Raises:
         InputError: as `load_moments`.
@@ -96,7 +109,7 @@ def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> Seco
             f"there is no {str(path)!r}, expected the second moment of layer {layer}; collect it with "
             f"mechedit moments --layers {layer}"
         )
-    tensors, header = read_tensors(path, KEY, mapped=mapped)
+    tensors, header = read_tensors(path, METADATA_KEY, mapped=mapped)
     if set(tensors) != {"matrix"} or header.get("layer") != layer or "count" not in header:
         raise InputError(f"{str(path)!r} is not the second moment of layer {layer}; collect it again")
     _check_matrix(tensors["matrix"], header["count"], repr(str(path)))
@@ -117,7 +130,7 @@ def check_moments(moments: Mapping[int, SecondMoment], model: Model) -> None:
 
 
 def moment_path(folder: str | Path, layer: int) -> Path:
-    """Where one layer's moment lies in a results folder."""
+    """Path of one layer's moment in a results folder."""
     return Path(folder) / "moments" / f"layer_{layer}.safetensors"
 
 

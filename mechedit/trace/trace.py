@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from mechedit.cache import kept
-from mechedit.data import Fact, unique_ids
+from mechedit.data import Fact, check_unique_ids
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.trace.cells import trace_group
@@ -123,7 +123,7 @@ def plan_trace(
         raise ValueError("parts cannot be kept with explicit noise: pass one of the two")
     if not facts:
         raise InputError("there are no facts to trace, expected at least one; check the facts file")
-    unique_ids((fact.id for fact in facts), "facts")
+    check_unique_ids((fact.id for fact in facts), "facts")
     for sever in config.severed:
         sever.through(model.n_layers)
     how = config.corrupted_by

@@ -218,7 +218,7 @@ def test_a_config_file_gives_values_and_the_command_line_wins(tmp_path, capsys):
 def test_the_steps_by_hand(tmp_path, traced, capsys):
     """Select, moments, edit, evaluate, apply: each reads what the one before it wrote."""
     requests = tmp_path / "requests.json"
-    requests.write_text(json.dumps(json.loads(me.facts.shipped("requests.json").read_text())[:3]))
+    requests.write_text(json.dumps(json.loads(me.data.tiny_data("requests.json").read_text())[:3]))
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(me.load_texts("tiny")[:200]))
     assert call("select", traced) == 0
@@ -409,7 +409,7 @@ def test_apply_writes_a_lora_adapter(tiny_edit, tmp_path, capsys):
 def small_inputs(tmp_path: Path) -> list[object]:
     """Options that make a sweep of the tiny model short."""
     requests, texts = tmp_path / "requests.json", tmp_path / "texts.txt"
-    requests.write_text(json.dumps(json.loads(me.facts.shipped("requests.json").read_text())[:40]))
+    requests.write_text(json.dumps(json.loads(me.data.tiny_data("requests.json").read_text())[:40]))
     texts.write_text("\n".join(me.load_texts("tiny")[:200]))
     return ["--requests", requests, "--texts", texts, "--validate-requests", 3, "--set", "steps=4"]
 

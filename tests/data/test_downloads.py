@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from mechedit import InputError, load_facts, load_requests
-from mechedit.data import published_data as published
-from mechedit.data.downloads import Remote, cache_folder, fetch
+from mechedit.data import published_data
+from mechedit.data.downloads import RemoteFile, cache_folder, fetch
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -61,10 +61,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _first(self, content):
         """Where the body begins: after what the client has, if that is of this version."""
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if not asked or self.headers.get("If-Range") != self.server.tag:
+        range_header = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if not range_header or self.headers.get("If-Range") != self.server.tag:
             return 0
-        return min(int(asked[1]), len(content))
+        return min(int(range_header[1]), len(content))
 
     def log_message(self, *_):
         pass
@@ -88,25 +88,25 @@ def names(folder):
 
 
 def test_a_file_is_downloaded_once_and_then_read_without_the_network(site, tmp_path):
-    remote = Remote(url=f"{site.url}/data.bin", sha256=SHA256, size=len(CONTENT))
+    remote = RemoteFile(url=f"{site.url}/data.bin", sha256=SHA256, size=len(CONTENT))
     path = fetch(remote, tmp_path)
     assert path.read_bytes() == CONTENT
     assert names(tmp_path) == ["data.bin", "data.bin.sha256.json"]
     site.shutdown()
     assert fetch(remote, tmp_path) == path
-    assert fetch(Remote(url=remote.url), tmp_path) == path
+    assert fetch(RemoteFile(url=remote.url), tmp_path) == path
     assert site.log == [(200, len(CONTENT))]
 
 
 def test_progress_is_shown_up_to_the_end(site, tmp_path, capsys):
-    fetch(Remote(url=f"{site.url}/data.bin"), tmp_path)
+    fetch(RemoteFile(url=f"{site.url}/data.bin"), tmp_path)
     shown = capsys.readouterr().err
     assert "downloading data.bin" in shown
     assert "1.02M" in shown
 
 
 def test_an_interrupted_download_goes_on_with_the_rest_alone(site, tmp_path):
-    remote = Remote(url=f"{site.url}/data.bin")
+    remote = RemoteFile(url=f"{site.url}/data.bin")
     site.cut = 600_000
     with pytest.raises(InputError, match=r"ended after 600000 of 1024000 bytes; try again, which goes on from there"):
         fetch(remote, tmp_path)
@@ -118,7 +118,7 @@ def test_an_interrupted_download_goes_on_with_the_rest_alone(site, tmp_path):
 
 
 def test_a_server_that_sends_no_parts_is_read_from_the_start(site, tmp_path):
-    remote = Remote(url=f"{site.url}/data.bin")
+    remote = RemoteFile(url=f"{site.url}/data.bin")
     site.cut, site.ranges = 600_000, False
     with pytest.raises(InputError, match="ended after"):
         fetch(remote, tmp_path)
@@ -130,7 +130,7 @@ def test_a_server_that_sends_no_parts_is_read_from_the_start(site, tmp_path):
 @pytest.mark.parametrize("tag", ['"two"', None])
 def test_a_part_of_another_version_is_not_continued(site, tmp_path, tag):
     """Joined, the two versions would be a file that nobody published; without a hash nothing else would tell."""
-    remote = Remote(url=f"{site.url}/data.bin")
+    remote = RemoteFile(url=f"{site.url}/data.bin")
     site.cut = 600_000
     if tag is None:
         site.tag = None  # no name for the version at all: never to be continued
@@ -143,14 +143,14 @@ def test_a_part_of_another_version_is_not_continued(site, tmp_path, tag):
 
 
 def test_a_wrong_hash_leaves_nothing(site, tmp_path):
-    remote = Remote(url=f"{site.url}/data.bin", sha256="0" * 64)
+    remote = RemoteFile(url=f"{site.url}/data.bin", sha256="0" * 64)
     with pytest.raises(InputError, match=rf"has SHA-256 {SHA256}, expected 0+; what was read is removed"):
         fetch(remote, tmp_path)
     assert names(tmp_path) == []
 
 
 def test_a_wrong_size_is_refused_before_it_is_read(site, tmp_path):
-    remote = Remote(url=f"{site.url}/data.bin", size=1000)
+    remote = RemoteFile(url=f"{site.url}/data.bin", size=1000)
     with pytest.raises(InputError, match=r"has 1024000 bytes, expected 1000; the published file has changed"):
         fetch(remote, tmp_path)
     assert names(tmp_path) == []
@@ -159,29 +159,29 @@ def test_a_wrong_size_is_refused_before_it_is_read(site, tmp_path):
 def test_a_body_shorter_than_announced_is_no_file(site, tmp_path):
     site.claimed = len(CONTENT) + 1
     with pytest.raises(InputError, match="ended after 1024000 of 1024001 bytes"):
-        fetch(Remote(url=f"{site.url}/data.bin"), tmp_path)
+        fetch(RemoteFile(url=f"{site.url}/data.bin"), tmp_path)
     assert not (tmp_path / "data.bin").exists()
 
 
 def test_a_missing_file_and_a_missing_server_are_named(site, tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.bin answers 404 .* or put the file at .*nowhere\.bin"):
-        fetch(Remote(url=f"{site.url}/nowhere.bin"), tmp_path)
+        fetch(RemoteFile(url=f"{site.url}/nowhere.bin"), tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = free.getsockname()[1]
     with pytest.raises(InputError, match=r"cannot download .*refused.* try again"):
-        fetch(Remote(url=f"http://127.0.0.1:{closed}/data.bin"), tmp_path)
+        fetch(RemoteFile(url=f"http://127.0.0.1:{closed}/data.bin"), tmp_path)
 
 
 def test_a_silent_server_is_given_up(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/data.bin"
         with pytest.raises(InputError, match=r"cannot download .*timed out"):
-            fetch(Remote(url=url), tmp_path, timeout=0.2)
+            fetch(RemoteFile(url=url), tmp_path, timeout=0.2)
 
 
 def test_without_a_known_hash_the_first_download_is_held_against_later_uses(site, tmp_path):
-    remote = Remote(url=f"{site.url}/data.bin")
+    remote = RemoteFile(url=f"{site.url}/data.bin")
     path = fetch(remote, tmp_path)
     about = json.loads((tmp_path / "data.bin.sha256.json").read_text())
     assert about == {"url": remote.url, "size": len(CONTENT), "sha256": SHA256}
@@ -199,14 +199,14 @@ def test_without_a_known_hash_the_first_download_is_held_against_later_uses(site
 
 def test_a_file_put_there_by_hand_is_taken_and_remembered(site, tmp_path):
     (tmp_path / "data.bin").write_bytes(b"mine")
-    remote = Remote(url=f"{site.url}/data.bin")
+    remote = RemoteFile(url=f"{site.url}/data.bin")
     assert fetch(remote, tmp_path).read_bytes() == b"mine"
     assert site.log == []
     (tmp_path / "data.bin").write_bytes(b"another")
     with pytest.raises(InputError, match="has bytes 7, expected 4"):
         fetch(remote, tmp_path)
     with pytest.raises(InputError, match="has SHA-256"):
-        fetch(Remote(url=remote.url, sha256=SHA256), tmp_path)
+        fetch(RemoteFile(url=remote.url, sha256=SHA256), tmp_path)
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -218,14 +218,14 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "home" / ".cache" / "mechedit"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "mechedit"
-    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("MECHEDIT_CACHE", str(tmp_path / "configured"))
+    assert cache_folder() == tmp_path / "configured"
 
 
 def published_at(site, monkeypatch, kind, name, file, content):
     site.files[f"/{file}"] = json.dumps(content).encode()
-    entry = published.Published(files=(Remote(url=f"{site.url}/{file}"),), origin="a test")
-    monkeypatch.setitem(published.PUBLISHED, (kind, name), entry)
+    entry = published_data.PublishedDataset(files=(RemoteFile(url=f"{site.url}/{file}"),), origin="a test")
+    monkeypatch.setitem(published_data.PUBLISHED_DATASETS, (kind, name), entry)
 
 
 def test_data_sets_are_read_by_name(site, tmp_path, monkeypatch):
@@ -242,8 +242,8 @@ def test_data_sets_are_read_by_name(site, tmp_path, monkeypatch):
 
 def test_every_published_file_has_a_name_of_its_own():
     """They share one folder."""
-    urls = {remote.url for entry in published.PUBLISHED.values() for remote in entry.files}
-    assert len({Remote(url=url).name for url in urls}) == len(urls) == 7
+    urls = {remote.url for entry in published_data.PUBLISHED_DATASETS.values() for remote in entry.files}
+    assert len({RemoteFile(url=url).name for url in urls}) == len(urls) == 7
     assert all(url.startswith("https://") for url in urls)
 
 

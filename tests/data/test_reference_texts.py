@@ -9,9 +9,8 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mechedit import EditRequest, InputError, load_snippets, load_word_weights
-from mechedit.data import published_data as published
-from mechedit.data import texts_by_object
-from mechedit.data.downloads import Remote
+from mechedit.data import published_data, texts_by_object
+from mechedit.data.downloads import RemoteFile
 
 TEXTS = ["Rome is in Italy", "Milan is in Italy too", "Paris is in France"]
 
@@ -29,19 +28,19 @@ def entry(relation, target, *texts):
 
 def test_texts_are_grouped_by_relation_and_object(tmp_path):
     content = [entry("P17", "Q38", *TEXTS[:1]), entry("P17", "Q142", TEXTS[2]), entry("P17", "Q38", TEXTS[1])]
-    found = load_snippets(snippets(tmp_path, [*content, entry("P17", "Q1")]))
-    assert found == {("P17", "Q38"): tuple(TEXTS[:2]), ("P17", "Q142"): (TEXTS[2],)}
+    loaded = load_snippets(snippets(tmp_path, [*content, entry("P17", "Q1")]))
+    assert loaded == {("P17", "Q38"): tuple(TEXTS[:2]), ("P17", "Q142"): (TEXTS[2],)}
 
 
 def test_requests_find_their_texts_by_the_id_of_the_new_object(tmp_path):
-    found = load_snippets(snippets(tmp_path, [entry("P17", "Q38", *TEXTS[:2])]))
+    loaded = load_snippets(snippets(tmp_path, [entry("P17", "Q38", *TEXTS[:2])]))
     base = {"subject": "Lyon", "prompt": "{} is in", "target_new": "Italy"}
     requests = [
         EditRequest(id="a", relation="P17", target_id="Q38", **base),
         EditRequest(id="b", relation="P17", target_id="Q142", **{**base, "target_new": "France"}),
         EditRequest(id="c", **{**base, "target_new": "Spain"}),
     ]
-    assert texts_by_object(found, requests) == {("P17", "Italy"): tuple(TEXTS[:2])}
+    assert texts_by_object(loaded, requests) == {("P17", "Italy"): tuple(TEXTS[:2])}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,7 @@ def release(tmp_path, idf=None, words=None):
     """What the published code writes of a fitted vectorizer."""
     fitted = TfidfVectorizer().fit(TEXTS)
     np.save(tmp_path / "idf.npy", fitted.idf_ if idf is None else idf, allow_pickle=True)
-    words = {word: int(place) for word, place in fitted.vocabulary_.items()} if words is None else words
+    words = {word: int(index) for word, index in fitted.vocabulary_.items()} if words is None else words
     (tmp_path / "tfidf_vocab.json").write_text(json.dumps(words))
     return fitted
 
@@ -74,8 +73,8 @@ def test_weights_are_those_of_the_fitted_vectorizer(tmp_path):
     assert weights.vocabulary == fitted.vocabulary_
     assert weights.idf.tolist() == fitted.idf_.tolist()
     # "is" is in all three texts, "italy" in two, "rome" in one: ln((1 + 3) / (1 + n)) + 1.
-    found = [weights.idf[weights.vocabulary[word]] for word in ("is", "italy", "rome")]
-    assert found == pytest.approx([1, 1 + np.log(4 / 3), 1 + np.log(2)])
+    idf = [weights.idf[weights.vocabulary[word]] for word in ("is", "italy", "rome")]
+    assert idf == pytest.approx([1, 1 + np.log(4 / 3), 1 + np.log(2)])
     again = TfidfVectorizer(vocabulary=weights.vocabulary)
     again.idf_ = weights.idf
     assert np.allclose(again.transform(["Rome is too"]).toarray(), fitted.transform(["Rome is too"]).toarray())
@@ -85,9 +84,9 @@ def test_weights_are_those_of_the_fitted_vectorizer(tmp_path):
     ("idf", "words", "message"),
     [
         (np.ones(3), {"a": 0, "b": 1}, r"holds 2 words and idf\.npy 3 numbers, expected as many"),
-        (np.ones(2), {"a": 0, "b": 0}, "gives two words the same place"),
-        (np.ones(2), {"a": 0, "b": 2}, "the place of 'b' is 2, expected 0 to 1"),
-        (np.ones(2), {"a": 0, "b": True}, "the place of 'b' is True"),
+        (np.ones(2), {"a": 0, "b": 0}, "gives two words the same index"),
+        (np.ones(2), {"a": 0, "b": 2}, "the index of 'b' is 2, expected 0 to 1"),
+        (np.ones(2), {"a": 0, "b": True}, "the index of 'b' is True"),
         (np.ones(2), ["a", "b"], "is a list, expected an object"),
         (np.ones((2, 2)), {"a": 0, "b": 1}, r"float64 of shape \(2, 2\), expected a vector"),
         (np.array([1, 2]), {"a": 0, "b": 1}, "holds int64"),
@@ -121,8 +120,12 @@ def test_by_name_they_are_those_in_the_cache(tmp_path, monkeypatch):
     snippets(tmp_path, [entry("P17", "Q38", *TEXTS[:2])])
     nowhere = "http://127.0.0.1:9"
     for kind, files in (("snippets", ["attribute_snippets.json"]), ("word weights", ["idf.npy", "tfidf_vocab.json"])):
-        remotes = tuple(Remote(url=f"{nowhere}/{file}") for file in files)
-        assert [remote.name for remote in published.PUBLISHED[kind, "counterfact"].files] == files
-        monkeypatch.setitem(published.PUBLISHED, (kind, "counterfact"), published.Published(files=remotes, origin=""))
+        remotes = tuple(RemoteFile(url=f"{nowhere}/{file}") for file in files)
+        assert [remote.name for remote in published_data.PUBLISHED_DATASETS[kind, "counterfact"].files] == files
+        monkeypatch.setitem(
+            published_data.PUBLISHED_DATASETS,
+            (kind, "counterfact"),
+            published_data.PublishedDataset(files=remotes, origin=""),
+        )
     assert len(load_snippets(cache=tmp_path)) == 1
     assert len(load_word_weights(cache=tmp_path).idf) == 8

@@ -41,7 +41,7 @@ def tokens() -> Tokens:
 
 def moment(width: int, seed: int = 0) -> Tensor:
     keys = torch.randn(400, width, generator=torch.Generator().manual_seed(seed))
-    return MomentAccumulator(width).update(keys).result(0, {}).matrix
+    return MomentAccumulator(width).update(keys).finalize(0, {}).matrix
 
 
 def moments(model: Any) -> dict[int, Tensor]:

@@ -358,6 +358,6 @@ def test_sweeps_and_sessions_need_no_moments(lively: Any, tmp_path: Path) -> Non
         for request in requests[:2]:
             session.write([request])
         # The second edit was made on the model that the first had left.
-        assert session.records[1].edit.manifest["model"]["weights_hash"] == session.records[0].weights_hash
+        assert session.batches[1].edit.manifest["model"]["weights_hash"] == session.batches[0].weights_hash
     assert session.edit.manifest["prefixes"] == ["{}"]
     assert identical(lively, before)

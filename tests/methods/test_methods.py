@@ -250,7 +250,7 @@ def test_rome_leaves_the_model_as_it_was(
 def test_rome_sees_through_a_norm(make_model: Any, family: str) -> None:
     model = make_model(family)
     config = config_of("rome", model)
-    gathered = {1: MomentAccumulator(96).update(torch.randn(400, 96)).result(1, {}).matrix}
+    gathered = {1: MomentAccumulator(96).update(torch.randn(400, 96)).finalize(1, {}).matrix}
     targets = find_targets(model, REQUESTS[:1], 1, ["{}"], config.targets)
     with edited(model, rome(model, REQUESTS[:1], [1], gathered, ["{}"], config, targets)):
         after = states(model, 1, "mlp_out", REQUESTS[:1])

@@ -27,7 +27,7 @@ from mechedit.targets import TargetConfig, Targets, find_targets
 
 def moment(seed: int = 0) -> Tensor:
     keys = torch.randn(400, 96, generator=torch.Generator().manual_seed(seed))
-    return MomentAccumulator(96).update(keys).result(0, {}).matrix
+    return MomentAccumulator(96).update(keys).finalize(0, {}).matrix
 
 
 MOMENTS = {layer: moment(layer) for layer in range(3)}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 import mechedit as me
+import mechedit.models
 from mechedit.batching import pad
-from mechedit.data import shipped
+from mechedit.data import tiny_data
 from mechedit.prompts import continuation_ids, encode
 from mechedit.provenance import file_hash
+
+FOLDER = Path(mechedit.models.__file__).parent / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def test_it_recalls_facts_and_paraphrases_and_not_by_chance(tiny):
 
 
 def test_paraphrases_and_training_text_share_no_opener():
-    texts = shipped("texts.txt").read_text(encoding="utf-8")
+    texts = tiny_data("texts.txt").read_text(encoding="utf-8")
     for request in me.load_requests("tiny"):
         for paraphrase in request.paraphrases:
             after = paraphrase.split(request.subject, 1)[1]
@@ -73,9 +77,9 @@ def test_paraphrases_and_training_text_share_no_opener():
 
 
 def test_the_card_names_these_weights_and_no_claim_fails():
-    card = shipped("README.md").read_text(encoding="utf-8")
-    assert file_hash(shipped("model.safetensors")) in card
-    measured = json.loads(shipped("measured.json").read_text())
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert file_hash(FOLDER / "model.safetensors") in card
+    measured = json.loads((FOLDER / "measured.json").read_text())
     assert len(measured) > 12
     assert all(line["holds"] for line in measured)
 
@@ -95,7 +99,7 @@ def test_it_never_makes_token_type_ids(tiny):
 
 
 def test_its_own_settings_are_used_when_none_are_given(tiny, lens_model):
-    shipped_settings = json.loads(shipped("editing.json").read_text())["memit"]
+    shipped_settings = json.loads((FOLDER / "editing.json").read_text())["memit"]
     config = me.recommended("memit", tiny)
     assert {name: getattr(config, name) for name in shipped_settings} == shipped_settings
     assert config != me.MemitConfig() == me.recommended("memit", lens_model)

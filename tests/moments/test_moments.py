@@ -44,21 +44,21 @@ def plain_sum(model: Any, layer: int, texts: list[str], special: bool = False) -
     return total / count, count
 
 
-def close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).norm() < 1e-5 * other.norm())
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return bool((actual - expected).norm() < 1e-5 * expected.norm())
 
 
 def test_equals_a_plain_sum_over_tokens(small_model: Any) -> None:
-    found = collect_moments(small_model, TEXTS, LAYERS)
+    moments = collect_moments(small_model, TEXTS, LAYERS)
     for layer in LAYERS:
         matrix, count = plain_sum(small_model, layer, TEXTS)
-        assert found[layer].count == count == found[layer].provenance["count"]
-        assert found[layer].matrix.dtype == torch.float64
-        assert close(found[layer].matrix, matrix)
+        assert moments[layer].count == count == moments[layer].provenance["count"]
+        assert moments[layer].matrix.dtype == torch.float64
+        assert close(moments[layer].matrix, matrix)
     with_special, more = plain_sum(small_model, 0, TEXTS, special=True)
-    assert more == found[0].count + 1
-    assert not close(found[0].matrix, with_special)
-    assert not close(found[0].matrix, found[2].matrix)
+    assert more == moments[0].count + 1
+    assert not close(moments[0].matrix, with_special)
+    assert not close(moments[0].matrix, moments[2].matrix)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
@@ -75,28 +75,28 @@ def test_padding_is_left_out_whatever_token_fills_it(make_hf: Any, tokenizer: An
     assert (bare.pad_token_id, bare.all_special_ids) == (None, [])
     model = load_model(make_hf("gpt2"), tokenizer=bare)
     texts = [TEXTS[0], TEXTS[1], TEXTS[3], TEXTS[4]]
-    found = collect_moments(model, texts, [1])[1]
-    assert found.count == sum(len(bare(text)["input_ids"]) for text in texts)
+    padded = collect_moments(model, texts, [1])[1]
+    assert padded.count == sum(len(bare(text)["input_ids"]) for text in texts)
     alone = collect_moments(model, texts, [1], MomentsConfig(batch_tokens=1))[1]
-    assert close(found.matrix, alone.matrix)
+    assert close(padded.matrix, alone.matrix)
 
 
-def test_fitter_gathers_in_parts_what_it_gathers_at_once() -> None:
+def test_keys_added_in_two_updates_give_the_same_as_in_one() -> None:
     keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    whole = MomentAccumulator(6).update(keys).result(0, {})
-    parts = MomentAccumulator(6).update(keys[:7]).update(keys[7:]).result(0, {})
-    assert torch.allclose(whole.matrix, parts.matrix, atol=1e-14)
-    assert torch.allclose(whole.matrix, (keys.double().T @ keys.double()) / 40)
-    assert whole.count == parts.count == 40
+    at_once = MomentAccumulator(6).update(keys).finalize(0, {})
+    in_two = MomentAccumulator(6).update(keys[:7]).update(keys[7:]).finalize(0, {})
+    assert torch.allclose(at_once.matrix, in_two.matrix, atol=1e-14)
+    assert torch.allclose(at_once.matrix, (keys.double().T @ keys.double()) / 40)
+    assert at_once.count == in_two.count == 40
 
 
 def test_a_moment_is_factored_once_for_all_that_solve_with_it() -> None:
     keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    moment = MomentAccumulator(6).update(keys).result(3, {})
+    moment = MomentAccumulator(6).update(keys).finalize(3, {})
     assert moment.factor is moment.factor
     right = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(moment.matrix @ moment.factor.solve(right), right)
-    dead = MomentAccumulator(6).update(keys * torch.tensor([1, 1, 1, 1, 1, 0])).result(3, {})
+    dead = MomentAccumulator(6).update(keys * torch.tensor([1, 1, 1, 1, 1, 0])).finalize(3, {})
     with pytest.raises(InputError, match="the second moment of layer 3"):
         _ = dead.factor
 
@@ -113,23 +113,23 @@ def test_length_and_budget_cut_the_text(lens_model: Any) -> None:
 
 
 def test_files_come_back_and_are_reused(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path)
+    collected = collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path)
     assert sorted(path.name for path in (tmp_path / "moments").iterdir()) == [
         "layer_0.safetensors",
         "layer_2.safetensors",
     ]
     loaded = load_moments(tmp_path, LAYERS, lens_model)
     for layer in LAYERS:
-        assert torch.equal(loaded[layer].matrix, made[layer].matrix)
-        assert loaded[layer].provenance == made[layer].provenance
-        assert loaded[layer].count == made[layer].count
+        assert torch.equal(loaded[layer].matrix, collected[layer].matrix)
+        assert loaded[layer].provenance == collected[layer].provenance
+        assert loaded[layer].count == collected[layer].count
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was run")
 
     monkeypatch.setattr(lens_model, "run", refuse)
     again = collect_moments(lens_model, TEXTS, [0], MomentsConfig(batch_tokens=99), out=tmp_path)
-    assert torch.equal(again[0].matrix, made[0].matrix)
+    assert torch.equal(again[0].matrix, collected[0].matrix)
     with pytest.raises(AssertionError, match="was run"):
         collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path)
 
@@ -217,10 +217,10 @@ def test_texts_are_read_from_data_sets(monkeypatch: pytest.MonkeyPatch, lens_mod
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    asked: list[tuple[str, str | None]] = []
+    loaded: list[tuple[str, str | None]] = []
 
     def load(name: str, configuration: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, configuration))
+        loaded.append((name, configuration))
         assert split == "train"
         if name == "absent":
             raise DatasetNotFoundError("no such thing\nsecond line")
@@ -230,14 +230,14 @@ def test_texts_are_read_from_data_sets(monkeypatch: pytest.MonkeyPatch, lens_mod
     monkeypatch.setattr(datasets, "load_dataset", load)
     texts = load_texts("wiki:raw-v1")
     assert not isinstance(texts, list), "the data set stays on disk until it is read"
-    found, plain = collect_moments(lens_model, texts, [0])[0], collect_moments(lens_model, TEXTS, [0])[0]
-    assert found.count == plain.count
-    assert found.provenance == plain.provenance
-    assert close(found.matrix, plain.matrix)
+    from_data_set, from_list = collect_moments(lens_model, texts, [0])[0], collect_moments(lens_model, TEXTS, [0])[0]
+    assert from_data_set.count == from_list.count
+    assert from_data_set.provenance == from_list.provenance
+    assert close(from_data_set.matrix, from_list.matrix)
     load_texts("wikitext")
     load_texts("wikimedia/wikipedia")
     load_texts("wikitext:wikitext-2-raw-v1")
-    assert asked == [
+    assert loaded == [
         ("wiki", "raw-v1"),
         ("Salesforce/wikitext", "wikitext-103-raw-v1"),
         ("wikimedia/wikipedia", "20231101.en"),

@@ -23,7 +23,7 @@ from mechedit.moments import (
     load_moments,
     plan_moments,
 )
-from mechedit.moments.convergence import Curve, unit_update
+from mechedit.moments.convergence import ConvergenceTracker, identity_update
 from mechedit.moments.memory import GIB
 
 SENTENCES = [
@@ -37,9 +37,9 @@ LAYERS = [0, 1, 2]
 
 
 @pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mechedit.moments.shards.SHARD", 4)
-    monkeypatch.setattr("mechedit.moments.collect.SHARD", 4)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechedit.moments.chunks.CHUNK_SIZE", 4)
+    monkeypatch.setattr("mechedit.moments.text_pass.CHUNK_SIZE", 4)
 
 
 def refuse(*args: Any, **kwargs: Any) -> None:
@@ -53,7 +53,7 @@ def gib(size: int) -> float:
 def test_memory_decides_the_passes_and_not_the_result(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = collect_moments(lens_model, TEXTS, LAYERS)
+    in_one_pass = collect_moments(lens_model, TEXTS, LAYERS)
     free = plan_moments(lens_model, LAYERS)
     assert (free.passes, free.batch_tokens) == (((0, 1, 2),), 8192)
     least = [plan_moments(lens_model, LAYERS[:many], MomentsConfig(batch_tokens=64)).memory for many in (1, 2, 3)]
@@ -73,9 +73,11 @@ def test_memory_decides_the_passes_and_not_the_result(
         assert 64 <= plan.batch_tokens < 128
         stops.clear(), rows.clear()
         out = tmp_path / str(many)
-        for found in (collect_moments(lens_model, TEXTS, LAYERS, config, out), load_moments(out, LAYERS, lens_model)):
+        for moments in (collect_moments(lens_model, TEXTS, LAYERS, config, out), load_moments(out, LAYERS, lens_model)):
             for layer in LAYERS:
-                assert (found[layer].matrix - whole[layer].matrix).norm() < 1e-6 * whole[layer].matrix.norm()
+                assert (moments[layer].matrix - in_one_pass[layer].matrix).norm() < 1e-6 * in_one_pass[
+                    layer
+                ].matrix.norm()
         assert sorted(set(stops)) == [layers[-1] for layers in passes], "a pass stops after its own last layer"
         assert len(set(stops)) * len(rows) // len(passes) == len(rows)
         assert max(rows) <= plan.batch_tokens
@@ -148,11 +150,11 @@ def test_half_precision_keys_are_multiplied_in_float32(dtype: torch.dtype) -> No
 
 def test_a_hundred_million_tokens_lose_nothing() -> None:
     """A sum of 10⁸ ones in steps of 10⁴: exact here, and no longer growing in float32 with steps of one."""
-    fitter = MomentAccumulator(1)
+    accumulator = MomentAccumulator(1)
     keys = torch.ones(10_000, 1)
     for _ in range(10_000):
-        fitter.update(keys)
-    assert fitter.total.item() == fitter.count == 100_000_000
+        accumulator.update(keys)
+    assert accumulator.total.item() == accumulator.count == 100_000_000
     assert torch.tensor(2.0**24) + 1 == 2.0**24
 
 
@@ -162,14 +164,15 @@ def test_the_change_estimates_the_error() -> None:
     root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     true, errors, changes = root.T @ root, [], []
     for _ in range(60):
-        curve, fitter = Curve(torch.ones(12, 1, dtype=torch.float64), Convergence()), MomentAccumulator(12)
+        tracker = ConvergenceTracker(torch.ones(12, 1, dtype=torch.float64), Convergence())
+        accumulator = MomentAccumulator(12)
         for _ in range(8):
-            fitter.update(torch.randn(100, 12, generator=generator, dtype=torch.float64) @ root)
-            curve.watch(fitter)
-        assert [row[0] for row in curve.rows] == [200, 400, 800]
-        matrix = fitter.mean()
+            accumulator.update(torch.randn(100, 12, generator=generator, dtype=torch.float64) @ root)
+            tracker.track(accumulator)
+        assert [row[0] for row in tracker.changes] == [200, 400, 800]
+        matrix = accumulator.mean()
         errors.append(float((matrix - true).norm() / matrix.norm()))
-        changes.append([row[1] for row in curve.rows])
+        changes.append([row[1] for row in tracker.changes])
     squares = torch.tensor(changes).square().mean(0)
     assert float(squares[2].sqrt()) == pytest.approx(float(torch.tensor(errors).square().mean().sqrt()), rel=0.1)
     assert float(squares[0] / squares[2]) == pytest.approx(4, rel=0.25), "and falls as the root of the tokens"
@@ -180,22 +183,22 @@ def test_the_update_is_that_of_the_ridge_system() -> None:
     root = torch.randn(30, 12, generator=generator, dtype=torch.float64)
     matrix, keys = root.T @ root / 30, torch.randn(12, 3, generator=generator, dtype=torch.float64)
     expected = torch.linalg.solve(7 * matrix + keys @ keys.T, keys)
-    torch.testing.assert_close(unit_update(matrix, keys, 7), expected, rtol=1e-10, atol=1e-12)
-    assert unit_update(torch.zeros(12, 12, dtype=torch.float64), keys, 7) is None
+    torch.testing.assert_close(identity_update(matrix, keys, 7), expected, rtol=1e-10, atol=1e-12)
+    assert identity_update(torch.zeros(12, 12, dtype=torch.float64), keys, 7) is None
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_chunks")
 def test_the_curve_compares_moments_that_could_have_been_collected(lens_model: Any, tmp_path: Path) -> None:
     settings = Convergence(weight=10, drawn=3, seed=5)
-    found = collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path, convergence=settings)
+    moments = collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path, convergence=settings)
     frame = pd.read_parquet(curve_path(tmp_path))
     assert list(frame.columns) == ["tokens", "layer", "matrix_change", "update_change"]
     assert frame.attrs["settings"] == {"weight": 10, "drawn": 3, "seed": 5}
     for layer in LAYERS:
         rows = frame[frame["layer"] == layer].reset_index(drop=True)
-        assert rows.equals(found[layer].curve)
+        assert rows.equals(moments[layer].curve)
         tokens = rows["tokens"].tolist()
-        assert tokens[-1] == found[layer].count
+        assert tokens[-1] == moments[layer].count
         assert len(tokens) >= 3
         assert all(after >= 2 * before for before, after in pairwise(tokens[:-1]))
         before, after = (
@@ -207,21 +210,21 @@ def test_the_curve_compares_moments_that_could_have_been_collected(lens_model: A
     assert collect_moments(lens_model, TEXTS, LAYERS)[0].curve is None
 
 
-@pytest.mark.usefixtures("small_shards")
+@pytest.mark.usefixtures("small_chunks")
 def test_a_curve_is_reused_or_made(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path)
-    made = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence())
-    assert torch.equal(made[0].matrix, plain[0].matrix)
+    with_curve = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence())
+    assert torch.equal(with_curve[0].matrix, plain[0].matrix)
     with monkeypatch.context() as patching:
         patching.setattr(lens_model, "run", refuse)
         again = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence())
-        assert again[1].curve.equals(made[1].curve)
+        assert again[1].curve.equals(with_curve[1].curve)
         with pytest.raises(AssertionError, match="was run"):
             collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence(seed=1))
     keys = {0: torch.randn(96, 4), 1: torch.randn(96, 4)}
-    given = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence(keys=keys))
-    assert given[0].curve["matrix_change"].equals(made[0].curve["matrix_change"])
-    assert not given[0].curve["update_change"].equals(made[0].curve["update_change"])
+    with_keys = collect_moments(lens_model, TEXTS, [0, 1], out=tmp_path, convergence=Convergence(keys=keys))
+    assert with_keys[0].curve["matrix_change"].equals(with_curve[0].curve["matrix_change"])
+    assert not with_keys[0].curve["update_change"].equals(with_curve[0].curve["update_change"])
     with pytest.raises(InputError, match=r"keys of layer 1 have shape None, expected \[96"):
         collect_moments(lens_model, TEXTS, [0, 1], convergence=Convergence(keys={0: keys[0]}))
 

@@ -1,4 +1,4 @@
-"""Killed at any moment, collecting goes on to the same bits; shards of several processes merge to the whole."""
+"""Killed at any moment, collecting goes on to the same bits; shards of several processes add up to the sum of one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mechedit.cli import main
 from mechedit.errors import InputError
 from mechedit.files import read_header
 from mechedit.moments import Convergence, MomentsConfig, collect_moments, collect_shard, load_moments, merge_moments
-from mechedit.moments.checkpoints import part_path, parts_folder
+from mechedit.moments.checkpoints import checkpoint_path, checkpoints_folder
+from mechedit.moments.chunks import Position, Rank, batches, read_chunks
 from mechedit.moments.key_reader import KeyReader
-from mechedit.moments.shards import Place, Share, batches, read_shards
 
 TEXTS = [
     "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",
@@ -41,10 +41,10 @@ OFTEN = MomentsConfig(batch_tokens=40, checkpoint_seconds=0)
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shards, and checkpoints whatever they cost."""
-    monkeypatch.setattr("mechedit.moments.shards.SHARD", 3)
-    monkeypatch.setattr("mechedit.moments.collect.SHARD", 3)
-    monkeypatch.setattr("mechedit.moments.checkpoints.SPENT", float("inf"))
+    """Small chunks, and checkpoints whatever they cost."""
+    monkeypatch.setattr("mechedit.moments.chunks.CHUNK_SIZE", 3)
+    monkeypatch.setattr("mechedit.moments.text_pass.CHUNK_SIZE", 3)
+    monkeypatch.setattr("mechedit.moments.moments_folder.CHECKPOINT_TIME_FRACTION", float("inf"))
 
 
 def interrupted(
@@ -78,8 +78,8 @@ def interrupted(
     return runs[0]
 
 
-def equal(one: dict[int, Any], other: dict[int, Any]) -> bool:
-    return all(torch.equal(one[layer].matrix, other[layer].matrix) for layer in LAYERS)
+def equal(moments: dict[int, Any], expected: dict[int, Any]) -> bool:
+    return all(torch.equal(moments[layer].matrix, expected[layer].matrix) for layer in LAYERS)
 
 
 @pytest.mark.usefixtures("often")
@@ -88,7 +88,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int | None
 ) -> None:
     config = MomentsConfig(**{**vars(OFTEN), "tokens": tokens})
-    whole = collect_moments(lens_model, TEXTS, LAYERS, config)
+    uninterrupted = collect_moments(lens_model, TEXTS, LAYERS, config)
     begins: list[int] = []
     runs = interrupted(lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, TEXTS, LAYERS, config), begins)
     assert len(begins) >= 4
@@ -101,12 +101,12 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
 
         assert interrupted(lens_model, monkeypatch, at, collect) == at
         assert not list(folder.glob("moments/layer_*"))
-        assert len(list(parts_folder(folder).glob("*"))) == (0 if begin == 1 else len(LAYERS))
+        assert len(list(checkpoints_folder(folder).glob("*"))) == (0 if begin == 1 else len(LAYERS))
         assert interrupted(lens_model, monkeypatch, 0, collect) == runs - begin + 1, "what was summed is not run again"
-        assert equal(load_moments(folder, LAYERS), whole)
-        assert not parts_folder(folder).exists()
+        assert equal(load_moments(folder, LAYERS), uninterrupted)
+        assert not checkpoints_folder(folder).exists()
         assert {layer: moment.count for layer, moment in collect().items()} == {
-            layer: moment.count for layer, moment in whole.items()
+            layer: moment.count for layer, moment in uninterrupted.items()
         }
 
 
@@ -118,7 +118,7 @@ def test_interrupted_between_two_files_it_goes_on_to_the_same_bits(
     """Checkpoints of layers that stand at different places, and final files of some layers alone."""
     from mechedit import files as artifacts
 
-    whole = collect_moments(lens_model, TEXTS, LAYERS, OFTEN, convergence=Convergence(drawn=2))
+    uninterrupted = collect_moments(lens_model, TEXTS, LAYERS, OFTEN, convergence=Convergence(drawn=2))
     save, saves = artifacts.save_file, [0]
 
     def interrupt(*args: Any, **kwargs: Any) -> None:
@@ -135,9 +135,9 @@ def test_interrupted_between_two_files_it_goes_on_to_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             collect()
     again = collect()
-    assert equal(again, whole)
+    assert equal(again, uninterrupted)
     for layer in LAYERS:
-        assert again[layer].curve.equals(whole[layer].curve)
+        assert again[layer].curve.equals(uninterrupted[layer].curve)
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -145,12 +145,12 @@ def test_interrupted_between_two_files_it_goes_on_to_the_same_bits(
 def test_other_batches_may_finish_what_was_begun(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = collect_moments(lens_model, TEXTS, LAYERS)
+    uninterrupted = collect_moments(lens_model, TEXTS, LAYERS)
     interrupted(lens_model, monkeypatch, 3, lambda: collect_moments(lens_model, TEXTS, LAYERS, OFTEN, out=tmp_path))
-    found = collect_moments(lens_model, TEXTS, LAYERS, MomentsConfig(batch_tokens=30), out=tmp_path)
+    resumed = collect_moments(lens_model, TEXTS, LAYERS, MomentsConfig(batch_tokens=30), out=tmp_path)
     for layer in LAYERS:
-        assert found[layer].count == whole[layer].count
-        assert (found[layer].matrix - whole[layer].matrix).norm() < 1e-6 * whole[layer].matrix.norm()
+        assert resumed[layer].count == uninterrupted[layer].count
+        assert (resumed[layer].matrix - uninterrupted[layer].matrix).norm() < 1e-6 * uninterrupted[layer].matrix.norm()
 
 
 @pytest.mark.usefixtures("often")
@@ -164,7 +164,7 @@ def test_checkpoints_of_other_settings_are_refused_or_replaced(
         collect_moments(lens_model, TEXTS, LAYERS, OFTEN, out=tmp_path, convergence=Convergence())
     collect_moments(lens_model, TEXTS[:-1], LAYERS, OFTEN, out=tmp_path, overwrite=True)
     assert equal(load_moments(tmp_path, LAYERS), collect_moments(lens_model, TEXTS[:-1], LAYERS, OFTEN))
-    assert not parts_folder(tmp_path).exists()
+    assert not checkpoints_folder(tmp_path).exists()
 
 
 def test_without_a_folder_nothing_is_written(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,48 +175,51 @@ def test_without_a_folder_nothing_is_written(lens_model: Any, tmp_path: Path, mo
 
 def test_checkpoints_take_little_of_the_time(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing takes 5 seconds by this clock, a batch 1: a checkpoint must wait for 250."""
-    from mechedit.moments.checkpoints import Checkpoints, Part
+    from mechedit.moments.checkpoints import Checkpoint
+    from mechedit.moments.moments_folder import MomentsFolder
 
     clock = [0.0]
     written: list[float] = []
 
-    def save(part: Part, folder: Path) -> None:
+    def save(checkpoint: Checkpoint, folder: Path) -> None:
         written.append(clock[0])
         clock[0] += 5
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(Part, "save", save)
-    part: Any = object.__new__(Part)
-    checkpoints = Checkpoints(tmp_path, every=10)
+    monkeypatch.setattr(Checkpoint, "save", save)
+    checkpoint: Any = object.__new__(Checkpoint)
+    folder = MomentsFolder(
+        path=tmp_path, provenance={}, rank=Rank(), overwrite=False, convergence=None, checkpoint_seconds=10
+    )
     for _ in range(600):
         clock[0] += 1
-        checkpoints.tick([part])
+        folder.save_if_due([checkpoint])
     assert written == [10.0, 265.0, 520.0]
 
 
 @pytest.mark.parametrize("tokens", [None, 400])
 @pytest.mark.parametrize("count", [2, 3])
-def test_shards_merge_to_the_whole(
+def test_shards_merge_to_the_sum_of_one_process(
     lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: None, count: int, tokens: int | None
 ) -> None:
     config = MomentsConfig(**{**vars(OFTEN), "tokens": tokens})
     texts = [text for text in TEXTS for _ in range(3)]
-    whole = collect_moments(lens_model, texts, LAYERS, config)
+    unsharded = collect_moments(lens_model, texts, LAYERS, config)
     for index in reversed(range(count)):
         files = collect_shard(lens_model, texts, LAYERS, (index, count), tmp_path, config)
-        assert read_header(files[0], "provenance")["count"] < whole[0].count
+        assert read_header(files[0], "provenance")["count"] < unsharded[0].count
         again = interrupted(
             lens_model, monkeypatch, 0,
             lambda index=index: collect_shard(lens_model, texts, LAYERS, (index, count), tmp_path, config),
         )  # fmt: skip
-        assert again == 0, "a finished part is not made again"
+        assert again == 0, "a finished shard is not summed again"
     merged = merge_moments(tmp_path)
     for layer in LAYERS:
-        assert merged[layer].count == whole[layer].count == (tokens or whole[layer].count)
-        assert merged[layer].provenance == whole[layer].provenance
-        assert (merged[layer].matrix - whole[layer].matrix).norm() < 1e-12 * whole[layer].matrix.norm()
+        assert merged[layer].count == unsharded[layer].count == (tokens or unsharded[layer].count)
+        assert merged[layer].provenance == unsharded[layer].provenance
+        assert (merged[layer].matrix - unsharded[layer].matrix).norm() < 1e-12 * unsharded[layer].matrix.norm()
         assert torch.equal(load_moments(tmp_path, [layer], lens_model)[layer].matrix, merged[layer].matrix)
-    assert not parts_folder(tmp_path).exists()
+    assert not checkpoints_folder(tmp_path).exists()
     reused = interrupted(
         lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, texts, LAYERS, config, tmp_path)
     )
@@ -224,7 +227,7 @@ def test_shards_merge_to_the_whole(
 
 
 @pytest.mark.usefixtures("often")
-def test_parts_that_do_not_make_a_whole_are_named(
+def test_shards_that_are_missing_unfinished_or_of_another_model_are_named(
     lens_model: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def collect(index: int, texts: list[str] = TEXTS, model: Any = lens_model, count: int = 3) -> None:
@@ -239,8 +242,8 @@ def test_parts_that_do_not_make_a_whole_are_named(
     interrupted(lens_model, monkeypatch, 2, lambda: collect(1))
     with pytest.raises(InputError, match="part 1/3 of layer 0 is not finished"):
         merge_moments(tmp_path)
-    part_path(tmp_path, 0, Share(1, 3)).unlink()
-    part_path(tmp_path, 2, Share(1, 3)).unlink()
+    checkpoint_path(tmp_path, 0, Rank(1, 3)).unlink()
+    checkpoint_path(tmp_path, 2, Rank(1, 3)).unlink()
     collect(1, model=make_model("gpt2", seed=1))
     with pytest.raises(InputError, match="weights_hash"):
         merge_moments(tmp_path)
@@ -256,50 +259,53 @@ def test_parts_that_do_not_make_a_whole_are_named(
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30),
     budget=st.none() | st.integers(1, 300),
-    count=st.integers(1, 4),
+    world_size=st.integers(1, 4),
     batch_tokens=st.integers(1, 100),
-    place=st.integers(0, 30),
+    stop=st.integers(0, 30),
 )
-def test_every_token_is_in_one_batch_of_one_shard(
-    tokenizer: Any, lengths: list[int], budget: int | None, count: int, batch_tokens: int, place: int
+def test_every_token_is_in_one_batch_of_one_chunk(
+    tokenizer: Any, lengths: list[int], budget: int | None, world_size: int, batch_tokens: int, stop: int
 ) -> None:
-    """Whatever the number of processes, the batches and the place to go on from; and the budget is kept."""
+    """Whatever the number of processes, the batches and the position to go on from; and the budget is kept."""
     texts = [" ".join("Seattle" for _ in range(length)) for length in lengths]
     config = MomentsConfig(tokens=budget)
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr("mechedit.moments.shards.SHARD", 4)
-        whole = list(read_shards(tokenizer, texts, config, 25))
-        shared = [list(read_shards(tokenizer, texts, config, 25, Share(index, count))) for index in range(count)]
-        rest = [
-            list(read_shards(tokenizer, texts, config, 25, start=Place(shard.index, 0, shard.before)))
-            for shard in whole
+        patching.setattr("mechedit.moments.chunks.CHUNK_SIZE", 4)
+        chunks = list(read_chunks(tokenizer, texts, config, 25))
+        by_rank = [
+            list(read_chunks(tokenizer, texts, config, 25, Rank(index, world_size))) for index in range(world_size)
         ]
-    rows = {shard.index: shard.rows for shard in whole}
-    assert {shard.index: shard.rows for shards in shared for shard in shards} == rows
-    assert sum(len(shards) for shards in shared) == len(whole)
-    for i, shards in enumerate(rest):
-        assert [shard.rows for shard in shards] == [shard.rows for shard in whole[i:]]
+        resumed = [
+            list(read_chunks(tokenizer, texts, config, 25, start=Position(chunk.index, 0, chunk.tokens_before)))
+            for chunk in chunks
+        ]
+    sequences = {chunk.index: chunk.sequences for chunk in chunks}
+    assert {chunk.index: chunk.sequences for own_chunks in by_rank for chunk in own_chunks} == sequences
+    assert sum(len(own_chunks) for own_chunks in by_rank) == len(chunks)
+    for i, later_chunks in enumerate(resumed):
+        assert [chunk.sequences for chunk in later_chunks] == [chunk.sequences for chunk in chunks[i:]]
     available = sum(min(25, len(tokenizer(text)["input_ids"])) for text in texts)
-    assert sum(len(row) for shard in whole for row in shard.rows) == min(budget or available, available)
-    for shard in whole:
-        first = min(place, len(shard.rows))
-        found = list(batches(shard, batch_tokens, 0, {first}))
-        assert [row for part in found for row in shard.rows[part]] == shard.rows
-        assert first in {0, *(part.stop for part in found)}, "what was summed up to a place is not split"
-        for part in found:
-            sizes = [len(row) for row in shard.rows[part]]
+    n_tokens = sum(len(sequence) for chunk in chunks for sequence in chunk.sequences)
+    assert n_tokens == min(budget or available, available)
+    for chunk in chunks:
+        first = min(stop, len(chunk.sequences))
+        slices = list(batches(chunk, batch_tokens, 0, {first}))
+        assert [sequence for batch in slices for sequence in chunk.sequences[batch]] == chunk.sequences
+        assert first in {0, *(batch.stop for batch in slices)}, "no batch holds sequences before and after a position"
+        for batch in slices:
+            sizes = [len(sequence) for sequence in chunk.sequences[batch]]
             assert sum(sizes) <= max(batch_tokens, max(sizes))
 
 
 def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(me.load_texts("tiny")[:600]))
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
     options = ["moments", "--texts", str(texts), "--layers", "1-2", "--checkpoint-seconds", "0.05"]
     command = [sys.executable, "-m", "mechedit", *options, "--out", str(killed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    checkpoints = [part_path(killed, layer, Share()) for layer in (1, 2)]
+    checkpoints = [checkpoint_path(killed, layer, Rank()) for layer in (1, 2)]
     while process.poll() is None and not all(path.exists() for path in checkpoints):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -309,8 +315,8 @@ def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert all(count > 0 for count in done)
     subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
     with pytest.raises(SystemExit):
-        main([*options, "--out", str(whole)])
+        main([*options, "--out", str(uninterrupted)])
     for name in ("layer_1.safetensors", "layer_2.safetensors"):
-        assert (killed / "moments" / name).read_bytes() == (whole / "moments" / name).read_bytes()
+        assert (killed / "moments" / name).read_bytes() == (uninterrupted / "moments" / name).read_bytes()
     assert load_moments(killed, [1])[1].count > max(done)
     assert not list(killed.glob("moments/parts")) + list(killed.glob("moments/.*"))

@@ -17,7 +17,7 @@ import torch
 from helpers.edits import identical, random_edit, weights
 from helpers.models import random_hf
 
-import mechedit.session.plan
+import mechedit.session.batch_editor
 import mechedit.session.session
 from mechedit import EditSession, MemitConfig, StopRule
 from mechedit.data import EditRequest, load_requests
@@ -27,7 +27,7 @@ from mechedit.evaluation import QUICK, evaluate, perplexity
 from mechedit.methods import METHODS, SearchConfig, edit_keys, memit, recommended
 from mechedit.models import load_model
 from mechedit.moments import collect_moments
-from mechedit.session.metrics import Measure
+from mechedit.session.metrics import HistoryEntry
 
 PREFIXES = ["{}", "The first thing. {}"]
 TEXTS = [
@@ -66,15 +66,15 @@ def begin(lively: Any, moments: Any) -> Any:
     before = weights(lively)
 
     def start(**changes: Any) -> EditSession:
-        given = {"config": CONFIG, "prefixes": PREFIXES, "texts": HELD_OUT, "rule": FREE, **changes}
-        return EditSession(given.pop("model", lively), LAYERS, given.pop("moments", moments), **given)
+        arguments = {"config": CONFIG, "prefixes": PREFIXES, "texts": HELD_OUT, "rule": FREE, **changes}
+        return EditSession(arguments.pop("model", lively), LAYERS, arguments.pop("moments", moments), **arguments)
 
     yield start
     assert identical(lively, before)
 
 
 @pytest.fixture(scope="module")
-def whole(lively: Any, moments: Any) -> EditSession:
+def uninterrupted(lively: Any, moments: Any) -> EditSession:
     """A session of all batches that nothing interrupted."""
     session = EditSession(lively, LAYERS, moments, config=CONFIG, prefixes=PREFIXES, texts=HELD_OUT, rule=FREE)
     with session:
@@ -93,14 +93,14 @@ def lasting(session: EditSession) -> pd.DataFrame:
 
 
 def values(session: EditSession, measure: str, scope: str, layer: int | None = None) -> list[float]:
-    found = session.history.query("measure == @measure and scope == @scope")
-    return found["value"].tolist() if layer is None else found[found["layer"] == layer]["value"].tolist()
+    rows = session.history.query("measure == @measure and scope == @scope")
+    return rows["value"].tolist() if layer is None else rows[rows["layer"] == layer]["value"].tolist()
 
 
-def same_sessions(one: EditSession, other: EditSession) -> None:
+def assert_same_session(session: EditSession, other: EditSession) -> None:
     """All that a session ends with, bit for bit."""
-    assert len(one.records) == len(other.records) == len(BATCHES)
-    for mine, theirs in zip(one.records, other.records, strict=True):
+    assert len(session.batches) == len(other.batches) == len(BATCHES)
+    for mine, theirs in zip(session.batches, other.batches, strict=True):
         assert mine.weights_hash == theirs.weights_hash
         assert mine.edit.manifest == theirs.edit.manifest
         assert mine.edit.layers == theirs.edit.layers
@@ -108,36 +108,36 @@ def same_sessions(one: EditSession, other: EditSession) -> None:
             assert torch.equal(mine.edit.factors[layer].left, theirs.edit.factors[layer].left)
             assert torch.equal(mine.edit.factors[layer].right, theirs.edit.factors[layer].right)
             assert torch.equal(mine.keys[layer], theirs.keys[layer])
-    pd.testing.assert_frame_equal(lasting(one), lasting(other), check_exact=True)
-    pd.testing.assert_frame_equal(one.scores, other.scores, check_exact=True)
-    assert one.edit.manifest == other.edit.manifest
+    pd.testing.assert_frame_equal(lasting(session), lasting(other), check_exact=True)
+    pd.testing.assert_frame_equal(session.scores, other.scores, check_exact=True)
+    assert session.edit.manifest == other.edit.manifest
 
 
-def test_one_batch_is_the_method_alone(lively: Any, moments: Any, whole: EditSession) -> None:
+def test_one_batch_is_the_method_alone(lively: Any, moments: Any, uninterrupted: EditSession) -> None:
     matrices = {layer: moments[layer].matrix for layer in LAYERS}
     alone = memit(lively, BATCHES[0], LAYERS, matrices, PREFIXES, CONFIG)
     keys = edit_keys(lively, BATCHES[0], alone)
-    first = whole.records[0]
+    first = uninterrupted.batches[0]
     for layer in LAYERS:
         assert torch.equal(first.edit.delta(layer), alone.delta(layer))
         assert torch.equal(first.keys[layer], keys[layer])
 
 
 def test_each_batch_is_made_on_the_model_so_far_and_preserves_all_earlier_keys(
-    lively: Any, moments: Any, whole: EditSession
+    lively: Any, moments: Any, uninterrupted: EditSession
 ) -> None:
     matrices, before = {layer: moments[layer].matrix for layer in LAYERS}, weights(lively)
     applied: list[Edit] = []
     previous: dict[int, torch.Tensor] = {}
-    for batch, record in zip(BATCHES, whole.records, strict=True):
-        edit = memit(lively, batch, LAYERS, matrices, PREFIXES, CONFIG, previous=previous)
+    for requests, batch in zip(BATCHES, uninterrupted.batches, strict=True):
+        edit = memit(lively, requests, LAYERS, matrices, PREFIXES, CONFIG, previous=previous)
         for layer in LAYERS:
-            torch.testing.assert_close(record.edit.delta(layer), edit.delta(layer), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(batch.edit.delta(layer), edit.delta(layer), rtol=1e-4, atol=1e-6)
         if previous:
-            careless = memit(lively, batch, LAYERS, matrices, PREFIXES, CONFIG)
+            careless = memit(lively, requests, LAYERS, matrices, PREFIXES, CONFIG)
             apart = (careless.delta(0) - edit.delta(0)).norm() / edit.delta(0).norm()
             assert apart > 1e-2, "keys of earlier batches make a difference"
-        new = edit_keys(lively, batch, edit)
+        new = edit_keys(lively, requests, edit)
         previous = {layer: torch.cat([*([previous[layer]] if previous else []), new[layer]], 1) for layer in LAYERS}
         apply_(lively, edit)
         applied.append(edit)
@@ -145,22 +145,22 @@ def test_each_batch_is_made_on_the_model_so_far_and_preserves_all_earlier_keys(
         undo_(lively, edit)
     assert identical(lively, before)
     for layer in LAYERS:
-        torch.testing.assert_close(whole.edit.delta(layer), sum(edit.delta(layer) for edit in applied))
-        torch.testing.assert_close(whole.keys[layer], previous[layer])
+        torch.testing.assert_close(uninterrupted.edit.delta(layer), sum(edit.delta(layer) for edit in applied))
+        torch.testing.assert_close(uninterrupted.keys[layer], previous[layer])
 
 
-def test_earlier_edits_last_longer_when_their_keys_are_preserved(begin: Any, whole: EditSession) -> None:
+def test_earlier_edits_last_longer_when_their_keys_are_preserved(begin: Any, uninterrupted: EditSession) -> None:
     with begin(accumulate=False) as careless:
         write_all(careless)
 
     def disturbed(session: EditSession) -> float:
         """How far later batches moved the values that the first wrote, relative to what it wrote."""
-        first = session.records[0]
+        first = session.batches[0]
         later = session.edit.delta(1) - first.edit.delta(1)
         return float((first.keys[1].T @ later).norm() / (first.keys[1].T @ first.edit.delta(1)).norm())
 
     assert disturbed(careless) > 0.1, "there is something to forget"
-    assert disturbed(whole) < 0.7 * disturbed(careless)
+    assert disturbed(uninterrupted) < 0.7 * disturbed(careless)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -168,12 +168,12 @@ def test_every_method_can_be_repeated(lively: Any, moments: Any, method: str) ->
     before = weights(lively)
     shared = dataclasses.asdict(CONFIG)
     config = recommended(method, lively)
-    own = ("steps", "kl_weight", "weight_decay") if isinstance(config, SearchConfig) else ("steps",)
-    config = dataclasses.replace(config, **{name: shared[name] for name in own})
+    names = ("steps", "kl_weight", "weight_decay") if isinstance(config, SearchConfig) else ("steps",)
+    config = dataclasses.replace(config, **{name: shared[name] for name in names})
     with EditSession(lively, [1], moments, method, config, prefixes=PREFIXES, rule=FREE) as session:
         for batch in BATCHES[:2]:
             session.write(batch)
-        assert lively.weights_hash() == session.records[-1].weights_hash != session.records[0].weights_hash
+        assert lively.weights_hash() == session.batches[-1].weights_hash != session.batches[0].weights_hash
     assert identical(lively, before)
     assert session.edit.manifest["method"] == method
     assert session.edit.manifest["requests"] == [request.id for request in REQUESTS[:4]]
@@ -196,13 +196,13 @@ def test_the_model_is_the_unedited_one_plus_the_edit_and_comes_back_bit_for_bit(
     assert identical(model, before)
 
 
-def test_the_edit_outlives_the_session(lively: Any, whole: EditSession, tmp_path: Path) -> None:
-    whole.edit.save(tmp_path / "edit.safetensors")
+def test_the_edit_outlives_the_session(lively: Any, uninterrupted: EditSession, tmp_path: Path) -> None:
+    uninterrupted.edit.save(tmp_path / "edit.safetensors")
     with edited(lively, Edit.load(tmp_path / "edit.safetensors")):
-        assert lively.weights_hash() == whole.records[-1].weights_hash
-    assert [part["made_on"] for part in whole.edit.manifest["parts"]] == [
+        assert lively.weights_hash() == uninterrupted.batches[-1].weights_hash
+    assert [part["made_on"] for part in uninterrupted.edit.manifest["parts"]] == [
         lively.weights_hash(),
-        *(record.weights_hash for record in whole.records[:-1]),
+        *(batch.weights_hash for batch in uninterrupted.batches[:-1]),
     ]
 
 
@@ -212,25 +212,25 @@ def test_an_applied_edit_stays_below_the_session(begin: Any, lively: Any) -> Non
     below.factors[0].left.mul_(1e-3)
     apply_(lively, below)
     applied = weights(lively)
-    own = {layer: moment.matrix for layer, moment in collect_moments(lively, TEXTS, LAYERS).items()}
-    with begin(moments=own) as session:
+    matrices = {layer: moment.matrix for layer, moment in collect_moments(lively, TEXTS, LAYERS).items()}
+    with begin(moments=matrices) as session:
         write_all(session)
     assert identical(lively, applied)
     with edited(lively, session.edit):
-        assert lively.weights_hash() == session.records[-1].weights_hash
+        assert lively.weights_hash() == session.batches[-1].weights_hash
     undo_(lively, below)
 
 
-def test_history_is_what_the_model_does(lively: Any, whole: EditSession) -> None:
-    for count, record in enumerate(whole.records, 1):
-        asked = [request for batch in BATCHES[:count] for request in batch]
-        with edited(lively, whole._plan.together(whole.records[:count])):
-            found = evaluate(lively, asked, QUICK)
+def test_history_is_what_the_model_does(lively: Any, uninterrupted: EditSession) -> None:
+    for count, batch in enumerate(uninterrupted.batches, 1):
+        requests = [request for written in BATCHES[:count] for request in written]
+        with edited(lively, uninterrupted._editor.merge(uninterrupted.batches[:count])):
+            evaluation = evaluate(lively, requests, QUICK)
             text = perplexity(lively, HELD_OUT)
             norm = float(lively.projection(1).double().norm())
-        table = found.table.pivot(index="case", columns="measure", values="value") * 100
-        now = record.history.set_index(["measure", "scope"])["value"]
-        ids = {"batch": [request.id for request in BATCHES[count - 1]], "all": [request.id for request in asked]}
+        table = evaluation.table.pivot(index="case", columns="measure", values="value") * 100
+        now = batch.history.set_index(["measure", "scope"])["value"]
+        ids = {"batch": [request.id for request in BATCHES[count - 1]], "all": [request.id for request in requests]}
         ids["earlier"] = ids["all"][: -len(ids["batch"])]
         for scope, cases in ids.items():
             for measure in ("ES", "EM", "exact_match"):
@@ -239,35 +239,37 @@ def test_history_is_what_the_model_does(lively: Any, whole: EditSession) -> None
                 else:
                     assert (measure, scope) not in now.index
         assert now["perplexity", "model"] == text
-        assert values(whole, "weight_norm", "model", 1)[count] == norm
-        assert record.history["requests"].unique().tolist() == [2 * count]
-    assert values(whole, "perplexity", "model")[0] == perplexity(lively, HELD_OUT)
+        assert values(uninterrupted, "weight_norm", "model", 1)[count] == norm
+        assert batch.history["requests"].unique().tolist() == [2 * count]
+    assert values(uninterrupted, "perplexity", "model")[0] == perplexity(lively, HELD_OUT)
     unedited = evaluate(lively, BATCHES[0], QUICK).table.query("measure == 'EM'")["value"].mean() * 100
-    assert values(whole, "EM", "batch")[0] != pytest.approx(unedited, rel=0.1), "edits have an effect"
+    assert values(uninterrupted, "EM", "batch")[0] != pytest.approx(unedited, rel=0.1), "edits have an effect"
 
 
-def test_the_edit_grows(whole: EditSession) -> None:
-    sizes = values(whole, "update_norm", "all", 1)
+def test_the_edit_grows(uninterrupted: EditSession) -> None:
+    sizes = values(uninterrupted, "update_norm", "all", 1)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
-    assert sizes[-1] == pytest.approx(float(whole.edit.delta(1).norm()))
-    assert values(whole, "update_norm", "batch", 1)[1] == pytest.approx(float(whole.records[1].edit.delta(1).norm()))
+    assert sizes[-1] == pytest.approx(float(uninterrupted.edit.delta(1).norm()))
+    assert values(uninterrupted, "update_norm", "batch", 1)[1] == pytest.approx(
+        float(uninterrupted.batches[1].edit.delta(1).norm())
+    )
 
 
-def test_all_prompts_can_be_judged(begin: Any) -> None:
+def test_all_prompts_can_be_scored(begin: Any) -> None:
     full = [dataclasses.replace(request, paraphrases=("They say {} came from",)) for request in BATCHES[0]]
-    with begin(judged="all") as session:
+    with begin(scored_prompts="all") as session:
         assert "PS" in set(session.write(full).history["measure"])
     with begin() as session:
         assert "PS" not in set(session.write(full).history["measure"])
 
 
-def test_one_session_knows_nothing_of_another(begin: Any, whole: EditSession) -> None:
-    with begin() as other:
-        other.write(BATCHES[2])
+def test_one_session_knows_nothing_of_another(begin: Any, uninterrupted: EditSession) -> None:
+    with begin() as unrelated:
+        unrelated.write(BATCHES[2])
     with begin() as again:
         write_all(again)
-    same_sessions(again, whole)
+    assert_same_session(again, uninterrupted)
 
 
 # A batch that the rule does not let pass.
@@ -287,17 +289,17 @@ def test_a_batch_that_ruins_the_model_is_taken_back(
     assert second > 1.05 * first, "the setting is hopeless"
     rule = StopRule(perplexity=(first * second) ** 0.5 / start, earlier=None)
     with begin(config=hopeless, rule=rule, folder=tmp_path) as session:
-        assert session.write(BATCHES[0]).refused is None
+        assert session.write(BATCHES[0]).rejected is None
         good = weights(lively)
-        record = session.write(BATCHES[1])
+        batch = session.write(BATCHES[1])
         assert identical(lively, good), "the model is the last good one"
-        assert "perplexity" in str(record.refused)
-        assert session.stopped == record.refused
+        assert "perplexity" in str(batch.rejected)
+        assert session.stopped == batch.rejected
         with pytest.raises(InputError, match="stopped at batch 2"):
             session.write(BATCHES[2])
     assert session.requests == BATCHES[0]
     assert session.edit.manifest["requests"] == [request.id for request in BATCHES[0]]
-    assert session.history.query("refused")["batch"].unique().tolist() == [2]
+    assert session.history.query("rejected")["batch"].unique().tolist() == [2]
     assert values(session, "perplexity", "model") == [start, first, second]
     with begin(config=hopeless, rule=rule, folder=tmp_path) as again:
         assert again.stopped == session.stopped
@@ -319,17 +321,17 @@ def test_a_batch_that_ruins_the_model_is_taken_back(
 )
 def test_each_limit_holds(rule: StopRule, passes: str | None) -> None:
     start = [
-        Measure("perplexity", "model", 10.0),
-        Measure("weight_norm", "model", 4.0, 2),
-        Measure("weight_norm", "model", 2.0, 3),
+        HistoryEntry("perplexity", "model", 10.0),
+        HistoryEntry("weight_norm", "model", 4.0, 2),
+        HistoryEntry("weight_norm", "model", 2.0, 3),
     ]
     now = [
-        Measure("perplexity", "model", 21.0),
-        Measure("ES", "earlier", 75.0),
-        Measure("exact_match", "earlier", 10.0),
-        Measure("ES", "batch", 0.0),
-        Measure("weight_norm", "model", 4.4, 2),
-        Measure("weight_norm", "model", 2.6, 3),
+        HistoryEntry("perplexity", "model", 21.0),
+        HistoryEntry("ES", "earlier", 75.0),
+        HistoryEntry("exact_match", "earlier", 10.0),
+        HistoryEntry("ES", "batch", 0.0),
+        HistoryEntry("weight_norm", "model", 4.4, 2),
+        HistoryEntry("weight_norm", "model", 2.6, 3),
     ]
     reason = rule.reason(now, start)
     assert reason is None if passes is None else passes in str(reason)
@@ -337,13 +339,13 @@ def test_each_limit_holds(rule: StopRule, passes: str | None) -> None:
 
 def test_exact_match_stands_in_where_nothing_can_be_compared() -> None:
     rule = StopRule(perplexity=None, earlier=50.0)
-    assert "exact_match" in str(rule.reason([Measure("exact_match", "earlier", 10.0)], []))
-    assert rule.reason([Measure("exact_match", "batch", 10.0)], []) is None
+    assert "exact_match" in str(rule.reason([HistoryEntry("exact_match", "earlier", 10.0)], []))
+    assert rule.reason([HistoryEntry("exact_match", "batch", 10.0)], []) is None
 
 
 def test_text_without_a_finite_likelihood_is_refused_whatever_the_rule() -> None:
-    nothing = [Measure("perplexity", "model", None)]
-    assert "finite" in str(FREE.reason(nothing, [Measure("perplexity", "model", 3.0)]))
+    nothing = [HistoryEntry("perplexity", "model", None)]
+    assert "finite" in str(FREE.reason(nothing, [HistoryEntry("perplexity", "model", 3.0)]))
 
 
 # Interrupts.
@@ -351,22 +353,22 @@ def test_text_without_a_finite_likelihood_is_refused_whatever_the_rule() -> None
 POINTS = {
     "search": "mechedit.targets.search.measure",
     "writing": "mechedit.methods.spread.add_",
-    "keys": "mechedit.session.plan.edit_keys",
+    "keys": "mechedit.session.batch_editor.edit_keys",
     "applying": "mechedit.edit.apply.rounded_sum",
-    "text": "mechedit.session.plan.perplexity",
-    "scoring": "mechedit.session.plan.judge",
+    "text": "mechedit.session.batch_editor.perplexity",
+    "scoring": "mechedit.session.batch_editor.score_requests",
     "checkpoint": "mechedit.files.save_file",
 }
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("point", list(POINTS))
 def test_an_interrupted_write_leaves_all_as_it_was(
-    begin: Any, lively: Any, whole: EditSession, point: str, kept: bool, tmp_path: Path, monkeypatch: Any
+    begin: Any, lively: Any, uninterrupted: EditSession, point: str, saved: bool, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    if point == "checkpoint" and not kept:
+    if point == "checkpoint" and not saved:
         point = "scoring"
-    with begin(folder=tmp_path if kept else None) as session:
+    with begin(folder=tmp_path if saved else None) as session:
         session.write(BATCHES[0])
         before, history, edit = weights(lively), session.history, session.edit
         files = sorted(tmp_path.rglob("*.safetensors"))
@@ -380,7 +382,7 @@ def test_an_interrupted_write_leaves_all_as_it_was(
         assert [file for file in sorted(tmp_path.rglob("*.safetensors")) if file.parent.name == "batches"] == files
         session.write(BATCHES[1])
         session.write(BATCHES[2])
-    same_sessions(session, whole)
+    assert_same_session(session, uninterrupted)
 
 
 def interrupted(*args: Any, **options: Any) -> Any:
@@ -389,18 +391,18 @@ def interrupted(*args: Any, **options: Any) -> Any:
 
 KILLED = """
 import os, signal, sys
-import mechedit.session.plan as plan
+import mechedit.session.batch_editor as batch_editor
 from test_session import tiny_session
 
-judge, calls = plan.judge, []
+score_requests, calls = batch_editor.score_requests, []
 
 def kills(*args):
     calls.append(args)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return judge(*args)
+    return score_requests(*args)
 
-plan.judge = kills
+batch_editor.score_requests = kills
 tiny_session(sys.argv[1])
 """
 
@@ -427,19 +429,21 @@ def test_a_killed_session_goes_on_to_the_same_results(tmp_path: Path, monkeypatc
     assert child.returncode == -signal.SIGKILL, "it was killed in its midst"
     first = tmp_path / "batches" / "0001.safetensors"
     assert list((tmp_path / "batches").iterdir()) == [first]
-    assert list((tmp_path / "targets").iterdir()), "what was found of the second batch's z is kept"
-    written, asked = first.read_bytes(), []
-    real = mechedit.session.plan.judge
-    monkeypatch.setattr(mechedit.session.plan, "judge", lambda *given: asked.append(given) or real(*given))
+    assert list((tmp_path / "targets").iterdir()), "the z that were found for the second batch are cached"
+    written, scored = first.read_bytes(), []
+    real = mechedit.session.batch_editor.score_requests
+    monkeypatch.setattr(
+        mechedit.session.batch_editor, "score_requests", lambda *args: scored.append(args) or real(*args)
+    )
     resumed = tiny_session(tmp_path)
-    assert len(asked) == 2, "the first batch is skipped"
+    assert len(scored) == 2, "the first batch is skipped"
     assert first.read_bytes() == written
     assert not (tmp_path / "targets").exists()
-    same_sessions(resumed, tiny_session(None))
-    assert len(asked) == 5
+    assert_same_session(resumed, tiny_session(None))
+    assert len(scored) == 5
 
 
-def test_a_half_written_checkpoint_is_cleared_away(begin: Any, whole: EditSession, tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_cleared_away(begin: Any, uninterrupted: EditSession, tmp_path: Path) -> None:
     with begin(folder=tmp_path) as session:
         session.write(BATCHES[0])
     half = tmp_path / "batches" / ".0002.abc.safetensors"
@@ -447,11 +451,11 @@ def test_a_half_written_checkpoint_is_cleared_away(begin: Any, whole: EditSessio
     with begin(folder=tmp_path) as session:
         write_all(session)
     assert not half.exists()
-    same_sessions(session, whole)
+    assert_same_session(session, uninterrupted)
 
 
 def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
-    begin: Any, lively: Any, whole: EditSession, tmp_path: Path
+    begin: Any, lively: Any, uninterrupted: EditSession, tmp_path: Path
 ) -> None:
     with begin(folder=tmp_path) as first:
         first.write(BATCHES[0])
@@ -459,16 +463,16 @@ def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
     second = begin(folder=tmp_path, prefixes=None)
     pd.testing.assert_frame_equal(second.history, first.history)
     with second:
-        assert lively.weights_hash() == first.records[-1].weights_hash, "it starts where the first ended"
-        record = second.write(second.records[0].requests)
-        assert record is second.records[0]
+        assert lively.weights_hash() == first.batches[-1].weights_hash, "it starts where the first ended"
+        batch = second.write(second.batches[0].requests)
+        assert batch is second.batches[0]
         second.write(BATCHES[1])
         second.write(BATCHES[2])
-    same_sessions(second, whole)
+    assert_same_session(second, uninterrupted)
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "field"),
     [
         ({"config": dataclasses.replace(CONFIG, covariance_weight=2.0)}, "settings.covariance_weight"),
         ({"method": "pmet", "config": None}, "method"),
@@ -476,23 +480,23 @@ def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
         ({"texts": HELD_OUT[:1]}, "texts"),
         ({"rule": StopRule(perplexity=None, earlier=None, norm=3.0)}, "rule.norm"),
         ({"accumulate": False}, "accumulate"),
-        ({"judged": "all"}, "judged"),
+        ({"scored_prompts": "all"}, "judged"),
         ({"moments": {layer: torch.eye(96, dtype=torch.float64) for layer in LAYERS}}, "moments.0"),
     ],
 )
 def test_a_folder_of_another_session_is_refused(
-    begin: Any, changes: dict[str, Any], named: str, tmp_path: Path
+    begin: Any, changes: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
     begin(folder=tmp_path)
-    with pytest.raises(InputError, match=f"made with {named} = "):
+    with pytest.raises(InputError, match=f"made with {field} = "):
         begin(folder=tmp_path, **changes)
 
 
 def test_a_folder_of_another_model_is_refused(make_model: Any, begin: Any, tmp_path: Path) -> None:
     begin(folder=tmp_path)
-    other = make_model("gpt2", seed=1)
+    another_model = make_model("gpt2", seed=1)
     with pytest.raises(InputError, match="weights_hash"):
-        begin(model=other, moments={layer: torch.eye(96) for layer in LAYERS}, folder=tmp_path)
+        begin(model=another_model, moments={layer: torch.eye(96) for layer in LAYERS}, folder=tmp_path)
 
 
 def test_a_damaged_folder_is_refused(begin: Any, tmp_path: Path) -> None:
@@ -533,24 +537,24 @@ def test_another_batch_in_the_place_of_a_finished_one_is_refused(begin: Any, tmp
 # Requests that contradict earlier ones.
 
 
-def test_a_later_request_supersedes_an_earlier_one_only_when_asked_to(begin: Any, tmp_path: Path) -> None:
+def test_a_later_request_overrides_an_earlier_one_only_when_asked_to(begin: Any, tmp_path: Path) -> None:
     new = dataclasses.replace(REQUESTS[0], id="later", target_new="Birmingham")
     with begin(folder=tmp_path) as session:
         session.write(BATCHES[0])
         with pytest.raises(InputError, match="'Danielle Darrieux' by 'later'"):
             session.write([new])
-        record = session.write([new], overwrite=True)
-    assert record.superseded == ("Danielle Darrieux",)
+        batch = session.write([new], overwrite=True)
+    assert batch.overridden == ("Danielle Darrieux",)
     assert session.requests == [REQUESTS[1], new]
-    assert sorted(record.scores["case"].unique()) == ["Leon Blum", "later"]
-    first, second = session.records
+    assert sorted(batch.scores["case"].unique()) == ["Leon Blum", "later"]
+    first, second = session.batches
     for layer in LAYERS:
         assert torch.equal(session.keys[layer], torch.cat([first.keys[layer][:, 1:], second.keys[layer]], 1))
     assert session.edit.manifest["superseded"] == ["Danielle Darrieux"]
     assert begin(folder=tmp_path).requests == session.requests
 
 
-def test_preserved_keys_of_what_is_superseded_would_hold_the_new_fact_back(begin: Any, monkeypatch: Any) -> None:
+def test_preserved_keys_of_an_overridden_request_would_hold_the_new_fact_back(begin: Any, monkeypatch: Any) -> None:
     """Both have one key, so that preserving the earlier value would keep the later one out."""
     new = dataclasses.replace(REQUESTS[0], id="later", target_new="Birmingham")
     seen = []
@@ -558,12 +562,14 @@ def test_preserved_keys_of_what_is_superseded_would_hold_the_new_fact_back(begin
         with begin() as session, monkeypatch.context() as patched:
             session.write(BATCHES[0])
             if held_back:
-                real = mechedit.session.session.kept_keys
-                patched.setattr(mechedit.session.session, "kept_keys", lambda records, but=(), real=real: real(records))
-            record = session.write([new], overwrite=True)
+                real = mechedit.session.session.active_keys
+                patched.setattr(
+                    mechedit.session.session, "active_keys", lambda batches, exclude=(), real=real: real(batches)
+                )
+            batch = session.write([new], overwrite=True)
         # At the first layer, whose keys no edit moves.
-        written = record.keys[0][:, 0] @ record.edit.delta(0)
-        seen.append(float(written.norm() / record.edit.factors[0].right.norm()))
+        written = batch.keys[0][:, 0] @ batch.edit.delta(0)
+        seen.append(float(written.norm() / batch.edit.factors[0].right.norm()))
     assert seen[1] < 0.75 * seen[0]
 
 
@@ -624,7 +630,7 @@ def test_misuse_is_refused_and_changes_nothing(begin: Any, lively: Any) -> None:
         session.write(BATCHES[1])
     with session:
         session.write(BATCHES[1])
-    assert len(session.records) == 2
+    assert len(session.batches) == 2
 
 
 def test_the_folder_says_what_the_session_is_of(begin: Any, tmp_path: Path) -> None:

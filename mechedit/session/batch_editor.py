@@ -1,4 +1,4 @@
-"""What stays the same from batch to batch of a session: on what, with what and how edits are made and judged."""
+"""`BatchEditor`: edits, measures and scores the model in the same way for every batch of a session."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from mechedit.files import plain_copy
 from mechedit.methods import METHODS, MethodConfig, edit_keys, recommended
 from mechedit.models import Model
 from mechedit.provenance import value_hash
-from mechedit.session.metrics import Judged, Measure, finite, judge, weight_norms
-from mechedit.session.record import Record
+from mechedit.session.edited_batch import EditedBatch
+from mechedit.session.metrics import HistoryEntry, ScoredPrompts, finite_or_none, score_requests, weight_norms
 from mechedit.session.stop_rule import StopRule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Plan:
-    """The arguments of a session, checked; see `EditSession`."""
+class BatchEditor:
+    """The arguments of a session, checked, which stay the same from batch to batch; see `EditSession`."""
 
     model: Model
     layers: list[int]
     moments: Mapping[int, Float[Tensor, "d_mlp d_mlp"]]
-    """Taken as matrices: those of the unedited model are wanted, and a method would refuse them on an edited one."""
+    """Second moments of the unedited model, as matrices: methods refuse a `SecondMoment` of other weights."""
     method: str
     config: MethodConfig
     prefixes: tuple[str, ...]
     texts: Sequence[str] | None
     rule: StopRule
     accumulate: bool
-    judged: Judged
+    scored_prompts: ScoredPrompts
     evaluation: EvaluationConfig
     base: Mapping[str, Any]
     """Provenance of the unedited model."""
 
     @property
-    def made_with(self) -> dict[str, Any]:
-        """All that determines the results, but for the batches; flat, so that a difference can be named."""
+    def settings(self) -> dict[str, Any]:
+        """All that determines the results, except the batches; flat, so that a message can name what differs."""
         own = {name: self.base[name] for name in ("weights_hash", "tokenizer_hash", "dtype", "module")}
         groups = {"settings": self.config, "rule": self.rule, "evaluation": self.evaluation}
         flat = {
@@ -55,7 +55,7 @@ class Plan:
             for group, config in groups.items()
             for name, value in dataclasses.asdict(config).items()
         }
-        found = {
+        settings = {
             **own,
             "layers": self.layers,
             "method": self.method,
@@ -63,18 +63,27 @@ class Plan:
             "prefixes": self.prefixes,
             "texts": None if self.texts is None else value_hash(list(self.texts)),
             "accumulate": self.accumulate,
-            "judged": self.judged,
+            "judged": self.scored_prompts,
             **flat,
         }
-        return plain_copy(found)
+        return plain_copy(settings)
 
-    def make(
-        self, batch: Sequence[EditRequest], previous: Mapping[int, Tensor], cache: Path | None
+    def edit_batch(
+        self, requests: Sequence[EditRequest], previous_keys: Mapping[int, Tensor], cache: Path | None
     ) -> tuple[Edit, dict[int, Float[Tensor, "d_mlp fact"]]]:
-        """The batch's own edit of the model as it is now, and the keys it was fitted at."""
-        own = METHODS[self.method](
+        """Make the edit of one batch for the model as it is now.
+
+        Args:
+            requests: the batch.
+            previous_keys: keys of earlier batches that the edit preserves, if the method can.
+            cache: folder in which the search for z caches its results; None for no cache.
+
+        Returns:
+            The edit, and the keys that it was fitted at, per edited layer.
+        """
+        edit = METHODS[self.method](
             self.model,
-            batch,
+            requests,
             self.layers,
             self.moments,
             prefixes=self.prefixes,
@@ -82,55 +91,60 @@ class Plan:
             previous=previous if self.config.preserves_keys else None,
             cache=cache,
         )
-        keys = {layer: keys.cpu() for layer, keys in edit_keys(self.model, batch, own).items()}
-        return dataclasses.replace(own, manifest=plain_copy(own.manifest)), keys
+        keys = {layer: keys.cpu() for layer, keys in edit_keys(self.model, requests, edit).items()}
+        return dataclasses.replace(edit, manifest=plain_copy(edit.manifest)), keys
 
-    def together(self, records: Sequence[Record]) -> Edit:
-        """The edits of `records` as one edit of the unedited model.
+    def merge(self, batches: Sequence[EditedBatch]) -> Edit:
+        """The edits of some batches, summed to one edit of the unedited model.
 
         Raises:
             InputError: there are none.
         """
-        if not records:
+        if not batches:
             raise InputError("no batch stands in this session, expected at least one; write one first")
-        # Each was made on what the ones before it left, and says so; their sum is for the unedited weights.
-        parts = [
-            {**one.edit.manifest, "model": dict(self.base), "made_on": one.edit.manifest["model"]["weights_hash"]}
-            for one in records
+        # Each edit was made on what the ones before it left, and says so; their sum is for the unedited weights.
+        manifests = [
+            {**batch.edit.manifest, "model": dict(self.base), "made_on": batch.edit.manifest["model"]["weights_hash"]}
+            for batch in batches
         ]
-        merged = merge([dataclasses.replace(one.edit, manifest=part) for one, part in zip(records, parts, strict=True)])
-        about = {
+        merged = merge(
+            [
+                dataclasses.replace(batch.edit, manifest=manifest)
+                for batch, manifest in zip(batches, manifests, strict=True)
+            ]
+        )
+        fields = {
             "method": self.method,
             "settings": dataclasses.asdict(self.config),
             "prefixes": list(self.prefixes),
-            "superseded": [name for record in records for name in record.superseded],
+            "superseded": [request_id for batch in batches for request_id in batch.overridden],
         }
-        return dataclasses.replace(merged, manifest={**merged.manifest, **about})
+        return dataclasses.replace(merged, manifest={**merged.manifest, **fields})
 
-    def measure(self) -> list[Measure]:
+    def model_entries(self) -> list[HistoryEntry]:
         """The perplexity of the model as it is now, and the norms of its weights."""
         norms = weight_norms(self.model, self.config.edited_layers(self.layers))
         if self.texts is None:
             return norms
-        return [Measure("perplexity", "model", finite(perplexity(self.model, self.texts))), *norms]
+        return [HistoryEntry("perplexity", "model", finite_or_none(perplexity(self.model, self.texts))), *norms]
 
-    def judge(self, requests: Sequence[EditRequest]) -> pd.DataFrame:
-        """See `judge`."""
-        return judge(self.model, requests, self.evaluation, self.judged)
+    def score(self, requests: Sequence[EditRequest]) -> pd.DataFrame:
+        """Scores of the model as it is now, per request; see `score_requests`."""
+        return score_requests(self.model, requests, self.evaluation, self.scored_prompts)
 
     def check_weights(self, expected: str) -> None:
         """Raise InputError when the model's weights do not have this hash."""
-        found = self.model.weights_hash()
-        if found != expected:
+        weights_hash = self.model.weights_hash()
+        if weights_hash != expected:
             raise InputError(
-                f"the weights of {self.model.name!r} have the hash {found[:12]}, expected {expected[:12]}: they are "
-                f"not as the session left them. Undo other edits; or, when the session was made on another machine or "
-                f"number of threads, whose products differ in their last bits, go on with it there"
+                f"the weights of {self.model.name!r} have the hash {weights_hash[:12]}, expected {expected[:12]}: they "
+                f"are not as the session left them. Undo other edits; or, when the session was made on another machine "
+                f"or number of threads, whose products differ in their last bits, go on with it there"
             )
 
 
 def check_settings(config: MethodConfig | None, method: str, model: Model) -> MethodConfig:
-    """The settings: by default those that ship with the model.
+    """The method's settings; by default the recommended ones for the model.
 
     Raises:
         InputError: an unknown method, or the settings of another.
@@ -146,7 +160,7 @@ def check_settings(config: MethodConfig | None, method: str, model: Model) -> Me
 
 
 def check_rule(rule: StopRule | None, texts: Sequence[str] | None) -> StopRule:
-    """The rule; by default one that needs no texts when there are none.
+    """The rule; by default `StopRule()`, without its limit on perplexity if there are no texts.
 
     Raises:
         InputError: it limits perplexity, and there are no texts.

@@ -10,7 +10,7 @@ import pytest
 
 from mechedit import EditRequest, InputError, Neighbor, load_requests
 from mechedit.data import check_requests
-from mechedit.data.record_forms import template_of
+from mechedit.data.record_formats import make_template
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 EASYEDIT = {
@@ -65,7 +65,7 @@ def shared(name):
     return path
 
 
-def test_easyedits_form(tmp_path):
+def test_easyedits_format(tmp_path):
     (request,) = load_requests(written(tmp_path, [EASYEDIT]))
     assert request == EditRequest(
         id="678",
@@ -79,7 +79,7 @@ def test_easyedits_form(tmp_path):
     assert request.text == EASYEDIT["prompt"]
 
 
-def test_what_easyedits_record_lacks_is_absent(tmp_path):
+def test_fields_that_easyedits_record_lacks_are_absent(tmp_path):
     bare = without(EASYEDIT, "case_id", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
     first, second = load_requests(written(tmp_path, [bare, {**bare, "case_id": None, "rephrase_prompt": None}]))
     assert (first.id, second.id) == ("0", "1")  # their places in the file
@@ -115,16 +115,16 @@ def test_a_bad_record_of_easyedits_is_named(tmp_path, change, message):
     ],
 )
 def test_where_the_subject_stands(text, subject, expected):
-    assert template_of(text, subject, "here") == expected
+    assert make_template(text, subject, "here") == expected
 
 
 @pytest.mark.parametrize(("text", "count"), [("aaa", 2), ("Art and Art", 2), ("none", 0)])
 def test_an_unclear_subject_is_refused(text, count):
     with pytest.raises(InputError, match=f"occurs {count} times"):
-        template_of(text, "aa" if text == "aaa" else "Art", "here")
+        make_template(text, "aa" if text == "aaa" else "Art", "here")
 
 
-def test_mends_form_as_memit_reads_it(tmp_path):
+def test_mends_format_as_memit_reads_it(tmp_path):
     """MEMIT's data set: the first answer, no true object, one rephrasing, the neighbor's question with its mark."""
     (request,) = load_requests(written(tmp_path, [MEND]))
     assert request == EditRequest(
@@ -163,10 +163,10 @@ def test_a_bad_record_of_mends_is_named(tmp_path, change, message):
 
 
 def test_neighbors_may_have_objects_of_their_own(tmp_path):
-    own = {"neighborhood_prompts": [{"prompt": "The mother tongue of Go is", "target": "Korean"}]}
-    plain, with_own = load_requests(written(tmp_path, [COUNTERFACT, {**COUNTERFACT, "case_id": 8, **own}]))
+    neighbors = {"neighborhood_prompts": [{"prompt": "The mother tongue of Go is", "target": "Korean"}]}
+    plain, with_objects = load_requests(written(tmp_path, [COUNTERFACT, {**COUNTERFACT, "case_id": 8, **neighbors}]))
     assert plain.neighbors == (Neighbor(prompt="The mother tongue of Leon Blum is", object="French"),)
-    assert with_own.neighbors == (Neighbor(prompt="The mother tongue of Go is", object="Korean"),)
+    assert with_objects.neighbors == (Neighbor(prompt="The mother tongue of Go is", object="Korean"),)
     assert plain.target_id == "Q1860"
 
 
@@ -197,8 +197,8 @@ def test_of_conflicting_requests_the_first_may_be_kept(tmp_path):
     with pytest.raises(InputError, match=r"'a' and 'b' conflict.*conflicts=\"first\""):
         load_requests(path)
     with pytest.warns(UserWarning, match=r"1 of 4 requests are left out: b \(conflicts with another\)"):
-        kept = load_requests(path, conflicts="first")
-    assert [request.id for request in kept] == ["a", "c", "d"]
+        requests = load_requests(path, conflicts="first")
+    assert [request.id for request in requests] == ["a", "c", "d"]
 
 
 def test_a_request_conflicts_with_those_kept_not_with_those_left_out(tmp_path):
@@ -209,8 +209,8 @@ def test_a_request_conflicts_with_those_kept_not_with_those_left_out(tmp_path):
         {**base, "id": "c", "prompt": "{} talks", "target_new": "Dutch"},
     ]
     with pytest.warns(UserWarning, match="1 of 3"):
-        kept = load_requests(written(tmp_path, records), conflicts="first")
-    assert [request.id for request in kept] == ["a", "c"]
+        requests = load_requests(written(tmp_path, records), conflicts="first")
+    assert [request.id for request in requests] == ["a", "c"]
 
 
 def test_the_real_short_form_is_read_whole():

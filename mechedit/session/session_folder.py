@@ -1,0 +1,99 @@
+"""The files of a session: session.json with its settings, and batches/0001.safetensors … with its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mechedit.errors import InputError
+from mechedit.files import read_json, write_json
+from mechedit.provenance import VERSION, check_provenance
+from mechedit.session.edited_batch import EditedBatch
+from mechedit.session.metrics import HistoryEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionFolder:
+    """Where a session saves its batches; without a path, nothing is saved."""
+
+    path: Path | None
+
+    @property
+    def targets(self) -> Path | None:
+        """Folder in which the search for z caches its results while a batch is written."""
+        return None if self.path is None else self.path / "targets"
+
+    def save_settings(self, settings: Mapping[str, Any], unedited: Sequence[HistoryEntry]) -> None:
+        """Write session.json.
+
+        Args:
+            settings: all that determines the session's results, except its batches.
+            unedited: numbers measured on the unedited model.
+        """
+        if self.path is not None:
+            content = {"mechedit": VERSION, "made_with": settings, "unedited": unedited}
+            write_json(self.path / "session.json", content)
+
+    def load_settings(self) -> tuple[dict[str, Any], tuple[HistoryEntry, ...]] | None:
+        """Read session.json: the settings, and the unedited model's numbers; None if the folder holds no session.
+
+        Raises:
+            InputError: session.json is damaged, or batches lie there without it.
+        """
+        if self.path is None or not (file := self.path / "session.json").is_file():
+            if self.path is not None and self._batch_files():
+                raise InputError(
+                    f"{str(self.path)!r} holds batches but no session.json, expected both or neither; choose "
+                    f"another folder, or remove the batches"
+                )
+            return None
+        content = read_json(file)
+        try:
+            return dict(content["made_with"]), tuple(HistoryEntry(*entry) for entry in content["unedited"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{str(file)!r} does not describe a session ({error}); expected what EditSession wrote: choose "
+                f"another folder"
+            ) from error
+
+    def check_settings(self, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Refuse to resume a session with other settings.
+
+        Raises:
+            InputError: names the first field that differs.
+        """
+        what, remedy = f"the session in {str(self.path)!r}", "go on with that, or choose another folder"
+        check_provenance(saved, settings, what, remedy=remedy)
+
+    def load_batches(self, weights_hash: str) -> tuple[EditedBatch, ...]:
+        """Read the finished batches, oldest first; temporary files of a killed process are removed.
+
+        Args:
+            weights_hash: hash of the unedited weights.
+
+        Raises:
+            InputError: a batch is damaged or missing, or was not made on the weights that those before it left.
+        """
+        if self.path is None:
+            return ()
+        for temporary in (self.path / "batches").glob(".*.safetensors"):
+            temporary.unlink()
+        batches: list[EditedBatch] = []
+        for number, file in enumerate(self._batch_files(), 1):
+            batch = EditedBatch.load(file)
+            chain = {"number": batch.number, "made_on": batch.edit.manifest["model"]["weights_hash"]}
+            remedy = "a batch before it is missing or was replaced: remove it and all later ones"
+            check_provenance(chain, {"number": number, "made_on": weights_hash}, repr(str(file)), remedy=remedy)
+            batches.append(batch)
+            weights_hash = batch.weights_hash
+        return tuple(batches)
+
+    def save_batch(self, batch: EditedBatch) -> None:
+        """Write one finished batch, atomically."""
+        if self.path is not None:
+            batch.save(self.path / "batches" / f"{batch.number:04}.safetensors")
+
+    def _batch_files(self) -> list[Path]:
+        return sorted((self.path / "batches").glob("[0-9]*.safetensors")) if self.path else []
