@@ -18,9 +18,8 @@ from mechedit.errors import InputError
 from mechedit.models import Site
 from mechedit.prompts import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
-from mechedit.targets.passes import stretches_of
-from mechedit.targets.prompts import passes, rows_of
-from mechedit.targets.shared_prefix import lead_of
+from mechedit.targets.prompt_batch import block_spans, shared_prefix_cache
+from mechedit.targets.prompts import group_by_shape, search_prompts
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
 REQUESTS = [
@@ -160,18 +159,18 @@ def counted(model: Any) -> tuple[list[list[int]], list[Any]]:
 
 def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
     config = dataclasses.replace(BRISK, steps=6, threshold=1e-9)
-    rows = rows_of(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, config)
+    rows = search_prompts(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, config)
     seen, handles = counted(lively)
     find_targets(lively, REQUESTS, 0, PREFIXES, config)
     for hook in handles:
         hook.remove()
-    together = list(passes(lively, rows, config.pass_tokens))
+    together = list(group_by_shape(lively, rows, config.pass_tokens))
     assert [len(runs) for runs in seen] == [len(together), *[len(together) * (1 + 7)] * 2]
     again = sum(len(some) * max(row.width for row in some) for some in together) * lively.d_model
     assert sum(seen[1][-len(together) :]) == again
     assert again < 0.7 * sum(len(row.ids) for row in rows) * lively.d_model
     # The last block's MLP computes what is asked for alone.
-    assert sum(seen[2][-len(together) :]) == sum(len(row.asked) for row in rows) * lively.d_model < again
+    assert sum(seen[2][-len(together) :]) == sum(len(row.scored) for row in rows) * lively.d_model < again
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -183,7 +182,7 @@ def test_with_local_attention_less_runs_again_and_z_is_the_same(
     config = dataclasses.replace(BRISK, steps=4, part=part, attention=part == "mlp_out")
     assert [model.window(block) for block in range(4)] == [3, 3, 3, None]
     requests = [dataclasses.replace(request, prompt=request.prompt + " of all things") for request in REQUESTS]
-    stretches = stretches_of(model, layer, config, 9)
+    stretches = block_spans(model, layer, config, 9)
     widths = [stretch.reach for stretch in stretches for _ in range(stretch.first, stretch.last + 1)]
     first = [1] if config.attention else []
     assert widths == [*first, *(min(9, 1 + 2 * (block - layer)) for block in range(layer + 1, 3)), 9]
@@ -207,14 +206,14 @@ def test_what_rows_begin_with_alike_runs_once(make_model: Any, monkeypatch: pyte
     config = dataclasses.replace(BRISK, steps=3)
     apart = find_targets(model, REQUESTS, 1, PREFIXES, config)
     monkeypatch.setitem(STARTING, "cpu", 0)
-    rows = rows_of(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
-    monkeypatch.setattr("mechedit.targets.shared_prefix.spare_tokens", lambda model: 1e6)
-    (some, *_) = sorted(passes(model, rows, config.pass_tokens), key=len, reverse=True)
-    lead, cuts = lead_of(model, some)
+    rows = search_prompts(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
+    monkeypatch.setattr("mechedit.targets.prompt_batch.spare_tokens", lambda model: 1e6)
+    (some, *_) = sorted(group_by_shape(model, rows, config.pass_tokens), key=len, reverse=True)
+    lead, cuts = shared_prefix_cache(model, some)
     assert lead is not None
     assert lead.lengths.tolist() == cuts
     for row, cut in zip(some, cuts, strict=True):
-        same = [other.ids[:cut] == row.ids[:cut] for other in some if other.prefix == row.prefix]
+        same = [other.ids[:cut] == row.ids[:cut] for other in some if other.template == row.template]
         assert all(same)
         assert cut <= row.subject
     assert max(cuts) > 3
@@ -262,7 +261,7 @@ def test_an_interrupted_search_goes_on(
 ) -> None:
     config = dataclasses.replace(BRISK, steps=4, batch_size=1)
     whole = find_targets(lively, REQUESTS, 1, PREFIXES, config)
-    searched, plain = [], mechedit.targets.search._search
+    searched, plain = [], mechedit.targets.search.search_groups
 
     def interrupted(model: Any, units: Any, *args: Any) -> Any:
         if len(searched) == after:
@@ -271,13 +270,13 @@ def test_an_interrupted_search_goes_on(
         return plain(model, units, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(mechedit.targets.search, "_search", interrupted)
+        patched.setattr(mechedit.targets.search, "search_groups", interrupted)
         with pytest.raises(KeyboardInterrupt):
             find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == after == len(list(tmp_path.iterdir()))
     assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), whole)
     rest: list[Any] = []
-    monkeypatch.setattr(mechedit.targets.search, "_search", lambda *args: rest.append(args) or plain(*args))
+    monkeypatch.setattr(mechedit.targets.search, "search_groups", lambda *args: rest.append(args) or plain(*args))
     assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), whole)
     assert not rest
     # Three δ in all, as two facts share one.
@@ -289,10 +288,10 @@ def test_what_is_kept_is_known_by_all_that_determines_it(
 ) -> None:
     config = dataclasses.replace(BRISK, steps=2)
     searched: list[int] = []
-    plain = mechedit.targets.search._search
+    plain = mechedit.targets.search.search_groups
     monkeypatch.setattr(
         mechedit.targets.search,
-        "_search",
+        "search_groups",
         lambda model, units, *a: searched.append(len(units)) or plain(model, units, *a),
     )
 
