@@ -57,7 +57,7 @@ class Equality:
         counts = torch.bincount(owner, minlength=single.shape[1])
         summed = residuals.new_zeros(len(residuals), single.shape[1]).index_add_(1, owner, residuals)
         factor, earlier = factor_of(self.moments[layer], keys.device), self.previous.get(layer)
-        return equality_update(single, summed / counts, factor, slack=self.slack, previous=earlier)
+        return equality_update(single, summed / counts, factor, relaxation=self.slack, previous=earlier)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

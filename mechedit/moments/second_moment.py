@@ -46,7 +46,7 @@ class SecondMoment:
         Raises:
             InputError: it is not positive definite.
         """
-        return factorize(self.matrix, what=f"the second moment of layer {self.layer}")
+        return factorize(self.matrix, name=f"the second moment of layer {self.layer}")
 
     def null_space(self, threshold: float | int) -> NullSpace:
         """What old keys hardly use (`mechedit.solve.null_space`), found once for a threshold, as that is cubic work.

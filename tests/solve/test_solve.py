@@ -22,7 +22,7 @@ from mechedit.solve import (
     null_space_update,
     ridge_update,
 )
-from mechedit.solve.factor import combinations
+from mechedit.solve.factor import gaussian_sketch
 
 D_MLP, D_MODEL, OLD, FACTS = 12, 5, 40, 4
 EPS = torch.finfo(torch.float64).eps
@@ -208,7 +208,7 @@ def test_slack_makes_it_the_ridge_and_no_slack_its_limit(
     keys: Tensor, residuals: Tensor, moment: Tensor, form: Callable
 ) -> None:
     for slack in (1e-3, 1, 50):
-        emmet = equality_update(keys, residuals, form(moment), slack=slack)
+        emmet = equality_update(keys, residuals, form(moment), relaxation=slack)
         assert off(emmet.delta, ridge_update(keys, residuals, form(moment), slack).delta) < 1e-10
     exact = equality_update(keys, residuals, form(moment)).delta
     distances = [off(ridge_update(keys, residuals, form(moment), weight).delta, exact) for weight in (1, 1e-3, 1e-6)]
@@ -237,7 +237,7 @@ def test_equality_equals_its_dense_formula(
     expected = solved @ torch.linalg.solve(inner, residuals.T)
     reach = 1e3 * size * EPS * float(torch.linalg.cond(system) * torch.linalg.cond(inner))
     for form in FORMS.values():
-        found = equality_update(keys, residuals, form(moment), slack=slack, previous=earlier)
+        found = equality_update(keys, residuals, form(moment), relaxation=slack, previous=earlier)
         assert off(found.delta, expected) < reach
         assert found.condition == pytest.approx(float(torch.linalg.cond(inner, p=1)), rel=0.7)
         if not slack:
@@ -252,7 +252,7 @@ def test_dependent_keys_are_named(keys: Tensor, residuals: Tensor, moment: Tenso
     keys[:, 2] = 0
     with pytest.raises(InputError, match=r"column 2 is zero"):
         equality_update(keys, residuals, form(moment))
-    assert equality_update(keys, residuals, form(moment), slack=1e-6).error < 1e-8
+    assert equality_update(keys, residuals, form(moment), relaxation=1e-6).error < 1e-8
 
 
 # --- the null space (AlphaEdit) ---
@@ -289,7 +289,7 @@ def test_null_space_update_is_the_published_formula(
 def test_null_space_update_annihilates_old_keys_of_deficient_rank(keys: Tensor, residuals: Tensor) -> None:
     old = made(D_MLP, FACTS, seed=5)
     space = null_space(old @ old.T, 1e-10)
-    assert space.kept == D_MLP - FACTS
+    assert space.dimension == D_MLP - FACTS
     delta = null_space_update(keys, residuals, space, weight=1e-9).delta
     assert (delta.T @ old).norm() < 1e-12 * delta.norm() * old.norm()
     assert off(delta.T @ keys, residuals) < 1e-6
@@ -301,7 +301,7 @@ def test_null_space_does_not_depend_on_the_scale_of_keys(moment: Tensor) -> None
     values = torch.linalg.eigvalsh(moment)
     threshold = float((values[4] + values[5]) / 2 / values[-1])
     small, large = (null_space(scale * moment, threshold) for scale in (1e-8, 1e8))
-    assert small.kept == large.kept == 5
+    assert small.dimension == large.dimension == 5
     assert torch.allclose(small.projection, large.projection, atol=1e-10)
     assert large.leak == pytest.approx(1e8 * float(values[4]))
     assert large.largest == pytest.approx(1e8 * float(values[-1]))
@@ -393,14 +393,14 @@ def test_an_error_in_one_row_alone_is_seen_and_mended(place: int, monkeypatch: p
 
 @few_examples
 @given(size=st.integers(17, 400), width=st.integers(1, 30), seed=seeds)
-def test_a_few_combinations_measure_a_matrix(size: int, width: int, seed: int) -> None:
+def test_a_gaussian_sketch_measures_a_matrix(size: int, width: int, seed: int) -> None:
     """Whole matrices, and such as are zero but for one row."""
     # Seeds count modulo 2³² and Ω is drawn with 0: a matrix of the same numbers would not be independent of it.
-    watch, matrix = combinations(size, made(1)), made(size, width, seed=1 + seed % (2**32 - 1))
+    watch, matrix = gaussian_sketch(size, made(1)), made(size, width, seed=1 + seed % (2**32 - 1))
     assert len(watch) == 16
     assert float((watch @ matrix).norm() / matrix.norm()) == pytest.approx(1, rel=0.8)
     assert torch.allclose(watch.norm(dim=0), torch.ones(size, dtype=torch.float64), rtol=0, atol=0.8)
-    assert torch.equal(combinations(size, made(1)), watch)
+    assert torch.equal(gaussian_sketch(size, made(1)), watch)
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e9])
@@ -492,8 +492,8 @@ def test_refuses_weights_below_zero(keys: Tensor, residuals: Tensor, moment: Ten
     for weight in (-1, float("nan")):
         with pytest.raises(InputError, match="weight of the second moment is"):
             ridge_update(keys, residuals, moment, weight)
-        with pytest.raises(InputError, match="slack of the equality constraint is"):
-            equality_update(keys, residuals, moment, slack=weight)
+        with pytest.raises(InputError, match="relaxation of the equality constraint is"):
+            equality_update(keys, residuals, moment, relaxation=weight)
     with pytest.raises(InputError, match="weight of the null-space update is 0, expected a number above 0"):
         null_space_update(keys, residuals, null_space(moment, 0.3), weight=0)
 
