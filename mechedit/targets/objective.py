@@ -4,8 +4,8 @@ For a fact with object o, prompts x₁ … x_N behind the context templates and 
 
     L(δ) = 1/N Σ_j −log P_δ(o | x_j)  +  λ_KL · KL(P_δ(· | x') ‖ P(· | x'))  +  weight decay of δ,
 
-where P_δ is the model with δ added at the subject's last token in one layer. All that does not depend on δ
-is computed once, in the clean run (`mechedit.targets.prompt_batch`).
+where P_δ is the model with δ added at the subject's last token in one layer. All that does not depend on δ is computed
+once, in the clean run (`mechedit.targets.prompt_batch`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mechedit.targets.prompt_batch import PromptBatch, edited_logits, run_clean,
 from mechedit.targets.prompts import group_by_shape, search_prompts
 
 TERMS = ("loss", "nll", "kl", "decay", "probability")
+"""Columns of `LossTerms.values`: the loss, its three terms as weighted in it, and P(object), mean over templates."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,7 +56,15 @@ class Objective:
         return torch.stack([radii[self.group == group].amin(0) for group in range(self.n_groups)])
 
     def loss_terms(self, delta: Float[Tensor, "group part d_model"], *, gradient: bool) -> LossTerms:
-        """Evaluate the loss of every fact at its group's δ and, if asked for, the gradient."""
+        """Evaluate Eq. 16 for every fact at its group's δ.
+
+        Args:
+            delta: δ of each group.
+            gradient: whether to compute the gradient, too.
+
+        Raises:
+            torch.OutOfMemoryError: the device's memory does not hold even one prompt.
+        """
         point = delta.detach().requires_grad_(gradient)
         nll, probability = point.new_zeros(2, len(self.group))
         kl, total_gradient, batches = point.new_zeros(self.n_groups), torch.zeros_like(delta), []
