@@ -172,7 +172,11 @@ def test_every_way_equals_a_dense_solve(
 
 @pytest.mark.parametrize("facts", [D_MLP - FACTS, D_MLP])
 def test_a_moment_may_be_singular_where_facts_make_up_for_it(facts: int) -> None:
-    old, keys, residuals = random_matrix(D_MLP, FACTS, seed=5), random_matrix(D_MLP, facts, seed=2), random_matrix(D_MODEL, facts, seed=3)
+    old, keys, residuals = (
+        random_matrix(D_MLP, FACTS, seed=5),
+        random_matrix(D_MLP, facts, seed=2),
+        random_matrix(D_MODEL, facts, seed=3),
+    )
     inputs = torch.cat([old, keys], 1).T
     outputs = torch.cat([torch.zeros(D_MODEL, FACTS, dtype=torch.float64), residuals], 1).T
     update = ridge_update(keys, residuals, old @ old.T)
@@ -211,7 +215,9 @@ def test_slack_makes_it_the_ridge_and_no_slack_its_limit(
         emmet = equality_update(keys, residuals, form(moment), relaxation=slack)
         assert relative_error(emmet.delta, ridge_update(keys, residuals, form(moment), slack).delta) < 1e-10
     exact = equality_update(keys, residuals, form(moment)).delta
-    distances = [relative_error(ridge_update(keys, residuals, form(moment), weight).delta, exact) for weight in (1, 1e-3, 1e-6)]
+    distances = [
+        relative_error(ridge_update(keys, residuals, form(moment), weight).delta, exact) for weight in (1, 1e-3, 1e-6)
+    ]
     assert distances[0] > 1e-2
     assert distances[1] == pytest.approx(1e3 * distances[2], rel=0.1)
     assert distances[2] < 1e-4
@@ -344,7 +350,9 @@ def test_mixed_precision_is_float64_accuracy(size: int, condition: float, scale:
     assert mixed.lower.dtype == torch.float32
     assert relative_error(mixed.solve(right), exact.solve(right)) < 1e-10
     assert mixed.condition == pytest.approx(exact.condition, rel=1e-6)
-    assert size < 8 or relative_error(torch.cholesky_solve(right.float(), mixed.lower).double(), exact.solve(right)) > 1e-9
+    assert (
+        size < 8 or relative_error(torch.cholesky_solve(right.float(), mixed.lower).double(), exact.solve(right)) > 1e-9
+    )
 
 
 def test_mixed_precision_falls_back_to_float64() -> None:
@@ -464,13 +472,13 @@ def solvers(moment: Tensor) -> list[Callable[..., Update]]:
 def test_refuses_what_is_not_finite(
     which: str, keys: Tensor, residuals: Tensor, earlier: Tensor, moment: Tensor
 ) -> None:
-    given = {"keys": keys, "residuals": residuals, "previous": earlier}
+    inputs = {"keys": keys, "residuals": residuals, "previous": earlier}
     for solver in solvers(moment):
-        solver(**given)
-    given[which][1, 2] = torch.nan
+        solver(**inputs)
+    inputs[which][1, 2] = torch.nan
     for solver in solvers(moment):
         with pytest.raises(InputError, match=rf"the {which}.* of the linear system hold 1 values"):
-            solver(**given)
+            solver(**inputs)
     large = torch.full_like(keys, 1e308)
     check_finite("finite numbers whose sum is not", large)
     assert not large.sum().isfinite()

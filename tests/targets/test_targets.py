@@ -79,8 +79,8 @@ def test_starts_from_the_clean_state(small_model: Any) -> None:
         clean = clean[0] if isinstance(clean, tuple) else clean
         assert torch.allclose(initial, clean[0, prompt.last_subject], atol=1e-5)
     handle.remove()
-    moved = (targets.z - targets.initial).norm(dim=1)
-    ratio = moved / targets.initial.norm(dim=1)
+    distances = (targets.z - targets.initial).norm(dim=1)
+    ratio = distances / targets.initial.norm(dim=1)
     assert ratio.tolist() == pytest.approx(list(targets.summary.norm_ratio), rel=1e-5)
     assert ratio.min() > 0
 

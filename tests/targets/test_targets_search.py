@@ -276,7 +276,9 @@ def test_an_interrupted_search_goes_on(
     assert len(list(tmp_path.glob("*.safetensors"))) == after == len(list(tmp_path.iterdir()))
     assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), uninterrupted)
     searched_again: list[Any] = []
-    monkeypatch.setattr(mechedit.targets.search, "search_groups", lambda *args: searched_again.append(args) or plain(*args))
+    monkeypatch.setattr(
+        mechedit.targets.search, "search_groups", lambda *args: searched_again.append(args) or plain(*args)
+    )
     assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), uninterrupted)
     assert not searched_again
     # Three δ in all, as two facts share one.
