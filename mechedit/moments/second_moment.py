@@ -49,7 +49,7 @@ class SecondMoment:
         Raises:
             InputError: it is not positive definite.
         """
-        return factorize(self.matrix, what=f"the second moment of layer {self.layer}")
+        return factorize(self.matrix, name=f"the second moment of layer {self.layer}")
 
     def null_space(self, threshold: float | int) -> NullSpace:
         """Directions that old keys hardly use (`mechedit.solve.null_space`), computed once per threshold.

@@ -88,7 +88,7 @@ class BatchEditor:
             self.moments,
             prefixes=self.prefixes,
             config=self.config,
-            previous=previous if self.config.preserves_keys else None,
+            previous=previous_keys if self.config.preserves_keys else None,
             cache=cache,
         )
         keys = {layer: keys.cpu() for layer, keys in edit_keys(self.model, requests, edit).items()}

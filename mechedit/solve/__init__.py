@@ -1,18 +1,25 @@
 """The linear systems of editing: tensors in, tensors out, float64 inside, no model.
 
-An MLP's second matrix W maps keys k to values. Editing adds to it a ΔW that sends the new keys K to the changes R and
-leaves the old keys alone. With M = E[k kᵀ] for the old keys, every method here is one pair of equations for X and Y,
+An MLP's second matrix W maps keys k to values. An edit adds to it a ΔW that changes the outputs of the new keys K by R
+and leaves the outputs of old keys alone. With M = E[k kᵀ] for the old keys, every method here is one saddle-point
+system for X and Y,
 
     M X = C Y,    Cᵀ X + D Y = E,    ΔW = R Xᵀ,
 
-where C holds the columns of K (behind those of earlier edits), E picks the new ones, and the diagonal D ≥ 0 says how
-much each column may be missed:
+where C holds the columns of K (after those of earlier edits), E selects the new ones, and the diagonal D ≥ 0 relaxes
+the constraint on each column:
 
 - `ridge_update` (MEMIT Eq. 14): D = λ, which makes X = (λM + C Cᵀ)⁻¹ K;
 - `equality_update` (ROME Eq. 2, EMMET): D = α for new keys, 0 by default, and 1 for earlier ones;
-- `null_space_update` (AlphaEdit): M⁻¹ becomes the projection onto what old keys hardly use, D the ridge.
+- `null_space_update` (AlphaEdit): the projection onto the directions that old keys hardly use in place of M⁻¹, and
+  the ridge as D.
 
-`factorize` does the cubic work once per M; each answer after it costs O(d_mlp² · facts).
+`factorize` does the cubic work once per M; each solution after it costs O(d_mlp² · facts).
+
+Example:
+    >>> factor = factorize(moment)                                # M, [d_mlp, d_mlp]
+    >>> update = ridge_update(keys, residuals, factor, 15_000)    # K, [d_mlp, fact]; R, [d_model, fact]
+    >>> update.delta.shape, update.error, update.condition        # ΔWᵀ, [d_mlp, d_model], and how well it was solved
 """
 
 from mechedit.solve.equality import equality_update

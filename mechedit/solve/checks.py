@@ -1,4 +1,4 @@
-"""What the systems are made of, checked and brought to float64."""
+"""The inputs of the linear systems, checked and converted to float64."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ from torch import Tensor
 from mechedit.errors import InputError, check_finite
 
 
-def symmetric(matrix: Float[Tensor, "n n"], what: str) -> Float[Tensor, "n n"]:
+def symmetrized(matrix: Float[Tensor, "n n"], name: str) -> Float[Tensor, "n n"]:
     """The matrix in float64 and exactly symmetric (Cholesky reads one triangle only).
 
     Raises:
-        InputError: it has no entries, some are not finite, or what is skew in it is more than rounding.
+        InputError: it has no entries, some are not finite, or its skew part is more than rounding.
     """
     if not matrix.numel():
-        raise InputError(f"{what} is empty, expected a matrix [d_mlp, d_mlp]; check what was passed")
-    check_finite(f"the entries of {what}", matrix)
-    found = wide(matrix)
-    mirror = found.T.clone(memory_format=torch.contiguous_format)
-    skew, size = float(torch.dist(found, mirror, p=math.inf)), float(torch.linalg.vector_norm(found, math.inf))
-    if skew > 1e-4 * size:
+        raise InputError(f"{name} is empty, expected a matrix [d_mlp, d_mlp]; check what was passed")
+    check_finite(f"the entries of {name}", matrix)
+    converted = to_float64(matrix)
+    transposed = converted.T.clone(memory_format=torch.contiguous_format)
+    skew = float(torch.dist(converted, transposed, p=math.inf))
+    largest = float(torch.linalg.vector_norm(converted, math.inf))
+    if skew > 1e-4 * largest:
         raise InputError(
-            f"{what} is not symmetric (entries differ from their mirror by {skew:.3g}, the largest is {size:.3g}), "
+            f"{name} is not symmetric (entries differ from their mirror by {skew:.3g}, the largest is {largest:.3g}), "
             f"expected a second moment E[k kᵀ]; check what was passed"
         )
-    return mirror.add_(found).div_(2)
+    return transposed.add_(converted).div_(2)
 
 
-def columns_of(
+def key_columns(
     keys: Float[Tensor, "size fact"],
     residuals: Float[Tensor, "d_model fact"],
     previous: Float[Tensor, "size earlier"] | None,
     like: Float[Tensor, "d_mlp width"],
 ) -> Float[Tensor, "d_mlp column"]:
-    """C: the keys behind those of earlier edits, in float64 on the device of `like`, each column in one piece.
+    """C: the keys of earlier edits, then the new keys, in float64 on the device of `like`.
 
-    That is the layout of LAPACK, so that the solve does not transpose them again.
+    Each column is contiguous, which is LAPACK's layout, so that the solve does not transpose them again.
 
     Raises:
         InputError: no keys, keys of another width than `like`, or values that are not finite.
     """
-    parts = {"keys": keys} if previous is None else {"previous keys": previous, "keys": keys}
-    for name, value in {**parts, "residuals": residuals}.items():
+    blocks = {"keys": keys} if previous is None else {"previous keys": previous, "keys": keys}
+    for name, value in {**blocks, "residuals": residuals}.items():
         check_finite(f"the {name} of the linear system", value)
-    for name, value in parts.items():
+    for name, value in blocks.items():
         if len(value) != len(like):
             raise InputError(
                 f"the {name} have {len(value)} entries each, expected {len(like)} as the second moment has; "
@@ -55,14 +56,15 @@ def columns_of(
             )
     if not keys.shape[1] or keys.shape[1] != residuals.shape[1]:
         raise InputError(
-            f"there are {keys.shape[1]} keys and {residuals.shape[1]} residuals, expected one of each per fact"
+            f"there are {keys.shape[1]} keys and {residuals.shape[1]} residuals, expected one of each per fact; "
+            f"pass both of the same requests"
         )
-    rows = [wide(value.T).contiguous().to(like.device) for value in parts.values()]
+    rows = [to_float64(value.T).contiguous().to(like.device) for value in blocks.values()]
     return (rows[0] if previous is None else torch.cat(rows)).T
 
 
-def wide(value: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
-    found = value.cpu() if value.device.type == "mps" else value
+def to_float64(value: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU if its device has no float64."""
+    source = value.cpu() if value.device.type == "mps" else value
     # Converting and laying out in one pass takes half the time.
-    return found.to(torch.float64, memory_format=torch.contiguous_format)
+    return source.to(torch.float64, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""A symmetric positive definite matrix, factored once by Cholesky and solved with many times.
+"""Cholesky factorization of a symmetric positive definite matrix, done once and solved with many times.
 
 `precision="mixed"` factors in float32 and recovers float64 accuracy by iterative refinement (Wilkinson; Higham,
 Accuracy and Stability of Numerical Algorithms, §12), for devices on which float64 is slow.
@@ -16,41 +16,41 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError, check_choice
-from mechedit.solve.checks import symmetric
+from mechedit.solve.checks import symmetrized
 
 Precision = Literal["float64", "mixed"]
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
-SINGLE = 1e-6
-"""Pivots that fall below this share of their diagonal entry are lost in float32: the factor is made in float64."""
-PROBES = 16
-"""Combinations of rows by which a residual is estimated: its norm is seldom off by more than half."""
+FLOAT32_PIVOT = 1e-6
+"""Smallest pivot, as a fraction of its diagonal entry, that float32 resolves; below it float64 is used."""
+SKETCH_ROWS = 16
+"""Rows of the Gaussian sketch by which a residual is estimated: its norm is seldom off by more than half."""
 REFINEMENTS = 30
-"""Most corrections of one answer; each gains at least a factor of two, or refinement ends."""
+"""Most refinement steps per solution; refinement ends when a step does not halve the error."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factor:
-    """M = L Lᵀ, made by `factorize`."""
+    """A Cholesky factorization M = L Lᵀ, made by `factorize`."""
 
     matrix: Float[Tensor, "n n"]
     """M in float64."""
     lower: Float[Tensor, "n n"]
-    """L in float64, or in float32 when answers are refined."""
+    """L in float64, or in float32 when solutions are refined."""
 
-    def solve(self, right: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """M⁻¹ right in float64.
+    def solve(self, right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """M⁻¹ B in float64, for the right-hand side B.
 
         A float32 factor is refined until ‖M x − b‖ ≤ √n·ε·(‖M‖₁‖x‖ + ‖b‖) for every column. Where that does not
-        converge (a condition beyond about 1e7) a float64 factor is made, kept, and used instead.
+        converge (a condition number above about 1e7) a float64 factor is made, cached, and used instead.
 
         Raises:
             InputError: refinement failed and the matrix is not positive definite in float64 either.
         """
         if self.lower.dtype == torch.float64:
-            return _divide(self.lower, right)
-        found = self._refined(right)
-        return self._exact.solve(right) if found is None else found
+            return _cholesky_solve(self.lower, right_side)
+        refined = self._refined(right_side)
+        return self._float64_factor.solve(right_side) if refined is None else refined
 
     @cached_property
     def condition(self) -> float:
@@ -65,69 +65,69 @@ class Factor:
     @cached_property
     def inverse_norm(self) -> float:
         """‖M⁻¹‖₁, estimated as `condition` says."""
-        return one_norm(self.solve, self.matrix)
+        return estimate_one_norm(self.solve, self.matrix)
 
     @cached_property
     def sketch(self) -> Float[Tensor, "probe n"]:
-        """Ω M, Ω the `combinations` of its rows: with it, Ω(b − M x) takes no pass over M."""
-        return combinations(len(self.matrix), self.matrix) @ self.matrix
+        """Ω M, where Ω is the `gaussian_sketch` of its rows: with it, Ω(B − M X) takes no pass over M."""
+        return gaussian_sketch(len(self.matrix), self.matrix) @ self.matrix
 
     @property
     def precision(self) -> Precision:
-        """How it was factored; "float64" also where "mixed" was asked for and float32 did not do."""
+        """Precision of the factor: "float64" also where "mixed" was requested and float32 broke down."""
         return "float64" if self.lower.dtype == torch.float64 else "mixed"
 
     @cached_property
-    def _exact(self) -> Factor:
+    def _float64_factor(self) -> Factor:
         return factorize_symmetric(self.matrix, "float64", "the matrix to be solved with")
 
-    def _refined(self, right: Float[Tensor, "n m"]) -> Float[Tensor, "n m"] | None:
-        """Corrections x += (L Lᵀ)⁻¹(b − M x) until the residual is at rounding; None if it stops shrinking."""
-        rounding, size = len(right) ** 0.5 * EPS, right.norm(dim=0)
-        found, left, before = torch.zeros_like(right), right, float("inf")
+    def _refined(self, right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"] | None:
+        """Refine X += (L Lᵀ)⁻¹(B − M X) until the residual is at rounding; None if it stops shrinking."""
+        rounding, right_norm = len(right_side) ** 0.5 * EPS, right_side.norm(dim=0)
+        solution, residual, previous_error = torch.zeros_like(right_side), right_side, float("inf")
         for _ in range(REFINEMENTS):
-            found = found + _divide(self.lower, left)
-            left = right - self.matrix @ found
-            error = left.norm(dim=0) / (self.norm * found.norm(dim=0) + size).clamp_min(TINY)
+            solution = solution + _cholesky_solve(self.lower, residual)
+            residual = right_side - self.matrix @ solution
+            error = residual.norm(dim=0) / (self.norm * solution.norm(dim=0) + right_norm).clamp_min(TINY)
             if bool((error <= rounding).all()):
-                return found
-            if not float(error.max()) < before / 2:
+                return solution
+            if not float(error.max()) < previous_error / 2:
                 return None
-            before = float(error.max())
+            previous_error = float(error.max())
         return None
 
 
 def factorize(
-    matrix: Float[Tensor, "n n"], *, precision: Precision = "float64", what: str = "the second moment"
+    matrix: Float[Tensor, "n n"], *, precision: Precision = "float64", name: str = "the second moment"
 ) -> Factor:
     """Factor a symmetric positive definite matrix, M = L Lᵀ.
 
     Args:
-        matrix: M. What is skew in it to within 1e-4 of its largest entry counts as rounding and is averaged out.
-        precision: "mixed" factors in float32 and refines each answer; where float32 breaks down it is float64.
-        what: how errors name the matrix.
+        matrix: M. A skew part within 1e-4 of its largest entry counts as rounding and is averaged out.
+        precision: "mixed" factors in float32 and refines each solution; where float32 breaks down it is float64.
+        name: how errors name the matrix.
 
     Raises:
         InputError: not finite, not symmetric, or not positive definite to within rounding.
     """
     check_choice("precision", precision, get_args(Precision))
-    return factorize_symmetric(symmetric(matrix, what), precision, what)
+    return factorize_symmetric(symmetrized(matrix, name), precision, name)
 
 
-def factorize_symmetric(matrix: Float[Tensor, "n n"], precision: Precision, what: str) -> Factor:
-    """`factorize` of a float64 matrix that is exactly symmetric."""
+def factorize_symmetric(matrix: Float[Tensor, "n n"], precision: Precision, name: str) -> Factor:
+    """`factorize` for a float64 matrix that is exactly symmetric."""
     if precision == "mixed":
-        lower, reached = cholesky(matrix.float(), SINGLE)
-        if reached == len(matrix):
+        lower, sound_rows = cholesky(matrix.float(), FLOAT32_PIVOT)
+        if sound_rows == len(matrix):
             return Factor(matrix=matrix, lower=lower)
-    lower, reached = cholesky(matrix, len(matrix) * EPS)
-    if reached < len(matrix):
-        raise InputError(_breakdown(matrix, reached, what))
+    lower, sound_rows = cholesky(matrix, len(matrix) * EPS)
+    if sound_rows < len(matrix):
+        raise InputError(_breakdown(matrix, sound_rows, name))
     return Factor(matrix=matrix, lower=lower)
 
 
 def cholesky(matrix: Float[Tensor, "n n"], tolerance: float) -> tuple[Float[Tensor, "n n"], int]:
-    """L, and how many of its rows were reached before a pivot fell to `tolerance` of its diagonal entry."""
+    """L, and the number of its rows before the first pivot at or below `tolerance` times its diagonal entry."""
     lower, info = torch.linalg.cholesky_ex(matrix)
     sound = lower.diagonal().square() > tolerance * matrix.diagonal()
     if int(info):
@@ -135,57 +135,63 @@ def cholesky(matrix: Float[Tensor, "n n"], tolerance: float) -> tuple[Float[Tens
     return lower, int(sound.int().cumprod(0).sum())
 
 
-def combinations(rows: int, like: Tensor) -> Float[Tensor, "probe rows"]:
-    """Ω, the same at every call, with E‖Ω A‖² = ‖A‖²: no error hides from it, in whichever row or column of A it is.
+def gaussian_sketch(rows: int, like: Tensor) -> Float[Tensor, "probe rows"]:
+    """A random Ω, the same at every call, with E‖Ω A‖² = ‖A‖²: no error in any row or column of A escapes it.
 
-    The identity where there are no more rows than `PROBES`; else normal numbers, with which ‖Ω A‖² is off by a
-    standard deviation of √(2/`PROBES`) where A has rank one and by less where it has more. Drawn once and shared.
+    The identity where there are no more rows than `SKETCH_ROWS`; else Gaussian, with which ‖Ω A‖² is off by a standard
+    deviation of √(2/`SKETCH_ROWS`) where A has rank one and by less where it has more. Drawn once and shared.
     """
-    return _drawn(rows, like.device)
+    return _sketch_matrix(rows, like.device)
 
 
 @lru_cache(maxsize=32)
-def _drawn(rows: int, device: torch.device) -> Float[Tensor, "probe rows"]:
-    if rows <= PROBES:
+def _sketch_matrix(rows: int, device: torch.device) -> Float[Tensor, "probe rows"]:
+    if rows <= SKETCH_ROWS:
         return torch.eye(rows, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(PROBES, rows, dtype=torch.float64, generator=generator) / PROBES**0.5).to(device)
+    return (torch.randn(SKETCH_ROWS, rows, dtype=torch.float64, generator=generator) / SKETCH_ROWS**0.5).to(device)
 
 
-def one_norm(times: Callable[[Tensor], Tensor], like: Float[Tensor, "n m"]) -> float:
-    """‖A‖₁ of a symmetric A that is known by its products only (Hager 1984): a lower bound, seldom off by over 3."""
-    probe = like.new_full((len(like), 1), 1 / len(like))
+def estimate_one_norm(product: Callable[[Tensor], Tensor], like: Float[Tensor, "n m"]) -> float:
+    """‖A‖₁ of a symmetric A that is known by its products only (Hager 1984): a lower bound, seldom off by over 3.
+
+    Args:
+        product: maps X, [n, 1], to A X.
+        like: gives the size n, the dtype and the device.
+    """
+    vector = like.new_full((len(like), 1), 1 / len(like))
     norm = 0.0
     for _ in range(5):
-        product = times(probe)
-        norm = max(norm, float(product.abs().sum()))
-        slope = times(torch.where(product < 0, -1.0, 1.0).to(like))
-        steepest = int(slope.abs().argmax())
-        if float(slope[steepest].abs()) <= float((slope * probe).sum()):
+        image = product(vector)
+        norm = max(norm, float(image.abs().sum()))
+        gradient = product(torch.where(image < 0, -1.0, 1.0).to(like))
+        steepest = int(gradient.abs().argmax())
+        if float(gradient[steepest].abs()) <= float((gradient * vector).sum()):
             break
-        probe = torch.zeros_like(probe)
-        probe[steepest] = 1
+        vector = torch.zeros_like(vector)
+        vector[steepest] = 1
     return norm
 
 
-def _divide(lower: Float[Tensor, "n n"], right: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    """(L Lᵀ)⁻¹ right, in the dtype of `right` and the precision of L."""
-    if lower.dtype != right.dtype:
-        scale = right.norm(dim=0).clamp_min(TINY)
-        return _divide(lower, (right / scale).to(lower)).double() * scale
+def _cholesky_solve(lower: Float[Tensor, "n n"], right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    """(L Lᵀ)⁻¹ B, in the dtype of B and the precision of L."""
+    if lower.dtype != right_side.dtype:
+        scale = right_side.norm(dim=0).clamp_min(TINY)
+        return _cholesky_solve(lower, (right_side / scale).to(lower)).double() * scale
     # torch.cholesky_solve would copy L each time.
-    half = torch.linalg.solve_triangular(lower, right, upper=False)
-    # In place, as fresh memory costs more to touch than to fill; autograd has no such way.
-    return torch.linalg.solve_triangular(lower.mT, half, upper=True, out=None if half.requires_grad else half)
+    forward = torch.linalg.solve_triangular(lower, right_side, upper=False)
+    # In place, as fresh memory costs more to touch than to fill; autograd does not allow it.
+    out = None if forward.requires_grad else forward
+    return torch.linalg.solve_triangular(lower.mT, forward, upper=True, out=out)
 
 
-def _breakdown(matrix: Float[Tensor, "n n"], reached: int, what: str) -> str:
-    """Where it broke down, why, and what to do."""
+def _breakdown(matrix: Float[Tensor, "n n"], sound_rows: int, name: str) -> str:
+    """Where the factorization broke down, why, and what to do."""
     dead = int((matrix.diagonal() <= 0).sum())
-    units = f"{dead} diagonal entries are not positive (units that never fire); " if dead else ""
+    dead_units = f"{dead} diagonal entries are not positive (units that never fire); " if dead else ""
     return (
-        f"{what} is not positive definite (its Cholesky factor breaks down at {reached + 1} of {len(matrix)}); {units}"
-        f"either the moments come from too few tokens, or units are dead, or the weight is zero, or the matrix is "
-        f"no second moment. Collect moments over more text or raise the weight; to keep the directions that old "
-        f"keys never use, use the null space"
+        f"{name} is not positive definite (its Cholesky factor breaks down at {sound_rows + 1} of {len(matrix)}); "
+        f"{dead_units}either the moments come from too few tokens, or units are dead, or the weight is zero, or the "
+        f"matrix is not a second moment. Collect moments over more text or raise the weight; to keep the directions "
+        f"that old keys never use, use the null space"
     )

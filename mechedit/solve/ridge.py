@@ -1,4 +1,4 @@
-"""MEMIT's update: old keys are kept as well as new ones are changed, by a weight."""
+"""MEMIT's update: a least-squares compromise between new and old keys, by a weight."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import check_at_least, check_finite
-from mechedit.solve.checks import columns_of, symmetric
+from mechedit.solve.checks import key_columns, symmetrized
 from mechedit.solve.factor import TINY, Factor, Precision, factorize_symmetric
-from mechedit.solve.saddle_point import dual
-from mechedit.solve.update import Update, finish
+from mechedit.solve.saddle_point import saddle_point_system
+from mechedit.solve.update import Update, rounded_update
 
 
 def ridge_update(
@@ -27,17 +27,17 @@ def ridge_update(
     in K_p and K than d_mlp, it is solved in their space (Woodbury, refined to rounding); else by Cholesky of the sum.
 
     Args:
-        keys: K, one column a fact.
-        residuals: R, the change of the output wanted at each key.
+        keys: K, one column per fact.
+        residuals: R, the requested change of the output at each key.
         moment: M = E[k kᵀ], symmetric and positive semi-definite, or its factor.
-        weight: λ ≥ 0, what old keys count in units of one new fact.
+        weight: λ ≥ 0, the weight of the old keys in units of one new fact.
         previous: K_p, keys of earlier edits, whose outputs are to stay.
 
     Returns:
         Factors of rank at most the number of facts. `error` is ‖(λM + K_p K_pᵀ + K Kᵀ) X − K‖ / ‖K‖ (from a `Factor`:
-        estimated from 16 random combinations of the rows, where there are more); `condition` is that of the sum,
-        ‖A‖₁‖A⁻¹‖₁ with Hager's estimate of the latter (from a `Factor`: (λ‖M‖₁ + ‖C Cᵀ‖₁)‖M⁻¹‖₁/λ with C = [K_p, K],
-        which does not see where new keys lift the smallest eigenvalues of λM and is then too high).
+        estimated by a sketch of 16 rows, where there are more); `condition` is that of the sum, ‖A‖₁‖A⁻¹‖₁ with
+        Hager's estimate of the latter (from a `Factor`: (λ‖M‖₁ + ‖C Cᵀ‖₁)‖M⁻¹‖₁/λ with C = [K_p, K], which ignores
+        that new keys lift the smallest eigenvalues of λM and is then too high).
 
     Raises:
         InputError: an input is not finite or of the wrong size; M is not symmetric; the sum is too singular.
@@ -45,29 +45,33 @@ def ridge_update(
     check_at_least("the weight of the second moment", weight, 0)
     check_finite("the weight of the second moment", weight)
     if not isinstance(moment, Factor):
-        moment = symmetric(moment.to(keys.device), "the second moment")
+        moment = symmetrized(moment.to(keys.device), "the second moment")
     matrix = moment.matrix if isinstance(moment, Factor) else moment
-    columns = columns_of(keys, residuals, previous, matrix)
+    columns = key_columns(keys, residuals, previous, matrix)
     facts = keys.shape[1]
     if isinstance(moment, Factor) and weight > 0 and columns.shape[1] < len(columns):
-        system = dual(columns, columns.new_full((columns.shape[1],), weight), moment)
-        answer, seen = system.solve(facts)
-        error, condition = system.ridge_error(seen, weight), system.ridge_condition(weight)
-        return finish(answer.first, error, condition, keys, residuals)
+        system = saddle_point_system(columns, columns.new_full((columns.shape[1],), weight), moment)
+        solution, residual = system.solve(facts)
+        error, condition = system.ridge_error(residual, weight), system.ridge_condition(weight)
+        return rounded_update(solution.primal, error, condition, keys, residuals)
     precision = moment.precision if isinstance(moment, Factor) else "float64"
-    return finish(*solve_sum(weight * matrix, columns, facts, precision), keys, residuals)
+    return rounded_update(*solve_sum(weight * matrix, columns, facts, precision), keys, residuals)
 
 
 def solve_sum(
     matrix: Float[Tensor, "d d"], columns: Float[Tensor, "d column"], facts: int, precision: Precision = "float64"
 ) -> tuple[Float[Tensor, "d fact"], float, float]:
-    """X = (A + C Cᵀ)⁻¹ K by Cholesky of the sum, K the last `facts` columns; its relative residual and condition.
+    """X = (A + C Cᵀ)⁻¹ K by Cholesky of the sum, K the last `facts` columns of C.
+
+    Returns:
+        X, its relative residual ‖(A + C Cᵀ) X − K‖ / ‖K‖, and the condition number of the sum.
 
     Raises:
         InputError: the sum is not positive definite.
     """
-    what = "the system λ·E[k kᵀ] + K Kᵀ"
-    system = factorize_symmetric(torch.addmm(matrix, columns, columns.T), precision, what)
-    right = columns[:, -facts:]
-    left = system.solve(right)
-    return left, float((system.matrix @ left - right).norm() / right.norm().clamp_min(TINY)), system.condition
+    name = "the system λ·E[k kᵀ] + K Kᵀ"
+    system = factorize_symmetric(torch.addmm(matrix, columns, columns.T), precision, name)
+    keys = columns[:, -facts:]
+    solution = system.solve(keys)
+    error = float((system.matrix @ solution - keys).norm() / keys.norm().clamp_min(TINY))
+    return solution, error, system.condition

@@ -1,10 +1,10 @@
-"""The system behind every update, solved in the small space of the facts, and its residual.
+"""The saddle-point system behind every update, solved in the small space of the facts, and its residual.
 
     M X = C Y,    Cᵀ X + D Y = E
 
-Eliminating X leaves (Cᵀ M⁻¹ C + D) Y = E, one row a column of C: with D = λ that is the Woodbury form of
-X = (λM + C Cᵀ)⁻¹ C E, and with D = 0 the constraint Cᵀ X = E. Refinement works on the pair, in which nothing cancels.
-What an answer misses is watched through a few random combinations of the equations (`combinations`): with Ω M kept
+Eliminating X leaves the Schur complement system (Cᵀ M⁻¹ C + D) Y = E, with one row per column of C: D = λ gives the
+Woodbury form of X = (λM + C Cᵀ)⁻¹ C E, and D = 0 the constraint Cᵀ X = E. Refinement works on the pair (X, Y), in which
+nothing cancels. The residual is estimated by a Gaussian sketch of the equations (`gaussian_sketch`): with Ω M cached
 beside the factor, that takes no pass over M.
 """
 
@@ -18,98 +18,103 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError
-from mechedit.solve.factor import EPS, TINY, Factor, cholesky, combinations
+from mechedit.solve.factor import EPS, TINY, Factor, cholesky, gaussian_sketch
 
 CORRECTIONS = 5
+"""Most corrections of one solution."""
 DEPENDENT = 1e-12
 """Keys are dependent where the squared sine of the angle to those before is below this, in the metric of M⁻¹."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Pair:
-    """X and Y, or what they miss of their two equations."""
+class PrimalDualPair:
+    """The two unknowns (X, Y) of the system, or the residuals of its two equations."""
 
-    first: Float[Tensor, "d m"]
-    """X, or C Y − M X."""
-    second: Float[Tensor, "column m"]
-    """Y, or E − Cᵀ X − D Y."""
+    primal: Float[Tensor, "d m"]
+    """X, or the residual C Y − M X."""
+    dual: Float[Tensor, "column m"]
+    """Y, or the residual E − Cᵀ X − D Y."""
 
-    def __add__(self, other: Pair) -> Pair:
-        return Pair(first=self.first + other.first, second=self.second + other.second)
+    def __add__(self, other: PrimalDualPair) -> PrimalDualPair:
+        return PrimalDualPair(primal=self.primal + other.primal, dual=self.dual + other.dual)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Seen:
-    """What a few combinations Ω of the equations (`combinations`) tell of an answer (X, Y).
+class SketchedResidual:
+    """The residual of a pair (X, Y) under a Gaussian sketch Ω, whose norms estimate those of the residual."""
 
-    The norms of `first` and `second` estimate those of what it misses.
-    """
-
-    old: Float[Tensor, "probe m"]
+    moment_term: Float[Tensor, "probe m"]
     """Ω M X."""
-    new: Float[Tensor, "probe m"]
+    column_term: Float[Tensor, "probe m"]
     """Ω C Cᵀ X."""
-    first: Float[Tensor, "probe m"]
+    primal: Float[Tensor, "probe m"]
     """Ω (C Y − M X)."""
-    second: Float[Tensor, "inner m"]
-    """Ω (E − Cᵀ X − D Y), Ω here combining its rows."""
-    size: float
-    """The larger of the two, relative to the rounding of the terms."""
+    dual: Float[Tensor, "inner m"]
+    """Ω (E − Cᵀ X − D Y), with an Ω for its rows."""
+    relative_size: float
+    """The larger of the two norms, each relative to the size of its terms."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Dual:
-    """All of the system but E; made by `dual`."""
+class SaddlePointSystem:
+    """The system without its right-hand side E; made by `saddle_point_system`."""
 
     columns: Float[Tensor, "d column"]
     """C."""
-    slack: Float[Tensor, " column"]
+    relaxation: Float[Tensor, " column"]
     """The diagonal of D."""
     factor: Factor | None
     """M; None stands for the identity."""
-    solved: Float[Tensor, "d column"]
+    solved_columns: Float[Tensor, "d column"]
     """M⁻¹ C."""
-    small: Factor
-    """Cᵀ M⁻¹ C + D."""
+    schur: Factor
+    """The Schur complement Cᵀ M⁻¹ C + D."""
 
-    def solve(self, facts: int) -> tuple[Pair, Seen]:
-        """The answer for E that picks the last `facts` columns, refined to rounding, and what is `seen` of it.
+    def solve(self, facts: int) -> tuple[PrimalDualPair, SketchedResidual]:
+        """The solution for the E that selects the last `facts` columns, refined to rounding, and its residual.
 
-        Only where that is above rounding is the full residual computed, which costs as much as the solve, and the
-        answer corrected by it.
+        Only where the sketched residual is above rounding is the full one computed, which costs as much as the solve,
+        and the solution corrected by it.
         """
-        wanted = torch.eye(len(self.slack), dtype=self.columns.dtype, device=self.columns.device)[:, -facts:]
-        second = self.small.solve(wanted)
-        answer = Pair(first=self.solved @ second, second=second)
-        seen = self.seen(answer, wanted)
+        right_side = torch.eye(len(self.relaxation), dtype=self.columns.dtype, device=self.columns.device)[:, -facts:]
+        dual = self.schur.solve(right_side)
+        pair = PrimalDualPair(primal=self.solved_columns @ dual, dual=dual)
+        residual = self.sketched_residual(pair, right_side)
         for _ in range(CORRECTIONS):
-            if seen.size <= len(self.columns) ** 0.5 * EPS:
+            if residual.relative_size <= len(self.columns) ** 0.5 * EPS:
                 break
-            better = answer + self._correction(self._residual(answer, wanted))
-            smaller = self.seen(better, wanted)
-            if not smaller.size < seen.size:
+            corrected = pair + self._correction(self._residual(pair, right_side))
+            corrected_residual = self.sketched_residual(corrected, right_side)
+            if not corrected_residual.relative_size < residual.relative_size:
                 break
-            answer, seen = better, smaller
-        return answer, seen
+            pair, residual = corrected, corrected_residual
+        return pair, residual
 
-    def seen(self, answer: Pair, wanted: Float[Tensor, "column m"]) -> Seen:
-        """What the combinations tell of (X, Y)."""
-        x, y = answer.first, answer.second
-        small = combinations(len(self.slack), self.columns)
-        old, (new, kept) = self._sketch @ x, (self._watched @ x).tensor_split([len(self._sketch)])
-        allowed, asked = (small * self.slack) @ y, small @ wanted
-        first, second = self._over @ y - old, asked - kept - allowed
+    def sketched_residual(self, pair: PrimalDualPair, right_side: Float[Tensor, "column m"]) -> SketchedResidual:
+        """Estimate the residual of (X, Y) by the sketch, in three products with X and Y."""
+        x, y = pair.primal, pair.dual
+        row_sketch = gaussian_sketch(len(self.relaxation), self.columns)
+        moment_term = self._moment_sketch @ x
+        column_term, constraint = (self._column_products @ x).tensor_split([len(self._moment_sketch)])
+        relaxed, sketched_right = (row_sketch * self.relaxation) @ y, row_sketch @ right_side
+        primal, dual = self._column_sketch @ y - moment_term, sketched_right - constraint - relaxed
         scale = 1.0 if self.factor is None else self.factor.norm
-        upper, lower, left, right, columns, *terms = norms(first, second, x, y, self._lengths, kept, allowed, asked)
+        primal_norm, dual_norm, x_norm, y_norm, columns_norm, *dual_terms = norms(
+            primal, dual, x, y, self._column_norms, constraint, relaxed, sketched_right
+        )
         # C Y may be far smaller than its terms, where facts repeat each other.
-        size = max(upper / max(scale * left + columns * right, TINY), lower / max(sum(terms), TINY))
-        return Seen(old=old, new=new, first=first, second=second, size=size)
+        primal_size = primal_norm / max(scale * x_norm + columns_norm * y_norm, TINY)
+        size = max(primal_size, dual_norm / max(sum(dual_terms), TINY))
+        return SketchedResidual(
+            moment_term=moment_term, column_term=column_term, primal=primal, dual=dual, relative_size=size
+        )
 
-    def ridge_error(self, seen: Seen, weight: float | int) -> float:
+    def ridge_error(self, residual: SketchedResidual, weight: float | int) -> float:
         """‖(λM + C Cᵀ) X − K‖ / ‖K‖ where K holds the last columns of C, estimated by ‖Ω((λM + C Cᵀ) X − K)‖."""
-        facts = seen.old.shape[1]
-        missed, size = norms(weight * seen.old + seen.new - self._over[:, -facts:], self._lengths[-facts:])
-        return missed / max(size, TINY)
+        facts = residual.moment_term.shape[1]
+        ridge_residual = weight * residual.moment_term + residual.column_term - self._column_sketch[:, -facts:]
+        residual_norm, keys_norm = norms(ridge_residual, self._column_norms[-facts:])
+        return residual_norm / max(keys_norm, TINY)
 
     def ridge_condition(self, weight: float | int) -> float:
         """(λ‖M‖₁ + ‖C Cᵀ‖₁)·‖M⁻¹‖₁/λ, an estimate of κ₁ of λM + C Cᵀ from norms that are cheap once M is factored.
@@ -118,78 +123,94 @@ class Dual:
         k columns lift the smallest eigenvalue of λM at most to its (k+1)-th smallest, and too high by no more.
         """
         norm, inverse = (1.0, 1.0) if self.factor is None else (self.factor.norm, self.factor.inverse_norm)
-        return (weight * norm + self._outer_norm) * inverse / weight
+        return (weight * norm + self._gram_norm) * inverse / weight
 
     @property
-    def _outer_norm(self) -> float:
+    def _gram_norm(self) -> float:
         """‖C Cᵀ‖₁ from below: the 1-norm of that column whose 2-norm Ω C Cᵀ puts first, within √d of the largest."""
-        longest = self._watched[: len(self._sketch)].square().sum(0).argmax()
+        longest = self._column_products[: len(self._moment_sketch)].square().sum(0).argmax()
         return float((self.columns @ self.columns[longest]).abs().sum())
 
     @cached_property
-    def _lengths(self) -> Float[Tensor, " column"]:
-        """The norm of each column."""
+    def _column_norms(self) -> Float[Tensor, " column"]:
+        """The 2-norm of each column of C."""
         return self.columns.norm(dim=0)
 
     @property
-    def _sketch(self) -> Float[Tensor, "probe d"]:
+    def _moment_sketch(self) -> Float[Tensor, "probe d"]:
         """Ω M."""
-        return combinations(len(self.columns), self.columns) if self.factor is None else self.factor.sketch
+        return gaussian_sketch(len(self.columns), self.columns) if self.factor is None else self.factor.sketch
 
     @cached_property
-    def _over(self) -> Float[Tensor, "probe column"]:
+    def _column_sketch(self) -> Float[Tensor, "probe column"]:
         """Ω C."""
-        return combinations(len(self.columns), self.columns) @ self.columns
+        return gaussian_sketch(len(self.columns), self.columns) @ self.columns
 
     @cached_property
-    def _watched(self) -> Float[Tensor, "probe d"]:
+    def _column_products(self) -> Float[Tensor, "probe d"]:
         """Ω C Cᵀ, and below it Ω Cᵀ: one product with X for both."""
-        return torch.cat([self._over, combinations(len(self.slack), self.columns)]) @ self.columns.T
+        row_sketch = gaussian_sketch(len(self.relaxation), self.columns)
+        return torch.cat([self._column_sketch, row_sketch]) @ self.columns.T
 
-    def _residual(self, answer: Pair, wanted: Float[Tensor, "column m"]) -> Pair:
-        """What (X, Y) misses of the equations."""
-        x, y = answer.first, answer.second
-        forces = x if self.factor is None else self.factor.matrix @ x
-        return Pair(
-            first=self.columns @ y - forces,
-            second=wanted - self.columns.T @ x - self.slack[:, None] * y,
+    def _residual(self, pair: PrimalDualPair, right_side: Float[Tensor, "column m"]) -> PrimalDualPair:
+        """The full residuals of (X, Y) in both equations."""
+        x, y = pair.primal, pair.dual
+        product = x if self.factor is None else self.factor.matrix @ x
+        return PrimalDualPair(
+            primal=self.columns @ y - product,
+            dual=right_side - self.columns.T @ x - self.relaxation[:, None] * y,
         )
 
-    def _correction(self, missed: Pair) -> Pair:
-        """(X, Y) of M X − C Y = first and Cᵀ X + D Y = second."""
-        particular = missed.first if self.factor is None else self.factor.solve(missed.first)
-        y = self.small.solve(missed.second - self.columns.T @ particular)
-        return Pair(first=particular + self.solved @ y, second=y)
+    def _correction(self, residual: PrimalDualPair) -> PrimalDualPair:
+        """The (X, Y) that M X − C Y and Cᵀ X + D Y send to the two residuals."""
+        particular = residual.primal if self.factor is None else self.factor.solve(residual.primal)
+        y = self.schur.solve(residual.dual - self.columns.T @ particular)
+        return PrimalDualPair(primal=particular + self.solved_columns @ y, dual=y)
 
 
-def dual(columns: Float[Tensor, "d column"], slack: Float[Tensor, " column"], factor: Factor | None) -> Dual:
-    """Solve M with the columns and factor the small system.
+def saddle_point_system(
+    columns: Float[Tensor, "d column"], relaxation: Float[Tensor, " column"], factor: Factor | None
+) -> SaddlePointSystem:
+    """Solve M with the columns and factor the Schur complement.
+
+    Args:
+        columns: C.
+        relaxation: the diagonal of D, at least 0.
+        factor: M; None stands for the identity.
 
     Raises:
-        InputError: the columns are dependent to within rounding, and the slack is too small to tell them apart.
+        InputError: the columns are dependent to within rounding, and the relaxation is too small to tell them apart.
     """
-    solved = columns if factor is None else factor.solve(columns)
+    solved_columns = columns if factor is None else factor.solve(columns)
     # Symmetric to within rounding, and only its lower triangle is read.
-    small = columns.T @ solved
-    small.diagonal().add_(slack)
-    lower, reached = cholesky(small, len(small) * EPS if bool((slack > 0).all()) else DEPENDENT)
-    if reached < len(small):
-        raise InputError(_dependence(small, reached))
-    return Dual(columns=columns, slack=slack, factor=factor, solved=solved, small=Factor(matrix=small, lower=lower))
+    schur = columns.T @ solved_columns
+    schur.diagonal().add_(relaxation)
+    lower, independent = cholesky(schur, len(schur) * EPS if bool((relaxation > 0).all()) else DEPENDENT)
+    if independent < len(schur):
+        raise InputError(_dependence(schur, independent))
+    return SaddlePointSystem(
+        columns=columns,
+        relaxation=relaxation,
+        factor=factor,
+        solved_columns=solved_columns,
+        schur=Factor(matrix=schur, lower=lower),
+    )
 
 
 def norms(*tensors: Tensor) -> list[float]:
-    """Their Frobenius norms, fetched at once."""
+    """Frobenius norms of the tensors, fetched from the device at once."""
     return torch.stack([tensor.norm() for tensor in tensors]).tolist()
 
 
-def _dependence(small: Float[Tensor, "column column"], reached: int) -> str:
-    """Which columns make up the first that is dependent."""
-    before = torch.linalg.lstsq(small[:reached, :reached], small[:reached, reached : reached + 1]).solution[:, 0]
-    others = (before.abs() > 1e-3 * before.abs().max()).nonzero()[:, 0].tolist() if reached else []
-    cause = f"a combination of columns {others}" if others else "zero"
+def _dependence(schur: Float[Tensor, "column column"], independent: int) -> str:
+    """The message that names the first dependent column and the columns that it combines."""
+    leading, mixed = schur[:independent, :independent], schur[:independent, independent : independent + 1]
+    weights = torch.linalg.lstsq(leading, mixed).solution[:, 0]
+    combined = (weights.abs() > 1e-3 * weights.abs().max()).nonzero()[:, 0].tolist() if independent else []
+    cause = f"a combination of columns {combined}" if combined else "zero"
     return (
-        f"the keys are linearly dependent: of {len(small)} columns, from 0, earlier edits first, column {reached} "
-        f"is {cause} to within rounding, and no slack tells them apart. Usually two facts share one subject and so one "
-        f"key: merge or leave out one of them, or allow a slack (or a weight) above zero"
+        f"the keys are linearly dependent: of {len(schur)} columns, from 0, earlier edits first, column {independent} "
+        f"is {cause} to within rounding, and no relaxation tells them apart; expected independent keys. Usually two "
+        f"facts share one subject and so one key: merge or leave out one of them, or choose a slack (or a weight) "
+        f"above zero"
     )

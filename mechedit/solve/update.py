@@ -1,4 +1,4 @@
-"""The answer of a solver: a ΔW of low rank, with what tells how well it was solved."""
+"""The result of a solver: a ΔW of low rank, and how well it was solved."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ class Update:
     """ΔWᵀ = left · right, in the orientation [d_mlp, d_model], in the dtype and on the device of the keys."""
 
     left: Float[Tensor, "d_mlp rank"]
-    """X, the solution of the method's linear system, one column a fact."""
+    """X, the solution of the method's linear system, one column per fact."""
     right: Float[Tensor, "rank d_model"]
-    """Rᵀ, the changes wanted."""
+    """Rᵀ, the requested changes of the outputs."""
     error: float
-    """Relative residual of the system that the method states, in float64, before rounding to the keys' dtype."""
+    """Relative residual of the method's linear system, in float64, before rounding to the keys' dtype."""
     condition: float
     """Condition number of that system in the 1-norm; each method says how it is estimated."""
 
     @property
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The update as a matrix."""
+        """ΔWᵀ as a matrix."""
         return self.left @ self.right
 
 
-def finish(
-    left: Float[Tensor, "d_mlp fact"],
+def rounded_update(
+    solution: Float[Tensor, "d_mlp fact"],
     error: float,
     condition: float,
     keys: Float[Tensor, "d_mlp fact"],
     residuals: Float[Tensor, "d_model fact"],
 ) -> Update:
-    """The update in the dtype of the keys.
+    """The update with factors X and Rᵀ, rounded to the dtype of the keys.
 
     Raises:
         InputError: the solution is not finite there.
     """
-    answer = left.to(keys)
-    bad = count_not_finite(answer)
+    rounded = solution.to(keys)
+    bad = count_not_finite(rounded)
     if bad:
         raise InputError(
-            f"the solution of the linear system holds {bad} values of {answer.numel()} that are not finite in "
-            f"{keys.dtype} (the largest in float64: {float(left.abs().max()):.3g}, condition about {condition:.3g}). "
-            f"Usually the system is nearly singular: collect moments over more text, raise the weight, or leave out "
-            f"facts with nearly the same key; if the largest value is finite, pass keys of a wider dtype"
+            f"the solution of the linear system holds {bad} values of {rounded.numel()} that are not finite in "
+            f"{keys.dtype} (the largest in float64: {float(solution.abs().max()):.3g}, condition about "
+            f"{condition:.3g}), expected none. Usually the system is nearly singular: collect moments over more text, "
+            f"raise the weight, or leave out facts with nearly the same key; if the largest value is finite, pass keys "
+            f"of a wider dtype"
         )
-    return Update(left=answer, right=residuals.T.to(keys), error=error, condition=condition)
+    return Update(left=rounded, right=residuals.T.to(keys), error=error, condition=condition)

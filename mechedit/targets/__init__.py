@@ -1,10 +1,10 @@
 """z: the hidden states at the subjects' last tokens that make the model say the new objects (MEMIT Eq. 16).
 
-Requests go in, `Targets` come out. For each fact, z = h + δ with δ found by Adam on
+Requests go in, `Targets` come out. For each fact, z = h + δ, where Adam finds the δ that minimizes
 
-    mean over prefixes of −log P(object | prefix + prompt)  +  KL on "{subject} is a"  +  weight decay,
+    mean over prefixes of −log P(object | prefix + prompt)  +  KL on "{subject} is a"  +  weight decay.
 
-δ being added at one layer, within a ball of radius clamp·‖h‖. What δ cannot change is computed once.
+δ is added at one layer and kept within a ball of radius clamp·‖h‖. All that δ cannot change is computed once.
 """
 
 from mechedit.targets.config import Convention, TargetConfig, TargetSettings

@@ -16,8 +16,8 @@ from torch import Tensor
 from mechedit.data import EditRequest
 from mechedit.files import read_header, read_tensors, write_tensors
 from mechedit.provenance import value_hash
-from mechedit.targets.batch import TERMS
 from mechedit.targets.config import TargetConfig
+from mechedit.targets.objective import TERMS
 
 KEY = "targets"
 """Where the keys lie in a file's metadata."""

@@ -1,7 +1,7 @@
-"""Rows of the search: every prompt that a δ is judged on, and which of them share a pass.
+"""The prompts of the search: one per request and context template, and one KL prompt per δ.
 
-A row's tokens before the subject's last do not feel δ: their keys and values are computed once, and only what
-follows runs again at every step. Rows with as much to run share a pass.
+The tokens before the subject's last one do not depend on δ: their keys and values are computed once, and only the
+tokens from there on run again at every step. Prompts with equally much to run share a batch.
 """
 
 from __future__ import annotations
@@ -16,84 +16,109 @@ from mechedit.models import Model
 from mechedit.prompts import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets.config import TargetConfig
 
+KL_PROMPT = -1
+"""Stands in place of a context template's index in KL prompts."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One prompt with all of an object but its last token, or one prompt of the KL term."""
+class SearchPrompt:
+    """A prompt followed by all tokens of its object but the last, or a KL prompt."""
 
     ids: tuple[int, ...]
     subject: int
-    """Position of the subject's last token, where δ goes."""
-    asked: tuple[int, ...]
-    """Positions whose logits count."""
+    """Position of the subject's last token, where δ is added."""
+    scored: tuple[int, ...]
+    """Positions whose logits enter the loss."""
     labels: tuple[int, ...]
-    """The tokens that `asked` should predict; none for the KL term."""
+    """Tokens to be predicted at `scored`; none for a KL prompt."""
     fact: int
-    """Of the batch."""
-    prefix: int
-    """Which one; −1 for the KL term."""
+    """Index of the fact in the batch."""
+    template: int
+    """Index of the context template; `KL_PROMPT` for a KL prompt."""
     weight: float
-    """Of the row among those of its fact."""
+    """Weight of this prompt in the fact's mean loss."""
 
     @property
     def width(self) -> int:
-        """Tokens that feel δ."""
+        """Number of tokens from the subject's last one on, which depend on δ."""
         return len(self.ids) - self.subject
 
 
-def rows_of(
-    model: Model, requests: Sequence[EditRequest], units: Sequence[int], prefixes: Sequence[str], config: TargetConfig
-) -> list[Row]:
-    """The rows of some facts: one a prefix, and one for the KL term of each δ.
+def search_prompts(
+    model: Model, requests: Sequence[EditRequest], groups: Sequence[int], prefixes: Sequence[str], config: TargetConfig
+) -> list[SearchPrompt]:
+    """The prompts of some facts: one per context template for each fact, and one KL prompt for each δ.
+
+    Args:
+        model: tokenizes them.
+        requests: the facts.
+        groups: index of each fact's δ.
+        prefixes: context templates with one {} for the whole prompt.
+        config: names the KL prompt and where it is scored.
 
     Raises:
-        InputError: one is longer than the model takes, or an object gives no tokens.
+        InputError: a prompt is longer than the model takes, or an object gives no tokens.
     """
-    rows, seen = [], set()
-    for fact, (request, unit) in enumerate(zip(requests, units, strict=True)):
-        wanted = continuation_ids(model.tokenizer, request.target_new)
-        for place, prompt in enumerate(prefixed_prompts(model, request, prefixes)):
+    prompts, groups_with_kl = [], set()
+    for fact, (request, group) in enumerate(zip(requests, groups, strict=True)):
+        object_ids = continuation_ids(model.tokenizer, request.target_new)
+        for template, prompt in enumerate(prefixed_prompts(model, request, prefixes)):
             # Ids are joined, never text: the object's tokens are those that are scored.
-            ids = check_length(model, request, [*prompt.ids, *wanted[:-1]])
-            asked = range(len(prompt.ids) - 1, len(ids))
-            rows.append(
-                Row(
-                    ids=tuple(ids), subject=prompt.last_subject, asked=tuple(asked), labels=tuple(wanted),
-                    fact=fact, prefix=place, weight=1 / len(prefixes),
+            ids = check_length(model, request, [*prompt.ids, *object_ids[:-1]])
+            scored = range(len(prompt.ids) - 1, len(ids))
+            prompts.append(
+                SearchPrompt(
+                    ids=tuple(ids), subject=prompt.last_subject, scored=tuple(scored), labels=tuple(object_ids),
+                    fact=fact, template=template, weight=1 / len(prefixes),
                 )
             )  # fmt: skip
-        if unit not in seen:
-            seen.add(unit)
-            kept = tokenize_prompt(model.tokenizer, config.kl_prompt, request.subject)
-            place = len(kept.ids) - 1 if config.convention == "default" else kept.last_subject
-            ids = tuple(check_length(model, request, kept.ids))
-            rows.append(
-                Row(ids=ids, subject=kept.last_subject, asked=(place,), labels=(), fact=fact, prefix=-1, weight=1.0)
-            )
-    return rows
+        if group not in groups_with_kl:
+            groups_with_kl.add(group)
+            prompts.append(_kl_prompt(model, request, fact, config))
+    return prompts
 
 
-def passes(model: Model, rows: Sequence[Row], pass_tokens: int) -> Iterator[list[Row]]:
-    """Rows that run together: of like shape, as long as what padding wastes costs less than a pass."""
+def _kl_prompt(model: Model, request: EditRequest, fact: int, config: TargetConfig) -> SearchPrompt:
+    """The prompt of the KL term, scored at its end or, by the published code, at the subject's last token."""
+    prompt = tokenize_prompt(model.tokenizer, config.kl_prompt, request.subject)
+    position = len(prompt.ids) - 1 if config.convention == "default" else prompt.last_subject
+    return SearchPrompt(
+        ids=tuple(check_length(model, request, prompt.ids)), subject=prompt.last_subject, scored=(position,),
+        labels=(), fact=fact, template=KL_PROMPT, weight=1.0,
+    )  # fmt: skip
+
+
+def group_by_shape(model: Model, prompts: Sequence[SearchPrompt], pass_tokens: int) -> Iterator[list[SearchPrompt]]:
+    """Group prompts that run together: of like shape, as long as padding wastes less than another run costs.
+
+    Args:
+        model: tells how many padding tokens a run is worth.
+        prompts: in any order.
+        pass_tokens: most tokens in one forward pass, padding included.
+    """
     allowance = spare_tokens(model)
-    together: list[Row] = []
-    wasted = 0
-    for row in sorted(rows, key=lambda row: (len(row.asked), bool(row.labels), row.width)):
-        if together:
-            # Widths rise, so that every row before is padded to this one's.
-            more = (row.width - together[-1].width) * len(together)
-            alike = len(row.asked) == len(together[0].asked) and bool(row.labels) == bool(together[0].labels)
-            if not alike or wasted + more > allowance or (len(together) + 1) * row.width > pass_tokens:
-                yield together
-                together, wasted, more = [], 0, 0
-            wasted += more
-        together.append(row)
-    if together:
-        yield together
+    batch: list[SearchPrompt] = []
+    padding = 0
+    for prompt in sorted(prompts, key=lambda prompt: (len(prompt.scored), bool(prompt.labels), prompt.width)):
+        if batch:
+            # Widths rise, so that every prompt before is padded to this one's.
+            more = (prompt.width - batch[-1].width) * len(batch)
+            same_shape = (len(prompt.scored), bool(prompt.labels)) == (len(batch[0].scored), bool(batch[0].labels))
+            if not same_shape or padding + more > allowance or (len(batch) + 1) * prompt.width > pass_tokens:
+                yield batch
+                batch, padding, more = [], 0, 0
+            padding += more
+        batch.append(prompt)
+    if batch:
+        yield batch
 
 
 def check_length(model: Model, request: EditRequest, ids: Sequence[int]) -> list[int]:
-    """The ids as a list; InputError when the model has no room for them."""
+    """The ids as a list.
+
+    Raises:
+        InputError: the model has no room for so many tokens.
+    """
     if len(ids) > model.max_positions:
         raise InputError(
             f"request {request.id!r} takes {len(ids)} tokens with its prefix and object, expected at most "

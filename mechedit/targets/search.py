@@ -1,4 +1,4 @@
-"""The search itself: Adam on every δ of a batch, facts × prefixes at once, each dropped when it has converged."""
+"""The search for z: Adam on the δ of all facts of a batch at once, each dropped when it has converged."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.prompts import check_prefixes, make_prefixes
 from mechedit.provenance import value_hash
-from mechedit.targets.batch import TERMS, Batch, gather, measure
 from mechedit.targets.cache import Found, Store
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.prompts import rows_of
+from mechedit.targets.objective import TERMS, Objective, prepare_objective
+from mechedit.targets.prompts import search_prompts
 from mechedit.targets.targets import Targets
 
-Unit = Sequence[EditRequest]
-"""Requests that share a δ."""
+SubjectGroup = Sequence[EditRequest]
+"""Requests that share one δ."""
 NOT_FINITE = "not finite"
 
 
@@ -39,24 +39,33 @@ def find_targets(
     *,
     cache: str | Path | None = None,
 ) -> Targets:
-    """Search z for every request (MEMIT Eq. 16). The weights are not touched.
+    """Search for z, the state that makes the model say the new object, for every request (MEMIT Eq. 16).
 
-    Facts do not affect each other, but for those about one subject (`TargetConfig.joint`): their z − h is the same,
-    found on the mean of their losses within the smallest of their balls.
+    The weights are not changed. Facts do not affect each other, except those about one subject
+    (`TargetConfig.joint`): these share one z − h, found for the mean of their losses within the smallest of their
+    balls.
 
     Args:
-        model: to be edited.
-        requests: what it should say.
+        model: the model to be edited.
+        requests: the facts it should state.
         layer: 0-based; z is a state at this block, the last of the range to be edited.
-        prefixes: templates with one {} for the whole prompt; the default is the bare prompt and those of
+        prefixes: context templates with one {} for the whole prompt; by default the bare prompt and those of
             `make_prefixes`.
-        config: how to search.
-        cache: a folder for what is found, under the hash of all that determines it. What is there is not searched
-            for again, so an interrupted search goes on after its last finished batch.
+        config: settings of the search.
+        cache: a folder for finished targets, under the hash of all that determines them. Targets that are there are
+            not searched for again, so an interrupted search resumes after its last finished batch.
+
+    Returns:
+        z and h per request, [fact, d_model], with the loss at every step.
 
     Raises:
-        InputError: conflicting requests; a layer the model lacks; a prefix without its {}; a prompt too long; an
+        InputError: conflicting requests; a layer that the model lacks; a prefix without its {}; a prompt too long; an
             object that gives no tokens.
+
+    Example:
+        >>> model = load_model("tiny")
+        >>> targets = find_targets(model, load_requests("tiny"), layer=3, config=TargetConfig(steps=20))
+        >>> targets.z.shape, targets.unconverged
     """
     config = config or TargetConfig()
     check_requests(requests)
@@ -64,41 +73,43 @@ def find_targets(
     if not 0 <= layer < model.n_layers:
         raise InputError(f"the layer is {layer}, expected one of 0 … {model.n_layers - 1} of {model.name!r}")
     prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed))
-    # All that can be refused is refused before the long search.
-    rows_of(model, requests, range(len(requests)), prefixes, config)
+    # Whatever can be refused is refused before the long search.
+    search_prompts(model, requests, range(len(requests)), prefixes, config)
     provenance = model.provenance()
     store = Store.at(cache, provenance, layer, prefixes, config)
-    units = _units(requests, config)
-    found = store.read(units)
+    groups = _subject_groups(requests, config)
+    results = store.read(groups)
     with tqdm(total=len(requests), desc="targets z", unit="fact", leave=None) as bar:
-        bar.update(sum(map(len, found.values())))
-        for batch in _batches([unit for unit in units if store.key(unit) not in found], config.batch_size):
-            results = _search(model, batch, layer, prefixes, config, bar)
-            store.write(batch, results)
-            found |= {store.key(unit): result for unit, result in zip(batch, results, strict=True)}
-    by_id = {request.id: one for unit in units for request, one in zip(unit, found[store.key(unit)], strict=True)}
+        bar.update(sum(map(len, results.values())))
+        for batch in _batched([group for group in groups if store.key(group) not in results], config.batch_size):
+            batch_results = search_groups(model, batch, layer, prefixes, config, bar)
+            store.write(batch, batch_results)
+            results |= {store.key(group): result for group, result in zip(batch, batch_results, strict=True)}
+    by_id = {
+        request.id: result for group in groups for request, result in zip(group, results[store.key(group)], strict=True)
+    }
     provenance = {
         "model": provenance,
         "requests": value_hash([dataclasses.asdict(request) for request in requests]),
         "settings": dataclasses.asdict(config),
     }
-    ordered = {request.id: by_id[request.id] for request in requests}
-    return _targets(model, ordered, layer, prefixes, config, provenance)
+    in_order = {request.id: by_id[request.id] for request in requests}
+    return _targets(model, in_order, layer, prefixes, config, provenance)
 
 
-def _units(requests: Sequence[EditRequest], config: TargetConfig) -> list[Unit]:
-    """Requests that share a δ, in the order of their first."""
-    units: dict[str, list[EditRequest]] = {}
+def _subject_groups(requests: Sequence[EditRequest], config: TargetConfig) -> list[SubjectGroup]:
+    """Group requests that share one δ, in the order of each group's first request."""
+    groups: dict[str, list[EditRequest]] = {}
     for request in requests:
-        units.setdefault(request.subject.strip() if config.shares else request.id, []).append(request)
-    return list(units.values())
+        groups.setdefault(request.subject.strip() if config.shares else request.id, []).append(request)
+    return list(groups.values())
 
 
-def _batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
-    """Units of `size` facts together, or of one more unit where that is what it takes."""
-    batch: list[Unit] = []
-    for unit in units:
-        batch.append(unit)
+def _batched(groups: Sequence[SubjectGroup], size: int) -> Iterator[list[SubjectGroup]]:
+    """Batches of whole groups, each with at least `size` facts but for the last."""
+    batch: list[SubjectGroup] = []
+    for group in groups:
+        batch.append(group)
         if sum(map(len, batch)) >= size:
             yield batch
             batch = []
@@ -107,92 +118,108 @@ def _batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
 
 
 @torch.enable_grad()
-def _search(
-    model: Model, units: Sequence[Unit], layer: int, prefixes: Sequence[str], config: TargetConfig, bar: tqdm
+def search_groups(
+    model: Model,
+    groups: Sequence[SubjectGroup],
+    layer: int,
+    prefixes: Sequence[str],
+    config: TargetConfig,
+    bar: tqdm,
 ) -> list[list[Found]]:
-    """Adam on every unit's δ, each dropped when it stops."""
-    batch, running = gather(model, units, layer, prefixes, config)
-    radius = batch.radius
-    delta = torch.zeros(batch.n_units, *batch.initial.shape[1:], device=model.device, requires_grad=True)
+    """Minimize the loss of every group by Adam, within its ball; a group is dropped when it stops.
+
+    Returns:
+        The result of every fact, by group.
+    """
+    objective = prepare_objective(model, groups, layer, prefixes, config)
+    radius = objective.radius
+    delta = torch.zeros(objective.n_groups, *objective.initial.shape[1:], device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=config.lr)
-    ends, history = [_End(delta=delta.detach()[unit]) for unit in range(batch.n_units)], []
+    states, history = [_GroupState(delta=delta.detach()[group]) for group in range(objective.n_groups)], []
     for step in range(config.updates + 1):
         last = step == config.updates
-        measured, running = measure(batch, running, delta, slopes=not last)
-        history.append(measured.terms)
-        for unit, reason in enumerate(_reasons(batch, measured.terms, last=last)):
-            if reason and not ends[unit].reason:
+        loss = objective.loss_terms(delta, gradient=not last)
+        history.append(loss.values)
+        for group, reason in enumerate(_stop_reasons(objective, loss.values, last=last)):
+            if reason and not states[group].stopped:
                 # Without a finite loss z stays h.
-                kept = torch.zeros_like(delta[unit]) if reason == NOT_FINITE else delta.detach()[unit].clone()
-                ends[unit] = _End(delta=kept, reason=reason, step=step)
-                bar.update(len(units[unit]))
-        going = torch.tensor([not end.reason for end in ends], device=model.device)
-        if not going.any():
+                final = torch.zeros_like(delta[group]) if reason == NOT_FINITE else delta.detach()[group].clone()
+                states[group] = _GroupState(delta=final, stopped=reason, step=step)
+                bar.update(len(groups[group]))
+        stopped = torch.tensor([bool(state.stopped) for state in states], device=model.device)
+        if stopped.all():
             break
-        running = [rows.kept(going[batch.unit[rows.fact]]) for rows in running if going[batch.unit[rows.fact]].any()]
+        objective.drop_groups(stopped)
         # Adam works number by number: a δ that has stopped does not disturb the others.
-        delta.grad = measured.slope.where(going[:, None, None], 0)
+        delta.grad = loss.gradient.where(~stopped[:, None, None], 0)
         optimizer.step()
         with torch.no_grad():
             delta.mul_((radius / delta.norm(dim=2)).clamp(max=1)[..., None])
-    return _found(batch, units, ends, torch.stack(history, 1).cpu())
+    return _results(objective, groups, states, torch.stack(history, 1).cpu())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _End:
-    """How one unit's search ended."""
+class _GroupState:
+    """State of one group's search."""
 
     delta: Float[Tensor, "part d_model"]
-    reason: str = ""
-    """Empty while it goes on."""
+    """The final δ; 0 while the search goes on."""
+    stopped: str = ""
+    """Why the search stopped; empty while it goes on."""
     step: int = 0
+    """The step at which it stopped."""
 
 
-def _reasons(batch: Batch, terms: Float[Tensor, "fact term"], *, last: bool) -> list[str]:
-    """Why each unit stops now; empty where it goes on."""
+def _stop_reasons(objective: Objective, terms: Float[Tensor, "fact term"], *, last: bool) -> list[str]:
+    """Why each group stops at this step; empty where it goes on."""
     loss, nll = terms[:, TERMS.index("loss")], terms[:, TERMS.index("nll")]
-    judged = loss if batch.config.convention == "memit-2022" else nll
-    finite, below = batch.where_all(loss.isfinite()), batch.where_all(judged < batch.config.threshold)
+    criterion = loss if objective.config.convention == "memit-2022" else nll
+    finite = objective.groups_where_all(loss.isfinite())
+    converged = objective.groups_where_all(criterion < objective.config.threshold)
     return [
-        NOT_FINITE if not fine else "converged" if low else "steps" if last else ""
-        for fine, low in zip(finite, below, strict=True)
+        NOT_FINITE if not group_finite else "converged" if group_converged else "steps" if last else ""
+        for group_finite, group_converged in zip(finite, converged, strict=True)
     ]
 
 
-def _found(
-    batch: Batch, units: Sequence[Unit], ends: Sequence[_End], history: Float[Tensor, "fact step term"]
+def _results(
+    objective: Objective,
+    groups: Sequence[SubjectGroup],
+    states: Sequence[_GroupState],
+    history: Float[Tensor, "fact step term"],
 ) -> list[list[Found]]:
-    """The outcome for every fact, by unit."""
-    found: list[list[Found]] = [[] for _ in units]
-    for initial, terms, unit in zip(batch.initial[:, -1].cpu(), history, batch.unit.tolist(), strict=True):
-        end = ends[unit]
-        z = initial + end.delta[-1].cpu()
-        found[unit].append(Found(z=z, initial=initial, terms=terms[: end.step + 1], stopped=end.reason))
-    return found
+    """The result of every fact, by group."""
+    results: list[list[Found]] = [[] for _ in groups]
+    for initial, terms, group in zip(objective.initial[:, -1].cpu(), history, objective.group.tolist(), strict=True):
+        state = states[group]
+        z = initial + state.delta[-1].cpu()
+        results[group].append(Found(z=z, initial=initial, terms=terms[: state.step + 1], stopped=state.stopped))
+    return results
 
 
 def _targets(
     model: Model,
-    found: Mapping[str, Found],
+    results: Mapping[str, Found],
     layer: int,
     prefixes: tuple[str, ...],
     config: TargetConfig,
     provenance: Mapping[str, Any],
 ) -> Targets:
-    """The outcome for every request, in order."""
-    losses = pd.concat([one.frame(name) for name, one in found.items()], ignore_index=True)
-    # The last step measured is the state returned, since nothing moves after it.
+    """The results of all requests as `Targets`, in order."""
+    losses = pd.concat([result.frame(name) for name, result in results.items()], ignore_index=True)
+    # The last step that was evaluated is the state returned, since nothing moves after it.
     summary = losses.groupby("id", sort=False).last().reset_index().rename(columns={"step": "updates"})
     return Targets(
-        z=torch.stack([one.z for one in found.values()]).to(model.device),
-        initial=torch.stack([one.initial for one in found.values()]).to(model.device),
-        ids=tuple(found),
+        z=torch.stack([result.z for result in results.values()]).to(model.device),
+        initial=torch.stack([result.initial for result in results.values()]).to(model.device),
+        ids=tuple(results),
         layer=layer,
         part=config.parts(model.module)[-1],
         prefixes=prefixes,
         losses=losses,
         summary=summary.assign(
-            norm_ratio=[one.norm_ratio for one in found.values()], stopped=[one.stopped for one in found.values()]
+            norm_ratio=[result.norm_ratio for result in results.values()],
+            stopped=[result.stopped for result in results.values()],
         ),
         provenance=provenance,
     )

@@ -1,4 +1,4 @@
-"""The targets as a value: the states to write, with how the search went."""
+"""The targets as a value: the states z to be written, with the course of their search."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from mechedit.models import Part
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Targets:
-    """The states to write, with how the search went."""
+    """The states z to be written, with the course of their search."""
 
     z: Float[Tensor, "fact d_model"]
     """h + δ at the subject's last token."""
     initial: Float[Tensor, "fact d_model"]
-    """h, the state before, with the first prefix."""
+    """h, the clean state there, behind the first prefix."""
     ids: tuple[str, ...]
-    """Of the requests, in order."""
+    """Ids of the requests, in order."""
     layer: int
+    """0-based block of z."""
     part: Part = "resid"
-    """What z is a state of, at `layer`."""
+    """The activation at `layer` that z is a state of."""
     prefixes: tuple[str, ...]
-    """Templates with one {} for the whole prompt."""
+    """Context templates with one {} for the whole prompt."""
     losses: pd.DataFrame
-    """One row a fact and step: `id, step, loss, nll, kl, decay, probability`. Step 0 has δ = 0."""
+    """One row per fact and step: `id, step, loss, nll, kl, decay, probability`. At step 0, δ is 0."""
     summary: pd.DataFrame
-    """One row a fact, measured at the z that is returned: `id, loss, nll, kl, decay, probability` (of the
+    """One row per fact, evaluated at the z that is returned: `id, loss, nll, kl, decay, probability` (of the
     whole object, mean over prefixes), `updates, norm_ratio` (‖δ‖/‖h‖), `stopped` (`converged`, `steps` or
     `not finite`: such a fact keeps z = h)."""
     provenance: Mapping[str, Any]
@@ -39,5 +40,5 @@ class Targets:
 
     @property
     def unconverged(self) -> tuple[str, ...]:
-        """Ids of the facts whose search ran out of steps or of numbers."""
+        """Ids of the facts whose search ended for lack of steps or at a loss that is not finite."""
         return tuple(self.summary.id[self.summary.stopped != "converged"])

@@ -315,7 +315,7 @@ def test_alphaedit_stays_in_the_null_space(lively: Any, moments: Any) -> None:
     space = null_space(moments[1].matrix, 0.02)
     assert moments[1].null_space(0.02) is moments[1].null_space(0.02) is not moments[1].null_space(0.01)
     assert torch.equal(moments[1].null_space(0.02).basis, space.basis)
-    assert 0 < space.kept < 96
+    assert 0 < space.dimension < 96
     assert torch.allclose(space.basis @ (space.basis.T @ delta), delta, atol=1e-9)
     assert delta.norm() > 1e-3
     # No unit of it answers old keys more than the space's own worst direction, as new keys themselves would.

@@ -351,7 +351,7 @@ def test_text_without_a_finite_likelihood_is_refused_whatever_the_rule() -> None
 # Interrupts.
 
 POINTS = {
-    "search": "mechedit.targets.search.measure",
+    "search": "mechedit.targets.objective.Objective.loss_terms",
     "writing": "mechedit.methods.spread.add_",
     "keys": "mechedit.session.batch_editor.edit_keys",
     "applying": "mechedit.edit.apply.rounded_sum",

@@ -1,4 +1,4 @@
-"""The search for z lowers the loss it names, each fact on its own, and tells how it went."""
+"""The search for z lowers the loss it names, for each fact independently, and reports its course."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def lively(make_model: Any) -> Any:
     return make_model("gpt2", initializer_range=0.05)
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+def distance(states: Tensor, expected: Tensor) -> float:
+    return float((states - expected).norm() / expected.norm())
 
 
 def probability(model: Any, request: EditRequest, layer: int, z: Tensor | None) -> float:
-    """Of the whole object after the bare prompt, with z (if any) at the subject's last token."""
+    """Probability of the whole object after the bare prompt, with z (if any) at the subject's last token."""
     prompt = tokenize_prompt(model.tokenizer, request.prompt, request.subject)
-    wanted = continuation_ids(model.tokenizer, request.target_new)
-    tokens = pad([[*prompt.ids, *wanted]], model.tokenizer)
+    object_ids = continuation_ids(model.tokenizer, request.target_new)
+    tokens = pad([[*prompt.ids, *object_ids]], model.tokenizer)
     patches = []
     if z is not None:
         patches = [Patch(Site(layer, "resid"), column([prompt.last_subject]), z[None, None])]
     with torch.no_grad():
         logits = model.run(tokens, patches).logits[0]
-    at = torch.arange(len(prompt.ids) - 1, len(prompt.ids) - 1 + len(wanted))
-    return float(logits[at].log_softmax(-1)[range(len(wanted)), wanted].sum().exp())
+    scored = torch.arange(len(prompt.ids) - 1, len(prompt.ids) - 1 + len(object_ids))
+    return float(logits[scored].log_softmax(-1)[range(len(object_ids)), object_ids].sum().exp())
 
 
 def curve(targets: Targets, name: str, column: str = "nll") -> Any:
@@ -79,8 +79,8 @@ def test_starts_from_the_clean_state(small_model: Any) -> None:
         clean = clean[0] if isinstance(clean, tuple) else clean
         assert torch.allclose(initial, clean[0, prompt.last_subject], atol=1e-5)
     handle.remove()
-    moved = (targets.z - targets.initial).norm(dim=1)
-    ratio = moved / targets.initial.norm(dim=1)
+    distances = (targets.z - targets.initial).norm(dim=1)
+    ratio = distances / targets.initial.norm(dim=1)
     assert ratio.tolist() == pytest.approx(list(targets.summary.norm_ratio), rel=1e-5)
     assert ratio.min() > 0
 
@@ -89,18 +89,18 @@ def test_starts_from_the_clean_state(small_model: Any) -> None:
 @pytest.mark.parametrize("convention", ["default", "memit-2022"])
 def test_a_fact_is_not_affected_by_its_batch(lively: Any, convention: Any, layer: int) -> None:
     config = dataclasses.replace(BRISK, convention=convention, threshold=3.5)
-    # The last block's state matters at its own position only; without a slope Adam would follow rounding.
+    # The last block's state matters at its own position only; without a gradient Adam would follow rounding.
     requests = [request for request in REQUESTS if layer < 2 or request.prompt.endswith("{}")]
-    together = find_targets(lively, requests, layer, PREFIXES, config)
+    batched = find_targets(lively, requests, layer, PREFIXES, config)
     split = find_targets(lively, requests, layer, PREFIXES, dataclasses.replace(config, batch_size=2))
     # Some stop early and leave the batch: the others must not notice.
-    assert together.summary.updates.nunique() > 1
-    assert distance(split.z, together.z) < 1e-3
-    for place, request in enumerate(requests):
+    assert batched.summary.updates.nunique() > 1
+    assert distance(split.z, batched.z) < 1e-3
+    for fact, request in enumerate(requests):
         alone = find_targets(lively, [request], layer, PREFIXES, config)
-        assert distance(alone.z[0], together.z[place]) < 1e-3
-        assert distance(together.z[place - 1], together.z[place]) > 0.1
-        assert int(alone.summary.updates[0]) == together.summary.updates[place]
+        assert distance(alone.z[0], batched.z[fact]) < 1e-3
+        assert distance(batched.z[fact - 1], batched.z[fact]) > 0.1
+        assert int(alone.summary.updates[0]) == batched.summary.updates[fact]
 
 
 def test_backends_agree(make_model: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_fact_stops_when_it_has_converged(lively: Any) -> None:
     assert "a" in free.unconverged
 
 
-def test_the_published_code_judges_the_whole_loss(lively: Any) -> None:
+def test_the_published_code_stops_by_the_whole_loss(lively: Any) -> None:
     config = dataclasses.replace(BRISK, convention="memit-2022", kl_weight=1.0)
     free = find_targets(lively, REQUESTS[:1], 1, PREFIXES, config)
     threshold = float(curve(free, "a", "loss").min()) + 1e-4
@@ -187,8 +187,8 @@ def drift(model: Any, request: EditRequest, layer: int, delta: Tensor, at: str) 
         clean = model.run(tokens, read=[site])
         value = clean[site][:, [prompt.last_subject]] + delta
         edited = model.run(tokens, [Patch(site, column([prompt.last_subject]), value)])
-    place = -1 if at == "end" else prompt.last_subject
-    new, old = (run.logits[0, place].log_softmax(-1) for run in (edited, clean))
+    position = -1 if at == "end" else prompt.last_subject
+    new, old = (run.logits[0, position].log_softmax(-1) for run in (edited, clean))
     return float((new.exp() * (new - old)).sum())
 
 
@@ -218,14 +218,14 @@ def test_a_fact_whose_loss_is_not_finite_is_named(make_model: Any) -> None:
 
 def test_default_prefixes_depend_on_the_seed_alone(lively: Any) -> None:
     state = torch.get_rng_state()
-    made = make_prefixes(lively, seed=1)
-    assert made == make_prefixes(lively, seed=1) != make_prefixes(lively, seed=2)
+    prefixes = make_prefixes(lively, seed=1)
+    assert prefixes == make_prefixes(lively, seed=1) != make_prefixes(lively, seed=2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert made[0] == "{}"
-    assert [prefix.split()[0][:1] for prefix in made[1:]] == ["T", "T", "B", "I", "Y"]
-    assert all(prefix.count("{}") == 1 and prefix.endswith(". {}") for prefix in made[1:])
+    assert prefixes[0] == "{}"
+    assert [prefix.split()[0][:1] for prefix in prefixes[1:]] == ["T", "T", "B", "I", "Y"]
+    assert all(prefix.count("{}") == 1 and prefix.endswith(". {}") for prefix in prefixes[1:])
     quick = TargetConfig(steps=1, seed=1)
-    assert find_targets(lively, REQUESTS[:1], 1, config=quick).prefixes == made
+    assert find_targets(lively, REQUESTS[:1], 1, config=quick).prefixes == prefixes
 
 
 def test_braces_made_up_by_the_model_are_removed(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The search runs only what δ reaches, shares δ among facts about one subject, and keeps what it has found."""
+"""The search runs only what δ reaches, shares δ among facts about one subject, and caches finished targets."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from mechedit.errors import InputError
 from mechedit.models import Site
 from mechedit.prompts import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
-from mechedit.targets.passes import stretches_of
-from mechedit.targets.prompts import passes, rows_of
-from mechedit.targets.shared_prefix import lead_of
+from mechedit.targets.prompt_batch import block_spans, shared_prefix_cache
+from mechedit.targets.prompts import group_by_shape, search_prompts
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
 REQUESTS = [
@@ -38,12 +37,12 @@ def lively(make_model: Any) -> Any:
     return make_model("gpt2", initializer_range=0.05)
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+def distance(states: Tensor, expected: Tensor) -> float:
+    return float((states - expected).norm() / expected.norm())
 
 
 def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig) -> Tensor:
-    """z − h of GPT-2 facts that share a δ: hooks, whole prompts, one row at a time, one parameter a part."""
+    """z − h of GPT-2 facts that share a δ: hooks, whole prompts, one row at a time, one parameter per part."""
     block = model.hf.transformer.h[layer]
     modules = {"resid": block, "mlp_out": block.mlp, "attn_out": block.attn}
     deltas = {part: torch.zeros(model.d_model, requires_grad=True) for part in config.parts("mlp")}
@@ -67,25 +66,25 @@ def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig
         return logits
 
     prompts = [prefixed_prompts(model, fact, PREFIXES) for fact in facts]
-    wanted = [continuation_ids(model.tokenizer, fact.target_new) for fact in facts]
+    objects = [continuation_ids(model.tokenizer, fact.target_new) for fact in facts]
     kl = tokenize_prompt(model.tokenizer, config.kl_prompt, facts[0].subject)
     initial: list[dict[str, Tensor]] = [{} for _ in facts]
-    for states, own in zip(initial, prompts, strict=True):
-        run(list(own[0].ids), own[0].last_subject, states)
+    for states, fact_prompts in zip(initial, prompts, strict=True):
+        run(list(fact_prompts[0].ids), fact_prompts[0].last_subject, states)
     clean = run(list(kl.ids), kl.last_subject)[-1].detach()
     for _ in range(config.updates):
         loss = torch.zeros(())
-        for states, own, objects in zip(initial, prompts, wanted, strict=True):
-            for prompt in own:
-                logits = run([*prompt.ids, *objects[:-1]], prompt.last_subject)[len(prompt.ids) - 1 :]
-                loss = loss - logits[range(len(objects)), objects].mean() / len(own) / len(facts)
+        for states, fact_prompts, ids in zip(initial, prompts, objects, strict=True):
+            for prompt in fact_prompts:
+                logits = run([*prompt.ids, *ids[:-1]], prompt.last_subject)[len(prompt.ids) - 1 :]
+                loss = loss - logits[range(len(ids)), ids].mean() / len(fact_prompts) / len(facts)
             for part, delta in deltas.items():
                 loss = loss + config.weight_decay * (delta.norm() / states[part].norm()) ** 2 / len(facts)
-        now = run(list(kl.ids), kl.last_subject)[-1]
-        loss = loss + config.kl_weight * (now.exp() * (now - clean)).sum()
+        edited = run(list(kl.ids), kl.last_subject)[-1]
+        loss = loss + config.kl_weight * (edited.exp() * (edited - clean)).sum()
         optimizer.zero_grad()
-        for delta, slope in zip(deltas.values(), torch.autograd.grad(loss, list(deltas.values())), strict=True):
-            delta.grad = slope
+        for delta, gradient in zip(deltas.values(), torch.autograd.grad(loss, list(deltas.values())), strict=True):
+            delta.grad = gradient
         optimizer.step()
         for part, delta in deltas.items():
             limit = config.clamp * min(states[part].norm() for states in initial)
@@ -99,38 +98,38 @@ def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig
 def test_agrees_with_a_naive_search(small_model: Any, layer: int, parts: dict[str, Any]) -> None:
     config = TargetConfig(steps=5, threshold=1e-9, clamp=2.0, **parts)
     targets = find_targets(small_model, REQUESTS, layer, PREFIXES, config)
-    found = targets.z - targets.initial
+    deltas = targets.z - targets.initial
     blum = [REQUESTS[1], REQUESTS[3]]
-    for place, sharing in ((0, REQUESTS[:1]), (1, blum), (3, blum)):
-        assert distance(found[place], naive(small_model, sharing, layer, config)) < 1e-3
-        assert found[place].norm() > 0.5
+    for fact, group in ((0, REQUESTS[:1]), (1, blum), (3, blum)):
+        assert distance(deltas[fact], naive(small_model, group, layer, config)) < 1e-3
+        assert deltas[fact].norm() > 0.5
     assert targets.part == config.part
 
 
 def test_z_is_a_state_of_its_part(small_model: Any) -> None:
     free: dict[str, Any] = {"steps": 4, "clamp": 1e6, "weight_decay": 0}
-    whole, added = (
+    resid, mlp_out = (
         find_targets(small_model, REQUESTS, 1, PREFIXES, TargetConfig(part=part, **free))
         for part in ("resid", "mlp_out")
     )
     prompt = tokenize_prompt(small_model.tokenizer, REQUESTS[0].prompt, REQUESTS[0].subject)
     tokens = pad([prompt.ids], small_model.tokenizer)
-    for targets, part in ((whole, "resid"), (added, "mlp_out")):
+    for targets, part in ((resid, "resid"), (mlp_out, "mlp_out")):
         site = Site(1, part)  # type: ignore[arg-type]
         state = small_model.run(tokens, read=[site])[site][0, prompt.last_subject]
         assert torch.allclose(targets.initial[0], state, atol=1e-5)
     # What is added to the MLP's output is added to the stream after it: only the ball and the decay differ.
-    assert distance(added.z - added.initial, whole.z - whole.initial) < 1e-3
-    assert distance(added.initial, whole.initial) > 0.1
+    assert distance(mlp_out.z - mlp_out.initial, resid.z - resid.initial) < 1e-3
+    assert distance(mlp_out.initial, resid.initial) > 0.1
 
 
-def test_facts_about_one_subject_share_what_is_added(lively: Any) -> None:
+def test_facts_about_one_subject_share_delta(lively: Any) -> None:
     joint = find_targets(lively, REQUESTS, 1, PREFIXES, BRISK)
-    apart = find_targets(lively, REQUESTS, 1, PREFIXES, dataclasses.replace(BRISK, joint=False))
-    added, own = joint.z - joint.initial, apart.z - apart.initial
-    assert torch.allclose(added[1], added[3], atol=1e-5)
-    assert distance(own[1], own[3]) > 0.5
-    assert torch.allclose(added[[0, 2]], own[[0, 2]], atol=1e-3)
+    separate = find_targets(lively, REQUESTS, 1, PREFIXES, dataclasses.replace(BRISK, joint=False))
+    joint_deltas, separate_deltas = joint.z - joint.initial, separate.z - separate.initial
+    assert torch.allclose(joint_deltas[1], joint_deltas[3], atol=1e-5)
+    assert distance(separate_deltas[1], separate_deltas[3]) > 0.5
+    assert torch.allclose(joint_deltas[[0, 2]], separate_deltas[[0, 2]], atol=1e-3)
     rows = joint.summary.set_index("id")
     assert rows.loc["b"].updates == rows.loc["d"].updates
     assert rows.loc["b"].nll != pytest.approx(rows.loc["d"].nll, rel=0.01)
@@ -149,29 +148,29 @@ def test_facts_that_share_stop_together(lively: Any) -> None:
 
 
 def counted(model: Any) -> tuple[list[list[int]], list[Any]]:
-    """Numbers that each block's MLP is given, a list a block and an entry a run, and the hooks that count."""
-    seen: list[list[int]] = [[] for _ in model.plain.transformer.h]
+    """Count the input numbers of each block's MLP: one list per block with one entry per run, and the hooks."""
+    sizes: list[list[int]] = [[] for _ in model.plain.transformer.h]
     handles = [
-        block.mlp.c_fc.register_forward_pre_hook(lambda module, args, own=own: own.append(args[0].numel()))
-        for own, block in zip(seen, model.plain.transformer.h, strict=True)
+        block.mlp.c_fc.register_forward_pre_hook(lambda module, args, runs=runs: runs.append(args[0].numel()))
+        for runs, block in zip(sizes, model.plain.transformer.h, strict=True)
     ]
-    return seen, handles
+    return sizes, handles
 
 
 def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
     config = dataclasses.replace(BRISK, steps=6, threshold=1e-9)
-    rows = rows_of(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, config)
-    seen, handles = counted(lively)
+    prompts = search_prompts(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, config)
+    sizes, handles = counted(lively)
     find_targets(lively, REQUESTS, 0, PREFIXES, config)
     for hook in handles:
         hook.remove()
-    together = list(passes(lively, rows, config.pass_tokens))
-    assert [len(runs) for runs in seen] == [len(together), *[len(together) * (1 + 7)] * 2]
-    again = sum(len(some) * max(row.width for row in some) for some in together) * lively.d_model
-    assert sum(seen[1][-len(together) :]) == again
-    assert again < 0.7 * sum(len(row.ids) for row in rows) * lively.d_model
-    # The last block's MLP computes what is asked for alone.
-    assert sum(seen[2][-len(together) :]) == sum(len(row.asked) for row in rows) * lively.d_model < again
+    batches = list(group_by_shape(lively, prompts, config.pass_tokens))
+    assert [len(runs) for runs in sizes] == [len(batches), *[len(batches) * (1 + 7)] * 2]
+    rerun = sum(len(batch) * max(prompt.width for prompt in batch) for batch in batches) * lively.d_model
+    assert sum(sizes[1][-len(batches) :]) == rerun
+    assert rerun < 0.7 * sum(len(prompt.ids) for prompt in prompts) * lively.d_model
+    # The last block's MLP runs at the scored positions alone.
+    assert sum(sizes[2][-len(batches) :]) == sum(len(prompt.scored) for prompt in prompts) * lively.d_model < rerun
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -183,52 +182,52 @@ def test_with_local_attention_less_runs_again_and_z_is_the_same(
     config = dataclasses.replace(BRISK, steps=4, part=part, attention=part == "mlp_out")
     assert [model.window(block) for block in range(4)] == [3, 3, 3, None]
     requests = [dataclasses.replace(request, prompt=request.prompt + " of all things") for request in REQUESTS]
-    stretches = stretches_of(model, layer, config, 9)
-    widths = [stretch.reach for stretch in stretches for _ in range(stretch.first, stretch.last + 1)]
+    spans = block_spans(model, layer, config, 9)
+    widths = [span.reach for span in spans for _ in range(span.first, span.last + 1)]
     first = [1] if config.attention else []
     assert widths == [*first, *(min(9, 1 + 2 * (block - layer)) for block in range(layer + 1, 3)), 9]
-    seen, handles = counted(model)
+    sizes, handles = counted(model)
     local = find_targets(model, requests, layer, PREFIXES, config)
-    runs = [sum(own) for own in seen]
-    for own in seen:
-        own.clear()
+    local_sizes = [sum(runs) for runs in sizes]
+    for runs in sizes:
+        runs.clear()
     monkeypatch.setattr(type(model), "window", lambda self, layer: None)
     everywhere = find_targets(model, requests, layer, PREFIXES, config)
     for hook in handles:
         hook.remove()
     assert distance(local.z - local.initial, everywhere.z - everywhere.initial) < 1e-4
-    assert runs[layer + 1] < sum(seen[layer + 1])
-    assert runs[3] == sum(seen[3])
+    assert local_sizes[layer + 1] < sum(sizes[layer + 1])
+    assert local_sizes[3] == sum(sizes[3])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "llama", "neox"])
-def test_what_rows_begin_with_alike_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_shared_prefix_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     model = make_model(kind, initializer_range=0.05)
     config = dataclasses.replace(BRISK, steps=3)
-    apart = find_targets(model, REQUESTS, 1, PREFIXES, config)
+    separate = find_targets(model, REQUESTS, 1, PREFIXES, config)
     monkeypatch.setitem(STARTING, "cpu", 0)
-    rows = rows_of(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
-    monkeypatch.setattr("mechedit.targets.shared_prefix.spare_tokens", lambda model: 1e6)
-    (some, *_) = sorted(passes(model, rows, config.pass_tokens), key=len, reverse=True)
-    lead, cuts = lead_of(model, some)
-    assert lead is not None
-    assert lead.lengths.tolist() == cuts
-    for row, cut in zip(some, cuts, strict=True):
-        same = [other.ids[:cut] == row.ids[:cut] for other in some if other.prefix == row.prefix]
-        assert all(same)
-        assert cut <= row.subject
-    assert max(cuts) > 3
+    prompts = search_prompts(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
+    monkeypatch.setattr("mechedit.targets.prompt_batch.spare_tokens", lambda model: 1e6)
+    (batch, *_) = sorted(group_by_shape(model, prompts, config.pass_tokens), key=len, reverse=True)
+    cache, lengths = shared_prefix_cache(model, batch)
+    assert cache is not None
+    assert cache.lengths.tolist() == lengths
+    for prompt, length in zip(batch, lengths, strict=True):
+        siblings = [sibling for sibling in batch if sibling.template == prompt.template]
+        assert all(sibling.ids[:length] == prompt.ids[:length] for sibling in siblings)
+        assert length <= prompt.subject
+    assert max(lengths) > 3
     shared = find_targets(model, REQUESTS, 1, PREFIXES, config)
-    assert distance(shared.z - shared.initial, apart.z - apart.initial) < 1e-3
-    assert distance(shared.initial, apart.initial) < 1e-5
-    # It matters what the rows began with.
+    assert distance(shared.z - shared.initial, separate.z - separate.initial) < 1e-3
+    assert distance(shared.initial, separate.initial) < 1e-5
+    # The shared tokens matter.
     elsewhere = find_targets(model, REQUESTS, 1, ["{}", "Another thing. {}", *PREFIXES[2:]], config)
-    assert distance(elsewhere.z - elsewhere.initial, apart.z - apart.initial) > 1e-2
+    assert distance(elsewhere.z - elsewhere.initial, separate.z - separate.initial) > 1e-2
 
 
-def test_passes_that_do_not_fit_are_halved(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_do_not_fit_are_halved(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(BRISK, steps=4)
-    whole = find_targets(lively, REQUESTS, 1, PREFIXES, config)
+    in_one_batch = find_targets(lively, REQUESTS, 1, PREFIXES, config)
     plain, most = type(lively).run, [2]
 
     def short(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,7 +238,7 @@ def test_passes_that_do_not_fit_are_halved(lively: Any, monkeypatch: pytest.Monk
 
     refused: list[int] = []
     monkeypatch.setattr(type(lively), "run", short)
-    assert distance(find_targets(lively, REQUESTS, 1, PREFIXES, config).z, whole.z) < 1e-4
+    assert distance(find_targets(lively, REQUESTS, 1, PREFIXES, config).z, in_one_batch.z) < 1e-4
     # Once halved they stay so: after the clean run nothing is tried in vain.
     assert 0 < len(refused) < 8
     most[0] = 0
@@ -247,12 +246,12 @@ def test_passes_that_do_not_fit_are_halved(lively: Any, monkeypatch: pytest.Monk
         find_targets(lively, REQUESTS, 1, PREFIXES, config)
 
 
-def same(one: Targets, other: Targets) -> bool:
+def same(targets: Targets, expected: Targets) -> bool:
     return (
-        torch.equal(one.z, other.z)
-        and torch.equal(one.initial, other.initial)
-        and one.losses.equals(other.losses)
-        and one.summary.equals(other.summary)
+        torch.equal(targets.z, expected.z)
+        and torch.equal(targets.initial, expected.initial)
+        and targets.losses.equals(expected.losses)
+        and targets.summary.equals(expected.summary)
     )
 
 
@@ -261,39 +260,41 @@ def test_an_interrupted_search_goes_on(
     lively: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     config = dataclasses.replace(BRISK, steps=4, batch_size=1)
-    whole = find_targets(lively, REQUESTS, 1, PREFIXES, config)
-    searched, plain = [], mechedit.targets.search._search
+    uninterrupted = find_targets(lively, REQUESTS, 1, PREFIXES, config)
+    searched, plain = [], mechedit.targets.search.search_groups
 
-    def interrupted(model: Any, units: Any, *args: Any) -> Any:
+    def interrupted(model: Any, groups: Any, *args: Any) -> Any:
         if len(searched) == after:
             raise KeyboardInterrupt
-        searched.append(units)
-        return plain(model, units, *args)
+        searched.append(groups)
+        return plain(model, groups, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(mechedit.targets.search, "_search", interrupted)
+        patched.setattr(mechedit.targets.search, "search_groups", interrupted)
         with pytest.raises(KeyboardInterrupt):
             find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == after == len(list(tmp_path.iterdir()))
-    assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), whole)
-    rest: list[Any] = []
-    monkeypatch.setattr(mechedit.targets.search, "_search", lambda *args: rest.append(args) or plain(*args))
-    assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), whole)
-    assert not rest
+    assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), uninterrupted)
+    searched_again: list[Any] = []
+    monkeypatch.setattr(
+        mechedit.targets.search, "search_groups", lambda *args: searched_again.append(args) or plain(*args)
+    )
+    assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), uninterrupted)
+    assert not searched_again
     # Three δ in all, as two facts share one.
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
-def test_what_is_kept_is_known_by_all_that_determines_it(
+def test_cached_targets_are_keyed_by_all_that_determines_them(
     lively: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(BRISK, steps=2)
     searched: list[int] = []
-    plain = mechedit.targets.search._search
+    plain = mechedit.targets.search.search_groups
     monkeypatch.setattr(
         mechedit.targets.search,
-        "_search",
-        lambda model, units, *a: searched.append(len(units)) or plain(model, units, *a),
+        "search_groups",
+        lambda model, groups, *a: searched.append(len(groups)) or plain(model, groups, *a),
     )
 
     def look(

@@ -1,0 +1,179 @@
+"""The loss of MEMIT's Eq. 16 as a function of δ, term by term, and its gradient.
+
+For a fact with object o, prompts x₁ … x_N behind the context templates and the KL prompt x',
+
+    L(δ) = 1/N Σ_j −log P_δ(o | x_j)  +  λ_KL · KL(P_δ(· | x') ‖ P(· | x'))  +  weight decay of δ,
+
+where P_δ is the model with δ added at the subject's last token in one layer. All that does not depend on δ is computed
+once, in the clean run (`mechedit.targets.prompt_batch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechedit.data import EditRequest
+from mechedit.models import Model
+from mechedit.targets.config import TargetConfig
+from mechedit.targets.prompt_batch import PromptBatch, edited_logits, run_clean, run_in_halves
+from mechedit.targets.prompts import group_by_shape, search_prompts
+
+TERMS = ("loss", "nll", "kl", "decay", "probability")
+"""Columns of `LossTerms.values`: the loss, its three terms as weighted in it, and P(object), mean over templates."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Objective:
+    """The loss of some facts, some of which may share a δ."""
+
+    model: Model
+    layer: int
+    config: TargetConfig
+    group: Int[Tensor, " fact"]
+    """Index of each fact's subject group, and so of its δ."""
+    fact_weight: Float[Tensor, " fact"]
+    """Weight of each fact in the mean loss of its group."""
+    initial: Float[Tensor, "fact part d_model"]
+    """h: clean states at the subject's last token, behind the first context template."""
+    batches: list[PromptBatch]
+    """Prompts of the facts that are still searched for. A batch that does not fit the device's memory is halved, and
+    stays so."""
+
+    @property
+    def n_groups(self) -> int:
+        """Number of subject groups, and so of δ."""
+        return int(self.group.max()) + 1
+
+    @property
+    def radius(self) -> Float[Tensor, "group part"]:
+        """Radius clamp·‖h‖ of each group's ball, the smallest among its facts."""
+        radii = self.config.clamp * self.initial.norm(dim=2)
+        return torch.stack([radii[self.group == group].amin(0) for group in range(self.n_groups)])
+
+    def loss_terms(self, delta: Float[Tensor, "group part d_model"], *, gradient: bool) -> LossTerms:
+        """Evaluate Eq. 16 for every fact at its group's δ.
+
+        Args:
+            delta: δ of each group.
+            gradient: whether to compute the gradient, too.
+
+        Raises:
+            torch.OutOfMemoryError: the device's memory does not hold even one prompt.
+        """
+        point = delta.detach().requires_grad_(gradient)
+        nll, probability = point.new_zeros(2, len(self.group))
+        kl, total_gradient, batches = point.new_zeros(self.n_groups), torch.zeros_like(delta), []
+        for batch, terms, batch_gradient in run_in_halves(self.batches, lambda batch: self._of_batch(batch, point)):
+            batches.append(batch)
+            nll.index_add_(0, batch.fact, batch.weight * terms.nll)
+            probability.index_add_(0, batch.fact, batch.weight * terms.probability)
+            kl.index_add_(0, self.group[batch.fact], terms.kl)
+            total_gradient += batch_gradient
+        self.batches = batches
+        decay = self._weight_decay(point)
+        if gradient:
+            total_gradient += torch.autograd.grad((self.fact_weight * decay).sum(), point)[0]
+        weighted_kl = self.config.kl_weight * kl[self.group]
+        decay = decay.detach()
+        values = torch.stack([nll + weighted_kl + decay, nll, weighted_kl, decay, probability], 1)
+        return LossTerms(values=values, gradient=total_gradient.detach())
+
+    def drop_groups(self, stopped: Bool[Tensor, " group"]) -> None:
+        """Run the prompts of these groups no more."""
+        running = [~stopped[self.group[batch.fact]] for batch in self.batches]
+        self.batches = [batch.where(rows) for batch, rows in zip(self.batches, running, strict=True) if rows.any()]
+
+    def groups_where_all(self, facts: Bool[Tensor, " fact"]) -> list[bool]:
+        """Whether something holds for all facts of a group, for each group."""
+        lacking = set(self.group[~facts].tolist())
+        return [group not in lacking for group in range(self.n_groups)]
+
+    def _weight_decay(self, delta: Float[Tensor, "group part d_model"]) -> Float[Tensor, " fact"]:
+        """Weight decay of each fact's δ, by the convention of the settings."""
+        delta_norm, state_norm = delta[self.group].norm(dim=2), self.initial.norm(dim=2)
+        memit_2022 = self.config.convention == "memit-2022"
+        ratio = delta_norm / state_norm**2 if memit_2022 else (delta_norm / state_norm) ** 2
+        return self.config.weight_decay * ratio.sum(1)
+
+    def _of_batch(
+        self, batch: PromptBatch, point: Float[Tensor, "group part d_model"]
+    ) -> tuple[PromptBatch, PromptTerms, Float[Tensor, "group part d_model"]]:
+        """The terms of one batch's prompts, and their part of the gradient where `point` requires one."""
+        with torch.set_grad_enabled(point.requires_grad):
+            terms = prompt_terms(self.model, batch, self.layer, point[self.group[batch.fact]], self.config)
+        if not point.requires_grad:
+            return batch, terms, torch.zeros_like(point)
+        losses = batch.weight * self.fact_weight[batch.fact] * terms.nll + self.config.kl_weight * terms.kl
+        return batch, terms.detached, torch.autograd.grad(losses.sum(), point, materialize_grads=True)[0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossTerms:
+    """The loss at one δ, term by term, and its gradient."""
+
+    values: Float[Tensor, "fact term"]
+    """`TERMS` of each fact; without meaning for facts that were dropped."""
+    gradient: Float[Tensor, "group part d_model"]
+    """Gradient of the sum of the groups' mean losses with respect to δ; zero where it was not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptTerms:
+    """The terms of the loss for each prompt of a batch."""
+
+    nll: Float[Tensor, " row"]
+    """−log P of the object in nats, mean over its tokens; 0 for KL prompts."""
+    kl: Float[Tensor, " row"]
+    """KL(edited ‖ clean) in nats; 0 for all but KL prompts."""
+    probability: Float[Tensor, " row"]
+    """Probability of the whole object; 0 for KL prompts."""
+
+    @property
+    def detached(self) -> PromptTerms:
+        """The terms without their autograd graph."""
+        return PromptTerms(nll=self.nll.detach(), kl=self.kl.detach(), probability=self.probability.detach())
+
+
+def prepare_objective(
+    model: Model, groups: Sequence[Sequence[EditRequest]], layer: int, prefixes: Sequence[str], config: TargetConfig
+) -> Objective:
+    """Tokenize the facts of some subject groups and run the clean model on them."""
+    requests = [request for group in groups for request in group]
+    group_index = [index for index, group in enumerate(groups) for _ in group]
+    prompts = search_prompts(model, requests, group_index, prefixes, config)
+    initial = torch.zeros(len(requests), len(config.parts(model.module)), model.d_model, device=model.device)
+    batches = []
+    batched_prompts = group_by_shape(model, prompts, config.pass_tokens)
+    for batch, bare, states in run_in_halves(batched_prompts, lambda part: run_clean(model, part, layer, config)):
+        batches.append(batch)
+        initial[batch.fact[bare]] = states
+    return Objective(
+        model=model,
+        layer=layer,
+        config=config,
+        group=torch.tensor(group_index, device=model.device),
+        fact_weight=torch.tensor([1 / len(group) for group in groups for _ in group], device=model.device),
+        initial=initial,
+        batches=batches,
+    )
+
+
+def prompt_terms(
+    model: Model, batch: PromptBatch, layer: int, delta: Float[Tensor, "row part d_model"], config: TargetConfig
+) -> PromptTerms:
+    """The terms of every prompt with its δ added at the subject's last token (Eq. 16)."""
+    logits = edited_logits(model, batch, layer, delta, config).float()
+    zero = logits.new_zeros(len(logits))
+    if batch.labels is None:
+        assert batch.clean is not None
+        edited = logits[:, 0].log_softmax(-1)
+        # KL(edited ‖ clean), the direction of ROME's Eq. 4 and of both published codes.
+        kl = (edited.exp() * (edited - batch.clean)).sum(-1)
+        return PromptTerms(nll=zero, kl=kl, probability=zero)
+    log_probs = logits.gather(-1, batch.labels[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return PromptTerms(nll=-log_probs.mean(1), kl=zero, probability=log_probs.sum(1).exp())

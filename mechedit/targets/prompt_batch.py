@@ -1,0 +1,245 @@
+"""Prompts that run together, with all that δ leaves as it is cached from one clean run.
+
+Neither the positions before the subject's last token nor the blocks below δ's layer depend on δ: their keys, values
+and states come from the clean run (`run_clean`), in which prompts behind one context template share the tokens they
+begin with (`shared_prefix_cache`). Only the blocks and positions that δ reaches run again at every step of the search
+(`block_spans`, `edited_logits`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import takewhile
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechedit.batching import pad, spare_tokens
+from mechedit.models import KVCache, Model, Patch, Resume, Site, Tokens
+from mechedit.targets.config import TargetConfig
+from mechedit.targets.prompts import SearchPrompt
+
+Prompts = TypeVar("Prompts", list[SearchPrompt], "PromptBatch")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpan:
+    """Consecutive blocks in which δ reaches the same positions, which alone have to run."""
+
+    first: int
+    last: int
+    reach: int
+    """Number of positions that depend on δ, from the subject's last token on."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptBatch:
+    """Prompts of like shape and what the clean run left for them.
+
+    Each row begins at its subject's last token, where δ is added, and positions count from there.
+    """
+
+    tokens: Tokens
+    kv_cache: KVCache | None
+    """Keys and values of the positions before; None when no row has any."""
+    spans: tuple[BlockSpan, ...]
+    """All blocks that depend on δ, in order."""
+    span_inputs: tuple[Float[Tensor, "row _ d_model"] | None, ...]
+    """Cached block inputs: the clean residual stream where each span begins; None before the first block."""
+    scored: Int[Tensor, "row token"]
+    """Positions whose logits enter the loss."""
+    labels: Int[Tensor, "row token"] | None
+    """Tokens to be predicted at `scored`; None for KL prompts."""
+    clean: Float[Tensor, "row vocab"] | None
+    """Clean log-probabilities at `scored`; None for all but KL prompts."""
+    fact: Int[Tensor, " row"]
+    """Index of each row's fact."""
+    weight: Float[Tensor, " row"]
+    """Weight of each row in its fact's mean loss."""
+
+    def __len__(self) -> int:
+        return len(self.fact)
+
+    def __getitem__(self, rows: slice) -> PromptBatch:
+        return self.take(torch.arange(len(self), device=self.fact.device)[rows])
+
+    def where(self, rows: Bool[Tensor, " row"]) -> PromptBatch:
+        """The batch with the rows for which `rows` is true."""
+        return self if rows.all() else self.take(rows.nonzero()[:, 0])
+
+    def take(self, index: Int[Tensor, " chosen"]) -> PromptBatch:
+        """The batch with the rows of these indices."""
+
+        def chosen(value: object) -> object:
+            if isinstance(value, KVCache):
+                return value.take(index, value.length)
+            if isinstance(value, Tokens):
+                return value.rows(index)
+            if isinstance(value, tuple):
+                return tuple(map(chosen, value))
+            return value[index] if isinstance(value, Tensor) else value
+
+        values = {field.name: chosen(getattr(self, field.name)) for field in fields(self)}
+        return PromptBatch(**values)  # type: ignore[arg-type]
+
+
+def block_spans(model: Model, layer: int, config: TargetConfig, width: int) -> tuple[BlockSpan, ...]:
+    """Which blocks run again when δ moves, and at how many of the `width` positions.
+
+    The first is the one after δ, unless δ is added inside a block or after the last. With local attention (GPT-Neo)
+    a change at one position reaches window − 1 positions further in each block.
+    """
+    inside = config.parts(model.module)[0] == "attn_out"
+    last, reach, spans = model.n_layers - 1, 1, []
+    for block in range(layer if inside or layer == last else layer + 1, model.n_layers):
+        if block == last:
+            # Any of its positions may be scored.
+            reach = width
+        elif block > layer:
+            reach = min(width, reach + (model.window(block) or width) - 1)
+        if spans and spans[-1].reach == reach:
+            spans[-1] = BlockSpan(first=spans[-1].first, last=block, reach=reach)
+        else:
+            spans.append(BlockSpan(first=block, last=block, reach=reach))
+    return tuple(spans)
+
+
+@torch.no_grad()
+def run_clean(
+    model: Model, prompts: Sequence[SearchPrompt], layer: int, config: TargetConfig
+) -> tuple[PromptBatch, Bool[Tensor, " row"], Float[Tensor, "bare part d_model"]]:
+    """One clean run of prompts of like shape.
+
+    Returns:
+        The batch, which of its rows stand behind the first context template, and the clean states h of those rows.
+    """
+    device, is_kl = model.device, not prompts[0].labels
+    sites = [Site(layer, part) for part in config.parts(model.module)]
+    spans = block_spans(model, layer, config, max(prompt.width for prompt in prompts))
+    input_sites = [Site(span.first - 1, "resid") if span.first else None for span in spans]
+    subject, scored, fact = (
+        torch.tensor(values, device=device)
+        for values in zip(*((prompt.subject, prompt.scored, prompt.fact) for prompt in prompts), strict=True)
+    )
+    prefix_cache, prefix_lengths = shared_prefix_cache(model, prompts)
+    cut = torch.tensor(prefix_lengths, device=device)
+    run = model.run(
+        pad([p.ids[length:] for p, length in zip(prompts, prefix_lengths, strict=True)], model.tokenizer, device),
+        read=[*sites, *filter(None, input_sites)],
+        logits_to_keep=scored - cut[:, None] if is_kl else 0,
+        stop_after=None if is_kl else model.n_layers - 1,
+        kv_cache=prefix_cache,
+        use_cache=True,
+    )
+    assert run.kv_cache is not None
+    batch = PromptBatch(
+        tokens=pad([prompt.ids[prompt.subject :] for prompt in prompts], model.tokenizer, device),
+        kv_cache=run.kv_cache.before(subject, spans[0].first) if subject.any() else None,
+        spans=spans,
+        span_inputs=tuple(
+            None if site is None else _from(subject - cut, run[site], span.reach)
+            for site, span in zip(input_sites, spans, strict=True)
+        ),
+        scored=scored - subject[:, None],
+        labels=None if is_kl else torch.tensor([prompt.labels for prompt in prompts], device=device),
+        clean=None if run.logits is None else run.logits[:, 0].float().log_softmax(-1),
+        fact=fact,
+        weight=torch.tensor([prompt.weight for prompt in prompts], device=device),
+    )
+    bare = torch.tensor([prompt.template == 0 for prompt in prompts], device=device)
+    states = [_from(subject - cut, run[site], 1)[bare, 0].float() for site in sites]
+    return batch, bare, torch.stack(states, 1)
+
+
+def _from(
+    starts: Int[Tensor, " row"], states: Float[Tensor, "row pos d_model"], width: int
+) -> Float[Tensor, "row width d_model"]:
+    """The states of `width` positions from each row's start on; beyond the end the last one is repeated."""
+    positions = starts[:, None] + torch.arange(width, device=starts.device)
+    rows = torch.arange(len(starts), device=starts.device)[:, None]
+    return states[rows, positions.clamp(max=states.shape[1] - 1)]
+
+
+def shared_prefix_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[KVCache | None, list[int]]:
+    """Run the tokens that all prompts behind one context template begin with, once per template.
+
+    Returns:
+        The KV cache of each prompt's shared prefix, and the prefix' length per prompt; None and zeros where sharing
+        saves less than another run costs.
+    """
+    by_template: dict[int, list[SearchPrompt]] = defaultdict(list)
+    for prompt in prompts:
+        by_template[prompt.template].append(prompt)
+    prefixes = {template: _common_prefix(group) for template, group in by_template.items()}
+    lengths = [len(prefixes[prompt.template]) for prompt in prompts]
+    if sum(lengths) - sum(map(len, prefixes.values())) <= spare_tokens(model):
+        return None, [0] * len(prompts)
+    # A row of no tokens cannot be run; the token that stands in its place is not kept.
+    rows = [list(ids) or [prompts[0].ids[0]] for ids in prefixes.values()]
+    run = model.run(pad(rows, model.tokenizer, model.device), use_cache=True, stop_after=model.n_layers - 1)
+    assert run.kv_cache is not None
+    cache = run.kv_cache.before(torch.tensor([len(ids) for ids in prefixes.values()], device=model.device))
+    row_of = {template: row for row, template in enumerate(prefixes)}
+    index = torch.tensor([row_of[prompt.template] for prompt in prompts], device=model.device)
+    return cache.take(index, cache.length), lengths
+
+
+def _common_prefix(prompts: Sequence[SearchPrompt]) -> tuple[int, ...]:
+    """The tokens before the subject's last one that all of the prompts begin with."""
+    columns = zip(*(prompt.ids[: prompt.subject] for prompt in prompts), strict=False)
+    return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns))
+
+
+def edited_logits(
+    model: Model, batch: PromptBatch, layer: int, delta: Float[Tensor, "row part d_model"], config: TargetConfig
+) -> Float[Tensor, "row token vocab"]:
+    """Logits at the scored positions with δ added, computed span by span from the cached block inputs."""
+    state: Tensor | None = None
+    patches: list[Patch] = []
+    if batch.spans[0].first > layer:
+        # Nothing of the block that δ follows is left to compute, so δ is added to the input of the next one.
+        assert batch.span_inputs[0] is not None
+        state = (batch.span_inputs[0][:, :1].float() + delta).to(batch.span_inputs[0].dtype)
+    else:
+        start = torch.zeros(len(batch), 1, dtype=torch.long, device=delta.device)
+        sites = [Site(layer, part) for part in config.parts(model.module)]
+        patches = [Patch(site, start, delta[:, [index]], add=True) for index, site in enumerate(sites)]
+    logits: Tensor | None = None
+    for span, clean_input in zip(batch.spans, batch.span_inputs, strict=True):
+        if state is not None and clean_input is not None:
+            state = torch.cat([state, clean_input[:, state.shape[1] :]], 1)
+        span_input = clean_input if state is None else state
+        output, goes_on = Site(span.last, "resid"), span.last < model.n_layers - 1
+        run = model.run(
+            batch.tokens.first(span.reach),
+            patches if span.first <= layer else (),
+            read=[output] if goes_on else (),
+            resume=None if span_input is None else Resume(span.first, span_input),
+            stop_after=span.last if goes_on else None,
+            kv_cache=batch.kv_cache,
+            logits_to_keep=0 if goes_on else batch.scored,
+        )
+        state, logits = run.values.get(output), run.logits
+    assert logits is not None, "the last span is not stopped early"
+    return logits
+
+
+def run_in_halves(items: Iterable[Prompts], run: Callable[[Prompts], Result]) -> Iterator[Result]:
+    """Run each of the items; one that does not fit the device's memory is run in halves."""
+    for item in items:
+        try:
+            result = run(item)
+        except torch.OutOfMemoryError:
+            if len(item) == 1:
+                raise
+            result = None
+        # Outside the handler, which keeps alive what the failed run allocated.
+        if result is None:
+            yield from run_in_halves((item[: len(item) // 2], item[len(item) // 2 :]), run)
+        else:
+            yield result
