@@ -1,4 +1,4 @@
-"""How to measure: the settings, and what the measures mean in words. Both are written beside the results."""
+"""How to measure; the settings are written beside the results."""
 
 from __future__ import annotations
 
@@ -9,22 +9,6 @@ from mechedit.errors import check_at_least, check_choice, check_fraction
 
 Likelihood = Literal["joint", "normalized"]
 EntropyForm = Literal["averaged", "sum"]
-
-DEFINITIONS = {
-    "exact_match": "greedy decoding from the prompt writes the new object: each of its tokens is the argmax after "
-    "those before it, which by induction is the same",
-    "S": "harmonic mean of ES, PS and NS; by zsRE's protocol of efficacy, paraphrase and specificity",
-    "zsre": "efficacy, paraphrase, specificity: share of an answer's tokens that are the argmax after the prompt and "
-    "the answer's true tokens before; specificity asks for the neighbor's own answer",
-    "KL": "KL(unedited || edited) in nats of the next token after each neighborhood prompt; top1: the likeliest agree",
-    "plus": "the edit's prompt, the new object and a full stop before each neighborhood prompt, for both models",
-    "GE": "2/3 bigram and 4/3 trigram entropy of prompt and free text, halved (averaged) or not (sum)",
-    "RS": "cosine of the TF-IDF vectors of a case's free texts with their prompts, and of its references",
-    "PPL": "exp of the mean of -log P(token) over all tokens of all texts but each text's first",
-    "intervals": "percentile bootstrap over cases, for PPL over texts",
-    "units": "percent; KL in nats, GE in bits x 100, PPL as it is",
-}
-"""For those who read results without the code."""
 
 
 @dataclass(frozen=True, kw_only=True)

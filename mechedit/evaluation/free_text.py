@@ -10,9 +10,9 @@ from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.generation import generate, ngram_entropy, uniform_draws
+from mechedit.evaluation.measures import TEXT_MEASURES
 from mechedit.evaluation.perplexity import surprises
 from mechedit.evaluation.prompts import Row, filled
-from mechedit.evaluation.scores import TEXT_MEASURES
 from mechedit.models import Model
 
 AnswerRow = tuple[str, str, int, str, str, str]
