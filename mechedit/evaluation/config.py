@@ -13,34 +13,34 @@ EntropyForm = Literal["averaged", "sum"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How to measure; saved beside the scores."""
+    """Settings of an evaluation; saved beside the scores."""
 
     seed: int = 0
-    """Of the sampled text and of the bootstrap."""
+    """Seed of the sampled text and of the bootstrap."""
     likelihood: Likelihood = "joint"
-    """Probability of an object of several tokens: their product (the paper's text), or its n-th root
-    (the published code)."""
+    """Probability of an object of several tokens: `joint`, the product of their probabilities (the paper's text), or
+    `normalized`, its n-th root (the published code)."""
     batch_size: int = 64
-    """Rows in one forward pass; the scores do not depend on it."""
+    """Prompts per forward pass; the scores do not depend on it."""
     generation_tokens: int = 100
-    """New tokens of free text for GE, fewer where the model stops or its context ends; 0 leaves GE out."""
+    """New tokens per free text for GE, fewer where the model stops or its context ends; 0 leaves GE out."""
     generation_prompts: int | None = None
-    """Free texts a case, from its first generation prompts; None writes one for each, as published. On a
-    small machine these texts take most of the time."""
+    """Free texts per request, from its first generation prompts; None writes one for each, as published. On a small
+    machine these texts take most of the time."""
     answer_tokens: int = 10
-    """New tokens of the greedy answers kept as examples; 0 keeps none. Exact match does not need them."""
+    """New tokens per greedy answer shown as an example; 0 shows none. Exact match does not need them."""
     plus: bool = True
-    """Whether to ask CounterFact+'s prompts, too: the neighbors again, each behind the edit's sentence."""
+    """Whether to score CounterFact+'s prompts, too: the neighbors again, each after the edit's sentence."""
     text_tokens: int = 1024
-    """Tokens of each text that are read for PPL."""
+    """Tokens read per text for PPL."""
     top_k: int = 5
-    """Free text is sampled from this many likeliest tokens, as in the published code."""
+    """Number of likeliest tokens from which free text is sampled, 5 in the published code."""
     entropy: EntropyForm = "averaged"
-    """Form of Eq. 27: `averaged` is what the published tables hold, `sum` what the equation says."""
+    """Form of Eq. 27: `averaged` is that of the published tables, `sum` that of the equation."""
     resamples: int = 2000
-    """Bootstrap resamples of the cases."""
+    """Bootstrap resamples of the requests."""
     confidence: float = 0.95
-    """Coverage of the intervals."""
+    """Coverage of the intervals, between 0 and 1."""
 
     def __post_init__(self) -> None:
         check_choice("likelihood", self.likelihood, get_args(Likelihood))
@@ -62,4 +62,4 @@ _LEAST = {
 
 
 QUICK = EvaluationConfig(generation_tokens=0, answer_tokens=0, plus=False)
-"""Success and exact match alone: free text takes most of an evaluation's time."""
+"""Success and exact match alone; free text takes most of an evaluation's time."""

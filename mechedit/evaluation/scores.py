@@ -1,7 +1,7 @@
-"""Scores: a tidy table of measurements, and means over cases with bootstrap intervals.
+"""Scores: a tidy table of measurements, and means over cases with intervals.
 
-In: one row a measurement. Out: for each measure its mean over cases (prompts are averaged within a case
-first), a percentile bootstrap interval over cases, and the number of cases (MEMIT Appendix C.2).
+In: one row per measurement. Out: for each measure its mean over cases (prompts are averaged within a case first), an
+interval over cases, and the number of cases (MEMIT Appendix C.2).
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class Scores:
     """Measurements of one or more model states on the same cases."""
 
     table: pd.DataFrame
-    """One row a measurement: case, measure, kind (rewrite, paraphrase, neighborhood, neighborhood_plus,
+    """One row per measurement: case, measure, kind (rewrite, paraphrase, neighborhood, neighborhood_plus,
     generation, text), prompt (index within the kind), value (1 or 0, a probability difference, nats, bits, or a
     cosine), state (before, after, now). A text belongs to no case (`""`): its rows are NLL, the sum of
-    −log P(token) in nats, and tokens, how many it sums over."""
+    −log P(token) in nats, and tokens, the number of its terms."""
     answers: pd.DataFrame
     """Text the model wrote: case, kind (rewrite: greedy; generation: sampled), prompt, question, expected,
     answer (the continuation alone), state."""
     cases: tuple[str, ...]
     """Every case evaluated, also those that lack some measure."""
     config: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """How it was measured."""
+    """Settings of the evaluation."""
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For each state, the model measured."""
+    """By state: the model measured, and the input."""
 
     def __post_init__(self) -> None:
         _check_columns(self.table, TABLE_COLUMNS, "the scores table")
@@ -61,24 +61,24 @@ class Scores:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Those of cases, with data or not: CounterFact's or zsRE's, whichever protocol was followed."""
+        """Measures of the protocol followed, CounterFact's or zsRE's, with data or not."""
         return ZSRE if ZSRE[0] in set(self.table["measure"]) else COUNTERFACT
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """For each measure of cases: cases with data, cases `missing` it, and prompts measured (one state)."""
-        found = {}
+        counts = {}
         for measure in self.measures:
             rows = where(self.table, measure=measure)
             # The unedited model is not compared with itself, so not every state has every measure.
             rows = where(rows, state=rows["state"].iloc[0]) if len(rows) else rows
             cases = len(set(rows["case"]))
-            found[measure] = {"cases": cases, "missing": len(self.cases) - cases, "prompts": len(rows)}
-        return found
+            counts[measure] = {"cases": cases, "missing": len(self.cases) - cases, "prompts": len(rows)}
+        return counts
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What decides the numbers: settings, definitions, the models measured, and on what."""
+        """Everything that determines the numbers: settings, definitions, the models measured, and the input."""
         shared = next(iter(self.provenance.values()), {})
         return {
             "mechedit": VERSION,
@@ -87,7 +87,7 @@ class Scores:
                 name: shared.get(name)
                 for name in ("model", "dtype", "tokenizer_hash", "requests", "texts", "references")
             },
-            "weights_hash": {state: made.get("weights_hash") for state, made in self.provenance.items()},
+            "weights_hash": {state: provenance.get("weights_hash") for state, provenance in self.provenance.items()},
             **asdict(self.config),
             "definitions": definitions(),
         }
@@ -133,7 +133,7 @@ class Scores:
         return str(state)
 
     def join(self, other: Scores) -> Scores:
-        """These scores and those of another state of the model, measured alike on the same cases.
+        """These scores and those of another state of the model, measured in the same way on the same cases.
 
         Raises:
             InputError: other settings, other cases, another model than an edit could have made of the first, or a
@@ -145,8 +145,8 @@ class Scores:
                 "both states: evaluate both again with one configuration"
             )
         check_states([*self.provenance.items(), *other.provenance.items()])
-        if again := set(self.states) & set(other.states):
-            raise InputError(f"both scores hold the state {again.pop()!r}, expected different states: drop one")
+        if repeated := set(self.states) & set(other.states):
+            raise InputError(f"both scores hold the state {repeated.pop()!r}, expected different states: drop one")
         return Scores(
             table=pd.concat([self.table, other.table], ignore_index=True),
             answers=pd.concat([self.answers, other.answers], ignore_index=True),
