@@ -66,13 +66,10 @@ def evaluate(
             of other requests, texts, references or settings.
 
     Example:
-        ```python
-        model, requests = load_model("tiny"), load_requests("tiny")
-        before = evaluate(model, requests, state="before")
-        with edited(model, edit):
-            after = evaluate(model, requests)
-        before.join(after).summary("after")["ES"]  # its mean, low, high and n
-        ```
+        >>> before = evaluate(model, requests, state="before")
+        >>> with edited(model, edit):
+        ...     after = evaluate(model, requests)
+        >>> entry = before.join(after).summary("after")["ES"]  # mean, low, high and n
     """
     config = config or (baseline.scores.config if baseline else DEFAULTS)
     evaluation = _Evaluation(model=model, requests=requests, config=config, texts=texts, references=references)
