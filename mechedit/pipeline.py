@@ -45,10 +45,10 @@ from mechedit.sweep import (
     SweepConfig,
     Validation,
     Window,
-    choose,
-    compare,
+    choose_window,
     held_out,
     sweep_windows,
+    validate_selection,
 )
 from mechedit.tables import read_table, where
 from mechedit.trace import TraceConfig, embedding_spread, plan_trace
@@ -172,7 +172,7 @@ def validate_step(
     gap = subject_effects(read_table(run.path / "effects.parquet"), SelectConfig(**selection.settings)).gap
     notes = [sample.warning] if sample.warning else []
     n_held_out = len(sample.requests) - sample.traced
-    validation = compare(found, gap, selection.layers, held_out=n_held_out, notes=notes)
+    validation = validate_selection(found, gap, selection.layers, held_out=n_held_out, notes=notes)
     chosen = settle(selection, validation, found, gap, sweep.by)
     chosen.save(run.path / "selection.json")
     return chosen
@@ -181,13 +181,13 @@ def validate_step(
 def settle(
     selection: Selection, validation: Validation, sweep: Sweep, gap: Float[np.ndarray, "fact layer"], by: str
 ) -> Selection:
-    """The selection with its validation, and with the layers that `by` chooses (`mechedit.sweep.choose`).
+    """The selection with its validation, and with the layers that `by` chooses (`mechedit.sweep.choose_window`).
 
     Without an early site `both` keeps to the trace and selects nothing.
     """
     if by == "trace" or (by == "both" and not selection.layers):
         return replace(selection, validation=plain_copy(replace(validation, by=by)))
-    window, stability = choose(sweep, gap, selection.layers, by)
+    window, stability = choose_window(sweep, gap, selection.layers, by)
     layers = tuple(window.layers)
     why = {
         "sweep": f"{window}: the best-scoring of the windows edited ({validation.score})",

@@ -18,7 +18,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mechedit.errors import InputError
-from mechedit.evaluation import Scores
+from mechedit.evaluation import MEASURES, Scores
 from mechedit.files import atomic, read_header, read_json
 from mechedit.provenance import VERSION, file_hash
 from mechedit.tables import read_table, where
@@ -27,32 +27,6 @@ from mechedit.trace import average_effects, clearest_fact, total_effects
 SOURCES = ("effects.parquet", "selection.json", "edit.safetensors", "scores.parquet", "summary.json")
 """A folder with none of these is not a run."""
 EXAMPLES = 10
-MEANINGS = {
-    "ES": "On the prompts of the edits themselves, the new object is more probable than the true one.",
-    "PS": "The same on reworded prompts about the same subjects: the edit generalizes.",
-    "NS": "On prompts about other subjects with the same true object, that object stays the more probable: "
-    "the edit is specific.",
-    "S": "Harmonic mean of ES, PS and NS: high only when all three are.",
-    "exact_match": "Left to write on from the edit’s prompt, the model says the new object, word for word.",
-    "exact_match_paraphrase": "The same from the reworded prompts.",
-    "EM": "By how much the new object’s probability exceeds the true one’s on the edits’ prompts.",
-    "PM": "The same on reworded prompts.",
-    "NM": "By how much the true object’s probability exceeds the new one’s on prompts about other subjects.",
-    "GE": "How varied free text about the subjects is (entropy of its word pairs and triples, bits × 100): "
-    "a fall means text that repeats itself.",
-    "RS": "How much free text about the subjects resembles reference texts about the new object.",
-    "NS+": "NS with the edit as a sentence before each prompt (CounterFact+): low where mentioning the edited subject "
-    "changes what is said of others.",
-    "NM+": "NM with the edit as a sentence before each prompt.",
-    "KL": "How far the next word’s distribution on prompts about other subjects moved from the unedited model’s.",
-    "KL+": "The same with the edit as a sentence before each prompt, for both models.",
-    "top1": "On prompts about other subjects, the likeliest next token is the unedited model’s.",
-    "top1+": "The same with the edit as a sentence before each prompt, for both models.",
-    "PPL": "Perplexity of held-out text: a rise means that the model wears out.",
-}
-NAMES = {"exact_match": "Exact match", "exact_match_paraphrase": "Exact match, reworded"}
-DIGITS = {"KL": 3, "KL+": 3}
-"""Decimals of measures that are not in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,25 +224,25 @@ def edit_section(path: Path) -> dict[str, Any]:
 
 
 def evaluation_section(path: Path) -> dict[str, Any] | None:
-    """The measures of each state, in the order of `MEANINGS`; None when nothing was evaluated."""
+    """The measures of each state, in the order of `MEASURES`; None when nothing was evaluated."""
     summary = read_json(path)
     states = [state for state in ("before", "after", "now") if summary.get(state)]
-    measures = [name for name in MEANINGS if any(name in summary[state] for state in states)]
+    explained = {name: measure for name, measure in MEASURES.items() if measure.meaning}
+    measures = [measure for name, measure in explained.items() if any(name in summary[state] for state in states)]
     if not measures:
         return None
     return {
         "states": states,
         "rows": [
-            {
-                "name": NAMES.get(name, name),
-                "meaning": MEANINGS[name],
-                "digits": DIGITS.get(name, 1),
-                "counted": "texts" if name == "PPL" else "cases",
-                "values": [summary[state].get(name) for state in states],
-            }
-            for name in measures
+            {"measure": measure, "entries": [summary[state].get(measure.name) for state in states]}
+            for measure in measures
         ],
-        "headline": {name: [summary[state].get(name) for state in states] for name in ("ES", "PS", "NS", "S")},
+        "headline": [
+            {"title": MEASURES[name].heading, "entries": [summary[state].get(name) for state in states]}
+            for name in ("ES", "PS", "NS", "S")
+            if name in summary[states[-1]]
+        ],
+        "efficacy": [summary[state].get("ES") for state in states],
     }
 
 

@@ -44,8 +44,7 @@ import mechedit as me
 from mechedit.figures import draw, plot_selection, sweep_figure
 from mechedit.selection import SelectConfig
 from mechedit.selection.curves import subject_effects
-from mechedit.sweep import held_out
-from mechedit.sweep import validation as compare
+from mechedit.sweep import held_out, validate_selection
 
 # %%
 model = me.load_model("tiny")  # the line to change
@@ -150,12 +149,13 @@ sweep.table[sweep.table["measure"].isin(["ES", "PS", "NS", "S"])].pivot(
 )[["ES", "PS", "NS", "S"]].round(1)
 
 # %% [markdown]
-# `compare` holds the sweep against the trace: is the selected window among those that cannot be told from the best
-# (multiple comparisons with the best, calibrated by bootstrap)? And do windows with a larger contribution edit better?
+# `validate_selection` compares the sweep with the trace: is the selected window among those that are not
+# significantly worse than the best (multiple comparisons with the best, calibrated by bootstrap)? And do windows with
+# a larger contribution edit better?
 
 # %%
 gap = subject_effects(effects, SelectConfig()).gap
-validation = compare(sweep, gap, selection.layers, held_out=len(sample.requests) - sample.traced)
+validation = validate_selection(sweep, gap, selection.layers, held_out=len(sample.requests) - sample.traced)
 print(validation.verdict)
 
 # %%

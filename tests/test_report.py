@@ -89,7 +89,7 @@ def test_every_number_of_the_summary_is_there_with_its_meaning(run):
             shown = f"{number(entry['mean'])} [{number(entry['low'])}, {number(entry['high'])}]"
             assert shown in text, (state, name)
     assert "Harmonic mean of ES, PS and NS" in text
-    assert "Paraphrase, PS" in text
+    assert "Paraphrases (PS)" in text
 
 
 def test_measures_have_the_unit_they_are_in(tmp_path):

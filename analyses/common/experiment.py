@@ -27,8 +27,7 @@ from mechedit.cli.parsing import load, method_config, parse_layers, sampled
 from mechedit.data import EditRequest, Fact, load_facts, load_requests
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import QUICK, Baseline, EvaluationConfig, References, evaluate, measure_baseline
-from mechedit.evaluation.scores import PUBLISHED_UNIT
+from mechedit.evaluation import PERCENT, QUICK, Baseline, EvaluationConfig, References, evaluate, measure_baseline
 from mechedit.figures import save_figure
 from mechedit.files import atomic, write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
@@ -272,7 +271,7 @@ class Experiment:
         with edited(self.model, self.edit(variant, requests)) if variant else nullcontext():
             table = evaluate(self.model, requests, evaluation).table
         found = table.groupby(["case", "measure"], as_index=False)["value"].mean()
-        return found.assign(value=found["value"] * PUBLISHED_UNIT)
+        return found.assign(value=found["value"] * PERCENT)
 
     def key(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
         """What every result depends on: model, requests and seed."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from mechedit.evaluation.scores import Summary
+from mechedit.evaluation import Summary
 
 SCORE_COLUMNS = ("measure", "mean", "low", "high", "n")
 DIGITS = {"KL": 3}

@@ -19,8 +19,7 @@ from analyses.common.experiment import Experiment
 from analyses.common.printing import cells
 from analyses.common.variants import Variant
 from mechedit.errors import InputError
-from mechedit.figures.scores import scores_figure
-from mechedit.figures.style import GRAY
+from mechedit.figures import GRAY, scores_figure
 
 MEASURES = ("ES", "PS", "NS", "S", "exact_match")
 

@@ -25,9 +25,8 @@ from analyses.common.command import opened, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.printing import described
 from analyses.common.variants import Variant
-from mechedit.figures.scores import TITLES, plot_scores_against
-from mechedit.figures.style import GRAY, PAGE_WIDTH, layer_axis, legend_above, paper_style
-from mechedit.figures.trace_curves import share_legend
+from mechedit.evaluation import measure_named
+from mechedit.figures import GRAY, PAGE_WIDTH, layer_axis, legend_above, paper_style, plot_scores_against, share_legend
 from mechedit.moments import SecondMoment
 from mechedit.report import span
 from mechedit.sweep import Sweep, Window, sweep_windows, windows_of
@@ -118,7 +117,7 @@ def printed(sweep: Sweep) -> pd.DataFrame:
         own = where(sweep.table, first=window.first, last=window.last).set_index("measure").to_dict("index")
         rows.append({"layers": span(window.layers), **cells(own)})
     rows += [
-        {"layers": span(window.layers), "refused": reason.partition(";")[0]} for window, reason in sweep.refused.items()
+        {"layers": span(window.layers), "refused": reason.partition(";")[0]} for window, reason in sweep.failed.items()
     ]
     return pd.DataFrame(rows)
 
@@ -148,7 +147,7 @@ def figure(table: pd.DataFrame, own: Window) -> Figure:
                 ax.axvspan(at - 0.4, at + 0.4, color=GRAY, alpha=0.2, linewidth=0, zorder=0, label=SELECTED)
                 layer_axis(ax, where(table, varied=varied, model="edited")[x].astype(int))
                 ax.set_ylabel("%" if ax is axes[0] else "")
-                ax.set_title(TITLES[measure] if varied == "depth" else "")
+                ax.set_title(measure_named(measure).heading if varied == "depth" else "")
                 legend_above(ax, columns=3)
         share_legend(made, list(grid.flat))
     return made

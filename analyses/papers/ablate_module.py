@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 
 from analyses.common.command import opened, run
 from analyses.papers.ablate_layers import at_depths, labeled, printed, ranged, swept, unedited
-from mechedit.figures.scores import scores_figure
-from mechedit.figures.style import GRAY, layer_axis
+from mechedit.figures import GRAY, layer_axis, scores_figure
 from mechedit.sweep import Window
 
 MODULES = {"mlp": "MLP", "attn": "attention"}

@@ -18,8 +18,7 @@ from analyses.common.command import opened, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.printing import cells
 from analyses.common.variants import Variant
-from mechedit.figures.scores import scores_figure
-from mechedit.figures.style import GRAY
+from mechedit.figures import GRAY, scores_figure
 
 MEASURES = ("ES", "PS", "NS", "S", "exact_match")
 PUBLISHED = 5e-4

@@ -27,10 +27,8 @@ from analyses.common.printing import described
 from analyses.common.variants import Variant
 from mechedit import pipeline
 from mechedit.data import EditRequest
-from mechedit.evaluation import EvaluationConfig, Scores
-from mechedit.evaluation.scores import PUBLISHED_UNIT
-from mechedit.figures.scores import plot_scores
-from mechedit.figures.style import draw
+from mechedit.evaluation import PERCENT, EvaluationConfig, Scores
+from mechedit.figures import draw, plot_scores
 from mechedit.files import atomic
 from mechedit.tables import where
 
@@ -108,13 +106,13 @@ def by_fact(scores: Scores, requests: Sequence[EditRequest]) -> pd.DataFrame:
     ).set_index("case")
     for state in ("before", "after"):
         own = where(scores.table, state=state)
-        wide = own.pivot_table(values="value", index="case", columns="measure", aggfunc="mean") * PUBLISHED_UNIT
+        wide = own.pivot_table(values="value", index="case", columns="measure", aggfunc="mean") * PERCENT
         for measure in ROWS:
             if measure in wide:
                 rows[f"{measure}_{state}"] = wide[measure].reindex(rows.index)
         answers = where(scores.answers, state=state, kind="rewrite").set_index("case")["answer"]
         rows[f"said_{state}"] = answers.reindex(rows.index)
-    rows["took"] = rows["exact_match_after"] == PUBLISHED_UNIT
+    rows["took"] = rows["exact_match_after"] == PERCENT
     return rows.reset_index()
 
 

@@ -27,9 +27,7 @@ from analyses.common.variants import Variant
 from analyses.plots.mixtures import plot_mixture
 from mechedit.cli.parsing import parse_names
 from mechedit.errors import InputError
-from mechedit.figures import save_figure
-from mechedit.figures.style import PAGE_WIDTH, paper_style
-from mechedit.figures.trace_curves import share_legend
+from mechedit.figures import PAGE_WIDTH, paper_style, save_figure, share_legend
 from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval
 
 MEASURES = ("ES", "PS", "NS")

@@ -23,7 +23,7 @@ from analyses.plots.groups import plot_groups, plot_tradeoff
 from mechedit.cli.parsing import parse_names
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
-from mechedit.figures.style import PAGE_WIDTH, paper_style
+from mechedit.figures import PAGE_WIDTH, paper_style
 from mechedit.tables import where
 
 MIXED = "all mixed"

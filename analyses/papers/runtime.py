@@ -41,9 +41,7 @@ from analyses.common.experiment import QUICK_TOKENS, Experiment
 from analyses.common.variants import Variant, named
 from benchmarks.machine import wait
 from mechedit.data import EditRequest
-from mechedit.figures import paper_style
-from mechedit.figures.scores import line_styles, number_axis
-from mechedit.figures.style import PAGE_WIDTH, legend_above
+from mechedit.figures import PAGE_WIDTH, legend_above, line_styles, number_axis, paper_style
 from mechedit.methods import METHODS, MemitConfig
 from mechedit.methods.rules import Ridge
 from mechedit.methods.spread import UpdateRule, spread

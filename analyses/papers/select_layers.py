@@ -23,7 +23,7 @@ from mechedit import pipeline
 from mechedit.cli.parsing import load, sampled
 from mechedit.data import load_facts, load_requests, tiny_data
 from mechedit.errors import InputError
-from mechedit.evaluation.scores import Summary
+from mechedit.evaluation import Summary
 from mechedit.figures import run_figures
 from mechedit.files import atomic
 from mechedit.methods import recommended

@@ -28,8 +28,16 @@ from matplotlib.figure import Figure
 from analyses.common.command import opened, options, run
 from analyses.common.experiment import Experiment
 from mechedit import pipeline
-from mechedit.figures import fact_figure, lines_figure, paper_style, plot_severed, roles_figure, save_figure
-from mechedit.figures.style import PAGE_WIDTH, draw
+from mechedit.figures import (
+    PAGE_WIDTH,
+    draw,
+    fact_figure,
+    lines_figure,
+    paper_style,
+    plot_severed,
+    roles_figure,
+    save_figure,
+)
 from mechedit.files import atomic
 from mechedit.tables import read_table, where
 from mechedit.trace import TraceConfig, average_effects, clearest_fact, total_effects

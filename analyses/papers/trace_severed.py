@@ -25,8 +25,7 @@ from matplotlib.figure import Figure
 
 from analyses.common.command import opened, options, run
 from analyses.common.experiment import Experiment
-from mechedit.figures import paper_style, plot_selection, plot_severed
-from mechedit.figures.style import PAGE_WIDTH
+from mechedit.figures import PAGE_WIDTH, paper_style, plot_selection, plot_severed
 from mechedit.files import atomic
 from mechedit.report import span
 from mechedit.selection import Selection

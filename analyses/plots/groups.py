@@ -18,8 +18,8 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox, BboxBase
 
 from mechedit.errors import InputError
-from mechedit.figures.scores import TITLES, line_styles, unit_of
-from mechedit.figures.style import GRAY, INK, legend_above
+from mechedit.evaluation import measure_named
+from mechedit.figures import GRAY, INK, legend_above, line_styles
 from mechedit.tables import where
 
 ENDS = ["mean", "low", "high"]
@@ -56,7 +56,7 @@ def plot_groups(table: pd.DataFrame, ax: Axes, *, by: str, measure: str = "S", r
         ax.axhline(0.5, color=GRAY, linewidth=0.6)
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0)
-    ax.set(xlabel=unit_of(measure), ylim=(-0.6, len(names) - 0.4), xlim=_limits(rows))
+    ax.set(xlabel=measure_named(measure).axis_label, ylim=(-0.6, len(names) - 0.4), xlim=_limits(rows))
     legend_above(ax, columns=3)
     return ax
 
@@ -100,7 +100,7 @@ def plot_tradeoff(
     ax.set(xlim=_limits(across), ylim=_limits(up))
     ax.set_xticks(_ticks(ax.get_xticks(), ax.get_xlim()))
     ax.set_yticks(_ticks(ax.get_yticks(), ax.get_ylim()))
-    ax.set(xlabel=f"{TITLES.get(x, x)}, %", ylabel=f"{TITLES.get(y, y)}, %")
+    ax.set(xlabel=f"{measure_named(x).heading}, %", ylabel=f"{measure_named(y).heading}, %")
     if len(methods) > 1:
         legend_above(ax, columns=3)
     name_points(ax, named, crosses)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from mechedit.errors import InputError
-from mechedit.figures.style import BLUE, GRAY, INK, ORANGE, SKY, legend_above
+from mechedit.figures import BLUE, GRAY, INK, ORANGE, SKY, legend_above
 from mechedit.tables import where
 
 PARTS = {"first": "first relation", "second": "second relation", "mean": "mean of the two", "mixture": "mixture"}

@@ -1,4 +1,4 @@
-"""The unedited model's answers: made once, kept, and held against every edit on the same requests.
+"""The unedited model's scores and final states: measured once, and compared with every edit on the same requests.
 
 Logits for a whole vocabulary would be large. Edits leave the final norm and the unembedding alone, so the state
 before them is enough: unembedded again it gives the unedited logits.
@@ -30,11 +30,11 @@ class Baseline:
     """Scores of the unedited model, and its states before the unembedding at the end of each neighborhood prompt."""
 
     scores: Scores
-    """Of one state, with its provenance."""
+    """Scores of that one state, with its provenance."""
     prompts: tuple[str, ...]
-    """Neighborhood prompts, also with the edit before them."""
+    """Neighborhood prompts, without and with the edit's sentence before them."""
     states: Float[Tensor, "prompt d_model"]
-    """After the last block, at each prompt's last token; in the model's dtype, on the CPU."""
+    """Residual states after the last block at each prompt's last token; in the model's dtype, on the CPU."""
 
     @property
     def by_prompt(self) -> States:
@@ -43,11 +43,11 @@ class Baseline:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """The model measured, and on what."""
+        """The model measured, and the input."""
         return self.scores.provenance[self.scores.states[0]]
 
     def check(self, made_with: Mapping[str, Any], config: EvaluationConfig) -> None:
-        """Refuse to compare what is not comparable.
+        """Check that scores of the same requests under `config` can be compared with these.
 
         Raises:
             InputError: another tokenizer, dtype, embedding, final norm or unembedding; other requests, texts,
@@ -59,7 +59,7 @@ class Baseline:
         check_provenance(asdict(self.scores.config), asdict(config), "the baseline", remedy)
 
     def save(self, folder: str | Path) -> None:
-        """Write states.safetensors and the scores' files to a folder, which appears whole or not at all.
+        """Write states.safetensors and the scores' files to a folder, which appears complete or not at all.
 
         Raises:
             InputError: the folder holds something else than a baseline, or cannot be written to.

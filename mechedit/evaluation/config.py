@@ -1,4 +1,4 @@
-"""How to measure: the settings, and what the measures mean in words. Both are written beside the results."""
+"""How to measure; the settings are written beside the results."""
 
 from __future__ import annotations
 
@@ -10,53 +10,37 @@ from mechedit.errors import check_at_least, check_choice, check_fraction
 Likelihood = Literal["joint", "normalized"]
 EntropyForm = Literal["averaged", "sum"]
 
-DEFINITIONS = {
-    "exact_match": "greedy decoding from the prompt writes the new object: each of its tokens is the argmax after "
-    "those before it, which by induction is the same",
-    "S": "harmonic mean of ES, PS and NS; by zsRE's protocol of efficacy, paraphrase and specificity",
-    "zsre": "efficacy, paraphrase, specificity: share of an answer's tokens that are the argmax after the prompt and "
-    "the answer's true tokens before; specificity asks for the neighbor's own answer",
-    "KL": "KL(unedited || edited) in nats of the next token after each neighborhood prompt; top1: the likeliest agree",
-    "plus": "the edit's prompt, the new object and a full stop before each neighborhood prompt, for both models",
-    "GE": "2/3 bigram and 4/3 trigram entropy of prompt and free text, halved (averaged) or not (sum)",
-    "RS": "cosine of the TF-IDF vectors of a case's free texts with their prompts, and of its references",
-    "PPL": "exp of the mean of -log P(token) over all tokens of all texts but each text's first",
-    "intervals": "percentile bootstrap over cases, for PPL over texts",
-    "units": "percent; KL in nats, GE in bits x 100, PPL as it is",
-}
-"""For those who read results without the code."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How to measure; saved beside the scores."""
+    """Settings of an evaluation; saved beside the scores."""
 
     seed: int = 0
-    """Of the sampled text and of the bootstrap."""
+    """Seed of the sampled text and of the bootstrap."""
     likelihood: Likelihood = "joint"
-    """Probability of an object of several tokens: their product (the paper's text), or its n-th root
-    (the published code)."""
+    """Probability of an object of several tokens: `joint`, the product of their probabilities (the paper's text), or
+    `normalized`, its n-th root (the published code)."""
     batch_size: int = 64
-    """Rows in one forward pass; the scores do not depend on it."""
+    """Prompts per forward pass; the scores do not depend on it."""
     generation_tokens: int = 100
-    """New tokens of free text for GE, fewer where the model stops or its context ends; 0 leaves GE out."""
+    """New tokens per free text for GE, fewer where the model stops or its context ends; 0 leaves GE out."""
     generation_prompts: int | None = None
-    """Free texts a case, from its first generation prompts; None writes one for each, as published. On a
-    small machine these texts take most of the time."""
+    """Free texts per request, from its first generation prompts; None writes one for each, as published. On a small
+    machine these texts take most of the time."""
     answer_tokens: int = 10
-    """New tokens of the greedy answers kept as examples; 0 keeps none. Exact match does not need them."""
+    """New tokens per greedy answer shown as an example; 0 shows none. Exact match does not need them."""
     plus: bool = True
-    """Whether to ask CounterFact+'s prompts, too: the neighbors again, each behind the edit's sentence."""
+    """Whether to score CounterFact+'s prompts, too: the neighbors again, each after the edit's sentence."""
     text_tokens: int = 1024
-    """Tokens of each text that are read for PPL."""
+    """Tokens read per text for PPL."""
     top_k: int = 5
-    """Free text is sampled from this many likeliest tokens, as in the published code."""
+    """Number of likeliest tokens from which free text is sampled, 5 in the published code."""
     entropy: EntropyForm = "averaged"
-    """Form of Eq. 27: `averaged` is what the published tables hold, `sum` what the equation says."""
+    """Form of Eq. 27: `averaged` is that of the published tables, `sum` that of the equation."""
     resamples: int = 2000
-    """Bootstrap resamples of the cases."""
+    """Bootstrap resamples of the requests."""
     confidence: float = 0.95
-    """Coverage of the intervals."""
+    """Coverage of the intervals, between 0 and 1."""
 
     def __post_init__(self) -> None:
         check_choice("likelihood", self.likelihood, get_args(Likelihood))
@@ -78,4 +62,4 @@ _LEAST = {
 
 
 QUICK = EvaluationConfig(generation_tokens=0, answer_tokens=0, plus=False)
-"""Success and exact match alone: free text takes most of an evaluation's time."""
+"""Success and exact match alone; free text takes most of an evaluation's time."""

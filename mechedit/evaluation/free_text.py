@@ -1,4 +1,4 @@
-"""What is measured on running text: what the model writes about each request, and how well it predicts others' text."""
+"""Scores of running text: text that the model writes about each request, and held-out text that it predicts."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.generation import generate, ngram_entropy, uniform_draws
-from mechedit.evaluation.perplexity import surprises
-from mechedit.evaluation.prompts import Row, filled
-from mechedit.evaluation.scores import TEXT_MEASURES
+from mechedit.evaluation.measures import TEXT_MEASURES
+from mechedit.evaluation.perplexity import text_losses
+from mechedit.evaluation.prompts import ScoreRow, with_subject
 from mechedit.models import Model
 
 AnswerRow = tuple[str, str, int, str, str, str]
 """case, kind, prompt, question, expected, answer."""
 
 
-def write_freely(
+def generation_rows(
     model: Model, requests: Sequence[EditRequest], config: EvaluationConfig
-) -> tuple[list[Row], list[AnswerRow]]:
-    """GE of every generation prompt, and the texts."""
-    wanted = config.generation_prompts
-    asked = [(r, i, filled(text, r)) for r in requests for i, text in enumerate(r.generations[:wanted])]
-    if not asked or not config.generation_tokens:
+) -> tuple[list[ScoreRow], list[AnswerRow]]:
+    """Sample a text after every generation prompt: its GE, and the text itself."""
+    prompts = [
+        (request, index, with_subject(text, request))
+        for request in requests
+        for index, text in enumerate(request.generations[: config.generation_prompts])
+    ]
+    if not prompts or not config.generation_tokens:
         return [], []
-    prompts = [prompt for *_, prompt in asked]
-    uniform = uniform_draws(config.seed, [f"{r.id}/{i}" for r, i, _ in asked], config.generation_tokens)
+    names = [f"{request.id}/{index}" for request, index, _ in prompts]
     texts = generate(
         model,
-        prompts,
+        [prompt for *_, prompt in prompts],
         tokens=config.generation_tokens,
         top_k=config.top_k,
-        uniform=uniform,
+        uniform=uniform_draws(config.seed, names, config.generation_tokens),
         batch_size=config.batch_size,
     )
-    measured, answers = [], []
-    for (request, index, prompt), text in zip(asked, texts, strict=True):
+    rows, answers = [], []
+    for (request, index, prompt), text in zip(prompts, texts, strict=True):
         entropy = ngram_entropy(prompt + text, config.entropy)
-        measured.append((request.id, "GE", "generation", index, entropy))
+        rows.append((request.id, "GE", "generation", index, entropy))
         answers.append((request.id, "generation", index, prompt, request.target_new, text))
-    return measured, answers
+    return rows, answers
 
 
 def greedy_answers(model: Model, requests: Sequence[EditRequest], config: EvaluationConfig) -> list[AnswerRow]:
-    """Greedy answers to the rewrite prompts, kept as examples."""
+    """Greedy continuations of the rewrite prompts, as examples for readers."""
     if not config.answer_tokens:
         return []
     prompts = [request.text for request in requests]
@@ -57,25 +59,27 @@ def greedy_answers(model: Model, requests: Sequence[EditRequest], config: Evalua
     ]
 
 
-def surprise_rows(model: Model, texts: Sequence[str], config: EvaluationConfig) -> list[Row]:
-    """NLL and number of predicted tokens of each held-out text, in a case of no name; texts below two tokens have none.
+def text_loss_rows(model: Model, texts: Sequence[str], config: EvaluationConfig) -> list[ScoreRow]:
+    """NLL and number of predicted tokens of each held-out text, from which PPL follows.
+
+    Their case is "", because a text belongs to no request. Texts of fewer than two tokens have no rows.
 
     Raises:
         InputError: no text has two tokens, or the model's perplexity is not finite.
     """
     if not len(texts):
         return []
-    losses, tokens = surprises(model, texts, max_length=config.text_tokens)
+    losses, tokens = text_losses(model, texts, max_length=config.text_tokens)
     with np.errstate(over="ignore"):
-        found = np.exp(losses.sum() / tokens.sum())
-    if not np.isfinite(found):
+        perplexity = np.exp(losses.sum() / tokens.sum())
+    if not np.isfinite(perplexity):
         raise InputError(
-            f"the perplexity of the {len(texts)} texts is {found}, expected a finite number: the model no longer "
+            f"the perplexity of the {len(texts)} texts is {perplexity}, expected a finite number: the model no longer "
             f"predicts text, check its weights and the edit, or leave the texts out"
         )
     return [
-        ("", measure, "text", place, float(value))
-        for place, values in enumerate(zip(losses, tokens, strict=True))
+        ("", measure, "text", index, float(value))
+        for index, values in enumerate(zip(losses, tokens, strict=True))
         if values[1]
         for measure, value in zip(TEXT_MEASURES, values, strict=True)
     ]

@@ -1,7 +1,7 @@
 """Text that the model writes, and how varied it is (GE: MEMIT Appendix C.2, Eq. 27).
 
-Each text has its own random draws, so it does not depend on what else is in the batch. Prompts of equal
-length are batched together: nothing is padded, so no position can shift.
+Each text has random draws of its own, so it does not depend on what else is in the batch. Prompts of equal length
+are batched together: nothing is padded, so no position can shift.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def generate(
     Args:
         model: the model.
         prompts: texts to continue.
-        tokens: new tokens wanted; fewer where the model's context ends.
-        top_k: how many tokens to draw from.
-        uniform: numbers in [0, 1), one row a prompt (`uniform_draws`); not needed when top_k is 1.
-        batch_size: prompts in one forward pass.
+        tokens: new tokens per prompt; fewer where the model's context ends.
+        top_k: number of likeliest tokens to draw from.
+        uniform: numbers in [0, 1), one row per prompt (`uniform_draws`); not needed when top_k is 1.
+        batch_size: prompts per forward pass.
 
     Returns:
         The continuations, without the prompts.
@@ -62,13 +62,13 @@ def generate(
     continuations = [""] * len(prompts)
     for chunk in tqdm(chunks, desc="writing text", leave=False):
         ids = torch.tensor([encoded[index] for index in chunk], device=model.device)
-        for index, written in zip(chunk, _continue(model, ids, tokens, top_k, uniform[chunk]), strict=True):
-            continuations[index] = _decode(model, encoded[index], written)
+        for index, new_ids in zip(chunk, _continue(model, ids, tokens, top_k, uniform[chunk]), strict=True):
+            continuations[index] = _decode(model, encoded[index], new_ids)
     return continuations
 
 
 def uniform_draws(seed: int, names: Sequence[str], tokens: int) -> Float[np.ndarray, "name token"]:
-    """Uniform numbers for each name, from a generator of its own: the same whatever the other names are."""
+    """Uniform numbers in [0, 1) for each name, which depend on the seed and that name alone."""
     seeds = [int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) for name in names]
     return np.stack([np.random.default_rng(s).random(tokens) for s in seeds])
 
@@ -98,7 +98,7 @@ def _continue(
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     for step in range(min(tokens, model.max_positions - ids.shape[1])):
         output = model.hf(input_ids=step_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache, step_ids = output.past_key_values, choose(output.logits[:, -1], top_k, draws[:, step])
+        cache, step_ids = output.past_key_values, sample_top_k(output.logits[:, -1], top_k, draws[:, step])
         written.append(step_ids)
         mask = torch.cat([mask, torch.ones_like(step_ids)], dim=1)
         running &= ~torch.isin(step_ids[:, 0], stop)
@@ -109,13 +109,13 @@ def _continue(
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
 
-def choose(
+def sample_top_k(
     logits: Float[Tensor, "batch vocab"], top_k: int, uniform: Float[Tensor, " batch"]
 ) -> Int[Tensor, "batch 1"]:
-    """Draw one of each row's `top_k` likeliest tokens: the first whose cumulative share exceeds `uniform`."""
+    """Draw one of each row's `top_k` likeliest tokens: the first whose cumulative probability exceeds `uniform`."""
     top = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
     cumulative = top.values.double().softmax(-1).cumsum(-1)
-    # Rounding may leave the last share below 1, so the last token stands for all that lies above it.
+    # Rounding may leave the last cumulative probability below 1, so the last token takes all that lies above it.
     rank = (uniform[:, None] >= cumulative[:, :-1]).sum(1, keepdim=True)
     return top.indices.gather(1, rank)
 
@@ -128,13 +128,13 @@ def _stop_ids(model: Model) -> list[int]:
     return sorted({token for token in flat if token is not None})
 
 
-def _decode(model: Model, prompt: Sequence[int], written: Sequence[int]) -> str:
+def _decode(model: Model, prompt: Sequence[int], new_ids: Sequence[int]) -> str:
     """Text of the new tokens; decoded with the prompt, because some tokenizers drop a leading space."""
-    before, whole = (
+    prompt_text, full_text = (
         model.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for ids in (prompt, [*prompt, *written])
+        for ids in (prompt, [*prompt, *new_ids])
     )
-    return whole[len(before) :]
+    return full_text[len(prompt_text) :]
 
 
 def words(text: str) -> list[str]:
@@ -149,7 +149,7 @@ def words(text: str) -> list[str]:
 def ngram_entropy(text: str, form: EntropyForm = "averaged") -> float:
     """Weighted bigram and trigram entropy of a text, in bits (MEMIT Eq. 27).
 
-    H_n = −Σ f log2 f over the shares f of the text's n-grams of words. Repetitive text scores low.
+    H_n = −Σ f log2 f over the relative frequencies f of the text's n-grams of words. Repetitive text scores low.
     `sum` is the equation: 2/3 · H_2 + 4/3 · H_3. `averaged`, half of it, is what the published code
     computes and (× 100) what the published tables hold.
     """
@@ -161,5 +161,5 @@ def _entropy(text: str, n: int) -> float:
     """Entropy of the text's n-grams in bits; 0 when it has fewer than n words."""
     tokens = words(text)
     counts = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
-    shares = np.array(list(counts.values()), dtype=float) / max(counts.total(), 1)
-    return float((shares * np.log2(1 / shares)).sum())
+    frequencies = np.array(list(counts.values()), dtype=float) / max(counts.total(), 1)
+    return float((frequencies * np.log2(1 / frequencies)).sum())

@@ -1,6 +1,6 @@
-"""General ability by the benchmarks of lm-evaluation-harness: what an edit may cost beyond the facts it is about.
+"""General ability by the benchmarks of lm-evaluation-harness: what an edit costs beyond the facts it changes.
 
-`pip install mechedit[harness]` brings the harness; nothing else needs it.
+`pip install mechedit[harness]` installs the harness; nothing else needs it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def general_ability(
         model: loaded by either backend; the harness sees its transformers model.
         tasks: names that the harness knows, such as `lambada_openai` or `hellaswag` (their data come from the
             hub), or a task's whole configuration, in which data may be local.
-        limit: only so many examples of each task.
-        shots: examples before each question; as the task says when None.
-        folder: where task files of one's own lie.
-        batch_size: rows in one forward pass.
-        seed: of all that the harness draws.
+        limit: number of examples per task; None takes all.
+        shots: examples before each question; None leaves it to the task.
+        folder: folder of your own task files.
+        batch_size: rows per forward pass.
+        seed: seed of every random draw of the harness.
 
     Returns:
-        One row a task and metric: `task, metric, value, stderr` (NaN where the harness has none), and `n`, the
+        One row per task and metric: `task, metric, value, stderr` (NaN where the harness has none), and `n`, the
         examples evaluated. A metric after a filter is called `metric,filter`.
 
     Raises:
@@ -61,11 +61,11 @@ def general_ability(
         )
     # The harness gives a tokenizer without padding token one of its own, so it gets a copy.
     tokenizer = copy.deepcopy(model.tokenizer)
-    seen = language_model(
+    wrapped = language_model(
         pretrained=model.hf, tokenizer=tokenizer, batch_size=batch_size, max_length=model.max_positions
     )
     results = simple_evaluate(
-        model=seen,
+        model=wrapped,
         tasks=[task if isinstance(task, str) else dict(task) for task in tasks],
         num_fewshot=shots,
         limit=limit,
@@ -83,21 +83,21 @@ def general_ability(
 def _tidy(results: Mapping[str, Any]) -> pd.DataFrame:
     """The harness's nested results as rows: `metric,filter` holds a value, `metric_stderr,filter` its error."""
     rows = []
-    for task, found in results["results"].items():
-        counted = results.get("n-samples", {}).get(task, {}).get("effective", 0)
-        for key, value in found.items():
-            metric, _, kept = key.partition(",")
-            if metric.endswith("_stderr") or isinstance(value, str) or not kept:
+    for task, values in results["results"].items():
+        n = results.get("n-samples", {}).get(task, {}).get("effective", 0)
+        for key, value in values.items():
+            metric, _, applied_filter = key.partition(",")
+            if metric.endswith("_stderr") or isinstance(value, str) or not applied_filter:
                 continue
-            error = found.get(f"{metric}_stderr,{kept}")
+            error = values.get(f"{metric}_stderr,{applied_filter}")
             stderr = float(error) if isinstance(error, int | float) else math.nan
-            name = metric if kept == "none" else f"{metric},{kept}"
-            rows.append((task, name, float(value), stderr, int(counted)))
+            name = metric if applied_filter == "none" else f"{metric},{applied_filter}"
+            rows.append((task, name, float(value), stderr, int(n)))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _harness() -> tuple[Any, Any, Any]:
-    """`simple_evaluate`, the wrapper of transformers models and the task manager, imported only when wanted."""
+    """`simple_evaluate`, the wrapper of transformers models and the task manager, imported only when used."""
     try:
         from lm_eval import simple_evaluate  # type: ignore[import-not-found]
         from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]

@@ -1,7 +1,7 @@
-"""How likely a model finds each object after each prompt, all pairs in one batched pass.
+"""Log-probability of each object after each prompt, all pairs in one batched pass.
 
-A prompt's ids and an object's ids are joined as ids, never as text, so no merge across the boundary can
-shift them. Rows are sorted by length and right-padded; a pair asked for twice is computed once.
+A prompt's ids and an object's ids are joined as ids, never as text, so no merge of tokens across the boundary can
+shift them. Pairs are sorted by length and right-padded; a pair that occurs twice is computed once.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class TargetScore:
-    """What the model makes of one object after one prompt."""
+    """Likelihood of one object after one prompt."""
 
     log_prob: float
     """Σ log P(token | prompt, earlier tokens), in nats."""
     tokens: int
     """Tokens of the object."""
     hits: int
-    """How many of them are the argmax given the prompt and the tokens before."""
+    """Tokens of the object that are the argmax given the prompt and the tokens before."""
 
     @property
     def greedy(self) -> bool:
@@ -55,8 +55,8 @@ class TargetScore:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A pair in tokens."""
+class _PairTokens:
+    """A pair in token ids."""
 
     pair: Pair
     prompt: list[int]
@@ -69,11 +69,12 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answers:
-    """What one pass over all pairs found."""
+    """Scores of all pairs, and final states of some prompts, from one pass."""
 
     scores: Mapping[Pair, TargetScore]
+    """By pair."""
     states: Mapping[str, Float[Tensor, " d_model"]]
-    """Of each prompt that was watched, the residual state after the last block at its last token, on the CPU."""
+    """By prompt: the residual state after the last block at its last token, on the CPU."""
 
 
 def score_targets(model: Model, pairs: Iterable[Pair], *, batch_size: int = 64) -> dict[Pair, TargetScore]:
@@ -83,32 +84,40 @@ def score_targets(model: Model, pairs: Iterable[Pair], *, batch_size: int = 64) 
         InputError: a prompt or object without tokens, a pair longer than the model's context, or
             probabilities that are not finite.
     """
-    return dict(answer(model, pairs, batch_size=batch_size).scores)
+    return dict(score_pairs(model, pairs, batch_size=batch_size).scores)
 
 
-def answer(model: Model, pairs: Iterable[Pair], *, watched: Collection[str] = (), batch_size: int = 64) -> Answers:
-    """Score every (prompt, object) pair, and in the same pass take the states of the prompts that are watched.
+def score_pairs(
+    model: Model, pairs: Iterable[Pair], *, state_prompts: Collection[str] = (), batch_size: int = 64
+) -> Answers:
+    """Score every (prompt, object) pair, and in the same pass read the final state of some of the prompts.
+
+    Args:
+        model: the model.
+        pairs: prompts and objects.
+        state_prompts: prompts whose residual state after the last block is read at their last token.
+        batch_size: pairs in one forward pass.
 
     Raises:
         InputError: as `score_targets`.
     """
-    rows = sorted((_row(model, pair) for pair in dict.fromkeys(pairs)), key=lambda row: len(row.ids))
+    encoded = sorted((_encode(model, pair) for pair in dict.fromkeys(pairs)), key=lambda row: len(row.ids))
     scores: dict[Pair, TargetScore] = {}
     states: dict[str, Tensor] = {}
-    for start in tqdm(range(0, len(rows), batch_size), desc="scoring objects", leave=False):
-        chunk = rows[start : start + batch_size]
-        wanted = {row.pair[0]: place for place, row in enumerate(chunk) if row.pair[0] in watched}
-        for seen in states.keys() & wanted.keys():
-            del wanted[seen]
-        found, ends = _score_rows(model, chunk, list(wanted.values()))
-        scores.update(zip([row.pair for row in chunk], found, strict=True))
-        states.update(zip(wanted, ends, strict=True))
+    for start in tqdm(range(0, len(encoded), batch_size), desc="scoring objects", leave=False):
+        chunk = encoded[start : start + batch_size]
+        indices = {row.pair[0]: index for index, row in enumerate(chunk) if row.pair[0] in state_prompts}
+        for prompt in states.keys() & indices.keys():
+            del indices[prompt]
+        chunk_scores, chunk_states = _score_chunk(model, chunk, list(indices.values()))
+        scores.update(zip([row.pair for row in chunk], chunk_scores, strict=True))
+        states.update(zip(indices, chunk_states, strict=True))
     return Answers(scores=scores, states=states)
 
 
-def _row(model: Model, pair: Pair) -> _Row:
+def _encode(model: Model, pair: Pair) -> _PairTokens:
     prompt, _ = encode(model.tokenizer, pair[0])
-    row = _Row(pair, prompt, continuation_ids(model.tokenizer, pair[1]))
+    row = _PairTokens(pair, prompt, continuation_ids(model.tokenizer, pair[1]))
     if not prompt:
         raise InputError(f"the prompt {pair[0]!r} gives no tokens; expected text that is not empty: fill it in")
     if len(row.ids) > model.max_positions:
@@ -120,26 +129,26 @@ def _row(model: Model, pair: Pair) -> _Row:
 
 
 @torch.no_grad()
-def _score_rows(
-    model: Model, rows: Sequence[_Row], watched: Sequence[int]
-) -> tuple[list[TargetScore], Float[Tensor, "watched d_model"]]:
-    """Score rows of about the same length in one forward pass; and the states at the prompts' ends of some rows."""
+def _score_chunk(
+    model: Model, rows: Sequence[_PairTokens], state_rows: Sequence[int]
+) -> tuple[list[TargetScore], Float[Tensor, "state d_model"]]:
+    """Score pairs of about the same length in one forward pass, and read the states at some prompts' ends."""
     tokens = pad([row.ids for row in rows], model.tokenizer, model.device)
     first = min(len(row.prompt) for row in rows)
-    # The logits at position p predict token p + 1, and only the objects' tokens are asked about.
-    keep = torch.arange(first - 1, tokens.ids.shape[1] - 1, device=model.device)
+    # The logits at position p predict token p + 1, and only those of the objects' tokens are needed.
+    positions = torch.arange(first - 1, tokens.ids.shape[1] - 1, device=model.device)
     last = Site(model.n_layers - 1, "resid")
-    run = model.run(tokens, read=[last] if watched else [], logits_to_keep=keep)
+    run = model.run(tokens, read=[last] if state_rows else [], logits_to_keep=positions)
     logits, states = run.logits, torch.empty(0, model.d_model)
     assert logits is not None
-    if watched:
-        states = run[last][list(watched), [len(rows[place].prompt) - 1 for place in watched]].cpu()
+    if state_rows:
+        states = run[last][list(state_rows), [len(rows[index].prompt) - 1 for index in state_rows]].cpu()
     starts = torch.tensor([len(row.prompt) for row in rows], device=model.device)[:, None]
-    inside = (keep + 1 >= starts) & (keep + 1 < tokens.lengths[:, None])
-    log_probs, hits = _read(logits, tokens.ids[:, keep + 1], inside)
+    inside = (positions + 1 >= starts) & (positions + 1 < tokens.lengths[:, None])
+    log_probs, hits = _target_log_probs(logits, tokens.ids[:, positions + 1], inside)
     scores = [
-        TargetScore(log_prob=log_prob, tokens=len(row.target), hits=said)
-        for row, log_prob, said in zip(rows, log_probs.tolist(), hits.tolist(), strict=True)
+        TargetScore(log_prob=log_prob, tokens=len(row.target), hits=row_hits)
+        for row, log_prob, row_hits in zip(rows, log_probs.tolist(), hits.tolist(), strict=True)
     ]
     for row, score in zip(rows, scores, strict=True):
         if not math.isfinite(score.log_prob):
@@ -150,13 +159,13 @@ def _score_rows(
     return scores, states
 
 
-def _read(
-    logits: Float[Tensor, "batch kept vocab"],
-    wanted: Int[Tensor, "batch kept"],
-    inside: Bool[Tensor, "batch kept"],
+def _target_log_probs(
+    logits: Float[Tensor, "batch position vocab"],
+    targets: Int[Tensor, "batch position"],
+    inside: Bool[Tensor, "batch position"],
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """Summed log-probability of the wanted tokens `inside` each object, and how many of them are the argmax."""
+    """Sum of the targets' log-probabilities `inside` each object, and how many of these targets are the argmax."""
     logits = logits.float()
-    chosen = logits.gather(-1, wanted[..., None])[..., 0] - logits.logsumexp(-1)
-    hits = (logits.argmax(-1) == wanted) & inside
-    return chosen.where(inside, chosen.new_zeros(())).sum(1), hits.sum(1)
+    log_probs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+    hits = (logits.argmax(-1) == targets) & inside
+    return log_probs.where(inside, log_probs.new_zeros(())).sum(1), hits.sum(1)

@@ -1,4 +1,4 @@
-"""How well a model predicts running text: the first thing to suffer when edits wear it out."""
+"""Perplexity of running text: it rises first when many edits damage a model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def perplexity(model: Model, texts: Sequence[str], *, max_length: int = 1024, ba
     Long texts thus count for more than short ones, as in one loss over all of them.
 
     Args:
-        model: as it is now.
-        texts: documents, best such that nothing was collected over them.
-        max_length: tokens of a text that are read, fewer where the model's context ends; the rest is dropped.
-        batch_tokens: tokens in one forward pass, padding included.
+        model: the model, edited or not.
+        texts: held-out documents, best none of those that second moments were collected over.
+        max_length: tokens read per text, fewer where the model's context ends; the rest is dropped.
+        batch_tokens: tokens per forward pass, padding included.
 
     Returns:
         A number of at least 1; infinity or NaN when the model's logits are no longer finite.
@@ -32,14 +32,16 @@ def perplexity(model: Model, texts: Sequence[str], *, max_length: int = 1024, ba
     Raises:
         InputError: no text has two tokens; a `max_length` below 2.
     """
-    losses, tokens = surprises(model, texts, max_length=max_length, batch_tokens=batch_tokens)
+    losses, tokens = text_losses(model, texts, max_length=max_length, batch_tokens=batch_tokens)
     return float(np.exp(losses.sum() / tokens.sum()))
 
 
-def surprises(
+def text_losses(
     model: Model, texts: Sequence[str], *, max_length: int = 1024, batch_tokens: int = 4096
 ) -> tuple[Float[np.ndarray, " text"], Int[np.ndarray, " text"]]:
-    """Of each text, Σ −log P(token | the text before it) in nats, and the tokens it sums over; 0, 0 below two tokens.
+    """Negative log-likelihood of each text, Σ −log P(token | the text before it) in nats, and its number of terms.
+
+    Both are 0 for a text of fewer than two tokens.
 
     Raises:
         InputError: as `perplexity`, with the same arguments.
@@ -51,18 +53,18 @@ def surprises(
     tokens = np.array([max(len(row) - 1, 0) for row in rows], dtype=np.int64)
     if not tokens.any():
         raise InputError(f"none of the {len(texts)} texts has two tokens, expected text to predict; give more of it")
-    order = [place for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])) if tokens[place]]
+    order = [index for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])) if tokens[index]]
     losses, start = np.zeros(len(rows)), 0
-    together = list(pieces([rows[place] for place in order], spare_tokens(model), batch_tokens))
-    for batch in tqdm(together, desc="perplexity", leave=False):
-        found = _surprise(model, pad(batch, model.tokenizer, model.device)).sum(1, dtype=torch.float64)
-        losses[order[start : start + len(batch)]] = found.cpu().numpy()
+    batches = list(pieces([rows[index] for index in order], spare_tokens(model), batch_tokens))
+    for batch in tqdm(batches, desc="perplexity", leave=False):
+        batch_losses = _token_losses(model, pad(batch, model.tokenizer, model.device)).sum(1, dtype=torch.float64)
+        losses[order[start : start + len(batch)]] = batch_losses.cpu().numpy()
         start += len(batch)
     return losses, tokens
 
 
 @torch.no_grad()
-def _surprise(model: Model, tokens: Tokens) -> Float[Tensor, "batch predicted"]:
+def _token_losses(model: Model, tokens: Tokens) -> Float[Tensor, "batch predicted"]:
     """−log P in nats of each token but the first; 0 at padding."""
     logits = model.run(tokens).logits
     assert logits is not None, "this run was not stopped early"

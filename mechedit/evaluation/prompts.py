@@ -1,8 +1,8 @@
-"""The prompts that judge a request, and what the likelihood of two objects after one says of it.
+"""The prompts that probe a request, and the scores that follow from the likelihood of two objects after each.
 
-CounterFact asks with the edit's own prompt, reworded prompts and prompts about neighbors (ROME §3.4, MEMIT
-Appendix C.2). CounterFact+ (Hoelscher-Obermaier et al. 2023) asks about the neighbors again, with the edit as a
-sentence before the prompt: `The Louvre is in Rome. The Colosseum is in`.
+CounterFact probes an edit by its own prompt, reworded prompts and prompts about neighbors (ROME §3.4, MEMIT Appendix
+C.2). CounterFact+ (Hoelscher-Obermaier et al. 2023) repeats the neighbors' prompts with the edit as a sentence before
+them: `The Louvre is in Rome. The Colosseum is in`.
 """
 
 from __future__ import annotations
@@ -20,69 +20,82 @@ SUCCESS: Mapping[Kind, str] = {"rewrite": "ES", "paraphrase": "PS", "neighborhoo
 MAGNITUDE: Mapping[Kind, str] = {"rewrite": "EM", "paraphrase": "PM", "neighborhood": "NM", "neighborhood_plus": "NM+"}
 EXACT: Mapping[Kind, str] = {"rewrite": "exact_match", "paraphrase": "exact_match_paraphrase"}
 NEIGHBORS: tuple[Kind, ...] = ("neighborhood", "neighborhood_plus")
-"""Prompts whose answers an edit should leave alone."""
+"""Kinds of prompts whose completions an edit should leave as they are."""
 
-Row = tuple[str, str, str, int, float]
-"""case, measure, kind, prompt, value."""
+ScoreRow = tuple[str, str, str, int, float]
+"""case, measure, kind, prompt, value: a row of the scores table, but for the state."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """One prompt of a request with the two objects that compete for it."""
+class ProbePrompt:
+    """One prompt that probes a request, with the two objects that compete for it."""
 
     case: str
+    """Id of the request."""
     kind: Kind
-    prompt: int
-    """Index within the kind."""
+    """What the prompt tests."""
+    index: int
+    """Index of the prompt among those of its kind."""
     text: str
-    new: str
-    true: str | None
-    """For a neighbor, its own true object. None leaves out the measures that compare."""
+    """The prompt, with its subject in it."""
+    target_new: str
+    """The request's new object."""
+    target_true: str | None
+    """The true object; of a neighbor, its own. None leaves out the measures that compare the two."""
 
     @property
     def pairs(self) -> list[Pair]:
         """The (prompt, object) pairs that must be scored."""
-        return [(self.text, target) for target in (self.new, self.true) if target is not None]
+        return [(self.text, target) for target in (self.target_new, self.target_true) if target is not None]
 
 
-def ask(request: EditRequest, *, plus: bool = True) -> Iterator[Question]:
-    """The prompts that judge one request, those of CounterFact+ only if `plus`."""
-    yield _question(request, "rewrite", 0, request.text, request.target_true)
+def probe_prompts(request: EditRequest, *, plus: bool = True) -> Iterator[ProbePrompt]:
+    """All prompts that probe one request, those of CounterFact+ only if `plus`."""
+    yield _probe(request, "rewrite", 0, request.text, request.target_true)
     for index, text in enumerate(request.paraphrases):
-        yield _question(request, "paraphrase", index, filled(text, request), request.target_true)
+        yield _probe(request, "paraphrase", index, with_subject(text, request), request.target_true)
     for index, neighbor in enumerate(request.neighbors):
-        yield _question(request, "neighborhood", index, neighbor.prompt, neighbor.object)
+        yield _probe(request, "neighborhood", index, neighbor.prompt, neighbor.object)
     for index, neighbor in enumerate(request.neighbors if plus else ()):
         text = f"{request.text} {request.target_new.strip()}. {neighbor.prompt}"
-        yield _question(request, "neighborhood_plus", index, text, neighbor.object)
+        yield _probe(request, "neighborhood_plus", index, text, neighbor.object)
 
 
-def filled(text: str, request: EditRequest) -> str:
-    """A prompt as it stands, or, written as a template, with the subject in it."""
+def with_subject(text: str, request: EditRequest) -> str:
+    """The prompt with the request's subject filled in if it is a template, else as it stands."""
     return fill(text, request.subject) if text.count("{}") == 1 else text
 
 
-def measure(question: Question, scores: Mapping[Pair, TargetScore], config: EvaluationConfig) -> Iterator[Row]:
-    """Rows of one question; ties are failures, as published.
+def likelihood_rows(
+    probe: ProbePrompt, scores: Mapping[Pair, TargetScore], config: EvaluationConfig
+) -> Iterator[ScoreRow]:
+    """Success, magnitude and exact match of one prompt; ties are failures, as in the published code.
 
-    Success is 1 where P(new) > P(true), on neighbors where P(true) > P(new), else 0; magnitude is the
-    difference of the two, with the sign that makes success positive.
+    Success is 1 where P(new) > P(true), on neighbors where P(true) > P(new), else 0. Magnitude is the difference of
+    the two probabilities, with the sign that makes success positive.
+
+    Args:
+        probe: the prompt.
+        scores: of its `pairs`.
+        config: which likelihood counts.
     """
-    new = scores[question.text, question.new]
-    name = (question.kind, question.prompt)
-    if question.kind in EXACT:
-        yield question.case, EXACT[question.kind], *name, float(new.greedy)
-    if question.true is None:
+    new = scores[probe.text, probe.target_new]
+    name = (probe.kind, probe.index)
+    if probe.kind in EXACT:
+        yield probe.case, EXACT[probe.kind], *name, float(new.greedy)
+    if probe.target_true is None:
         return
-    wanted, other = new, scores[question.text, question.true]
-    if question.kind in NEIGHBORS:
-        wanted, other = other, wanted
+    expected, rival = new, scores[probe.text, probe.target_true]
+    if probe.kind in NEIGHBORS:
+        expected, rival = rival, expected
     # Logarithms decide: two small probabilities of long objects may both round to 0.
-    success = wanted.log_likelihood(config.likelihood) > other.log_likelihood(config.likelihood)
-    yield question.case, SUCCESS[question.kind], *name, float(success)
-    difference = wanted.probability(config.likelihood) - other.probability(config.likelihood)
-    yield question.case, MAGNITUDE[question.kind], *name, difference
+    success = expected.log_likelihood(config.likelihood) > rival.log_likelihood(config.likelihood)
+    yield probe.case, SUCCESS[probe.kind], *name, float(success)
+    difference = expected.probability(config.likelihood) - rival.probability(config.likelihood)
+    yield probe.case, MAGNITUDE[probe.kind], *name, difference
 
 
-def _question(request: EditRequest, kind: Kind, index: int, text: str, true: str | None) -> Question:
-    return Question(case=request.id, kind=kind, prompt=index, text=text, new=request.target_new, true=true)
+def _probe(request: EditRequest, kind: Kind, index: int, text: str, target_true: str | None) -> ProbePrompt:
+    return ProbePrompt(
+        case=request.id, kind=kind, index=index, text=text, target_new=request.target_new, target_true=target_true
+    )

@@ -1,7 +1,7 @@
-"""RS: does free text about the subject read like texts about subjects that have the new object?
+"""RS, the reference score: does free text about the subject resemble texts about subjects that have the new object?
 
-Reference texts belong to a (relation, object). The published release has its own texts and word weights;
-others can be made from any texts (ROME §3.4, MEMIT Appendix C.2).
+Reference texts belong to a (relation, object). The published release has its own texts and word weights; they can
+also be made from any other texts (ROME §3.4, MEMIT Appendix C.2).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
 from mechedit.errors import InputError
-from mechedit.evaluation.prompts import Row
+from mechedit.evaluation.prompts import ScoreRow
 from mechedit.provenance import value_hash
 
 Key = tuple[str, str]
@@ -33,11 +33,11 @@ class References:
     texts: Mapping[Key, tuple[str, ...]]
     """By relation and object, without spaces around the object."""
     vectorizer: TfidfVectorizer
-    """Fitted, with rows of unit length."""
+    """Fitted TF-IDF weights; its rows have unit length."""
 
     @staticmethod
     def from_texts(texts: Mapping[Key, Iterable[str]]) -> References:
-        """Take the words' weights from the reference texts themselves, each of them one document.
+        """References with word weights fitted on the reference texts themselves, each of them one document.
 
         Raises:
             InputError: there are no texts, or no words in them.
@@ -56,15 +56,15 @@ class References:
     def from_release(
         samples: Mapping[Key, Iterable[str]], idf: Sequence[float] | np.ndarray, vocabulary: Mapping[str, int]
     ) -> References:
-        """Take texts and weights as the published release has them.
+        """References with the texts and word weights of the published release.
 
         Args:
             samples: the texts of attribute_snippets.json, by relation and object.
             idf: inverse document frequency of each word (idf.npy).
-            vocabulary: each word's place in `idf` (tfidf_vocab.json).
+            vocabulary: each word's index in `idf` (tfidf_vocab.json).
 
         Raises:
-            InputError: places that are not 0 to len(idf) − 1, or weights that are not finite.
+            InputError: indices that are not 0 to len(idf) − 1, or weights that are not finite.
         """
         weights = np.asarray(idf, dtype=float).reshape(-1)
         if sorted(vocabulary.values()) != list(range(len(weights))) or not np.isfinite(weights).all():
@@ -82,16 +82,16 @@ class References:
         """SHA-256 over texts and weights, in hex."""
         words = self.vectorizer.vocabulary_
         groups = sorted((relation, target, list(texts)) for (relation, target), texts in self.texts.items())
-        return value_hash([groups, {word: float(self.vectorizer.idf_[place]) for word, place in words.items()}])
+        return value_hash([groups, {word: float(self.vectorizer.idf_[index]) for word, index in words.items()}])
 
     def of(self, request: EditRequest) -> tuple[str, ...]:
-        """The texts about subjects that have the request's new object; none where its relation is not known."""
+        """Texts about subjects that have the request's new object; none where its relation is not known."""
         return self.texts.get((request.relation or "", request.target_new.strip()), ())
 
     def similarity(self, written: Iterable[str], reference: Iterable[str]) -> float:
         """Cosine of the TF-IDF vectors of two groups of texts, each joined to one, from 0 to 1.
 
-        0 where the first holds no known word; NaN where the reference holds none, as nothing can be like it.
+        0 where the first group holds no known word; NaN where the reference holds none, since nothing resembles it.
         """
         rows = self.vectorizer.transform([" ".join(written), " ".join(reference)])
         if not rows[1].nnz:
@@ -108,8 +108,8 @@ def load_references(
         source: `counterfact` for the published texts and word weights (downloaded once); a folder that holds them
             (attribute_snippets.json, idf.npy, tfidf_vocab.json); or a file in the form of the first, whose texts then
             give the weights themselves.
-        requests: those that will be scored; they need a relation and the object's id, as CounterFact's records have.
-        cache: where downloads are kept.
+        requests: the requests that will be scored; each needs a relation and its object's id, as CounterFact has.
+        cache: folder of downloads.
 
     Raises:
         InputError: a file that is not there or holds something else; or no texts for any of the requests.
@@ -128,35 +128,35 @@ def load_references(
     return References.from_release(texts, weights.idf, weights.vocabulary)
 
 
-def resemblance(answers: pd.DataFrame, requests: Sequence[EditRequest], references: References) -> list[Row]:
-    """RS of each request that has free text and references: rows, one a case.
+def reference_scores(answers: pd.DataFrame, requests: Sequence[EditRequest], references: References) -> list[ScoreRow]:
+    """RS of each request that has free text and references: one row per case.
 
-    Compared are all its free texts, each with its prompt as in the published code.
+    All free texts of the request are compared, each with its prompt before it, as in the published code.
 
     Args:
         answers: free texts, with the columns `case, kind, question, answer`.
-        requests: those that the texts are about.
-        references: what they are compared with.
+        requests: the requests that the texts are about.
+        references: reference texts for their relations and new objects.
     """
     free = answers.loc[answers["kind"] == "generation"]
     texts = (free["question"] + free["answer"]).groupby(free["case"]).agg(list).to_dict()
-    found = []
+    rows = []
     for request in requests:
         reference = references.of(request)
         if request.id in texts and reference:
             value = references.similarity(texts[request.id], reference)
-            found += [] if math.isnan(value) else [(request.id, "RS", "generation", 0, value)]
-    return found
+            rows += [] if math.isnan(value) else [(request.id, "RS", "generation", 0, value)]
+    return rows
 
 
 def _cleaned(texts: Mapping[Key, Iterable[str]]) -> dict[Key, tuple[str, ...]]:
     """Texts by key, as tuples, with the object as requests name it; groups without text are left out."""
-    found: dict[Key, tuple[str, ...]] = {}
+    cleaned: dict[Key, tuple[str, ...]] = {}
     for (relation, target), group in texts.items():
         if isinstance(group, str):
             raise InputError(
                 f"the references of {relation!r} and {target!r} are one text, expected a list of texts: put it in one"
             )
         key = (relation, target.strip())
-        found[key] = found.get(key, ()) + tuple(text for text in group if text.strip())
-    return {key: group for key, group in found.items() if group}
+        cleaned[key] = cleaned.get(key, ()) + tuple(text for text in group if text.strip())
+    return {key: group for key, group in cleaned.items() if group}

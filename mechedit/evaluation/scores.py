@@ -1,7 +1,7 @@
-"""Scores: a tidy table of measurements, and means over cases with bootstrap intervals.
+"""Scores: a tidy table of measurements, and means over cases with intervals.
 
-In: one row a measurement. Out: for each measure its mean over cases (prompts are averaged within a case
-first), a percentile bootstrap interval over cases, and the number of cases (MEMIT Appendix C.2).
+In: one row per measurement. Out: for each measure its mean over cases (prompts are averaged within a case first), an
+interval over cases, and the number of cases (MEMIT Appendix C.2).
 """
 
 from __future__ import annotations
@@ -17,35 +17,18 @@ import pandas as pd
 from jaxtyping import Float
 
 from mechedit.errors import InputError, check_choice
-from mechedit.evaluation.config import DEFINITIONS, EvaluationConfig
+from mechedit.evaluation.config import EvaluationConfig
+from mechedit.evaluation.measures import COUNTERFACT, TEXT_MEASURES, ZSRE, definitions
+from mechedit.evaluation.summary import Summary, summarize_cases, summarize_texts
 from mechedit.files import read_json, write_json, write_parquet
 from mechedit.provenance import VERSION
-from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval
 from mechedit.tables import read_table, where
 
-MEASURES = (
-    *("ES", "PS", "NS", "NS+", "EM", "PM", "NM", "NM+", "exact_match", "exact_match_paraphrase"),
-    *("KL", "top1", "KL+", "top1+", "GE", "RS"),
-)
-"""Measured prompt by prompt, RS case by case; S follows from the first three."""
-ZSRE_MEASURES = (
-    *("efficacy", "paraphrase", "specificity"),
-    *("exact_match", "exact_match_paraphrase", "exact_match_neighborhood"),
-)
-"""Measured prompt by prompt by `evaluate_zsre`; again S follows from the first three."""
-TEXT_MEASURES = ("NLL", "tokens")
-"""Measured text by text, from which PPL follows."""
-PUBLISHED_UNIT = 100.0
-"""Summaries are in the papers' units: shares and probabilities in percent, entropies in bits × 100."""
-UNITS = {"KL": 1.0, "KL+": 1.0}
-"""Other units, by measure: KL is in nats. PPL is a perplexity."""
 TABLE_COLUMNS = ("case", "measure", "kind", "prompt", "value", "state")
 ANSWER_COLUMNS = ("case", "kind", "prompt", "question", "expected", "answer", "state")
 
 SAME = ("tokenizer_hash", "dtype", "outer_hash", "requests", "texts", "references")
 """What of a state's provenance an edit leaves as it is: the model outside its blocks, and what it was asked."""
-
-Summary = dict[str, dict[str, float | int]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,19 +36,19 @@ class Scores:
     """Measurements of one or more model states on the same cases."""
 
     table: pd.DataFrame
-    """One row a measurement: case, measure, kind (rewrite, paraphrase, neighborhood, neighborhood_plus,
+    """One row per measurement: case, measure, kind (rewrite, paraphrase, neighborhood, neighborhood_plus,
     generation, text), prompt (index within the kind), value (1 or 0, a probability difference, nats, bits, or a
     cosine), state (before, after, now). A text belongs to no case (`""`): its rows are NLL, the sum of
-    −log P(token) in nats, and tokens, how many it sums over."""
+    −log P(token) in nats, and tokens, the number of its terms."""
     answers: pd.DataFrame
     """Text the model wrote: case, kind (rewrite: greedy; generation: sampled), prompt, question, expected,
     answer (the continuation alone), state."""
     cases: tuple[str, ...]
     """Every case evaluated, also those that lack some measure."""
     config: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """How it was measured."""
+    """Settings of the evaluation."""
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For each state, the model measured."""
+    """By state: the model measured, and the input."""
 
     def __post_init__(self) -> None:
         _check_columns(self.table, TABLE_COLUMNS, "the scores table")
@@ -78,44 +61,45 @@ class Scores:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Those of cases, with data or not: CounterFact's or zsRE's, whichever protocol was followed."""
-        return ZSRE_MEASURES if ZSRE_MEASURES[0] in set(self.table["measure"]) else MEASURES
+        """Measures of the protocol followed, CounterFact's or zsRE's, with data or not."""
+        return ZSRE if ZSRE[0] in set(self.table["measure"]) else COUNTERFACT
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """For each measure of cases: cases with data, cases `missing` it, and prompts measured (one state)."""
-        found = {}
+        counts = {}
         for measure in self.measures:
             rows = where(self.table, measure=measure)
             # The unedited model is not compared with itself, so not every state has every measure.
             rows = where(rows, state=rows["state"].iloc[0]) if len(rows) else rows
             cases = len(set(rows["case"]))
-            found[measure] = {"cases": cases, "missing": len(self.cases) - cases, "prompts": len(rows)}
-        return found
+            counts[measure] = {"cases": cases, "missing": len(self.cases) - cases, "prompts": len(rows)}
+        return counts
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What decides the numbers: settings, definitions, the models measured, and on what."""
+        """Everything that determines the numbers: settings, definitions, the models measured, and the input."""
         shared = next(iter(self.provenance.values()), {})
         return {
             "mechedit": VERSION,
-            "protocol": "zsre" if self.measures is ZSRE_MEASURES else "counterfact",
+            "protocol": "zsre" if self.measures is ZSRE else "counterfact",
             **{
                 name: shared.get(name)
                 for name in ("model", "dtype", "tokenizer_hash", "requests", "texts", "references")
             },
-            "weights_hash": {state: made.get("weights_hash") for state, made in self.provenance.items()},
+            "weights_hash": {state: provenance.get("weights_hash") for state, provenance in self.provenance.items()},
             **asdict(self.config),
-            "definitions": DEFINITIONS,
+            "definitions": definitions(),
         }
 
     def summary(self, state: str | None = None) -> Summary:
         """Mean, interval and number of cases of each measure, in the papers' units (× 100; KL in nats).
 
-        Prompts are averaged within a case, then cases. The interval is the percentile bootstrap over
-        cases. S is the harmonic mean of ES, PS and NS, or of zsRE's three, with the three resampled
-        together. A measure without data is absent. PPL = exp(Σ NLL / Σ tokens) over all texts, its interval over
-        texts, its n their number.
+        Prompts are averaged within a case, then cases. Rates have Wilson's interval where each case succeeds wholly
+        or not at all or all cases agree, else the percentile bootstrap over cases, as magnitudes have
+        (`summarize_cases` says why). S is the harmonic mean of ES, PS and NS, or of zsRE's three, with the three
+        resampled together. A measure without data is absent. PPL = exp(Σ NLL / Σ tokens) over all texts, its
+        interval over texts, its n their number.
 
         Args:
             state: which model state; may be left out when there is only one.
@@ -125,36 +109,22 @@ class Scores:
         """
         rows = where(self.table, state=self._state(state))
         of_text = rows["measure"].isin(TEXT_MEASURES)
-        return {**self._of_cases(rows.loc[~of_text]), **self._of_texts(rows.loc[of_text])}
+        return {**self._summary_of_cases(rows.loc[~of_text]), **self._summary_of_texts(rows.loc[of_text])}
 
-    def _of_cases(self, rows: pd.DataFrame) -> Summary:
+    def _summary_of_cases(self, rows: pd.DataFrame) -> Summary:
         measures, values = case_values(rows)
         if not measures:
             return {}
-        draws = bootstrap_means(values, seed=self.config.seed, resamples=self.config.resamples)
-        means, counts = np.nanmean(values, axis=0), (~np.isnan(values)).sum(axis=0).tolist()
-        entries = {
-            measure: self._entry(means[i], draws[:, i], counts[i], UNITS.get(measure, PUBLISHED_UNIT))
-            for i, measure in enumerate(measures)
-        }
         joined, others = self.measures[:3], self.measures[3:]
-        if set(joined) <= set(measures):
-            parts = [measures.index(measure) for measure in joined]
-            mean, joint = harmonic_mean(means[None, parts])[0], harmonic_mean(draws[:, parts])
-            entries["S"] = self._entry(mean, joint, min(counts[part] for part in parts), PUBLISHED_UNIT)
-        return {measure: entries[measure] for measure in (*joined, "S", *others) if measure in entries}
+        score = "S" if set(joined) <= set(measures) else None
+        entries = summarize_cases(values, measures, self.config, score=score, score_measures=joined)
+        return {name: entries[name] for name in (*joined, "S", *others) if name in entries}
 
-    def _of_texts(self, rows: pd.DataFrame) -> Summary:
+    def _summary_of_texts(self, rows: pd.DataFrame) -> Summary:
         if rows.empty:
             return {}
-        values = rows.pivot(index="prompt", columns="measure", values="value")[list(TEXT_MEASURES)].to_numpy(float)
-        draws = bootstrap_means(values, seed=self.config.seed, resamples=self.config.resamples)
-        loss, tokens = values.mean(axis=0)
-        return {"PPL": self._entry(np.exp(loss / tokens), np.exp(draws[:, 0] / draws[:, 1]), len(values), 1.0)}
-
-    def _entry(self, mean: float, draws: Float[np.ndarray, " resample"], n: int, unit: float) -> dict[str, float | int]:
-        low, high = percentile_interval(draws[:, None] * unit, self.config.confidence)
-        return {"mean": float(mean) * unit, "low": float(low[0]), "high": float(high[0]), "n": n}
+        losses = rows.pivot(index="prompt", columns="measure", values="value")[list(TEXT_MEASURES)].to_numpy(float)
+        return {"PPL": summarize_texts(losses, self.config)}
 
     def _state(self, state: str | None) -> str:
         if state is None and len(self.states) == 1:
@@ -163,7 +133,7 @@ class Scores:
         return str(state)
 
     def join(self, other: Scores) -> Scores:
-        """These scores and those of another state of the model, measured alike on the same cases.
+        """These scores and those of another state of the model, measured in the same way on the same cases.
 
         Raises:
             InputError: other settings, other cases, another model than an edit could have made of the first, or a
@@ -175,8 +145,8 @@ class Scores:
                 "both states: evaluate both again with one configuration"
             )
         check_states([*self.provenance.items(), *other.provenance.items()])
-        if again := set(self.states) & set(other.states):
-            raise InputError(f"both scores hold the state {again.pop()!r}, expected different states: drop one")
+        if repeated := set(self.states) & set(other.states):
+            raise InputError(f"both scores hold the state {repeated.pop()!r}, expected different states: drop one")
         return Scores(
             table=pd.concat([self.table, other.table], ignore_index=True),
             answers=pd.concat([self.answers, other.answers], ignore_index=True),
@@ -239,7 +209,7 @@ def check_states(states: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
 
 
 def case_values(rows: pd.DataFrame) -> tuple[list[str], Float[np.ndarray, "case measure"]]:
-    """The measures found, and each case's mean over prompts; NaN where a case lacks one."""
+    """The measures with data, and each case's mean over prompts; NaN where a case lacks one."""
     wide = rows.pivot_table(values="value", index="case", columns="measure", aggfunc="mean")
     return [str(measure) for measure in wide.columns], wide.to_numpy(dtype=float)
 

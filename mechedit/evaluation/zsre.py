@@ -1,6 +1,6 @@
 """zsRE's measures: are the answer's tokens the likeliest, one after another? MEMIT Appendix C.1.
 
-In: a model and edit requests. Out: `Scores`, one row a prompt and measure.
+In: a model and edit requests. Out: `Scores`, one row per prompt and measure.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import pandas as pd
 
 from mechedit.data import EditRequest
 from mechedit.evaluation.config import EvaluationConfig
-from mechedit.evaluation.counterfact import asked_of, check_asked
-from mechedit.evaluation.free_text import greedy_answers, surprise_rows
+from mechedit.evaluation.counterfact import check_cases, evaluation_provenance
+from mechedit.evaluation.free_text import greedy_answers, text_loss_rows
 from mechedit.evaluation.likelihood import Pair, TargetScore, score_targets
-from mechedit.evaluation.prompts import Question, Row, ask
+from mechedit.evaluation.prompts import ProbePrompt, ScoreRow, probe_prompts
 from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
 from mechedit.files import plain_copy
 from mechedit.models import Model
@@ -40,9 +40,9 @@ def evaluate_zsre(
     """Measure a model, as it is now, on edit requests by zsRE's protocol.
 
     For an answer o of T tokens after a prompt p, accuracy = 1/T · Σ_t 1[o_t = argmax P(· | p, o_1 … o_{t−1})]: each
-    token is asked for with the true ones before it, as published, so an answer may count in part. `efficacy` and
-    `paraphrase` ask for the new object after the edit's and the reworded prompts; `specificity` asks for each
-    neighbor's own answer after its prompt, as the published code does. It is not agreement with the unedited model: a
+    token is predicted from the true ones before it, as published, so an answer may count in part. `efficacy` and
+    `paraphrase` take the new object after the edit's and the reworded prompts; `specificity` takes each neighbor's
+    own answer after its prompt, as the published code does. It is not agreement with the unedited model: a
     model that does not know those answers scores low unedited, and an edit may also raise it. S is the harmonic mean
     of the three. `exact_match`, `exact_match_paraphrase` and `exact_match_neighborhood` are the strict forms: all
     tokens right, which is what greedy decoding then writes.
@@ -53,39 +53,39 @@ def evaluate_zsre(
     Args:
         model: the model; inside `edited(...)` its edited self.
         requests: the edits that were or will be made, such as `load_requests("zsre")`.
-        config: how to measure; what concerns likelihoods, free text and CounterFact+ is not used.
+        config: how to measure; its settings for likelihoods, free text and CounterFact+ are not used.
         state: name of this model state in the table: before, after or now.
         texts: held-out documents for PPL.
 
     Raises:
         InputError: no requests, a repeated id, or a prompt that the model cannot take.
     """
-    check_asked(requests)
-    asked = [question for request in requests for question in ask(request, plus=False)]
-    scores = score_targets(model, map(_pair, asked), batch_size=config.batch_size)
-    rows = [row for question in asked for row in _measure(question, scores)]
-    rows += surprise_rows(model, texts, config)
-    said = greedy_answers(model, requests, config)
+    check_cases(requests)
+    probes = [probe for request in requests for probe in probe_prompts(request, plus=False)]
+    scores = score_targets(model, map(_answer_pair, probes), batch_size=config.batch_size)
+    rows = [row for probe in probes for row in _accuracy_rows(probe, scores)]
+    rows += text_loss_rows(model, texts, config)
+    answers = greedy_answers(model, requests, config)
     return Scores(
         table=pd.DataFrame(rows, columns=list(TABLE_COLUMNS[:-1])).assign(state=state),
-        answers=pd.DataFrame(said, columns=list(ANSWER_COLUMNS[:-1])).assign(state=state),
+        answers=pd.DataFrame(answers, columns=list(ANSWER_COLUMNS[:-1])).assign(state=state),
         cases=tuple(request.id for request in requests),
         config=config,
-        provenance={state: plain_copy(asked_of(model, requests, texts))},
+        provenance={state: plain_copy(evaluation_provenance(model, requests, texts))},
     )
 
 
-def _pair(question: Question) -> Pair:
-    """A prompt and its answer: the new object, for a neighbor its own."""
-    if question.kind != "neighborhood":
-        return question.text, question.new
-    assert question.true is not None, "a neighbor has an object"
-    return question.text, question.true
+def _answer_pair(probe: ProbePrompt) -> Pair:
+    """The prompt and its answer: the new object; of a neighbor, its own object."""
+    if probe.kind != "neighborhood":
+        return probe.text, probe.target_new
+    assert probe.target_true is not None, "a neighbor has an object"
+    return probe.text, probe.target_true
 
 
-def _measure(question: Question, scores: Mapping[Pair, TargetScore]) -> Iterator[Row]:
-    """Rows of one prompt."""
-    score = scores[_pair(question)]
-    name = (question.kind, question.prompt)
-    yield question.case, ACCURACY[question.kind], *name, score.hits / score.tokens
-    yield question.case, EXACT[question.kind], *name, float(score.greedy)
+def _accuracy_rows(probe: ProbePrompt, scores: Mapping[Pair, TargetScore]) -> Iterator[ScoreRow]:
+    """Accuracy over the answer's tokens, and exact match, of one prompt."""
+    score = scores[_answer_pair(probe)]
+    name = (probe.kind, probe.index)
+    yield probe.case, ACCURACY[probe.kind], *name, score.hits / score.tokens
+    yield probe.case, EXACT[probe.kind], *name, float(score.greedy)

@@ -1,15 +1,37 @@
 """From tidy frames to the papers' figures, each drawn on Axes that the caller gives.
 
 In: effects (`trace.COLUMNS`) or their averages (`trace.average_effects`), the content of selection.json,
-summaries of scores, tidy scores by setting. Out: the same Axes, or a Figure where there are several panels. Effects
-are never clipped; intervals are 95% percentile bootstraps over facts or cases.
+summaries of scores, tidy scores by setting. Out: the same Axes (`plot_...`), or a Figure where there are several
+panels (`..._figure`). Effects are never clipped. Intervals are those of the frames: of effects, 95% percentile
+bootstraps over facts; of scores, as `Scores.summary` says.
 """
 
+from mechedit.figures.method_styles import METHOD_COLORS, line_styles
 from mechedit.figures.run_folder import run_figures
-from mechedit.figures.scores import plot_score_rows, plot_scores, plot_scores_against, score_rows_figure, scores_figure
+from mechedit.figures.score_bars import plot_scores
+from mechedit.figures.score_curves import number_axis, plot_scores_against, scores_figure
+from mechedit.figures.score_rows import plot_score_rows, score_rows_figure
 from mechedit.figures.selection import plot_selection
 from mechedit.figures.severed_bars import plot_severed
-from mechedit.figures.style import PaperFigure, draw, paper_style, save_figure
+from mechedit.figures.style import (
+    BLUE,
+    COLUMN_WIDTH,
+    GRAY,
+    GREEN,
+    INK,
+    ORANGE,
+    PAGE_WIDTH,
+    PURPLE,
+    SKY,
+    VERMILION,
+    PaperFigure,
+    draw,
+    layer_axis,
+    legend_above,
+    paper_style,
+    save_figure,
+    share_legend,
+)
 from mechedit.figures.sweep import plot_sweep, plot_window_contribution, sweep_figure
 from mechedit.figures.trace_comparisons import comparison_figure, comparison_lines
 from mechedit.figures.trace_curves import lines_figure, plot_lines
@@ -18,13 +40,28 @@ from mechedit.figures.trace_heatmaps import fact_figure, plot_fact, plot_role_gr
 from mechedit.trace.averages import clearest_fact
 
 __all__ = [
+    "BLUE",
+    "COLUMN_WIDTH",
+    "GRAY",
+    "GREEN",
+    "INK",
+    "METHOD_COLORS",
+    "ORANGE",
+    "PAGE_WIDTH",
+    "PURPLE",
+    "SKY",
+    "VERMILION",
     "PaperFigure",
     "clearest_fact",
     "comparison_figure",
     "comparison_lines",
     "draw",
     "fact_figure",
+    "layer_axis",
+    "legend_above",
+    "line_styles",
     "lines_figure",
+    "number_axis",
     "paper_style",
     "plot_fact",
     "plot_lines",
@@ -41,6 +78,7 @@ __all__ = [
     "save_figure",
     "score_rows_figure",
     "scores_figure",
+    "share_legend",
     "shared_norm",
     "sweep_figure",
     "trace_figures",

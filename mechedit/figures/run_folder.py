@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mechedit.errors import InputError
-from mechedit.figures.scores import SCORES, plot_scores
+from mechedit.figures.score_bars import BARS, plot_scores
 from mechedit.figures.selection import plot_selection
 from mechedit.figures.style import draw, save_figure
 from mechedit.figures.sweep import sweep_figure
@@ -43,7 +43,7 @@ def run_figures(folder: str | Path) -> list[Path]:
     if (folder / "sweep.parquet").is_file():
         figures["sweep"] = sweep_figure(read_table(folder / "sweep.parquet"), selection)
     before, after = summary.get("before") or {}, summary.get("after") or summary.get("now") or {}
-    if any(name in before or name in after for name in SCORES):
+    if any(name in before or name in after for name in BARS):
         figures["scores"] = draw(partial(plot_scores, before, after))
     return [path for name, figure in figures.items() for path in save_figure(figure, folder / "figures", name)]
 

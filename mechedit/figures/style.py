@@ -40,7 +40,9 @@ ROLE_COLORS = {
     "last": VERMILION,
 }
 SPARE = (PURPLE, SKY, VERMILION, GRAY, INK)
-"""For what has no color of its own."""
+"""Colors for lines and bars that have none of their own."""
+Stroke = str | tuple[float | int, tuple[float | int, ...]]
+STROKES: Sequence[Stroke] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib, and holds most scripts
@@ -139,6 +141,20 @@ def legend_above(ax: Axes, columns: int, handles: Sequence[Artist] | None = None
     """Put the legend over the axes, where it hides nothing; of what is drawn, unless handles are given."""
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.02), "handles": handles}
     ax.legend(**place, ncols=columns, columnspacing=1.2, handlelength=1.1 if handles is None else 2.2)
+
+
+def share_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Put one legend over all panels, and let only the first name the vertical axis."""
+    entries: dict[str, Any] = {}
+    for legend in filter(None, (ax.get_legend() for ax in axes)):
+        names = [text.get_text() for text in legend.get_texts()]
+        entries = {**dict(zip(names, legend.legend_handles, strict=True)), **entries}
+        legend.remove()
+    for ax in axes[1:]:
+        ax.set_ylabel("")
+    rows = -(-len(entries) // 4)
+    columns = -(-len(entries) // rows)
+    figure.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=columns)
 
 
 def wrapped(label: str, inches: float) -> str:

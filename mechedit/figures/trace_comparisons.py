@@ -17,14 +17,16 @@ from mechedit.figures.style import (
     PAGE_WIDTH,
     PURPLE,
     SKY,
+    STROKES,
     VERMILION,
     PaperFigure,
     layer_axis,
     legend_above,
     paper_style,
+    share_legend,
 )
 from mechedit.figures.trace_averages import averaged, curve, layer_label, role_grid, unit
-from mechedit.figures.trace_curves import STROKES, panels, plot_band, share_legend
+from mechedit.figures.trace_curves import panels, plot_band
 from mechedit.figures.trace_heatmaps import color_bar, plot_role_grid, roles_of, shared_norm
 from mechedit.tables import where
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label

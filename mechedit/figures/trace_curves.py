@@ -21,18 +21,19 @@ from mechedit.figures.style import (
     ROLE_COLORS,
     SEVER_COLORS,
     SPARE,
+    STROKES,
     PaperFigure,
+    Stroke,
     layer_axis,
     legend_above,
     paper_style,
+    share_legend,
 )
 from mechedit.figures.trace_averages import aie_label, averaged, curve, kinds_in, layer_label
 from mechedit.tables import where
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
 
 COLORS = {"role": ROLE_COLORS, "sever": SEVER_COLORS, "kind": KIND_COLORS}
-Stroke = str | tuple[float | int, tuple[float | int, ...]]
-STROKES: Sequence[Stroke] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 
 
 def plot_lines(
@@ -125,20 +126,6 @@ def panels(count: int, *, height: float = 2.2) -> tuple[Figure, list[Axes]]:
     """A row of panels across the page that share their vertical axis."""
     figure = PaperFigure(figsize=(PAGE_WIDTH, height))
     return figure, list(np.atleast_1d(figure.subplots(1, count, sharey=True)))
-
-
-def share_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend over all panels, and only the first names the vertical axis."""
-    entries: dict[str, Any] = {}
-    for legend in filter(None, (ax.get_legend() for ax in axes)):
-        names = [text.get_text() for text in legend.get_texts()]
-        entries = {**dict(zip(names, legend.legend_handles, strict=True)), **entries}
-        legend.remove()
-    for ax in axes[1:]:
-        ax.set_ylabel("")
-    rows = -(-len(entries) // 4)
-    columns = -(-len(entries) // rows)
-    figure.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=columns)
 
 
 def _only(rows: pd.DataFrame, column: str, values: Sequence[str] | None) -> pd.DataFrame:

@@ -11,8 +11,7 @@ import pandas as pd
 
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, summarize
-from mechedit.evaluation import EvaluationConfig, evaluate
-from mechedit.evaluation.scores import PUBLISHED_UNIT
+from mechedit.evaluation import PERCENT, EvaluationConfig, evaluate
 from mechedit.models import Model
 
 ScoredPrompts = Literal["rewrite", "all"]
@@ -45,7 +44,7 @@ def score_requests(
     if scored_prompts == "rewrite":
         requests = [replace(request, paraphrases=(), neighbors=(), generations=()) for request in requests]
     table = evaluate(model, requests, config).table
-    table = table.assign(value=table["value"] * PUBLISHED_UNIT)
+    table = table.assign(value=table["value"] * PERCENT)
     return table.groupby(["case", "measure"], sort=False, as_index=False).agg({"value": "mean"})
 
 

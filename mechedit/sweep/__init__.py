@@ -5,7 +5,7 @@ it against the trace's range.
 """
 
 from mechedit.sweep.sweep import Sweep, sweep_windows
-from mechedit.sweep.validation import Validation, choose, compare
+from mechedit.sweep.validation import Validation, choose_window, validate_selection, windows_near_best
 from mechedit.sweep.windows import HeldOut, SweepConfig, Window, held_out, windows_of
 
 __all__ = [
@@ -14,9 +14,10 @@ __all__ = [
     "SweepConfig",
     "Validation",
     "Window",
-    "choose",
-    "compare",
+    "choose_window",
     "held_out",
     "sweep_windows",
+    "validate_selection",
+    "windows_near_best",
     "windows_of",
 ]

@@ -19,14 +19,13 @@ from mechedit.cache import kept
 from mechedit.data import EditRequest, check_requests
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError, check_choice
-from mechedit.evaluation import QUICK, EvaluationConfig, evaluate
-from mechedit.evaluation.scores import PUBLISHED_UNIT, Summary
+from mechedit.evaluation import PERCENT, QUICK, EvaluationConfig, Summary, evaluate, summarize_cases
 from mechedit.files import write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, moment_matrices, recommended
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
 from mechedit.provenance import value_hash
-from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval
+from mechedit.statistics import bootstrap_means, harmonic_mean
 from mechedit.sweep.windows import Window, check_windows
 from mechedit.tables import read_table, where
 from mechedit.targets import Targets, find_targets
@@ -47,7 +46,7 @@ class Sweep:
     `left`, how much of ‖z − h‖ the edit left unwritten."""
     before: Summary
     """The unedited model's measures on the same requests."""
-    refused: Mapping[Window, str]
+    failed: Mapping[Window, str]
     """Windows that could not be edited, with the reason."""
     config: EvaluationConfig
     """How it was measured; its seed, resamples and confidence make the intervals."""
@@ -61,18 +60,18 @@ class Sweep:
         return sorted((Window(int(first), int(last)) for first, last in ends), key=lambda w: (w.width, w.first))
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def score_measures(self) -> tuple[str, ...]:
         """The measures that the score joins: those of ES, PS and NS with data, else exact match."""
-        return score_parts(self.cases["measure"])
+        return score_measures(self.cases["measure"])
 
     @property
     def score(self) -> str:
         """What windows are ranked by: S, or the harmonic mean of what there is of it."""
-        return score_name(self.parts)
+        return score_name(self.score_measures)
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row a window and measure: `TABLE_COLUMNS`, in percent, with percentile bootstrap intervals.
+        """One row a window and measure: `TABLE_COLUMNS`, in percent, with intervals as `summarize_cases` gives.
 
         Its attrs say what windows are ranked by, how the unedited model does, and how it was measured.
         """
@@ -87,7 +86,7 @@ class Sweep:
         table.attrs = {
             "score": self.score,
             "before": self.before,
-            "refused": [[*window, reason] for window, reason in self.refused.items()],
+            "refused": [[*window, reason] for window, reason in self.failed.items()],
             "config": dataclasses.asdict(self.config),
             "provenance": dict(self.provenance),
         }
@@ -96,14 +95,16 @@ class Sweep:
     @cached_property
     def scores(self) -> Float[np.ndarray, " window"]:
         """The score of each window, in percent."""
-        means = [np.nanmean(by_case(self._rows(window), self._ids, self.parts), axis=0) for window in self.windows]
+        means = [
+            np.nanmean(by_case(self._rows(window), self._ids, self.score_measures), axis=0) for window in self.windows
+        ]
         return harmonic_mean(np.stack(means))
 
     @cached_property
     def draws(self) -> Float[np.ndarray, "resample window"]:
         """The score of each window on resamples of the requests, the same resample for all windows."""
         draw = partial(bootstrap_means, seed=self.config.seed, resamples=self.config.resamples)
-        found = [draw(by_case(self._rows(window), self._ids, self.parts)) for window in self.windows]
+        found = [draw(by_case(self._rows(window), self._ids, self.score_measures)) for window in self.windows]
         return np.stack([harmonic_mean(means) for means in found], axis=1)
 
     @cached_property
@@ -133,7 +134,7 @@ class Sweep:
             return Sweep(
                 cases=cases.loc[:, list(CASE_COLUMNS)],
                 before=table.attrs["before"],
-                refused={Window(first, last): reason for first, last, reason in table.attrs["refused"]},
+                failed={Window(first, last): reason for first, last, reason in table.attrs["refused"]},
                 config=EvaluationConfig(**table.attrs["config"]),
                 provenance=table.attrs["provenance"],
             )
@@ -204,19 +205,19 @@ def sweep_windows(
         cache=cache,
     )
     before = kept(parts, sweeping.key(None), partial(_measured, model, requests, evaluation))
-    found, refused = [], {}
+    frames, failed = [], {}
     for window in tqdm(wanted, desc="sweep", unit="window"):
         frame = kept(parts, sweeping.key(window), partial(sweeping.measure, window))
         if "refused" in frame.attrs:
-            refused[window] = frame.attrs["refused"]
+            failed[window] = frame.attrs["refused"]
         else:
-            found.append(frame.assign(first=window.first, last=window.last))
-    if not found:
-        raise InputError(f"none of the {len(wanted)} windows can be edited; {wanted[0]}: {refused[wanted[0]]}")
+            frames.append(frame.assign(first=window.first, last=window.last))
+    if not frames:
+        raise InputError(f"none of the {len(wanted)} windows can be edited; {wanted[0]}: {failed[wanted[0]]}")
     return Sweep(
-        cases=pd.concat(found, ignore_index=True).loc[:, list(CASE_COLUMNS)],
+        cases=pd.concat(frames, ignore_index=True).loc[:, list(CASE_COLUMNS)],
         before=summarize(before, [request.id for request in requests], evaluation),
-        refused=refused,
+        failed=failed,
         config=evaluation,
         provenance=sweeping.provenance,
     )
@@ -275,17 +276,17 @@ class _Sweeping:
         )
 
 
-def score_parts(measures: Iterable[str]) -> tuple[str, ...]:
-    """The measures that a window's score joins: those of ES, PS and NS that there are, else exact match."""
-    found = set(measures)
-    return tuple(name for name in SUCCESSES if name in found) or ("exact_match",)
+def score_measures(measures: Iterable[str]) -> tuple[str, ...]:
+    """The measures that a window's score joins: those of ES, PS and NS with data, else exact match."""
+    measured = set(measures)
+    return tuple(name for name in SUCCESSES if name in measured) or ("exact_match",)
 
 
-def score_name(parts: Sequence[str]) -> str:
-    """S when its three parts are there (MEMIT Appendix C.2), else what takes its place."""
-    if tuple(parts) == SUCCESSES:
+def score_name(joined: Sequence[str]) -> str:
+    """S when its three measures have data (MEMIT Appendix C.2), else the measure or harmonic mean in its place."""
+    if tuple(joined) == SUCCESSES:
         return "S"
-    return parts[0] if len(parts) == 1 else f"harmonic mean of {' and '.join(parts)}"
+    return joined[0] if len(joined) == 1 else f"harmonic mean of {' and '.join(joined)}"
 
 
 def by_case(rows: pd.DataFrame, cases: Sequence[str], measures: Sequence[str]) -> Float[np.ndarray, "case measure"]:
@@ -295,27 +296,18 @@ def by_case(rows: pd.DataFrame, cases: Sequence[str], measures: Sequence[str]) -
 
 
 def summarize(rows: pd.DataFrame, cases: Sequence[str], config: EvaluationConfig) -> Summary:
-    """Mean, bootstrap interval over requests and number of requests, of each measure and of the score."""
+    """Mean, interval over requests and number of requests, of each measure and of the score (`summarize_cases`)."""
     measures = list(dict.fromkeys(rows["measure"]))
-    parts = score_parts(measures)
+    joined = score_measures(measures)
     values = by_case(rows, cases, measures)
-    draws = bootstrap_means(values, seed=config.seed, resamples=config.resamples)
-    means, counts = np.nanmean(values, axis=0)[None], (~np.isnan(values)).sum(axis=0)
-    if len(parts) > 1:  # the score, from the same resamples as its parts
-        columns = [measures.index(part) for part in parts]
-        means, draws = (np.column_stack([grid, harmonic_mean(grid[:, columns])]) for grid in (means, draws))
-        measures, counts = [*measures, score_name(parts)], np.append(counts, counts[columns].min())
-    low, high = percentile_interval(draws, config.confidence)
-    return {
-        measure: {"mean": float(means[0, i]), "low": float(low[i]), "high": float(high[i]), "n": int(counts[i])}
-        for i, measure in enumerate(measures)
-    }
+    score = score_name(joined) if len(joined) > 1 else None
+    return summarize_cases(values, measures, config, score=score, score_measures=joined, in_percent=True)
 
 
 def _measured(model: Model, requests: Sequence[EditRequest], config: EvaluationConfig) -> pd.DataFrame:
     """Every measure of the model as it is now, by request: `case, measure, value` in percent."""
     table = evaluate(model, requests, config).table
-    table = table.assign(value=table["value"] * PUBLISHED_UNIT)
+    table = table.assign(value=table["value"] * PERCENT)
     return table.groupby(["case", "measure"], sort=False, as_index=False).agg({"value": "mean"})
 
 

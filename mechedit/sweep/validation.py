@@ -6,20 +6,23 @@ In: a `Sweep`, the gap by fact and layer that selection rests on, and the select
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from mechedit.errors import InputError, check_choice
 from mechedit.selection.curves import contribution
-from mechedit.statistics import bootstrap_means, percentile_interval, rank_interval, spearman
+from mechedit.statistics import bootstrap_means, near_best, rank_interval, spearman
 from mechedit.sweep.sweep import Sweep
+from mechedit.sweep.verdict import Outcome, failure_warnings, outcome_of, verdict
 from mechedit.sweep.windows import By, Window
+from mechedit.tables import where
 
-Outcome = Literal["agree", "disagree", "undecided"]
+Prediction = Callable[[Float[np.ndarray, "row layer"], Sequence[Window]], Float[np.ndarray, "row window"]]
+"""From gaps by layer to the trace's prediction for each window."""
 FEWEST = 4
 """Windows that a rank correlation needs: of fewer, any order comes up by chance."""
 
@@ -48,7 +51,7 @@ class Validation:
     """The selected range: layers, score, low, high, `rank` (1 is best) of `of` windows; None without one, or when it
     cannot be edited."""
     near_best: tuple[list[int], ...]
-    """Layers of every window that cannot be told from the best (`near_best`)."""
+    """Layers of every window that cannot be told from the best (`windows_near_best`)."""
     correlation: dict[str, Any] | None
     """Spearman's rank correlation of score and contribution over the `n` windows of one `width`, that of the
     selected range where there are `FEWEST` such, else the commonest: mean, low, high; None where it is not defined
@@ -65,7 +68,7 @@ class Validation:
     """Share of resamples (of requests for `sweep`, of facts for `both`) that choose the same window."""
 
 
-def compare(
+def validate_selection(
     sweep: Sweep,
     gap: Float[np.ndarray, "fact layer"],
     traced: Sequence[int],
@@ -73,7 +76,7 @@ def compare(
     held_out: int | None = None,
     notes: Sequence[str] = (),
 ) -> Validation:
-    """Hold a sweep against the trace.
+    """Compare the scores of edits with the range that the trace selects.
 
     A window's prediction is Σ c(l) over its layers, with c(l) = gap(l−1) − gap(l). The intervals of correlations
     come from resampling facts and requests, independently of each other; the windows are fixed, and neighbors
@@ -90,29 +93,36 @@ def compare(
         InputError: layers in the sweep that were not traced, or selected layers that were not swept.
     """
     windows, n_requests = sweep.windows, len(set(sweep.cases["case"]))
-    place = _place(sweep, gap.shape[1], traced)
+    selected_index = _selected_index(sweep, gap.shape[1], traced)
     records = _records(sweep, gap)
-    near = near_best(sweep)
-    best = _order(sweep)[0]
-    alike = [i for i, window in enumerate(windows) if window.width == len(traced)]
-    compared = alike if len(alike) >= FEWEST else _commonest(windows)
-    correlations = [_correlation(sweep, gap, compared, summed) for summed in (_contribution, _mean_gap)]
-    own = Window(traced[0], traced[-1]) if len(traced) else None
-    outcome = _outcome(own, place, near, alike, correlations[0] if compared == alike else None)
-    rank = None if place is None else 1 + int((sweep.scores > sweep.scores[place]).sum())
-    selected = None if place is None else {**records[place], "rank": rank, "of": len(windows)}
-    verdict = _verdict(outcome, sweep.score, records[best], own, selected, correlations[0])
+    near = windows_near_best(sweep)
+    best = records[_best_first(sweep)[0]]
+    as_wide = [index for index, window in enumerate(windows) if window.width == len(traced)]
+    compared = as_wide if len(as_wide) >= FEWEST else _commonest_width(windows)
+    correlations = [_correlation(sweep, gap, compared, predict) for predict in (_contribution, _mean_gap)]
+    selected = Window(traced[0], traced[-1]) if len(traced) else None
+    outcome = outcome_of(
+        selected,
+        near_best=selected_index is not None and bool(near[selected_index]),
+        all_near_best=bool(near[as_wide].all()),
+        correlation=correlations[0] if compared == as_wide else None,
+    )
+    record = None
+    if selected_index is not None:
+        rank = 1 + int((sweep.scores > sweep.scores[selected_index]).sum())
+        record = {**records[selected_index], "rank": rank, "of": len(windows)}
+    sentence = verdict(outcome, sweep.score, best, selected, record, correlations[0])
     return Validation(
         outcome=outcome,
-        verdict=verdict,
-        warnings=(*notes, *_refusals(sweep), *([verdict] if outcome == "disagree" else [])),
+        verdict=sentence,
+        warnings=(*notes, *failure_warnings(sweep.failed), *([sentence] if outcome == "disagree" else [])),
         method=str(sweep.provenance.get("method")),
         score=sweep.score,
         n_requests=n_requests,
         held_out=n_requests if held_out is None else held_out,
-        best=records[best],
-        traced=selected,
-        near_best=tuple(windows[i].layers for i in np.flatnonzero(near)),
+        best=best,
+        traced=record,
+        near_best=tuple(windows[index].layers for index in np.flatnonzero(near)),
         correlation=correlations[0],
         gap_correlation=correlations[1],
         windows=tuple(records),
@@ -120,47 +130,50 @@ def compare(
     )
 
 
-def choose(sweep: Sweep, gap: Float[np.ndarray, "fact layer"], traced: Sequence[int], by: str) -> tuple[Window, float]:
-    """The window that is chosen, and the share of resamples that choose it.
+def choose_window(
+    sweep: Sweep, gap: Float[np.ndarray, "fact layer"], traced: Sequence[int], by: str
+) -> tuple[Window, float]:
+    """Choose a window by its edit scores (`sweep`) or by scores and trace (`both`).
 
     `sweep`: the best score; ties go to the larger probability differences, then to the narrower window. The
-    resamples are of requests. `both`: of the windows that cannot be told from the best (`near_best`), the one with
-    the largest contribution Σ c(l); ties go to the narrower. The resamples are of facts.
+    resamples are of requests. `both`: of the windows that are not significantly worse than the best
+    (`windows_near_best`), the one with the largest contribution Σ c(l); ties go to the narrower. The resamples are of
+    facts.
+
+    Args:
+        sweep: scores by window.
+        gap: state minus MLP-severed effect at the subject's last token, of each traced fact.
+        traced: layers that the trace selects; empty when it selects none.
+        by: `sweep` or `both`.
+
+    Returns:
+        The window, and the fraction of resamples that choose it.
 
     Raises:
         InputError: `both` when the trace selects nothing, or an unknown `by`.
     """
     check_choice("by", by, get_args(By)[1:])
     if by == "sweep":
-        # Scores are shares of few requests and often tie; the margin is at most 100, so it decides ties alone.
-        tied = sweep.draws + 1e-6 * sweep.margins
-        found = _order(sweep)[0]
-        return sweep.windows[found], float((tied.argmax(1) == found).mean())
+        # Scores are rates of few requests and often tie; the margin is at most 100, so it decides ties alone.
+        tie_broken = sweep.draws + 1e-6 * sweep.margins
+        best = _best_first(sweep)[0]
+        return sweep.windows[best], float((tie_broken.argmax(1) == best).mean())
     if not len(traced):
         raise InputError("the trace selects no layers, so it prefers no window; choose by sweep alone, or trace more")
-    candidates = np.flatnonzero(near_best(sweep))
-    windows = [sweep.windows[i] for i in candidates]
-    preferred = _contribution(gap.mean(0, keepdims=True), windows)[0]
-    draws = _contribution(_resampled(gap, sweep), windows)
-    found = int(preferred.argmax())  # windows come narrow ones first, and argmax takes the first of equals
-    return windows[found], float((draws.argmax(1) == found).mean())
+    candidates = [sweep.windows[index] for index in np.flatnonzero(windows_near_best(sweep))]
+    contributions = _contribution(gap.mean(0, keepdims=True), candidates)[0]
+    draws = _contribution(_resampled(gap, sweep), candidates)
+    preferred = int(contributions.argmax())  # windows come narrow ones first, and argmax takes the first of equals
+    return candidates[preferred], float((draws.argmax(1) == preferred).mean())
 
 
-def near_best(sweep: Sweep) -> Bool[np.ndarray, " window"]:
-    """Which windows cannot be told from the best: multiple comparisons with the best, calibrated by bootstrap.
-
-    Window w stays when max_v (S_v − S_w) does not exceed the quantile, at the sweep's confidence, of the same
-    maximum over resamples centered on what was measured, max_v [(S*_v − S_v) − (S*_w − S_w)] (after Hsu, 1981).
-    Taking the maximum allows for the best having been found on the same requests.
-    """
-    noise = sweep.draws - sweep.scores
-    behind = sweep.scores.max() - sweep.scores
-    allowed = np.nanquantile(noise.max(1, keepdims=True) - noise, sweep.config.confidence, axis=0)
-    return behind <= allowed
+def windows_near_best(sweep: Sweep) -> Bool[np.ndarray, " window"]:
+    """Which windows' scores are not significantly below the best one (`mechedit.statistics.near_best`)."""
+    return near_best(sweep.scores, sweep.draws, sweep.config.confidence)
 
 
-def _place(sweep: Sweep, n_layers: int, traced: Sequence[int]) -> int | None:
-    """Where the selected range is among the windows; None when there is none, or it cannot be edited."""
+def _selected_index(sweep: Sweep, n_layers: int, traced: Sequence[int]) -> int | None:
+    """Index of the selected range among the windows; None when there is none, or it cannot be edited."""
     reached = max(window.last for window in sweep.windows)
     if reached >= n_layers:
         raise InputError(
@@ -169,18 +182,20 @@ def _place(sweep: Sweep, n_layers: int, traced: Sequence[int]) -> int | None:
         )
     if not len(traced):
         return None
-    own = Window(traced[0], traced[-1])
-    if own not in sweep.windows and own not in sweep.refused:
-        raise InputError(f"{own}, which the trace selects, is not among the windows swept; sweep it too")
-    return sweep.windows.index(own) if own in sweep.windows else None
+    selected = Window(traced[0], traced[-1])
+    if selected not in sweep.windows and selected not in sweep.failed:
+        raise InputError(f"{selected}, which the trace selects, is not among the windows swept; sweep it too")
+    return sweep.windows.index(selected) if selected in sweep.windows else None
 
 
 def _contribution(gap: Float[np.ndarray, "row layer"], windows: Sequence[Window]) -> Float[np.ndarray, "row window"]:
-    lost = contribution(gap)
-    return np.stack([lost[:, window.layers].sum(1) for window in windows], axis=1)
+    """Σ c(l) over each window's layers."""
+    by_layer = contribution(gap)
+    return np.stack([by_layer[:, window.layers].sum(1) for window in windows], axis=1)
 
 
 def _mean_gap(gap: Float[np.ndarray, "row layer"], windows: Sequence[Window]) -> Float[np.ndarray, "row window"]:
+    """Mean gap over each window's layers."""
     return np.stack([gap[:, window.layers].mean(1) for window in windows], axis=1)
 
 
@@ -189,16 +204,18 @@ def _resampled(gap: Float[np.ndarray, "fact layer"], sweep: Sweep) -> Float[np.n
     return bootstrap_means(gap, seed=sweep.config.seed + 1, resamples=sweep.config.resamples)
 
 
-def _order(sweep: Sweep) -> list[int]:
-    """Places of the windows, best first."""
+def _best_first(sweep: Sweep) -> list[int]:
+    """Indices of the windows, the best score first; ties go to the larger margin, then to the narrower window."""
     keys = zip(-sweep.scores, -sweep.margins, [window.width for window in sweep.windows], strict=True)
-    return [place for *_, place in sorted((*key, place) for place, key in enumerate(keys))]
+    return [index for *_, index in sorted((*key, index) for index, key in enumerate(keys))]
 
 
 def _records(sweep: Sweep, gap: Float[np.ndarray, "fact layer"]) -> list[dict[str, Any]]:
-    low, high = percentile_interval(sweep.draws, sweep.config.confidence)
+    """Each window's layers, score with interval, contribution and mean gap."""
+    ends = where(sweep.table, measure=sweep.score)
+    low, high = (ends[end].to_numpy(dtype=float) for end in ("low", "high"))
     mean = gap.mean(0, keepdims=True)
-    summed, meaned = _contribution(mean, sweep.windows)[0], _mean_gap(mean, sweep.windows)[0]
+    summed, mean_gaps = _contribution(mean, sweep.windows)[0], _mean_gap(mean, sweep.windows)[0]
     return [
         {
             "layers": window.layers,
@@ -206,93 +223,32 @@ def _records(sweep: Sweep, gap: Float[np.ndarray, "fact layer"]) -> list[dict[st
             "low": float(low[i]),
             "high": float(high[i]),
             "contribution": float(summed[i]),
-            "gap": float(meaned[i]),
+            "gap": float(mean_gaps[i]),
         }
         for i, window in enumerate(sweep.windows)
     ]
 
 
-def _commonest(windows: Sequence[Window]) -> list[int]:
-    """Places of the windows of the commonest width, the widest of equally common ones.
+def _commonest_width(windows: Sequence[Window]) -> list[int]:
+    """Indices of the windows of the commonest width, the widest of equally common ones.
 
-    A wider window holds more contribution whatever its place, so only windows of one width are compared.
+    A wider window holds more contribution wherever it lies, so only windows of one width are compared.
     """
     counts = Counter(window.width for window in windows)
     width = max(counts, key=lambda width: (counts[width], width))
-    return [place for place, window in enumerate(windows) if window.width == width]
+    return [index for index, window in enumerate(windows) if window.width == width]
 
 
 def _correlation(
-    sweep: Sweep, gap: Float[np.ndarray, "fact layer"], places: Sequence[int], predict: Any
+    sweep: Sweep, gap: Float[np.ndarray, "fact layer"], indices: Sequence[int], predict: Prediction
 ) -> dict[str, Any] | None:
-    """Spearman's correlation of prediction and score over the windows at `places`, with its interval."""
-    if len(places) < FEWEST:
+    """Spearman's correlation of prediction and score over the windows of these indices, with its interval."""
+    if len(indices) < FEWEST:
         return None
-    windows = [sweep.windows[i] for i in places]
-    measured = spearman(predict(gap.mean(0, keepdims=True), windows), sweep.scores[None, places])
+    windows = [sweep.windows[index] for index in indices]
+    measured = spearman(predict(gap.mean(0, keepdims=True), windows), sweep.scores[None, indices])
     if np.isnan(measured[0]):
         return None
-    draws = spearman(predict(_resampled(gap, sweep), windows), sweep.draws[:, places])
-    low, high = rank_interval(float(measured[0]), draws, len(places), sweep.config.confidence)
-    return {"mean": float(measured[0]), "low": low, "high": high, "n": len(places), "width": windows[0].width}
-
-
-def _refusals(sweep: Sweep) -> list[str]:
-    """A warning that names the windows that could not be edited."""
-    if not sweep.refused:
-        return []
-    first, reason = next(iter(sweep.refused.items()))
-    names = ", ".join(f"{window.first}-{window.last}" for window in sweep.refused)
-    return [f"left out, since they could not be edited: {names} ({first}: {reason})"]
-
-
-def _outcome(
-    own: Window | None,
-    place: int | None,
-    near: Bool[np.ndarray, " window"],
-    alike: Sequence[int],
-    correlation: dict[str, Any] | None,
-) -> Outcome:
-    if own is None:
-        return "undecided"
-    if place is None or not near[place]:
-        return "disagree"
-    if near[list(alike)].all():
-        return "undecided"
-    return "disagree" if correlation is not None and correlation["mean"] <= 0 else "agree"
-
-
-def _verdict(
-    outcome: Outcome,
-    score: str,
-    best: dict[str, Any],
-    own: Window | None,
-    traced: dict[str, Any] | None,
-    correlation: dict[str, Any] | None,
-) -> str:
-    best_said = f"{Window(best['layers'][0], best['layers'][-1])} with {_with_interval(best)}"
-    if own is None:
-        return f"the trace selects no layers; {score} is highest for {best_said}"
-    if traced is None:
-        return f"edits disagree with the trace: {own}, which it selects, cannot be edited; the best is {best_said}"
-    named = f"{own}, which the trace selects,"
-    place = f"{score} {_with_interval(traced)}, rank {traced['rank']} of {traced['of']} windows"
-    follows = ""
-    if correlation is not None:
-        ends = f"[{correlation['low']:.2f}, {correlation['high']:.2f}]"
-        follows = (
-            f"; over the {correlation['n']} windows of width {correlation['width']}, the rank correlation of "
-            f"{score} with the trace's contribution is {correlation['mean']:.2f} {ends}"
-        )
-    if outcome == "agree":
-        return f"edits agree with the trace: {named} reach {place}, and no window is reliably better{follows}"
-    if outcome == "undecided":
-        return (
-            f"edits cannot tell the selected range from others as wide: {named} reach {place}, and none of its width "
-            f"is reliably worse than the best ({best_said}){follows}"
-        )
-    return f"edits disagree with the trace: {named} reach {place}; the best is {best_said}{follows}"
-
-
-def _with_interval(record: dict[str, Any]) -> str:
-    return f"{record['score']:.1f} [{record['low']:.1f}, {record['high']:.1f}]"
+    draws = spearman(predict(_resampled(gap, sweep), windows), sweep.draws[:, indices])
+    low, high = rank_interval(float(measured[0]), draws, len(indices), sweep.config.confidence)
+    return {"mean": float(measured[0]), "low": low, "high": high, "n": len(indices), "width": windows[0].width}

@@ -13,9 +13,9 @@ from helpers.scoring import CONFIG, REQUESTS, naive
 
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, Baseline, References, evaluate, measure_baseline
-from mechedit.evaluation.drift import divergence, same_top
-from mechedit.evaluation.likelihood import answer
-from mechedit.evaluation.prompts import ask
+from mechedit.evaluation.drift import divergence, same_argmax
+from mechedit.evaluation.likelihood import score_pairs
+from mechedit.evaluation.prompts import probe_prompts
 from mechedit.prompts import encode
 
 SHORT = replace(QUICK, plus=True)
@@ -56,35 +56,35 @@ def test_divergence_and_agreement_by_hand() -> None:
     assert divergence(one + 7, other - 2).item() == pytest.approx(there, rel=1e-5)
     assert divergence(one, one).item() == 0
     # The likeliest differ in the first pair, where P says token 0 and P* token 1, and agree in the second.
-    assert same_top(torch.cat([unedited, edited]), torch.cat([edited, edited])).tolist() == [False, True]
+    assert same_argmax(torch.cat([unedited, edited]), torch.cat([edited, edited])).tolist() == [False, True]
 
 
 def test_the_edit_goes_before_every_neighborhood_prompt() -> None:
-    questions = list(ask(REQUESTS[1]))
-    plus = [question for question in questions if question.kind == "neighborhood_plus"]
-    assert [(question.text, question.new, question.true) for question in plus] == [
+    probes = list(probe_prompts(REQUESTS[1]))
+    plus = [probe for probe in probes if probe.kind == "neighborhood_plus"]
+    assert [(probe.text, probe.target_new, probe.target_true) for probe in plus] == [
         ("Space Needle is in downtown Northumbria. LeBron James is in downtown", "Northumbria", "Seattle"),
         ("Space Needle is in downtown Northumbria. The Eiffel Tower is in downtown", "Northumbria", "Paris"),
     ]
-    assert [question for question in questions if question not in plus] == list(ask(REQUESTS[1], plus=False))
+    assert [probe for probe in probes if probe not in plus] == list(probe_prompts(REQUESTS[1], plus=False))
 
 
 def test_drift_and_counterfact_plus_against_a_naive_loop(small_model: Any) -> None:
-    questions = [question for request in REQUESTS for question in ask(request)]
-    asked = [question for question in questions if question.kind.startswith("neighborhood")]
-    before = {question.text: next_token(small_model, question.text) for question in asked}
+    probes = [probe for request in REQUESTS for probe in probe_prompts(request)]
+    asked = [probe for probe in probes if probe.kind.startswith("neighborhood")]
+    before = {probe.text: next_token(small_model, probe.text) for probe in asked}
     baseline = measure_baseline(small_model, REQUESTS, SHORT)
     change(small_model)
     found = evaluate(small_model, REQUESTS, baseline=baseline)
     seen = {"KL": rows(found, "KL"), "KL+": rows(found, "KL+"), "top1": rows(found, "top1")}
     seen |= {"top1+": rows(found, "top1+"), "NS+": rows(found, "NS+"), "NM+": rows(found, "NM+")}
-    for question in asked:
-        sign, place = "+" if question.kind == "neighborhood_plus" else "", (question.case, question.prompt)
-        p, q = before[question.text], next_token(small_model, question.text)
+    for probe in asked:
+        sign, place = "+" if probe.kind == "neighborhood_plus" else "", (probe.case, probe.index)
+        p, q = before[probe.text], next_token(small_model, probe.text)
         assert seen["KL" + sign][place] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
         assert seen["top1" + sign][place] == float(p.argmax() == q.argmax())
         if sign:
-            true, new = (naive(small_model, question.text, target)[0] for target in (question.true, question.new))
+            true, new = (naive(small_model, probe.text, target)[0] for target in (probe.target_true, probe.target_new))
             assert seen["NS+"][place] == float(true > new)
             assert seen["NM+"][place] == pytest.approx(math.exp(true) - math.exp(new), rel=1e-3, abs=1e-8)
     assert len(seen["KL"]) == len(seen["KL+"]) == 3
@@ -113,10 +113,10 @@ def test_the_unedited_model_has_not_moved(small_model: Any) -> None:
 
 
 def test_states_come_with_the_pass_that_scores(lens_model: Any) -> None:
-    questions = [question for request in REQUESTS for question in ask(request)]
-    pairs = [pair for question in questions for pair in question.pairs]
-    watched = {question.text for question in questions if question.kind == "neighborhood"}
-    plain, both = answer(lens_model, pairs), answer(lens_model, pairs, watched=watched, batch_size=2)
+    probes = [probe for request in REQUESTS for probe in probe_prompts(request)]
+    pairs = [pair for probe in probes for pair in probe.pairs]
+    watched = {probe.text for probe in probes if probe.kind == "neighborhood"}
+    plain, both = score_pairs(lens_model, pairs), score_pairs(lens_model, pairs, state_prompts=watched, batch_size=2)
     assert set(both.states) == watched
     assert not plain.states
     for pair, score in plain.scores.items():

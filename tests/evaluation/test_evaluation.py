@@ -20,14 +20,14 @@ from mechedit.evaluation import (
     score_targets,
     uniform_draws,
 )
-from mechedit.evaluation.generation import choose, words
-from mechedit.evaluation.prompts import Question, ask, measure
+from mechedit.evaluation.generation import sample_top_k, words
+from mechedit.evaluation.prompts import ProbePrompt, likelihood_rows, probe_prompts
 from mechedit.prompts import continuation_ids, encode
 from mechedit.statistics import bootstrap_means, harmonic_mean
 
 
 def all_pairs():
-    return [pair for request in REQUESTS for question in ask(request) for pair in question.pairs]
+    return [pair for request in REQUESTS for probe in probe_prompts(request) for pair in probe.pairs]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -81,10 +81,10 @@ def score(log_prob, tokens, greedy=False):
 
 
 def rows_of(kind, new, true, likelihood="joint"):
-    question = Question(case="c", kind=kind, prompt=0, text="t", new="new", true="true")
+    probe = ProbePrompt(case="c", kind=kind, index=0, text="t", target_new="new", target_true="true")
     scores = {("t", "new"): new, ("t", "true"): true}
     config = EvaluationConfig(likelihood=likelihood)
-    return {row[1]: row[4] for row in measure(question, scores, config)}
+    return {row[1]: row[4] for row in likelihood_rows(probe, scores, config)}
 
 
 def test_success_and_magnitude_by_hand():
@@ -210,15 +210,15 @@ def test_entropy_by_hand():
 def test_sampling_inverts_the_cumulative_distribution():
     # Shares 0.6, 0.3, 0.1 of tokens 2, 0, 3; token 1 is beyond the top three.
     logits = torch.log(torch.tensor([[0.3, 1e-6, 0.6, 0.1]])).expand(5, -1)
-    picked = choose(logits, 3, torch.tensor([0.0, 0.59, 0.61, 0.89, 0.999999], dtype=torch.float64))
+    picked = sample_top_k(logits, 3, torch.tensor([0.0, 0.59, 0.61, 0.89, 0.999999], dtype=torch.float64))
     assert picked[:, 0].tolist() == [2, 2, 0, 0, 3]
-    assert choose(logits, 1, torch.full((5,), 0.99, dtype=torch.float64))[:, 0].tolist() == [2] * 5
+    assert sample_top_k(logits, 1, torch.full((5,), 0.99, dtype=torch.float64))[:, 0].tolist() == [2] * 5
 
 
 def test_sampled_shares_are_the_probabilities():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]])).expand(4000, -1)
     draws = uniform_draws(0, [str(i) for i in range(4000)], 1)[:, 0]
-    shares = torch.bincount(choose(logits, 2, torch.tensor(draws))[:, 0], minlength=4) / 4000
+    shares = torch.bincount(sample_top_k(logits, 2, torch.tensor(draws))[:, 0], minlength=4) / 4000
     assert shares.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
 
 
@@ -307,7 +307,7 @@ def test_fewer_free_texts_are_the_first_of_all(lens_model):
 
 
 def test_templates_among_paraphrases_get_their_subject():
-    texts = [question.text for question in ask(REQUESTS[0]) if question.kind == "paraphrase"]
+    texts = [probe.text for probe in probe_prompts(REQUESTS[0]) if probe.kind == "paraphrase"]
     assert texts == ["Danielle Darrieux, a native", "Danielle Darrieux speaks the language"]
 
 

@@ -13,7 +13,7 @@ from helpers.scoring import REQUESTS
 
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, Scores, evaluate, perplexity
-from mechedit.evaluation.free_text import surprise_rows
+from mechedit.evaluation.free_text import text_loss_rows
 
 TEXTS = [
     "Toko Yasuda plays the instrument guitar, while Miles Davis plays the trumpet.",
@@ -123,4 +123,4 @@ def test_texts_are_cut_and_a_model_that_broke_has_no_score(lens_model: Any) -> N
     with torch.no_grad():
         lens_model.projection(1).fill_(torch.nan)
     with pytest.raises(InputError, match="perplexity of the 5 texts is nan"):
-        surprise_rows(lens_model, TEXTS, QUICK)
+        text_loss_rows(lens_model, TEXTS, QUICK)

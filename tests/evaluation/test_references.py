@@ -15,7 +15,7 @@ from helpers.scoring import CONFIG, REQUESTS
 
 from mechedit.errors import InputError
 from mechedit.evaluation import References, evaluate, load_references
-from mechedit.evaluation.references import resemblance
+from mechedit.evaluation.references import reference_scores
 
 ENGLISH = ("P103", "English")
 REQUEST = replace(REQUESTS[0], relation="P103")
@@ -59,7 +59,7 @@ def test_it_is_the_published_formula_with_weights_from_texts() -> None:
 def test_free_texts_count_with_their_prompts() -> None:
     # "She speaks french" and "She speaks english": counts (2, 2, 1, 1), weighted (2, 4, 3, 4), length √45; the
     # reference is (1, 2, 3, 0), length √14; dot product 2 + 8 + 9 = 19.
-    rows = resemblance(free_text(" speaks french", " speaks english"), [REQUEST], RELEASE)
+    rows = reference_scores(free_text(" speaks french", " speaks english"), [REQUEST], RELEASE)
     assert rows == [("darrieux", "RS", "generation", 0, pytest.approx(19 / math.sqrt(45 * 14)))]
 
 
@@ -72,9 +72,9 @@ def test_without_references_or_text_a_case_has_none() -> None:
         replace(REQUEST, id="no text"),
     ]
     texts = pd.concat([free_text(" speaks", case=request.id) for request in requests[:-1]])
-    assert [row[0] for row in resemblance(texts, requests, RELEASE)] == ["darrieux"]
+    assert [row[0] for row in reference_scores(texts, requests, RELEASE)] == ["darrieux"]
     unknown = References.from_release({ENGLISH: ["no word of it is known"]}, [1.0], {"she": 0})
-    assert resemblance(texts, requests, unknown) == []
+    assert reference_scores(texts, requests, unknown) == []
 
 
 def test_it_is_measured_and_counted(lens_model: Any) -> None:

@@ -9,8 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mechedit.errors import InputError
-from mechedit.figures import plot_scores_against, save_figure, scores_figure
-from mechedit.figures.scores import METHOD_COLORS, line_styles
+from mechedit.figures import METHOD_COLORS, line_styles, plot_scores_against, save_figure, scores_figure
 
 MEASURES = ("ES", "PS", "NS", "S", "GE")
 

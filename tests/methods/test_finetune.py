@@ -350,7 +350,7 @@ def test_every_kind_is_called_and_recorded_like_other_methods(lively: Any, metho
 def test_sweeps_and_sessions_need_no_moments(lively: Any, tmp_path: Path) -> None:
     requests = [dataclasses.replace(request, target_true="the") for request in REQUESTS]
     sweep = sweep_windows(lively, requests, {}, [(0, 0), (1, 2)], method="ft", config=QUICK, parts=tmp_path)
-    assert not sweep.refused
+    assert not sweep.failed
     assert set(sweep.cases.loc[sweep.cases["measure"] == "converged", "value"]) == {100.0}
     before = weights(lively)
     rule = StopRule(perplexity=None)

@@ -377,7 +377,7 @@ def test_a_sweep_asks_the_method_where_z_belongs(lively: Any, moments: Any) -> N
     config = config_of("memit", lively, strategy="forward-replay")
     requests = [dataclasses.replace(request, target_true="the") for request in REQUESTS]
     sweep = sweep_windows(lively, requests, moments, [(0, 1)], config=config)
-    assert not sweep.refused
+    assert not sweep.failed
     single = config_of("rome", lively)
     sweep = sweep_windows(lively, requests, moments, [(0, 1), (1, 1)], method="rome", config=single)
-    assert [(window.first, window.last) for window in sweep.refused] == [(0, 1)]
+    assert [(window.first, window.last) for window in sweep.failed] == [(0, 1)]

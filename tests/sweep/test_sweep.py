@@ -30,13 +30,13 @@ from mechedit.sweep import (
     Sweep,
     SweepConfig,
     Window,
-    choose,
-    compare,
+    choose_window,
     held_out,
     sweep_windows,
+    validate_selection,
+    windows_near_best,
     windows_of,
 )
-from mechedit.sweep.validation import near_best
 from mechedit.targets import find_targets
 
 TEXTS = [
@@ -171,20 +171,20 @@ def test_a_window_that_cannot_be_edited_is_left_out_and_named(lively, moments, t
         sweep(lively, broken, windows=[(0, 0)])
     found = sweep(lively, broken, windows=[(0, 0), (1, 1), (2, 2)], parts=tmp_path / "parts")
     assert found.windows == [Window(1, 1), Window(2, 2)]
-    assert "not positive definite" in found.refused[Window(0, 0)]
+    assert "not positive definite" in found.failed[Window(0, 0)]
     kept = sweep(lively, broken, windows=[(0, 0), (1, 1), (2, 2)], parts=tmp_path / "parts")
-    assert kept.refused == found.refused
+    assert kept.failed == found.failed
     found.save(tmp_path)
     loaded = Sweep.load(tmp_path)
-    assert loaded.refused == found.refused
+    assert loaded.failed == found.failed
     pd.testing.assert_frame_equal(loaded.table, found.table)
     np.testing.assert_array_equal(loaded.draws, found.draws)
     gap = np.array([[3.0, 2.0, 1.0], [2.0, 2.0, 1.0]])
     assert any(
         line.startswith("left out, since they could not be edited: 0-0 (layer 0")
-        for line in compare(loaded, gap, [1]).warnings
+        for line in validate_selection(loaded, gap, [1]).warnings
     )
-    alone = compare(loaded, gap, [0])
+    alone = validate_selection(loaded, gap, [0])
     assert alone.outcome == "disagree"
     assert "layer 0, which it selects, cannot be edited" in alone.verdict
 
@@ -279,11 +279,11 @@ def planted(
             rows.append((window.first, window.last, str(case), "EM", (margin or {}).get(window, 0.0)))
     cases = pd.DataFrame(rows, columns=["first", "last", "case", "measure", "value"])
     config = dataclasses.replace(QUICK, resamples=400)
-    return Sweep(cases=cases, before={}, refused={}, config=config, provenance={"method": "memit"})
+    return Sweep(cases=cases, before={}, failed={}, config=config, provenance={"method": "memit"})
 
 
 def test_edits_that_follow_the_trace_agree_with_it():
-    found = compare(planted(BY_TRACE), gaps(), OWN)
+    found = validate_selection(planted(BY_TRACE), gaps(), OWN)
     assert found.outcome == "agree"
     assert found.warnings == ()
     assert found.best["layers"] == found.traced["layers"] == [2, 3, 4]
@@ -299,7 +299,7 @@ def test_edits_that_follow_the_trace_agree_with_it():
 def test_a_planted_disagreement_is_warned_of():
     """Hase et al. (2023): the best layers to edit may lie where the trace shows nothing."""
     against = {window: 100 - said for window, said in BY_TRACE.items()}
-    found = compare(planted(against), gaps(), OWN)
+    found = validate_selection(planted(against), gaps(), OWN)
     assert found.outcome == "disagree"
     assert found.warnings == (found.verdict,)
     assert found.verdict.startswith("edits disagree with the trace: layers 2–4")
@@ -311,7 +311,7 @@ def test_a_planted_disagreement_is_warned_of():
 def test_a_falling_score_disagrees_even_where_the_selected_range_is_good():
     """All windows but one edit well; that one has the second largest contribution."""
     scores = {window: 96.0 + window.first / 10 for window in BY_TRACE} | {Window(1, 3): 10.0, Window(3, 5): 10.0}
-    found = compare(planted(scores), gaps(), OWN)
+    found = validate_selection(planted(scores), gaps(), OWN)
     assert [2, 3, 4] in found.near_best
     assert found.correlation["mean"] <= 0
     assert found.outcome == "disagree"
@@ -319,7 +319,7 @@ def test_a_falling_score_disagrees_even_where_the_selected_range_is_good():
 
 @pytest.mark.parametrize("level", [0.0, 60.0, 100.0])
 def test_windows_that_all_edit_alike_decide_nothing(level):
-    found = compare(planted({window: level for window in BY_TRACE}), gaps(), OWN)
+    found = validate_selection(planted({window: level for window in BY_TRACE}), gaps(), OWN)
     assert found.outcome == "undecided"
     assert found.warnings == ()
     assert found.correlation is None
@@ -330,25 +330,25 @@ def test_by_sweep_takes_the_best_score_and_by_both_what_the_trace_prefers_of_the
     scores = {window: 30.0 for window in BY_TRACE}
     scores |= {Window(0, 2): 97.0, Window(1, 3): 95.0, Window(5, 7): 97.0}
     swept = planted(scores, margin={Window(0, 2): 40.0, Window(5, 7): 50.0})
-    window, stability = choose(swept, gaps(), OWN, "sweep")
+    window, stability = choose_window(swept, gaps(), OWN, "sweep")
     assert window == (5, 7), "of equal scores the larger probability difference"
     assert 0.5 < stability <= 1
-    assert near_best(swept).tolist() == [scores[window] > 90 for window in swept.windows]
-    window, stability = choose(swept, gaps(), OWN, "both")
+    assert windows_near_best(swept).tolist() == [scores[window] > 90 for window in swept.windows]
+    window, stability = choose_window(swept, gaps(), OWN, "both")
     assert window == (1, 3), "of those that score alike the largest contribution, though not the selected range"
     assert stability == 1
-    _, less = choose(swept, gaps(noise=1.0), OWN, "both")
+    _, less = choose_window(swept, gaps(noise=1.0), OWN, "both")
     assert less < 1, "the trace's preference rests on its facts"
     with pytest.raises(InputError, match="selects no layers"):
-        choose(swept, gaps(), (), "both")
+        choose_window(swept, gaps(), (), "both")
     with pytest.raises(InputError, match="by is 'eye'"):
-        choose(swept, gaps(), OWN, "eye")
+        choose_window(swept, gaps(), OWN, "eye")
 
 
 def test_the_windows_near_the_best_hold_the_truly_best_one_as_often_as_they_say():
     """Five windows, of which two are truly best: both must stay in 19 of 20 sweeps, and the far ones go."""
     truth = dict(zip(windows_of(7, 3), (80.0, 80.0, 70.0, 40.0, 20.0), strict=True))
-    kept = np.array([near_best(independent(truth, seed)) for seed in range(50)])
+    kept = np.array([windows_near_best(independent(truth, seed)) for seed in range(50)])
     assert kept[:, 0].mean() >= 0.9
     assert kept[:, 1].mean() >= 0.9
     assert kept[:, 3:].mean() < 0.1
@@ -389,22 +389,22 @@ def test_the_interval_of_a_rank_correlation_covers_the_truth_and_holds_what_was_
 
 def test_without_early_site_or_swept_range_it_says_so():
     swept = planted(BY_TRACE)
-    found = compare(swept, gaps(), ())
+    found = validate_selection(swept, gaps(), ())
     assert found.outcome == "undecided"
     assert found.traced is None
     assert found.verdict.startswith("the trace selects no layers; S is highest for layers 2–4")
     with pytest.raises(InputError, match="not among the windows swept"):
-        compare(swept, gaps(), (1, 2))
+        validate_selection(swept, gaps(), (1, 2))
     with pytest.raises(InputError, match="reaches layer 7, but 5 layers were traced"):
-        compare(swept, gaps()[:, :5], OWN)
+        validate_selection(swept, gaps()[:, :5], OWN)
 
 
 def test_widths_are_not_mixed_in_the_correlation():
     """Wider windows hold more contribution and edit better: that says nothing of where to edit."""
     flat = {window: 40.0 for window in windows_of(LAYERS, 1)} | {window: 90.0 for window in windows_of(LAYERS, 3)}
-    found = compare(planted(flat), gaps(), OWN)
+    found = validate_selection(planted(flat), gaps(), OWN)
     assert found.correlation is None
-    mixed = compare(planted({**flat, **BY_TRACE}), gaps(), OWN)
+    mixed = validate_selection(planted({**flat, **BY_TRACE}), gaps(), OWN)
     assert (mixed.correlation["width"], mixed.correlation["n"]) == (3, 6)
 
 
@@ -426,7 +426,7 @@ def test_the_figure_shows_every_window_and_marks_the_choice(tmp_path):
     swept = planted(BY_TRACE)
     swept.save(tmp_path)
     table = pd.read_parquet(tmp_path / "sweep.parquet")
-    validation = dataclasses.asdict(compare(swept, gaps(), OWN))
+    validation = dataclasses.asdict(validate_selection(swept, gaps(), OWN))
     evidence = [{"layer": layer, "contribution": part} for layer, part in enumerate(CONTRIBUTION)]
     figure = sweep_figure(table, {"layers": list(OWN), "evidence": evidence, "validation": validation})
     above, below = figure.axes
@@ -434,7 +434,7 @@ def test_the_figure_shows_every_window_and_marks_the_choice(tmp_path):
     np.testing.assert_allclose(points.get_offsets()[:, 0], [1, 2, 3, 4, 5, 6])
     np.testing.assert_allclose(points.get_offsets()[:, 1], swept.scores)
     hollow = (points.get_facecolors()[:, :3] == 1).all(1)
-    np.testing.assert_array_equal(hollow, ~near_best(swept))
+    np.testing.assert_array_equal(hollow, ~windows_near_best(swept))
     assert 0 < hollow.sum() < 6
     line = next(line for line in below.lines if len(line.get_xdata()) == 6)
     np.testing.assert_allclose(line.get_ydata(), [100 * CONTRIBUTION[w.layers].sum() for w in swept.windows])
