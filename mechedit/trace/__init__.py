@@ -10,25 +10,26 @@ modules is cut off.
 
 from mechedit.trace.averages import average_effects, clearest_fact, total_effects
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.corruption import Corruption, Spread, embedding_spread, embedding_std
+from mechedit.trace.corruption import Corruption, EmbeddingStatistics, embedding_statistics, embedding_std
+from mechedit.trace.effects import Effects
 from mechedit.trace.labels import ROLES
-from mechedit.trace.metrics import METRICS, Answers
+from mechedit.trace.metrics import METRICS, MetricInputs
 from mechedit.trace.severing import Sever
-from mechedit.trace.trace import Effects, TracePlan, plan_trace, trace_facts
+from mechedit.trace.trace import TracePlan, plan_trace, trace_facts
 
 __all__ = [
     "METRICS",
     "ROLES",
-    "Answers",
     "Corruption",
     "Effects",
+    "EmbeddingStatistics",
+    "MetricInputs",
     "Sever",
-    "Spread",
     "TraceConfig",
     "TracePlan",
     "average_effects",
     "clearest_fact",
-    "embedding_spread",
+    "embedding_statistics",
     "embedding_std",
     "plan_trace",
     "total_effects",

@@ -18,10 +18,10 @@ from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.trace.cells import trace_group
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.corruption import NoiseSource, Spread, embedding_spread
+from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
 from mechedit.trace.effects import Effects
-from mechedit.trace.memory import scene_rows
-from mechedit.trace.tokens import Dropped, TracedFact, alike, known_facts, with_donors, with_roles
+from mechedit.trace.memory import max_group_rows
+from mechedit.trace.tokens import Dropped, TracedFact, group_by_shape, known_facts, with_replacements, with_roles
 
 
 def trace_facts(
@@ -30,7 +30,7 @@ def trace_facts(
     config: TraceConfig | None = None,
     *,
     noise: NoiseSource | None = None,
-    spread: Spread | None = None,
+    statistics: EmbeddingStatistics | None = None,
     parts: str | Path | None = None,
 ) -> Effects:
     """Trace facts and return one row for each restored cell and metric, averaged over noise samples.
@@ -46,14 +46,14 @@ def trace_facts(
         config: what to restore, sever, corrupt and measure.
         noise: explicit standard-normal draws, for replication; by default each fact's draws come from a seed
             made of `config.seed` and the fact's id, the same for every cell, kind and severing.
-        spread: of the subjects' embeddings, when it has been measured on a larger set of subjects.
+        statistics: of the subjects' embeddings, when they have been measured on a larger set of subjects.
         parts: a folder for each finished group of facts, so that an interrupted trace goes on where it stopped.
 
     Raises:
         ValueError: `parts` with explicit `noise`, whose draws no file name can tell apart.
         InputError: no facts, none that the model knows, noise of the wrong shape, or scores that are not finite.
     """
-    plan = plan_trace(model, facts, config, noise=noise, spread=spread, parts=parts)
+    plan = plan_trace(model, facts, config, noise=noise, statistics=statistics, parts=parts)
     frame = pd.concat(list(plan), ignore_index=True)
     order = {traced.fact.id: i for i, traced in enumerate(plan.facts)}
     frame = frame.sort_values("fact", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
@@ -74,7 +74,8 @@ class TracePlan:
     config: TraceConfig
     std: float
     """Of the noise, in absolute units."""
-    spread: Spread | None
+    statistics: EmbeddingStatistics | None
+    """Of the subjects' embeddings; None where the noise needs none."""
     noise: NoiseSource | None
     parts: Path | None
     provenance: dict[str, Any]
@@ -95,16 +96,16 @@ class TracePlan:
         with tqdm(total=len(self.facts), desc="tracing facts", unit="fact") as progress:
             for group in self.groups():
                 with torch.no_grad():
-                    make = partial(trace_group, self.model, group, self.std, self.config, self.noise, self.spread)
-                    own = [{**asdict(traced.fact), "donors": traced.donors} for traced in group]
-                    yield kept(self.parts, {**key, "facts": own}, make)
+                    make = partial(trace_group, self.model, group, self.std, self.config, self.noise, self.statistics)
+                    facts = [{**asdict(traced.fact), "replacements": traced.replacements} for traced in group]
+                    yield kept(self.parts, {**key, "facts": facts}, make)
                 progress.update(len(group))
 
     def groups(self) -> Iterator[list[TracedFact]]:
         """Facts of one shape, as many as the settings' rows and memory allow."""
-        for same in alike(self.facts, len(self.facts)):
-            size = max(1, scene_rows(self.model, same[0], self.config) // self.config.samples)
-            yield from alike(same, size)
+        for same_shape in group_by_shape(self.facts, len(self.facts)):
+            size = max(1, max_group_rows(self.model, same_shape[0], self.config) // self.config.samples)
+            yield from group_by_shape(same_shape, size)
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def plan_trace(
     config: TraceConfig | None = None,
     *,
     noise: NoiseSource | None = None,
-    spread: Spread | None = None,
+    statistics: EmbeddingStatistics | None = None,
     parts: str | Path | None = None,
 ) -> TracePlan:
     """Measure the noise, find the facts that the model knows, and refuse what cannot be traced; see `trace_facts`."""
@@ -126,20 +127,20 @@ def plan_trace(
     unique_ids((fact.id for fact in facts), "facts")
     for sever in config.severed:
         sever.through(model.n_layers)
-    how = config.corrupted_by
-    colored = how.distribution == "multivariate"
-    if spread is None and (config.noise_std is None or colored):
-        spread = embedding_spread(model, [fact.subject for fact in facts], root=colored)
+    distribution = config.corrupted_by.distribution
+    correlated = distribution == "multivariate"
+    if statistics is None and (config.noise_std is None or correlated):
+        statistics = embedding_statistics(model, [fact.subject for fact in facts], covariance_root=correlated)
     std = config.noise_std
     if std is None:
-        assert spread is not None
-        std = config.noise * spread.std
+        assert statistics is not None
+        std = config.noise * statistics.std
     known, dropped = known_facts(model, facts)
     known, roleless = with_roles(known, config)
     dropped = [*dropped, *roleless]
-    if known and how.distribution == "tokens":
-        known, without = with_donors(model, known, facts, config)
-        dropped = [*dropped, *without]
+    if known and distribution == "tokens":
+        known, irreplaceable = with_replacements(model, known, facts, config)
+        dropped = [*dropped, *irreplaceable]
     if not known:
         raise InputError(
             f"none of the {len(facts)} facts can be traced, expected some that the model completes with their object "
@@ -151,7 +152,7 @@ def plan_trace(
         dropped=dropped,
         config=config,
         std=float(std),
-        spread=spread,
+        statistics=statistics,
         noise=noise,
         parts=None if parts is None else Path(parts),
         provenance=model.provenance(),
