@@ -147,7 +147,7 @@ class Measured:
     def row(self) -> dict[str, Any]:
         """Truth, ablation and curves; curves in percent of probability, a number a layer."""
         curves = {
-            name: percents([record[name] for record in self.selection.evidence])
+            name: percents([getattr(record, name) for record in self.selection.evidence])
             for name in ("state", "gap", "contribution")
         }
         return {
@@ -170,7 +170,7 @@ class Measured:
         """Every rule's choice, against the planted layers and against ablation."""
         rows = []
         for rule, choice in self.selection.rules.items():
-            layers = choice["layers"]
+            layers = list(choice.layers)
             precision, iou = judge(layers, self.truth["layers"])
             rows.append(
                 {
@@ -184,7 +184,7 @@ class Measured:
                     "IoU": iou,
                     "IoU with ablation": judge(layers, self.important)[1],
                     "drop held": float(self.drop[layers].sum() / self.drop.clip(lower=0).sum()),
-                    "stability": choice["stability"],
+                    "stability": choice.stability,
                 }
             )
         return rows

@@ -1,4 +1,4 @@
-"""Facts in, tidy effects out."""
+"""Trace facts: facts in, tidy effects out."""
 
 from __future__ import annotations
 
@@ -33,25 +33,30 @@ def trace_facts(
     statistics: EmbeddingStatistics | None = None,
     parts: str | Path | None = None,
 ) -> Effects:
-    """Trace facts and return one row for each restored cell and metric, averaged over noise samples.
+    """Trace facts and return one row per restored cell and metric, averaged over noise samples.
 
     IE = P*,clean h(o) − P*(o) (MEMIT §3.1), with P the joint probability of the object's tokens, or another of
-    `config.metrics`. Columns are `COLUMNS`; `effect = score − corrupted`, in the metric's units, never clipped. Only
-    facts that the model completes with the object (greedy, every token) are traced; `frame.attrs` holds the settings,
-    provenance, `n_facts` and `dropped`, a list of [id, reason].
+    `config.metrics`. Columns are `mechedit.trace.effects.COLUMNS`; `effect = score − corrupted`, in the metric's
+    units, never clipped. Only facts that the model completes with the object (greedy, every token) are traced;
+    `frame.attrs` holds the settings, provenance, `n_facts` and `dropped`, a list of [id, reason].
 
     Args:
         model: any `Model`.
-        facts: what to trace.
+        facts: facts to trace.
         config: what to restore, sever, corrupt and measure.
         noise: explicit standard-normal draws, for replication; by default each fact's draws come from a seed
             made of `config.seed` and the fact's id, the same for every cell, kind and severing.
         statistics: of the subjects' embeddings, when they have been measured on a larger set of subjects.
-        parts: a folder for each finished group of facts, so that an interrupted trace goes on where it stopped.
+        parts: folder for the effects of finished groups of facts, from which an interrupted trace continues.
 
     Raises:
         ValueError: `parts` with explicit `noise`, whose draws no file name can tell apart.
         InputError: no facts, none that the model knows, noise of the wrong shape, or scores that are not finite.
+
+    Example:
+        >>> model, facts = me.load_model("tiny"), me.load_facts("known")
+        >>> effects = me.trace_facts(model, facts, me.TraceConfig(sever=("nothing", "mlp", "attn")))
+        >>> me.average_effects(effects)
     """
     plan = plan_trace(model, facts, config, noise=noise, statistics=statistics, parts=parts)
     frame = pd.concat(list(plan), ignore_index=True)
@@ -63,21 +68,25 @@ def trace_facts(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TracePlan:
-    """What will be traced; iterate over it for the effects of one group of facts after another.
+    """A trace that is ready to run; iterate over it for the effects of one group of facts after another.
 
     A thousand facts need no more memory than one group.
     """
 
     model: Model
     facts: Sequence[TracedFact]
+    """Facts that will be traced."""
     dropped: Sequence[Dropped]
+    """Facts that will not, with the reasons."""
     config: TraceConfig
     std: float
-    """Of the noise, in absolute units."""
+    """Standard deviation of the noise, in absolute units."""
     statistics: EmbeddingStatistics | None
     """Of the subjects' embeddings; None where the noise needs none."""
     noise: NoiseSource | None
+    """Explicit draws; None draws from each fact's seed."""
     parts: Path | None
+    """Folder for the effects of finished groups."""
     provenance: dict[str, Any]
 
     @property
@@ -102,7 +111,7 @@ class TracePlan:
                 progress.update(len(group))
 
     def groups(self) -> Iterator[list[TracedFact]]:
-        """Facts of one shape, as many as the settings' rows and memory allow."""
+        """Facts of one shape, as many as `batch_rows` and `memory` allow."""
         for same_shape in group_by_shape(self.facts, len(self.facts)):
             size = max(1, max_group_rows(self.model, same_shape[0], self.config) // self.config.samples)
             yield from group_by_shape(same_shape, size)
@@ -118,7 +127,10 @@ def plan_trace(
     statistics: EmbeddingStatistics | None = None,
     parts: str | Path | None = None,
 ) -> TracePlan:
-    """Measure the noise, find the facts that the model knows, and refuse what cannot be traced; see `trace_facts`."""
+    """Choose the scale of the noise, find the facts that the model knows, and refuse what cannot be traced.
+
+    Arguments and errors are those of `trace_facts`.
+    """
     config = config or TraceConfig()
     if parts is not None and noise is not None:
         raise ValueError("parts cannot be kept with explicit noise: pass one of the two")
@@ -136,8 +148,8 @@ def plan_trace(
         assert statistics is not None
         std = config.noise * statistics.std
     known, dropped = known_facts(model, facts)
-    known, roleless = with_roles(known, config)
-    dropped = [*dropped, *roleless]
+    known, without_roles = with_roles(known, config)
+    dropped = [*dropped, *without_roles]
     if known and distribution == "tokens":
         known, irreplaceable = with_replacements(model, known, facts, config)
         dropped = [*dropped, *irreplaceable]
@@ -157,6 +169,5 @@ def plan_trace(
         parts=None if parts is None else Path(parts),
         provenance=model.provenance(),
     )
-    # A bound on memory that no group can keep is refused now.
-    list(plan.groups())
+    list(plan.groups())  # refuses a limit on memory that no group can keep
     return plan
