@@ -47,8 +47,8 @@ def early_site(subject: SubjectEffects, config: SelectConfig) -> EarlySite:
     mean = gap.mean(0)
     peak = int(mean.argmax())
     large = mean[peak] > NEGLIGIBLE * np.abs(subject.state.mean(0)).max()
-    found = bool(large and p <= 1 - config.confidence + 1e-12)
-    return EarlySite(found=found, layer=peak, gap=float(mean[peak]), p=p)
+    significant = p <= 1 - config.confidence + 1e-12
+    return EarlySite(found=bool(large and significant), layer=peak, gap=float(mean[peak]), p=p)
 
 
 def skewness_corrected_t(values: FactEffects, signs: Float[np.ndarray, "draw fact"]) -> Float[np.ndarray, "draw layer"]:

@@ -45,9 +45,9 @@ class Sever:
     def __post_init__(self) -> None:
         if self.module not in MODULES:
             raise InputError(f"sever holds {self.module!r}, {_EXPECTED}")
-        for place in self.places:
-            if isinstance(place, str) and place not in ROLES:
-                raise InputError(f"sever holds the place {place!r}, expected a position or one of {', '.join(ROLES)}")
+        for role in self.places:
+            if isinstance(role, str) and role not in ROLES:
+                raise InputError(f"sever holds the place {role!r}, expected a position or one of {', '.join(ROLES)}")
 
     @staticmethod
     def parse(label: str) -> Sever:
@@ -90,7 +90,7 @@ class Sever:
         if self.layers is not None:
             words += f", layer{'s' if len(self.layers) > 1 else ''} {_joined(_spans(self.layers, '–'))}"
         if self.places != ("subject_last",):
-            words += f"{'' if self.layers is None else ','} at {_joined([_place_words(p) for p in self.places])}"
+            words += f"{'' if self.layers is None else ','} at {_joined(list(map(_place_words, self.places)))}"
         return words
 
     def at(self, roles: Sequence[str]) -> tuple[int, ...]:
@@ -100,13 +100,15 @@ class Sever:
             InputError: a position outside the prompt.
         """
         positions: set[int] = set()
-        for place in self.places:
-            if isinstance(place, str):
-                positions |= {i for i, role in enumerate(roles) if role == place}
-            elif -len(roles) <= place < len(roles):
-                positions.add(place % len(roles))
+        for role_or_position in self.places:
+            if isinstance(role_or_position, str):
+                positions |= {i for i, role in enumerate(roles) if role == role_or_position}
+            elif -len(roles) <= role_or_position < len(roles):
+                positions.add(role_or_position % len(roles))
             else:
-                raise InputError(f"sever {self.label!r} names position {place} of a prompt of {len(roles)} tokens")
+                raise InputError(
+                    f"sever {self.label!r} names position {role_or_position} of a prompt of {len(roles)} tokens"
+                )
         return tuple(sorted(positions))
 
     def through(self, n_layers: int) -> tuple[int, ...]:
@@ -143,10 +145,11 @@ def _place(word: str) -> str | int:
     return int(word) if re.fullmatch(r"-?[0-9]+", word) else word
 
 
-def _place_words(place: str | int) -> str:
-    if isinstance(place, str):
-        return _PLACE_WORDS[place]
-    return f"position {place}" if place >= 0 else f"position {-place} from the end"
+def _place_words(role_or_position: str | int) -> str:
+    if isinstance(role_or_position, str):
+        return _PLACE_WORDS[role_or_position]
+    from_end = role_or_position < 0
+    return f"position {-role_or_position} from the end" if from_end else f"position {role_or_position}"
 
 
 def _spans(layers: Sequence[int], dash: str) -> list[str]:
