@@ -30,7 +30,7 @@ import mechedit as me
 from benchmarks.machine import Peak, load, matrix_rate, timed
 from mechedit.trace.cells import trace_group, window_span
 from mechedit.trace.corruption import draw_noise
-from mechedit.trace.tokens import TracedFact, prepare
+from mechedit.trace.tokens import TracedFact, tokenize_fact
 from mechedit.trace.trace import TracePlan
 
 SAMPLES = 10
@@ -152,7 +152,15 @@ def published(
 def groups_of(model: me.Model, facts: Sequence[TracedFact], config: me.TraceConfig) -> list[list[TracedFact]]:
     """Facts as `trace_facts` groups them."""
     plan = TracePlan(
-        model=model, facts=facts, dropped=(), config=config, std=STD, spread=None, noise=None, parts=None, provenance={}
+        model=model,
+        facts=facts,
+        dropped=(),
+        config=config,
+        std=STD,
+        statistics=None,
+        noise=None,
+        parts=None,
+        provenance={},
     )
     return list(plan.groups())
 
@@ -268,7 +276,7 @@ def main() -> None:
         with torch.no_grad():
             for work in WORKLOADS:
                 count = work.times * (arguments.facts or FACTS[shape])
-                facts = [prepare(model, fact) for fact in me.load_facts("known")[:count]]
+                facts = [tokenize_fact(model, fact) for fact in me.load_facts("known")[:count]]
                 compare(model, facts, work, arguments.share or SHARES[shape], arguments)
 
 

@@ -51,7 +51,7 @@ from mechedit.sweep import (
     validate_selection,
 )
 from mechedit.tables import read_table, where
-from mechedit.trace import TraceConfig, embedding_spread, plan_trace
+from mechedit.trace import TraceConfig, embedding_statistics, plan_trace
 from mechedit.trace.averages import fact_totals, main_metric
 
 Protocol = Literal["counterfact", "zsre"]
@@ -68,12 +68,12 @@ def trace_step(run: RunFolder, model: Model, facts: Sequence[Fact], config: Trac
     cut = tuple(sever for sever in config.sever if sever != "nothing")
 
     def make() -> dict[str, Any]:
-        colored = config.corrupted_by.distribution == "multivariate"
-        spread = embedding_spread(model, [fact.subject for fact in facts], root=colored)
+        correlated = config.corrupted_by.distribution == "multivariate"
+        statistics = embedding_statistics(model, [fact.subject for fact in facts], covariance_root=correlated)
         wanted = [_changed(config, sever=("nothing",))]
         if cut:
             wanted.append(_changed(config, kinds=("state",), sever=cut, roles=("subject_last",)))
-        plans = [plan_trace(model, facts, settings, spread=spread, parts=parts) for settings in wanted]
+        plans = [plan_trace(model, facts, settings, statistics=statistics, parts=parts) for settings in wanted]
         attrs = {**plans[0].attrs, "config": config.plain()}
         write_parquet_parts(file, itertools.chain.from_iterable(plans), attrs)
         return attrs

@@ -97,7 +97,7 @@ print(f"stability {selection.stability:.2f}, early site: p = {selection.early_si
 # where the model has any.
 
 # %%
-draw(partial(plot_selection, dataclasses.asdict(selection)), height=2.7)
+draw(partial(plot_selection, selection.plain()), height=2.7)
 
 # %% [markdown]
 # A stability well below 1, as with so few facts, says where the doubt is: look for layers whose membership is neither
@@ -111,7 +111,7 @@ draw(partial(plot_selection, dataclasses.asdict(selection)), height=2.7)
 # trace, and is left out here.
 
 # %%
-pd.DataFrame(selection.rules).T[["layers", "stability", "modal"]]
+pd.DataFrame({name: vars(rule) for name, rule in selection.rules.items()}).T[["layers", "stability", "modal"]]
 
 # %% [markdown]
 # What others edit in GPT-2 XL and Llama 3 8B, with the source. Such ranges are there to compare with: most were chosen
@@ -160,7 +160,7 @@ print(validation.verdict)
 
 # %%
 checked = dataclasses.replace(selection, validation=dataclasses.asdict(validation))
-sweep_figure(sweep.table, dataclasses.asdict(checked))
+sweep_figure(sweep.table, checked.plain())
 
 # %% [markdown]
 # Above: each window's S at its center with its interval over requests; filled marks cannot be told from the best, the

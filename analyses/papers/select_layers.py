@@ -137,8 +137,7 @@ def sentence(text: str) -> str:
 def rules(selection: Selection) -> str:
     """What each rule selects, beside what others use for this model."""
     rows = [
-        [name, span(rule["layers"]), f"{rule['stability']:.0%}", span(rule["modal"])]
-        for name, rule in selection.rules.items()
+        [name, span(rule.layers), f"{rule.stability:.0%}", span(rule.modal)] for name, rule in selection.rules.items()
     ]
     text = markdown(["rule", "layers", "resamples that agree", "most frequent"], rows)
     if not selection.published:

@@ -41,7 +41,8 @@ from mechedit.figures import (
 from mechedit.files import atomic
 from mechedit.tables import read_table, where
 from mechedit.trace import TraceConfig, average_effects, clearest_fact, total_effects
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
+from mechedit.trace.severing import sever_in_words
 
 MAX_FACTS = 100
 """Every token of every fact is traced, which takes longer than the selection's trace."""
@@ -76,7 +77,7 @@ def traced(experiment: Experiment) -> Path:
 def printed(averages: pd.DataFrame, total: pd.DataFrame) -> pd.DataFrame:
     """The largest AIE of each kind, severing and role, beside the ATE, all in percent of probability."""
     best = averages.loc[averages.groupby(["kind", "sever", "role"], sort=False)["mean"].idxmax()]
-    named = pd.DataFrame({"kind": best["kind"].map(KIND_LABELS), "severed": best["sever"].map(sever_label)})
+    named = pd.DataFrame({"kind": best["kind"].map(KIND_LABELS), "severed": best["sever"].map(sever_in_words)})
     named["role"] = best["role"].map(ROLE_LABELS)
     named["layer"], named["facts"] = best["layer"], best["facts"]
     for name, column in (("AIE", "mean"), ("low", "low"), ("high", "high")):

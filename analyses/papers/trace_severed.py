@@ -16,8 +16,7 @@ The exit code is 3 where the facts show no early site: no layers are selected th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -54,9 +53,9 @@ def tidy(selection: Selection) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for record in selection.evidence:
         for name in MEASURES:
-            ends = {end: record[f"{name}_{end}"] for end in ("low", "high")}
-            rows.append({"layer": record["layer"], "measure": name, "mean": record[name], **ends})
-        rows.append({"layer": record["layer"], "measure": "membership", "mean": record["membership"]})
+            ends = {end: getattr(record, f"{name}_{end}") for end in ("low", "high")}
+            rows.append({"layer": record.layer, "measure": name, "mean": getattr(record, name), **ends})
+        rows.append({"layer": record.layer, "measure": "membership", "mean": record.membership})
     return pd.DataFrame(rows, columns=["layer", "measure", "mean", "low", "high"]).astype({"low": float, "high": float})
 
 
@@ -65,11 +64,13 @@ def printed(selection: Selection) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for record in selection.evidence:
         numbers = {
-            name: record[name] for measure in MEASURES for name in (measure, f"{measure}_low", f"{measure}_high")
+            name: getattr(record, name)
+            for measure in MEASURES
+            for name in (measure, f"{measure}_low", f"{measure}_high")
         }
         percent = {name: round(100 * value, 2) + 0.0 for name, value in numbers.items()}  # not −0.0
-        chosen = {"membership": round(100 * record["membership"], 1), "chosen": record["layer"] in selection.layers}
-        rows.append({"layer": record["layer"], **percent, **chosen})
+        chosen = {"membership": round(100 * record.membership, 1), "chosen": record.layer in selection.layers}
+        rows.append({"layer": record.layer, **percent, **chosen})
     return pd.DataFrame(rows)
 
 
@@ -78,11 +79,9 @@ def write_rules(experiment: Experiment, selection: Selection) -> None:
     names = [selection.rule, *(name for name in selection.rules if name != selection.rule)]
     rows: list[dict[str, Any]] = []
     for name in names:
-        rule: Mapping[str, Any] = selection.rules[name]
-        stability = round(100 * rule["stability"], 1)
-        rows.append(
-            {"rule": name, "layers": span(rule["layers"]), "stability": stability, "modal": span(rule["modal"])}
-        )
+        rule = selection.rules[name]
+        stability = round(100 * rule.stability, 1)
+        rows.append({"rule": name, "layers": span(rule.layers), "stability": stability, "modal": span(rule.modal)})
     with atomic(experiment.out / f"{experiment.name}_rules.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
 
@@ -93,7 +92,7 @@ def severed_figure(selection: Selection) -> Figure:
         figure = Figure(figsize=(PAGE_WIDTH, 2.7))
         left, right = figure.subplots(1, 2)
         plot_severed(bars(selection), left, selection.layers)
-        plot_selection(asdict(selection), right)
+        plot_selection(selection.plain(), right)
     return figure
 
 

@@ -25,8 +25,8 @@ from mechedit.files import read_json, write_parquet
 from mechedit.models import Patch
 from mechedit.selection import RULES, SelectConfig
 from mechedit.tables import read_table
-from mechedit.trace.runs import Scene, run_clean_and_corrupted
-from mechedit.trace.tokens import alike, known_facts
+from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
+from mechedit.trace.tokens import group_by_shape, known_facts
 
 TRACE = me.TraceConfig(kinds=("state", "mlp"), sever=("nothing", "mlp"), roles=("subject_last",))
 LEAST_RECALL = 0.95
@@ -56,17 +56,17 @@ def ablate(model: me.Model, facts: Sequence[me.Fact], std: float) -> pd.DataFram
     """
     known, _ = known_facts(model, facts)
     frames = []
-    for group in tqdm(list(alike(known, 50)), desc="ablating", unit="group"):
-        scene = run_clean_and_corrupted(model, group, std, TRACE)
-        held = held_outputs(scene)
+    for group in tqdm(list(group_by_shape(known, 50)), desc="ablating", unit="group"):
+        runs = run_clean_and_corrupted(model, group, std, TRACE)
+        severed = severed_patches(runs)
         for layer in range(-1, model.n_layers):
-            scores = ablated_scores(scene, held if layer < 0 else [held[layer]])
+            scores = ablated_scores(runs, severed if layer < 0 else [severed[layer]])
             frames.append(
                 pd.DataFrame(
                     {
                         "fact": [traced.fact.id for traced in group],
                         "layer": layer,
-                        "clean": scene.clean_scores["probability"].numpy(),
+                        "clean": runs.clean_scores["probability"].numpy(),
                         "ablated": scores.numpy(),
                     }
                 )
@@ -75,19 +75,19 @@ def ablate(model: me.Model, facts: Sequence[me.Fact], std: float) -> pd.DataFram
     return frame.assign(drop=frame["clean"] - frame["ablated"])
 
 
-def held_outputs(scene: Scene) -> list[Patch]:
+def severed_patches(runs: TraceRuns) -> list[Patch]:
     """For each layer, the patch that holds its MLP at the subject's last token to its corrupted output."""
-    held = scene.held["mlp"]
-    return [Patch(site, held.positions, values) for site, values in held.outputs.items()]
+    severed = runs.severed["mlp"]
+    return [Patch(site, severed.positions, values) for site, values in severed.outputs.items()]
 
 
-def ablated_scores(scene: Scene, patches: Sequence[Patch]) -> torch.Tensor:
+def ablated_scores(runs: TraceRuns, patches: Sequence[Patch]) -> torch.Tensor:
     """P(object) of each fact in the clean run with `patches` written, averaged over noise samples."""
-    first = scene.facts[0]
+    first = runs.facts[0]
     keep = torch.arange(first.prompt_length - 1, len(first.ids))
-    run = scene.model.run(scene.tokens, patches, logits_to_keep=keep)
-    fact = torch.arange(len(scene.facts)).repeat_interleave(scene.samples)
-    return scene.measure(run, fact)["probability"].view(len(scene.facts), scene.samples).mean(1)
+    run = runs.model.run(runs.tokens, patches, logits_to_keep=keep)
+    fact = torch.arange(len(runs.facts)).repeat_interleave(runs.samples)
+    return runs.metric_values(run, fact)["probability"].view(len(runs.facts), runs.samples).mean(1)
 
 
 def judge(chosen: Iterable[int], truth: Iterable[int]) -> tuple[float, float]:
@@ -147,7 +147,7 @@ class Measured:
     def row(self) -> dict[str, Any]:
         """Truth, ablation and curves; curves in percent of probability, a number a layer."""
         curves = {
-            name: percents([record[name] for record in self.selection.evidence])
+            name: percents([getattr(record, name) for record in self.selection.evidence])
             for name in ("state", "gap", "contribution")
         }
         return {
@@ -170,7 +170,7 @@ class Measured:
         """Every rule's choice, against the planted layers and against ablation."""
         rows = []
         for rule, choice in self.selection.rules.items():
-            layers = choice["layers"]
+            layers = list(choice.layers)
             precision, iou = judge(layers, self.truth["layers"])
             rows.append(
                 {
@@ -184,7 +184,7 @@ class Measured:
                     "IoU": iou,
                     "IoU with ablation": judge(layers, self.important)[1],
                     "drop held": float(self.drop[layers].sum() / self.drop.clip(lower=0).sum()),
-                    "stability": choice["stability"],
+                    "stability": choice.stability,
                 }
             )
         return rows

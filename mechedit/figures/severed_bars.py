@@ -11,7 +11,8 @@ from mechedit.errors import InputError
 from mechedit.figures.style import GRAY, INK, SEVER_COLORS, SPARE, layer_axis, legend_above, runs
 from mechedit.figures.trace_averages import aie_label, averaged, curve
 from mechedit.tables import where
-from mechedit.trace.labels import SEVER_LABELS, sever_label
+from mechedit.trace.labels import SEVER_LABELS
+from mechedit.trace.severing import sever_in_words
 
 
 def plot_severed(
@@ -49,7 +50,7 @@ def plot_severed(
         mean, low, high = ends.T
         place = layers + (i - (len(shown) - 1) / 2) * width
         color = SEVER_COLORS.get(sever) or next(spare)
-        ax.bar(place, mean, width, color=color, label=sever_label(sever), linewidth=0)
+        ax.bar(place, mean, width, color=color, label=sever_in_words(sever), linewidth=0)
         ax.errorbar(place, mean, [mean - low, high - mean], fmt="none", ecolor=INK, elinewidth=0.5)
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set(xlabel="layer of the restored state", ylabel=aie_label(rows, ax))

@@ -11,7 +11,7 @@ from mechedit.errors import InputError
 from mechedit.figures.style import wrapped
 from mechedit.tables import where
 from mechedit.trace.averages import average_effects
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, Unit, unit_of
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, EffectUnit, unit_of
 
 
 def chosen(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:
@@ -42,7 +42,7 @@ def averaged(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:
     return rows if {"mean", "low", "high"} <= set(rows) else average_effects(rows)
 
 
-def unit(effects: pd.DataFrame) -> Unit:
+def unit(effects: pd.DataFrame) -> EffectUnit:
     """The unit of the one metric that effects or averages hold."""
     return unit_of(str(effects["metric"].iloc[0]))
 

@@ -29,7 +29,8 @@ from mechedit.figures.trace_averages import averaged, curve, layer_label, role_g
 from mechedit.figures.trace_curves import panels, plot_band
 from mechedit.figures.trace_heatmaps import color_bar, plot_role_grid, roles_of, shared_norm
 from mechedit.tables import where
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
+from mechedit.trace.severing import sever_in_words
 
 COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 
@@ -103,7 +104,7 @@ def comparison_lines(
             ax.set(xlabel=layer_label(kind), title=KIND_LABELS.get(kind, kind))
             legend_above(ax, columns=1)
             layer_axis(ax, sorted(layers))
-        at = ROLE_LABELS.get(role, role) + ("" if sever == "nothing" else f", {sever_label(sever)}")
+        at = ROLE_LABELS.get(role, role) + ("" if sever == "nothing" else f", {sever_in_words(sever)}")
         axes[0].set_ylabel(f"AIE at the {at}\n({unit(next(iter(tables.values()))).name})")
         share_legend(figure, axes)
     return figure

@@ -31,7 +31,8 @@ from mechedit.figures.style import (
 )
 from mechedit.figures.trace_averages import aie_label, averaged, curve, kinds_in, layer_label
 from mechedit.tables import where
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
+from mechedit.trace.severing import sever_in_words
 
 COLORS = {"role": ROLE_COLORS, "sever": SEVER_COLORS, "kind": KIND_COLORS}
 
@@ -146,5 +147,5 @@ def _styles(rows: pd.DataFrame, column: str, known: Mapping[str, Any], spare: Se
 
 def _name(column: str, value: str) -> str:
     if column == "sever":
-        return sever_label(value)
+        return sever_in_words(value)
     return (ROLE_LABELS if column == "role" else KIND_LABELS).get(value, value)

@@ -14,8 +14,9 @@ from mechedit.figures.style import COLUMN_WIDTH, PAGE_WIDTH, draw
 from mechedit.figures.trace_averages import kinds_in
 from mechedit.figures.trace_curves import lines_figure, plot_lines
 from mechedit.figures.trace_heatmaps import fact_figure, fact_panels, role_panels, roles_figure, row_height
-from mechedit.tables import read_table, where
+from mechedit.tables import where
 from mechedit.trace.averages import average_effects, clearest_fact, main_metric
+from mechedit.trace.effects import read_effects, with_present_metric_names
 from mechedit.trace.labels import SEVER_LABELS
 
 
@@ -32,7 +33,10 @@ def trace_figures(effects: pd.DataFrame | str | Path, selection: Sequence[int] |
     """
     averages = average_effects(effects)
     clearest = clearest_fact(effects)
-    fact = where(effects, fact=clearest) if isinstance(effects, pd.DataFrame) else read_table(effects, fact=clearest)
+    if isinstance(effects, pd.DataFrame):
+        fact = with_present_metric_names(where(effects, fact=clearest))
+    else:
+        fact = read_effects(effects, fact=clearest)
     main = main_metric(averages["metric"])
     figures = _whole_figures(where(averages, metric=main), where(fact, metric=main), selection)
     figures |= _kind_figures(where(averages, metric=main), where(fact, metric=main))

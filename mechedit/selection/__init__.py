@@ -1,15 +1,25 @@
-"""From effects to the critical layer range, with its evidence.
+"""Select the critical layer range from effects, with the evidence for it.
 
 Restoring the subject's last token at layer l lets the MLPs above l recall the fact; with MLPs severed they
 cannot. So gap(l) = AIE(l) − AIE_mlp-severed(l) is what the MLPs above layer l do at that token, and
 c(l) = gap(l−1) − gap(l) is what the MLP of layer l adds (MEMIT §3.2 reads the range off these by eye). Each rule
-turns them into a contiguous range; bootstrap resamples of the facts say how far to trust it, and a test over all
-layers at once whether there is anything to select.
+turns them into a contiguous range; bootstrap resamples of the facts show how stable it is, and a test over all
+layers at once shows whether there is anything to select.
 """
 
 from mechedit.selection.config import SelectConfig
+from mechedit.selection.evidence import LayerEvidence
 from mechedit.selection.published_ranges import PublishedRange, published_ranges
 from mechedit.selection.rules import RULES
-from mechedit.selection.select import Selection, select_layers
+from mechedit.selection.select import RuleSelection, Selection, select_layers
 
-__all__ = ["RULES", "PublishedRange", "SelectConfig", "Selection", "published_ranges", "select_layers"]
+__all__ = [
+    "RULES",
+    "LayerEvidence",
+    "PublishedRange",
+    "RuleSelection",
+    "SelectConfig",
+    "Selection",
+    "published_ranges",
+    "select_layers",
+]

@@ -1,4 +1,4 @@
-"""Every rule on all facts and on the same bootstrap resamples of them: how often each range and layer comes out."""
+"""Every rule on all facts and on the same bootstrap resamples of them: how often each range and layer is selected."""
 
 from __future__ import annotations
 
@@ -7,58 +7,83 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float
 
 from mechedit.errors import InputError
 from mechedit.selection.config import SelectConfig
-from mechedit.selection.curves import Curves, Draws, SubjectEffects
+from mechedit.selection.curves import MeanCurves, ResampledCurves, SubjectEffects, ablation, contribution
 from mechedit.selection.rules import RULES, Layers, traced_rules
+from mechedit.statistics import bootstrap_means
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vote:
-    """What one rule says of the facts, and of resamples of them."""
+class BootstrapSelections:
+    """The range that one rule selects on all facts, and those that it selects on resamples of them."""
 
     layers: Layers
-    votes: Counter[Layers]
+    """Range on all facts."""
+    counts: Counter[Layers]
+    """Range → number of resamples that give it."""
 
     @property
     def modal(self) -> Layers:
-        """The range given most often."""
-        return self.votes.most_common(1)[0][0]
+        """The range selected most often."""
+        return self.counts.most_common(1)[0][0]
 
     @property
     def stability(self) -> float:
         """Share of resamples that give exactly `layers`."""
-        return self.votes[self.layers] / self.votes.total()
+        return self.counts[self.layers] / self.counts.total()
 
     def membership(self, n_layers: int) -> list[float]:
         """Share of resamples whose range holds each layer."""
-        held = np.zeros(n_layers)
-        for layers, count in self.votes.items():
-            held[list(layers)] += count
-        return (held / self.votes.total()).tolist()
+        resamples: Float[np.ndarray, " layer"] = np.zeros(n_layers)
+        for layers, count in self.counts.items():
+            resamples[list(layers)] += count
+        return (resamples / self.counts.total()).tolist()
 
 
-def vote(subject: SubjectEffects, draws: Mapping[str, Draws], config: SelectConfig, found: bool) -> dict[str, Vote]:
-    """Every traced rule on all facts and on each resample; without an early site, none on all facts.
+def resampled_curves(subject: SubjectEffects, config: SelectConfig) -> dict[str, ResampledCurves]:
+    """Means of every measure by layer over bootstrap resamples of the facts, the same resamples for all measures."""
+    measures = {
+        "state": subject.state,
+        "mlp_severed": subject.mlp_severed,
+        "attn_severed": subject.attn_severed,
+        "mlp_window": subject.window,
+        "ablation": ablation(subject)[0] if subject.single_severed else None,
+    }
+    traced = {name: effects for name, effects in measures.items() if effects is not None}
+    means = bootstrap_means(np.hstack(list(traced.values())), seed=config.seed, resamples=config.resamples)
+    curves = dict(zip(traced, np.split(means, len(traced), axis=1), strict=True))
+    curves["gap"] = curves["state"] - curves["mlp_severed"]
+    curves["contribution"] = contribution(curves["gap"])
+    return curves
+
+
+def bootstrap_selections(
+    subject: SubjectEffects, resampled: Mapping[str, ResampledCurves], config: SelectConfig, has_site: bool
+) -> dict[str, BootstrapSelections]:
+    """Apply every traced rule to all facts and to each resample; without an early site, no rule selects on all facts.
 
     Raises:
         InputError: the effects for the rule asked for were not traced.
     """
-    mean = None if subject.window is None else subject.window.mean(0)
-    whole = Curves(gap=subject.gap.mean(0), window=mean, spans=subject.spans)
-    windows = draws.get("mlp_window", [None] * config.resamples)
-    parts = [replace(whole, gap=gap, window=window) for gap, window in zip(draws["gap"], windows, strict=True)]
-    names = traced_rules(whole)
+    window = None if subject.window is None else subject.window.mean(0)
+    curves = MeanCurves(gap=subject.gap.mean(0), window=window, spans=subject.spans)
+    windows = resampled.get("mlp_window", [None] * config.resamples)
+    of_resamples = [
+        replace(curves, gap=gap, window=window) for gap, window in zip(resampled["gap"], windows, strict=True)
+    ]
+    names = traced_rules(curves)
     if config.rule not in names:
         raise InputError(
             f"the effects hold no MLP windows at subject_last, which the rule {config.rule!r} needs; trace again "
             f"with kinds state and mlp"
         )
     return {
-        name: Vote(
-            layers=RULES[name](whole, config) if found else (),
-            votes=Counter(RULES[name](part, config) for part in parts),
+        name: BootstrapSelections(
+            layers=RULES[name](curves, config) if has_site else (),
+            counts=Counter(RULES[name](of_resample, config) for of_resample in of_resamples),
         )
         for name in names
     }

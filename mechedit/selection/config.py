@@ -1,4 +1,4 @@
-"""How a range is chosen, and how far it must be sure."""
+"""Settings of the selection: the rule, its bounds, and how certain it must be."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ Rule = Literal["contribution", "gap-peak", "mlp-window", "moving-average"]
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """How a range is chosen, and how far it must be sure."""
+    """The rule that selects layers, its bounds, and how certain it must be."""
 
     rule: str = "contribution"
-    """One of `RULES`."""
+    """Rule that selects the layers: contribution, gap-peak, mlp-window or moving-average."""
     share: float | int = 0.9
-    """Part of the lost gap (`contribution`) or of the peak (`gap-peak`) that counts as the range."""
+    """Part of the gap's largest fall (`contribution`) or of its peak (`gap-peak`) that the range must hold."""
     min_width: int | None = None
-    """Fewest layers; a narrower range grows by its better neighbor until it has them."""
+    """Fewest layers; a narrower range grows by its better neighbor."""
     max_width: int | None = None
-    """Most layers; of a wider range the best run of so many is kept."""
+    """Most layers; a wider range shrinks to its best part of this width."""
     width: int | None = None
-    """Layers that `moving-average` takes; None means 5 scaled to depth below 28 layers."""
+    """Width of the range of `moving-average`; None means 5, scaled to depth below 28 layers."""
     metric: str | None = None
-    """Metric of the effects; None means probability, or the only one there is."""
+    """Metric of the effects; None means probability, or the only metric traced."""
     resamples: int = 1000
-    """Bootstrap resamples of the facts, and sign draws of the test for an early site."""
+    """Bootstrap resamples of the facts, and random signs in the test for an early site."""
     confidence: float | int = 0.95
-    """Coverage of the intervals; one minus the level of the test for an early site."""
+    """Coverage of the intervals, and one minus the level of the test for an early site."""
     min_facts: int = 10
-    """Fewer facts are refused: their percentile intervals cover too seldom (measured in the tests)."""
+    """Fewest facts; with fewer, percentile intervals cover the truth too seldom (measured in the tests)."""
     seed: int = 0
+    """Seed of the resamples and of the random signs."""
 
     def __post_init__(self) -> None:
         check_choice("the rule", self.rule, get_args(Rule))

@@ -1,83 +1,133 @@
-"""The evidence by layer: means over facts with bootstrap intervals, and what one MLP's cut alone takes."""
+"""The evidence by layer: means over facts with bootstrap intervals, and how often resamples select the layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from mechedit.selection.bootstrap import Vote
+from mechedit.selection.bootstrap import BootstrapSelections
 from mechedit.selection.config import SelectConfig
-from mechedit.selection.curves import Draws, Grid, SubjectEffects, contribution
-from mechedit.statistics import bootstrap_means, percentile_interval
+from mechedit.selection.curves import ResampledCurves, SubjectEffects, ablation, contribution
+from mechedit.statistics import percentile_interval
+
+MEASURES_OF = {
+    "attn_severed": ("attn_severed", "attn_severed_low", "attn_severed_high"),
+    "mlp_window": ("mlp_window", "mlp_window_low", "mlp_window_high", "mlp_window_layers"),
+    "ablation": ("ablation", "ablation_low", "ablation_high", "ablation_from"),
+}
+"""Fields of `LayerEvidence` that selection.json leaves out where their effects were not traced."""
 
 
-def resample(subject: SubjectEffects, config: SelectConfig) -> dict[str, Draws]:
-    """Means of every grid over bootstrap resamples of the facts, the same resamples for all."""
-    grids = {
-        "state": subject.state,
-        "mlp_severed": subject.mlp_severed,
-        "attn_severed": subject.attn_severed,
-        "mlp_window": subject.window,
-        "ablation": ablation(subject)[0] if subject.alone else None,
-    }
-    found = {name: grid for name, grid in grids.items() if grid is not None}
-    means = bootstrap_means(np.hstack(list(found.values())), seed=config.seed, resamples=config.resamples)
-    draws = dict(zip(found, np.split(means, len(found), axis=1), strict=True))
-    draws["gap"] = draws["state"] - draws["mlp_severed"]
-    draws["contribution"] = contribution(draws["gap"])
-    return draws
+@dataclass(frozen=True, kw_only=True)
+class LayerEvidence:
+    """Evidence for one layer at the subject's last token, in units of the metric.
 
-
-def ablation(
-    subject: SubjectEffects,
-) -> tuple[Grid, dict[int, int]]:
-    """What severing one layer's MLP alone takes from the state below it.
-
-    a(L) = IE(l) − IE_mlp@L-severed(l), with l the layer below L at which the mean gap is largest (of those traced
-    with that severing): from there the MLPs above do most. NaN for layers without such rows.
-
-    Returns:
-        a, and the restored layer l of each L.
+    `_low` and `_high` are the ends of a bootstrap interval over facts. The optional fields are None where their
+    effects were not traced.
     """
-    lost, restored = np.full_like(subject.state, np.nan), {}
-    gap = subject.gap.mean(0)
-    for layer, severed in subject.alone.items():
-        below = sorted(other for other in severed if other < layer)
-        if below and layer < subject.n_layers:
-            place = restored[layer] = below[int(gap[below].argmax())]
-            lost[:, layer] = subject.state[:, place] - severed[place]
-    return lost, restored
+
+    layer: int
+    state: float | None
+    """AIE of the layer's state."""
+    state_low: float | None = None
+    state_high: float | None = None
+    mlp_severed: float | None
+    """AIE of the state with all MLPs severed."""
+    mlp_severed_low: float | None = None
+    mlp_severed_high: float | None = None
+    attn_severed: float | None = None
+    """AIE of the state with attention severed."""
+    attn_severed_low: float | None = None
+    attn_severed_high: float | None = None
+    gap: float | None
+    """What the MLPs above the layer do: state − mlp_severed."""
+    gap_low: float | None = None
+    gap_high: float | None = None
+    contribution: float | None
+    """What the layer's MLP adds: gap(l − 1) − gap(l)."""
+    contribution_low: float | None = None
+    contribution_high: float | None = None
+    mlp_window: float | None = None
+    """AIE of the window of MLP outputs centered at the layer."""
+    mlp_window_low: float | None = None
+    mlp_window_high: float | None = None
+    ablation: float | None = None
+    """What severing this layer's MLP alone takes from the state of `ablation_from`."""
+    ablation_low: float | None = None
+    ablation_high: float | None = None
+    mlp_window_layers: tuple[int, int] | None = None
+    """First and last layer of that window."""
+    ablation_from: int | None = None
+    """Layer of the restored state in `ablation`."""
+    membership: float
+    """Share of bootstrap resamples whose range holds the layer."""
 
 
-def evidence(
-    subject: SubjectEffects, draws: Mapping[str, Draws], chosen: Vote, config: SelectConfig
-) -> list[dict[str, Any]]:
-    """One record a layer: means with intervals over facts, and how often resamples include the layer."""
-    lost, restored = ablation(subject)
-    grids = {
+def layer_evidence(
+    subject: SubjectEffects,
+    resampled: Mapping[str, ResampledCurves],
+    selections: BootstrapSelections,
+    config: SelectConfig,
+) -> tuple[LayerEvidence, ...]:
+    """The evidence of each layer for the range of one rule."""
+    ablated, restored_layer = ablation(subject)
+    measures = {
         "state": subject.state,
         "mlp_severed": subject.mlp_severed,
         "attn_severed": subject.attn_severed,
         "gap": subject.gap,
         "contribution": contribution(subject.gap),
         "mlp_window": subject.window,
-        "ablation": lost,
+        "ablation": ablated,
     }
-    records: list[dict[str, Any]] = [{"layer": layer} for layer in range(subject.n_layers)]
-    for name, grid in grids.items():
-        if grid is None or name not in draws:
+    numbers: list[dict[str, float | None]] = [{} for _ in range(subject.n_layers)]
+    for name, effects in measures.items():
+        if effects is None or name not in resampled:
             continue
-        low, high = percentile_interval(draws[name], config.confidence)
-        for layer, record in enumerate(records):
-            numbers = (grid[:, layer].mean(), low[layer], high[layer])
-            for end, value in zip(("", "_low", "_high"), numbers, strict=True):
-                record[f"{name}{end}"] = float(value) if np.isfinite(value) else None
-    for layer, (record, member) in enumerate(zip(records, chosen.membership(subject.n_layers), strict=True)):
-        if subject.spans:
-            record["mlp_window_layers"] = [subject.spans[layer][0], subject.spans[layer][-1]]
-        if subject.alone:
-            record["ablation_from"] = restored.get(layer)
-        record["membership"] = member
-    return records
+        low, high = percentile_interval(resampled[name], config.confidence)
+        for layer, of_layer in enumerate(numbers):
+            interval = (effects[:, layer].mean(), low[layer], high[layer])
+            for end, value in zip(("", "_low", "_high"), interval, strict=True):
+                of_layer[f"{name}{end}"] = float(value) if np.isfinite(value) else None
+    membership = selections.membership(subject.n_layers)
+    spans = [(span[0], span[-1]) for span in subject.spans] or [None] * subject.n_layers
+    return tuple(
+        LayerEvidence(
+            layer=layer,
+            mlp_window_layers=spans[layer],
+            ablation_from=restored_layer.get(layer),
+            membership=membership[layer],
+            **of_layer,
+        )
+        for layer, of_layer in enumerate(numbers)
+    )
+
+
+def evidence_records(evidence: Sequence[LayerEvidence]) -> list[dict[str, Any]]:
+    """The evidence as selection.json holds it: one record per layer, without measures that no layer has."""
+    untraced = {
+        name
+        for measure, names in MEASURES_OF.items()
+        if all(getattr(of_layer, measure) is None for of_layer in evidence)
+        for name in names
+    }
+    return [{name: value for name, value in asdict(of_layer).items() if name not in untraced} for of_layer in evidence]
+
+
+def evidence_of_records(records: Iterable[Mapping[str, Any]]) -> tuple[LayerEvidence, ...]:
+    """The evidence from records of selection.json.
+
+    Raises:
+        TypeError: a record is not one of a layer's evidence.
+    """
+    evidence = []
+    for record in records:
+        fields = dict(record)
+        if fields.get("mlp_window_layers") is not None:
+            first, last = fields["mlp_window_layers"]
+            fields["mlp_window_layers"] = (int(first), int(last))
+        evidence.append(LayerEvidence(**fields))
+    return tuple(evidence)

@@ -1,7 +1,7 @@
-"""The layer ranges that papers and their code use, by model, with where each is from.
+"""The layer ranges that papers and their code use, by model, with the source of each.
 
-They are there to compare with, not to follow: most were chosen by eye or copied from a model of like size, and
-some contradict each other.
+They are for comparison, not to be followed: most were chosen by eye or copied from a model of similar size, and some
+contradict each other.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ FILE = Path(__file__).with_name("published.json")
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRange:
-    """The layers that someone edits in a model."""
+    """The layers that a paper or its code edits in a model."""
 
     model: str
-    """As its source calls it."""
+    """The model as the source calls it."""
     method: str
+    """Editing method."""
     layers: tuple[int, ...]
     """Counted from 0."""
     source: str
@@ -33,10 +34,10 @@ def published_ranges(model: str) -> list[PublishedRange]:
 
     Args:
         model: a hub name, a folder or a short name. Its last part counts, without case; a model and its chat or
-            instruction-tuned form are taken as one, and each range says for which it was published.
+            instruction-tuned form count as one, and each range names the model that it was published for.
     """
-    wanted = canonical(model)
-    return [entry for names, entry in _registry() if wanted in names]
+    name = canonical(model)
+    return [entry for names, entry in _registry() if name in names]
 
 
 def canonical(model: str) -> str:

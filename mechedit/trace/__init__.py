@@ -1,34 +1,35 @@
-"""Causal tracing, whole or severed: which hidden states carry a fact (ROME §2, MEMIT §3).
+"""Causal tracing, with and without severing: which hidden states carry a fact (ROME §2, MEMIT §3).
 
 In: a model and facts. Out: tidy effects, one row per restored cell and metric. For each fact, the subject is
 corrupted (with noise on its embeddings, or another subject's tokens; the object's probability falls from P to P*);
 then one clean state, or a window of module outputs, is put back (P*,clean h). Total effect TE = P − P*, indirect
 effect IE = P*,clean h − P*. Severing holds every MLP (or attention) output at the subject's last token, or
-elsewhere, to its value in the corrupted run of the same draw, so that what the restored state does through those
-modules is cut off.
+elsewhere, to its value in the corrupted run of the same noise sample, so that the restored state has no effect through
+those modules.
 """
 
 from mechedit.trace.averages import average_effects, clearest_fact, total_effects
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.corruption import Corruption, Spread, embedding_spread, embedding_std
+from mechedit.trace.corruption import Corruption, EmbeddingStatistics, embedding_statistics, embedding_std
+from mechedit.trace.effects import Effects
 from mechedit.trace.labels import ROLES
-from mechedit.trace.metrics import METRICS, Answers
+from mechedit.trace.metrics import METRICS, MetricInputs
 from mechedit.trace.severing import Sever
-from mechedit.trace.trace import Effects, TracePlan, plan_trace, trace_facts
+from mechedit.trace.trace import TracePlan, plan_trace, trace_facts
 
 __all__ = [
     "METRICS",
     "ROLES",
-    "Answers",
     "Corruption",
     "Effects",
+    "EmbeddingStatistics",
+    "MetricInputs",
     "Sever",
-    "Spread",
     "TraceConfig",
     "TracePlan",
     "average_effects",
     "clearest_fact",
-    "embedding_spread",
+    "embedding_statistics",
     "embedding_std",
     "plan_trace",
     "total_effects",

@@ -1,7 +1,7 @@
-"""Averages over facts: AIE whole and severed, and ATE, with bootstrap intervals.
+"""Averages over facts: AIE with and without severing, and ATE, with bootstrap intervals.
 
-In: effects in memory, in a file, or one frame after another. Out: small tidy tables. Only each fact's means
-by role are ever held, never all cells: a thousand facts need no thousand grids.
+In: effects in memory, in a file, or one frame after another. Out: small tidy tables. Only each fact's means by role
+are kept in memory, never all cells, so that a thousand facts take little memory.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from jaxtyping import Float
 from mechedit.errors import InputError, check_at_least, check_fraction
 from mechedit.statistics import bootstrap_means, percentile_interval
 from mechedit.tables import iter_table
+from mechedit.trace.effects import with_present_metric_names
 from mechedit.trace.labels import KIND_LABELS, ROLES, SEVER_LABELS, unit_of
 
 CELL = ["kind", "sever", "metric", "role", "layer"]
-"""What a mean over facts is taken for."""
+"""Columns that identify a mean over facts."""
 ORDER: dict[str, Sequence[str]] = {"kind": tuple(KIND_LABELS), "sever": tuple(SEVER_LABELS), "role": ROLES}
 ONE_TOKEN = ("subject_first", "subject_last", "after", "last")
-"""Roles that one token of a prompt has."""
+"""Roles that exactly one token of a prompt has."""
 TOTALS = ["clean", "corrupted", "total"]
 BLOCK = 1024
-"""Cells whose bootstrap means are held at once."""
+"""Cells whose bootstrap means are computed at once."""
 
 Source = pd.DataFrame | str | Path | Iterable[pd.DataFrame | str | Path]
 """Tidy effects: a frame, a parquet file, or any number of these, over which facts may be spread in any way."""
@@ -37,16 +38,16 @@ Source = pd.DataFrame | str | Path | Iterable[pd.DataFrame | str | Path]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoleMeans:
-    """What averages are made of: each fact's effect, meaned over the tokens of a role."""
+    """Each fact's mean effect over the tokens of a role, from which averages are computed."""
 
     facts: tuple[str, ...]
     """In order of appearance."""
     cells: pd.DataFrame
-    """Columns kind, sever, metric, role, layer; one row a column of `values`."""
+    """Columns kind, sever, metric, role, layer; one row per column of `values`."""
     values: Float[np.ndarray, "fact cell"]
     """In units of the metric; NaN where a fact has no such role or no such effect."""
     attrs: dict[Hashable, Any] = field(default_factory=dict)
-    """What the frames' attrs agree on."""
+    """Entries of the frames' attrs that all frames share."""
 
 
 def average_effects(effects: Source, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
@@ -57,15 +58,15 @@ def average_effects(effects: Source, *, resamples: int = 2000, confidence: float
     facts, with the same draws of facts for every cell. Nothing is clipped.
 
     Args:
-        effects: tidy effects, in memory or not; an iterator is used up.
-        resamples: bootstrap draws of the facts.
+        effects: tidy effects, in memory or in files; an iterator is consumed.
+        resamples: number of bootstrap resamples of the facts.
         confidence: coverage of the intervals.
-        seed: of the draws.
+        seed: seed of the resamples.
 
     Returns:
-        Columns kind, sever, metric, role, layer; mean, low, high (units of the metric); facts (how many have
-        such an effect). Roles are in reading order. With fewer than two facts, which say nothing of their
-        spread, `low` and `high` are NaN. `attrs` are those of the effects.
+        Columns kind, sever, metric, role, layer; mean, low, high (units of the metric); facts (the number of facts
+        with such an effect). Roles are in reading order. With fewer than two facts, which give no interval, `low`
+        and `high` are NaN. `attrs` are those of the effects.
 
     Raises:
         InputError: no effects, a column missing, a token measured twice, or settings out of range.
@@ -80,7 +81,7 @@ def average_effects(effects: Source, *, resamples: int = 2000, confidence: float
 
 
 def total_effects(effects: Source, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """Average total effect by metric: how much of the clean score the corruption takes, over facts.
+    """Average total effect by metric: how much the corruption lowers the clean score, over facts.
 
     ATE = mean over facts of (clean − corrupted), ROME §2; intervals and arguments as in `average_effects`.
 
@@ -97,82 +98,80 @@ def total_effects(effects: Source, *, resamples: int = 2000, confidence: float =
     for metric, of_metric in totals.groupby("metric", sort=False):
         scores = of_metric.set_index("fact").reindex(facts)[["clean", "corrupted"]].to_numpy(dtype=float)
         values = np.column_stack([scores, scores[:, 0] - scores[:, 1]])
-        found = _intervals(values, resamples, confidence, seed)
+        intervals = _intervals(values, resamples, confidence, seed)
         row: dict[str, Any] = {"metric": metric}
-        for name, entry in zip(TOTALS, found.to_dict("records"), strict=True):
+        for name, entry in zip(TOTALS, intervals.to_dict("records"), strict=True):
             row |= {name: entry["mean"], f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
-        rows.append({**row, "facts": int(found["facts"].iloc[-1])})
+        rows.append({**row, "facts": int(intervals["facts"].iloc[-1])})
     table = pd.DataFrame(rows)
     table.attrs = totals.attrs
     return table
 
 
 def fact_totals(effects: Source) -> pd.DataFrame:
-    """Clean and corrupted score of each fact: columns fact, metric, clean, corrupted, a row a fact and metric.
+    """Clean and corrupted score of each fact: columns fact, metric, clean, corrupted; one row per fact and metric.
 
     Raises:
         InputError: no effects, or a column missing.
     """
     columns = ["fact", "metric", "clean", "corrupted"]
-    found: dict[tuple[str, str], tuple[float, float]] = {}
+    scores_of: dict[tuple[str, str], tuple[float, float]] = {}
     attrs: dict[Hashable, Any] | None = None
     for frame in _frames(effects, columns):
-        _need(frame, columns)
-        attrs = _agreed(attrs, frame.attrs)
+        attrs = _shared_attrs(attrs, frame.attrs)
         first = frame.loc[~frame.duplicated(["fact", "metric"]), columns]
         for fact, metric, clean, corrupted in first.itertuples(index=False, name=None):
-            found.setdefault((str(fact), str(metric)), (float(clean), float(corrupted)))
-        del frame  # before the next one is made
-    _need_any(found)
-    totals = pd.DataFrame([(*key, *scores) for key, scores in found.items()], columns=columns)
+            scores_of.setdefault((str(fact), str(metric)), (float(clean), float(corrupted)))
+        del frame  # so that it is freed before the next one is read
+    _check_not_empty(scores_of)
+    totals = pd.DataFrame([(*key, *scores) for key, scores in scores_of.items()], columns=columns)
     totals.attrs = dict(attrs or {})
     return totals
 
 
 def clearest_fact(effects: Source) -> str:
-    """The fact that the corruption hurts most (largest clean − corrupted), the one that is easiest to read.
+    """The fact that the corruption hurts most (largest clean − corrupted), whose heatmap is easiest to read.
 
-    By probability where it was measured, else by the first metric.
+    Probability is compared where it was measured, else the first metric.
     """
     totals = fact_totals(effects)
     metric = main_metric(totals["metric"])
     totals = totals.loc[totals["metric"] == metric]
-    hurt = unit_of(metric).helps * (totals["clean"] - totals["corrupted"]).to_numpy(dtype=float)
-    return str(totals["fact"].iloc[int(np.argmax(np.nan_to_num(hurt, nan=-np.inf)))])
+    damage = unit_of(metric).helps * (totals["clean"] - totals["corrupted"]).to_numpy(dtype=float)
+    return str(totals["fact"].iloc[int(np.argmax(np.nan_to_num(damage, nan=-np.inf)))])
 
 
 def main_metric(metrics: Iterable[str]) -> str:
     """The metric that is shown when only one can be: probability, else the first."""
-    found = list(dict.fromkeys(map(str, metrics)))
-    return "probability" if "probability" in found else found[0]
+    names = list(dict.fromkeys(map(str, metrics)))
+    return "probability" if "probability" in names else names[0]
 
 
 def role_means(effects: Source) -> RoleMeans:
-    """Each fact's effects meaned over the tokens of a role, which is all that averages need.
+    """Each fact's mean effects over the tokens of a role, which is all that averages need.
 
     Raises:
         InputError: no effects, a column missing, or a token measured twice.
     """
-    gathered = _Sums()
+    sums = _Sums()
     for frame in _frames(effects, ["fact", *CELL, "effect"]):
-        gathered.update(frame)
-        del frame  # before the next one is made
-    return gathered.means()
+        sums.update(frame)
+        del frame  # so that it is freed before the next one is read
+    return sums.means()
 
 
 class _Sums:
-    """Sums and counts of effects by fact and cell, gathered frame by frame."""
+    """Sums and counts of effects by fact and cell, accumulated frame by frame."""
 
     def __init__(self) -> None:
         self.facts: dict[Hashable, int] = {}
         self.cells: dict[Hashable, int] = {}
         self.attrs: dict[Hashable, Any] | None = None
-        self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.frame_sums: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def update(self, frame: pd.DataFrame) -> None:
-        """Add a frame's rows to what is known of their facts."""
-        _need(frame, ["fact", *CELL, "effect"])
-        self.attrs = _agreed(self.attrs, frame.attrs)
+        """Add a frame's rows to the sums of their facts."""
+        self.attrs = _shared_attrs(self.attrs, frame.attrs)
         groups = frame.groupby(CELL, sort=False, dropna=False, observed=True)
         keys = groups.head(1)[CELL].itertuples(index=False, name=None)
         cells = _numbers(self.cells, keys)[groups.ngroup().to_numpy()]
@@ -180,18 +179,18 @@ class _Sums:
         facts = _numbers(self.facts, facts)[codes]
         effect = frame["effect"].to_numpy(dtype=float)
         present = ~np.isnan(effect)
-        pairs, place = np.unique(np.stack([facts, cells], axis=1), axis=0, return_inverse=True)
-        sums = np.bincount(place.ravel(), np.where(present, effect, 0.0), len(pairs))
-        counts = np.bincount(place.ravel(), present, len(pairs))
-        self.parts.append((pairs[:, 0], pairs[:, 1], sums, counts.astype(np.int32)))
+        pairs, pair_of_row = np.unique(np.stack([facts, cells], axis=1), axis=0, return_inverse=True)
+        sums = np.bincount(pair_of_row.ravel(), np.where(present, effect, 0.0), len(pairs))
+        counts = np.bincount(pair_of_row.ravel(), present, len(pairs))
+        self.frame_sums.append((pairs[:, 0], pairs[:, 1], sums, counts.astype(np.int32)))
 
     def means(self) -> RoleMeans:
-        """What has been gathered, as means."""
-        _need_any(self.facts)
+        """The means of everything added so far."""
+        _check_not_empty(self.facts)
         sums = np.zeros((len(self.facts), len(self.cells)))
         counts = np.zeros(sums.shape, dtype=np.int32)
-        for facts, cells, total, count in self.parts:
-            sums[facts, cells] += total  # pairs are unique within a part
+        for facts, cells, total, count in self.frame_sums:
+            sums[facts, cells] += total  # pairs are unique within a frame
             counts[facts, cells] += count
         cells = pd.DataFrame(list(self.cells), columns=CELL)
         self._check_once(counts, cells)
@@ -200,46 +199,47 @@ class _Sums:
         return RoleMeans(facts=tuple(map(str, self.facts)), cells=cells, values=values, attrs=self.attrs or {})
 
     def _check_once(self, counts: np.ndarray, cells: pd.DataFrame) -> None:
-        """Effects of two traces in one table would be meaned in silence; roles of one token give them away."""
+        """Refuse effects of two traces in one table, which roles of a single token give away."""
         twice = (counts > 1) & cells["role"].isin(ONE_TOKEN).to_numpy()
         if not twice.any():
             return
-        fact, cell = (int(place[0]) for place in np.nonzero(twice))
-        what = ", ".join(f"{column} {cells[column].iloc[cell]!r}" for column in CELL)
+        fact, cell = (int(indices[0]) for indices in np.nonzero(twice))
+        description = ", ".join(f"{column} {cells[column].iloc[cell]!r}" for column in CELL)
         raise InputError(
-            f"fact {list(self.facts)[fact]!r} has {counts[fact, cell]} effects of {what}, expected one: the effects "
-            f"are of several traces; average each by itself"
+            f"fact {list(self.facts)[fact]!r} has {counts[fact, cell]} effects of {description}, expected one: the "
+            f"effects are of several traces; average each by itself"
         )
 
 
 def _numbers(known: dict[Hashable, int], keys: Iterable[Hashable]) -> np.ndarray:
-    """The number of each key, new ones counted on."""
+    """The number of each key; new keys get the next numbers."""
     return np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int32)
 
 
 def _frames(effects: Source, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
     """Effects as frames, of a file only the given columns."""
     if isinstance(effects, pd.DataFrame):
-        return iter([effects])
+        _check_columns(effects, columns)
+        return iter([with_present_metric_names(effects)])
     if isinstance(effects, str | Path):
-        return iter_table(effects, columns)
-    # A generator expression would keep its frame while the next one is made.
+        return map(with_present_metric_names, iter_table(effects, columns))
+    # A generator expression would keep its frame while the next one is read.
     return itertools.chain.from_iterable(map(partial(_frames, columns=columns), effects))
 
 
-def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+def _check_columns(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     if missing := [column for column in columns if column not in frame]:
         raise InputError(f"the effects lack {', '.join(missing)}; expected what trace_facts returns")
 
 
-def _need_any(found: Any) -> None:
-    if not found:
+def _check_not_empty(rows: Any) -> None:
+    if not rows:
         raise InputError("the effects hold no rows, expected some: trace facts first")
 
 
-def _agreed(attrs: dict[Hashable, Any] | None, more: dict[Hashable, Any]) -> dict[Hashable, Any]:
-    """Entries that all frames agree on."""
-    return dict(more) if attrs is None else {key: value for key, value in attrs.items() if more.get(key) == value}
+def _shared_attrs(attrs: dict[Hashable, Any] | None, new: dict[Hashable, Any]) -> dict[Hashable, Any]:
+    """Entries with the same value in the attrs of all frames so far and of a new one."""
+    return dict(new) if attrs is None else {key: value for key, value in attrs.items() if new.get(key) == value}
 
 
 def _check(resamples: int, confidence: float) -> None:
@@ -248,13 +248,13 @@ def _check(resamples: int, confidence: float) -> None:
 
 
 def _intervals(values: Float[np.ndarray, "fact cell"], resamples: int, confidence: float, seed: int) -> pd.DataFrame:
-    """Mean, low, high and facts of each cell."""
+    """Columns mean, low, high and facts; one row per cell."""
     facts = (~np.isnan(values)).sum(0)
     ends = np.full((2, values.shape[1]), np.nan)
-    # The draws depend on the seed and the number of facts alone: every block has the same.
+    # The resamples depend on the seed and the number of facts alone, so every block has the same.
     for start in range(0, values.shape[1], BLOCK):
-        draws = bootstrap_means(values[:, start : start + BLOCK], seed=seed, resamples=resamples)
-        ends[:, start : start + BLOCK] = percentile_interval(draws, confidence)
+        resampled = bootstrap_means(values[:, start : start + BLOCK], seed=seed, resamples=resamples)
+        ends[:, start : start + BLOCK] = percentile_interval(resampled, confidence)
     ends[:, facts < 2] = np.nan
     with np.errstate(invalid="ignore"):
         mean = np.nansum(values, axis=0) / facts
@@ -262,8 +262,8 @@ def _intervals(values: Float[np.ndarray, "fact cell"], resamples: int, confidenc
 
 
 def _ranks(table: pd.DataFrame, column: str) -> np.ndarray:
-    """Places in the known order; what is not in it comes after, numbers by size and names as they appear."""
+    """Ranks in the known order; other values come after, numbers by size and names as they appear."""
     if pd.api.types.is_numeric_dtype(table[column]):
         return table[column].to_numpy()
-    places = {value: place for place, value in enumerate(dict.fromkeys([*ORDER.get(column, ()), *table[column]]))}
-    return np.array([places[value] for value in table[column]])
+    ranks = {value: rank for rank, value in enumerate(dict.fromkeys([*ORDER.get(column, ()), *table[column]]))}
+    return np.array([ranks[value] for value in table[column]])

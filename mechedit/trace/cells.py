@@ -1,7 +1,7 @@
 """Restored cells: one clean state, or a window of module outputs, put back into the corrupted run.
 
-A cell changes nothing before its position and nothing below its first restored layer. Cells of one position share
-passes, whatever their layer, kind and severing; `rows` says how a pass goes.
+A cell changes nothing before its position and nothing below its first restored layer. Cells at one position share
+batches, whatever their layer, kind and severing; `restore.py` says how a batch is run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import torch
 from mechedit.batching import spare_tokens
 from mechedit.models import Model
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.corruption import NoiseSource, Spread
-from mechedit.trace.memory import pass_rows
-from mechedit.trace.restore import Cell, restore
-from mechedit.trace.runs import Scene, run_clean_and_corrupted
-from mechedit.trace.tokens import TracedFact, wanted
-
-COLUMNS = (
-    "fact", "kind", "window", "sever", "layer", "position", "token", "role",
-    "metric", "score", "corrupted", "clean", "effect", "samples",
-)  # fmt: skip
+from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource
+from mechedit.trace.effects import COLUMNS
+from mechedit.trace.memory import max_batch_rows
+from mechedit.trace.restore import Cell, restore_cells
+from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
+from mechedit.trace.tokens import TracedFact, restored_positions
 
 
 def trace_group(
@@ -33,23 +29,34 @@ def trace_group(
     std: float,
     config: TraceConfig,
     noise: NoiseSource | None = None,
-    spread: Spread | None = None,
+    statistics: EmbeddingStatistics | None = None,
 ) -> pd.DataFrame:
-    """All cells of a group of facts of one shape, in the order kind, severing, layer, fact, position."""
-    scene = run_clean_and_corrupted(model, facts, std, config, noise, spread)
-    cells = all_cells(scene)
+    """Effects of all cells of a group of facts, in the order kind, severing, layer, fact, position.
+
+    Args:
+        model: any `Model`.
+        facts: facts of one shape (`TracedFact.shape`).
+        std: standard deviation of the noise, in absolute units.
+        config: what to restore, sever, corrupt and measure.
+        noise: explicit standard-normal draws; by default they are drawn from each fact's seed.
+        statistics: of the subjects' embeddings, which multivariate noise needs.
+    """
+    runs = run_clean_and_corrupted(model, facts, std, config, noise, statistics)
+    cells = all_cells(runs)
     scores: dict[Cell, dict[str, float]] = {}
-    for some in _passes([cell for cell in cells if _can_change(scene, cell)], scene):
-        scores |= restored(scene, some)
-    unchanged = [{name: rows[f].item() for name, rows in scene.corrupted_scores.items()} for f in range(len(facts))]
-    rows = [row for cell in cells for row in _rows(scene, cell, scores.get(cell, unchanged[cell.fact]), unchanged)]
+    for cell_batch in _cell_batches([cell for cell in cells if _can_change(runs, cell)], runs):
+        scores |= score_cells(runs, cell_batch)
+    corrupted = [{name: values[f].item() for name, values in runs.corrupted_scores.items()} for f in range(len(facts))]
+    rows = [row for cell in cells for row in _rows(runs, cell, scores.get(cell, corrupted[cell.fact]), corrupted)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def all_cells(scene: Scene) -> list[Cell]:
+def all_cells(runs: TraceRuns) -> list[Cell]:
     """Every cell that the settings ask for."""
-    config, n_layers = scene.config, scene.model.n_layers
-    places = [(f, position) for f, traced in enumerate(scene.facts) for position in wanted(traced, config)]
+    config, n_layers = runs.config, runs.model.n_layers
+    positions = [
+        (f, position) for f, traced in enumerate(runs.facts) for position in restored_positions(traced, config)
+    ]
     spans = {
         (kind, layer): window_span(kind, layer, n_layers, config.window)
         for kind in config.kinds
@@ -61,20 +68,24 @@ def all_cells(scene: Scene) -> list[Cell]:
         for sever in config.sever
         for layer in range(n_layers)
         for span in [spans[kind, layer]]
-        for f, position in places
+        for f, position in positions
     ]
 
 
-def _can_change(scene: Scene, cell: Cell) -> bool:
-    """What precedes the subject was never corrupted; and the last block passes on the positions that are read only."""
-    traced, last = scene.facts[cell.fact], scene.model.n_layers - 1
+def _can_change(runs: TraceRuns, cell: Cell) -> bool:
+    """Whether restoring a cell can change the score.
+
+    What precedes the subject was never corrupted, and after the last block only the positions that are read count.
+    """
+    traced, last = runs.facts[cell.fact], runs.model.n_layers - 1
     return cell.position >= traced.subject.start and (cell.first < last or cell.position >= traced.prompt_length - 1)
 
 
 def window_span(kind: str, layer: int, n_layers: int, width: int | None) -> range:
     """Layers restored by the cell at `layer`: itself for a state, else a centered window cut at the edges.
 
-    The published code restores l − w/2 … l + w/2 − 1; so does this, and the true span is in the rows.
+    The published code restores l − w/2 … l + w/2 − 1; so does this. The effects hold the number of layers left
+    after the cut.
     """
     if kind == "state":
         return range(layer, layer + 1)
@@ -88,54 +99,55 @@ def default_window(n_layers: int) -> int:
     return 10 if n_layers >= 28 else max(1, round(10 * n_layers / 28))
 
 
-def _passes(cells: Sequence[Cell], scene: Scene) -> Iterator[list[Cell]]:
-    """Cells sharing a pass: those of one position, and of the next ones while that costs less than one of their own.
+def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]]:
+    """Cells that run together: those of one position, and of the next ones while that costs less than a new batch.
 
-    A row whose cell lies after the pass's first position computes the tokens between in vain.
+    A row whose cell lies after the batch's first position computes the tokens between them in vain.
     """
-    model = scene.model
-    most = max(1, pass_rows(model, scene.facts[0], scene.config) // scene.samples)
+    model = runs.model
+    max_cells = max(1, max_batch_rows(model, runs.facts[0], runs.config) // runs.samples)
     allowance = model.n_layers * spare_tokens(model)
-    together: list[Cell] = []
-    for position, alike in groupby(sorted(cells, key=lambda cell: (cell.position, cell)), lambda cell: cell.position):
-        some = list(alike)
-        blocks = scene.samples * sum(model.n_layers - 1 - cell.first for cell in some)
-        if together and (position - together[0].position) * blocks > allowance:
-            yield from _cut(together, most)
-            together = []
-        together += some
-    yield from _cut(together, most)
+    batch: list[Cell] = []
+    by_position = groupby(sorted(cells, key=lambda cell: (cell.position, cell)), lambda cell: cell.position)
+    for position, group in by_position:
+        cells_here = list(group)
+        blocks = runs.samples * sum(model.n_layers - 1 - cell.first for cell in cells_here)
+        if batch and (position - batch[0].position) * blocks > allowance:
+            yield from _split(batch, max_cells)
+            batch = []
+        batch += cells_here
+    yield from _split(batch, max_cells)
 
 
-def _cut(cells: Sequence[Cell], most: int) -> Iterator[list[Cell]]:
-    """At most so many cells at once, in the order in which they join a pass."""
+def _split(cells: Sequence[Cell], max_cells: int) -> Iterator[list[Cell]]:
+    """Batches of at most `max_cells` cells of nearly equal number, each in the order of their first layers."""
     ordered = sorted(cells, key=lambda cell: cell.first)
-    # Spread evenly: two passes of like size and not a full one and a remainder.
-    count = -(-len(ordered) // most)
+    # Two batches of nearly equal size rather than a full one and a remainder.
+    count = -(-len(ordered) // max_cells)
     return (ordered[i::count] for i in range(count))
 
 
-def restored(scene: Scene, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
-    """Mean scores over samples of each cell; halves the pass when the device's memory does not hold it."""
+def score_cells(runs: TraceRuns, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
+    """Mean scores over samples of each cell; halves the batch when the device's memory does not hold it."""
     try:
-        means = restore(scene, cells)
+        means = restore_cells(runs, cells)
     except torch.OutOfMemoryError:
         if len(cells) == 1:
             raise
         half = len(cells) // 2
-        return restored(scene, cells[:half]) | restored(scene, cells[half:])
+        return score_cells(runs, cells[:half]) | score_cells(runs, cells[half:])
     return {cell: {name: values[i].item() for name, values in means.items()} for i, cell in enumerate(cells)}
 
 
 def _rows(
-    scene: Scene, cell: Cell, score: dict[str, float], corrupted: Sequence[dict[str, float]]
+    runs: TraceRuns, cell: Cell, score: dict[str, float], corrupted: Sequence[dict[str, float]]
 ) -> Iterator[tuple[object, ...]]:
-    """One row a metric."""
-    traced = scene.facts[cell.fact]
-    clean = {name: values[cell.fact].item() for name, values in scene.clean_scores.items()}
-    for name, (mean, low, high) in scene.with_normalized(score, corrupted[cell.fact], clean).items():
+    """The rows of one cell in the effects, one per metric."""
+    traced = runs.facts[cell.fact]
+    clean = {name: values[cell.fact].item() for name, values in runs.clean_scores.items()}
+    for name, (mean, low, high) in runs.with_normalized(score, corrupted[cell.fact], clean).items():
         yield (
             traced.fact.id, cell.kind, cell.stop - cell.first, cell.sever, cell.layer, cell.position,
             traced.tokens[cell.position], traced.roles[cell.position],
-            name, mean, low, high, mean - low, scene.samples,
+            name, mean, low, high, mean - low, runs.samples,
         )  # fmt: skip

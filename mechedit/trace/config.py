@@ -1,4 +1,4 @@
-"""What to restore, what to sever, how to corrupt, and what to measure."""
+"""Settings of a trace: what to restore, what to sever, how to corrupt, and what to measure."""
 
 from __future__ import annotations
 
@@ -23,37 +23,40 @@ class TraceConfig:
     """What to restore, what to sever, how to corrupt, and what to measure."""
 
     kinds: Sequence[str] = ("state", "mlp", "attn")
-    """`state` restores one residual state; `mlp` and `attn` a window of module outputs."""
+    """What is restored: one residual state (`state`), or a window of module outputs (`mlp`, `attn`)."""
     sever: Sequence[str | Sever] = ("nothing",)
-    """What is cut, each traced in its own rows: `nothing`, `mlp`, `attn`, or a `Sever` (or its label, `mlp@3`)."""
+    """What is severed, each traced by itself: `nothing`, `mlp`, `attn`, or a label such as `mlp@3` or `attn:last`."""
     samples: int = 10
-    """Noise draws a fact."""
+    """Noise samples per fact."""
     corruption: str | Corruption = field(default_factory=Corruption)
     """How the subject is corrupted: a `Corruption`, or the name of its distribution."""
     noise: float | int = 3.0
-    """Noise in units of σ, the standard deviation of subject embeddings."""
+    """Standard deviation of the noise, in units of that of the subjects' embeddings."""
     noise_std: float | int | None = None
-    """Noise in absolute units; overrides `noise`."""
+    """Standard deviation of the noise in absolute units; overrides `noise`."""
     metrics: Sequence[str | Metric] = ("probability",)
-    """Names in `METRICS`, such a name after `normalized_`, or functions of `Answers`."""
+    """Names in `METRICS`, each also after `normalized_`, or functions of `MetricInputs`."""
     window: int | None = None
-    """Layers in an `mlp` or `attn` window; None means 10 scaled to depth below 28 layers."""
+    """Layers in an `mlp` or `attn` window; None means 10, scaled to depth below 28 layers."""
     roles: Sequence[str] | None = None
     """Roles of the tokens to restore; None means every prompt token."""
     seed: int = 0
+    """Seed of the noise."""
     batch_rows: int = 1024
-    """Most rows in one forward pass: bounds memory, changes nothing else."""
+    """Most rows in one forward pass; limits memory and changes nothing else."""
     memory: float | int | None = None
-    """Most GiB that a trace may take beside the weights (an estimate); bounds the rows further."""
+    """Most GiB that a trace may take beside the weights (an estimate); None means no limit but `batch_rows`."""
 
     def __post_init__(self) -> None:
-        severed = [Sever.parse(one) if isinstance(one, str) else one for one in self.sever]
-        object.__setattr__(self, "sever", tuple(one.label for one in severed))
+        severings = [Sever.parse(sever) if isinstance(sever, str) else sever for sever in self.sever]
+        object.__setattr__(self, "sever", tuple(sever.label for sever in severings))
         if isinstance(self.corruption, str):
             object.__setattr__(self, "corruption", Corruption(distribution=self.corruption))
-        names = [metric_name(metric) for metric in self.metrics]
         for metric in self.metrics:
             find_metric(metric)
+        metrics = [metric_name(metric) if isinstance(metric, str) else metric for metric in self.metrics]
+        object.__setattr__(self, "metrics", tuple(metrics))
+        names = [metric_name(metric) for metric in self.metrics]
         for name, values, legal in (("kinds", self.kinds, get_args(Kind)), ("roles", self.roles or (), ROLES)):
             for value in values:
                 check_choice(f"an entry of {name}", value, legal)
@@ -67,16 +70,16 @@ class TraceConfig:
 
     @property
     def severed(self) -> tuple[Sever, ...]:
-        """What is cut, as values."""
+        """The severings as values."""
         return tuple(Sever.parse(str(label)) for label in self.sever)
 
     @property
     def corrupted_by(self) -> Corruption:
-        """How the subject is corrupted, as a value."""
+        """The corruption as a value."""
         assert isinstance(self.corruption, Corruption)
         return self.corruption
 
     def plain(self) -> dict[str, Any]:
-        """The settings as JSON holds them; a function stands by its name."""
+        """The settings as JSON holds them; a function is written as its name."""
         settings = asdict(self)
         return {**settings, "metrics": [metric_name(metric) for metric in self.metrics]}

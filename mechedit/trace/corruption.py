@@ -26,22 +26,23 @@ NoiseSource = Callable[[Fact, int, int, int], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """What happens to the subject's embeddings, once a noise draw; every noise has standard deviation `std`.
+    """What happens to the subject's embeddings in each noise sample; every noise has standard deviation `std`.
 
     With z ~ N(0, I) and std = k·σ (or `noise_std`), the noise ε of a token is
       `gaussian`: std·z (ROME §2.1);
       `multivariate`: std·R·z with R Rᵀ the covariance of the subjects' embeddings, scaled to mean variance 1;
-      `student`: std·z / √(χ²_ν / (ν − 2)), one χ² a token: heavy tails;
+      `student`: std·z / √(χ²_ν / (ν − 2)), one χ² per token: heavy tails;
       `uniform`: uniform on ±√3·std.
     `tokens` puts another subject of the same number of tokens in its place (symmetric token replacement, Zhang &
     Nanda 2024): another one for each sample, with another object, and of the same relation where there is one.
     """
 
     distribution: str = "gaussian"
+    """gaussian, multivariate, student or uniform noise, or tokens of another subject."""
     replace: bool = False
     """The noise stands in place of the embedding; multivariate noise then has the subjects' mean."""
     degrees: float | int = 3
-    """ν of `student`, above 2."""
+    """Degrees of freedom ν of `student`, above 2."""
     extra_tokens: int = 0
     """Tokens after the subject that are corrupted too."""
 
@@ -55,90 +56,104 @@ class Corruption:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Spread:
-    """How the embeddings of the subjects are spread."""
+class EmbeddingStatistics:
+    """Standard deviation, mean and covariance of the subjects' embeddings."""
 
     std: float
     """σ over all entries (ROME §2.1)."""
     mean: Float[Tensor, " d_model"]
-    root: Float[Tensor, "d_model d_model"] | None
-    """Symmetric root of their covariance, scaled to mean variance 1; None unless multivariate noise needs it."""
+    covariance_root: Float[Tensor, "d_model d_model"] | None
+    """Symmetric square root of the covariance, scaled to mean variance 1; None unless multivariate noise needs it."""
 
 
 def embedding_std(model: Model, subjects: Sequence[str]) -> float:
     """σ: standard deviation of `embed` over all tokens of the subjects, tokenized by themselves (ROME §2)."""
-    return embedding_spread(model, subjects).std
+    return embedding_statistics(model, subjects).std
 
 
 @torch.no_grad()
-def embedding_spread(model: Model, subjects: Sequence[str], *, root: bool = False) -> Spread:
-    """Spread of `embed` over all tokens of the subjects, tokenized by themselves.
+def embedding_statistics(
+    model: Model, subjects: Sequence[str], *, covariance_root: bool = False
+) -> EmbeddingStatistics:
+    """Statistics of `embed` over all tokens of the subjects, tokenized by themselves.
 
     Args:
         model: any `Model`.
         subjects: texts; a repeated one counts once.
-        root: also take the root of the covariance, [d_model, d_model] in fp64.
+        covariance_root: also compute the root of the covariance, [d_model, d_model] in fp64.
     """
-    rows = []
+    per_subject = []
     for subject in dict.fromkeys(subjects):
         ids = torch.tensor([continuation_ids(model.tokenizer, subject)], device=model.device)
-        rows.append(model.run(Tokens(ids, torch.ones_like(ids)), read=[EMBED], stop_after=0)[EMBED][0].float())
-    found = torch.cat(rows)
-    return Spread(std=found.std().item(), mean=found.mean(0), root=_unit_root(found) if root else None)
+        per_subject.append(model.run(Tokens(ids, torch.ones_like(ids)), read=[EMBED], stop_after=0)[EMBED][0].float())
+    embeddings = torch.cat(per_subject)
+    return EmbeddingStatistics(
+        std=embeddings.std().item(),
+        mean=embeddings.mean(0),
+        covariance_root=unit_covariance_root(embeddings) if covariance_root else None,
+    )
 
 
-def _unit_root(rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model d_model"]:
+def unit_covariance_root(embeddings: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model d_model"]:
     """R with R Rᵀ = Σ·d / tr Σ; symmetric, so that fewer tokens than dimensions are no obstacle."""
-    values, vectors = torch.linalg.eigh(rows.double().T.cov())
-    lengths = values.clamp(min=0).sqrt()
+    eigenvalues, eigenvectors = torch.linalg.eigh(embeddings.double().T.cov())
+    lengths = eigenvalues.clamp(min=0).sqrt()
     scale = lengths.square().mean().sqrt().clamp(min=1e-30)
-    return (vectors * (lengths / scale)) @ vectors.T
+    return (eigenvectors * (lengths / scale)) @ eigenvectors.T
 
 
-def own_seed(seed: int, fact: str) -> int:
+def fact_seed(seed: int, fact: str) -> int:
     """A fact's seed: the same for every cell, kind and severing, another for every fact."""
     digest = hashlib.sha256(f"{seed}:{fact}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def draw_noise(
-    fact: Fact, shape: tuple[int, int, int], corruption: Corruption, spread: Spread | None, seed: int
+    fact: Fact,
+    shape: tuple[int, int, int],
+    corruption: Corruption,
+    statistics: EmbeddingStatistics | None,
+    seed: int,
 ) -> Float[Tensor, "sample token d_model"]:
-    """Draws of mean 0 and standard deviation 1 of one fact, from its own seed.
+    """Draw the noise of one fact from its own seed, with mean 0 and standard deviation 1.
 
     Args:
-        fact: whose id makes the seed.
+        fact: its id determines the seed, with `seed`.
         shape: (samples, tokens, d_model).
         corruption: its distribution, not `tokens`.
-        spread: with the covariance's root, for multivariate noise.
-        seed: of all facts.
+        statistics: with the covariance's root, for multivariate noise.
+        seed: shared by all facts.
     """
-    own = own_seed(seed, fact.id)
-    generator = torch.Generator().manual_seed(own)
+    own_seed = fact_seed(seed, fact.id)
+    generator = torch.Generator().manual_seed(own_seed)
     if corruption.distribution == "uniform":
         return (2 * torch.rand(shape, generator=generator) - 1) * 3**0.5
     normal = torch.randn(shape, generator=generator)
     if corruption.distribution == "multivariate":
-        return colored(normal, spread)
+        return correlate(normal, statistics)
     if corruption.distribution == "student":
         degrees = corruption.degrees
-        chi = torch.from_numpy(np.random.default_rng(own).chisquare(degrees, size=(*shape[:2], 1)))
+        chi = torch.from_numpy(np.random.default_rng(own_seed).chisquare(degrees, size=(*shape[:2], 1)))
         return normal / (chi / (degrees - 2)).sqrt().float()
     assert corruption.distribution == "gaussian"
     return normal
 
 
-def colored(normal: Float[Tensor, "sample token d_model"], spread: Spread | None) -> Tensor:
-    """Standard-normal draws given the covariance of the subjects' embeddings (mean variance 1)."""
-    assert spread is not None
-    assert spread.root is not None
-    return (normal.double() @ spread.root.to(normal.device)).float()
+def correlate(normal: Float[Tensor, "sample token d_model"], statistics: EmbeddingStatistics | None) -> Tensor:
+    """Give standard-normal draws the covariance of the subjects' embeddings, scaled to mean variance 1."""
+    assert statistics is not None
+    assert statistics.covariance_root is not None
+    return (normal.double() @ statistics.covariance_root.to(normal.device)).float()
 
 
-def given_noise(
-    fact: Fact, shape: tuple[int, int, int], corruption: Corruption, spread: Spread | None, noise: NoiseSource
+def checked_noise(
+    fact: Fact,
+    shape: tuple[int, int, int],
+    corruption: Corruption,
+    statistics: EmbeddingStatistics | None,
+    noise: NoiseSource,
 ) -> Float[Tensor, "sample token d_model"]:
-    """Draws of one fact from the caller, checked.
+    """The explicit noise of one fact from the caller, checked.
 
     Raises:
         InputError: another shape, values that are not finite, or a corruption that is not made of normal draws.
@@ -154,25 +169,25 @@ def given_noise(
             f"noise for fact {fact.id!r} has shape {tuple(draws.shape)}, expected finite draws of shape "
             f"{shape} (samples, subject tokens, width)"
         )
-    return colored(draws, spread) if corruption.distribution == "multivariate" else draws
+    return correlate(draws, statistics) if corruption.distribution == "multivariate" else draws
 
 
-class Donors:
-    """Subjects that can stand in for others, found by their number of tokens."""
+class ReplacementSubjects:
+    """Facts whose subjects can replace others, grouped by the number of tokens of the subject."""
 
     def __init__(self, tokenizer: Any, facts: Sequence[Fact]):
         self.by_length: dict[int, list[Fact]] = {}
         for fact in {fact.subject: fact for fact in reversed(facts)}.values():
             self.by_length.setdefault(len(continuation_ids(tokenizer, fact.subject)), []).append(fact)
-        self.lengths = {fact.subject: length for length, alike in self.by_length.items() for fact in alike}
+        self.lengths = {fact.subject: length for length, group in self.by_length.items() for fact in group}
 
     def of(self, fact: Fact, seed: int) -> list[Fact]:
         """Facts whose subjects could replace this one's, in a drawn order, those of its relation first."""
-        objects = fact.object.strip()
-        others = [
-            other
-            for other in self.by_length.get(self.lengths.get(fact.subject, 0), [])
-            if other.subject != fact.subject and other.object.strip() != objects
+        object_text = fact.object.strip()
+        candidates = [
+            candidate
+            for candidate in self.by_length.get(self.lengths.get(fact.subject, 0), [])
+            if candidate.subject != fact.subject and candidate.object.strip() != object_text
         ]
-        random.Random(own_seed(seed, fact.id)).shuffle(others)
-        return sorted(others, key=lambda other: other.relation != fact.relation)
+        random.Random(fact_seed(seed, fact.id)).shuffle(candidates)
+        return sorted(candidates, key=lambda candidate: candidate.relation != fact.relation)

@@ -1,33 +1,61 @@
-"""Effects: the tidy frame that a trace returns, which shows itself in a notebook."""
+"""Effects: the tidy frame that a trace returns, which a notebook shows as heatmaps."""
 
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from mechedit.trace.display import effects_html
+from mechedit.tables import read_table
+from mechedit.trace.metrics import metric_name
+
+COLUMNS = (
+    "fact", "kind", "window", "sever", "layer", "position", "token", "role",
+    "metric", "score", "corrupted", "clean", "effect", "samples",
+)  # fmt: skip
+"""Columns of effects: one row per restored cell and metric, `effect = score − corrupted`."""
 
 
 class Effects(pd.DataFrame):
     """Tidy effects: a frame like any other, which a notebook shows as heatmaps of one fact.
 
-    The fact is the one that the corruption hurts most, or the only one. Rows that do not make whole heatmaps
+    The fact is the one that the corruption hurts most, or the only one. Rows that do not make complete heatmaps
     (a `head`, a sample, averages) are shown as the table they are.
     """
 
     def __init__(self, data: Any = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(data, *args, **kwargs)
         if isinstance(data, pd.DataFrame):
-            self.attrs = deepcopy(data.attrs)  # which pandas keeps only where it copies by itself
+            self.attrs = deepcopy(data.attrs)  # pandas keeps attrs only in its own copies
 
     @property
     def _constructor(self) -> type[Effects]:
         return Effects
 
     def _repr_html_(self) -> str | None:
+        # Imported here: only notebooks need the web page.
+        from mechedit.trace.display import effects_html
+
         table = pd.DataFrame(self)._repr_html_()  # pyright: ignore[reportCallIssue]
         if table is None:  # HTML has been switched off
             return None
         return effects_html(self, table) or table
+
+
+def read_effects(path: str | Path, **equal: Any) -> Effects:
+    """Read effects.parquet, or only its rows whose columns hold the given values.
+
+    Raises:
+        InputError: there is no such file, or it is not parquet or was cut short.
+    """
+    return Effects(with_present_metric_names(read_table(path, **equal)))
+
+
+def with_present_metric_names(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their metrics in the present spelling; earlier versions wrote `normalised_probability`."""
+    present = {name: metric_name(str(name)) for name in frame["metric"].unique()}
+    if all(name == spelling for name, spelling in present.items()):
+        return frame
+    return frame.assign(metric=frame["metric"].replace(present))

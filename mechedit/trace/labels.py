@@ -1,8 +1,10 @@
-"""How kinds, roles, severings, tokens and metrics are written for people, in figures and in notebooks."""
+"""How kinds, roles, tokens and metrics are written for people, in figures and in notebooks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from mechedit.trace.metrics import NORMALIZED
 
 KIND_LABELS = {"state": "single state", "mlp": "MLP window", "attn": "attention window"}
 SEVER_LABELS = {"nothing": "nothing severed", "attn": "attention severed", "mlp": "MLP severed"}
@@ -18,52 +20,40 @@ ROLE_LABELS = {
 """In reading order."""
 METRIC_LABELS = {"log_probability": "log-probability", "logit_difference": "logit difference", "kl": "KL"}
 LONGEST_TOKEN = 14
-"""Characters of a token that are shown."""
+"""Most characters of a token that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """What effects of a metric are shown in."""
+class EffectUnit:
+    """The unit in which effects of a metric are shown."""
 
     factor: float = 1.0
-    """Multiplies an effect before it is shown."""
+    """Factor by which an effect is multiplied before it is shown."""
     name: str
-    """For an axis: what one unit is."""
+    """Name of the unit on an axis."""
     short: str = ""
-    """For a number: what follows it."""
+    """Text that follows a number."""
     helps: int = 1
-    """Sign of an effect that brings the clean run back."""
+    """Sign of an effect that restores the clean run's behavior."""
 
 
 UNITS = {
-    "probability": Unit(factor=100.0, name="% of probability", short="%"),
-    "log_probability": Unit(name="nats of log-probability", short=" nats"),
-    "logit_difference": Unit(name="logits", short=" logits"),
-    "kl": Unit(name="nats of KL; negative helps", short=" nats", helps=-1),
+    "probability": EffectUnit(factor=100.0, name="% of probability", short="%"),
+    "log_probability": EffectUnit(name="nats of log-probability", short=" nats"),
+    "logit_difference": EffectUnit(name="logits", short=" logits"),
+    "kl": EffectUnit(name="nats of KL; negative helps", short=" nats", helps=-1),
 }
 
 
-def unit_of(metric: str) -> Unit:
-    """The unit of a metric's effects; a metric that is not ours is shown as it is, under its own name."""
+def unit_of(metric: str) -> EffectUnit:
+    """The unit of a metric's effects; a user's own metric is shown unscaled, under its own name."""
     if metric in UNITS:
         return UNITS[metric]
-    if not metric.startswith("normalized_"):
-        return Unit(name=metric)
-    of = metric.removeprefix("normalized_")
-    whole = "" if of == "probability" else f" on {METRIC_LABELS.get(of, of)}"
-    return Unit(factor=100.0, name=f"% of the total effect{whole}", short="%")
-
-
-def sever_label(sever: str) -> str:
-    """A severing in words; `mlp@2-4` severs the MLPs of layers 2 to 4 only."""
-    if sever in SEVER_LABELS:
-        return SEVER_LABELS[sever]
-    part, at, layers = sever.partition("@")
-    if not at or part not in SEVER_LABELS:
-        return f"{sever} severed"
-    name = SEVER_LABELS[part].removesuffix(" severed")
-    several = "s" if any(mark in layers for mark in "-,") else ""
-    return f"{name} severed, layer{several} {layers.replace('-', '–')}"
+    if not metric.startswith(NORMALIZED):
+        return EffectUnit(name=metric)
+    base = metric.removeprefix(NORMALIZED)
+    suffix = "" if base == "probability" else f" on {METRIC_LABELS.get(base, base)}"
+    return EffectUnit(factor=100.0, name=f"% of the total effect{suffix}", short="%")
 
 
 def token_label(text: str, role: str) -> str:

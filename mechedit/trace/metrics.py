@@ -1,6 +1,6 @@
-"""What is read off the logits: how well a run still says the object.
+"""Metrics: how well a run still says the object, read off its logits.
 
-A metric maps `Answers` to one number a row; several are read off one forward pass. In `effects`, `score`,
+A metric maps `MetricInputs` to one number per row; several are read off one forward pass. In effects, `score`,
 `corrupted` and `clean` are the metric's value in the restored, the corrupted and the clean run.
 """
 
@@ -16,19 +16,22 @@ from torch import Tensor
 from mechedit.errors import InputError
 
 NORMALIZED = "normalized_"
-"""Before a metric's name: the share of the total effect won back, (score − corrupted) / (clean − corrupted)."""
+"""Prefix of a metric's name: the recovered part of the total effect, (score − corrupted) / (clean − corrupted)."""
+_BRITISH = "normalised_"
+"""The same prefix in option values and effects files of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answers:
-    """What a metric may look at; position i predicts the object's token i, given those before it."""
+class MetricInputs:
+    """What a metric may read; position i predicts the object's token i, given those before it."""
 
     logits: Float[Tensor, "row object vocab"]
     clean_runs: Float[Tensor, "fact object vocab"]
     """Logits of the clean run of every fact."""
     facts: Int[Tensor, " row"]
-    """The fact of each row."""
+    """Index of each row's fact in `clean_runs`."""
     objects: Int[Tensor, "row object"]
+    """Token ids of the object."""
     foils: Int[Tensor, " row"]
     """First token of the foil: the fact's own, else the clean run's likeliest first token that is not the object's."""
 
@@ -43,30 +46,30 @@ class Answers:
         return self.logits.float().log_softmax(-1).gather(2, self.objects[:, :, None])[:, :, 0].sum(1)
 
 
-Metric = Callable[[Answers], Float[Tensor, " row"]]
+Metric = Callable[[MetricInputs], Float[Tensor, " row"]]
 
 
-def probability(answers: Answers) -> Float[Tensor, " row"]:
+def probability(inputs: MetricInputs) -> Float[Tensor, " row"]:
     """Joint probability of the object, Π p(oᵢ | prompt, o<ᵢ)."""
-    return answers.log_probability.exp()
+    return inputs.log_probability.exp()
 
 
-def log_probability(answers: Answers) -> Float[Tensor, " row"]:
+def log_probability(inputs: MetricInputs) -> Float[Tensor, " row"]:
     """Joint log-probability of the object, in nats."""
-    return answers.log_probability
+    return inputs.log_probability
 
 
-def logit_difference(answers: Answers) -> Float[Tensor, " row"]:
+def logit_difference(inputs: MetricInputs) -> Float[Tensor, " row"]:
     """Logit of the object's first token minus that of the foil's (Zhang & Nanda 2024)."""
-    first = answers.logits[:, 0].float()
-    wanted = torch.stack([answers.objects[:, 0], answers.foils], 1)
-    chosen = first.gather(1, wanted)
-    return chosen[:, 0] - chosen[:, 1]
+    first = inputs.logits[:, 0].float()
+    tokens = torch.stack([inputs.objects[:, 0], inputs.foils], 1)
+    logits = first.gather(1, tokens)
+    return logits[:, 0] - logits[:, 1]
 
 
-def kl(answers: Answers) -> Float[Tensor, " row"]:
-    """KL(clean ‖ run) of the next-token distribution after the prompt, in nats: 0 when all is restored."""
-    clean, run = (logits[:, 0].float().log_softmax(-1) for logits in (answers.clean, answers.logits))
+def kl(inputs: MetricInputs) -> Float[Tensor, " row"]:
+    """KL(clean ‖ run) of the next-token distribution after the prompt, in nats: 0 when everything is restored."""
+    clean, run = (logits[:, 0].float().log_softmax(-1) for logits in (inputs.clean, inputs.logits))
     return (clean.exp() * (clean - run)).sum(-1)
 
 
@@ -79,22 +82,27 @@ METRICS: Mapping[str, Metric] = {
 
 
 def metric_name(metric: str | Metric) -> str:
-    """What stands in `effects.metric`: a name, or a callable's own."""
-    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+    """The name in the column `metric` of effects: a callable's own, or a name in its present spelling.
+
+    Earlier versions wrote `normalised_` where `normalized_` is written now.
+    """
+    if not isinstance(metric, str):
+        return getattr(metric, "__name__", type(metric).__name__)
+    return NORMALIZED + metric.removeprefix(_BRITISH) if metric.startswith(_BRITISH) else metric
 
 
 def find_metric(metric: str | Metric) -> Metric:
-    """The function behind a name; a normalized metric is computed from the plain one.
+    """The function behind a name; a normalized metric is computed from the metric without the prefix.
 
     Raises:
         InputError: an unknown name.
     """
     if not isinstance(metric, str):
         return metric
-    plain = metric.removeprefix(NORMALIZED)
-    if plain not in METRICS:
+    base = metric_name(metric).removeprefix(NORMALIZED)
+    if base not in METRICS:
         raise InputError(
             f"the metric is {metric!r}, expected one of {', '.join(METRICS)}, one of them after {NORMALIZED!r}, "
-            f"or a function of mechedit.trace.Answers"
+            f"or a function of mechedit.trace.MetricInputs"
         )
-    return METRICS[plain]
+    return METRICS[base]

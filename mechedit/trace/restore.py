@@ -1,9 +1,9 @@
-"""A pass: rows of restored cells on one way through the layers, each joining where it first differs.
+"""Restoration in batches: rows of restored cells run through the layers together, each joining where it first differs.
 
-Below the first restored block a cell's row is the corrupted run; of that block it changes its own position alone,
-because the other positions attend to what they attended to. So a row joins the pass after its first restored block,
-with the corrupted state and one position replaced, and the pass computes each layer once for all rows that have
-joined, from the pass's first position on, with the corrupted run's keys and values before that.
+Below the first restored block, the row of a cell equals the corrupted run. That block changes its own position alone,
+because the other positions attend to what they attended to. So a row joins the batch after its first restored block,
+with the corrupted states and one position replaced. The batch computes each layer once for all rows that have joined,
+from the batch's first position on, and takes the corrupted run's keys and values for the positions before that.
 """
 
 from __future__ import annotations
@@ -12,262 +12,217 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechedit.errors import InputError
 from mechedit.models import Patch, Resume, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND
-from mechedit.trace.runs import Held, Measured, Scene
+from mechedit.trace.runs import MetricValues, TraceRuns, slice_patch
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One restoration of one fact."""
+    """One restoration: a kind of state or window at one layer and position of one fact, under one severing."""
 
     kind: str
     sever: str
-    """Label of what is cut."""
+    """Label of the severing."""
     layer: int
     fact: int
-    """Index in the group."""
+    """Index of the fact in its group."""
     position: int
     first: int
-    """Restored layers: first … stop − 1."""
+    """First restored layer."""
     stop: int
+    """Layer after the last restored one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CellRows:
-    """The rows of a pass: each cell under every draw, in the order in which they join."""
+class CellBatch:
+    """The rows of a batch of cells: each cell under every noise sample, in the order in which they join."""
 
-    scene: Scene
+    runs: TraceRuns
     cells: Sequence[Cell]
     start: int
-    """First position of the pass; positions in patches are counted from it."""
+    """First position that is computed; patches count positions from it."""
     fact: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
-    index: Int[Tensor, " row"]
-    """Of the row in the scene."""
+    corrupted_row: Int[Tensor, " row"]
+    """Row of the corrupted run with the same fact and sample."""
 
     @staticmethod
-    def of(scene: Scene, cells: Sequence[Cell]) -> CellRows:
-        """The rows of some cells, a cell's draws side by side."""
+    def of(runs: TraceRuns, cells: Sequence[Cell]) -> CellBatch:
+        """The rows of cells that are sorted by their first layer; the samples of a cell are side by side."""
         assert list(cells) == sorted(cells, key=lambda cell: cell.first)
-        device, samples = scene.model.device, scene.samples
+        device, samples = runs.model.device, runs.samples
         fact, position = (
             torch.tensor(values, device=device).repeat_interleave(samples)
             for values in zip(*((cell.fact, cell.position) for cell in cells), strict=True)
         )
-        draw = torch.arange(samples, device=device).repeat(len(cells))
-        start = min(cell.position for cell in cells)
-        return CellRows(
-            scene=scene, cells=cells, start=start, fact=fact, position=position, index=fact * samples + draw
+        sample = torch.arange(samples, device=device).repeat(len(cells))
+        return CellBatch(
+            runs=runs,
+            cells=cells,
+            start=min(cell.position for cell in cells),
+            fact=fact,
+            position=position,
+            corrupted_row=fact * samples + sample,
         )
 
-    def part(self, begin: int, end: int) -> CellRows:
-        """The rows of cells begin … end − 1."""
-        rows = slice(begin * self.scene.samples, end * self.scene.samples)
-        return CellRows(
-            scene=self.scene,
+    def take(self, begin: int, end: int) -> CellBatch:
+        """The rows of the cells from `begin` up to `end`."""
+        rows = slice(begin * self.runs.samples, end * self.runs.samples)
+        return CellBatch(
+            runs=self.runs,
             cells=self.cells[begin:end],
             start=self.start,
             fact=self.fact[rows],
             position=self.position[rows],
-            index=self.index[rows],
+            corrupted_row=self.corrupted_row[rows],
         )
 
-    def before(self, layer: int) -> CellRows:
-        """The rows that join below a layer."""
-        return self.part(0, sum(cell.first < layer for cell in self.cells))
+    def joined_before(self, layer: int) -> CellBatch:
+        """The rows whose first restored layer is below `layer`."""
+        return self.take(0, sum(cell.first < layer for cell in self.cells))
 
-    def joining(self, layer: int) -> CellRows:
-        """The rows that join at a layer."""
+    def joining_at(self, layer: int) -> CellBatch:
+        """The rows whose first restored layer is `layer`."""
         begin = sum(cell.first < layer for cell in self.cells)
-        return self.part(begin, begin + sum(cell.first == layer for cell in self.cells))
+        return self.take(begin, begin + sum(cell.first == layer for cell in self.cells))
 
-    def which(self, chosen: Sequence[bool]) -> Tensor:
-        """A mask of rows from one of cells."""
-        return torch.tensor(chosen, device=self.fact.device).repeat_interleave(self.scene.samples)
+    def row_mask(self, cell_mask: Sequence[bool]) -> Bool[Tensor, " row"]:
+        """A mask of cells as a mask of their rows."""
+        return torch.tensor(cell_mask, device=self.fact.device).repeat_interleave(self.runs.samples)
 
     @property
     def tokens(self) -> Tokens:
-        """From the pass's first position on."""
-        tokens = self.scene.tokens
-        return Tokens(tokens.ids[self.index, self.start :], tokens.mask[self.index, self.start :])
+        """Tokens from the batch's first position on."""
+        tokens = self.runs.tokens
+        return Tokens(tokens.ids[self.corrupted_row, self.start :], tokens.mask[self.corrupted_row, self.start :])
 
-    def corrupted(self, layer: int) -> Float[Tensor, "row pos d_model"]:
-        """States of the corrupted run after a block."""
-        return self.scene.corrupted[Site(layer, "resid")][:, self.start :].index_select(0, self.index)
+    def corrupted_states(self, layer: int) -> Float[Tensor, "row pos d_model"]:
+        """States of the corrupted run after a block, from the batch's first position on."""
+        return self.runs.corrupted[Site(layer, "resid")][:, self.start :].index_select(0, self.corrupted_row)
 
 
-def restore(scene: Scene, cells: Sequence[Cell]) -> Measured:
-    """Mean scores over samples of cells, in order of their first layers, their clean values put back."""
-    rows, last = CellRows.of(scene, cells), scene.model.n_layers - 1
+def restore_cells(runs: TraceRuns, cells: Sequence[Cell]) -> MetricValues:
+    """Put the clean values of cells back and score them: means over noise samples.
+
+    Args:
+        runs: the clean and corrupted runs of the cells' facts.
+        cells: cells in the order of their first restored layers; one number per cell is returned for each metric.
+
+    Raises:
+        InputError: a score is not finite.
+    """
+    batch, last = CellBatch.of(runs, cells), runs.model.n_layers - 1
     resid = None
     for layer in range(cells[0].first, last):
         if resid is not None:
-            resid = _through_block(rows.before(layer), layer, resid)
-        joining = rows.joining(layer)
+            resid = _through_block(batch.joined_before(layer), layer, resid)
+        joining = batch.joining_at(layer)
         if joining.cells:
-            own = _joined(joining, layer)
-            resid = own if resid is None else torch.cat([resid, own])
-    return {name: values.view(len(cells), -1).mean(1) for name, values in _measured(rows, last, resid).items()}
+            new = _states_after_joining(joining, layer)
+            resid = new if resid is None else torch.cat([resid, new])
+    return {name: values.view(len(cells), -1).mean(1) for name, values in _last_block(batch, last, resid).items()}
 
 
 def _through_block(
-    rows: CellRows, layer: int, resid: Float[Tensor, "row pos d_model"]
+    batch: CellBatch, layer: int, resid: Float[Tensor, "row pos d_model"]
 ) -> Float[Tensor, "row pos d_model"]:
     """The states after one more block."""
-    scene, site = rows.scene, Site(layer, "resid")
-    run = scene.model.run(
-        rows.tokens,
-        [*sever_patches(rows, layer), *restore_patches(rows, layer)],
+    runs, site = batch.runs, Site(layer, "resid")
+    run = runs.model.run(
+        batch.tokens,
+        [*sever_patches(batch, layer), *restore_patches(batch, layer)],
         [site],
         resume=Resume(layer, resid),
         stop_after=layer,
-        kv_cache=scene.kv_cache.take(rows.index, rows.start, layer, layer) if rows.start else None,
+        kv_cache=runs.kv_cache.take(batch.corrupted_row, batch.start, layer, layer) if batch.start else None,
     )
     return run[site]
 
 
-def _joined(rows: CellRows, layer: int) -> Float[Tensor, "row pos d_model"]:
+def _states_after_joining(batch: CellBatch, layer: int) -> Float[Tensor, "row pos d_model"]:
     """States after the block at which rows join: the corrupted ones, with the restored position's replaced."""
-    resid = rows.corrupted(layer)
-    resid[torch.arange(len(resid), device=resid.device), rows.position - rows.start] = _replaced(rows, layer)
+    resid = batch.corrupted_states(layer)
+    rows = torch.arange(len(resid), device=resid.device)
+    resid[rows, batch.position - batch.start] = _restored_states(batch, layer)
     return resid
 
 
-def _replaced(rows: CellRows, layer: int) -> Float[Tensor, "row d_model"]:
+def _restored_states(batch: CellBatch, layer: int) -> Float[Tensor, "row d_model"]:
     """The restored position's state after the block at which rows join."""
-    scene = rows.scene
-    found = scene.clean[Site(layer, "resid")][rows.fact, rows.position]
-    for kind, sever in dict.fromkeys((cell.kind, cell.sever) for cell in rows.cells if cell.kind != "state"):
-        mask = rows.which([(cell.kind, cell.sever) == (kind, sever) for cell in rows.cells])
-        states = scene.entries.get((kind, sever, layer))
-        if states is None:
-            states = scene.entries[kind, sever, layer] = _entries(scene, kind, sever, layer)
-        found[mask] = states[rows.index[mask], rows.position[mask] - scene.restorable.start]
-    return found
+    runs = batch.runs
+    states = runs.clean[Site(layer, "resid")][batch.fact, batch.position]
+    for kind, sever in dict.fromkeys((cell.kind, cell.sever) for cell in batch.cells if cell.kind != "state"):
+        mask = batch.row_mask([(cell.kind, cell.sever) == (kind, sever) for cell in batch.cells])
+        positions = batch.position[mask] - runs.restored_span.start
+        states[mask] = runs.window_states(kind, sever, layer)[batch.corrupted_row[mask], positions]
+    return states
 
 
-def _entries(scene: Scene, kind: str, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
-    """States after a block whose module's clean output was put back, at all positions that are restored.
-
-    What a position's state becomes depends on what is put back at that position alone, so that one run stands for
-    the cells of all positions.
-    """
-    span, site, device = scene.restorable, Site(layer, "resid"), scene.model.device
-    every = torch.arange(len(scene.tokens.ids), device=device)
-    where = torch.arange(len(span), device=device).repeat(len(every), 1)
-    clean = scene.clean[Site(layer, PART_OF_KIND[kind])][:, span.start : span.stop]
-    patches = [
-        *_held(scene, sever, every, layer, range(span.start, span.stop)),
-        Patch(Site(layer, PART_OF_KIND[kind]), where, clean.repeat_interleave(scene.samples, 0)),
-    ]
-    resume = None
-    if layer > 0:
-        resume = Resume(layer, scene.corrupted[Site(layer - 1, "resid")][:, span.start : span.stop])
-    else:
-        patches.insert(0, shifted(scene.noise, every, span.start, span.stop))
-    run = scene.model.run(
-        Tokens(scene.tokens.ids[:, span.start : span.stop], scene.tokens.mask[:, span.start : span.stop]),
-        patches,
-        [site],
-        resume=resume,
-        stop_after=layer,
-        kv_cache=scene.kv_cache.take(every, span.start, layer, layer) if span.start else None,
-    )
-    return run[site]
-
-
-def _measured(rows: CellRows, last: int, resid: Float[Tensor, "joined pos d_model"] | None) -> Measured:
-    """Scores after the last block; rows that join there take their replaced state after it."""
-    scene, late, start = rows.scene, rows.joining(last), rows.start
-    patches = [*sever_patches(rows, last), *restore_patches(rows, last)]
-    if late.cells:
-        where = rows.position.where(rows.which([cell.first == last for cell in rows.cells]), -1 + start) - start
-        value = scene.clean[Site(last, "resid")].new_zeros(len(where), 1, scene.model.d_model)
-        value[-len(late.index) :, 0] = _replaced(late, last)
+def _last_block(batch: CellBatch, last: int, resid: Float[Tensor, "joined pos d_model"] | None) -> MetricValues:
+    """Scores after the last block; rows that join there take their restored state after it."""
+    runs, joining, start = batch.runs, batch.joining_at(last), batch.start
+    patches = [*sever_patches(batch, last), *restore_patches(batch, last)]
+    if joining.cells:
+        is_joining = batch.row_mask([cell.first == last for cell in batch.cells])
+        where = batch.position.where(is_joining, -1 + start) - start
+        value = runs.clean[Site(last, "resid")].new_zeros(len(where), 1, runs.model.d_model)
+        value[-len(joining.corrupted_row) :, 0] = _restored_states(joining, last)
         patches.append(Patch(Site(last, "resid"), where[:, None], value))
         if last > 0:
-            resid = torch.cat([*([] if resid is None else [resid]), late.corrupted(last - 1)])
+            resid = torch.cat([*([] if resid is None else [resid]), joining.corrupted_states(last - 1)])
     if resid is None:
-        patches.insert(0, shifted(scene.noise, rows.index, start))
-    run = scene.model.run(
-        rows.tokens,
+        patches.insert(0, slice_patch(runs.corruption, batch.corrupted_row, start))
+    run = runs.model.run(
+        batch.tokens,
         patches,
         resume=None if resid is None else Resume(last, resid),
-        logits_to_keep=scene.read_at - start,
-        kv_cache=scene.kv_cache.take(rows.index, start, last) if start else None,
+        logits_to_keep=runs.read_at - start,
+        kv_cache=runs.kv_cache.take(batch.corrupted_row, start, last) if start else None,
     )
-    measured = scene.measure(run, rows.fact)
-    for name, values in measured.items():
-        _check_finite(rows, name, values)
-    return measured
+    metrics = runs.metric_values(run, batch.fact)
+    for name, values in metrics.items():
+        _check_finite(batch, name, values)
+    return metrics
 
 
-def restore_patches(rows: CellRows, layer: int) -> list[Patch]:
-    """Clean values at each row's position, for windows that go on through this layer."""
-    scene = rows.scene
+def restore_patches(batch: CellBatch, layer: int) -> list[Patch]:
+    """Clean values at each row's position, for windows that continue through this layer."""
+    runs = batch.runs
     patches = []
-    for kind in dict.fromkeys(cell.kind for cell in rows.cells):
-        mask = rows.which([cell.kind == kind and cell.first < layer < cell.stop for cell in rows.cells])
-        if layer == scene.model.n_layers - 1:
-            mask &= rows.position >= scene.read_at[0]
+    for kind in dict.fromkeys(cell.kind for cell in batch.cells):
+        mask = batch.row_mask([cell.kind == kind and cell.first < layer < cell.stop for cell in batch.cells])
+        if layer == runs.model.n_layers - 1:
+            mask &= batch.position >= runs.read_at[0]
         if mask.any():
             site = Site(layer, PART_OF_KIND[kind])
-            where = torch.where(mask, rows.position - rows.start, -1)
-            patches.append(Patch(site, where[:, None], scene.clean[site][rows.fact, rows.position, None]))
+            where = torch.where(mask, batch.position - batch.start, -1)
+            patches.append(Patch(site, where[:, None], runs.clean[site][batch.fact, batch.position, None]))
     return patches
 
 
-def sever_patches(rows: CellRows, layer: int) -> list[Patch]:
-    """Hold modules of a layer to their corrupted outputs; what lies before the pass has them anyway."""
-    scene = rows.scene
-    first = scene.read_at[0].item() if layer == scene.model.n_layers - 1 else rows.start
-    positions = range(max(int(first), rows.start), scene.tokens.ids.shape[1])
+def sever_patches(batch: CellBatch, layer: int) -> list[Patch]:
+    """Severed modules of a layer held to their corrupted outputs; before the batch's first position they have them."""
+    runs = batch.runs
+    first = runs.read_at[0].item() if layer == runs.model.n_layers - 1 else batch.start
+    positions = range(max(int(first), batch.start), runs.tokens.ids.shape[1])
     patches = []
-    for sever in dict.fromkeys(cell.sever for cell in rows.cells):
-        mask = rows.which([cell.sever == sever for cell in rows.cells])
-        patches += _held(scene, sever, rows.index, layer, positions, mask, rows.start)
+    for sever in dict.fromkeys(cell.sever for cell in batch.cells):
+        mask = batch.row_mask([cell.sever == sever for cell in batch.cells])
+        patches += runs.severed[sever].patches(batch.corrupted_row, layer, positions, mask=mask, start=batch.start)
     return patches
 
 
-def _held(
-    scene: Scene,
-    sever: str,
-    index: Int[Tensor, " row"],
-    layer: int,
-    positions: range,
-    mask: Tensor | None = None,
-    start: int | None = None,
-) -> list[Patch]:
-    """Corrupted outputs of the modules that a severing cuts in a layer, where they lie in `positions`."""
-    held: Held = scene.held[sever]
-    places = held.positions.to(index.device)[index]
-    inside = (places >= positions.start) & (places < positions.stop)
-    if mask is not None:
-        inside &= mask[:, None]
-    where = torch.where(inside, places - (positions.start if start is None else start), -1)
-    sites = [site for site in held.outputs if site.layer == layer]
-    return [Patch(site, where, held.outputs[site][index]) for site in sites if inside.any()]
-
-
-def shifted(patch: Patch, rows: Int[Tensor, " row"], start: int, end: int | None = None) -> Patch:
-    """A patch's chosen rows, with positions counted from `start`; earlier ones, and those from `end`, left out."""
-    where = patch.positions[rows] - start
-    if end is not None:
-        where = torch.where(where < end - start, where, -1)
-    return Patch(patch.site, where.clamp(min=-1), patch.value[rows])
-
-
-def _check_finite(rows: CellRows, name: str, values: Float[Tensor, " row"]) -> None:
+def _check_finite(batch: CellBatch, name: str, values: Float[Tensor, " row"]) -> None:
     if not values.isfinite().all():
         row = int((~values.isfinite()).nonzero()[0, 0])
-        cell = rows.cells[row // rows.scene.samples]
+        cell = batch.cells[row // batch.runs.samples]
         raise InputError(
-            f"fact {rows.scene.facts[cell.fact].fact.id!r}, {cell.kind} at layer {cell.layer}, position "
+            f"fact {batch.runs.facts[cell.fact].fact.id!r}, {cell.kind} at layer {cell.layer}, position "
             f"{cell.position}: the {name} is {values[row].item()}, expected a finite number; half precision may have "
             f"overflowed: use --dtype float32 or bfloat16"
         )

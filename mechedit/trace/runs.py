@@ -1,4 +1,4 @@
-"""A group of facts run clean and corrupted: all that restorations start from."""
+"""The clean and the corrupted run of a group of facts: everything that restorations start from."""
 
 from __future__ import annotations
 
@@ -6,107 +6,195 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.models import EMBED, KVCache, Model, Part, Patch, Run, Site, Tokens
+from mechedit.models import EMBED, KVCache, Model, Part, Patch, Resume, Run, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND, TraceConfig
-from mechedit.trace.corruption import NoiseSource, Spread, draw_noise, given_noise
-from mechedit.trace.metrics import NORMALIZED, Answers, find_metric, metric_name
-from mechedit.trace.tokens import TracedFact, batch, read_positions, wanted
+from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, checked_noise, draw_noise
+from mechedit.trace.metrics import NORMALIZED, MetricInputs, find_metric, metric_name
+from mechedit.trace.tokens import TracedFact, as_batch, read_positions, restored_positions
 
-Measured = dict[str, Float[Tensor, " row"]]
-"""Metric name → one number a row."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Held:
-    """A module's outputs in the corrupted run at the positions where it is severed."""
-
-    positions: Int[Tensor, "row place"]
-    """Of each row's fact; −1 where it has fewer."""
-    outputs: Mapping[Site, Float[Tensor, "row place d_model"]]
+MetricValues = dict[str, Float[Tensor, " row"]]
+"""Metric name → one number per row."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scene:
-    """A group of facts with its clean and corrupted runs; row f·samples + s is fact f under draw s."""
+class SeveredOutputs:
+    """A module's outputs in the corrupted run, at the positions where a severing holds them."""
+
+    positions: Int[Tensor, "row slot"]
+    """Severed positions of each row's fact; −1 where it has fewer than others."""
+    outputs: Mapping[Site, Float[Tensor, "row slot d_model"]]
+
+    def patches(
+        self,
+        rows: Int[Tensor, " row"],
+        layer: int,
+        positions: range,
+        *,
+        mask: Bool[Tensor, " row"] | None = None,
+        start: int | None = None,
+    ) -> list[Patch]:
+        """Patches that hold the modules of one layer to these outputs.
+
+        Args:
+            rows: rows of the corrupted run to which the patched batch's rows belong.
+            layer: where modules are held.
+            positions: those that the patched batch computes; outputs elsewhere are left out.
+            mask: rows of the batch that are severed; None means all.
+            start: position in the prompt that is the batch's first; None means the first of `positions`.
+        """
+        severed = self.positions.to(rows.device)[rows]
+        inside = (severed >= positions.start) & (severed < positions.stop)
+        if mask is not None:
+            inside &= mask[:, None]
+        where = torch.where(inside, severed - (positions.start if start is None else start), -1)
+        sites = [site for site in self.outputs if site.layer == layer]
+        return [Patch(site, where, self.outputs[site][rows]) for site in sites if inside.any()]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TraceRuns:
+    """A group of facts with its clean and corrupted runs.
+
+    The clean run has one row per fact. The corrupted run has one row per fact and noise sample: row
+    f·samples + s is fact f under sample s.
+    """
 
     model: Model
     facts: list[TracedFact]
     config: TraceConfig
     tokens: Tokens
-    """One row a fact and sample."""
-    noise: Patch
+    """Tokens of the corrupted run."""
+    corruption: Patch
+    """Corrupted embeddings of the corrupted run."""
     clean: Run
-    """One row a fact; the sites that are restored, and logits."""
+    """Logits of the clean run, and its outputs at every site that is restored."""
     corrupted: Run
-    """Residual states."""
-    held: Mapping[str, Held]
-    """By severing label."""
+    """Residual states of the corrupted run."""
+    severed: Mapping[str, SeveredOutputs]
+    """Severing label → outputs that it holds."""
     kv_cache: KVCache
     """Keys and values of the corrupted run."""
     foils: Int[Tensor, " fact"]
     clean_scores: Mapping[str, Float[Tensor, " fact"]]
     corrupted_scores: Mapping[str, Float[Tensor, " fact"]]
-    """Means over draws."""
-    entries: dict[tuple[str, str, int], Float[Tensor, "row pos d_model"]] = field(default_factory=dict)
-    """(kind, severing, layer) → states at `restorable` positions with which windows that start there go on; filled
-    when they are first asked for."""
-
-    @property
-    def restorable(self) -> range:
-        """From the first to the last position that is restored in any of the facts."""
-        found = [i for traced in self.facts for i in wanted(traced, self.config) if i >= traced.subject.start]
-        return range(min(found, default=0), max(found, default=-1) + 1)
+    """Means over samples."""
+    _window_states: dict[tuple[str, str, int], Float[Tensor, "row pos d_model"]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    """What `window_states` has computed so far."""
 
     @property
     def samples(self) -> int:
-        """Noise draws a fact."""
+        """Noise samples per fact."""
         return self.config.samples
+
+    @property
+    def restored_span(self) -> range:
+        """Positions from the first to the last that is restored in any of the facts, from the subject on."""
+        positions = [
+            position
+            for traced in self.facts
+            for position in restored_positions(traced, self.config)
+            if position >= traced.subject.start
+        ]
+        return range(min(positions, default=0), max(positions, default=-1) + 1)
 
     @property
     def read_at(self) -> Int[Tensor, " object"]:
         """Positions whose logits predict the object's tokens, the same for all facts of the group."""
         return read_positions(self.facts[0], self.model)
 
-    def measure(self, run: Run, facts: Int[Tensor, " row"]) -> Measured:
-        """Every plain metric of rows that belong to `facts`."""
-        return measure(run, self.clean, facts, self.facts, self.foils, self.config)
+    def metric_values(self, run: Run, facts: Int[Tensor, " row"]) -> MetricValues:
+        """Every metric of a run's rows, before normalization; `facts` says to which fact a row belongs."""
+        return metric_values(run, self.clean, facts, self.facts, self.foils, self.config)
 
     def with_normalized(
         self, score: Mapping[str, float], corrupted: Mapping[str, float], clean: Mapping[str, float]
     ) -> dict[str, tuple[float, float, float]]:
-        """(score, corrupted, clean) of every metric asked for; a normalized one is NaN without a total effect."""
-        found = {}
+        """Score, corrupted and clean of every metric asked for.
+
+        A normalized metric is (score − corrupted) / (clean − corrupted); it is NaN without a total effect.
+        """
+        scores = {}
         for name in map(metric_name, self.config.metrics):
-            plain = name.removeprefix(NORMALIZED)
-            if plain == name or plain not in score:
-                found[name] = (score[name], corrupted[name], clean[name])
+            base = name.removeprefix(NORMALIZED)
+            if base == name or base not in score:
+                scores[name] = (score[name], corrupted[name], clean[name])
             else:
-                total = clean[plain] - corrupted[plain]
-                share = (score[plain] - corrupted[plain]) / total if total else float("nan")
-                found[name] = (share, 0.0, 1.0)
-        return found
+                total = clean[base] - corrupted[base]
+                recovered = (score[base] - corrupted[base]) / total if total else float("nan")
+                scores[name] = (recovered, 0.0, 1.0)
+        return scores
+
+    def window_states(self, kind: str, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
+        """States after a block in which the clean output of `kind` was put back, at all of `restored_span`.
+
+        A window that starts at `layer` continues from these states. They are computed when first asked for: what a
+        position's state becomes depends on what is put back at that position alone, so that one run serves the
+        cells of all positions.
+        """
+        key = kind, sever, layer
+        if key not in self._window_states:
+            self._window_states[key] = self._run_window_start(kind, sever, layer)
+        return self._window_states[key]
+
+    def _run_window_start(self, kind: str, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
+        """Run one block of the corrupted run with a module's clean output at every restored position."""
+        span, site, device = self.restored_span, Site(layer, "resid"), self.model.device
+        every_row = torch.arange(len(self.tokens.ids), device=device)
+        positions = torch.arange(len(span), device=device).repeat(len(every_row), 1)
+        clean = self.clean[Site(layer, PART_OF_KIND[kind])][:, span.start : span.stop]
+        patches = [
+            *self.severed[sever].patches(every_row, layer, span),
+            Patch(Site(layer, PART_OF_KIND[kind]), positions, clean.repeat_interleave(self.samples, 0)),
+        ]
+        resume = None
+        if layer > 0:
+            resume = Resume(layer, self.corrupted[Site(layer - 1, "resid")][:, span.start : span.stop])
+        else:
+            patches.insert(0, slice_patch(self.corruption, every_row, span.start, span.stop))
+        run = self.model.run(
+            Tokens(self.tokens.ids[:, span.start : span.stop], self.tokens.mask[:, span.start : span.stop]),
+            patches,
+            [site],
+            resume=resume,
+            stop_after=layer,
+            kv_cache=self.kv_cache.take(every_row, span.start, layer, layer) if span.start else None,
+        )
+        return run[site]
 
 
-def measure(
+def slice_patch(patch: Patch, rows: Int[Tensor, " row"], start: int, end: int | None = None) -> Patch:
+    """Some rows of a patch for a batch that begins at position `start`.
+
+    Positions are counted from `start`; earlier ones, and those from `end` on, are left out.
+    """
+    where = patch.positions[rows] - start
+    if end is not None:
+        where = torch.where(where < end - start, where, -1)
+    return Patch(patch.site, where.clamp(min=-1), patch.value[rows])
+
+
+def metric_values(
     run: Run,
     clean: Run,
     facts: Int[Tensor, " row"],
     group: Sequence[TracedFact],
     foils: Int[Tensor, " fact"],
     config: TraceConfig,
-) -> Measured:
-    """Every plain metric of a run's rows, each of the fact that `facts` says."""
+) -> MetricValues:
+    """Every metric of a run's rows, before normalization; row i belongs to the fact `group[facts[i]]`."""
     assert run.logits is not None
     assert clean.logits is not None
     objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)
-    answers = Answers(
+    inputs = MetricInputs(
         logits=run.logits, clean_runs=clean.logits, facts=facts, objects=objects[facts], foils=foils[facts]
     )
-    names = {metric_name(metric).removeprefix(NORMALIZED): metric for metric in config.metrics}
-    return {name: find_metric(metric)(answers) for name, metric in names.items()}
+    metrics = {metric_name(metric).removeprefix(NORMALIZED): metric for metric in config.metrics}
+    return {name: find_metric(metric)(inputs) for name, metric in metrics.items()}
 
 
 def run_clean_and_corrupted(
@@ -115,112 +203,126 @@ def run_clean_and_corrupted(
     std: float,
     config: TraceConfig,
     noise: NoiseSource | None = None,
-    spread: Spread | None = None,
-) -> Scene:
-    """Run a group clean and corrupted, and keep what restorations need."""
+    statistics: EmbeddingStatistics | None = None,
+) -> TraceRuns:
+    """Run a group of facts clean and corrupted, and keep what restorations need.
+
+    Args:
+        model: any `Model`.
+        facts: facts of one shape (`TracedFact.shape`).
+        std: standard deviation of the noise, in absolute units.
+        config: what to restore, sever, corrupt and measure.
+        noise: explicit standard-normal draws; by default they are drawn from each fact's seed.
+        statistics: of the subjects' embeddings, which multivariate noise needs.
+    """
     layers = range(model.n_layers)
-    keep = read_positions(facts[0], model)
-    tokens = batch(facts, model)
-    restored = [Site(layer, PART_OF_KIND[kind]) for kind in config.kinds for layer in layers]
-    clean = model.run(tokens, read=[EMBED, *restored], logits_to_keep=keep)
-    repeat = torch.arange(len(facts), device=model.device).repeat_interleave(config.samples)
-    repeated = tokens.rows(repeat)
-    patch = corruption_patch(model, tokens, clean[EMBED], facts, std, config, noise, spread)
-    modules: dict[Part, set[int]] = {}
+    read_at = read_positions(facts[0], model)
+    tokens = as_batch(facts, model)
+    restored_sites = [Site(layer, PART_OF_KIND[kind]) for kind in config.kinds for layer in layers]
+    clean = model.run(tokens, read=[EMBED, *restored_sites], logits_to_keep=read_at)
+    fact_of_row = torch.arange(len(facts), device=model.device).repeat_interleave(config.samples)
+    repeated = tokens.rows(fact_of_row)
+    corruption = corruption_patch(model, tokens, clean[EMBED], facts, std, config, noise, statistics)
+    severed_layers: dict[Part, set[int]] = {}
     for sever in config.severed:
         if sever.module != "nothing":
-            modules.setdefault(PART_OF_KIND[sever.module], set()).update(sever.through(model.n_layers))
-    severed = [Site(layer, part) for part, cut in modules.items() for layer in sorted(cut)]
+            severed_layers.setdefault(PART_OF_KIND[sever.module], set()).update(sever.through(model.n_layers))
+    severed_sites = [Site(layer, part) for part, cut in severed_layers.items() for layer in sorted(cut)]
     states = [Site(layer, "resid") for layer in layers]
-    corrupted = model.run(repeated, [patch], read=[*states, *severed], logits_to_keep=keep, use_cache=True)
+    corrupted = model.run(
+        repeated, [corruption], read=[*states, *severed_sites], logits_to_keep=read_at, use_cache=True
+    )
     assert corrupted.kv_cache is not None
     foils = _foils(clean, facts)
-    per_fact = torch.arange(len(facts), device=model.device)
-    scores = measure(corrupted, clean, repeat, facts, foils, config)
-    return Scene(
+    fact_indices = torch.arange(len(facts), device=model.device)
+    values = metric_values(corrupted, clean, fact_of_row, facts, foils, config)
+    return TraceRuns(
         model=model,
         facts=facts,
         config=config,
         tokens=repeated,
-        noise=patch,
+        corruption=corruption,
         clean=clean,
         corrupted=Run(None, {site: corrupted[site] for site in states}),
-        held=_held(corrupted, facts, config, model.n_layers),
+        severed=_severed_outputs(corrupted, facts, config, model.n_layers),
         kv_cache=corrupted.kv_cache,
         foils=foils,
-        clean_scores=measure(clean, clean, per_fact, facts, foils, config),
-        corrupted_scores={name: rows.view(len(facts), -1).mean(1) for name, rows in scores.items()},
+        clean_scores=metric_values(clean, clean, fact_indices, facts, foils, config),
+        corrupted_scores={name: rows.view(len(facts), -1).mean(1) for name, rows in values.items()},
     )
 
 
 def _foils(clean: Run, facts: Sequence[TracedFact]) -> Int[Tensor, " fact"]:
     """Each fact's own foil, else the likeliest first token that is not the object's."""
     assert clean.logits is not None
-    rivals = clean.logits[:, 0].topk(2).indices.tolist()
-    chosen = [
+    likeliest = clean.logits[:, 0].topk(2).indices.tolist()
+    foils = [
         traced.foil_id if traced.foil_id is not None else next(token for token in two if token != traced.object_ids[0])
-        for traced, two in zip(facts, rivals, strict=True)
+        for traced, two in zip(facts, likeliest, strict=True)
     ]
-    return torch.tensor(chosen, device=clean.logits.device)
+    return torch.tensor(foils, device=clean.logits.device)
 
 
-def _held(corrupted: Run, facts: Sequence[TracedFact], config: TraceConfig, n_layers: int) -> dict[str, Held]:
-    """For each severing the corrupted outputs at its places; nothing else of them is kept."""
-    found = {}
+def _severed_outputs(
+    corrupted: Run, facts: Sequence[TracedFact], config: TraceConfig, n_layers: int
+) -> dict[str, SeveredOutputs]:
+    """The corrupted outputs that each severing holds, at its positions only."""
+    severed = {}
     for sever in config.severed:
-        places = [sever.at(traced.roles) if sever.module != "nothing" else () for traced in facts]
-        slots = max(map(len, places))
-        where = [[*place, *[-1] * (slots - len(place))] for place in places]
-        positions = torch.tensor(where, dtype=torch.long).view(len(facts), slots).repeat_interleave(config.samples, 0)
+        per_fact = [sever.at(traced.roles) if sever.module != "nothing" else () for traced in facts]
+        slots = max(map(len, per_fact))
+        padded = [[*positions, *[-1] * (slots - len(positions))] for positions in per_fact]
+        positions = torch.tensor(padded, dtype=torch.long).view(len(facts), slots).repeat_interleave(config.samples, 0)
         rows = torch.arange(len(positions))[:, None]
         layers = sever.through(n_layers) if slots else ()
         outputs = {site: corrupted[site] for site in (Site(layer, PART_OF_KIND[sever.module]) for layer in layers)}
-        found[sever.label] = Held(
+        severed[sever.label] = SeveredOutputs(
             positions=positions,
-            # A position of −1 takes the last one, which nobody writes.
+            # A position of −1 reads the last one; no patch writes it.
             outputs={site: out[rows.to(out.device), positions.to(out.device)] for site, out in outputs.items()},
         )
-    return found
+    return severed
 
 
 def corruption_patch(
     model: Model,
     tokens: Tokens,
-    embedded: Float[Tensor, "fact pos d_model"],
+    embeddings: Float[Tensor, "fact pos d_model"],
     facts: Sequence[TracedFact],
     std: float,
     config: TraceConfig,
     noise: NoiseSource | None,
-    spread: Spread | None,
+    statistics: EmbeddingStatistics | None,
 ) -> Patch:
     """Corrupted embeddings at every corrupted token, for each fact and sample."""
-    how = config.corrupted_by
-    spans = [traced.corrupted(how.extra_tokens) for traced in facts]
+    corruption = config.corrupted_by
+    spans = [traced.corrupted(corruption.extra_tokens) for traced in facts]
     slots = max(map(len, spans))
-    positions = torch.full((len(facts) * config.samples, slots), -1, device=embedded.device)
-    value = embedded.new_zeros(len(positions), slots, embedded.shape[-1])
+    positions = torch.full((len(facts) * config.samples, slots), -1, device=embeddings.device)
+    value = embeddings.new_zeros(len(positions), slots, embeddings.shape[-1])
     for f, (traced, span) in enumerate(zip(facts, spans, strict=True)):
         rows = slice(f * config.samples, (f + 1) * config.samples)
-        positions[rows, : len(span)] = torch.arange(span.start, span.stop, device=embedded.device)
-        if how.distribution == "tokens":
-            value[rows, : len(span)] = _swapped(model, tokens.rows(slice(f, f + 1)), traced)
+        positions[rows, : len(span)] = torch.arange(span.start, span.stop, device=embeddings.device)
+        if corruption.distribution == "tokens":
+            value[rows, : len(span)] = _replacement_embeddings(model, tokens.rows(slice(f, f + 1)), traced)
             continue
-        shape = (config.samples, len(span), embedded.shape[-1])
+        shape = (config.samples, len(span), embeddings.shape[-1])
         if noise is None:
-            draws = draw_noise(traced.fact, shape, how, spread, config.seed)
+            draws = draw_noise(traced.fact, shape, corruption, statistics, config.seed)
         else:
-            draws = given_noise(traced.fact, shape, how, spread, noise)
-        base = embedded[f, span.start : span.stop]
-        if how.replace:
-            base = spread.mean if how.distribution == "multivariate" and spread is not None else torch.zeros_like(base)
-        value[rows, : len(span)] = base.to(embedded) + std * draws.to(embedded)
+            draws = checked_noise(traced.fact, shape, corruption, statistics, noise)
+        base = embeddings[f, span.start : span.stop]
+        if corruption.replace:
+            has_mean = corruption.distribution == "multivariate" and statistics is not None
+            base = statistics.mean if has_mean and statistics is not None else torch.zeros_like(base)
+        value[rows, : len(span)] = base.to(embeddings) + std * draws.to(embeddings)
     return Patch(EMBED, positions, value)
 
 
-def _swapped(model: Model, tokens: Tokens, traced: TracedFact) -> Float[Tensor, "sample token d_model"]:
-    """Embeddings of other subjects in this one's place."""
-    ids = tokens.ids.repeat(len(traced.donors), 1)
+def _replacement_embeddings(model: Model, tokens: Tokens, traced: TracedFact) -> Float[Tensor, "sample token d_model"]:
+    """Embeddings of the replacement subjects at the positions of this one."""
+    ids = tokens.ids.repeat(len(traced.replacements), 1)
     span = slice(traced.subject.start, traced.subject.stop)
-    ids[:, span] = torch.tensor(traced.donors, device=ids.device)
+    ids[:, span] = torch.tensor(traced.replacements, device=ids.device)
     run = model.run(Tokens(ids, torch.ones_like(ids)), read=[EMBED], stop_after=0)
     return run[EMBED][:, span]

@@ -13,11 +13,11 @@ from mechedit.errors import InputError
 from mechedit.models import Model, Tokens
 from mechedit.prompts import continuation_ids, tokenize_prompt
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.corruption import Donors
+from mechedit.trace.corruption import ReplacementSubjects
 from mechedit.trace.labels import role_of
 
 KNOWN_ROWS = 64
-"""Facts asked at once."""
+"""Facts per forward pass when their greedy completions are read."""
 
 Dropped = tuple[str, str]
 """A fact's id, and why it is not traced."""
@@ -29,22 +29,24 @@ class TracedFact:
 
     fact: Fact
     ids: tuple[int, ...]
-    """Prompt, then all object tokens but the last (teacher-forced)."""
+    """Token ids of the prompt, then of the object but for its last token (teacher-forced)."""
     prompt_length: int
+    """Tokens of the prompt."""
     subject: range
+    """Positions of the subject."""
     object_ids: tuple[int, ...]
     foil_id: int | None
     """First token of the fact's own foil."""
     roles: tuple[str, ...]
-    """One a prompt token."""
+    """Role of each prompt token."""
     tokens: tuple[str, ...]
     """Text of each prompt token."""
-    donors: tuple[tuple[int, ...], ...] = ()
-    """Tokens of other subjects, one a sample, when token replacement corrupts."""
+    replacements: tuple[tuple[int, ...], ...] = ()
+    """Token ids of the replacement subject of each sample, where tokens are replaced."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Facts of one shape run in one batch: (tokens, object tokens)."""
+        """Number of tokens and of object tokens; facts of one shape run in one batch."""
         return len(self.ids), len(self.object_ids)
 
     def corrupted(self, extra_tokens: int = 0) -> range:
@@ -52,7 +54,7 @@ class TracedFact:
         return range(self.subject.start, min(self.subject.stop + extra_tokens, self.prompt_length))
 
 
-def prepare(model: Model, fact: Fact) -> TracedFact:
+def tokenize_fact(model: Model, fact: Fact) -> TracedFact:
     """Tokenize a fact and name the role of each prompt token.
 
     Raises:
@@ -87,20 +89,20 @@ def prepare(model: Model, fact: Fact) -> TracedFact:
 
 
 def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], list[Dropped]]:
-    """Split facts into those whose object the model says greedily, and (id, reason) of the others."""
-    prepared = [prepare(model, fact) for fact in facts]
-    said: dict[str, list[int]] = {}
-    for group in alike(prepared, KNOWN_ROWS):
-        logits = model.run(batch(group, model), logits_to_keep=read_positions(group[0], model)).logits
+    """Split facts into those that the model completes greedily with their object, and (id, reason) of the others."""
+    tokenized = [tokenize_fact(model, fact) for fact in facts]
+    completions: dict[str, list[int]] = {}
+    for group in group_by_shape(tokenized, KNOWN_ROWS):
+        logits = model.run(as_batch(group, model), logits_to_keep=read_positions(group[0], model)).logits
         assert logits is not None
-        said |= {traced.fact.id: ids for traced, ids in zip(group, logits.argmax(-1).tolist(), strict=True)}
+        completions |= {traced.fact.id: ids for traced, ids in zip(group, logits.argmax(-1).tolist(), strict=True)}
     known, dropped = [], []
-    for traced in prepared:
-        says = said[traced.fact.id]
-        if says == list(traced.object_ids):
+    for traced in tokenized:
+        completion = completions[traced.fact.id]
+        if completion == list(traced.object_ids):
             known.append(traced)
         else:
-            text = model.tokenizer.decode(says).strip()
+            text = model.tokenizer.decode(completion).strip()
             dropped.append((traced.fact.id, f"the model says {text!r}, the object is {traced.fact.object!r}"))
     return known, dropped
 
@@ -109,50 +111,51 @@ def with_roles(known: Sequence[TracedFact], config: TraceConfig) -> tuple[list[T
     """Split facts into those with a token of a role that is restored, and (id, reason) of the others."""
     if config.roles is None:
         return list(known), []
-    found = [traced for traced in known if set(config.roles) & set(traced.roles)]
-    wanted = " or ".join(config.roles)
-    return found, [
-        (traced.fact.id, f"its prompt {traced.fact.text!r} has no token of the role {wanted}")
+    roles = set(config.roles)
+    reason = f"has no token of the role {' or '.join(config.roles)}"
+    return [traced for traced in known if roles & set(traced.roles)], [
+        (traced.fact.id, f"its prompt {traced.fact.text!r} {reason}")
         for traced in known
-        if not set(config.roles) & set(traced.roles)
+        if not roles & set(traced.roles)
     ]
 
 
-def with_donors(
+def with_replacements(
     model: Model, known: Sequence[TracedFact], facts: Sequence[Fact], config: TraceConfig
 ) -> tuple[list[TracedFact], list[Dropped]]:
-    """Give every fact the tokens of other subjects, one a sample, and (id, reason) of those that find none.
+    """Give each fact the tokens of another subject per sample, and (id, reason) of the facts that have none.
 
-    A donor must fill the subject's place token for token and leave the rest of the prompt as it is. With fewer of
-    them than samples, they take turns.
+    A replacement must fill the subject's positions token for token and leave the rest of the prompt unchanged. With
+    fewer of them than samples, they take turns.
     """
-    pool = Donors(model.tokenizer, facts)
-    found, dropped = [], []
+    pool = ReplacementSubjects(model.tokenizer, facts)
+    replaceable, dropped = [], []
     for traced in known:
-        donors = []
-        for other in pool.of(traced.fact, config.seed):
-            prompt = tokenize_prompt(model.tokenizer, traced.fact.prompt, other.subject)
+        replacements = []
+        for candidate in pool.of(traced.fact, config.seed):
+            prompt = tokenize_prompt(model.tokenizer, traced.fact.prompt, candidate.subject)
             rest = (*prompt.ids[: prompt.subject.start], *prompt.ids[prompt.subject.stop :])
-            own = traced.ids[: traced.prompt_length]
-            if prompt.subject == traced.subject and rest == (*own[: traced.subject.start], *own[traced.subject.stop :]):
-                donors.append(tuple(prompt.ids[i] for i in prompt.subject))
-            if len(donors) == config.samples:
+            prompt_ids = traced.ids[: traced.prompt_length]
+            expected_rest = (*prompt_ids[: traced.subject.start], *prompt_ids[traced.subject.stop :])
+            if prompt.subject == traced.subject and rest == expected_rest:
+                replacements.append(tuple(prompt.ids[i] for i in prompt.subject))
+            if len(replacements) == config.samples:
                 break
-        if donors:
-            turns = tuple(donors[i % len(donors)] for i in range(config.samples))
-            found.append(replace(traced, donors=turns))
+        if replacements:
+            per_sample = tuple(replacements[i % len(replacements)] for i in range(config.samples))
+            replaceable.append(replace(traced, replacements=per_sample))
         else:
             count = len(traced.subject)
             dropped.append((traced.fact.id, f"no other subject of {count} tokens with another object can replace it"))
-    return found, dropped
+    return replaceable, dropped
 
 
-def wanted(traced: TracedFact, config: TraceConfig) -> list[int]:
+def restored_positions(traced: TracedFact, config: TraceConfig) -> list[int]:
     """Positions that are restored: all of the prompt's, or those of the roles asked for."""
     return [i for i, role in enumerate(traced.roles) if config.roles is None or role in config.roles]
 
 
-def batch(facts: Sequence[TracedFact], model: Model) -> Tokens:
+def as_batch(facts: Sequence[TracedFact], model: Model) -> Tokens:
     """Facts of one shape as a batch without padding."""
     ids = torch.tensor([traced.ids for traced in facts], device=model.device)
     return Tokens(ids, torch.ones_like(ids))
@@ -163,7 +166,7 @@ def read_positions(traced: TracedFact, model: Model) -> Tensor:
     return torch.arange(traced.prompt_length - 1, len(traced.ids), device=model.device)
 
 
-def alike(facts: Sequence[TracedFact], size: int) -> Iterator[list[TracedFact]]:
+def group_by_shape(facts: Sequence[TracedFact], size: int) -> Iterator[list[TracedFact]]:
     """Groups of facts of one shape, at most `size` in each."""
     shapes: dict[tuple[int, int], list[TracedFact]] = {}
     for traced in facts:

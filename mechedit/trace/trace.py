@@ -1,4 +1,4 @@
-"""Facts in, tidy effects out."""
+"""Trace facts: facts in, tidy effects out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.trace.cells import trace_group
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.corruption import NoiseSource, Spread, embedding_spread
+from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
 from mechedit.trace.effects import Effects
-from mechedit.trace.memory import scene_rows
-from mechedit.trace.tokens import Dropped, TracedFact, alike, known_facts, with_donors, with_roles
+from mechedit.trace.memory import max_group_rows
+from mechedit.trace.tokens import Dropped, TracedFact, group_by_shape, known_facts, with_replacements, with_roles
 
 
 def trace_facts(
@@ -30,30 +30,35 @@ def trace_facts(
     config: TraceConfig | None = None,
     *,
     noise: NoiseSource | None = None,
-    spread: Spread | None = None,
+    statistics: EmbeddingStatistics | None = None,
     parts: str | Path | None = None,
 ) -> Effects:
-    """Trace facts and return one row for each restored cell and metric, averaged over noise samples.
+    """Trace facts and return one row per restored cell and metric, averaged over noise samples.
 
     IE = P*,clean h(o) − P*(o) (MEMIT §3.1), with P the joint probability of the object's tokens, or another of
-    `config.metrics`. Columns are `COLUMNS`; `effect = score − corrupted`, in the metric's units, never clipped. Only
-    facts that the model completes with the object (greedy, every token) are traced; `frame.attrs` holds the settings,
-    provenance, `n_facts` and `dropped`, a list of [id, reason].
+    `config.metrics`. Columns are `mechedit.trace.effects.COLUMNS`; `effect = score − corrupted`, in the metric's
+    units, never clipped. Only facts that the model completes with the object (greedy, every token) are traced;
+    `frame.attrs` holds the settings, provenance, `n_facts` and `dropped`, a list of [id, reason].
 
     Args:
         model: any `Model`.
-        facts: what to trace.
+        facts: facts to trace.
         config: what to restore, sever, corrupt and measure.
         noise: explicit standard-normal draws, for replication; by default each fact's draws come from a seed
             made of `config.seed` and the fact's id, the same for every cell, kind and severing.
-        spread: of the subjects' embeddings, when it has been measured on a larger set of subjects.
-        parts: a folder for each finished group of facts, so that an interrupted trace goes on where it stopped.
+        statistics: of the subjects' embeddings, when they have been measured on a larger set of subjects.
+        parts: folder for the effects of finished groups of facts, from which an interrupted trace continues.
 
     Raises:
         ValueError: `parts` with explicit `noise`, whose draws no file name can tell apart.
         InputError: no facts, none that the model knows, noise of the wrong shape, or scores that are not finite.
+
+    Example:
+        >>> model, facts = me.load_model("tiny"), me.load_facts("known")
+        >>> effects = me.trace_facts(model, facts, me.TraceConfig(sever=("nothing", "mlp", "attn")))
+        >>> me.average_effects(effects)
     """
-    plan = plan_trace(model, facts, config, noise=noise, spread=spread, parts=parts)
+    plan = plan_trace(model, facts, config, noise=noise, statistics=statistics, parts=parts)
     frame = pd.concat(list(plan), ignore_index=True)
     order = {traced.fact.id: i for i, traced in enumerate(plan.facts)}
     frame = frame.sort_values("fact", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
@@ -63,20 +68,25 @@ def trace_facts(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TracePlan:
-    """What will be traced; iterate over it for the effects of one group of facts after another.
+    """A trace that is ready to run; iterate over it for the effects of one group of facts after another.
 
     A thousand facts need no more memory than one group.
     """
 
     model: Model
     facts: Sequence[TracedFact]
+    """Facts that will be traced."""
     dropped: Sequence[Dropped]
+    """Facts that will not, with the reasons."""
     config: TraceConfig
     std: float
-    """Of the noise, in absolute units."""
-    spread: Spread | None
+    """Standard deviation of the noise, in absolute units."""
+    statistics: EmbeddingStatistics | None
+    """Of the subjects' embeddings; None where the noise needs none."""
     noise: NoiseSource | None
+    """Explicit draws; None draws from each fact's seed."""
     parts: Path | None
+    """Folder for the effects of finished groups."""
     provenance: dict[str, Any]
 
     @property
@@ -95,16 +105,16 @@ class TracePlan:
         with tqdm(total=len(self.facts), desc="tracing facts", unit="fact") as progress:
             for group in self.groups():
                 with torch.no_grad():
-                    make = partial(trace_group, self.model, group, self.std, self.config, self.noise, self.spread)
-                    own = [{**asdict(traced.fact), "donors": traced.donors} for traced in group]
-                    yield kept(self.parts, {**key, "facts": own}, make)
+                    make = partial(trace_group, self.model, group, self.std, self.config, self.noise, self.statistics)
+                    facts = [{**asdict(traced.fact), "replacements": traced.replacements} for traced in group]
+                    yield kept(self.parts, {**key, "facts": facts}, make)
                 progress.update(len(group))
 
     def groups(self) -> Iterator[list[TracedFact]]:
-        """Facts of one shape, as many as the settings' rows and memory allow."""
-        for same in alike(self.facts, len(self.facts)):
-            size = max(1, scene_rows(self.model, same[0], self.config) // self.config.samples)
-            yield from alike(same, size)
+        """Facts of one shape, as many as `batch_rows` and `memory` allow."""
+        for same_shape in group_by_shape(self.facts, len(self.facts)):
+            size = max(1, max_group_rows(self.model, same_shape[0], self.config) // self.config.samples)
+            yield from group_by_shape(same_shape, size)
 
 
 @torch.no_grad()
@@ -114,10 +124,13 @@ def plan_trace(
     config: TraceConfig | None = None,
     *,
     noise: NoiseSource | None = None,
-    spread: Spread | None = None,
+    statistics: EmbeddingStatistics | None = None,
     parts: str | Path | None = None,
 ) -> TracePlan:
-    """Measure the noise, find the facts that the model knows, and refuse what cannot be traced; see `trace_facts`."""
+    """Choose the scale of the noise, find the facts that the model knows, and refuse what cannot be traced.
+
+    Arguments and errors are those of `trace_facts`.
+    """
     config = config or TraceConfig()
     if parts is not None and noise is not None:
         raise ValueError("parts cannot be kept with explicit noise: pass one of the two")
@@ -126,20 +139,20 @@ def plan_trace(
     check_unique_ids((fact.id for fact in facts), "facts")
     for sever in config.severed:
         sever.through(model.n_layers)
-    how = config.corrupted_by
-    colored = how.distribution == "multivariate"
-    if spread is None and (config.noise_std is None or colored):
-        spread = embedding_spread(model, [fact.subject for fact in facts], root=colored)
+    distribution = config.corrupted_by.distribution
+    correlated = distribution == "multivariate"
+    if statistics is None and (config.noise_std is None or correlated):
+        statistics = embedding_statistics(model, [fact.subject for fact in facts], covariance_root=correlated)
     std = config.noise_std
     if std is None:
-        assert spread is not None
-        std = config.noise * spread.std
+        assert statistics is not None
+        std = config.noise * statistics.std
     known, dropped = known_facts(model, facts)
-    known, roleless = with_roles(known, config)
-    dropped = [*dropped, *roleless]
-    if known and how.distribution == "tokens":
-        known, without = with_donors(model, known, facts, config)
-        dropped = [*dropped, *without]
+    known, without_roles = with_roles(known, config)
+    dropped = [*dropped, *without_roles]
+    if known and distribution == "tokens":
+        known, irreplaceable = with_replacements(model, known, facts, config)
+        dropped = [*dropped, *irreplaceable]
     if not known:
         raise InputError(
             f"none of the {len(facts)} facts can be traced, expected some that the model completes with their object "
@@ -151,11 +164,10 @@ def plan_trace(
         dropped=dropped,
         config=config,
         std=float(std),
-        spread=spread,
+        statistics=statistics,
         noise=noise,
         parts=None if parts is None else Path(parts),
         provenance=model.provenance(),
     )
-    # A bound on memory that no group can keep is refused now.
-    list(plan.groups())
+    list(plan.groups())  # refuses a limit on memory that no group can keep
     return plan

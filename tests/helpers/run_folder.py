@@ -87,8 +87,8 @@ def _shape(kind: str, sever: str, role: str, depth: float) -> float:
         early *= 0.35 + 0.65 / (1 + np.exp((0.4 - depth) * 14))
     if sever == "attn":
         early *= 0.93
-    share = {"state": (1, 1), "mlp": (0.8, 0.1), "attn": (0.05, 0.7)}[kind]
-    return share[0] * early + share[1] * late + (0.01 if role == "subject_first" else 0.0)
+    early_part, late_part = {"state": (1, 1), "mlp": (0.8, 0.1), "attn": (0.05, 0.7)}[kind]
+    return early_part * early + late_part * late + (0.01 if role == "subject_first" else 0.0)
 
 
 def make_selection() -> dict:
@@ -105,6 +105,8 @@ def make_selection() -> dict:
             "mlp_severed_low": 0.14 - 0.01 * layer - gap[layer] / 100,
             "mlp_severed_high": 0.18 - 0.01 * layer - gap[layer] / 100,
             "attn_severed": 0.15 - 0.01 * layer,
+            "attn_severed_low": 0.13 - 0.01 * layer,
+            "attn_severed_high": 0.17 - 0.01 * layer,
             "gap": gap[layer] / 100,
             "gap_low": gap[layer] / 100 - 0.008,
             "gap_high": gap[layer] / 100 + 0.008,
@@ -142,11 +144,13 @@ def make_scores(state: str, success: float, cases: int = 40) -> Scores:
             ("GE", "generation", 2),
         ):
             for prompt in range(prompts):
-                share = 1 - 0.1 * success if measure == "NS" else success
-                value = 5.9 + generator.normal(0, 0.2) if measure == "GE" else float(generator.random() < share)
+                probability = 1 - 0.1 * success if measure == "NS" else success
+                value = 5.9 + generator.normal(0, 0.2) if measure == "GE" else float(generator.random() < probability)
                 rows.append((str(case), measure, kind, prompt, value, state))
-        said = " Rome, where" if success > 0.5 else " Paris, <b>France</b>"
-        answers.append((str(case), "rewrite", 0, f"The Eiffel Tower {case} is in the city of", "Rome", said, state))
+        continuation = " Rome, where" if success > 0.5 else " Paris, <b>France</b>"
+        answers.append(
+            (str(case), "rewrite", 0, f"The Eiffel Tower {case} is in the city of", "Rome", continuation, state)
+        )
         text = " draws millions of people to Rome every year."
         answers.append((str(case), "generation", 0, "The Eiffel Tower", "Rome", text, state))
     return Scores(
@@ -219,9 +223,9 @@ def write_run(folder: Path) -> None:
 
 def write_edit(folder: Path) -> None:
     tensors = {f"layer.{layer}.{side}": torch.ones(4, 4) for layer in (2, 3, 4, 5) for side in ("left", "right")}
-    left = [1.0, 0.81, 0.62, 0.39, 0.12]
+    residual_norms = [1.0, 0.81, 0.62, 0.39, 0.12]
     residuals = [
-        {"layer": layer, "before": left[i], "after": left[i + 1], "error": 1e-12, "condition": 4e5}
+        {"layer": layer, "before": residual_norms[i], "after": residual_norms[i + 1], "error": 1e-12, "condition": 4e5}
         for i, layer in enumerate((2, 3, 4, 5))
     ]
     manifest = {

@@ -15,9 +15,9 @@ from mechedit import Fact, InputError, TraceConfig
 from mechedit.models import EMBED, Patch, Resume, Site, Tokens, load_model
 from mechedit.models.families import FAMILIES
 from mechedit.trace.config import PART_OF_KIND
-from mechedit.trace.restore import Cell, CellRows, restore, sever_patches, shifted
-from mechedit.trace.runs import run_clean_and_corrupted
-from mechedit.trace.tokens import prepare
+from mechedit.trace.restore import Cell, CellBatch, restore_cells, sever_patches
+from mechedit.trace.runs import run_clean_and_corrupted, slice_patch
+from mechedit.trace.tokens import tokenize_fact
 
 WINDOWED = ("gpt_neo", "mistral", "qwen2", "gemma2", "gemma3", "phi3")
 # test_trace has GPT-2.
@@ -104,12 +104,12 @@ def test_caps_bind(family_model: Any, make_hf: Any) -> None:
 @torch.no_grad()
 def test_severing_with_nothing_restored_is_the_corrupted_baseline(family_model: Any) -> None:
     config = TraceConfig(samples=3, sever=("mlp", "attn"))
-    scene = run_clean_and_corrupted(family_model, [prepare(family_model, FACT)], 1.5, config, None)
-    corrupted = scene.corrupted_scores["probability"]
-    assert (corrupted / scene.clean_scores["probability"] - 1).abs().max() > 1e-2
+    runs = run_clean_and_corrupted(family_model, [tokenize_fact(family_model, FACT)], 1.5, config, None)
+    corrupted = runs.corrupted_scores["probability"]
+    assert (corrupted / runs.clean_scores["probability"] - 1).abs().max() > 1e-2
     # Position 0 precedes the subject: it was never corrupted, so putting it back restores nothing.
     for sever in config.sever:
-        score = restore(scene, [Cell("state", sever, 0, 0, 0, 0, 1)])["probability"]
+        score = restore_cells(runs, [Cell("state", sever, 0, 0, 0, 0, 1)])["probability"]
         torch.testing.assert_close(score, corrupted, rtol=1e-4, atol=0)
 
 
@@ -117,8 +117,8 @@ def test_severing_with_nothing_restored_is_the_corrupted_baseline(family_model: 
 @torch.no_grad()
 def test_restoring_from_prefix_and_residual_equals_full_runs(family_model: Any) -> None:
     config = TraceConfig(samples=3, kinds=("state", "mlp", "attn"), sever=("nothing", "mlp", "attn"))
-    traced = prepare(family_model, FACT)
-    scene = run_clean_and_corrupted(family_model, [traced], 1.5, config, None)
+    traced = tokenize_fact(family_model, FACT)
+    runs = run_clean_and_corrupted(family_model, [traced], 1.5, config, None)
     rows, fact = torch.arange(3), torch.zeros(3, dtype=torch.long)
     position = traced.subject[-1]
     assert position > 3, "a prefix longer than the window"
@@ -126,14 +126,14 @@ def test_restoring_from_prefix_and_residual_equals_full_runs(family_model: Any) 
     for kind, sever in [("state", "nothing"), ("state", "mlp"), ("state", "attn"), ("mlp", "attn"), ("attn", "mlp")]:
         site = Site(1, PART_OF_KIND[kind])
         cell = Cell(kind, sever, 1, 0, position, 1, 2)
-        whole = dataclasses.replace(CellRows.of(scene, [cell]), start=0)
+        whole = dataclasses.replace(CellBatch.of(runs, [cell]), start=0)
         severed = [patch for layer in range(family_model.n_layers) for patch in sever_patches(whole, layer)]
-        restored = Patch(site, torch.full((3, 1), position), scene.clean[site][fact, position, None])
-        patches = [shifted(scene.noise, rows, 0), *severed, restored]
+        restored = Patch(site, torch.full((3, 1), position), runs.clean[site][fact, position, None])
+        patches = [slice_patch(runs.corruption, rows, 0), *severed, restored]
         keep = torch.arange(len(traced.object_ids)) + traced.prompt_length - 1
-        run = family_model.run(scene.tokens, patches, logits_to_keep=keep)
-        full = scene.measure(run, fact)["probability"].mean(0, keepdim=True)
-        fast = restore(scene, [cell])["probability"]
+        run = family_model.run(runs.tokens, patches, logits_to_keep=keep)
+        full = runs.metric_values(run, fact)["probability"].mean(0, keepdim=True)
+        fast = restore_cells(runs, [cell])["probability"]
         torch.testing.assert_close(fast, full, rtol=1e-4, atol=0)
         found.append(float(fast))
     assert max(found) / min(found) > 1 + 1e-2, "restorations must differ, else equality says nothing"

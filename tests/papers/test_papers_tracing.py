@@ -16,7 +16,8 @@ from analyses.common.command import opened, options
 from analyses.papers import trace_average, trace_severed
 from mechedit import load_facts, pipeline
 from mechedit.files import read_json, write_parquet
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, sever_label
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
+from mechedit.trace.severing import sever_in_words
 
 FACTS = 10
 """As few as a selection takes."""
@@ -63,7 +64,7 @@ def test_the_averages_are_the_largest_over_layers_of_means_over_facts(averaged):
     printed = pd.read_csv(averaged / "trace_average.csv").set_index(["kind", "severed", "role"])
     assert len(printed) == means.groupby(cell).ngroups
     for (kind, sever, role), curve in means.groupby(cell):
-        row = printed.loc[KIND_LABELS[kind], sever_label(sever), ROLE_LABELS[role]]
+        row = printed.loc[KIND_LABELS[kind], sever_in_words(sever), ROLE_LABELS[role]]
         best = curve.droplevel(cell)
         assert row["AIE"] == pytest.approx(100 * best.max(), abs=0.0501)
         assert best[row["layer"]] == pytest.approx(best.max(), abs=1e-9)

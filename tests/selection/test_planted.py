@@ -56,7 +56,7 @@ def test_what_another_model_would_get_misses_the_target(planted):
 
 def test_the_papers_wording_names_layers_without_mlps(planted):
     truth, selections = planted
-    peaks = {name: set(selection.rules["gap-peak"]["layers"]) for name, selection in selections.items()}
+    peaks = {name: set(selection.rules["gap-peak"].layers) for name, selection in selections.items()}
     assert score(peaks, truth)[0] <= 3
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -14,12 +15,11 @@ from hypothesis import strategies as st
 
 from mechedit import InputError, SelectConfig, Selection, select_layers
 from mechedit.files import read_json, write_json
-from mechedit.selection import RULES, published_ranges
-from mechedit.selection.bootstrap import vote
+from mechedit.selection import RULES, bootstrap, published_ranges
+from mechedit.selection.bootstrap import bootstrap_selections, resampled_curves
 from mechedit.selection.config import Rule
-from mechedit.selection.curves import Curves, SubjectEffects, contribution, subject_effects, window_spans
-from mechedit.selection.early_site import clearness, early_site
-from mechedit.selection.evidence import resample
+from mechedit.selection.curves import MeanCurves, SubjectEffects, contribution, subject_effects, window_spans
+from mechedit.selection.early_site import early_site, skewness_corrected_t
 from mechedit.selection.published_ranges import canonical
 from mechedit.selection.rules import (
     contribution_rule,
@@ -29,12 +29,13 @@ from mechedit.selection.rules import (
     moving_width,
     within_bounds,
 )
-from mechedit.statistics import percentile_interval
+from mechedit.statistics import bootstrap_means, percentile_interval
 from mechedit.trace.cells import window_span
 
 # Measured on a model whose MLPs exist only in layers 2, 3 and 4 (percent of probability).
 PLANTED = np.array([3.4, 4.3, 1.6, 1.0, 0.0, 0.0, 0.0, 0.0])
 QUICK = SelectConfig(resamples=200)
+ABLATION = ["ablation", "ablation_low", "ablation_high", "ablation_from"]
 
 
 def effects_of(gap, facts=40, spread=0.2, seed=0, window=None, width=3):
@@ -65,13 +66,13 @@ def subject_of(gap):
     """Grids of facts by layers in which state minus severed is exactly `gap`."""
     state = np.full(gap.shape, 50.0)
     facts = tuple(f"fact {f}" for f in range(len(gap)))
-    return SubjectEffects(facts=facts, metric="probability", state=state, mlp_severed=state - gap, alone={})
+    return SubjectEffects(facts=facts, metric="probability", state=state, mlp_severed=state - gap, single_severed={})
 
 
 def curves_of(gap, window=None, width=3):
     gap = np.asarray(gap, dtype=float)
     spans = tuple(window_span("mlp", layer, len(gap), width) for layer in range(len(gap)))
-    return Curves(gap=gap, window=None if window is None else np.asarray(window, dtype=float), spans=spans)
+    return MeanCurves(gap=gap, window=None if window is None else np.asarray(window, dtype=float), spans=spans)
 
 
 # Rules
@@ -223,9 +224,9 @@ def test_selection_carries_its_evidence():
     assert selection.stability > 0.9
     assert selection.alternatives["gap-peak"] == [1]
     for record, gap in zip(selection.evidence, PLANTED, strict=True):
-        assert record["gap"] == pytest.approx(gap / 100, abs=2e-3)
-        assert record["gap_low"] <= record["gap"] <= record["gap_high"]
-        assert record["membership"] == pytest.approx(1.0 if record["layer"] in (2, 3, 4) else 0.0, abs=0.1)
+        assert record.gap == pytest.approx(gap / 100, abs=2e-3)
+        assert record.gap_low <= record.gap <= record.gap_high
+        assert record.membership == pytest.approx(1.0 if record.layer in (2, 3, 4) else 0.0, abs=0.1)
 
 
 def test_every_rule_is_reported_on_the_same_resamples():
@@ -238,13 +239,13 @@ def test_every_rule_is_reported_on_the_same_resamples():
     for rule, selection in chosen.items():
         assert selection.rules == first.rules  # whichever is asked for
         own = first.rules[rule]
-        assert (list(selection.layers), list(selection.modal)) == (own["layers"], own["modal"])
-        assert selection.stability == own["stability"]
-        assert [record["membership"] for record in selection.evidence] == own["membership"]
-        assert all(other.alternatives[rule] == own["layers"] for name, other in chosen.items() if name != rule)
+        assert (selection.layers, selection.modal) == (own.layers, own.modal)
+        assert selection.stability == own.stability
+        assert tuple(record.membership for record in selection.evidence) == own.membership
+        assert all(other.alternatives[rule] == list(own.layers) for name, other in chosen.items() if name != rule)
     assert chosen["mlp-window"].layers == (2, 3, 4)
-    assert first.evidence[3]["mlp_window"] == pytest.approx(0.06, abs=0.015)
-    assert first.evidence[0]["mlp_window_layers"] == [0, 1]
+    assert first.evidence[3].mlp_window == pytest.approx(0.06, abs=0.015)
+    assert first.evidence[0].mlp_window_layers == (0, 1)
 
 
 def test_membership_modal_range_and_stability_agree_with_the_resamples_one_by_one():
@@ -259,7 +260,7 @@ def test_membership_modal_range_and_stability_agree_with_the_resamples_one_by_on
     assert selection.stability == pytest.approx(ranges.count(selection.layers) / len(ranges))
     assert ranges.count(selection.modal) == max(map(ranges.count, ranges))
     for record in selection.evidence:
-        assert record["membership"] == pytest.approx(np.mean([record["layer"] in found for found in ranges]))
+        assert record.membership == pytest.approx(np.mean([record.layer in found for found in ranges]))
 
 
 def test_membership_is_how_often_new_facts_give_the_layer():
@@ -267,7 +268,7 @@ def test_membership_is_how_often_new_facts_give_the_layer():
     draw, config, fresh, claimed = np.random.default_rng(0), SelectConfig(resamples=100), [], []
     for _ in range(50):
         subject = subject_of(PLANTED + draw.normal(0, 3, (40, 8)))
-        found = vote(subject, resample(subject, config), config, found=True)["contribution"]
+        found = bootstrap_selections(subject, resampled_curves(subject, config), config, has_site=True)["contribution"]
         fresh.append([layer in found.layers for layer in range(8)])
         claimed.append(found.membership(8))
     fresh, claimed = np.mean(fresh, axis=0), np.mean(claimed, axis=0)
@@ -287,7 +288,7 @@ def test_intervals_cover_the_truth_as_often_as_they_promise(facts, least):
     """Those of gap and contribution, at every layer; with the fewest facts allowed, somewhat seldom."""
     draw, hits = np.random.default_rng(0), []
     for _ in range(250):
-        draws = resample(subject_of(PLANTED + draw.standard_t(5, size=(facts, 8))), QUICK)
+        draws = resampled_curves(subject_of(PLANTED + draw.standard_t(5, size=(facts, 8))), QUICK)
         for name, truth in (("gap", PLANTED), ("contribution", contribution(PLANTED))):
             low, high = percentile_interval(draws[name], 0.95)
             hits.append(((low <= truth) & (truth <= high))[1:])
@@ -303,24 +304,56 @@ def test_ablation_is_taken_from_the_state_below_with_the_largest_gap():
     cuts[1]["effect"] -= 0.5 * (cuts[1]["layer"] != 1)
     cuts[2] = cuts[2][cuts[2]["layer"] == 3]
     selection = select_layers(pd.concat([effects, *cuts]))
-    found = {record["layer"]: record["ablation"] for record in selection.evidence}
+    found = {record.layer: record.ablation for record in selection.evidence}
     assert {layer: value for layer, value in found.items() if value is not None} == pytest.approx(
         {layer: by / 100 for layer, by in lost.items()}
     )
-    assert [record["ablation_from"] for record in selection.evidence][:7] == [None, 0, 1, None, None, None, 3]
+    assert [record.ablation_from for record in selection.evidence][:7] == [None, 0, 1, None, None, None, 3]
     plain = select_layers(effects)
     assert selection.layers == plain.layers  # and the gap is of the whole severing
-    assert "ablation" not in plain.evidence[0]
+    assert plain.evidence[0].ablation is None
+    assert "ablation" not in plain.plain()["evidence"][0]
+    assert list(selection.plain()["evidence"][4]) == [*list(plain.plain()["evidence"][4])[:-1], *ABLATION, "membership"]
 
 
-def test_a_thousand_resamples_of_a_deep_model_take_about_a_second():
+class Lines:
+    """Counts the lines that the interpreter runs in the files of a package, those of the functions called with them."""
+
+    def __init__(self, folder):
+        self.folder, self.count = str(folder), 0
+
+    def __enter__(self):
+        self.previous = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.previous)
+
+    def trace(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(self.folder):
+            return None
+        self.count += event == "line"
+        return self.trace
+
+
+def test_resamples_of_a_deep_model_cost_a_few_lines_each_and_are_drawn_once(monkeypatch):
     gap = np.linspace(5, 0, 48).clip(min=1)
     effects = effects_of(gap, facts=200, window=gap, width=10)
-    begin = time.perf_counter()
-    subject_effects(effects, SelectConfig())
-    reading = time.perf_counter() - begin
-    select_layers(effects)
-    assert time.perf_counter() - begin - reading < 3  # twice what it takes, and more
+    drawn, rules = [], RULES
+    means = bootstrap_means
+    monkeypatch.setattr(
+        bootstrap, "bootstrap_means", lambda *args, **kwargs: (drawn.append(args), means(*args, **kwargs))[1]
+    )
+    counts = {}
+    for resamples in (100, 200):
+        with Lines(Path(bootstrap.__file__).parent) as lines:
+            select_layers(effects, config=SelectConfig(resamples=resamples))
+        counts[resamples] = lines.count
+    assert len(drawn) == 2, "one draw of the facts for all measures and rules"
+    per_selection = (counts[200] - counts[100]) / (100 * len(rules))
+    # A loop over the layers, or over the runs of layers, would take 48 lines and more.
+    assert 1 < per_selection < 20
 
 
 # No early site
@@ -354,10 +387,10 @@ def test_noise_of_a_few_strongly_negative_facts_is_no_site():
     assert np.mean(plain) > 0.25
 
 
-def test_clearness_is_a_t_statistic_where_nothing_is_skewed():
+def test_the_corrected_statistic_is_the_t_statistic_where_nothing_is_skewed():
     values = np.array([[1.0, 0.0, 2.0], [3.0, 0.0, 2.0], [2.0, 0.0, 2.0]])
     t = 2 / (np.std([1, 2, 3], ddof=1) / np.sqrt(3))
-    np.testing.assert_allclose(clearness(values, np.ones((1, 3))), [[t, -np.inf, np.inf]])
+    np.testing.assert_allclose(skewness_corrected_t(values, np.ones((1, 3))), [[t, -np.inf, np.inf]])
 
 
 def test_a_site_of_the_planted_size_is_found():

@@ -13,7 +13,8 @@ from helpers.run_folder import make_effects
 from mechedit.errors import InputError
 from mechedit.tables import iter_table
 from mechedit.trace.averages import average_effects, clearest_fact, fact_totals, role_means, total_effects
-from mechedit.trace.labels import sever_label, token_label, unit_of
+from mechedit.trace.effects import Effects, read_effects, with_present_metric_names
+from mechedit.trace.labels import token_label, unit_of
 
 EFFECTS = make_effects(facts=8, layers=4)
 CELL = {"kind": "state", "sever": "nothing", "metric": "probability", "layer": 0}
@@ -274,15 +275,18 @@ def test_units_say_what_an_effect_is_in():
     assert (unit_of("my_own").factor, unit_of("my_own").name) == (1, "my_own")
 
 
-def test_severings_in_words():
-    assert [sever_label(s) for s in ("nothing", "mlp", "mlp@3", "attn@2-4", "mlp@1,3", "custom")] == [
-        "nothing severed",
-        "MLP severed",
-        "MLP severed, layer 3",
-        "attention severed, layers 2–4",
-        "MLP severed, layers 1,3",
-        "custom severed",
-    ]
+def test_effects_with_the_earlier_spelling_of_a_metric_are_read_as_the_present_one(tmp_path):
+    old, new = (EFFECTS.assign(metric=f"{word}_probability") for word in ("normalised", "normalized"))
+    old.to_parquet(tmp_path / "effects.parquet", index=False)
+    for average in (average_effects, total_effects, fact_totals):
+        for source in (old, tmp_path / "effects.parquet", [old.iloc[:500], new.iloc[500:]]):
+            pd.testing.assert_frame_equal(average(source), average(new))
+    read = read_effects(tmp_path / "effects.parquet", fact="brel-2")
+    assert type(read) is Effects
+    assert set(read["metric"]) == {"normalized_probability"}
+    pd.testing.assert_frame_equal(pd.DataFrame(read), new[new["fact"] == "brel-2"].reset_index(drop=True))
+    assert "% of the total effect" in Effects(old)._repr_html_()
+    assert with_present_metric_names(EFFECTS) is EFFECTS
 
 
 def test_token_labels_show_white_space_and_cut_long_tokens():

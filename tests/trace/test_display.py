@@ -12,7 +12,7 @@ import pytest
 from helpers.run_folder import PROVENANCE, make_effects
 
 from mechedit.trace import Effects
-from mechedit.trace.display import Scale, effects_html, quantity
+from mechedit.trace.display import ColorScale, effects_html, quantity
 from mechedit.trace.labels import unit_of
 
 PLAIN = make_effects(facts=4, layers=4)
@@ -120,7 +120,7 @@ def test_each_cell_says_its_token_layer_and_numbers():
 
 
 def test_colors_are_opposite_around_a_transparent_zero():
-    scale = Scale(low=-0.2, high=0.4, unit=unit_of("probability"))
+    scale = ColorScale(low=-0.2, high=0.4, unit=unit_of("probability"))
     assert strength(scale.tint(0.0)) == 0
     assert strength(scale.tint(0.4)) == 1
     assert strength(scale.tint(-0.2)) == strength(scale.tint(0.2)) < 1
@@ -128,7 +128,7 @@ def test_colors_are_opposite_around_a_transparent_zero():
     assert scale.zero == pytest.approx(100 / 3)
     assert scale.ends == ("−20.0%", "+40.0%")
     # Where a fall helps, it has the color of help.
-    kl = Scale(low=-0.2, high=0.4, unit=unit_of("kl"))
+    kl = ColorScale(low=-0.2, high=0.4, unit=unit_of("kl"))
     assert kl.tint(-0.2) == scale.tint(0.2)
     assert "rgba" not in scale.tint(np.nan).partition("45deg")[0]  # hatched: unknown is not zero
 

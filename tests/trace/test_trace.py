@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -11,13 +12,15 @@ import torch
 
 from mechedit import Fact, InputError, Site, TraceConfig, trace_facts
 from mechedit.models import EMBED
-from mechedit.trace import Corruption, Sever, Spread, embedding_spread, embedding_std, plan_trace
-from mechedit.trace.cells import Cell, all_cells, restore, trace_group, window_span
-from mechedit.trace.corruption import _unit_root
+from mechedit.trace import Corruption, EmbeddingStatistics, embedding_statistics, embedding_std, plan_trace
+from mechedit.trace.cells import all_cells, trace_group, window_span
 from mechedit.trace.corruption import draw_noise as draw_unit
+from mechedit.trace.corruption import unit_covariance_root
 from mechedit.trace.labels import role_of
+from mechedit.trace.metrics import METRICS, find_metric
+from mechedit.trace.restore import Cell, restore_cells
 from mechedit.trace.runs import corruption_patch, run_clean_and_corrupted
-from mechedit.trace.tokens import batch, prepare, with_donors
+from mechedit.trace.tokens import as_batch, tokenize_fact, with_replacements
 
 FACT = Fact(id="f", subject="Leon Blum", prompt="The mother tongue of {} is the", object="Korean guitar")
 STD = 1.5
@@ -34,9 +37,9 @@ def draw_noise(traced, config, width, noise=None):
     return draw_unit(traced.fact, shape, config.corrupted_by, None, config.seed)
 
 
-def cells(scene, kind, sever, layer, position, fact=0):
+def cells(runs, kind, sever, layer, position, fact=0):
     """The cell that restores one place."""
-    span = window_span(kind, layer, scene.model.n_layers, scene.config.window)
+    span = window_span(kind, layer, runs.model.n_layers, runs.config.window)
     return [Cell(kind, sever, layer, fact, position, span.start, span.stop)]
 
 
@@ -94,7 +97,7 @@ def with_hooks(model, traced, kind, sever, span, position, config=CONFIG):
 
 @torch.no_grad()
 def test_every_cell_equals_plain_hooks(small_model):
-    traced = prepare(small_model, FACT)
+    traced = tokenize_fact(small_model, FACT)
     assert len(traced.object_ids) > 1, "the object must have several tokens to test joint probability"
     frame = trace_group(small_model, [traced], STD, CONFIG)
     assert len(frame) == 3 * 3 * small_model.n_layers * traced.prompt_length
@@ -109,17 +112,17 @@ def test_every_cell_equals_plain_hooks(small_model):
 @torch.no_grad()
 @pytest.mark.parametrize("sever", ["mlp", "attn"])
 def test_severing_with_nothing_restored_is_the_corrupted_baseline(small_model, sever):
-    scene = run_clean_and_corrupted(small_model, [prepare(small_model, FACT)], STD, CONFIG, None)
+    runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, FACT)], STD, CONFIG, None)
     # Position 0 precedes the subject: it was never corrupted, so putting it back restores nothing.
-    scores = restore(scene, cells(scene, "state", sever, 0, 0))["probability"]
-    assert relative(scores[0], scene.corrupted_scores["probability"][0]) < 1e-5
+    scores = restore_cells(runs, cells(runs, "state", sever, 0, 0))["probability"]
+    assert relative(scores[0], runs.corrupted_scores["probability"][0]) < 1e-5
     # With another draw's outputs held instead (the published defect) the baseline is missed.
-    other = run_clean_and_corrupted(
-        small_model, [prepare(small_model, FACT)], STD, TraceConfig(samples=3, sever=(sever,), seed=1), None
+    other_draws = run_clean_and_corrupted(
+        small_model, [tokenize_fact(small_model, FACT)], STD, TraceConfig(samples=3, sever=(sever,), seed=1), None
     )
-    scene.__dict__["held"] = other.held
-    wrong = restore(scene, cells(scene, "state", sever, 0, 0))["probability"]
-    assert relative(wrong[0], scene.corrupted_scores["probability"][0]) > 1e-4
+    mixed = dataclasses.replace(runs, severed=other_draws.severed)
+    wrong = restore_cells(mixed, cells(mixed, "state", sever, 0, 0))["probability"]
+    assert relative(wrong[0], runs.corrupted_scores["probability"][0]) > 1e-4
 
 
 @torch.no_grad()
@@ -127,10 +130,10 @@ def test_restoring_every_state_of_a_layer_gives_the_clean_score(small_model):
     # At the last layer only the position that is read matters, here the last prompt token.
     last = small_model.n_layers - 1
     one = Fact(id="g", subject="Leon Blum", prompt="The mother tongue of {} is the", object="French")
-    scene = run_clean_and_corrupted(small_model, [prepare(small_model, one)], STD, CONFIG, None)
-    assert len(scene.facts[0].object_ids) == 1
-    clean, corrupted = scene.clean_scores["probability"], scene.corrupted_scores["probability"]
-    score = restore(scene, cells(scene, "state", "nothing", last, scene.facts[0].prompt_length - 1))["probability"]
+    runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, one)], STD, CONFIG, None)
+    assert len(runs.facts[0].object_ids) == 1
+    clean, corrupted = runs.clean_scores["probability"], runs.corrupted_scores["probability"]
+    score = restore_cells(runs, cells(runs, "state", "nothing", last, runs.facts[0].prompt_length - 1))["probability"]
     assert relative(score, clean) < 1e-5
     assert relative(corrupted, clean) > 1e-2
 
@@ -138,7 +141,7 @@ def test_restoring_every_state_of_a_layer_gives_the_clean_score(small_model):
 @torch.no_grad()
 def test_batching_and_grouping_change_nothing(small_model):
     facts = [
-        prepare(small_model, Fact(id=str(i), subject=name, prompt="{} plays the sport of", object="Paris"))
+        tokenize_fact(small_model, Fact(id=str(i), subject=name, prompt="{} plays the sport of", object="Paris"))
         for i, name in enumerate(["Miles Davis", "Toko Yasuda", "Leon Blum", "Apple", "Leon Blum"])
     ]
     alone = pd.concat([trace_group(small_model, [fact], STD, FEW) for fact in facts])
@@ -156,7 +159,7 @@ def test_batching_and_grouping_change_nothing(small_model):
 
 @torch.no_grad()
 def test_explicit_noise_is_scaled_by_noise_std_and_checked(small_model):
-    traced = prepare(small_model, FACT)
+    traced = tokenize_fact(small_model, FACT)
     mine = lambda fact, samples, tokens, width: draw_noise(traced, CONFIG, width, None).numpy()  # noqa: E731
     same = trace_group(small_model, [traced], STD, CONFIG, mine)
     pd.testing.assert_frame_equal(same, trace_group(small_model, [traced], STD, CONFIG))
@@ -167,11 +170,11 @@ def test_explicit_noise_is_scaled_by_noise_std_and_checked(small_model):
 
 
 def test_draws_depend_on_seed_and_fact_and_on_nothing_else(lens_model):
-    traced = prepare(lens_model, FACT)
+    traced = tokenize_fact(lens_model, FACT)
     draws = draw_noise(traced, CONFIG, 8, None)
     assert torch.equal(draws, draw_noise(traced, TraceConfig(samples=3, window=1), 8, None))
     assert not torch.equal(draws, draw_noise(traced, TraceConfig(samples=3, seed=1), 8, None))
-    other = prepare(lens_model, Fact(**{**vars(FACT), "id": "h"}))
+    other = tokenize_fact(lens_model, Fact(**{**vars(FACT), "id": "h"}))
     assert not torch.equal(draws, draw_noise(other, CONFIG, 8, None))
 
 
@@ -207,7 +210,7 @@ def test_windows_are_centered_and_cut_at_the_edges():
 
 def test_only_known_facts_are_traced_and_the_others_are_named(lens_model):
     known = Fact(id="known", subject="Leon Blum", prompt="{} is", object="French")
-    (token,) = prepare(lens_model, known).object_ids
+    (token,) = tokenize_fact(lens_model, known).object_ids
     with torch.no_grad():  # a bias that makes the model say this token whatever it is asked
         lens_model.hf.transformer.ln_f.bias += 10 * lens_model.hf.transformer.wte.weight[token]
     frame = trace_facts(lens_model, [known, FACT], CONFIG)
@@ -220,7 +223,7 @@ def test_only_known_facts_are_traced_and_the_others_are_named(lens_model):
 
 def test_an_interrupted_trace_goes_on_where_it_stopped(lens_model, tmp_path, monkeypatch):
     facts = [Fact(id=str(i), subject="Leon Blum", prompt="{} is" + " a" * i, object="French") for i in range(3)]
-    (token,) = prepare(lens_model, facts[0]).object_ids
+    (token,) = tokenize_fact(lens_model, facts[0]).object_ids
     with torch.no_grad():
         lens_model.hf.transformer.ln_f.bias += 10 * lens_model.hf.transformer.wte.weight[token]
     whole = trace_facts(lens_model, facts, CONFIG)
@@ -265,7 +268,7 @@ def known_facts_of(model, count=3):
         Fact(id=str(i), subject=name, prompt="{} plays the sport of", object="French", relation="sport")
         for i, name in enumerate(["Miles Davis", "Toko Yasuda", "Leon Blum", "Apple", "Danielle Darrieux"][:count])
     ]
-    (token,) = prepare(model, facts[0]).object_ids
+    (token,) = tokenize_fact(model, facts[0]).object_ids
     with torch.no_grad():
         model.hf.transformer.ln_f.bias += 10 * model.hf.transformer.wte.weight[token]
     return facts
@@ -273,7 +276,7 @@ def known_facts_of(model, count=3):
 
 @torch.no_grad()
 def test_severing_a_subset_of_layers_equals_plain_hooks_and_all_layers_equal_the_whole(small_model):
-    traced = prepare(small_model, FACT)
+    traced = tokenize_fact(small_model, FACT)
     n = small_model.n_layers
     config = TraceConfig(samples=3, kinds=("state",), sever=("mlp", f"mlp@0-{n - 1}", "mlp@1", "mlp@2", "nothing"))
     frame = trace_group(small_model, [traced], STD, config).set_index(["sever", "layer", "position"])["score"]
@@ -291,30 +294,15 @@ def test_severing_a_subset_of_layers_equals_plain_hooks_and_all_layers_equal_the
 @pytest.mark.parametrize("place", ["last", "after", "subject_first", "-2", "2"])
 def test_severing_elsewhere_with_nothing_restored_is_the_corrupted_baseline(small_model, place):
     config = TraceConfig(samples=3, kinds=("state",), sever=(f"attn:{place}", "nothing"))
-    scene = run_clean_and_corrupted(small_model, [prepare(small_model, FACT)], STD, config)
-    score = restore(scene, cells(scene, "state", f"attn:{place}", 0, 0))["probability"]
-    assert relative(score[0], scene.corrupted_scores["probability"][0]) < 1e-5
+    runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, FACT)], STD, config)
+    score = restore_cells(runs, cells(runs, "state", f"attn:{place}", 0, 0))["probability"]
+    assert relative(score[0], runs.corrupted_scores["probability"][0]) < 1e-5
     cut, whole = (
-        restore(scene, cells(scene, "state", label, 0, scene.facts[0].subject[-1]))["probability"]
+        restore_cells(runs, cells(runs, "state", label, 0, runs.facts[0].subject[-1]))["probability"]
         for label in (f"attn:{place}", "nothing")
     )
     if place not in ("subject_first", "2"):  # which precede the restored token: nothing there has changed
         assert relative(cut, whole) > 1e-5, "the cut must do something"
-
-
-def test_severing_labels_are_read_back():
-    for label in ("nothing", "mlp", "attn", "mlp@3", "mlp@2-4+7", "attn:last", "mlp@1:subject_last+after", "mlp:-2"):
-        assert Sever.parse(label).label == label
-    assert Sever.parse("mlp@4+2+3").label == "mlp@2-4"
-    assert Sever(module="mlp", layers=(1, 2)).label == "mlp@1-2"
-    assert Sever.parse("mlp:-2+subject_last").at(["subject_first", "subject_last", "after", "last"]) == (1, 2)
-    for bad in ("both", "mlp@", "mlp@3-1", "mlp:tail", "nothing@2", "mlp@x"):
-        with pytest.raises(InputError, match="sever holds"):
-            Sever.parse(bad)
-    with pytest.raises(InputError, match="names layer 9, expected 0 to 2"):
-        Sever.parse("mlp@9").through(3)
-    with pytest.raises(InputError, match="position 9 of a prompt of 4"):
-        Sever.parse("mlp:9").at(["before"] * 4)
 
 
 SHAPE = (4000, 2, 6)
@@ -324,9 +312,9 @@ SHAPE = (4000, 2, 6)
 def test_every_noise_has_mean_zero_and_the_same_standard_deviation(distribution):
     """They differ in shape: the largest draw, the covariance."""
     rows = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 7.0))
-    spread = Spread(std=1.0, mean=torch.zeros(6), root=_unit_root(rows))
-    how = Corruption(distribution=distribution, degrees=6)
-    draws = draw_unit(FACT, SHAPE, how, spread, seed=0)
+    statistics = EmbeddingStatistics(std=1.0, mean=torch.zeros(6), covariance_root=unit_covariance_root(rows))
+    corruption = Corruption(distribution=distribution, degrees=6)
+    draws = draw_unit(FACT, SHAPE, corruption, statistics, seed=0)
     assert draws.shape == SHAPE
     assert draws.mean().abs() < 0.03
     assert draws.square().mean().sqrt().item() == pytest.approx(1, abs=0.03)
@@ -346,14 +334,14 @@ def test_every_noise_has_mean_zero_and_the_same_standard_deviation(distribution)
 
 @torch.no_grad()
 def test_replacing_puts_the_noise_where_the_embedding_was(small_model):
-    traced = prepare(small_model, FACT)
-    clean = small_model.run(batch([traced], small_model), read=[EMBED])[EMBED]
-    spread = embedding_spread(small_model, [FACT.subject, "Apple", "Miles Davis"], root=True)
+    traced = tokenize_fact(small_model, FACT)
+    clean = small_model.run(as_batch([traced], small_model), read=[EMBED])[EMBED]
+    statistics = embedding_statistics(small_model, [FACT.subject, "Apple", "Miles Davis"], covariance_root=True)
 
     def corrupted(**how):
         config = TraceConfig(samples=3, corruption=Corruption(**how))
         return corruption_patch(
-            small_model, batch([traced], small_model), clean, [traced], STD, config, None, spread
+            small_model, as_batch([traced], small_model), clean, [traced], STD, config, None, statistics
         ).value
 
     own = clean[0, traced.subject.start : traced.subject.stop]
@@ -362,13 +350,13 @@ def test_replacing_puts_the_noise_where_the_embedding_was(small_model):
         torch.testing.assert_close(added - replacing, own.expand_as(added), atol=1e-5, rtol=1e-4)
     added, replacing = (corrupted(distribution="multivariate", replace=replace) for replace in (False, True))
     # Added noise has mean zero (the published code adds the mean embedding here too); a replacement has the mean.
-    torch.testing.assert_close(added - own - (replacing - spread.mean), torch.zeros_like(added), atol=1e-5, rtol=0)
-    assert (own - spread.mean).abs().max() > 0.1
+    torch.testing.assert_close(added - own - (replacing - statistics.mean), torch.zeros_like(added), atol=1e-5, rtol=0)
+    assert (own - statistics.mean).abs().max() > 0.1
 
 
 @torch.no_grad()
 def test_extra_tokens_after_the_subject_are_corrupted_too(small_model):
-    traced = prepare(small_model, FACT)
+    traced = tokenize_fact(small_model, FACT)
     assert list(traced.corrupted(1)) == [*traced.subject, traced.subject.stop]
     assert traced.corrupted(99).stop == traced.prompt_length, "never the object"
     plain, more = (
@@ -378,7 +366,7 @@ def test_extra_tokens_after_the_subject_are_corrupted_too(small_model):
         for extra in (0, 1)
     )
     after = slice(traced.subject.stop, traced.subject.stop + 1)
-    changed = [(scene.noise.positions == after.start).any().item() for scene in (plain, more)]
+    changed = [(runs.corruption.positions == after.start).any().item() for runs in (plain, more)]
     assert changed == [False, True]
     # Restoring the states of all corrupted tokens at layer 0, one after the other, is what the averages are made of.
     frame = trace_group(small_model, [traced], STD, TraceConfig(samples=3, corruption=Corruption(extra_tokens=1)))
@@ -395,27 +383,27 @@ def test_token_replacement_runs_the_other_subjects_prompt(small_model):
         Fact(id="e", subject="Danielle Darrieux", prompt="{} speaks", object="English", relation="r"),
     ]
     config = TraceConfig(samples=3, corruption="tokens")
-    (traced,), dropped = with_donors(small_model, [prepare(small_model, facts[0])], facts, config)
+    (traced,), dropped = with_replacements(small_model, [tokenize_fact(small_model, facts[0])], facts, config)
     assert not dropped
     same_length = [
-        fact for fact in facts[1:] if len(prepare(small_model, fact).subject) == len(traced.subject)
+        fact for fact in facts[1:] if len(tokenize_fact(small_model, fact).subject) == len(traced.subject)
         and fact.object != "French"
     ]  # fmt: skip
     assert same_length, "the test needs a donor"
-    scene = run_clean_and_corrupted(small_model, [traced], STD, config)
+    runs = run_clean_and_corrupted(small_model, [traced], STD, config)
     expected = []
-    for donor in traced.donors:
+    for donor in traced.replacements:
         ids = list(traced.ids)
         ids[traced.subject.start : traced.subject.stop] = donor
         logits = small_model.hf(torch.tensor([ids])).logits[0, traced.prompt_length - 1 :]
         wanted = list(traced.object_ids)
         expected.append(logits.log_softmax(-1)[range(len(wanted)), wanted].sum().exp().item())
-    found = scene.corrupted_scores["probability"][0].item()
+    found = runs.corrupted_scores["probability"][0].item()
     assert found == pytest.approx(np.mean(expected), rel=1e-4)
-    assert abs(found / scene.clean_scores["probability"][0].item() - 1) > 1e-3
-    texts = {small_model.tokenizer.decode(donor).strip() for donor in traced.donors}
+    assert abs(found / runs.clean_scores["probability"][0].item() - 1) > 1e-3
+    texts = {small_model.tokenizer.decode(donor).strip() for donor in traced.replacements}
     assert texts <= {fact.subject for fact in same_length}
-    lonely, why = with_donors(small_model, [traced], facts[:1], config)
+    lonely, why = with_replacements(small_model, [traced], facts[:1], config)
     assert not lonely
     assert "no other subject" in why[0][1]
 
@@ -426,7 +414,7 @@ def test_corruptions_that_make_no_sense_are_refused(small_model):
             Corruption(**bad)
     with pytest.raises(InputError, match="neither replace nor extra_tokens"):
         Corruption(distribution="tokens", replace=True)
-    config, traced = TraceConfig(samples=2, corruption="uniform"), [prepare(small_model, FACT)]
+    config, traced = TraceConfig(samples=2, corruption="uniform"), [tokenize_fact(small_model, FACT)]
     with pytest.raises(InputError, match="explicit draws are standard-normal"):
         run_clean_and_corrupted(small_model, traced, STD, config, lambda fact, *shape: np.zeros(shape))
 
@@ -437,12 +425,12 @@ EVERY_METRIC = ("probability", "log_probability", "logit_difference", "kl", "nor
 @torch.no_grad()
 def test_metrics_equal_a_naive_reading_of_the_logits(small_model):
     fact = Fact(**{**vars(FACT), "foil": "English"})
-    traced = prepare(small_model, fact)
+    traced = tokenize_fact(small_model, fact)
     config = TraceConfig(samples=3, kinds=("state",), metrics=EVERY_METRIC)
     frame = trace_group(small_model, [traced], STD, config).set_index(["metric", "layer", "position"])
     ids = torch.tensor([traced.ids])
     logits = small_model.hf(ids).logits[0, traced.prompt_length - 1 :].double()
-    o, f = traced.object_ids, prepare(small_model, fact).foil_id
+    o, f = traced.object_ids, tokenize_fact(small_model, fact).foil_id
     p = torch.stack([logits[i].softmax(-1)[token] for i, token in enumerate(o)]).prod()
     clean = frame.groupby("metric")["clean"].first()
     assert clean["probability"] == pytest.approx(p.item(), rel=1e-4)
@@ -465,7 +453,7 @@ def test_many_metrics_take_no_more_passes_and_any_function_is_one(small_model):
     def last_logit(answers):
         return answers.logits[:, -1, 7].float()
 
-    traced, passes = prepare(small_model, FACT), []
+    traced, passes = tokenize_fact(small_model, FACT), []
     run = small_model.run
     small_model.run = lambda *args, **kwargs: (passes.append(1), run(*args, **kwargs))[1]
     try:
@@ -481,15 +469,24 @@ def test_many_metrics_take_no_more_passes_and_any_function_is_one(small_model):
         TraceConfig(metrics=("accuracy",))
 
 
+def test_the_earlier_spelling_of_normalized_metrics_is_accepted():
+    earlier, present = (TraceConfig(metrics=("kl", f"{word}_kl")) for word in ("normalised", "normalized"))
+    assert earlier == present
+    assert earlier.plain()["metrics"] == ["kl", "normalized_kl"]
+    assert find_metric("normalised_kl") is METRICS["kl"]
+    with pytest.raises(InputError, match="each once"):
+        TraceConfig(metrics=("normalised_kl", "normalized_kl"))
+
+
 @torch.no_grad()
 def test_a_foil_that_is_not_given_is_the_strongest_rival(small_model):
     config = TraceConfig(samples=2, metrics=("logit_difference",))
-    scene = run_clean_and_corrupted(small_model, [prepare(small_model, FACT)], STD, config)
-    logits = small_model.hf(torch.tensor([scene.facts[0].ids])).logits[0, scene.facts[0].prompt_length - 1].clone()
-    logits[scene.facts[0].object_ids[0]] = -torch.inf
-    assert scene.foils.item() == logits.argmax().item()
+    runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, FACT)], STD, config)
+    logits = small_model.hf(torch.tensor([runs.facts[0].ids])).logits[0, runs.facts[0].prompt_length - 1].clone()
+    logits[runs.facts[0].object_ids[0]] = -torch.inf
+    assert runs.foils.item() == logits.argmax().item()
     with pytest.raises(InputError, match="starts with the same token"):
-        prepare(small_model, Fact(**{**vars(FACT), "foil": FACT.object}))
+        tokenize_fact(small_model, Fact(**{**vars(FACT), "foil": FACT.object}))
 
 
 def test_memory_bounds_the_rows_and_changes_nothing(lens_model):
@@ -516,13 +513,13 @@ def test_a_pass_that_does_not_fit_is_halved(lens_model, monkeypatch):
     facts, tried = known_facts_of(lens_model), []
     whole = trace_facts(lens_model, facts, FEW)
 
-    def small_device(scene, some):
+    def small_device(runs, some):
         tried.append(len(some))
         if len(some) > 2:
             raise torch.OutOfMemoryError
-        return restore(scene, some)
+        return restore_cells(runs, some)
 
-    monkeypatch.setattr("mechedit.trace.cells.restore", small_device)
+    monkeypatch.setattr("mechedit.trace.cells.restore_cells", small_device)
     halved = trace_facts(lens_model, facts, FEW)
     assert max(tried) > 2
     keys = ["fact", "kind", "sever", "layer", "position"]
@@ -580,15 +577,15 @@ def test_a_prompt_that_lacks_the_roles_asked_for_is_dropped_with_the_reason(lens
 @torch.no_grad()
 def test_a_pass_computes_what_its_cells_can_change_and_nothing_else(neo_model):
     """Tokens times layers of what one position's cells compute: those after each first block, from there on."""
-    traced = prepare(neo_model, FACT)
+    traced = tokenize_fact(neo_model, FACT)
     config = TraceConfig(samples=3, kinds=("state", "mlp"), sever=("nothing", "attn"), window=2)
-    scene = run_clean_and_corrupted(neo_model, [traced], STD, config)
+    runs = run_clean_and_corrupted(neo_model, [traced], STD, config)
     position, n_layers = traced.subject[-1], neo_model.n_layers
     some = sorted(
-        (cell for cell in all_cells(scene) if cell.position == position and cell.first < n_layers - 1),
+        (cell for cell in all_cells(runs) if cell.position == position and cell.first < n_layers - 1),
         key=lambda cell: cell.first,
     )
-    restore(scene, some)  # which also finds the states that windows start from
+    restore_cells(runs, some)  # which also finds the states that windows start from
     computed: Counter[int] = Counter()
     handles = [
         block.mlp.c_proj.register_forward_hook(
@@ -598,18 +595,18 @@ def test_a_pass_computes_what_its_cells_can_change_and_nothing_else(neo_model):
         for layer, block in enumerate(tree.transformer.h)
     ]
     try:
-        means = restore(scene, some)["probability"]
+        means = restore_cells(runs, some)["probability"]
     finally:
         [handle.remove() for handle in handles]
     changed = 3 * (len(traced.ids) - position)
     expected = {layer: changed * sum(cell.first < layer for cell in some) for layer in range(1, n_layers)}
     assert expected[1] < expected[n_layers - 1], "rows must join on the way"
     # The last block passes on the positions that are read, and needs only keys and values of the others.
-    expected[n_layers - 1] = 3 * len(scene.read_at) * len(some)
+    expected[n_layers - 1] = 3 * len(runs.read_at) * len(some)
     assert computed == expected
-    alone = torch.cat([restore(scene, [cell])["probability"] for cell in some])
+    alone = torch.cat([restore_cells(runs, [cell])["probability"] for cell in some])
     assert relative(means, alone) < 1e-5
-    assert relative(means[0], scene.corrupted_scores["probability"][0]) > 1e-3
+    assert relative(means[0], runs.corrupted_scores["probability"][0]) > 1e-3
 
 
 @torch.no_grad()
@@ -617,7 +614,7 @@ def test_one_layer_and_windows_that_start_at_the_last_layer(make_model):
     """Rows that join at the last block, from the embedding or from the states before it."""
     for n_layer in (1, 2):
         model = make_model("gpt2", n_layer=n_layer)
-        traced = prepare(model, FACT)
+        traced = tokenize_fact(model, FACT)
         config = TraceConfig(samples=3, sever=("nothing", "mlp"), window=1)
         frame = trace_group(model, [traced], STD, config)
         for row in frame[(frame["layer"] == n_layer - 1) & (frame["position"] >= traced.subject[-1])].itertuples():
