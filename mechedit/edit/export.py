@@ -31,8 +31,7 @@ def export(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool = Fa
         InputError: the edit was made for other weights; the folder holds something, or cannot be made.
     """
     with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary, edited(model, edit):
-        model.hf.save_pretrained(temporary)
-        model.tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
         write_json(temporary / MANIFEST, dict(edit.manifest))
 
 
@@ -87,7 +86,7 @@ def _config(model: Model, edit: Edit, modules: Mapping[int, tuple[str, bool]]) -
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(model.hf, "name_or_path", "") or model.name,
+        "base_model_name_or_path": model.checkpoint or model.name,
         "inference_mode": True,
         "r": highest,
         "lora_alpha": highest,

@@ -18,8 +18,6 @@ from mechedit.edit.value import Edit
 from mechedit.edit.weights import copies, digest, restore_
 from mechedit.models import Model
 
-_ATTRIBUTE = "_mechedit_applied"
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
@@ -38,7 +36,7 @@ class Entry:
 
 def ledger(model: Model) -> tuple[Entry, ...]:
     """The edits applied to this model, oldest first; kept on the module that owns the weights."""
-    return getattr(model.hf, _ATTRIBUTE, ())
+    return model.edit_log
 
 
 def own_ledger(model: Model) -> tuple[Entry, ...]:
@@ -48,7 +46,7 @@ def own_ledger(model: Model) -> tuple[Entry, ...]:
 
 def note_(model: Model, entries: tuple[Entry, ...]) -> None:
     """Replace the model's ledger."""
-    setattr(model.hf, _ATTRIBUTE, entries)
+    model.edit_log = entries
 
 
 def account(layer: int, entries: Sequence[Entry]) -> tuple[Float[Tensor, "d_mlp d_model"] | None, list[Edit]]:

@@ -131,7 +131,6 @@ def _score_rows(
     last = Site(model.n_layers - 1, "resid")
     run = model.run(tokens, read=[last] if watched else [], logits_to_keep=keep)
     logits, states = run.logits, torch.empty(0, model.d_model)
-    assert logits is not None
     if watched:
         states = run[last][list(watched), [len(rows[place].prompt) - 1 for place in watched]].cpu()
     starts = torch.tensor([len(row.prompt) for row in rows], device=model.device)[:, None]

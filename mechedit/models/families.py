@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechedit.errors import InputError
-from mechedit.models.protocol import Module
+from mechedit.models.sites import Module
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from mechedit.errors import InputError, check_choice
-from mechedit.models.backend import Backbone
+from mechedit.models.backend import BackendModel
 from mechedit.models.families import family_of, family_of_config
 from mechedit.models.protocol import Model
 from mechedit.models.self_check import self_check
@@ -71,7 +71,12 @@ def load_model(
     return model.writing(module)
 
 
-def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> Backbone:
+def transformers_model(model: Model) -> Any:
+    """The clean transformers model inside a `Model`, for other libraries that take one."""
+    return model.hf
+
+
+def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> BackendModel:
     # Imported here: TransformerLens takes seconds to import, and nnsight alters all objects when it is.
     if backend == "nnsight":
         from mechedit.models.nnsight_backend import NNsightModel as Chosen

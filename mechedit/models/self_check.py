@@ -3,7 +3,7 @@
 Short runs on random ids test what the rest of mechedit relies on: the backend computes what the model computes,
 the residual stream adds up, the down-projection is the matrix between `mlp_key` and `mlp_out`, a write at each
 part changes the logits of its own row alone, no position sees a later one, and the last residual decides the
-logits. Whoever writes into attention has its output projection checked in the same way (`Backbone.writing`).
+logits. When attention is edited, its output projection is checked in the same way (`Model.writing`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mechedit.errors import InputError
-from mechedit.models.backend import Backbone
-from mechedit.models.protocol import EMBED, Part, Patch, Run, Site, Tokens, out_part
+from mechedit.models.protocol import Model, Patch, Run, Tokens
 from mechedit.models.shared_copy import share_parameters
+from mechedit.models.sites import EMBED, Part, Site, out_part
 
 _WIDTH = 6
 _OTHERWISE = {"mlp": "its MLP is built otherwise", "attn": "its attention is built otherwise"}
@@ -22,7 +22,7 @@ _WRITTEN: tuple[Part, ...] = ("embed", "attn_out", "mlp_key", "mlp_out", "resid"
 
 
 @torch.no_grad()
-def self_check(model: Backbone) -> None:
+def self_check(model: Model) -> None:
     """Check that reading and writing mean on this model what `Site` says.
 
     Raises:
@@ -32,7 +32,6 @@ def self_check(model: Backbone) -> None:
     parts: tuple[Part, ...] = ("attn_out", "mlp_key", "mlp_out", "resid")
     sites = [EMBED, *(Site(layer, part) for layer in range(model.n_layers) for part in parts)]
     clean = model.run(tokens, read=sites)
-    assert clean.logits is not None
     if not torch.isfinite(clean.logits).all():
         raise _failed(model, "finite logits", "choose another dtype, such as float32 or bfloat16")
     _backend_is_faithful(model, tokens, clean)
@@ -42,7 +41,7 @@ def self_check(model: Backbone) -> None:
 
 
 @torch.no_grad()
-def projection_found(model: Backbone) -> None:
+def check_projection(model: Model) -> None:
     """Check that the module that is written adds to the residual stream what its projection makes of its keys alone.
 
     Raises:
@@ -59,25 +58,23 @@ def projection_found(model: Backbone) -> None:
             raise _failed(model, f"a write at {model.key_site(site.layer)} decides {site}", _OTHERWISE[model.module])
 
 
-def _random_tokens(model: Backbone) -> Tokens:
+def _random_tokens(model: Model) -> Tokens:
     """Two rows of random ids."""
     generator = torch.Generator().manual_seed(0)
-    vocab = model.hf.get_submodule(model.family.embedding).weight.shape[0]
-    ids = torch.randint(vocab, (2, min(_WIDTH, model.max_positions)), generator=generator)
+    ids = torch.randint(model.vocab_size, (2, min(_WIDTH, model.max_positions)), generator=generator)
     return Tokens(ids, torch.ones_like(ids))
 
 
-def _backend_is_faithful(model: Backbone, tokens: Tokens, clean: Run) -> None:
+def _backend_is_faithful(model: Model, tokens: Tokens, clean: Run) -> None:
     """The backend's logits are those of the model without it: TransformerLens computes attention itself."""
-    # A second twin, in evaluation mode whatever the caller's model is.
+    # Another copy, in evaluation mode whatever the user's model is.
     ids, mask = tokens.ids.to(model.device), tokens.mask.to(model.device)
-    own = share_parameters(model.hf)(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    assert clean.logits is not None
-    if not _close(clean.logits, own):
+    expected = share_parameters(model.hf)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    if not _close(clean.logits, expected):
         raise _failed(model, "the backend gives the model's own logits", "the backend computes them otherwise")
 
 
-def _residual_adds_up(model: Backbone, clean: Run) -> None:
+def _residual_adds_up(model: Model, clean: Run) -> None:
     """resid[l] = resid[l − 1] + attn_out[l] + mlp_out[l], up to a few roundings of each term."""
     for layer in range(model.n_layers):
         before = Site(layer - 1, "resid") if layer else EMBED
@@ -92,22 +89,16 @@ def _residual_adds_up(model: Backbone, clean: Run) -> None:
             raise _failed(model, f"the residual stream adds up at layer {layer}", "its blocks are built otherwise")
 
 
-def _projection_found(model: Backbone, clean: Run) -> None:
-    """What the written module adds is key · W + b, after any post-norm."""
-    norm = model.family.norm_after(model.module)
+def _projection_found(model: Model, clean: Run) -> None:
+    """The edited module adds key · W + b to the residual stream, after any post-norm."""
     for layer in range(model.n_layers):
-        block = model.hf.get_submodule(f"{model.family.blocks}.{layer}")
-        out = clean[model.key_site(layer)] @ model.projection(layer)
-        bias = block.get_submodule(model.family.projection(model.module)).bias
-        out = out if bias is None else out + bias
-        if norm is not None:
-            out = block.get_submodule(norm)(out)
-        if not _close(out, clean[Site(layer, out_part(model.module))]):
+        output = model.module_output(layer, clean[model.key_site(layer)])
+        if not _close(output, clean[Site(layer, out_part(model.module))]):
             name = {"mlp": "down-projection", "attn": "output projection"}[model.module]
             raise _failed(model, f"the {name} of layer {layer} is found", _OTHERWISE[model.module])
 
 
-def _writing_works(model: Backbone, tokens: Tokens, clean: Run) -> None:
+def _writing_works(model: Model, tokens: Tokens, clean: Run) -> None:
     """One row a part; one whose last token and one whose last residual is another run's; one left as it is."""
     rows = torch.zeros(len(_WRITTEN) + 3, dtype=torch.long)
     batch = tokens.rows(rows)
@@ -123,9 +114,7 @@ def _writing_works(model: Backbone, tokens: Tokens, clean: Run) -> None:
     patches.append(_row_patch(EMBED, clean[EMBED][1, final:], len(_WRITTEN), len(rows), start=final))
     last = Site(model.n_layers - 1, "resid")
     patches.append(_row_patch(last, clean[last][1], len(_WRITTEN) + 1, len(rows)))
-    assert clean.logits is not None
     logits = model.run(batch, patches).logits
-    assert logits is not None
     for row, part in enumerate(_WRITTEN):
         # One part of a deep model moves the logits little, but a write that is lost moves them not at all.
         if (logits[row] - logits[-1]).float().norm() <= 1e-6 * logits[-1].float().norm():
@@ -151,7 +140,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).float().norm() <= tolerance * expected.float().norm())
 
 
-def _failed(model: Backbone, check: str, reason: str) -> InputError:
+def _failed(model: Model, check: str, reason: str) -> InputError:
     return InputError(
         f"the model {model.name!r} ({model.family.name}, {model.backend}) failed the self-check "
         f'"{check}"; {reason}, so mechedit cannot vouch for its results: use another model or backend'

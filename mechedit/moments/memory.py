@@ -103,7 +103,7 @@ def batch_bytes(model: Model, layers: int, tokens: int, longest: int) -> int:
 
     One layer's keys are also there in float32.
     """
-    size, heads = model.dtype.itemsize, model.hf.config.get_text_config().num_attention_heads
+    size, heads = model.dtype.itemsize, model.n_heads
     keys = (2 * layers * size + 4) * model.d_key
     block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + SCORE_COPIES * heads * longest)
     return tokens * (keys + block)

@@ -151,7 +151,6 @@ def prepare(
         kv_cache=lead,
         use_cache=True,
     )
-    assert run.kv_cache is not None
     tokens = pad([row.ids[row.subject :] for row in rows], model.tokenizer, device)
     made = Pass(
         tokens=tokens,
@@ -163,7 +162,7 @@ def prepare(
         ),
         asked=asked - subject[:, None],
         labels=None if scored else torch.tensor([row.labels for row in rows], device=device),
-        clean=None if run.logits is None else run.logits[:, 0].float().log_softmax(-1),
+        clean=None if run.final_logits is None else run.final_logits[:, 0].float().log_softmax(-1),
         fact=fact,
         weight=torch.tensor([row.weight for row in rows], device=device),
     )
@@ -224,6 +223,6 @@ def _logits(
             kv_cache=rows.kv_cache,
             logits_to_keep=0 if goes_on else rows.asked,
         )
-        state, logits = run.values.get(end), run.logits
+        state, logits = run.values.get(end), run.final_logits
     assert logits is not None, "the last stretch is not stopped early"
     return logits

@@ -25,7 +25,6 @@ def lead_of(model: Model, rows: Sequence[Row]) -> tuple[KVCache | None, list[int
     # A row of no tokens cannot be run; what stands in its place is not kept.
     some = [list(ids) or [rows[0].ids[0]] for ids in leads.values()]
     run = model.run(pad(some, model.tokenizer, model.device), use_cache=True, stop_after=model.n_layers - 1)
-    assert run.kv_cache is not None
     kept = run.kv_cache.before(torch.tensor([len(ids) for ids in leads.values()], device=model.device))
     places = {prefix: place for place, prefix in enumerate(leads)}
     index = torch.tensor([places[row.prefix] for row in rows], device=model.device)

@@ -99,8 +99,6 @@ def measure(
     config: TraceConfig,
 ) -> Measured:
     """Every plain metric of a run's rows, each of the fact that `facts` says."""
-    assert run.logits is not None
-    assert clean.logits is not None
     objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)
     answers = Answers(
         logits=run.logits, clean_runs=clean.logits, facts=facts, objects=objects[facts], foils=foils[facts]
@@ -133,7 +131,6 @@ def run_clean_and_corrupted(
     severed = [Site(layer, part) for part, cut in modules.items() for layer in sorted(cut)]
     states = [Site(layer, "resid") for layer in layers]
     corrupted = model.run(repeated, [patch], read=[*states, *severed], logits_to_keep=keep, use_cache=True)
-    assert corrupted.kv_cache is not None
     foils = _foils(clean, facts)
     per_fact = torch.arange(len(facts), device=model.device)
     scores = measure(corrupted, clean, repeat, facts, foils, config)
@@ -155,7 +152,6 @@ def run_clean_and_corrupted(
 
 def _foils(clean: Run, facts: Sequence[TracedFact]) -> Int[Tensor, " fact"]:
     """Each fact's own foil, else the likeliest first token that is not the object's."""
-    assert clean.logits is not None
     rivals = clean.logits[:, 0].topk(2).indices.tolist()
     chosen = [
         traced.foil_id if traced.foil_id is not None else next(token for token in two if token != traced.object_ids[0])

@@ -92,7 +92,6 @@ def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], 
     said: dict[str, list[int]] = {}
     for group in alike(prepared, KNOWN_ROWS):
         logits = model.run(batch(group, model), logits_to_keep=read_positions(group[0], model)).logits
-        assert logits is not None
         said |= {traced.fact.id: ids for traced, ids in zip(group, logits.argmax(-1).tolist(), strict=True)}
     known, dropped = [], []
     for traced in prepared:

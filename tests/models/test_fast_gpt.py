@@ -10,8 +10,9 @@ import torch
 from helpers.patches import random_patch, random_tokens
 from torch import Tensor
 
-import mechedit.models.backend as backbone
 from mechedit.models import EMBED, KVCache, Patch, Resume, Run, Site, Tokens
+from mechedit.models.fast_gpt import FastGptEngine
+from mechedit.models.plan import RunPlan
 
 START = 4
 WIDTH = 9
@@ -25,20 +26,14 @@ def family(request: pytest.FixtureRequest) -> str:
 
 def both_ways(monkeypatch: pytest.MonkeyPatch, model: Any, *arguments: Any, **options: Any) -> tuple[Run, Run]:
     """The same run through the quicker way, which has to be taken, and through transformers' blocks."""
-    taken = []
-
-    def run_fast(*given: Any, **named: Any) -> Run:
-        taken.append(given)
-        return backbone_lean_run(*given, **named)
-
-    backbone_lean_run = backbone.run_fast
+    plans, run_fast = [], FastGptEngine.run
     with monkeypatch.context() as patched:
-        patched.setattr(backbone, "run_fast", run_fast)
+        patched.setattr(FastGptEngine, "run", lambda self, plan: plans.append(plan) or run_fast(self, plan))
         quick = model.run(*arguments, **options)
-        assert len(taken) == 1
-        patched.setattr(backbone, "supports_run", lambda *given: False)
+        assert len(plans) == 1
+        patched.setattr(FastGptEngine, "can_run", lambda self, plan: False)
         slow = model.run(*arguments, **options)
-        assert len(taken) == 1
+        assert len(plans) == 1
     return quick, slow
 
 
@@ -80,7 +75,7 @@ def test_written_logits_of_kept_positions(
     patches = [Patch(patch.site, patch.positions, patch.value, add) for patch in patches]
     options = {
         "resume": Resume(1, whole[Site(0, "resid")][:, start:]),
-        "keep": torch.tensor([4, 0, 2]),
+        "logits_to_keep": torch.tensor([4, 0, 2]),
         "kv_cache": whole.kv_cache.take(torch.arange(3), start, 1) if start else None,
     }
     quick, slow = both_ways(monkeypatch, family_model, later, patches, **options)
@@ -130,15 +125,15 @@ def test_keys_and_states_from_the_first_block_on(monkeypatch: pytest.MonkeyPatch
 @torch.no_grad()
 def test_logits_of_padded_rows_at_their_own_positions(monkeypatch: pytest.MonkeyPatch, family_model: Any) -> None:
     tokens, keep = ragged(), torch.tensor([[8, 3], [1, 0], [5, 2]])
-    quick, slow = both_ways(monkeypatch, family_model, tokens, keep=keep)
+    quick, slow = both_ways(monkeypatch, family_model, tokens, logits_to_keep=keep)
     close(quick.logits, slow.logits)
     last = family_model.n_layers - 1
     # Where the last block is looked into, it computes all positions.
-    seen, _ = both_ways(monkeypatch, family_model, tokens, read=[Site(last, "mlp_key")], keep=keep)
+    seen, _ = both_ways(monkeypatch, family_model, tokens, read=[Site(last, "mlp_key")], logits_to_keep=keep)
     close(seen.logits, quick.logits)
     assert seen[Site(last, "mlp_key")].shape[1] == WIDTH
     patch = random_patch(family_model, Site(last, "mlp_out"), [[8, 4], [0, -1], [2, -1]])
-    written, there = both_ways(monkeypatch, family_model, tokens, [patch], keep=keep)
+    written, there = both_ways(monkeypatch, family_model, tokens, [patch], logits_to_keep=keep)
     close(written.logits, there.logits)
     assert (written.logits - quick.logits).abs().max() > 1e-3
     everywhere, all_of_them = both_ways(monkeypatch, family_model, tokens)
@@ -152,7 +147,7 @@ def test_gradients_behind_prefixes_of_different_lengths(monkeypatch: pytest.Monk
     resid = torch.randn(3, 4, family_model.d_model, generator=generator, requires_grad=True)
     patch = random_patch(family_model, Site(2, "resid"), [[1], [-1], [0]])
     patch = dataclasses.replace(patch, value=patch.value.requires_grad_(), add=True)
-    options = {"resume": Resume(1, resid), "kv_cache": prefix, "keep": torch.tensor([[3, 1], [0, 2], [3, 2]])}
+    options = {"resume": Resume(1, resid), "kv_cache": prefix, "logits_to_keep": torch.tensor([[3, 1], [0, 2], [3, 2]])}
     quick, slow = both_ways(monkeypatch, family_model, tokens, [patch], **options)
     close(quick.logits, slow.logits)
     towards = torch.randn(quick.logits.shape, generator=generator)
@@ -168,7 +163,7 @@ def test_gradients_behind_prefixes_of_different_lengths(monkeypatch: pytest.Monk
 @torch.no_grad()
 def test_what_is_cached_serves_a_later_run(monkeypatch: pytest.MonkeyPatch, family_model: Any) -> None:
     tokens, prefix = begun(family_model, torch.tensor([5, 0, 2]))
-    quick, slow = both_ways(monkeypatch, family_model, tokens, prefix=prefix, cache=True)
+    quick, slow = both_ways(monkeypatch, family_model, tokens, kv_cache=prefix, use_cache=True)
     close(quick.logits, slow.logits)
     for one, other in zip(quick.kv_cache.layers, slow.kv_cache.layers, strict=True):
         # Places before a row's prefix hold anything.
@@ -186,10 +181,10 @@ def test_what_is_cached_serves_a_later_run(monkeypatch: pytest.MonkeyPatch, fami
 
 @torch.no_grad()
 def test_other_runs_go_the_other_way(family_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_fast(*given: Any, **named: Any) -> Run:
+    def run_fast(self: FastGptEngine, plan: RunPlan) -> Run:
         raise AssertionError("taken")
 
-    monkeypatch.setattr(backbone, "run_fast", run_fast)
+    monkeypatch.setattr(FastGptEngine, "run", run_fast)
     tokens = random_tokens(batch=2)
     with pytest.raises(AssertionError, match="taken"):
         family_model.run(tokens)

@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2Model, MixtralConfig, OPTConfig, OPTFor
 
 from mechedit.errors import InputError
 from mechedit.models import EMBED, Model, Patch, Site, Tokens, load_model
-from mechedit.models import backend as backbone
+from mechedit.models import backend as backend_module
+from mechedit.models.plan import Write
 
 
 @pytest.fixture
@@ -97,8 +98,8 @@ def test_a_wrong_entry_fails_the_self_check(
     backends: tuple[str, ...],
     check: str,
 ) -> None:
-    right = backbone.family_of
-    monkeypatch.setattr(backbone, "family_of", lambda hf: dataclasses.replace(right(hf), **change))
+    right = backend_module.family_of
+    monkeypatch.setattr(backend_module, "family_of", lambda hf: dataclasses.replace(right(hf), **change))
     for backend in backends:
         with pytest.raises(InputError, match=check):
             load_model(make_hf("gpt2_square"), tokenizer=tokenizer, backend=backend)
@@ -107,7 +108,7 @@ def test_a_wrong_entry_fails_the_self_check(
 def test_a_write_that_is_lost_fails_the_self_check(
     make_hf: Any, tokenizer: Any, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbone.Write, "__call__", lambda self, activation: activation)
+    monkeypatch.setattr(Write, "__call__", lambda self, activation: activation)
     with pytest.raises(InputError, match="a write at embed changes the logits"):
         load_model(make_hf("gpt2"), tokenizer=tokenizer, backend=backend)
 

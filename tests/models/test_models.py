@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import BACKENDS, VOCAB, hook_state
+from helpers.models import BACKENDS, VOCAB, CountedProducts, hook_state
 from helpers.patches import random_patch, random_tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -80,22 +78,6 @@ def naive_run(
         for handle in handles:
             handle.remove()
     return logits, {site: values[site] for site in read}
-
-
-@contextmanager
-def counted_blocks(model: Any, family: str) -> Iterator[Counter[int]]:
-    """Count how often each block's MLP really runs, behind the backend's hooks or without them."""
-    calls: Counter[int] = Counter()
-    handles = [
-        block.get_submodule(PATHS[family][3]).register_forward_hook(lambda *_, layer=layer: calls.update([layer]))
-        for tree in (model.twin, model.plain)
-        for layer, block in enumerate(tree.get_submodule(PATHS[family][1]))
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def close(found: Tensor | None, expected: Tensor | None) -> None:
@@ -179,7 +161,7 @@ def test_runs_that_nobody_looks_into_equal_the_backends(family_model: Any, famil
             family_model.run(tokens, logits_to_keep=torch.tensor([6, 2]), resume=resume).logits, seen.logits[:, [6, 2]]
         )
         later = Tokens(tokens.ids[:, 3:], tokens.mask[:, 3:])
-        with counted_blocks(family_model, family) as calls:
+        with CountedProducts(family_model) as products:
             run = family_model.run(
                 later,
                 read=[last],
@@ -187,7 +169,7 @@ def test_runs_that_nobody_looks_into_equal_the_backends(family_model: Any, famil
                 stop_after=1,
                 kv_cache=bare.kv_cache.take(torch.arange(3), 3, 1, 1),
             )
-        assert calls == {1: 1}
+        assert products.calls == {1: 1}
         close(run[last], seen[last][:, 3:])
         far(family_model.run(tokens, read=[last], resume=Resume(1, seen[last]), stop_after=1)[last], seen[last])
 
@@ -223,7 +205,6 @@ def test_gradients_reach_the_patch(family_model: Any, family: str) -> None:
     leaves = [patch.value.requires_grad_() for patch in patches]
     direction = torch.randn(2, 7, VOCAB, generator=torch.Generator().manual_seed(9))
     run = family_model.run(tokens, patches, [Site(2, "resid")])
-    assert run.logits is not None
     expected, values = naive_run(family_model.hf, family, tokens, patches, [Site(2, "resid")])
     last = Site(2, "resid")
     pairs = ((run.logits * direction, expected * direction), (run[last], values[last]))
@@ -245,17 +226,17 @@ def test_resuming_equals_the_full_run(family_model: Any, family: str) -> None:
     patches = [random_patch(family_model, Site(2, "mlp_key"), [[1], [-1], [6]])]
     reads = [site for site in all_sites(family_model) if site.part != "embed" and site.layer >= 1]
     full = family_model.run(tokens, patches, [Site(0, "resid"), *reads])
-    with counted_blocks(family_model, family) as calls:
+    with CountedProducts(family_model) as products:
         resumed = family_model.run(tokens, patches, reads, resume=Resume(1, full[Site(0, "resid")]))
-    assert calls == dict.fromkeys(range(1, family_model.n_layers), 1)
+    assert products.calls == dict.fromkeys(range(1, family_model.n_layers), 1)
     close(resumed.logits, full.logits)
     for site in reads:
         close(resumed[site], full[site])
     # Another residual gives another result, and afterwards nothing is left of either.
     far(family_model.run(tokens, patches, resume=Resume(1, full[Site(1, "resid")])).logits, full.logits)
-    with counted_blocks(family_model, family) as calls:
+    with CountedProducts(family_model) as products:
         close(family_model.run(tokens, patches).logits, full.logits)
-    assert calls == dict.fromkeys(range(family_model.n_layers), 1)
+    assert products.calls == dict.fromkeys(range(family_model.n_layers), 1)
 
 
 def test_a_prefix_stands_for_its_positions(family_model: Any, family: str) -> None:
@@ -268,7 +249,6 @@ def test_a_prefix_stands_for_its_positions(family_model: Any, family: str) -> No
     reads = all_sites(family_model)
     full = family_model.run(tokens, patches, reads, logits_to_keep=torch.tensor([5, 6]))
     base = family_model.run(tokens, read=[Site(0, "resid")], use_cache=True)
-    assert base.kv_cache is not None
     assert base.kv_cache.length == 7
     prefix = base.kv_cache.take(torch.arange(3), 3)
     later = Tokens(tokens.ids[:, 3:], tokens.mask[:, 3:])
@@ -278,7 +258,9 @@ def test_a_prefix_stands_for_its_positions(family_model: Any, family: str) -> No
         close(run.logits, full.logits)
         for site in reads:
             close(run[site], full[site][:, 3:])
-    assert run.kv_cache is None
+    assert run.final_cache is None
+    with pytest.raises(ValueError, match="no KV cache"):
+        _ = run.kv_cache
     # With blocks skipped as well; and another row's prefix gives something else.
     resume = Resume(1, base[Site(0, "resid")][:, 3:])
     both = family_model.run(later, moved[1:], resume=resume, kv_cache=prefix)
@@ -314,10 +296,12 @@ def test_stopping_gives_the_same_reads(family_model: Any, family: str) -> None:
     reads = [site for site in all_sites(family_model) if site.layer <= 1]
     full = family_model.run(tokens, patches, reads)
     for wanted in (reads, reads[:1], []):
-        with counted_blocks(family_model, family) as calls:
+        with CountedProducts(family_model) as products:
             run = family_model.run(tokens, patches, wanted, stop_after=1)
-        assert calls == {0: 1, 1: 1}
-        assert run.logits is None
+        assert products.calls == {0: 1, 1: 1}
+        assert run.final_logits is None
+        with pytest.raises(ValueError, match="no logits: it was stopped early"):
+            _ = run.logits
         assert list(run.values) == wanted
         for site in wanted:
             close(run[site], full[site])
@@ -449,16 +433,16 @@ def test_nothing_is_left_after_an_exception(small_model: Any, error: type[BaseEx
     def fail(*_: Any) -> None:
         raise error("stop here")
 
-    handle = small_model.twin.get_submodule(small_model.family.blocks)[2].register_forward_pre_hook(fail)
-    state = hook_state(small_model.twin)
+    handle = small_model.hooked_copy.get_submodule(small_model.family.blocks)[2].register_forward_pre_hook(fail)
+    state = hook_state(small_model.hooked_copy)
     patches = [random_patch(small_model, Site(1, "mlp_key"), [[1], [2]])]
     with pytest.raises(error, match="stop here"):
         small_model.run(tokens, patches, [Site(2, "resid")], resume=Resume(1, clean[Site(0, "resid")]))
-    assert hook_state(small_model.twin) == state
+    assert hook_state(small_model.hooked_copy) == state
     handle.remove()
-    with counted_blocks(small_model, "gpt2") as calls:
+    with CountedProducts(small_model) as products:
         close(small_model.run(tokens).logits, clean.logits)
-    assert calls == {0: 1, 1: 1, 2: 1}
+    assert products.calls == {0: 1, 1: 1, 2: 1}
 
 
 @pytest.mark.parametrize(

@@ -150,10 +150,10 @@ def test_facts_that_share_stop_together(lively: Any) -> None:
 
 def counted(model: Any) -> tuple[list[list[int]], list[Any]]:
     """Numbers that each block's MLP is given, a list a block and an entry a run, and the hooks that count."""
-    seen: list[list[int]] = [[] for _ in model.plain.transformer.h]
+    seen: list[list[int]] = [[] for _ in model.unhooked_copy.transformer.h]
     handles = [
         block.mlp.c_fc.register_forward_pre_hook(lambda module, args, own=own: own.append(args[0].numel()))
-        for own, block in zip(seen, model.plain.transformer.h, strict=True)
+        for own, block in zip(seen, model.unhooked_copy.transformer.h, strict=True)
     ]
     return seen, handles
 
