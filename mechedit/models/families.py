@@ -187,7 +187,8 @@ def family_of_config(config: Any) -> Family:
     if getattr(config, "text_config", None) is not None:
         raise InputError(
             f"the model ({model_type}) reads more than text, expected a language model alone: load it, put its "
-            f"language model and lm_head into the ForCausalLM class of config.text_config, and pass that; {_supported()}"
+            f"language model and lm_head into the ForCausalLM class of config.text_config, and pass that; "
+            f"{_supported()}"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(

@@ -58,7 +58,7 @@ class FastGptEngine:
         model, cache, exit_site = self.model, plan.kv_cache, plan.exit_site
         hidden = _embed(model, plan.tokens, cache) if plan.resume is None else plan.resume.resid
         last = len(model.transformer.h) - 1 if exit_site is None else exit_site.layer
-        kept = _kept_in_last_block(plan, last)
+        positions = _kept_in_last_block(plan, last)
         masks = AttentionMasks(plan.tokens.ids.shape[1], cache)
         values: dict[Site, Tensor] = {}
         computed: list[tuple[Tensor, Tensor]] = []
@@ -66,7 +66,7 @@ class FastGptEngine:
             cached = None if cache is None else cache.layers[layer]
             steps = {step.site.part: step for step in plan.steps if step.site.layer == layer}
             exit_part = exit_site.part if exit_site is not None and layer == last else "resid"
-            block = FastBlock(model.transformer.h[layer], masks, steps, values, kept if layer == last else None)
+            block = FastBlock(model.transformer.h[layer], masks, steps, values, positions if layer == last else None)
             hidden, keys_and_values = block.run(hidden, cached, exit_part)
             if plan.use_cache:
                 computed.append(keys_and_values if cached is None else _concatenate(cached, keys_and_values))
@@ -74,7 +74,7 @@ class FastGptEngine:
         final_cache = KVCache(tuple(computed), lengths) if plan.use_cache else None
         if exit_site is not None:
             return Run(None, values, final_cache)
-        if isinstance(plan.logits_to_keep, Tensor) and kept is None:
+        if isinstance(plan.logits_to_keep, Tensor) and positions is None:
             hidden = _select(hidden, plan.logits_to_keep)
         return Run(model.lm_head(model.transformer.ln_f(hidden)), values, final_cache)
 
@@ -170,7 +170,7 @@ class FastBlock:
     """By part."""
     values: dict[Site, Tensor]
     """Receives the activations that are read."""
-    kept: Int[Tensor, "*batch kept"] | None
+    positions: Int[Tensor, "*batch kept"] | None
     """The positions that go on from this block; None means all."""
 
     def run(
@@ -179,8 +179,8 @@ class FastBlock:
         """The residual after the block, or at the part after which the run stops, and the keys and values computed."""
         layout = _attention_layout(self.module)
         queries, keys, values = self.project(layout, self.module.ln_1(hidden))
-        if self.kept is not None:
-            hidden = _select(hidden, self.kept)
+        if self.positions is not None:
+            hidden = _select(hidden, self.positions)
         attn_key = self.visit("attn_key", self.attend(layout, queries, keys, values, cached))
         if exit_part != "attn_key":
             hidden = self.add_output(hidden, layout.output, attn_key, "attn_out")
@@ -194,10 +194,10 @@ class FastBlock:
         self, layout: AttentionLayout, normed: Float[Tensor, "batch pos d_model"]
     ) -> list[Float[Tensor, "batch head _ d_head"]]:
         """Queries at the kept positions, keys and values at all."""
-        at_kept = normed if self.kept is None else _select(normed, self.kept)
+        at_kept = normed if self.positions is None else _select(normed, self.positions)
         if len(layout.inputs) == 3:
             parts = [project(normed if i else at_kept) for i, project in enumerate(layout.inputs)]
-        elif self.kept is None:
+        elif self.positions is None:
             parts = layout.inputs[0](normed).chunk(3, dim=-1)
         else:
             (joint,), width = layout.inputs, normed.shape[-1]
@@ -221,10 +221,10 @@ class FastBlock:
         if cached is not None:
             begin = cached[0].shape[2] - self.masks.cached_positions(layout.window)
             keys, values = _concatenate((cached[0][:, :, begin:], cached[1][:, :, begin:]), (keys, values))
-        causal = self.kept is None and self.masks.is_causal(layout.window)
+        causal = self.positions is None and self.masks.is_causal(layout.window)
         mask = None if causal else self.masks.mask(layout.window)
-        if mask is not None and self.kept is not None:
-            mask = _select_queries(mask, self.kept)
+        if mask is not None and self.positions is not None:
+            mask = _select_queries(mask, self.positions)
         if mask is not None and torch.is_grad_enabled():
             # For rows this short the fused kernel's backward pass takes longer than that of two batched products.
             scaled = queries if layout.scale == 1 else queries * layout.scale
@@ -260,9 +260,9 @@ class FastBlock:
     def writes(self, part: str) -> Sequence[Write]:
         """The writes at a site, their columns counted among the kept positions."""
         step = self.steps.get(part)
-        if step is None or self.kept is None:
+        if step is None or self.positions is None:
             return () if step is None else step.writes
-        return [_among_kept(write, self.kept, self.masks.n_queries) for write in step.writes]
+        return [_among_kept(write, self.positions, self.masks.n_queries) for write in step.writes]
 
 
 def _concatenate(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -280,23 +280,25 @@ def _attention_layout(block: Any) -> AttentionLayout:
 
 
 def _select(
-    states: Float[Tensor, "batch pos width"], kept: Int[Tensor, "*batch kept"]
+    states: Float[Tensor, "batch pos width"], positions: Int[Tensor, "*batch kept"]
 ) -> Float[Tensor, "batch kept width"]:
     """The states at the kept positions, the same ones of each row or each row's own."""
-    return states.index_select(1, kept) if kept.ndim == 1 else states.take_along_dim(kept[..., None], 1)
+    return states.index_select(1, positions) if positions.ndim == 1 else states.take_along_dim(positions[..., None], 1)
 
 
 def _select_queries(
-    mask: Float[Tensor, "row 1 query key"], kept: Int[Tensor, "*batch kept"]
+    mask: Float[Tensor, "row 1 query key"], positions: Int[Tensor, "*batch kept"]
 ) -> Float[Tensor, "_ 1 kept key"]:
     """The mask of the kept positions."""
-    return mask.index_select(2, kept) if kept.ndim == 1 else mask.take_along_dim(kept[:, None, :, None], 2)
+    return (
+        mask.index_select(2, positions) if positions.ndim == 1 else mask.take_along_dim(positions[:, None, :, None], 2)
+    )
 
 
-def _among_kept(write: Write, kept: Int[Tensor, " kept"], width: int) -> Write:
+def _among_kept(write: Write, positions: Int[Tensor, " kept"], width: int) -> Write:
     """A write with its columns counted among the kept positions; the others are left out."""
-    index_of = kept.new_full((width,), -1)
-    index_of[kept] = torch.arange(len(kept))
+    index_of = positions.new_full((width,), -1)
+    index_of[positions] = torch.arange(len(positions))
     columns = index_of[write.columns]
     inside = columns >= 0
     return Write(write.rows[inside], columns[inside], write.value[inside], write.add)

@@ -53,7 +53,8 @@ def load_model(
             loaded transformers model. A folder called `tiny` is reached by `./tiny`.
         tokenizer: a fast transformers tokenizer; needed with a loaded model, else the source's own.
         backend: `transformer_lens` or `nnsight`; both give the same numbers.
-        device: device of the weights; by default the accelerator when there is one, else the CPU. A loaded model is not moved.
+        device: device of the weights; by default the accelerator when there is one, else the CPU. A loaded model is
+            not moved.
         dtype: float32, bfloat16 or float16; by default float32 on the CPU and for `tiny`, else the
             checkpoint's. A loaded model is not converted.
         module: the module that edits are written into: `mlp`, or `attn` (see `Model.writing`).

@@ -45,12 +45,12 @@ SENTENCES = (
 
 
 def _gpt2(**changes: Any) -> nn.Module:
-    given = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 64, **changes}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+    fields = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 64, **changes}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **fields))
 
 
 def _gpt_neo(**changes: Any) -> nn.Module:
-    given = {
+    fields = {
         "hidden_size": WIDTH,
         "num_layers": 4,
         "num_heads": 4,
@@ -60,11 +60,11 @@ def _gpt_neo(**changes: Any) -> nn.Module:
         "attention_types": [[["local"], 3], [["global"], 1]],
         **changes,
     }
-    return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+    return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **fields))
 
 
 def _gptj(**changes: Any) -> nn.Module:
-    given = {
+    fields = {
         "n_embd": WIDTH,
         "n_layer": 3,
         "n_head": 4,
@@ -74,12 +74,12 @@ def _gptj(**changes: Any) -> nn.Module:
         **changes,
     }
     return GPTJForCausalLM(
-        GPTJConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, **given)
+        GPTJConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, **fields)
     )
 
 
 def _neox(parallel: bool, **changes: Any) -> nn.Module:
-    given = {
+    fields = {
         "hidden_size": WIDTH,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
@@ -88,14 +88,14 @@ def _neox(parallel: bool, **changes: Any) -> nn.Module:
         "use_parallel_residual": parallel,
         **changes,
     }
-    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **fields))
 
 
 def _like_llama(architecture: Any, **fixed: Any) -> Callable[..., nn.Module]:
     """A shape whose config has Llama's fields, and `fixed` besides."""
 
     def make(**changes: Any) -> nn.Module:
-        given = {
+        fields = {
             "hidden_size": WIDTH,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
@@ -106,7 +106,7 @@ def _like_llama(architecture: Any, **fixed: Any) -> Callable[..., nn.Module]:
             **changes,
         }
         special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-        return architecture(architecture.config_class(vocab_size=VOCAB, **special, **given))
+        return architecture(architecture.config_class(vocab_size=VOCAB, **special, **fields))
 
     return make
 

@@ -34,12 +34,12 @@ def test_a_model_says_what_it_is(family_model: Any, backend: str, tokenizer: Any
     assert (family_model.d_model, family_model.max_positions) == (32, 64)
     assert family_model.dtype == torch.float32
     assert family_model.device.type == "cpu"
-    found = family_model.provenance()
-    assert found["weights_hash"] == family_model.weights_hash()
-    assert found["backend"] == backend
+    provenance = family_model.provenance()
+    assert provenance["weights_hash"] == family_model.weights_hash()
+    assert provenance["backend"] == backend
     # Padding leaves settings behind in a fast tokenizer; it is the same tokenizer all the same.
     tokenizer(["a", "a b c"], padding=True)
-    assert family_model.provenance() == found
+    assert family_model.provenance() == provenance
 
 
 def test_loading_leaves_model_and_tokenizer_alone(make_hf: Any, tokenizer: Any, backend: str, tokens: Tokens) -> None:

@@ -80,17 +80,17 @@ def naive_run(
     return logits, {site: values[site] for site in read}
 
 
-def close(found: Tensor | None, expected: Tensor | None) -> None:
-    assert found is not None
+def close(result: Tensor | None, expected: Tensor | None) -> None:
+    assert result is not None
     assert expected is not None
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
-def far(found: Tensor | None, expected: Tensor | None) -> None:
+def far(result: Tensor | None, expected: Tensor | None) -> None:
     """The effect that a test is about must be there to be found."""
-    assert found is not None
+    assert result is not None
     assert expected is not None
-    assert (found - expected).abs().max() > 1e-2
+    assert (result - expected).abs().max() > 1e-2
 
 
 def many_patches(model: Any) -> list[Patch]:
@@ -148,8 +148,8 @@ def test_without_gradients_a_run_writes_in_place_and_gives_the_same(family_model
         assert torch.equal(patch.value, value)
 
 
-def test_runs_that_nobody_looks_into_equal_the_backends(family_model: Any, family: str) -> None:
-    """They go without its hooks: whole, resumed, stopped, with keys and values kept and reused."""
+def test_runs_without_hooks_equal_the_backends(family_model: Any, family: str) -> None:
+    """Full, resumed and stopped runs, with keys and values cached and reused."""
     tokens, last = random_tokens(batch=3), Site(1, "resid")
     seen = family_model.run(tokens, read=all_sites(family_model), use_cache=True)
     with torch.no_grad():
@@ -189,12 +189,12 @@ def test_each_patch_matters_and_order_does_not(small_model: Any) -> None:
 def test_a_window_is_how_far_back_a_token_sees(family_model: Any) -> None:
     tokens = random_tokens(width=12)
     entering = family_model.run(tokens, read=[Site(0, "resid")])[Site(0, "resid")]
-    other = torch.cat([entering[:, :1].flip(-1), entering[:, 1:]], 1)
-    one, two = (
+    changed = torch.cat([entering[:, :1].flip(-1), entering[:, 1:]], 1)
+    before, after = (
         family_model.run(tokens, read=[Site(1, "resid")], resume=Resume(1, resid), stop_after=1)[Site(1, "resid")]
-        for resid in (entering, other)
+        for resid in (entering, changed)
     )
-    felt = ((one - two).abs().amax((0, 2)) > 1e-6).tolist()
+    felt = ((before - after).abs().amax((0, 2)) > 1e-6).tolist()
     window = family_model.window(1)
     assert felt == [window is None or position < window for position in range(12)]
 
@@ -208,9 +208,9 @@ def test_gradients_reach_the_patch(family_model: Any, family: str) -> None:
     expected, values = naive_run(family_model.hf, family, tokens, patches, [Site(2, "resid")])
     last = Site(2, "resid")
     pairs = ((run.logits * direction, expected * direction), (run[last], values[last]))
-    for found, wanted in pairs:
-        ours = torch.autograd.grad(found.sum(), leaves, retain_graph=True)
-        theirs = torch.autograd.grad(wanted.sum(), leaves, retain_graph=True)
+    for result, naive in pairs:
+        ours = torch.autograd.grad(result.sum(), leaves, retain_graph=True)
+        theirs = torch.autograd.grad(naive.sum(), leaves, retain_graph=True)
         for our, their in zip(ours, theirs, strict=True):
             assert their.abs().max() > 1e-2
             torch.testing.assert_close(our, their, atol=1e-4, rtol=1e-4)
@@ -252,9 +252,9 @@ def test_a_prefix_stands_for_its_positions(family_model: Any, family: str) -> No
     assert base.kv_cache.length == 7
     prefix = base.kv_cache.take(torch.arange(3), 3)
     later = Tokens(tokens.ids[:, 3:], tokens.mask[:, 3:])
-    moved = [Patch(p.site, torch.where(p.positions < 0, -1, p.positions - 3), p.value) for p in patches]
+    shifted = [Patch(p.site, torch.where(p.positions < 0, -1, p.positions - 3), p.value) for p in patches]
     for _ in range(2):  # a run must not use the prefix up
-        run = family_model.run(later, moved, reads, logits_to_keep=torch.tensor([2, 3]), kv_cache=prefix)
+        run = family_model.run(later, shifted, reads, logits_to_keep=torch.tensor([2, 3]), kv_cache=prefix)
         close(run.logits, full.logits)
         for site in reads:
             close(run[site], full[site][:, 3:])
@@ -263,10 +263,10 @@ def test_a_prefix_stands_for_its_positions(family_model: Any, family: str) -> No
         _ = run.kv_cache
     # With blocks skipped as well; and another row's prefix gives something else.
     resume = Resume(1, base[Site(0, "resid")][:, 3:])
-    both = family_model.run(later, moved[1:], resume=resume, kv_cache=prefix)
+    both = family_model.run(later, shifted[1:], resume=resume, kv_cache=prefix)
     close(both.logits, family_model.run(tokens, patches[1:]).logits[:, 3:])
     wrong = base.kv_cache.take(torch.tensor([1, 2, 0]), 3)
-    far(family_model.run(later, moved, kv_cache=wrong).logits[:, 2:], full.logits)
+    far(family_model.run(later, shifted, kv_cache=wrong).logits[:, 2:], full.logits)
     with pytest.raises(ValueError, match="the KV cache has"):
         family_model.run(later, kv_cache=base.kv_cache.take(torch.arange(2), 3))
 
@@ -287,23 +287,23 @@ def test_rows_may_begin_at_positions_of_their_own(family_model: Any) -> None:
             close(run.logits[i, : len(row)], full.logits[i, row])
             close(run[Site(1, "resid")][i, : len(row)], full[Site(1, "resid")][i, row])
     # Counted as if all rows had the longest prefix, positions (or what is empty before a row) would be wrong.
-    whole = full.kv_cache.before(starts)
-    far(family_model.run(later, kv_cache=KVCache(whole.layers)).logits[1, :2], full.logits[1, 2:4])
+    full_cache = full.kv_cache.before(starts)
+    far(family_model.run(later, kv_cache=KVCache(full_cache.layers)).logits[1, :2], full.logits[1, 2:4])
 
 
 def test_stopping_gives_the_same_reads(family_model: Any, family: str) -> None:
     tokens, patches = random_tokens(), many_patches(family_model)
     reads = [site for site in all_sites(family_model) if site.layer <= 1]
     full = family_model.run(tokens, patches, reads)
-    for wanted in (reads, reads[:1], []):
+    for sites in (reads, reads[:1], []):
         with CountedProducts(family_model) as products:
-            run = family_model.run(tokens, patches, wanted, stop_after=1)
+            run = family_model.run(tokens, patches, sites, stop_after=1)
         assert products.calls == {0: 1, 1: 1}
         assert run.final_logits is None
         with pytest.raises(ValueError, match="no logits: it was stopped early"):
             _ = run.logits
-        assert list(run.values) == wanted
-        for site in wanted:
+        assert list(run.values) == sites
+        for site in sites:
             close(run[site], full[site])
     resume = Resume(1, full[Site(0, "resid")])
     both = family_model.run(tokens, patches[2:-1], [Site(1, "resid")], resume=resume, stop_after=1)
@@ -326,9 +326,9 @@ def test_right_padding_changes_no_real_position(family_model: Any) -> None:
 def test_rows_keep_positions_of_their_own(family_model: Any) -> None:
     tokens = random_tokens()
     logits = family_model.run(tokens).logits
-    kept = torch.tensor([[5, 0], [3, 6]])
-    close(family_model.run(tokens, logits_to_keep=kept).logits, logits.take_along_dim(kept[..., None], 1))
-    assert not torch.allclose(logits[:, [5, 0]], logits.take_along_dim(kept[..., None], 1), atol=1e-3)
+    positions = torch.tensor([[5, 0], [3, 6]])
+    close(family_model.run(tokens, logits_to_keep=positions).logits, logits.take_along_dim(positions[..., None], 1))
+    assert not torch.allclose(logits[:, [5, 0]], logits.take_along_dim(positions[..., None], 1), atol=1e-3)
     for wrong in ([[5, 5], [3, 6]], [[5, 7], [3, 6]], [[5, 0]]):
         with pytest.raises(ValueError, match="rows of different ones below 7"):
             family_model.run(tokens, logits_to_keep=torch.tensor(wrong))
@@ -338,15 +338,15 @@ def test_gradients_reach_patches_through_kept_positions(family_model: Any) -> No
     tokens, site = random_tokens(), Site(0, "resid")
     value = torch.randn(2, 1, family_model.d_model, generator=torch.Generator().manual_seed(0), requires_grad=True)
     patch = Patch(site, torch.tensor([[1], [2]]), value, add=True)
-    kept = torch.tensor([[5, 2], [3, 6]])
+    positions = torch.tensor([[5, 2], [3, 6]])
 
     def slope(keep: Any) -> Tensor:
         logits = family_model.run(tokens, [patch], logits_to_keep=keep).logits
-        logits = logits if keep is kept else logits.take_along_dim(kept[..., None], 1)
+        logits = logits if keep is positions else logits.take_along_dim(positions[..., None], 1)
         return torch.autograd.grad(logits[..., :9].log_softmax(-1).sum(), value)[0]
 
-    close(slope(kept), slope(0))
-    assert slope(kept).norm() > 0.01
+    close(slope(positions), slope(0))
+    assert slope(positions).norm() > 0.01
 
 
 def test_patches_may_add(family_model: Any) -> None:
@@ -363,8 +363,8 @@ def test_patches_may_add(family_model: Any) -> None:
 def test_keep_picks_positions(family_model: Any) -> None:
     tokens = random_tokens()
     logits = family_model.run(tokens).logits
-    kept = torch.tensor([5, 0])
-    close(family_model.run(tokens, logits_to_keep=kept).logits, logits[:, kept])
+    positions = torch.tensor([5, 0])
+    close(family_model.run(tokens, logits_to_keep=positions).logits, logits[:, positions])
     far(logits[:, 5], logits[:, 0])
 
 
@@ -378,8 +378,8 @@ def test_restoring_all_states_of_a_layer_restores_the_output(family_model: Any) 
     for site in sites:
         restored = family_model.run(tokens, [noise, Patch(site, everywhere, clean[site])], sites)
         close(restored.logits, clean.logits)
-        for other in sites:
-            close(restored[other], (corrupted if other.layer < site.layer else clean)[other])
+        for later in sites:
+            close(restored[later], (corrupted if later.layer < site.layer else clean)[later])
 
 
 def test_an_edit_in_place_is_seen_everywhere(make_hf: Any, tokenizer: Any, family: str) -> None:
