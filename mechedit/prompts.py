@@ -1,7 +1,9 @@
-"""From text to tokens: where the subject lies, prompts joined with objects, right-padded batches.
+"""From text to tokens: the subject's tokens in a prompt, the tokens of an object, and context templates.
 
 Spans come from the tokenizer's character offsets, so merges across a boundary, BOS tokens and CJK text
-need no special care (peers locate the subject by counting separately tokenized pieces, which shifts).
+need no special care (other toolkits count the tokens of separately tokenized parts, which can be off by some).
+
+A *prefix* is a context template of MEMIT: a text in front of the prompt, with `{}` for the whole prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mechedit.errors import InputError
 from mechedit.models import Model
 
 BARE = "{}"
-"""The prefix that leaves the prompt as it is."""
+"""The context template that leaves the prompt as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,13 @@ def tokenize_prompt(tokenizer: Any, template: str, subject: str) -> Prompt:
     before, after = template.split("{}")
     ids, spans = encode(tokenizer, before + subject + after)
     start, end = len(before), len(before) + len(subject.rstrip())
-    inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
-    if not inside:
+    subject_tokens = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
+    if not subject_tokens:
         raise InputError(
             f"no token of {before + subject + after!r} holds the subject {subject!r}; expected a subject of "
             f"at least one token: check the subject's text"
         )
-    return Prompt(ids=tuple(ids), subject=range(inside[0], inside[-1] + 1))
+    return Prompt(ids=tuple(ids), subject=range(subject_tokens[0], subject_tokens[-1] + 1))
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:
@@ -79,18 +81,22 @@ def make_prefixes(
     starts: Sequence[str] = ("The", "Therefore", "Because", "I", "You"),
     length: int = 10,
 ) -> tuple[str, ...]:
-    """The bare prompt, and short texts that the model makes up itself, joined as `text. {}`.
+    """Context templates: the bare prompt, and short texts that the model generates, joined as `text. {}`.
 
-    Each text begins with one of `starts` and has `length` tokens in all, drawn among the five likeliest as in
-    the published code; here the draw depends on `seed` alone.
+    Each text begins with one of `starts` and has `length` tokens in all, each drawn from the five likeliest as in
+    the published code; here the draws depend on `seed` alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    texts = [_continued(model, start, length, generator) for start in starts]
+    texts = [_generate(model, start, length, generator) for start in starts]
     return (BARE, *(f"{text}. {BARE}" for text in texts))
 
 
 def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:
-    """The prefixes as a tuple; InputError when there are none or one lacks its one {}."""
+    """The context templates as a tuple.
+
+    Raises:
+        InputError: there are none, or one lacks its one {}.
+    """
     if isinstance(prefixes, str) or not prefixes:
         raise InputError(f"the prefixes are {prefixes!r}, expected a list of templates such as ['{{}}']")
     for prefix in prefixes:
@@ -99,21 +105,21 @@ def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:
 
 
 def prefixed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[Prompt]:
-    """The request's prompt behind each prefix, tokenized."""
+    """The request's prompt in each context template, tokenized."""
     return [tokenize_prompt(model.tokenizer, fill(prefix, request.prompt), request.subject) for prefix in prefixes]
 
 
 @torch.no_grad()
-def _continued(model: Model, start: str, length: int, generator: torch.Generator) -> str:
-    """Extend `start` to `length` tokens and make it safe to put in front of a prompt."""
+def _generate(model: Model, start: str, length: int, generator: torch.Generator) -> str:
+    """Extend `start` to `length` tokens, without braces, which a template reserves for the prompt."""
     ids, _ = encode(model.tokenizer, start)
     for _ in range(length - len(ids)):
         last = torch.tensor([len(ids) - 1], device=model.device)
         logits = model.run(pad([ids], model.tokenizer, model.device), logits_to_keep=last).logits
-        assert logits is not None, "this run was not stopped early"
         scores = logits[0, -1].float().cpu()
         scores[model.tokenizer.all_special_ids] = -torch.inf
-        best = scores.topk(5)
-        ids.append(int(best.indices[torch.multinomial(best.values.softmax(-1), 1, generator=generator)]))
+        likeliest = scores.topk(5)
+        choice = torch.multinomial(likeliest.values.softmax(-1), 1, generator=generator)
+        ids.append(int(likeliest.indices[choice]))
     text = model.tokenizer.decode(ids, skip_special_tokens=True)
     return " ".join(text.replace("{", " ").replace("}", " ").split())

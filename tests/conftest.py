@@ -75,12 +75,12 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def _made(make_model: Callable[..., Any]) -> Callable[[str, str], Any]:
-    made: dict[tuple[str, str], Any] = {}
+    models_by_name: dict[tuple[str, str], Any] = {}
 
     def get(family: str, backend: str) -> Any:
-        if (family, backend) not in made:
-            made[family, backend] = make_model(family, backend)
-        return made[family, backend]
+        if (family, backend) not in models_by_name:
+            models_by_name[family, backend] = make_model(family, backend)
+        return models_by_name[family, backend]
 
     return get
 

@@ -54,7 +54,6 @@ def recall(model: me.Model, entries: list[Entry], *, held_out: bool, batch_size:
         tokens = pad([encode(model.tokenizer, prompt)[0] for prompt, _ in part], model.tokenizer)
         with torch.no_grad():
             logits = model.run(tokens).logits
-        assert logits is not None
         says = logits[torch.arange(len(part)), tokens.lengths - 1].argmax(-1).tolist()
         right += sum(
             [said] == continuation_ids(model.tokenizer, wanted) for said, (_, wanted) in zip(says, part, strict=True)

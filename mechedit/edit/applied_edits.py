@@ -18,8 +18,6 @@ from mechedit.edit.value import Edit
 from mechedit.edit.weights import copy_weights, digest, restore_
 from mechedit.models import Model
 
-_ATTRIBUTE = "_mechedit_applied"
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AppliedEdit:
@@ -38,7 +36,7 @@ class AppliedEdit:
 
 def applied_edits(model: Model) -> tuple[AppliedEdit, ...]:
     """The edits applied to this model, oldest first; stored on the module that owns the weights."""
-    return getattr(model.hf, _ATTRIBUTE, ())
+    return model.edit_log
 
 
 def edits_of_module(model: Model) -> tuple[AppliedEdit, ...]:
@@ -48,7 +46,7 @@ def edits_of_module(model: Model) -> tuple[AppliedEdit, ...]:
 
 def set_applied_edits_(model: Model, applied: tuple[AppliedEdit, ...]) -> None:
     """Replace the model's list of applied edits."""
-    setattr(model.hf, _ATTRIBUTE, applied)
+    model.edit_log = applied
 
 
 def base_and_edits(

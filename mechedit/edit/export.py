@@ -37,8 +37,7 @@ def export(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool = Fa
         InputError: the edit was made for other weights; the folder is not empty, or cannot be created.
     """
     with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary, edited(model, edit):
-        model.hf.save_pretrained(temporary)
-        model.tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
         write_json(temporary / MANIFEST, dict(edit.manifest))
 
 
@@ -104,7 +103,7 @@ def _lora_config(model: Model, edit: Edit, modules: Mapping[int, tuple[str, bool
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(model.hf, "name_or_path", "") or model.name,
+        "base_model_name_or_path": model.checkpoint or model.name,
         "inference_mode": True,
         "r": largest_rank,
         "lora_alpha": largest_rank,

@@ -96,7 +96,7 @@ def projection_parameter(model: Model, layer: int) -> tuple[str, nn.Parameter, b
     A Conv1D's weight is, a Linear's is the transpose.
     """
     view = model.projection(layer)
-    name, weight = next((n, w) for n, w in model.hf.named_parameters() if w.data_ptr() == view.data_ptr())
+    name, weight = next((n, w) for n, w in model.named_parameters() if w.data_ptr() == view.data_ptr())
     # Strides and not shapes, which are the same both ways when the matrix is square.
     return name, weight, weight.stride() == view.stride()
 

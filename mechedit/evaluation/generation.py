@@ -92,13 +92,13 @@ def _continue(
     uniform: Float[np.ndarray, "batch token"],
 ) -> list[list[int]]:
     """New token ids of each row, cut before its first stop token."""
-    stop = torch.tensor(_stop_ids(model), dtype=torch.long, device=ids.device)
+    stop = torch.tensor(model.end_tokens, dtype=torch.long, device=ids.device)
     draws = torch.tensor(uniform, device=ids.device)
     mask, cache, step_ids, written = torch.ones_like(ids), None, ids, []
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     for step in range(min(tokens, model.max_positions - ids.shape[1])):
-        output = model.hf(input_ids=step_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache, step_ids = output.past_key_values, sample_top_k(output.logits[:, -1], top_k, draws[:, step])
+        logits, cache = model.next_logits(step_ids, mask, cache)
+        step_ids = sample_top_k(logits, top_k, draws[:, step])
         written.append(step_ids)
         mask = torch.cat([mask, torch.ones_like(step_ids)], dim=1)
         running &= ~torch.isin(step_ids[:, 0], stop)
@@ -118,14 +118,6 @@ def sample_top_k(
     # Rounding may leave the last cumulative probability below 1, so the last token takes all that lies above it.
     rank = (uniform[:, None] >= cumulative[:, :-1]).sum(1, keepdim=True)
     return top.indices.gather(1, rank)
-
-
-def _stop_ids(model: Model) -> list[int]:
-    """End-of-text tokens named by the tokenizer and by the model's generation settings."""
-    settings = getattr(model.hf, "generation_config", None)
-    named = [model.tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)]
-    flat = [token for item in named for token in (item if isinstance(item, list) else [item])]
-    return sorted({token for token in flat if token is not None})
 
 
 def _decode(model: Model, prompt: Sequence[int], new_ids: Sequence[int]) -> str:

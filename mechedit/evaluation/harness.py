@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from mechedit.errors import InputError
-from mechedit.models import Model
+from mechedit.models import Model, transformers_model
 
 COLUMNS = ("task", "metric", "value", "stderr", "n")
 
@@ -62,7 +62,7 @@ def general_ability(
     # The harness gives a tokenizer without padding token one of its own, so it gets a copy.
     tokenizer = copy.deepcopy(model.tokenizer)
     wrapped = language_model(
-        pretrained=model.hf, tokenizer=tokenizer, batch_size=batch_size, max_length=model.max_positions
+        pretrained=transformers_model(model), tokenizer=tokenizer, batch_size=batch_size, max_length=model.max_positions
     )
     results = simple_evaluate(
         model=wrapped,

@@ -140,7 +140,6 @@ def _score_chunk(
     last = Site(model.n_layers - 1, "resid")
     run = model.run(tokens, read=[last] if state_rows else [], logits_to_keep=positions)
     logits, states = run.logits, torch.empty(0, model.d_model)
-    assert logits is not None
     if state_rows:
         states = run[last][list(state_rows), [len(rows[index].prompt) - 1 for index in state_rows]].cpu()
     starts = torch.tensor([len(row.prompt) for row in rows], device=model.device)[:, None]

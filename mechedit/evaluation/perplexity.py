@@ -67,7 +67,6 @@ def text_losses(
 def _token_losses(model: Model, tokens: Tokens) -> Float[Tensor, "batch predicted"]:
     """−log P in nats of each token but the first; 0 at padding."""
     logits = model.run(tokens).logits
-    assert logits is not None, "this run was not stopped early"
     # The logits at position p predict token p + 1.
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].mT.float(), tokens.ids[:, 1:], reduction="none")
     return loss.where(tokens.mask[:, 1:].bool(), 0)

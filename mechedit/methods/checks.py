@@ -56,7 +56,7 @@ def check_input(
                 f"earlier facts); take them from edit_keys"
             )
         check_finite(f"the earlier keys of layer {layer}", keys)
-    for name, parameter in model.hf.named_parameters():
+    for name, parameter in model.named_parameters():
         check_finite(f"the weights {name}", parameter)
     return layers
 

@@ -134,7 +134,7 @@ def checkpoint_settings(kind: type[Config], method: str, model: Model) -> Config
     Raises:
         InputError: the file names a setting that the method lacks.
     """
-    file = Path(str(getattr(model.hf, "name_or_path", ""))) / "editing.json"
+    file = Path(model.checkpoint) / "editing.json"
     settings = read_json(file).get(method, {}) if file.is_file() else {}
     try:
         return kind(**settings)

@@ -193,7 +193,6 @@ def _loss(
         streams = pad_sequence([block_inputs[index] for index in chosen], batch_first=True)
         resume = Resume(layer, streams.to(model.device))
     logits = model.run(inputs, resume=resume, logits_to_keep=positions).logits
-    assert logits is not None, "this run was not stopped early"
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Which tokens count is told by position: an object may hold the token that pads.
     in_object = (positions + 1 >= starts) & (positions < inputs.lengths[:, None])

@@ -1,4 +1,4 @@
-"""Where each architecture keeps its parts. To support another one, add an entry to `FAMILIES`."""
+"""Module paths of each architecture. To support another one, add an entry to `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechedit.errors import InputError
-from mechedit.models.protocol import Module
+from mechedit.models.sites import Module
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -15,11 +15,11 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_n
 class Family:
     """Paths to the parts of one architecture.
 
-    Which way a matrix lies is not said here: the type of its module tells (`Backbone`).
+    The orientation of a matrix is not among them: it follows from its module's type, Linear or Conv1D.
     """
 
     name: str
-    """As people call it."""
+    """Usual name."""
     model_type: str
     """`config.model_type`."""
     architecture: str
@@ -33,9 +33,9 @@ class Family:
     mlp: str
     """The MLP, from a block."""
     down: str
-    """The MLP's second matrix, from a block; its input is the key."""
+    """The MLP's second matrix (down-projection), from a block; its input is the key."""
     attn_proj: str
-    """Attention's output projection, from a block; its input is what the heads found, one after another."""
+    """Attention's output projection, from a block; its input is the heads' results, side by side."""
     attn_norm: str | None = None
     """A norm between the attention module and the residual stream, from a block."""
     mlp_norm: str | None = None
@@ -44,7 +44,7 @@ class Family:
     """Whether a block returns (residual, attention weights) instead of the residual."""
 
     def projection(self, module: Module) -> str:
-        """The matrix through which a module of a block writes, from a block."""
+        """The matrix through which a module adds to the residual stream, from a block."""
         return {"mlp": self.down, "attn": self.attn_proj}[module]
 
     def norm_after(self, module: Module) -> str | None:
@@ -62,24 +62,24 @@ class Family:
         return self.mlp_norm or self.mlp
 
     def modules_of(self, part: str) -> set[str]:
-        """A block's children that a backend must reach to look at a part of it."""
-        reached = {
+        """A block's children that must run with the backend's hooks for a step at a part."""
+        modules = {
             "attn_key": (self.attn,),
             "attn_out": (self.attn, self.attn_norm),
             "mlp_out": (self.mlp, self.mlp_norm),
             "mlp_key": (self.mlp,),
         }
-        return {name for name in reached.get(part, ()) if name is not None}
+        return {name for name in modules.get(part, ()) if name is not None}
 
 
 def _like_llama(name: str, model_type: str, architecture: str, *, post_norms: bool = False) -> Family:
-    """A family with Llama's module names; with `post_norms`, what a module adds to the residual is normed first."""
+    """A family with Llama's module names; with `post_norms`, modules' outputs are normed before they are added."""
     return Family(
         name=name,
         model_type=model_type,
         architecture=architecture,
         blocks="model.layers",
-        # Gemma's scales its rows itself, so that its output is what enters the first block.
+        # Gemma's embedding scales its rows itself, so its output is the first block's input.
         embedding="model.embed_tokens",
         attn="self_attn",
         mlp="mlp",
@@ -177,31 +177,34 @@ def family_of_config(config: Any) -> Family:
     Raises:
         InputError: as `family_of`.
     """
-    found = getattr(config, "model_type", None) or type(config).__name__
+    model_type = getattr(config, "model_type", None) or type(config).__name__
     experts = max((getattr(config, field, None) or 0 for field in _EXPERT_COUNTS), default=0)
     if experts > 1:
         raise InputError(
-            f"the model ({found}) is a mixture of {experts} experts, so no single matrix is the MLP's "
+            f"the model ({model_type}) is a mixture of {experts} experts, so no single matrix is the MLP's "
             f"down-projection; expected a dense model: choose one; {_supported()}"
         )
     if getattr(config, "text_config", None) is not None:
         raise InputError(
-            f"the model ({found}) reads more than text, expected a language model alone: load it, put its language "
-            f"model and lm_head into the ForCausalLM class of config.text_config, and pass that; {_supported()}"
+            f"the model ({model_type}) reads more than text, expected a language model alone: load it, put its "
+            f"language model and lm_head into the ForCausalLM class of config.text_config, and pass that; "
+            f"{_supported()}"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
-            f"the model ({found}) is quantized, so its matrices cannot be edited in place; expected weights "
+            f"the model ({model_type}) is quantized, so its matrices cannot be edited in place; expected weights "
             f"in float32, bfloat16 or float16: load the unquantized checkpoint"
         )
     for family in FAMILIES:
-        if family.model_type == found:
+        if family.model_type == model_type:
             return family
-    raise InputError(f"the architecture {found!r} is not known to mechedit; choose a supported model: {_supported()}")
+    raise InputError(
+        f"the architecture {model_type!r} is not known to mechedit; choose a supported model: {_supported()}"
+    )
 
 
 def attention_window(config: Any, layer: int) -> int | None:
-    """How many positions a token sees in a block, itself included, by the config; None means all."""
+    """Width of a block's attention window, the token itself included, by the config; None means all positions."""
     if config.model_type == "gpt_neo":
         return config.window_size if config.attention_layers[layer] == "local" else None
     kinds = getattr(config, "layer_types", None)

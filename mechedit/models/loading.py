@@ -1,4 +1,4 @@
-"""`load_model`: from a name, a folder or a loaded transformers model to a checked `Model`."""
+"""`load_model`: a name, a folder or a loaded transformers model becomes a checked `Model`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from mechedit.errors import InputError, check_choice
-from mechedit.models.backend import Backbone
+from mechedit.models.backend import BackendModel
 from mechedit.models.families import family_of, family_of_config
 from mechedit.models.protocol import Model
 from mechedit.models.self_check import self_check
@@ -36,59 +36,75 @@ def load_model(
     """Load a causal language model, find its parts and check that reading and writing them works.
 
     A loaded model stays as it is, with one exception: its parameters' `requires_grad` is switched off, since
-    the backend runs a twin that shares them. Its tokenizer is not changed.
+    the backend runs a copy that shares them. Its tokenizer is not changed.
+
+    Example:
+        >>> import mechedit as me
+        >>> from mechedit.batching import pad
+        >>> model = me.load_model("tiny")  # or ("gpt2-xl", device="cuda", backend="nnsight"), or (hf, tokenizer=...)
+        >>> tokens = pad([model.tokenizer("The Eiffel Tower is in")["input_ids"]], model.tokenizer, model.device)
+        >>> run = model.run(tokens, read=[me.Site(5, "resid")])
+        >>> run[me.Site(5, "resid")].shape == (*tokens.ids.shape, model.d_model)
+        True
+        >>> next_token = model.tokenizer.decode(run.logits[0, -1].argmax())
 
     Args:
         source: `tiny` (the model that ships with the package), a hub name, a folder with a checkpoint, or a
             loaded transformers model. A folder called `tiny` is reached by `./tiny`.
         tokenizer: a fast transformers tokenizer; needed with a loaded model, else the source's own.
         backend: `transformer_lens` or `nnsight`; both give the same numbers.
-        device: where to put the weights; the accelerator when there is one. A loaded model is not moved.
+        device: device of the weights; by default the accelerator when there is one, else the CPU. A loaded model is
+            not moved.
         dtype: float32, bfloat16 or float16; by default float32 on the CPU and for `tiny`, else the
             checkpoint's. A loaded model is not converted.
-        module: what edits are written into: `mlp`, or `attn` (see `Model.writing`).
+        module: the module that edits are written into: `mlp`, or `attn` (see `Model.writing`).
 
     Raises:
         InputError: an unknown backend, model, device, dtype or module; no fast tokenizer, or one that does not fit;
             an architecture that is not supported; a failed self-check.
     """
     check_choice("the backend", backend, get_args(Backend))
-    wanted_device, wanted_dtype = _device(device), _dtype(dtype)
+    target_device, target_dtype = _device(device), _dtype(dtype)
     if isinstance(source, str | Path):
         name = str(source)
-        place = _place(source)
-        if wanted_dtype is None and (source == "tiny" or wanted_device.type == "cpu"):
-            wanted_dtype = torch.float32
-        hf = _load(place, name, wanted_device, wanted_dtype)
-        tokenizer = _load_tokenizer(place, name) if tokenizer is None else tokenizer
+        location = _location(source)
+        if target_dtype is None and (source == "tiny" or target_device.type == "cpu"):
+            target_dtype = torch.float32
+        hf = _load(location, name, target_device, target_dtype)
+        tokenizer = _load_tokenizer(location, name) if tokenizer is None else tokenizer
     else:
         hf, name = source, _name(source)
         family_of(hf)
-        _check_placed(hf, device and wanted_device, wanted_dtype)
+        _check_loaded(hf, device and target_device, target_dtype)
     _check_tokenizer(hf, tokenizer, name)
     model = _wrap(hf, tokenizer, name, backend)
     self_check(model)
     return model.writing(module)
 
 
-def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> Backbone:
-    # Imported here: TransformerLens takes seconds to import, and nnsight alters all objects when it is.
+def transformers_model(model: Model) -> Any:
+    """The clean transformers model inside a `Model`, for other libraries that take one."""
+    return model.hf
+
+
+def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> BackendModel:
+    # Imported here: importing TransformerLens takes seconds, and importing nnsight adds methods to all objects.
     if backend == "nnsight":
-        from mechedit.models.nnsight_backend import NNsightModel as Chosen
+        from mechedit.models.nnsight_backend import NNsightModel as ModelClass
     else:
-        from mechedit.models.transformer_lens_backend import TransformerLensModel as Chosen
-    return Chosen(hf, tokenizer, name=name)
+        from mechedit.models.transformer_lens_backend import TransformerLensModel as ModelClass
+    return ModelClass(hf, tokenizer, name=name)
 
 
-def _load(place: str, name: str, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Load weights, looking at the config first, so that refusing a model costs no download."""
+def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Load weights; the config is checked before, so that refusing a model costs no download."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _explained(name):
-        _reach(place)
-        family_of_config(AutoConfig.from_pretrained(place, trust_remote_code=False))
+    with _input_errors(name):
+        _check_reachable(location)
+        family_of_config(AutoConfig.from_pretrained(location, trust_remote_code=False))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+            location, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
         )
     hf, report = loaded
     if report["missing_keys"]:
@@ -100,16 +116,16 @@ def _load(place: str, name: str, device: torch.device, dtype: torch.dtype | None
     return hf.to(device)
 
 
-def _load_tokenizer(place: str, name: str) -> Any:
+def _load_tokenizer(location: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
-    with _explained(name):
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    with _input_errors(name):
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what goes wrong with files and network into an InputError."""
+def _input_errors(name: str) -> Iterator[None]:
+    """Turn errors of files, network and checkpoints into an InputError."""
     try:
         yield
     except InputError:
@@ -121,31 +137,31 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def _reach(place: str) -> None:
-    """Fail at once when a hub name is not at hand and there is no network.
+def _check_reachable(location: str) -> None:
+    """Fail at once when a hub name is not in the cache and there is no network.
 
-    The hub's client would go on trying for half a minute.
+    The hub's client would retry for half a minute.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if Path(place).is_dir() or constants.HF_HUB_OFFLINE:
+    if Path(location).is_dir() or constants.HF_HUB_OFFLINE:
         return
-    if isinstance(try_to_load_from_cache(place, "config.json"), str):
+    if isinstance(try_to_load_from_cache(location, "config.json"), str):
         return
     try:
         urlopen(constants.ENDPOINT, timeout=10).close()
     except HTTPError:
         return
     except URLError as error:
-        # The hub's client brings certificates of its own.
+        # The hub's client has certificates of its own, which may work.
         if not isinstance(error.reason, ssl.SSLError):
             raise
 
 
-def _place(source: str | Path) -> str:
-    """What to pass to transformers: a folder that exists, or a hub name."""
+def _location(source: str | Path) -> str:
+    """The source as transformers takes it: an existing folder, or a hub name."""
     name = str(source)
-    # Compared with the source itself, so that Path("tiny") is a folder like any other.
+    # The source itself is compared, so that Path("tiny") is a folder like any other.
     folder = _TINY if source == "tiny" else Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)
@@ -168,8 +184,8 @@ def _place(source: str | Path) -> str:
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
     try:
         # An empty tensor there shows that the device exists and works.
         return torch.empty(0, device=device).device
@@ -188,7 +204,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return _DTYPES[name]
 
 
-def _check_placed(hf: Any, device: Any, dtype: torch.dtype | None) -> None:
+def _check_loaded(hf: Any, device: Any, dtype: torch.dtype | None) -> None:
     """A loaded model belongs to the caller: refuse to move or convert it."""
     if any(parameter.is_meta for parameter in hf.parameters()):
         raise InputError(

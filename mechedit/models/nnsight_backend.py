@@ -1,4 +1,4 @@
-"""The nnsight backend: sites are outputs and inputs of the envoys of an `NNsight` around the twin."""
+"""The nnsight backend: sites are outputs and inputs of the envoys of an `NNsight` around a copy."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from nnsight import NNsight
-from torch import Tensor, nn
+from torch import Tensor
 
-from mechedit.models.backend import Backbone
+from mechedit.models.backend import BackendModel
+from mechedit.models.engines import HookedEngine
+from mechedit.models.families import Family
 from mechedit.models.plan import Step
-from mechedit.models.protocol import Run, Site
+from mechedit.models.protocol import Run
+from mechedit.models.sites import Site
 
 
-class NNsightModel(Backbone):
-    """A model run by nnsight."""
+class NNsightEngine(HookedEngine):
+    """Runs a copy in nnsight's traces."""
 
-    backend = "nnsight"
+    def __init__(self, model: Any, family: Family, unhooked: Any = None) -> None:
+        super().__init__(model, family, unhooked)
+        self.nnsight: Any = NNsight(model)
 
-    def _wrap(self, twin: nn.Module) -> nn.Module:
-        self.nnsight: Any = NNsight(twin)
-        return twin
-
-    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], end: Site | None) -> Run:
+    def forward(self, arguments: dict[str, Any], steps: Sequence[Step], exit_site: Site | None) -> Run:
+        """Trace the copy; see `HookedEngine.forward`."""
         # Values outlive the trace because they are put into containers made outside it.
         values: dict[Site, Tensor] = {}
         logits: list[Tensor] = []
-        model = self.nnsight
         visits = [(step, self._envoy(step.site)) for step in steps]
-        last = None if end is None or (steps and steps[-1].site == end) else self._envoy(end)
-        with model.trace(**inputs) as tracer:
+        exits_at_last_step = steps and steps[-1].site == exit_site
+        exit_envoy = None if exit_site is None or exits_at_last_step else self._envoy(exit_site)
+        model = self.nnsight
+        with model.trace(**arguments) as tracer:
             for step, envoy in visits:
                 _visit(step, envoy, values)
-            if last is not None:
-                _ = last.output
-            if end is None:
+            if exit_envoy is not None:
+                _ = exit_envoy.output
+            if exit_site is None:
                 logits.append(model.output.logits)
             else:
                 tracer.stop()
@@ -52,6 +55,13 @@ class NNsightModel(Backbone):
             "resid": block,
         }
         return self.nnsight.get(paths[site.part])
+
+
+class NNsightModel(BackendModel):
+    """A model run by nnsight."""
+
+    backend = "nnsight"
+    engine = NNsightEngine
 
 
 def _visit(step: Step, envoy: Any, values: dict[Site, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What the rest of mechedit may ask of a language model: read a site, write a site, run from a layer on.
+"""The interface between mechedit and a language model: read a site, write a site, run from a layer on.
 
 A `Site` names a place in the forward pass and a `Patch` writes there. Noising, restoring, severing and
 the search for z are all patches. Both backends satisfy `Model` and give the same numbers.
@@ -6,59 +6,20 @@ the search for z are all patches. Both backends satisfy `Model` and give the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor, device, dtype
+from torch import Tensor, device, dtype, nn
 
-Part = Literal["embed", "attn_key", "attn_out", "mlp_key", "mlp_out", "resid"]
-PARTS: tuple[str, ...] = get_args(Part)
-"""In forward order within a block; `embed` precedes every block."""
-Module = Literal["mlp", "attn"]
-"""What an edit can be written into: the MLPs' second matrices, or attention's output projections."""
-MODULES: tuple[str, ...] = get_args(Module)
-_WRITTEN: dict[Module, tuple[Part, Part]] = {"mlp": ("mlp_key", "mlp_out"), "attn": ("attn_key", "attn_out")}
+from mechedit.models.families import Family
+from mechedit.models.kv_cache import KVCache
+from mechedit.models.sites import Module, Site
 
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the forward pass, the same on every architecture.
-
-    `embed`: output of the token embedding, after any scale and before any position embedding.
-    `attn_out`, `mlp_out`: what the module adds to the residual stream, after any post-norm.
-    `mlp_key`: input of the down-projection, [d_mlp].
-    `attn_key`: input of attention's output projection, the heads' results side by side, [head · d_head].
-    `resid`: the residual stream after the block.
-    """
-
-    layer: int
-    """0-based block; 0 for `embed`."""
-    part: Part
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: forward order."""
-        return (-1 if self.part == "embed" else self.layer, PARTS.index(self.part))
-
-
-EMBED = Site(0, "embed")
-
-
-def key_part(module: Module) -> Part:
-    """The input of the matrix through which a module writes."""
-    return _WRITTEN[module][0]
-
-
-def out_part(module: Module) -> Part:
-    """What a module adds to the residual stream."""
-    return _WRITTEN[module][1]
-
-
-Keep = Int[Tensor, " kept"] | Int[Tensor, "batch kept"] | int
-"""Positions whose logits are wanted; see `Model.run`."""
+LogitsToKeep = Int[Tensor, " kept"] | Int[Tensor, "batch kept"] | int
+"""Positions whose logits a run returns; see `Model.run`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +34,7 @@ class Patch:
     positions: Int[Tensor, "batch slot"]
     value: Float[Tensor, "batch slot width"]
     add: bool = False
-    """Add the value to what is there instead."""
+    """Add the value to the activation instead of replacing it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,89 +59,48 @@ class Tokens:
         return self.mask.sum(1)
 
 
-Pairs = tuple[tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos d_head"]], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class KVCache:
-    """What attention keeps of the first positions of a batch; it holds as long as nothing there is patched."""
-
-    layers: Pairs
-    """Keys and values of each layer."""
-    lengths: Int[Tensor, " batch"] | None = None
-    """How many positions each row has, the last ones; None when all rows have all."""
-
-    @property
-    def length(self) -> int:
-        """Positions covered."""
-        return self.layers[0][0].shape[2]
-
-    @property
-    def mask(self) -> Int[Tensor, "batch pos"]:
-        """1 on positions that a row has, 0 on the empty places before them."""
-        keys = self.layers[-1][0]
-        places = torch.arange(self.length, 0, -1, device=keys.device).expand(len(keys), -1)
-        lengths = keys.new_full((len(keys),), self.length) if self.lengths is None else self.lengths.to(keys.device)
-        return (places <= lengths[:, None]).long()
-
-    def take(self, index: Int[Tensor, " row"], length: int, first: int = 0, last: int | None = None) -> KVCache:
-        """The first `length` positions of the chosen rows, for a run that resumes at `first` and stops after `last`.
-
-        Other layers are not looked at: they get something of the right shape.
-        """
-        lengths = None if self.lengths is None else self.lengths[index]
-        used = range(first, len(self.layers) if last is None else last + 1)
-        shape = (len(index), length)
-        return KVCache(self._each(lambda states: states[:, :, :length].index_select(0, index), shape, used), lengths)
-
-    def before(self, ends: Int[Tensor, " batch"], first: int = 0) -> KVCache:
-        """Each row's positions before its own end, counted from its first one, for a run that resumes at `first`.
-
-        See `take` for what other layers hold.
-        """
-        width = int(ends.max())
-        begins = 0 if self.lengths is None else self.length - self.lengths
-        at = ((begins + ends)[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)
-        rows, used = torch.arange(len(ends), device=ends.device)[:, None], range(first, len(self.layers))
-        return KVCache(
-            self._each(lambda states: states.transpose(1, 2)[rows, at].transpose(1, 2), (len(ends), width), used), ends
-        )
-
-    def _each(self, change: Callable[[Tensor], Tensor], shape: tuple[int, int], used: range) -> Pairs:
-        """Keys and values of the layers that are used, changed; elsewhere nothing in the shape (rows, positions)."""
-
-        def changed(layer: int, states: Tensor) -> Tensor:
-            rows, width = shape
-            empty = states.new_zeros(())
-            return change(states) if layer in used else empty.expand(rows, states.shape[1], width, states.shape[3])
-
-        return tuple((changed(i, keys), changed(i, values)) for i, (keys, values) in enumerate(self.layers))
-
-
-def lengths_after(kv_cache: KVCache | None, tokens: Tokens) -> Int[Tensor, " batch"] | None:
-    """`KVCache.lengths` once the positions of a batch follow."""
-    return None if kv_cache is None or kv_cache.lengths is None else kv_cache.lengths + tokens.ids.shape[1]
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What came out of one forward pass."""
+    """The result of one forward pass."""
 
-    logits: Float[Tensor, "batch kept vocab"] | None
-    """None when the pass was stopped early."""
+    final_logits: Float[Tensor, "batch kept vocab"] | None
+    """The logits; None when the run was stopped early. `logits` is the same and never None."""
     values: Mapping[Site, Float[Tensor, "batch pos width"]] = field(default_factory=dict)
-    """The activations asked for; where a site was also patched, the value after the patch."""
-    kv_cache: KVCache | None = None
-    """With `use_cache`: keys and values of all positions, also those that the run was given, for runs that change only
-    later positions."""
+    """The activations of the sites that were read; where a site was also patched, the value after the patch."""
+    final_cache: KVCache | None = None
+    """The KV cache; None unless the run was asked for it. `kv_cache` is the same and never None."""
 
     def __getitem__(self, site: Site) -> Float[Tensor, "batch pos width"]:
         return self.values[site]
 
+    @property
+    def logits(self) -> Float[Tensor, "batch kept vocab"]:
+        """Logits at the positions of `logits_to_keep`.
+
+        Raises:
+            ValueError: the run was stopped early, so no logits were computed.
+        """
+        if self.final_logits is None:
+            raise ValueError("this run has no logits: it was stopped early; call Model.run without stop_after")
+        return self.final_logits
+
+    @property
+    def kv_cache(self) -> KVCache:
+        """Keys and values of all positions, for runs that change only later ones.
+
+        Those of a cache that the run was given are in it.
+
+        Raises:
+            ValueError: the run was not asked for it.
+        """
+        if self.final_cache is None:
+            raise ValueError("this run has no KV cache: call Model.run with use_cache=True")
+        return self.final_cache
+
 
 @dataclass(frozen=True, eq=False)
 class Resume:
-    """Start at block `layer` ≥ 1 from a cached residual: blocks below it are not computed."""
+    """Start at block `layer` ≥ 1 from a cached residual: the blocks below it are not computed."""
 
     layer: int
     resid: Float[Tensor, "batch pos d_model"]
@@ -189,33 +109,56 @@ class Resume:
 
 @runtime_checkable
 class Model(Protocol):
-    """A causal language model with named sites. See `mechedit.load_model`."""
+    """A causal language model with named sites, as `mechedit.load_model` returns it.
+
+    `module`, `projection`, `module_output`, `output_gain`, `key_site` and `d_key` speak of the edited module: the MLP,
+    or attention after `writing("attn")`.
+    """
 
     name: str
-    """What the user called it: `tiny`, a hub name, a folder."""
+    """The name that the user loaded it by: `tiny`, a hub name, a folder."""
     backend: str
     """`transformer_lens` or `nnsight`."""
+    family: Family
+    """The architecture, and where it keeps its parts."""
     hf: Any
-    """The clean transformers model; `hf.save_pretrained` and `hf.generate` work."""
+    """The clean transformers model, for users; `hf.save_pretrained` and `hf.generate` work."""
     tokenizer: Any
-    """The transformers tokenizer, used as it is: right-padded batches are made by `prompts`."""
+    """The transformers tokenizer, unchanged: `batching.pad` makes right-padded batches."""
     n_layers: int
+    n_heads: int
+    """Attention heads (query heads) per layer."""
     d_model: int
     d_mlp: int
     d_key: int
-    """Width of the keys of the module that is written: d_mlp, or head · d_head for attention."""
+    """Width of the edited module's keys: d_mlp, or head · d_head for attention."""
+    vocab_size: int
+    """Rows of the token embedding, and so the number of logits; a tokenizer may use fewer."""
     module: Module
-    """What edits are written into; `projection`, `module_output`, `output_gain`, `key_site` and `d_key` speak of it."""
+    """The edited module."""
     max_positions: int
 
     @property
     def device(self) -> device:
-        """Where the weights are."""
+        """Device of the weights (of the token embedding, when they are spread)."""
         ...
 
     @property
     def dtype(self) -> dtype:
-        """What the weights are."""
+        """Dtype of the weights."""
+        ...
+
+    @property
+    def edit_log(self) -> tuple[Any, ...]:
+        """The edits applied to the weights, oldest first; shared by all models around the same weights."""
+        ...
+
+    @edit_log.setter
+    def edit_log(self, entries: tuple[Any, ...]) -> None: ...
+
+    @property
+    def checkpoint(self) -> str:
+        """Hub name or folder that the weights were loaded from; empty for a model made in memory."""
         ...
 
     def run(
@@ -225,7 +168,7 @@ class Model(Protocol):
         read: Sequence[Site] = (),
         *,
         resume: Resume | None = None,
-        logits_to_keep: Keep = 0,
+        logits_to_keep: LogitsToKeep = 0,
         stop_after: int | None = None,
         kv_cache: KVCache | None = None,
         use_cache: bool = False,
@@ -240,8 +183,9 @@ class Model(Protocol):
                 later in the sequence is written last.
             read: sites to return.
             resume: skip the blocks below `resume.layer`. Sites below it can be neither read nor patched.
-            logits_to_keep: positions whose logits are wanted, the same for all rows or each row's own; 0 means all.
-            stop_after: return after this block, with no logits (later blocks are not computed).
+            logits_to_keep: positions whose logits are returned: [kept] for all rows, or [batch, kept] with each row's
+                own; 0 means all.
+            stop_after: return after this block, without logits (later blocks are not computed).
             kv_cache: keys and values of earlier positions, which are not computed again. `tokens`, patches, `resume`,
                 `logits_to_keep` and what is read then concern the positions that follow, counted from 0.
             use_cache: return every position's keys and values in `Run.kv_cache`.
@@ -252,15 +196,36 @@ class Model(Protocol):
         """
         ...
 
-    def window(self, layer: int) -> int | None:
-        """How many positions a token of this block sees, itself included; None where that may be all."""
+    def next_logits(
+        self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch all"], cache: Any = None
+    ) -> tuple[Float[Tensor, "batch vocab"], Any]:
+        """One step of text generation by the transformers model itself: logits after the last position, and its cache.
+
+        Args:
+            ids: the prompt at first, then the token that was chosen.
+            mask: 1 on the tokens so far, those in `cache` included.
+            cache: the cache that the last step returned.
+        """
         ...
 
-    def projection(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """A live view of the MLP's second matrix, always [d_mlp, d_model]; writing to it edits the model.
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that end a text, by the tokenizer and by the model's generation settings, ascending."""
+        ...
 
-        Of attention's output projection, [head · d_head, d_model], when that is what is written.
+    def window(self, layer: int) -> int | None:
+        """Width of a block's attention window, the token itself included; None where all positions are seen."""
+        ...
+
+    def projection(self, layer: int) -> Float[Tensor, "d_key d_model"]:
+        """A live view of the edited module's matrix, always [d_key, d_model]; writing to it edits the model.
+
+        The MLP's second matrix [d_mlp, d_model], or attention's output projection [head · d_head, d_model].
         """
+        ...
+
+    def down_projection(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """A live view of the MLP's second matrix, always [d_mlp, d_model], whichever module is edited."""
         ...
 
     def writing(self, module: str) -> Model:
@@ -272,19 +237,27 @@ class Model(Protocol):
         ...
 
     def key_site(self, layer: int) -> Site:
-        """Where a layer's keys are: the input of `projection`."""
+        """Site of a layer's keys: the input of `projection`."""
         ...
 
-    def module_output(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
-        """What the written module adds to the residual stream at these keys: keys · W + b, after any post-norm."""
+    def module_output(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
+        """The edited module's addition to the residual stream at these keys: keys · W + b, after any post-norm."""
         ...
 
-    def output_gain(self, layer: int, keys: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
+    def output_gain(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
         """`module_output` in units of the projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
         ...
 
     def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
-        """Next-token logits of states after the last block: final norm, unembedding and what follows, as in `run`."""
+        """Next-token logits of residuals after the last block: final norm, unembedding and logit caps, as in `run`."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The transformers model's parameters, with the names that its checkpoints use."""
+        ...
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, config and tokenizer as a transformers checkpoint."""
         ...
 
     def weights_hash(self, *, blocks: bool = True) -> str:

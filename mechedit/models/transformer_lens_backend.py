@@ -1,4 +1,4 @@
-"""The TransformerLens backend: sites are hook points of a `TransformerBridge` around the twin."""
+"""The TransformerLens backend: sites are hook points of a `TransformerBridge` around a copy."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from mechedit.models.backend import Backbone
-from mechedit.models.plan import Step, Stopped
-from mechedit.models.protocol import Run, Site
+from mechedit.models.backend import BackendModel
+from mechedit.models.engines import HookedEngine
+from mechedit.models.families import Family
+from mechedit.models.plan import RunStopped, Step
+from mechedit.models.protocol import Run
+from mechedit.models.sites import Site
 
 _LEVEL = 2_000
-"""Marks our hooks, so that only they are removed afterwards."""
-_NAMES = {
+"""Level that marks our hooks, so that only they are removed afterwards."""
+_HOOK_POINTS = {
     "attn_key": "attn.o.hook_in",
     "attn_out": "hook_attn_out",
     "mlp_key": "mlp.hook_post",
@@ -25,42 +28,41 @@ _NAMES = {
 }
 
 
-class TransformerLensModel(Backbone):
-    """A model run by TransformerLens.
+class TransformerLensEngine(HookedEngine):
+    """Runs a copy with TransformerLens's hook points.
 
     The bridge keeps the raw weights (nothing is folded or centered). GPT-NeoX's fused attention matrix is the
     one weight it copies: an edit in place of that one would not be seen here.
     """
 
-    backend = "transformer_lens"
-
-    def _wrap(self, twin: nn.Module) -> nn.Module:
-        config: Any = twin.config
-        self.bridge = build_bridge_from_module(twin, self.family.architecture, hf_config=config)
+    def __init__(self, model: Any, family: Family, unhooked: Any = None) -> None:
+        super().__init__(model, family, unhooked)
+        dtype = model.get_submodule(family.embedding).weight.dtype
+        self.bridge = build_bridge_from_module(model, family.architecture, hf_config=model.config)
         self.bridge.requires_grad_(False)
-        if self.family.model_type == "olmo2":
+        if family.model_type == "olmo2":
             for block in self.bridge.blocks:
                 for point in (block.attn.hook_rot_q, block.attn.hook_rot_k):
-                    point.add_perma_hook(_cast_back(self.dtype))
-        return twin
+                    point.add_perma_hook(_cast_to(dtype))
 
-    def _forward(self, inputs: dict[str, Any], steps: Sequence[Step], end: Site | None) -> Run:
+    def forward(self, arguments: dict[str, Any], steps: Sequence[Step], exit_site: Site | None) -> Run:
+        """Call the copy with hooks; see `HookedEngine.forward`."""
         values: dict[Site, Tensor] = {}
-        with self._hooks(steps, values, end), contextlib.suppress(Stopped):
-            # The twin and not the bridge is called: it takes ids and mask as they are.
-            return Run(self.twin(**inputs).logits, values)
+        with self._hooks(steps, values, exit_site), contextlib.suppress(RunStopped):
+            # The copy and not the bridge is called: it takes ids and mask as they are.
+            return Run(self.model(**arguments).logits, values)
         return Run(None, values)
 
     @contextlib.contextmanager
-    def _hooks(self, steps: Sequence[Step], values: dict[Site, Tensor], end: Site | None) -> Iterator[None]:
+    def _hooks(self, steps: Sequence[Step], values: dict[Site, Tensor], exit_site: Site | None) -> Iterator[None]:
         points = []
         try:
             for step in steps:
                 points.append(self._point(step.site))
                 points[-1].add_hook(_visitor(step, values), level=_LEVEL)
-            if end is not None:
-                # Registered last, so that it runs after the reads and writes of the same place.
-                points.append(self._point(end))
+            if exit_site is not None:
+                # Registered last, so that it runs after the reads and writes of the same site.
+                points.append(self._point(exit_site))
                 points[-1].add_hook(_stop, level=_LEVEL)
             yield
         finally:
@@ -68,10 +70,17 @@ class TransformerLensModel(Backbone):
                 point.remove_hooks("fwd", level=_LEVEL)
 
     def _point(self, site: Site) -> Any:
-        name = "hook_embed" if site.part == "embed" else f"blocks.{site.layer}.{_NAMES[site.part]}"
+        name = "hook_embed" if site.part == "embed" else f"blocks.{site.layer}.{_HOOK_POINTS[site.part]}"
         point = self.bridge.get_hook_point(name)
         assert point is not None, name
         return point
+
+
+class TransformerLensModel(BackendModel):
+    """A model run by TransformerLens."""
+
+    backend = "transformer_lens"
+    engine = TransformerLensEngine
 
 
 def _visitor(step: Step, values: dict[Site, Tensor]) -> Callable[..., Tensor | None]:
@@ -86,10 +95,10 @@ def _visitor(step: Step, values: dict[Site, Tensor]) -> Callable[..., Tensor | N
     return visit
 
 
-def _cast_back(dtype: torch.dtype) -> Callable[..., Tensor]:
+def _cast_to(dtype: torch.dtype) -> Callable[..., Tensor]:
     """OLMo 2 rotates queries and keys in float32; the bridge leaves them so, and fails in half precision."""
     return lambda activation, hook: activation.to(dtype)
 
 
 def _stop(activation: Tensor, hook: Any) -> None:
-    raise Stopped
+    raise RunStopped

@@ -121,7 +121,7 @@ def batch_bytes(model: Model, layers: int, tokens: int, length: int) -> int:
         tokens: tokens in the batch.
         length: tokens of its longest sequence.
     """
-    size, heads = model.dtype.itemsize, model.hf.config.get_text_config().num_attention_heads
+    size, heads = model.dtype.itemsize, model.n_heads
     keys = (2 * layers * size + 4) * model.d_key
     block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + SCORE_COPIES * heads * length)
     return tokens * (keys + block)

@@ -136,7 +136,6 @@ def run_clean(
         kv_cache=prefix_cache,
         use_cache=True,
     )
-    assert run.kv_cache is not None
     batch = PromptBatch(
         tokens=pad([prompt.ids[prompt.subject :] for prompt in prompts], model.tokenizer, device),
         kv_cache=run.kv_cache.before(subject, spans[0].first) if subject.any() else None,
@@ -147,7 +146,7 @@ def run_clean(
         ),
         scored=scored - subject[:, None],
         labels=None if is_kl else torch.tensor([prompt.labels for prompt in prompts], device=device),
-        clean=None if run.logits is None else run.logits[:, 0].float().log_softmax(-1),
+        clean=None if run.final_logits is None else run.final_logits[:, 0].float().log_softmax(-1),
         fact=fact,
         weight=torch.tensor([prompt.weight for prompt in prompts], device=device),
     )
@@ -182,7 +181,6 @@ def shared_prefix_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[
     # A row of no tokens cannot be run; the token that stands in its place is not kept.
     rows = [list(ids) or [prompts[0].ids[0]] for ids in prefixes.values()]
     run = model.run(pad(rows, model.tokenizer, model.device), use_cache=True, stop_after=model.n_layers - 1)
-    assert run.kv_cache is not None
     cache = run.kv_cache.before(torch.tensor([len(ids) for ids in prefixes.values()], device=model.device))
     row_of = {template: row for row, template in enumerate(prefixes)}
     index = torch.tensor([row_of[prompt.template] for prompt in prompts], device=model.device)
@@ -224,8 +222,7 @@ def edited_logits(
             kv_cache=batch.kv_cache,
             logits_to_keep=0 if goes_on else batch.scored,
         )
-        state, logits = run.values.get(output), run.logits
-    assert logits is not None, "the last span is not stopped early"
+        state, logits = run.values.get(output), run.final_logits
     return logits
 
 

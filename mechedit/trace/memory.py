@@ -26,8 +26,7 @@ def batch_row_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> in
     tokens, size = len(traced.ids), model.dtype.itemsize
     cached = 2 * 2 * model.d_model * tokens * size
     block = tokens * size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp)
-    embedding = model.hf.get_input_embeddings()
-    logits = len(traced.object_ids) * embedding.weight.shape[0] * (size + 3 * 4)
+    logits = len(traced.object_ids) * model.vocab_size * (size + 3 * 4)
     patched = (len(config.sever) + len(config.kinds)) * model.d_model * size
     return cached + block + logits + patched
 

@@ -187,8 +187,6 @@ def metric_values(
     config: TraceConfig,
 ) -> MetricValues:
     """Every metric of a run's rows, before normalization; row i belongs to the fact `group[facts[i]]`."""
-    assert run.logits is not None
-    assert clean.logits is not None
     objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)
     inputs = MetricInputs(
         logits=run.logits, clean_runs=clean.logits, facts=facts, objects=objects[facts], foils=foils[facts]
@@ -232,7 +230,6 @@ def run_clean_and_corrupted(
     corrupted = model.run(
         repeated, [corruption], read=[*states, *severed_sites], logits_to_keep=read_at, use_cache=True
     )
-    assert corrupted.kv_cache is not None
     foils = _foils(clean, facts)
     fact_indices = torch.arange(len(facts), device=model.device)
     values = metric_values(corrupted, clean, fact_of_row, facts, foils, config)
@@ -254,7 +251,6 @@ def run_clean_and_corrupted(
 
 def _foils(clean: Run, facts: Sequence[TracedFact]) -> Int[Tensor, " fact"]:
     """Each fact's own foil, else the likeliest first token that is not the object's."""
-    assert clean.logits is not None
     likeliest = clean.logits[:, 0].topk(2).indices.tolist()
     foils = [
         traced.foil_id if traced.foil_id is not None else next(token for token in two if token != traced.object_ids[0])

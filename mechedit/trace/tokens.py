@@ -94,7 +94,6 @@ def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], 
     completions: dict[str, list[int]] = {}
     for group in group_by_shape(tokenized, KNOWN_ROWS):
         logits = model.run(as_batch(group, model), logits_to_keep=read_positions(group[0], model)).logits
-        assert logits is not None
         completions |= {traced.fact.id: ids for traced, ids in zip(group, logits.argmax(-1).tolist(), strict=True)}
     known, dropped = [], []
     for traced in tokenized:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -43,12 +45,12 @@ SENTENCES = (
 
 
 def _gpt2(**changes: Any) -> nn.Module:
-    given = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 64, **changes}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+    fields = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_inner": 96, "n_positions": 64, **changes}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **fields))
 
 
 def _gpt_neo(**changes: Any) -> nn.Module:
-    given = {
+    fields = {
         "hidden_size": WIDTH,
         "num_layers": 4,
         "num_heads": 4,
@@ -58,11 +60,11 @@ def _gpt_neo(**changes: Any) -> nn.Module:
         "attention_types": [[["local"], 3], [["global"], 1]],
         **changes,
     }
-    return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+    return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **fields))
 
 
 def _gptj(**changes: Any) -> nn.Module:
-    given = {
+    fields = {
         "n_embd": WIDTH,
         "n_layer": 3,
         "n_head": 4,
@@ -72,12 +74,12 @@ def _gptj(**changes: Any) -> nn.Module:
         **changes,
     }
     return GPTJForCausalLM(
-        GPTJConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, **given)
+        GPTJConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, **fields)
     )
 
 
 def _neox(parallel: bool, **changes: Any) -> nn.Module:
-    given = {
+    fields = {
         "hidden_size": WIDTH,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
@@ -86,14 +88,14 @@ def _neox(parallel: bool, **changes: Any) -> nn.Module:
         "use_parallel_residual": parallel,
         **changes,
     }
-    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **given))
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **fields))
 
 
 def _like_llama(architecture: Any, **fixed: Any) -> Callable[..., nn.Module]:
     """A shape whose config has Llama's fields, and `fixed` besides."""
 
     def make(**changes: Any) -> nn.Module:
-        given = {
+        fields = {
             "hidden_size": WIDTH,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
@@ -104,7 +106,7 @@ def _like_llama(architecture: Any, **fixed: Any) -> Callable[..., nn.Module]:
             **changes,
         }
         special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-        return architecture(architecture.config_class(vocab_size=VOCAB, **special, **given))
+        return architecture(architecture.config_class(vocab_size=VOCAB, **special, **fields))
 
     return make
 
@@ -155,6 +157,40 @@ def random_hf(family: str, seed: int = 0, **changes: Any) -> Any:
                     else:
                         parameter.add_(0.1 * torch.randn_like(parameter))
     return hf
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts the matrix products with each layer's down-projection, whoever computes them.
+
+    Products are counted and not calls of modules, because the fast engine multiplies by weights without calling the
+    modules that hold them. `calls` has the number of products per layer, `tokens` their rows.
+    """
+
+    PRODUCTS = (
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.addmm_.default,
+        torch.ops.aten.mm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.linear.default,
+    )
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.layers = {
+            model.down_projection(layer).untyped_storage().data_ptr(): layer for layer in range(model.n_layers)
+        }
+        assert len(self.layers) == model.n_layers, "the layers' weights must lie in storages of their own"
+        self.calls: Counter[int] = Counter()
+        self.tokens: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS:
+            matrices = [value for value in args if isinstance(value, torch.Tensor) and value.ndim > 1]
+            layer = self.layers.get(matrices[-1].untyped_storage().data_ptr())
+            if layer is not None:
+                self.calls[layer] += 1
+                self.tokens[layer] += matrices[-2].shape[:-1].numel()
+        return func(*args, **(kwargs or {}))
 
 
 def hook_state(module: Any) -> list[tuple[int, int, Any]]:

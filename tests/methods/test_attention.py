@@ -20,7 +20,7 @@ from mechedit.methods.rules import Ridge
 from mechedit.methods.spread import spread
 from mechedit.models import Patch, Site, Tokens, load_model
 from mechedit.models.families import FAMILIES
-from mechedit.models.self_check import projection_found
+from mechedit.models.self_check import check_projection
 from mechedit.moments import MomentAccumulator, MomentsConfig, SecondMoment, collect_moments, load_moments
 from mechedit.targets import TargetConfig, find_targets
 
@@ -123,7 +123,7 @@ def test_a_model_whose_attention_is_built_otherwise_is_refused(make_model: Any, 
         model.writing("attn")
     with pytest.raises(InputError, match="module is 'both', expected one of mlp, attn"):
         model.writing("both")
-    projection_found(model.writing("mlp"))
+    check_projection(model.writing("mlp"))
 
 
 def test_a_quantized_projection_is_refused_with_its_name(make_model: Any) -> None:

@@ -30,17 +30,17 @@ def tokens_of(width: int, batch: int = 2) -> Tokens:
     return Tokens(ids, torch.ones_like(ids))
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+def close(result: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
-def far(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).abs().max() > 1e-2
+def far(result: Tensor, expected: Tensor) -> None:
+    assert (result - expected).abs().max() > 1e-2
 
 
 def test_every_family_has_a_shape_that_the_tests_run_on() -> None:
-    made = {random_hf(shape).config.model_type for shape in SHAPES}
-    assert made == {family.model_type for family in FAMILIES}
+    model_types = {random_hf(shape).config.model_type for shape in SHAPES}
+    assert model_types == {family.model_type for family in FAMILIES}
 
 
 @pytest.mark.parametrize("family", WINDOWED)
@@ -50,16 +50,16 @@ def test_a_prefix_longer_than_the_window_gives_the_same_numbers(family_model: An
     model, tokens, start = family_model, tokens_of(13), 7
     sites = [Site(layer, part) for layer in range(model.n_layers) for part in ("attn_out", "mlp_out", "resid")]
     patch = Patch(Site(0, "resid"), torch.full((2, 1), 9), torch.ones(2, 1, model.d_model))
-    whole = model.run(tokens, [patch], sites, use_cache=True)
+    full = model.run(tokens, [patch], sites, use_cache=True)
     prefix = model.run(tokens, use_cache=True).kv_cache.take(torch.arange(2), start)
     later = Tokens(tokens.ids[:, start:], tokens.mask[:, start:])
-    moved = Patch(patch.site, patch.positions - start, patch.value)
-    for resume in (None, Resume(1, whole[Site(0, "resid")][:, start:])):
-        run = model.run(later, [] if resume else [moved], sites[3:], kv_cache=prefix, resume=resume)
-        close(run.logits, whole.logits[:, start:])
+    shifted_patch = Patch(patch.site, patch.positions - start, patch.value)
+    for resume in (None, Resume(1, full[Site(0, "resid")][:, start:])):
+        run = model.run(later, [] if resume else [shifted_patch], sites[3:], kv_cache=prefix, resume=resume)
+        close(run.logits, full.logits[:, start:])
         for site in sites[3:]:
-            close(run[site], whole[site][:, start:])
-    far(whole.logits[:, start:], model.run(tokens).logits[:, start:])
+            close(run[site], full[site][:, start:])
+    far(full.logits[:, start:], model.run(tokens).logits[:, start:])
     # The window is there: what lies far behind is seen otherwise by a model that has none.
     wide = make_hf(family, **{"window_size" if family == "gpt_neo" else "sliding_window": 64})
     far(wide(tokens.ids).logits[:, -1], model.run(tokens).logits[:, -1])
@@ -122,7 +122,7 @@ def test_restoring_from_prefix_and_residual_equals_full_runs(family_model: Any) 
     rows, fact = torch.arange(3), torch.zeros(3, dtype=torch.long)
     position = traced.subject[-1]
     assert position > 3, "a prefix longer than the window"
-    found = []
+    probabilities = []
     for kind, sever in [("state", "nothing"), ("state", "mlp"), ("state", "attn"), ("mlp", "attn"), ("attn", "mlp")]:
         site = Site(1, PART_OF_KIND[kind])
         cell = Cell(kind, sever, 1, 0, position, 1, 2)
@@ -135,8 +135,8 @@ def test_restoring_from_prefix_and_residual_equals_full_runs(family_model: Any) 
         full = runs.metric_values(run, fact)["probability"].mean(0, keepdim=True)
         fast = restore_cells(runs, [cell])["probability"]
         torch.testing.assert_close(fast, full, rtol=1e-4, atol=0)
-        found.append(float(fast))
-    assert max(found) / min(found) > 1 + 1e-2, "restorations must differ, else equality says nothing"
+        probabilities.append(float(fast))
+    assert max(probabilities) / min(probabilities) > 1 + 1e-2, "restorations must differ, else equality says nothing"
 
 
 @torch.no_grad()
@@ -147,7 +147,6 @@ def test_a_cap_that_one_backend_knows_and_the_other_does_not_is_refused(make_hf:
         load_model(hf, tokenizer=tokenizer)
     model, tokens = load_model(hf, tokenizer=tokenizer, backend="nnsight"), tokens_of(7)
     logits = model.run(tokens).logits
-    assert logits is not None
     close(logits, hf(tokens.ids, attention_mask=tokens.mask, use_cache=False).logits)
 
 
@@ -192,5 +191,4 @@ def test_a_model_of_text_and_images_is_refused_but_its_language_model_loads(
         expected = both(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).logits
     for backend in BACKENDS:
         logits = load_model(alone, tokenizer=tokenizer, backend=backend).run(tokens).logits
-        assert logits is not None
         close(logits, expected)

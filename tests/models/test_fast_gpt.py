@@ -1,4 +1,4 @@
-"""The quicker way through GPT-2's and GPT-Neo's blocks gives what their own forward gives."""
+"""The fast engine of GPT-2 and GPT-Neo gives what transformers' blocks give."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from helpers.patches import random_patch, random_tokens
 from torch import Tensor
 
-import mechedit.models.backend as backbone
 from mechedit.models import EMBED, KVCache, Patch, Resume, Run, Site, Tokens
+from mechedit.models.fast_gpt import FastGptEngine
+from mechedit.models.plan import RunPlan
 
 START = 4
 WIDTH = 9
@@ -24,26 +25,20 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def both_ways(monkeypatch: pytest.MonkeyPatch, model: Any, *arguments: Any, **options: Any) -> tuple[Run, Run]:
-    """The same run through the quicker way, which has to be taken, and through transformers' blocks."""
-    taken = []
-
-    def run_fast(*given: Any, **named: Any) -> Run:
-        taken.append(given)
-        return backbone_lean_run(*given, **named)
-
-    backbone_lean_run = backbone.run_fast
+    """The same run by the fast engine, which has to be used, and by another one, through transformers' blocks."""
+    plans, run_fast = [], FastGptEngine.run
     with monkeypatch.context() as patched:
-        patched.setattr(backbone, "run_fast", run_fast)
+        patched.setattr(FastGptEngine, "run", lambda self, plan: plans.append(plan) or run_fast(self, plan))
         quick = model.run(*arguments, **options)
-        assert len(taken) == 1
-        patched.setattr(backbone, "supports_run", lambda *given: False)
+        assert len(plans) == 1
+        patched.setattr(FastGptEngine, "can_run", lambda self, plan: False)
         slow = model.run(*arguments, **options)
-        assert len(taken) == 1
+        assert len(plans) == 1
     return quick, slow
 
 
-def close(one: Tensor | None, other: Tensor | None) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+def close(result: Tensor | None, expected: Tensor | None) -> None:
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def ragged(batch: int = 3, width: int = WIDTH) -> Tokens:
@@ -68,7 +63,7 @@ def test_written_logits_of_kept_positions(
     monkeypatch: pytest.MonkeyPatch, family_model: Any, start: int, add: bool
 ) -> None:
     tokens, last = random_tokens(batch=3, width=WIDTH), family_model.n_layers - 1
-    whole = family_model.run(tokens, read=[Site(0, "resid")], use_cache=True)
+    full = family_model.run(tokens, read=[Site(0, "resid")], use_cache=True)
     later = Tokens(tokens.ids[:, start:], tokens.mask[:, start:])
     sites = [Site(layer, part) for layer in (1, last) for part in ("attn_out", "mlp_out", "resid")]
     # Positions 1 and 3 are not kept. The last block's state at 4 hides all that came before it there alone.
@@ -79,25 +74,25 @@ def test_written_logits_of_kept_positions(
     ]
     patches = [Patch(patch.site, patch.positions, patch.value, add) for patch in patches]
     options = {
-        "resume": Resume(1, whole[Site(0, "resid")][:, start:]),
-        "keep": torch.tensor([4, 0, 2]),
-        "kv_cache": whole.kv_cache.take(torch.arange(3), start, 1) if start else None,
+        "resume": Resume(1, full[Site(0, "resid")][:, start:]),
+        "logits_to_keep": torch.tensor([4, 0, 2]),
+        "kv_cache": full.kv_cache.take(torch.arange(3), start, 1) if start else None,
     }
     quick, slow = both_ways(monkeypatch, family_model, later, patches, **options)
     close(quick.logits, slow.logits)
     for left_out in range(len(patches)):
-        some = patches[:left_out] + patches[left_out + 1 :]
-        other, _ = both_ways(monkeypatch, family_model, later, some, **options)
-        assert (other.logits - quick.logits).abs().max() > 1e-3
+        fewer = patches[:left_out] + patches[left_out + 1 :]
+        without, _ = both_ways(monkeypatch, family_model, later, fewer, **options)
+        assert (without.logits - quick.logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("start", [0, START])
 @torch.no_grad()
 def test_states_after_a_stop(monkeypatch: pytest.MonkeyPatch, family_model: Any, start: int) -> None:
     tokens, site = random_tokens(batch=3, width=WIDTH), Site(2, "resid")
-    whole = family_model.run(tokens, read=[Site(0, "resid"), site], use_cache=True)
-    resid = whole[Site(0, "resid")][:, start:]
-    kept = resid.clone()
+    full = family_model.run(tokens, read=[Site(0, "resid"), site], use_cache=True)
+    resid = full[Site(0, "resid")][:, start:]
+    copy_of_resid = resid.clone()
     quick, slow = both_ways(
         monkeypatch,
         family_model,
@@ -105,11 +100,11 @@ def test_states_after_a_stop(monkeypatch: pytest.MonkeyPatch, family_model: Any,
         read=[site],
         resume=Resume(1, resid),
         stop_after=2,
-        kv_cache=whole.kv_cache.take(torch.arange(3), start, 1, 2) if start else None,
+        kv_cache=full.kv_cache.take(torch.arange(3), start, 1, 2) if start else None,
     )
     close(quick[site], slow[site])
-    close(quick[site], whole[site][:, start:])
-    assert torch.equal(resid, kept), "the state that is resumed from was written over"
+    close(quick[site], full[site][:, start:])
+    assert torch.equal(resid, copy_of_resid), "the state that is resumed from was written over"
 
 
 @pytest.mark.parametrize("end", ["attn_key", "mlp_key", "resid"])
@@ -123,22 +118,22 @@ def test_keys_and_states_from_the_first_block_on(monkeypatch: pytest.MonkeyPatch
     assert set(quick.values) == set(slow.values) == set(sites)
     for site in sites:
         close(quick[site][real], slow[site][real])
-    other, _ = both_ways(monkeypatch, family_model, tokens, [], sites, stop_after=2)
-    assert (other[last] - quick[last])[real].abs().max() > 1e-3
+    unpatched, _ = both_ways(monkeypatch, family_model, tokens, [], sites, stop_after=2)
+    assert (unpatched[last] - quick[last])[real].abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_logits_of_padded_rows_at_their_own_positions(monkeypatch: pytest.MonkeyPatch, family_model: Any) -> None:
     tokens, keep = ragged(), torch.tensor([[8, 3], [1, 0], [5, 2]])
-    quick, slow = both_ways(monkeypatch, family_model, tokens, keep=keep)
+    quick, slow = both_ways(monkeypatch, family_model, tokens, logits_to_keep=keep)
     close(quick.logits, slow.logits)
     last = family_model.n_layers - 1
     # Where the last block is looked into, it computes all positions.
-    seen, _ = both_ways(monkeypatch, family_model, tokens, read=[Site(last, "mlp_key")], keep=keep)
+    seen, _ = both_ways(monkeypatch, family_model, tokens, read=[Site(last, "mlp_key")], logits_to_keep=keep)
     close(seen.logits, quick.logits)
     assert seen[Site(last, "mlp_key")].shape[1] == WIDTH
     patch = random_patch(family_model, Site(last, "mlp_out"), [[8, 4], [0, -1], [2, -1]])
-    written, there = both_ways(monkeypatch, family_model, tokens, [patch], keep=keep)
+    written, there = both_ways(monkeypatch, family_model, tokens, [patch], logits_to_keep=keep)
     close(written.logits, there.logits)
     assert (written.logits - quick.logits).abs().max() > 1e-3
     everywhere, all_of_them = both_ways(monkeypatch, family_model, tokens)
@@ -152,44 +147,45 @@ def test_gradients_behind_prefixes_of_different_lengths(monkeypatch: pytest.Monk
     resid = torch.randn(3, 4, family_model.d_model, generator=generator, requires_grad=True)
     patch = random_patch(family_model, Site(2, "resid"), [[1], [-1], [0]])
     patch = dataclasses.replace(patch, value=patch.value.requires_grad_(), add=True)
-    options = {"resume": Resume(1, resid), "kv_cache": prefix, "keep": torch.tensor([[3, 1], [0, 2], [3, 2]])}
+    options = {"resume": Resume(1, resid), "kv_cache": prefix, "logits_to_keep": torch.tensor([[3, 1], [0, 2], [3, 2]])}
     quick, slow = both_ways(monkeypatch, family_model, tokens, [patch], **options)
     close(quick.logits, slow.logits)
     towards = torch.randn(quick.logits.shape, generator=generator)
-    found, wanted = (torch.autograd.grad((run.logits * towards).sum(), [resid, patch.value]) for run in (quick, slow))
-    for one, other in zip(found, wanted, strict=True):
-        close(one, other)
-        assert one.abs().max() > 1e-3
+    leaves = [resid, patch.value]
+    gradients, expected = (torch.autograd.grad((run.logits * towards).sum(), leaves) for run in (quick, slow))
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        close(gradient, expected_gradient)
+        assert gradient.abs().max() > 1e-3
     longer = dataclasses.replace(prefix, lengths=torch.tensor([5, 1, 2]))
-    other, _ = both_ways(monkeypatch, family_model, tokens, [patch], **{**options, "kv_cache": longer})
-    assert (other.logits - quick.logits)[1].abs().max() > 1e-3, "what lies before a row's prefix is not looked at"
+    further, _ = both_ways(monkeypatch, family_model, tokens, [patch], **{**options, "kv_cache": longer})
+    assert (further.logits - quick.logits)[1].abs().max() > 1e-3, "positions before a row's prefix are not looked at"
 
 
 @torch.no_grad()
-def test_what_is_cached_serves_a_later_run(monkeypatch: pytest.MonkeyPatch, family_model: Any) -> None:
+def test_the_cache_serves_a_later_run(monkeypatch: pytest.MonkeyPatch, family_model: Any) -> None:
     tokens, prefix = begun(family_model, torch.tensor([5, 0, 2]))
-    quick, slow = both_ways(monkeypatch, family_model, tokens, prefix=prefix, cache=True)
+    quick, slow = both_ways(monkeypatch, family_model, tokens, kv_cache=prefix, use_cache=True)
     close(quick.logits, slow.logits)
-    for one, other in zip(quick.kv_cache.layers, slow.kv_cache.layers, strict=True):
-        # Places before a row's prefix hold anything.
-        seen = quick.kv_cache.mask.bool()[:, None, :, None].expand_as(one[0])
-        close(one[0][seen], other[0][seen])
-        close(one[1][seen], other[1][seen])
+    for (keys, values), (slow_keys, slow_values) in zip(quick.kv_cache.layers, slow.kv_cache.layers, strict=True):
+        # Positions before a row's prefix hold anything.
+        seen = quick.kv_cache.mask.bool()[:, None, :, None].expand_as(keys)
+        close(keys[seen], slow_keys[seen])
+        close(values[seen], slow_values[seen])
     assert torch.equal(quick.kv_cache.lengths, slow.kv_cache.lengths)
-    whole = random_tokens(batch=3, width=WIDTH)
+    tokens = random_tokens(batch=3, width=WIDTH)
     ends, at = torch.tensor([7, 1, 4]), torch.tensor([[7, 8], [1, 2], [4, 5]])
-    later = Tokens(whole.ids.take_along_dim(at, 1), torch.ones_like(at))
+    later = Tokens(tokens.ids.take_along_dim(at, 1), torch.ones_like(at))
     behind, there = both_ways(monkeypatch, family_model, later, kv_cache=quick.kv_cache.before(ends))
     close(behind.logits, there.logits)
-    close(behind.logits, family_model.run(whole, logits_to_keep=at).logits)
+    close(behind.logits, family_model.run(tokens, logits_to_keep=at).logits)
 
 
 @torch.no_grad()
-def test_other_runs_go_the_other_way(family_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_fast(*given: Any, **named: Any) -> Run:
+def test_other_runs_go_to_other_engines(family_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_fast(self: FastGptEngine, plan: RunPlan) -> Run:
         raise AssertionError("taken")
 
-    monkeypatch.setattr(backbone, "run_fast", run_fast)
+    monkeypatch.setattr(FastGptEngine, "run", run_fast)
     tokens = random_tokens(batch=2)
     with pytest.raises(AssertionError, match="taken"):
         family_model.run(tokens)

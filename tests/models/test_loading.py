@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2Model, MixtralConfig, OPTConfig, OPTFor
 
 from mechedit.errors import InputError
 from mechedit.models import EMBED, Model, Patch, Site, Tokens, load_model
-from mechedit.models import backend as backbone
+from mechedit.models import backend as backend_module
+from mechedit.models.plan import Write
 
 
 @pytest.fixture
@@ -33,12 +34,12 @@ def test_a_model_says_what_it_is(family_model: Any, backend: str, tokenizer: Any
     assert (family_model.d_model, family_model.max_positions) == (32, 64)
     assert family_model.dtype == torch.float32
     assert family_model.device.type == "cpu"
-    found = family_model.provenance()
-    assert found["weights_hash"] == family_model.weights_hash()
-    assert found["backend"] == backend
+    provenance = family_model.provenance()
+    assert provenance["weights_hash"] == family_model.weights_hash()
+    assert provenance["backend"] == backend
     # Padding leaves settings behind in a fast tokenizer; it is the same tokenizer all the same.
     tokenizer(["a", "a b c"], padding=True)
-    assert family_model.provenance() == found
+    assert family_model.provenance() == provenance
 
 
 def test_loading_leaves_model_and_tokenizer_alone(make_hf: Any, tokenizer: Any, backend: str, tokens: Tokens) -> None:
@@ -97,8 +98,8 @@ def test_a_wrong_entry_fails_the_self_check(
     backends: tuple[str, ...],
     check: str,
 ) -> None:
-    right = backbone.family_of
-    monkeypatch.setattr(backbone, "family_of", lambda hf: dataclasses.replace(right(hf), **change))
+    right = backend_module.family_of
+    monkeypatch.setattr(backend_module, "family_of", lambda hf: dataclasses.replace(right(hf), **change))
     for backend in backends:
         with pytest.raises(InputError, match=check):
             load_model(make_hf("gpt2_square"), tokenizer=tokenizer, backend=backend)
@@ -107,7 +108,7 @@ def test_a_wrong_entry_fails_the_self_check(
 def test_a_write_that_is_lost_fails_the_self_check(
     make_hf: Any, tokenizer: Any, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbone.Write, "__call__", lambda self, activation: activation)
+    monkeypatch.setattr(Write, "__call__", lambda self, activation: activation)
     with pytest.raises(InputError, match="a write at embed changes the logits"):
         load_model(make_hf("gpt2"), tokenizer=tokenizer, backend=backend)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import BACKENDS, VOCAB, hook_state
+from helpers.models import BACKENDS, VOCAB, CountedProducts, hook_state
 from helpers.patches import random_patch, random_tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -82,33 +80,17 @@ def naive_run(
     return logits, {site: values[site] for site in read}
 
 
-@contextmanager
-def counted_blocks(model: Any, family: str) -> Iterator[Counter[int]]:
-    """Count how often each block's MLP really runs, behind the backend's hooks or without them."""
-    calls: Counter[int] = Counter()
-    handles = [
-        block.get_submodule(PATHS[family][3]).register_forward_hook(lambda *_, layer=layer: calls.update([layer]))
-        for tree in (model.twin, model.plain)
-        for layer, block in enumerate(tree.get_submodule(PATHS[family][1]))
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def close(found: Tensor | None, expected: Tensor | None) -> None:
-    assert found is not None
+def close(result: Tensor | None, expected: Tensor | None) -> None:
+    assert result is not None
     assert expected is not None
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
-def far(found: Tensor | None, expected: Tensor | None) -> None:
+def far(result: Tensor | None, expected: Tensor | None) -> None:
     """The effect that a test is about must be there to be found."""
-    assert found is not None
+    assert result is not None
     assert expected is not None
-    assert (found - expected).abs().max() > 1e-2
+    assert (result - expected).abs().max() > 1e-2
 
 
 def many_patches(model: Any) -> list[Patch]:
@@ -166,8 +148,8 @@ def test_without_gradients_a_run_writes_in_place_and_gives_the_same(family_model
         assert torch.equal(patch.value, value)
 
 
-def test_runs_that_nobody_looks_into_equal_the_backends(family_model: Any, family: str) -> None:
-    """They go without its hooks: whole, resumed, stopped, with keys and values kept and reused."""
+def test_runs_without_hooks_equal_the_backends(family_model: Any, family: str) -> None:
+    """Full, resumed and stopped runs, with keys and values cached and reused."""
     tokens, last = random_tokens(batch=3), Site(1, "resid")
     seen = family_model.run(tokens, read=all_sites(family_model), use_cache=True)
     with torch.no_grad():
@@ -179,7 +161,7 @@ def test_runs_that_nobody_looks_into_equal_the_backends(family_model: Any, famil
             family_model.run(tokens, logits_to_keep=torch.tensor([6, 2]), resume=resume).logits, seen.logits[:, [6, 2]]
         )
         later = Tokens(tokens.ids[:, 3:], tokens.mask[:, 3:])
-        with counted_blocks(family_model, family) as calls:
+        with CountedProducts(family_model) as products:
             run = family_model.run(
                 later,
                 read=[last],
@@ -187,7 +169,7 @@ def test_runs_that_nobody_looks_into_equal_the_backends(family_model: Any, famil
                 stop_after=1,
                 kv_cache=bare.kv_cache.take(torch.arange(3), 3, 1, 1),
             )
-        assert calls == {1: 1}
+        assert products.calls == {1: 1}
         close(run[last], seen[last][:, 3:])
         far(family_model.run(tokens, read=[last], resume=Resume(1, seen[last]), stop_after=1)[last], seen[last])
 
@@ -207,12 +189,12 @@ def test_each_patch_matters_and_order_does_not(small_model: Any) -> None:
 def test_a_window_is_how_far_back_a_token_sees(family_model: Any) -> None:
     tokens = random_tokens(width=12)
     entering = family_model.run(tokens, read=[Site(0, "resid")])[Site(0, "resid")]
-    other = torch.cat([entering[:, :1].flip(-1), entering[:, 1:]], 1)
-    one, two = (
+    changed = torch.cat([entering[:, :1].flip(-1), entering[:, 1:]], 1)
+    before, after = (
         family_model.run(tokens, read=[Site(1, "resid")], resume=Resume(1, resid), stop_after=1)[Site(1, "resid")]
-        for resid in (entering, other)
+        for resid in (entering, changed)
     )
-    felt = ((one - two).abs().amax((0, 2)) > 1e-6).tolist()
+    felt = ((before - after).abs().amax((0, 2)) > 1e-6).tolist()
     window = family_model.window(1)
     assert felt == [window is None or position < window for position in range(12)]
 
@@ -223,13 +205,12 @@ def test_gradients_reach_the_patch(family_model: Any, family: str) -> None:
     leaves = [patch.value.requires_grad_() for patch in patches]
     direction = torch.randn(2, 7, VOCAB, generator=torch.Generator().manual_seed(9))
     run = family_model.run(tokens, patches, [Site(2, "resid")])
-    assert run.logits is not None
     expected, values = naive_run(family_model.hf, family, tokens, patches, [Site(2, "resid")])
     last = Site(2, "resid")
     pairs = ((run.logits * direction, expected * direction), (run[last], values[last]))
-    for found, wanted in pairs:
-        ours = torch.autograd.grad(found.sum(), leaves, retain_graph=True)
-        theirs = torch.autograd.grad(wanted.sum(), leaves, retain_graph=True)
+    for result, naive in pairs:
+        ours = torch.autograd.grad(result.sum(), leaves, retain_graph=True)
+        theirs = torch.autograd.grad(naive.sum(), leaves, retain_graph=True)
         for our, their in zip(ours, theirs, strict=True):
             assert their.abs().max() > 1e-2
             torch.testing.assert_close(our, their, atol=1e-4, rtol=1e-4)
@@ -245,17 +226,17 @@ def test_resuming_equals_the_full_run(family_model: Any, family: str) -> None:
     patches = [random_patch(family_model, Site(2, "mlp_key"), [[1], [-1], [6]])]
     reads = [site for site in all_sites(family_model) if site.part != "embed" and site.layer >= 1]
     full = family_model.run(tokens, patches, [Site(0, "resid"), *reads])
-    with counted_blocks(family_model, family) as calls:
+    with CountedProducts(family_model) as products:
         resumed = family_model.run(tokens, patches, reads, resume=Resume(1, full[Site(0, "resid")]))
-    assert calls == dict.fromkeys(range(1, family_model.n_layers), 1)
+    assert products.calls == dict.fromkeys(range(1, family_model.n_layers), 1)
     close(resumed.logits, full.logits)
     for site in reads:
         close(resumed[site], full[site])
     # Another residual gives another result, and afterwards nothing is left of either.
     far(family_model.run(tokens, patches, resume=Resume(1, full[Site(1, "resid")])).logits, full.logits)
-    with counted_blocks(family_model, family) as calls:
+    with CountedProducts(family_model) as products:
         close(family_model.run(tokens, patches).logits, full.logits)
-    assert calls == dict.fromkeys(range(family_model.n_layers), 1)
+    assert products.calls == dict.fromkeys(range(family_model.n_layers), 1)
 
 
 def test_a_prefix_stands_for_its_positions(family_model: Any, family: str) -> None:
@@ -268,23 +249,24 @@ def test_a_prefix_stands_for_its_positions(family_model: Any, family: str) -> No
     reads = all_sites(family_model)
     full = family_model.run(tokens, patches, reads, logits_to_keep=torch.tensor([5, 6]))
     base = family_model.run(tokens, read=[Site(0, "resid")], use_cache=True)
-    assert base.kv_cache is not None
     assert base.kv_cache.length == 7
     prefix = base.kv_cache.take(torch.arange(3), 3)
     later = Tokens(tokens.ids[:, 3:], tokens.mask[:, 3:])
-    moved = [Patch(p.site, torch.where(p.positions < 0, -1, p.positions - 3), p.value) for p in patches]
+    shifted = [Patch(p.site, torch.where(p.positions < 0, -1, p.positions - 3), p.value) for p in patches]
     for _ in range(2):  # a run must not use the prefix up
-        run = family_model.run(later, moved, reads, logits_to_keep=torch.tensor([2, 3]), kv_cache=prefix)
+        run = family_model.run(later, shifted, reads, logits_to_keep=torch.tensor([2, 3]), kv_cache=prefix)
         close(run.logits, full.logits)
         for site in reads:
             close(run[site], full[site][:, 3:])
-    assert run.kv_cache is None
+    assert run.final_cache is None
+    with pytest.raises(ValueError, match="no KV cache"):
+        _ = run.kv_cache
     # With blocks skipped as well; and another row's prefix gives something else.
     resume = Resume(1, base[Site(0, "resid")][:, 3:])
-    both = family_model.run(later, moved[1:], resume=resume, kv_cache=prefix)
+    both = family_model.run(later, shifted[1:], resume=resume, kv_cache=prefix)
     close(both.logits, family_model.run(tokens, patches[1:]).logits[:, 3:])
     wrong = base.kv_cache.take(torch.tensor([1, 2, 0]), 3)
-    far(family_model.run(later, moved, kv_cache=wrong).logits[:, 2:], full.logits)
+    far(family_model.run(later, shifted, kv_cache=wrong).logits[:, 2:], full.logits)
     with pytest.raises(ValueError, match="the KV cache has"):
         family_model.run(later, kv_cache=base.kv_cache.take(torch.arange(2), 3))
 
@@ -305,21 +287,23 @@ def test_rows_may_begin_at_positions_of_their_own(family_model: Any) -> None:
             close(run.logits[i, : len(row)], full.logits[i, row])
             close(run[Site(1, "resid")][i, : len(row)], full[Site(1, "resid")][i, row])
     # Counted as if all rows had the longest prefix, positions (or what is empty before a row) would be wrong.
-    whole = full.kv_cache.before(starts)
-    far(family_model.run(later, kv_cache=KVCache(whole.layers)).logits[1, :2], full.logits[1, 2:4])
+    full_cache = full.kv_cache.before(starts)
+    far(family_model.run(later, kv_cache=KVCache(full_cache.layers)).logits[1, :2], full.logits[1, 2:4])
 
 
 def test_stopping_gives_the_same_reads(family_model: Any, family: str) -> None:
     tokens, patches = random_tokens(), many_patches(family_model)
     reads = [site for site in all_sites(family_model) if site.layer <= 1]
     full = family_model.run(tokens, patches, reads)
-    for wanted in (reads, reads[:1], []):
-        with counted_blocks(family_model, family) as calls:
-            run = family_model.run(tokens, patches, wanted, stop_after=1)
-        assert calls == {0: 1, 1: 1}
-        assert run.logits is None
-        assert list(run.values) == wanted
-        for site in wanted:
+    for sites in (reads, reads[:1], []):
+        with CountedProducts(family_model) as products:
+            run = family_model.run(tokens, patches, sites, stop_after=1)
+        assert products.calls == {0: 1, 1: 1}
+        assert run.final_logits is None
+        with pytest.raises(ValueError, match="no logits: it was stopped early"):
+            _ = run.logits
+        assert list(run.values) == sites
+        for site in sites:
             close(run[site], full[site])
     resume = Resume(1, full[Site(0, "resid")])
     both = family_model.run(tokens, patches[2:-1], [Site(1, "resid")], resume=resume, stop_after=1)
@@ -342,9 +326,9 @@ def test_right_padding_changes_no_real_position(family_model: Any) -> None:
 def test_rows_keep_positions_of_their_own(family_model: Any) -> None:
     tokens = random_tokens()
     logits = family_model.run(tokens).logits
-    kept = torch.tensor([[5, 0], [3, 6]])
-    close(family_model.run(tokens, logits_to_keep=kept).logits, logits.take_along_dim(kept[..., None], 1))
-    assert not torch.allclose(logits[:, [5, 0]], logits.take_along_dim(kept[..., None], 1), atol=1e-3)
+    positions = torch.tensor([[5, 0], [3, 6]])
+    close(family_model.run(tokens, logits_to_keep=positions).logits, logits.take_along_dim(positions[..., None], 1))
+    assert not torch.allclose(logits[:, [5, 0]], logits.take_along_dim(positions[..., None], 1), atol=1e-3)
     for wrong in ([[5, 5], [3, 6]], [[5, 7], [3, 6]], [[5, 0]]):
         with pytest.raises(ValueError, match="rows of different ones below 7"):
             family_model.run(tokens, logits_to_keep=torch.tensor(wrong))
@@ -354,15 +338,15 @@ def test_gradients_reach_patches_through_kept_positions(family_model: Any) -> No
     tokens, site = random_tokens(), Site(0, "resid")
     value = torch.randn(2, 1, family_model.d_model, generator=torch.Generator().manual_seed(0), requires_grad=True)
     patch = Patch(site, torch.tensor([[1], [2]]), value, add=True)
-    kept = torch.tensor([[5, 2], [3, 6]])
+    positions = torch.tensor([[5, 2], [3, 6]])
 
     def slope(keep: Any) -> Tensor:
         logits = family_model.run(tokens, [patch], logits_to_keep=keep).logits
-        logits = logits if keep is kept else logits.take_along_dim(kept[..., None], 1)
+        logits = logits if keep is positions else logits.take_along_dim(positions[..., None], 1)
         return torch.autograd.grad(logits[..., :9].log_softmax(-1).sum(), value)[0]
 
-    close(slope(kept), slope(0))
-    assert slope(kept).norm() > 0.01
+    close(slope(positions), slope(0))
+    assert slope(positions).norm() > 0.01
 
 
 def test_patches_may_add(family_model: Any) -> None:
@@ -379,8 +363,8 @@ def test_patches_may_add(family_model: Any) -> None:
 def test_keep_picks_positions(family_model: Any) -> None:
     tokens = random_tokens()
     logits = family_model.run(tokens).logits
-    kept = torch.tensor([5, 0])
-    close(family_model.run(tokens, logits_to_keep=kept).logits, logits[:, kept])
+    positions = torch.tensor([5, 0])
+    close(family_model.run(tokens, logits_to_keep=positions).logits, logits[:, positions])
     far(logits[:, 5], logits[:, 0])
 
 
@@ -394,8 +378,8 @@ def test_restoring_all_states_of_a_layer_restores_the_output(family_model: Any) 
     for site in sites:
         restored = family_model.run(tokens, [noise, Patch(site, everywhere, clean[site])], sites)
         close(restored.logits, clean.logits)
-        for other in sites:
-            close(restored[other], (corrupted if other.layer < site.layer else clean)[other])
+        for later in sites:
+            close(restored[later], (corrupted if later.layer < site.layer else clean)[later])
 
 
 def test_an_edit_in_place_is_seen_everywhere(make_hf: Any, tokenizer: Any, family: str) -> None:
@@ -449,16 +433,16 @@ def test_nothing_is_left_after_an_exception(small_model: Any, error: type[BaseEx
     def fail(*_: Any) -> None:
         raise error("stop here")
 
-    handle = small_model.twin.get_submodule(small_model.family.blocks)[2].register_forward_pre_hook(fail)
-    state = hook_state(small_model.twin)
+    handle = small_model.hooked_copy.get_submodule(small_model.family.blocks)[2].register_forward_pre_hook(fail)
+    state = hook_state(small_model.hooked_copy)
     patches = [random_patch(small_model, Site(1, "mlp_key"), [[1], [2]])]
     with pytest.raises(error, match="stop here"):
         small_model.run(tokens, patches, [Site(2, "resid")], resume=Resume(1, clean[Site(0, "resid")]))
-    assert hook_state(small_model.twin) == state
+    assert hook_state(small_model.hooked_copy) == state
     handle.remove()
-    with counted_blocks(small_model, "gpt2") as calls:
+    with CountedProducts(small_model) as products:
         close(small_model.run(tokens).logits, clean.logits)
-    assert calls == {0: 1, 1: 1, 2: 1}
+    assert products.calls == {0: 1, 1: 1, 2: 1}
 
 
 @pytest.mark.parametrize(

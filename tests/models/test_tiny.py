@@ -53,18 +53,22 @@ def test_facts_and_requests_fit_each_other(tiny):
             assert true[subject, request.relation] == neighbor.object
 
 
+def agreeing(tokens, objects):
+    """How many objects are the one token that the model says."""
+    return sum([token] == ids for token, ids in zip(tokens, objects, strict=True))
+
+
 def test_it_recalls_facts_and_paraphrases_and_not_by_chance(tiny):
     facts = random.Random(2).sample(me.load_facts("known"), 200)
-    wanted = [continuation_ids(tiny.tokenizer, fact.object) for fact in facts]
-    assert sum([said] == ids for said, ids in zip(greedy(tiny, [f.text for f in facts]), wanted, strict=True)) >= 194
+    objects = [continuation_ids(tiny.tokenizer, fact.object) for fact in facts]
+    assert agreeing(greedy(tiny, [f.text for f in facts]), objects) >= 194
     requests = me.load_requests("tiny")
     right = [continuation_ids(tiny.tokenizer, request.target_true) for request in requests]
-    says = greedy(tiny, [request.paraphrases[0] for request in requests])
-    assert sum([said] == ids for said, ids in zip(says, right, strict=True)) >= 95
+    assert agreeing(greedy(tiny, [request.paraphrases[0] for request in requests]), right) >= 95
     others = greedy(
         tiny, [request.neighbors[0].prompt.replace(request.neighbors[0].object, "") for request in requests[1:]]
     )
-    assert sum([said] == ids for said, ids in zip(others, right[:-1], strict=True)) < 20
+    assert agreeing(others, right[:-1]) < 20
 
 
 def test_paraphrases_and_training_text_share_no_opener():

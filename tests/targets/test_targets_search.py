@@ -149,10 +149,10 @@ def test_facts_that_share_stop_together(lively: Any) -> None:
 
 def counted(model: Any) -> tuple[list[list[int]], list[Any]]:
     """Count the input numbers of each block's MLP: one list per block with one entry per run, and the hooks."""
-    sizes: list[list[int]] = [[] for _ in model.plain.transformer.h]
+    sizes: list[list[int]] = [[] for _ in model.unhooked_copy.transformer.h]
     handles = [
         block.mlp.c_fc.register_forward_pre_hook(lambda module, args, runs=runs: runs.append(args[0].numel()))
-        for runs, block in zip(sizes, model.plain.transformer.h, strict=True)
+        for runs, block in zip(sizes, model.unhooked_copy.transformer.h, strict=True)
     ]
     return sizes, handles
 

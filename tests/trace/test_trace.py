@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.models import CountedProducts
 
 from mechedit import Fact, InputError, Site, TraceConfig, trace_facts
 from mechedit.models import EMBED
@@ -586,24 +586,14 @@ def test_a_pass_computes_what_its_cells_can_change_and_nothing_else(neo_model):
         key=lambda cell: cell.first,
     )
     restore_cells(runs, some)  # which also finds the states that windows start from
-    computed: Counter[int] = Counter()
-    handles = [
-        block.mlp.c_proj.register_forward_hook(
-            lambda module, inputs, out, layer=layer: computed.update({layer: inputs[0].shape[:2].numel()})
-        )
-        for tree in (neo_model.twin, neo_model.plain)
-        for layer, block in enumerate(tree.transformer.h)
-    ]
-    try:
+    with CountedProducts(neo_model) as products:
         means = restore_cells(runs, some)["probability"]
-    finally:
-        [handle.remove() for handle in handles]
     changed = 3 * (len(traced.ids) - position)
     expected = {layer: changed * sum(cell.first < layer for cell in some) for layer in range(1, n_layers)}
     assert expected[1] < expected[n_layers - 1], "rows must join on the way"
     # The last block passes on the positions that are read, and needs only keys and values of the others.
     expected[n_layers - 1] = 3 * len(runs.read_at) * len(some)
-    assert computed == expected
+    assert products.tokens == expected
     alone = torch.cat([restore_cells(runs, [cell])["probability"] for cell in some])
     assert relative(means, alone) < 1e-5
     assert relative(means[0], runs.corrupted_scores["probability"][0]) > 1e-3

@@ -1,0 +1,135 @@
+"""The engines that every family has: the unhooked copy's own forward, and the backend's hooks.
+
+Both call a weight-sharing copy of the transformers model, with the shortcuts that the plan allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from mechedit.models.families import Family
+from mechedit.models.kv_cache import KVCache
+from mechedit.models.plan import RunPlan, RunStopped, Step
+from mechedit.models.protocol import Run
+from mechedit.models.shortcuts import (
+    Forwards,
+    blocks_of,
+    bypass_hooks,
+    narrow_head,
+    narrow_mlp,
+    replace_forwards,
+    skip_blocks,
+    stop_after,
+)
+from mechedit.models.sites import Site
+
+
+class UnhookedEngine:
+    """Runs the unhooked copy, for plans that look at nothing but the residual that a stopped run ends with."""
+
+    def __init__(self, model: Any, family: Family) -> None:
+        self.model, self.family = model, family
+
+    def can_run(self, plan: RunPlan) -> bool:
+        """Whether the plan needs no hooks."""
+        return plan.reads_final_residual_only
+
+    def run(self, plan: RunPlan) -> Run:
+        """Call the copy's own forward."""
+        arguments, blocks, values = call_arguments(plan, self.model.config), blocks_of(self.model, self.family), {}
+        mlp = blocks[-1].get_submodule(self.family.mlp)
+        forwards = narrow_mlp(mlp, plan.logits_to_keep) | narrow_head(self.model, plan.positions_per_row)
+        if plan.resume is not None:
+            forwards |= skip_blocks(blocks[: plan.resume.layer], plan.resume.resid, self.family)
+            # No block would use the embeddings of the ids.
+            del arguments["input_ids"]
+            arguments["inputs_embeds"] = plan.resume.resid
+        if plan.stop_after is not None:
+            forwards |= stop_after(blocks[plan.stop_after], plan.steps, values)
+        run = Run(None, values)
+        with replace_forwards(forwards), contextlib.suppress(RunStopped):
+            run = Run(self.model(**arguments).logits, values)
+        return plan.finished(run, computed_cache(plan, arguments))
+
+
+class HookedEngine(ABC):
+    """Runs the copy that a backend has wrapped, with the steps in the backend's hooks; it can run every plan."""
+
+    def __init__(self, model: Any, family: Family, unhooked: Any = None) -> None:
+        """Wrap `model`, a weight-sharing copy; modules without a step run in `unhooked` instead, if it is given."""
+        self.model, self.family, self.unhooked = model, family, unhooked
+
+    def can_run(self, plan: RunPlan) -> bool:
+        """Always."""
+        return True
+
+    def run(self, plan: RunPlan) -> Run:
+        """Call the wrapped copy's forward."""
+        arguments = call_arguments(plan, self.model.config)
+        with replace_forwards(self._shortcuts(plan)):
+            run = self.forward(arguments, plan.steps, plan.exit_site)
+        return plan.finished(run, computed_cache(plan, arguments))
+
+    @abstractmethod
+    def forward(self, arguments: dict[str, Any], steps: Sequence[Step], exit_site: Site | None) -> Run:
+        """Call the wrapped copy, run the steps at their sites, and stop after `exit_site` if there is one."""
+
+    def _shortcuts(self, plan: RunPlan) -> Forwards:
+        blocks, forwards = blocks_of(self.model, self.family), {}
+        if plan.resume is not None:
+            forwards |= skip_blocks(blocks[: plan.resume.layer], plan.resume.resid, self.family)
+        if self.unhooked is not None:
+            forwards |= bypass_hooks(self.model, self.unhooked, self.family, plan)
+            last = blocks_of(self.unhooked, self.family)[-1]
+            if forwards.get(blocks[-1]) is last:
+                forwards |= narrow_mlp(last.get_submodule(self.family.mlp), plan.logits_to_keep)
+        return forwards | narrow_head(self.model, plan.positions_per_row)
+
+
+def call_arguments(plan: RunPlan, config: Any) -> dict[str, Any]:
+    """Arguments of a transformers model's forward: ids and mask, and the cache where one is used or returned."""
+    cache, mask = plan.kv_cache, plan.tokens.mask
+    if cache is not None:
+        mask = torch.cat([cache.mask.to(mask), mask], dim=1)
+    keep = plan.logits_to_keep if plan.positions_per_row is None else 0
+    arguments = {
+        "input_ids": plan.tokens.ids,
+        "attention_mask": mask,
+        "use_cache": plan.use_cache,
+        "logits_to_keep": keep,
+    }
+    if cache is not None and cache.lengths is not None:
+        # By itself, the model would count the empty positions before a shorter row's cache.
+        positions = cache.lengths[:, None] + torch.arange(plan.tokens.ids.shape[1], device=cache.lengths.device)
+        arguments["position_ids"] = positions.clamp(max=config.max_position_embeddings - 1).to(mask.device)
+    if cache is not None or plan.use_cache:
+        arguments["past_key_values"] = _transformers_cache(cache)
+    return arguments
+
+
+def computed_cache(plan: RunPlan, arguments: dict[str, Any]) -> KVCache | None:
+    """The cache that a call has filled, if the plan asks for it."""
+    if not plan.use_cache:
+        return None
+    layers = tuple((layer.keys, layer.values) for layer in arguments["past_key_values"].layers)
+    count = plan.tokens.ids.shape[1]
+    return KVCache(layers, None if plan.kv_cache is None else plan.kv_cache.lengths_with(count))
+
+
+def _transformers_cache(kv_cache: KVCache | None) -> DynamicCache:
+    """A transformers cache that starts with the keys and values of `kv_cache`, without copying them."""
+    # Without a config every layer keeps all positions, also those with a sliding window.
+    cache = DynamicCache()
+    for keys, values in kv_cache.layers if kv_cache is not None else ():
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache

@@ -1,0 +1,72 @@
+"""The KV cache: attention's keys and values at the first positions of a batch, so that later runs can skip them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+KeysAndValues = tuple[tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos d_head"]], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """Attention's keys and values at the first positions of a batch; valid as long as nothing there is patched."""
+
+    layers: KeysAndValues
+    """Keys and values per layer."""
+    lengths: Int[Tensor, " batch"] | None = None
+    """Cached positions per row, which are the last ones; None when every row has all of them."""
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row."""
+        return self.layers[0][0].shape[2]
+
+    @property
+    def mask(self) -> Int[Tensor, "batch pos"]:
+        """1 on cached positions, 0 on the empty ones before a shorter row."""
+        keys = self.layers[-1][0]
+        distance_to_end = torch.arange(self.length, 0, -1, device=keys.device).expand(len(keys), -1)
+        lengths = keys.new_full((len(keys),), self.length) if self.lengths is None else self.lengths.to(keys.device)
+        return (distance_to_end <= lengths[:, None]).long()
+
+    def lengths_with(self, count: int) -> Int[Tensor, " batch"] | None:
+        """`lengths` once `count` more positions are cached."""
+        return None if self.lengths is None else self.lengths + count
+
+    def take(self, index: Int[Tensor, " row"], length: int, first: int = 0, last: int | None = None) -> KVCache:
+        """The first `length` positions of the chosen rows, for a run that resumes at `first` and stops after `last`.
+
+        Such a run does not look at other layers: they hold placeholders of the right shape.
+        """
+        lengths = None if self.lengths is None else self.lengths[index]
+        used = range(first, len(self.layers) if last is None else last + 1)
+        shape = (len(index), length)
+        return KVCache(self._map(lambda states: states[:, :, :length].index_select(0, index), shape, used), lengths)
+
+    def before(self, ends: Int[Tensor, " batch"], first: int = 0) -> KVCache:
+        """Each row's positions before its own end, counted from its first one, for a run that resumes at `first`.
+
+        See `take` for the other layers.
+        """
+        width = int(ends.max())
+        begins = 0 if self.lengths is None else self.length - self.lengths
+        at = ((begins + ends)[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)
+        rows, used = torch.arange(len(ends), device=ends.device)[:, None], range(first, len(self.layers))
+        return KVCache(
+            self._map(lambda states: states.transpose(1, 2)[rows, at].transpose(1, 2), (len(ends), width), used), ends
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, int], used: range) -> KeysAndValues:
+        """Apply `change` to the layers that are used; elsewhere put a placeholder of `shape` (rows, positions)."""
+
+        def changed(layer: int, states: Tensor) -> Tensor:
+            rows, width = shape
+            empty = states.new_zeros(())
+            return change(states) if layer in used else empty.expand(rows, states.shape[1], width, states.shape[3])
+
+        return tuple((changed(i, keys), changed(i, values)) for i, (keys, values) in enumerate(self.layers))
