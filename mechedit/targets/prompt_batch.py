@@ -223,6 +223,7 @@ def edited_logits(
             logits_to_keep=0 if goes_on else batch.scored,
         )
         state, logits = run.values.get(output), run.final_logits
+    assert logits is not None, "the last span runs to the model's end"
     return logits
 
 
