@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -119,6 +119,7 @@ class RunStopped(Exception):  # noqa: N818 - the intended end of a run, not an e
     """Leaves the forward pass of a run that stops early."""
 
 
+@runtime_checkable
 class PlannedModel(Protocol):
     """The properties of a model that a plan is checked against."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers.edits import made
+from helpers.edits import random_edit
 
 from mechedit.edit import apply_, edited, undo_
 from mechedit.models import load_model
@@ -20,14 +20,14 @@ def test_a_model_presents_itself_in_one_line(make_hf: Any, tokenizer: Any, backe
 
 
 def test_it_says_whether_it_is_edited(lens_model: Any) -> None:
-    first = made(lens_model, layers=(0,), ranks=(1,))
+    first = random_edit(lens_model, layers=(0,), ranks=(1,))
     assert "edited no" in repr(lens_model)
     with edited(lens_model, first):
         assert "edited yes (1 edit applied)" in repr(lens_model)
         assert "edited yes (1 edit applied)" in repr(lens_model.writing("attn")), "the weights are the same"
     assert "edited no" in repr(lens_model)
     apply_(lens_model, first)
-    second = made(lens_model, layers=(2,), ranks=(1,))
+    second = random_edit(lens_model, layers=(2,), ranks=(1,))
     apply_(lens_model, second)
     assert "edited yes (2 edits applied)" in repr(lens_model)
     undo_(lens_model, second)
