@@ -158,7 +158,7 @@ def test_attention_that_looks_ahead_is_refused(make_hf: Any, tokenizer: Any, bac
 
 
 def test_loading_leaves_the_attention_of_the_callers_model_alone(make_hf: Any, tokenizer: Any) -> None:
-    """TransformerLens computes some families' attention step by step, but only in the twin."""
+    """TransformerLens computes some families' attention step by step, but only in its copy."""
     for shape in ("qwen3", "gemma3", "olmo2"):
         hf = make_hf(shape)
         before = (hook_state(hf), hf.config.to_dict(), hf.config._attn_implementation)

@@ -53,7 +53,7 @@ def test_loading_leaves_model_and_tokenizer_alone(make_hf: Any, tokenizer: Any, 
     assert [type(module) for module in hf.modules()] == kinds
     assert model.tokenizer is tokenizer
     assert model.hf is hf
-    # The twin is in evaluation mode whatever the caller's model is.
+    # The copy is in evaluation mode whatever the caller's model is.
     assert hf.training
     first, second = model.run(tokens).logits, model.run(tokens).logits
     assert first is not None
