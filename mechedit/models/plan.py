@@ -103,6 +103,7 @@ class RunPlan:
         return Run(run.final_logits, run.values, cache) if self.use_cache else run
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One way to carry out a plan on a model."""
 
