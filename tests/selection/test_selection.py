@@ -316,11 +316,11 @@ def test_ablation_is_taken_from_the_state_below_with_the_largest_gap():
     assert list(selection.plain()["evidence"][4]) == [*list(plain.plain()["evidence"][4])[:-1], *ABLATION, "membership"]
 
 
-class Lines:
-    """Counts the lines that the interpreter runs in the files of a package, those of the functions called with them."""
+class LineCounter:
+    """Counts the lines that the interpreter runs in the files of a folder."""
 
     def __init__(self, folder):
-        self.folder, self.count = str(folder), 0
+        self.folder, self.lines = str(folder), 0
 
     def __enter__(self):
         self.previous = sys.gettrace()
@@ -333,27 +333,32 @@ class Lines:
     def trace(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(self.folder):
             return None
-        self.count += event == "line"
+        self.lines += event == "line"
         return self.trace
 
 
-def test_resamples_of_a_deep_model_cost_a_few_lines_each_and_are_drawn_once(monkeypatch):
-    gap = np.linspace(5, 0, 48).clip(min=1)
-    effects = effects_of(gap, facts=200, window=gap, width=10)
-    drawn, rules = [], RULES
-    means = bootstrap_means
-    monkeypatch.setattr(
-        bootstrap, "bootstrap_means", lambda *args, **kwargs: (drawn.append(args), means(*args, **kwargs))[1]
-    )
-    counts = {}
-    for resamples in (100, 200):
-        with Lines(Path(bootstrap.__file__).parent) as lines:
-            select_layers(effects, config=SelectConfig(resamples=resamples))
-        counts[resamples] = lines.count
-    assert len(drawn) == 2, "one draw of the facts for all measures and rules"
-    per_selection = (counts[200] - counts[100]) / (100 * len(rules))
-    # A loop over the layers, or over the runs of layers, would take 48 lines and more.
-    assert 1 < per_selection < 20
+def test_a_resample_costs_the_same_few_lines_at_any_depth_and_facts_are_drawn_once(monkeypatch):
+    """Loops over layers or runs of layers would make a thousand resamples of a deep model slow."""
+    drawn = []
+
+    def counted_means(*args, **kwargs):
+        drawn.append(args)
+        return bootstrap_means(*args, **kwargs)
+
+    monkeypatch.setattr(bootstrap, "bootstrap_means", counted_means)
+    per_rule = {}
+    for depth in (12, 48):
+        gap = np.linspace(5, 0, depth).clip(min=1)
+        effects, counts = effects_of(gap, facts=200, window=gap, width=10), []
+        for resamples in (100, 200):
+            drawn.clear()
+            with LineCounter(Path(bootstrap.__file__).parent) as counter:
+                select_layers(effects, config=SelectConfig(resamples=resamples))
+            counts.append(counter.lines)
+            assert len(drawn) == 1, "all measures and rules share one draw of the facts"
+        per_rule[depth] = (counts[1] - counts[0]) / (100 * len(RULES))
+    assert 5 < per_rule[12] < 40
+    assert per_rule[48] < 1.1 * per_rule[12]
 
 
 # No early site
