@@ -37,7 +37,7 @@ class EffectUnit:
     """Sign of an effect that restores the clean run's behavior."""
 
 
-UNITS = {
+EFFECT_UNITS = {
     "probability": EffectUnit(factor=100.0, name="% of probability", short="%"),
     "log_probability": EffectUnit(name="nats of log-probability", short=" nats"),
     "logit_difference": EffectUnit(name="logits", short=" logits"),
@@ -47,8 +47,8 @@ UNITS = {
 
 def unit_of(metric: str) -> EffectUnit:
     """The unit of a metric's effects; a user's own metric is shown unscaled, under its own name."""
-    if metric in UNITS:
-        return UNITS[metric]
+    if metric in EFFECT_UNITS:
+        return EFFECT_UNITS[metric]
     if not metric.startswith(NORMALIZED):
         return EffectUnit(name=metric)
     base = metric.removeprefix(NORMALIZED)
