@@ -56,8 +56,8 @@ def load_requests(
     - the short form `{"id", "subject", "prompt", "target_new", "target_true"?, "paraphrases"?, "neighbors"?}`;
     - EasyEdit's form, `prompt` with the subject filled in, `target_new`, `subject`, and `ground_truth`,
       `rephrase_prompt`, `locality_prompt` with `locality_ground_truth` where the record has them;
-    - MEND's zsRE, `subject`, `src`, `rephrase`, `answers`, `loc`, `loc_ans`. Records whose subject
-      does not stand in `src` exactly once are left out, and a warning counts and names them.
+    - MEND's zsRE, `subject`, `src`, `rephrase`, `answers`, `loc`, `loc_ans`. Records in which the
+      subject's place in `src` is ambiguous are left out, and a warning counts and names them.
 
     Example:
         >>> requests = load_requests("tiny")
