@@ -2,7 +2,7 @@
 
     python -m benchmarks.edit [--shape tiny gpt2] [--only STEP ...] [--share 0.1] [--edits 1000]
 
-The published schedule is that of `published_edit.py`. Shapes: `tiny` is the model that ships; `gpt2` (12 layers,
+The published schedule is that of `published.py`. Shapes: `tiny` is the model that ships; `gpt2` (12 layers,
 d 768) and `gptj` (28 layers, d 4096) have random weights. Steps:
 
 - targets: z for 64 facts with six prefixes, 24 updates each (the threshold is 0, so that none stops early);
@@ -11,7 +11,7 @@ d 768) and `gptj` (28 layers, d 4096) have random weights. Steps:
 - solve: 100 facts, with the factor of the moment at hand, as all batches but a layer's first have it;
 - weights: the whole writing of 8 facts, for equality;
 - growth: seconds against facts, layers and d_mlp, with the exponent of a power law fitted to them;
-- edits: many edits of the model end to end, with invented subjects, in the settings that ship with it but for λ.
+- edits: many edits of the model end to end, with made-up subjects, in the settings that ship with it but for λ.
 
 Each line has the seconds of both (the published targets and keys on a drawn share of the facts, ours before and after
 it), their ratio, the largest relative difference, and the memory each took beyond what was there.
@@ -34,7 +34,7 @@ from torch import Tensor
 import mechedit as me
 from benchmarks.machine import Peak, Result, load, timed
 from benchmarks.published import ROWS, Published, solve
-from benchmarks.synthetic_requests import invented
+from benchmarks.synthetic_requests import synthetic_requests
 from mechedit.evaluation.likelihood import score_targets
 from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.rules import Ridge
@@ -46,7 +46,7 @@ from mechedit.solve import Update, factorize, ridge_update
 Other = TypeVar("Other")
 WEIGHT = 15_000.0
 SETTINGS = me.MemitConfig(convention="memit-2022", threshold=0.0, covariance_weight=WEIGHT)
-"""The published code's, but for the threshold."""
+"""Settings of the published code, but for the threshold."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ SHAPES = {
     "gptj": Shape((4, 5, 6, 7, 8), 8, 1000),
 }
 GOALS = {"cpu": dict(targets=8, moments=4, keys=3, solve=20), "cuda": dict(targets=30, moments=4, keys=10, solve=20)}
-"""By how much we mean to be faster."""
+"""Goals: how many times faster than the published schedule."""
 
 
 FULL_PASS = ROWS // 6
@@ -74,7 +74,7 @@ FULL_PASS = ROWS // 6
 
 @dataclass(frozen=True)
 class Setting:
-    """What all steps on one model share."""
+    """Model, requests and texts that all steps on one model share."""
 
     model: me.Model
     layers: list[int]
@@ -86,155 +86,170 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """Where it runs."""
+        """Device of the model."""
         return self.arguments.device
 
     @property
     def prefixes(self) -> Sequence[str]:
-        """Six."""
+        """Context templates, six of them."""
         return self.published.prefixes
 
     @property
     def tolerance(self) -> float:
-        """Largest relative difference."""
+        """Largest relative difference that is accepted."""
         return self.arguments.tolerance
 
     @functools.cached_property
     def moments(self) -> dict[int, me.SecondMoment]:
-        """Of all layers, on the text that they are timed on."""
+        """Second moments of all layers, on the text that they are timed on."""
         return me.collect_moments(self.model, self.texts, self.layers)
 
     def drawn(self, least: int) -> list[int]:
-        """Which facts the published schedule takes: a share, or at least so many."""
+        """Indices of the facts that the published schedule takes: a share, or at least `least`."""
         total = len(self.requests)
         count = min(total, max(least, round(self.arguments.share * total)))
         return sorted(np.random.default_rng(0).choice(total, count, replace=False).tolist())
 
 
 @dataclass(frozen=True)
-class Duel(Generic[Result, Other]):
+class Comparison(Generic[Result, Other]):
     """Both schedules' results, seconds and GiB."""
 
     fast: Result
     slow: Other
     seconds: tuple[float, float]
-    """Of ours, before and after the published one."""
+    """Seconds of ours, before and after the published one."""
     published: float
     memory: tuple[float, float]
-    """Of the published one and of ours."""
+    """GiB of the published one and of ours."""
 
-    def report(self, step: str, what: str, error: float, given: Setting) -> None:
+    def report(self, step: str, what: str, error: float, setting: Setting) -> None:
         """Print the line and assert equality."""
         ratio = self.published / statistics.mean(self.seconds)
-        goal = GOALS["cuda" if given.device.startswith("cuda") else "cpu"].get(step)
-        goal = None if step == "solve" and given.model.d_mlp < 3072 else goal
+        goal = GOALS["cuda" if setting.device.startswith("cuda") else "cpu"].get(step)
+        goal = None if step == "solve" and setting.model.d_mlp < 3072 else goal
         print(
             f"{step}, {what}: published {self.published:.4g} s, mechedit {self.seconds[0]:.4g} and "
             f"{self.seconds[1]:.4g} s (before and after it): {ratio:.1f}x{f' (goal {goal}x)' if goal else ''}; "
             f"largest difference {error:.1e}; {self.memory[0]:.2f} and {self.memory[1]:.2f} GiB",
             flush=True,
         )
-        assert error < given.tolerance, f"the schedules differ by {error}"
+        assert error < setting.tolerance, f"the schedules differ by {error}"
 
 
 def side_by_side(
-    fast: Callable[[], Result], slow: Callable[[], Other], device: str, *, share: float = 1.0, runs: int = 1
-) -> Duel[Result, Other]:
-    """Ours, the published one on a share of the work, and ours again; medians of so many runs of each."""
-    ours, before, taken = measured(fast, device, runs)
-    theirs, published, took = measured(slow, device, runs)
-    after = measured(fast, device, runs)[1]
-    return Duel(ours, theirs, (before, after), published / share, (took, taken))
+    fast: Callable[[], Result], slow: Callable[[], Other], device: str, *, drawn_part: float = 1.0, runs: int = 1
+) -> Comparison[Result, Other]:
+    """Ours, the published one on a share of the work, and ours again; medians of `runs` runs of each."""
+    ours, before, taken = timed_median(fast, device, runs)
+    theirs, published, took = timed_median(slow, device, runs)
+    after = timed_median(fast, device, runs)[1]
+    return Comparison(ours, theirs, (before, after), published / drawn_part, (took, taken))
 
 
-def measured(make: Callable[[], Result], device: str, runs: int = 1) -> tuple[Result, float, float]:
+def timed_median(make: Callable[[], Result], device: str, runs: int = 1) -> tuple[Result, float, float]:
     """A result, the median of its seconds and the GiB it takes."""
     peak = Peak(device)
     results, seconds = zip(*(timed(make, device) for _ in range(runs)), strict=True)
     return results[-1], statistics.median(seconds), peak.taken()
 
 
-def targets(given: Setting) -> None:
+def targets(setting: Setting) -> None:
     """z, the published one for a drawn share of the facts."""
-    config, facts, drawn = SETTINGS.targets, given.requests, given.drawn(1)
+    config, facts, drawn = SETTINGS.targets, setting.requests, setting.drawn(1)
 
     def ours(requests: Sequence[me.EditRequest] = facts) -> me.Targets:
-        return me.find_targets(given.model, requests, given.target, given.prefixes, config)
+        return me.find_targets(setting.model, requests, setting.target, setting.prefixes, config)
 
     def theirs() -> list[tuple[Tensor, Tensor]]:
-        return [given.published.target(facts[fact], given.target, config) for fact in drawn]
+        return [setting.published.target(facts[fact], setting.target, config) for fact in drawn]
 
     ours(facts[:1])
-    duel = side_by_side(ours, theirs, given.device, share=len(drawn) / len(facts))
-    found = duel.fast.z - duel.fast.initial
-    wanted = torch.stack([z - initial for initial, z in duel.slow])
-    errors = [off(found[fact], delta) for fact, delta in zip(drawn, wanted, strict=True)]
-    before, after = (duel.fast.losses.query(f"step == {step}").nll.mean() for step in (0, config.updates))
+    comparison = side_by_side(ours, theirs, setting.device, drawn_part=len(drawn) / len(facts))
+    deltas = comparison.fast.z - comparison.fast.initial
+    published_deltas = torch.stack([z - initial for initial, z in comparison.slow])
+    errors = [relative_difference(deltas[fact], delta) for fact, delta in zip(drawn, published_deltas, strict=True)]
+    before, after = (comparison.fast.losses.query(f"step == {step}").nll.mean() for step in (0, config.updates))
     what = (
-        f"{len(facts)} facts x {len(given.prefixes)} prefixes, layer {given.target}, published {len(drawn)} of them "
-        f"(mean -log P {before:.2f} -> {after:.2f}, median difference {statistics.median(errors):.1e})"
+        f"{len(facts)} facts x {len(setting.prefixes)} prefixes, layer {setting.target}, published {len(drawn)} "
+        f"of them (mean -log P {before:.2f} -> {after:.2f}, median difference {statistics.median(errors):.1e})"
     )
-    duel.report("targets", what, max(errors), given)
+    comparison.report("targets", what, max(errors), setting)
     assert after < before, "the search finds nothing, so equality says nothing"
 
 
-def moments(given: Setting) -> None:
+def moments(setting: Setting) -> None:
     """E[k kᵀ] of all layers."""
 
     def ours() -> dict[int, Tensor]:
-        found = me.collect_moments(given.model, given.texts, given.layers)
-        return {layer: moment.matrix for layer, moment in found.items()}
+        moments = me.collect_moments(setting.model, setting.texts, setting.layers)
+        return {layer: moment.matrix for layer, moment in moments.items()}
 
     def theirs() -> dict[int, Tensor]:
-        whole = given.arguments.whole
-        return {layer: given.published.moment(given.texts, layer, whole=whole) for layer in given.layers}
+        full_passes = setting.arguments.whole
+        return {
+            layer: setting.published.moment(setting.texts, layer, full_passes=full_passes) for layer in setting.layers
+        }
 
-    duel = side_by_side(ours, theirs, given.device)
-    error = max(off(duel.fast[layer], duel.slow[layer]) for layer in given.layers)
-    passes = "whole passes" if given.arguments.whole else "passes that end at their layer"
-    duel.report("moments", f"layers {given.layers}, {len(given.texts)} texts, published in {passes}", error, given)
-    first, second = (duel.fast[layer] for layer in given.layers[:2])
-    assert off(first, second) > 10 * error, "the layers' moments are alike, so equality says nothing"
+    comparison = side_by_side(ours, theirs, setting.device)
+    error = max(relative_difference(comparison.fast[layer], comparison.slow[layer]) for layer in setting.layers)
+    passes = "whole passes" if setting.arguments.whole else "passes that end at their layer"
+    comparison.report(
+        "moments",
+        f"layers {setting.layers}, {len(setting.texts)} texts, published in {passes}",
+        error,
+        setting,
+    )
+    first, second = (comparison.fast[layer] for layer in setting.layers[:2])
+    assert relative_difference(first, second) > 10 * error, "the layers' moments are alike, so equality says nothing"
 
 
-def keys(given: Setting) -> None:
+def keys(setting: Setting) -> None:
     """Keys at all layers and states at the last, as the writing asks for them."""
-    last, drawn = given.layers[-1], given.drawn(FULL_PASS)
-    facts = [given.requests[fact] for fact in drawn]
+    last, drawn = setting.layers[-1], setting.drawn(FULL_PASS)
+    facts = [setting.requests[fact] for fact in drawn]
 
     def theirs() -> list[tuple[Tensor, Tensor]]:
-        return [(given.published.keys(facts, at), given.published.states(facts, last)) for at in given.layers]
+        return [(setting.published.keys(facts, at), setting.published.states(facts, last)) for at in setting.layers]
 
-    share = len(drawn) / len(given.requests)
-    duel = side_by_side(lambda: recollected(given, given.layers), theirs, given.device, share=share)
-    error = max(
-        max(off(key.T[drawn], wanted), off(state[drawn], reached))
-        for (key, state), (wanted, reached) in zip(duel.fast, duel.slow, strict=True)
+    drawn_part = len(drawn) / len(setting.requests)
+    comparison = side_by_side(
+        lambda: keys_and_states(setting, setting.layers), theirs, setting.device, drawn_part=drawn_part
     )
-    what = f"{len(given.requests)} facts x {len(given.prefixes)}, layers {given.layers}, published {len(drawn)} of them"
-    duel.report("keys", what, error, given)
+    error = max(
+        max(relative_difference(key.T[drawn], published_keys), relative_difference(state[drawn], published_states))
+        for (key, state), (published_keys, published_states) in zip(comparison.fast, comparison.slow, strict=True)
+    )
+    prompts = f"{len(setting.requests)} facts x {len(setting.prefixes)}"
+    what = f"{prompts}, layers {setting.layers}, published {len(drawn)} of them"
+    comparison.report("keys", what, error, setting)
 
 
-def recollected(given: Setting, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+def keys_and_states(setting: Setting, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Each layer's keys and the last one's states after it; the states before the first are asked for as well."""
-    prompts, last = KeyExtractor(given.model, given.requests, given.prefixes), Site(layers[-1], "resid")
+    prompts, last = KeyExtractor(setting.model, setting.requests, setting.prefixes), Site(layers[-1], "resid")
     prompts.advance_(layers[0])
     prompts.states([last])
     return [(prefix_mean(prompts.keys(layer), "memit-2022"), prompts.states([last])[last]) for layer in layers]
 
 
-def solving(given: Setting) -> None:
+def solving(setting: Setting) -> None:
     """One layer's ΔW."""
-    width, facts = given.model.d_mlp, 100
-    moment, keys, residuals = made_system(width, given.model.d_model, facts, given.device)
+    width, facts = setting.model.d_mlp, 100
+    moment, keys, residuals = made_system(width, setting.model.d_model, facts, setting.device)
     factor = factorize(moment.double())
-    duel = side_by_side(
+    comparison = side_by_side(
         lambda: ridge_update(keys, residuals, factor, WEIGHT).delta.T,
         lambda: solve(moment, keys, residuals, WEIGHT),
-        given.device,
+        setting.device,
         runs=7,
     )
-    duel.report("solve", f"{facts} facts, d_mlp {width}, medians of 7", off(duel.fast, duel.slow), given)
+    comparison.report(
+        "solve",
+        f"{facts} facts, d_mlp {width}, medians of 7",
+        relative_difference(comparison.fast, comparison.slow),
+        setting,
+    )
 
 
 def made_system(width: int, height: int, facts: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,50 +261,57 @@ def made_system(width: int, height: int, facts: int, device: str) -> tuple[Tenso
     return old @ old.T / old.shape[1], new, torch.randn(height, facts, generator=generator, device=device)
 
 
-def weights(given: Setting) -> None:
+def weights(setting: Setting) -> None:
     """The writing of some facts into the range, everything the published code does after the search for z."""
-    layers, some = [layer for layer in given.layers if layer <= given.target], given.requests[:8]
-    found = me.find_targets(given.model, some, given.target, given.prefixes, SETTINGS.targets)
-    narrow = {layer: given.moments[layer].matrix.float() for layer in layers}
-    rule = Ridge(moments=given.moments, weight=WEIGHT)
+    layers, requests = [layer for layer in setting.layers if layer <= setting.target], setting.requests[:8]
+    targets = me.find_targets(setting.model, requests, setting.target, setting.prefixes, SETTINGS.targets)
+    narrow = {layer: setting.moments[layer].matrix.float() for layer in layers}
+    rule = Ridge(moments=setting.moments, weight=WEIGHT)
 
     def ours() -> dict[int, Tensor]:
-        edit = spread(given.model, some, found, layers, rule, config=SETTINGS.spread).edit
+        edit = spread(setting.model, requests, targets, layers, rule, config=SETTINGS.spread).edit
         return {layer: edit.delta(layer) for layer in layers}
 
-    duel = side_by_side(ours, lambda: given.published.edit(some, found.z, layers, narrow, WEIGHT), given.device)
-    error = max(off(duel.fast[layer], duel.slow[layer]) for layer in layers)
-    duel.report("weights", f"{len(some)} facts into layers {layers}", error, given)
+    comparison = side_by_side(
+        ours, lambda: setting.published.edit(requests, targets.z, layers, narrow, WEIGHT), setting.device
+    )
+    error = max(relative_difference(comparison.fast[layer], comparison.slow[layer]) for layer in layers)
+    comparison.report("weights", f"{len(requests)} facts into layers {layers}", error, setting)
 
 
-def growth(given: Setting) -> None:
+def growth(setting: Setting) -> None:
     """How seconds grow, in ours."""
     config = dataclasses.replace(SETTINGS.targets, steps=4)
-    many = invented(128, given.model.name == "tiny")
+    many = synthetic_requests(128, setting.model.name == "tiny")
 
     def searched(facts: int) -> None:
-        me.find_targets(given.model, many[:facts], given.target, given.prefixes, config)
+        me.find_targets(setting.model, many[:facts], setting.target, setting.prefixes, config)
 
     searched(1)
-    fitted("targets (3 updates) against facts", [16, 32, 64, 128], searched, given.device)
-    fitted("keys against layers", [1, 3, 5], lambda layers: recollected(given, given.layers[:layers]), given.device)
+    fitted("targets (3 updates) against facts", [16, 32, 64, 128], searched, setting.device)
+    fitted(
+        "keys against layers",
+        [1, 3, 5],
+        lambda layers: keys_and_states(setting, setting.layers[:layers]),
+        setting.device,
+    )
     systems = {}
     for width in (768, 1536, 3072):
-        moment, keys, residuals = made_system(width, 768, 100, given.device)
+        moment, keys, residuals = made_system(width, 768, 100, setting.device)
         systems[width] = (keys, residuals, factorize(moment.double()), WEIGHT)
-    fitted("solve of 100 facts against d_mlp", list(systems), lambda at: ridge_update(*systems[at]), given.device, 7)
+    fitted("solve of 100 facts against d_mlp", list(systems), lambda at: ridge_update(*systems[at]), setting.device, 7)
 
 
 def fitted(what: str, sizes: Sequence[int], make: Callable[[int], object], device: str, runs: int = 1) -> None:
     """Print the seconds for each size and the exponent of the power law nearest to them in logarithms."""
-    seconds = [measured(lambda size=size: make(size), device, runs)[1] for size in sizes]
+    seconds = [timed_median(lambda size=size: make(size), device, runs)[1] for size in sizes]
     exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-    each = ", ".join(f"{size}: {value:.4g} s" for size, value in zip(sizes, seconds, strict=True))
-    print(f"growth, {what}: {each}; exponent {exponent:.2f}", flush=True)
+    listing = ", ".join(f"{size}: {value:.4g} s" for size, value in zip(sizes, seconds, strict=True))
+    print(f"growth, {what}: {listing}; exponent {exponent:.2f}", flush=True)
 
 
 @dataclass
-class Clocked:
+class TimedRule:
     """A rule and the seconds it took."""
 
     rule: UpdateRule
@@ -297,38 +319,40 @@ class Clocked:
     seconds: float = 0.0
 
     def update(self, layer: int, keys: Tensor, residuals: Tensor) -> Update:
-        """As the rule does."""
+        """The rule's own update; its seconds are counted."""
         update, seconds = timed(lambda: self.rule.update(layer, keys, residuals), self.device)
         self.seconds += seconds
         return update
 
 
-def edits(given: Setting) -> None:
+def edits(setting: Setting) -> None:
     """Many edits end to end, as `memit` makes them in the settings that ship with the model, but for λ."""
-    model, almanac = given.model, given.model.name == "tiny"
+    model, almanac = setting.model, setting.model.name == "tiny"
     config = me.recommended("memit", model)
     assert isinstance(config, me.MemitConfig)
-    layers = [layer for layer in given.layers if layer <= given.target]
-    requests = invented(given.arguments.edits, almanac)
+    layers = [layer for layer in setting.layers if layer <= setting.target]
+    requests = synthetic_requests(setting.arguments.edits, almanac)
     # The λ that ships with the tiny model was chosen on a hundred requests; more of them would outweigh the old keys.
     weight = config.covariance_weight * (max(1.0, len(requests) / 100) if almanac else 1.0)
-    rule = Clocked(Ridge(moments=given.moments, weight=weight), given.device)
-    peak = Peak(given.device)
-    found, searching = timed(
-        lambda: me.find_targets(model, requests, given.target, given.prefixes, config.targets), given.device
+    rule = TimedRule(Ridge(moments=setting.moments, weight=weight), setting.device)
+    peak = Peak(setting.device)
+    targets, searching = timed(
+        lambda: me.find_targets(model, requests, setting.target, setting.prefixes, config.targets), setting.device
     )
-    result, writing = timed(lambda: spread(model, requests, found, layers, rule, config=config.spread), given.device)
+    result, writing = timed(
+        lambda: spread(model, requests, targets, layers, rule, config=config.spread), setting.device
+    )
     taken = peak.taken()
-    asked = [(request.text, request.target_new) for request in requests]
+    edited_prompts = [(request.text, request.target_new) for request in requests]
     known = [(fact.text, fact.object) for fact in me.load_facts("known")]
-    before = said(model, asked), said(model, known)
+    before = known_share(model, edited_prompts), known_share(model, known)
     with me.edited(model, result.edit):
-        after = said(model, asked), said(model, known)
+        after = known_share(model, edited_prompts), known_share(model, known)
     way = "of the dense sum" if len(requests) >= model.d_mlp else "with the kept factor"
     rest = searching + writing - rule.seconds
     print(
         f"edits, {len(requests)} facts into layers {layers}, weight {weight:g}: targets {searching:.1f} s "
-        f"({len(found.unconverged)} not converged), keys and states {writing - rule.seconds:.1f} s, solve "
+        f"({len(targets.unconverged)} not converged), keys and states {writing - rule.seconds:.1f} s, solve "
         f"{rule.seconds:.1f} s ({way}); without the solve that is {rest / len(requests) * 10_000 / 60:.1f} minutes for "
         f"10,000 facts; the new object is the greedy answer for {before[0]:.1%} before and {after[0]:.1%} after, "
         f"that of the facts that ship for {before[1]:.1%} and {after[1]:.1%}; {taken:.2f} GiB",
@@ -336,15 +360,15 @@ def edits(given: Setting) -> None:
     )
 
 
-def said(model: me.Model, pairs: Sequence[tuple[str, str]]) -> float:
+def known_share(model: me.Model, pairs: Sequence[tuple[str, str]]) -> float:
     """Share of (prompt, object) pairs whose object is the greedy answer."""
     scores = score_targets(model, pairs)
     return statistics.mean(scores[pair].greedy for pair in pairs)
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
-    """Relative difference."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def relative_difference(ours: Tensor, published: Tensor) -> float:
+    """‖ours − published‖ / ‖published‖, in float64."""
+    return float((ours.double() - published.double()).norm() / published.double().norm())
 
 
 STEPS = {
@@ -375,29 +399,31 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference")
     arguments = parser.parse_args()
     for name in arguments.shape:
-        given = setting(name, arguments)
+        setting = make_setting(name, arguments)
         print(
-            f"{name}: {given.model.n_layers} layers, d {given.model.d_model}, layers {given.layers}, z at "
-            f"{given.target}, {torch.get_num_threads()} threads",
+            f"{name}: {setting.model.n_layers} layers, d {setting.model.d_model}, layers {setting.layers}, z at "
+            f"{setting.target}, {torch.get_num_threads()} threads",
             flush=True,
         )
         for step in arguments.only:
             if (name, step) != ("gpt2", "edits"):
-                STEPS[step](given)
+                STEPS[step](setting)
 
 
-def setting(name: str, arguments: argparse.Namespace) -> Setting:
-    """The model of a shape, and what is done to it."""
+def make_setting(name: str, arguments: argparse.Namespace) -> Setting:
+    """The model of a shape, its requests and its texts."""
     model, shape = load(name, arguments.device, arguments.dtype), SHAPES[name]
     model.hf.requires_grad_(False)
-    layers = arguments.layers or list(shape.layers)
     almanac = name == "tiny"
+    layers = arguments.layers or list(shape.layers)
     return Setting(
         model=model,
         layers=layers,
         target=shape.target if arguments.target is None else arguments.target,
-        requests=me.load_requests("tiny")[: arguments.facts] if almanac else invented(arguments.facts, almanac),
-        texts=me.load_texts("tiny")[: arguments.texts or shape.texts],
+        requests=me.load_requests("tiny")[: arguments.facts]
+        if almanac
+        else synthetic_requests(arguments.facts, almanac),
+        texts=list(me.load_texts("tiny"))[: arguments.texts or shape.texts],
         published=Published(model, make_prefixes(me.load_model("tiny"))),
         arguments=arguments,
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models to time, the clock, the memory taken, and the machine's own speed."""
+"""Models to time, the clock, the memory taken, and the machine's own speed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def load(shape: str, device: str, dtype: str) -> me.Model:
 
 
 def matrix_rate(device: str, dtype: str, size: int = 2048, seconds: float = 2.0) -> float:
-    """Operations a second of large square matrix products."""
+    """Operations per second of large square matrix products."""
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    a @ b
+    torch.matmul(a, b)
     wait(device)
     begin, done = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
-        a @ b
+        torch.matmul(a, b)
         wait(device)
         done += 1
     return done * 2 * size**3 / (time.perf_counter() - begin)
@@ -51,7 +51,7 @@ def wait(device: str) -> None:
 
 
 def timed(make: Callable[[], Result], device: str) -> tuple[Result, float]:
-    """A result and its seconds."""
+    """A result and the seconds that it took."""
     wait(device)
     begin = time.perf_counter()
     result = make()
@@ -72,7 +72,7 @@ class Peak:
         self.start = self._now("VmRSS")
 
     def taken(self) -> float:
-        """GiB."""
+        """GiB beyond what was taken at the start."""
         return self._now("VmHWM") - self.start
 
     def _now(self, field: str) -> float:

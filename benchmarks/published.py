@@ -4,7 +4,7 @@ It does what the code published with the paper (github.com/kmeng01/memit) does, 
 
 - the search for z takes a fact at a time: 25 forward passes of all its rows, padded together, over all layers and with
   all logits; the loss unembeds the last block's states a second time; 24 backward passes through both;
-- second moments take a pass over the text for each layer, which ends at that layer, a product aᵀ a a batch in float32;
+- second moments take a pass over the text for each layer, which ends at that layer, aᵀ a per batch in float32;
 - keys take full forward passes of all prompts for each layer, states at the last layer full passes of the bare prompts;
 - each layer solves a dense, unsymmetric system in float64, with a moment kept in float32.
 
@@ -50,21 +50,23 @@ class Published:
 
     def projection(self, layer: int) -> nn.Module:
         """The MLP's second matrix."""
-        mlp = self.blocks[layer].mlp
+        mlp: Any = self.blocks[layer].mlp
         return mlp.fc_out if hasattr(mlp, "fc_out") else mlp.c_proj
 
     def target(self, request: me.EditRequest, layer: int, config: me.TargetConfig) -> tuple[Tensor, Tensor]:
         """One fact's h and z."""
         hf, device = self.model.hf, self.model.device
-        wanted = continuation_ids(self.model.tokenizer, request.target_new)
+        object_ids = continuation_ids(self.model.tokenizer, request.target_new)
         prompts = prefixed_prompts(self.model, request, self.prefixes)
-        kept = tokenize_prompt(self.model.tokenizer, config.kl_prompt, request.subject)
-        tokens = pad([[*prompt.ids, *wanted[:-1]] for prompt in prompts] + [kept.ids], self.model.tokenizer, device)
-        places = [prompt.last_subject for prompt in prompts] + [kept.last_subject]
+        kl_tokens = tokenize_prompt(self.model.tokenizer, config.kl_prompt, request.subject)
+        tokens = pad(
+            [[*prompt.ids, *object_ids[:-1]] for prompt in prompts] + [kl_tokens.ids], self.model.tokenizer, device
+        )
+        positions = [prompt.last_subject for prompt in prompts] + [kl_tokens.last_subject]
         labels = torch.full_like(tokens.ids[:-1], -100)
         for row, prompt in enumerate(prompts):
-            labels[row, len(prompt.ids) - 1 :][: len(wanted)] = torch.tensor(wanted, device=device)
-        given = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
+            labels[row, len(prompt.ids) - 1 :][: len(object_ids)] = torch.tensor(object_ids, device=device)
+        inputs = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
         norm, weight = hf.transformer.ln_f, hf.lm_head.weight.T
         bias = hf.lm_head.bias if hf.lm_head.bias is not None else weight.new_zeros(weight.shape[1])
         delta = torch.zeros(self.model.d_model, device=device, requires_grad=True)
@@ -75,9 +77,9 @@ class Published:
             nonlocal initial
             states = _states(output)
             if not len(initial):
-                initial = states[0, places[0]].detach().clone()
-            for row, place in enumerate(places):
-                states[row, place, :] += delta
+                initial = states[0, positions[0]].detach().clone()
+            for row, position in enumerate(positions):
+                states[row, position, :] += delta
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal last
@@ -86,12 +88,12 @@ class Published:
         for step in range(config.steps):
             optimizer.zero_grad()
             with _hooks((self.blocks[layer], add), (self.blocks[-1], keep)):
-                logits = hf(**given).logits
-            now = logits[-1, places[-1]][None].log_softmax(1)
+                logits = hf(**inputs).logits
+            now = logits[-1, positions[-1]][None].log_softmax(1)
             before = before if len(before) else now.detach().clone()
             log_probs = (norm(last[: len(prompts)]) @ weight + bias).log_softmax(2)
             picked = log_probs.gather(2, labels.clamp(min=0)[..., None]).squeeze(2) * (labels != -100)
-            nll = (-picked.sum(1) / len(wanted)).mean()
+            nll = (-picked.sum(1) / len(object_ids)).mean()
             drift = config.kl_weight * functional.kl_div(before, now, log_target=True, reduction="batchmean")
             loss = nll + drift + config.weight_decay * (delta.norm() / initial.norm() ** 2)
             if loss.item() < config.threshold or step == config.steps - 1:
@@ -105,14 +107,14 @@ class Published:
         return initial, (initial + delta).detach()
 
     @torch.no_grad()
-    def moment(self, texts: Sequence[str], layer: int, *, whole: bool = False) -> Tensor:
-        """E[k kᵀ] of one layer, in float32; with `whole` the passes go on to the logits, as a plain hook has it."""
+    def moment(self, texts: Sequence[str], layer: int, *, full_passes: bool = False) -> Tensor:
+        """E[k kᵀ] of one layer, in float32; with `full_passes` up to the logits, as a plain hook has it."""
         total, count, keys = torch.zeros(0), 0, torch.zeros(0)
 
         def stop(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal keys
             keys = inputs[0]
-            if not whole:
+            if not full_passes:
                 raise _Stopped
 
         with _hooks((self.projection(layer), stop)):
@@ -124,15 +126,15 @@ class Published:
                     tokens = pad(batch, self.model.tokenizer, self.model.device)
                     with contextlib.suppress(_Stopped):
                         self.model.hf(input_ids=tokens.ids, attention_mask=tokens.mask)
-                    found = keys.flatten(0, 1)[tokens.mask.flatten().nonzero()[:, 0]].float()
-                    total = found.T.mm(found) if not count else total.add_(found.T.mm(found))
-                    count += len(found)
+                    batch_keys = keys.flatten(0, 1)[tokens.mask.flatten().nonzero()[:, 0]].float()
+                    total = batch_keys.T.mm(batch_keys) if not count else total.add_(batch_keys.T.mm(batch_keys))
+                    count += len(batch_keys)
         return total / count
 
     def keys(self, requests: Sequence[me.EditRequest], layer: int) -> Tensor:
         """The layer's key of each fact, [fact, d_mlp]: the mean of the bare prompt's and of the mean of the others."""
-        found = self._at(self.projection(layer), requests, self.prefixes, lambda inputs, output: inputs[0])
-        return (found[:, 0] + found[:, 1:].mean(1)) / 2
+        rows = self._at(self.projection(layer), requests, self.prefixes, lambda inputs, output: inputs[0])
+        return (rows[:, 0] + rows[:, 1:].mean(1)) / 2
 
     def states(self, requests: Sequence[me.EditRequest], layer: int) -> Tensor:
         """The state after the layer at each bare prompt, [fact, d_model]."""
@@ -146,7 +148,7 @@ class Published:
         prefixes: Sequence[str],
         part: Callable[[Any, Any], Tensor],
     ) -> Tensor:
-        """What a module gets or gives at the subject's last token, [fact, prefix, width], by full forward passes."""
+        """Inputs or outputs of a module at the subject's last token, [fact, prefix, width], by full forward passes."""
         prompts = [prompt for request in requests for prompt in prefixed_prompts(self.model, request, prefixes)]
         rows, values = [], torch.zeros(0)
 
@@ -156,10 +158,10 @@ class Published:
 
         with _hooks((module, keep)):
             for start in range(0, len(prompts), ROWS):
-                some = prompts[start : start + ROWS]
-                tokens = pad([prompt.ids for prompt in some], self.model.tokenizer, self.model.device)
+                batch = prompts[start : start + ROWS]
+                tokens = pad([prompt.ids for prompt in batch], self.model.tokenizer, self.model.device)
                 self.model.hf(input_ids=tokens.ids, attention_mask=tokens.mask)
-                rows += [values[row, prompt.last_subject] for row, prompt in enumerate(some)]
+                rows += [values[row, prompt.last_subject] for row, prompt in enumerate(batch)]
         return torch.stack(rows).unflatten(0, (len(requests), len(prefixes)))
 
     def edit(
@@ -171,16 +173,16 @@ class Published:
         weight: float,
     ) -> dict[int, Tensor]:
         """ΔW of each layer, [d_mlp, d_model]; the model ends as it began."""
-        kept = {layer: self.model.projection(layer).detach().clone() for layer in layers}
+        weights = {layer: self.model.projection(layer).detach().clone() for layer in layers}
         changes = {}
         with torch.no_grad():
-            for place, layer in enumerate(layers):
+            for index, layer in enumerate(layers):
                 keys = self.keys(requests, layer).T
                 residuals = (z - self.states(requests, layers[-1])).T
-                changes[layer] = solve(moments[layer], keys, residuals / (len(layers) - place), weight).T
-                self.model.projection(layer).copy_(kept[layer] + changes[layer])
+                changes[layer] = solve(moments[layer], keys, residuals / (len(layers) - index), weight).T
+                self.model.projection(layer).copy_(weights[layer] + changes[layer])
             for layer in layers:
-                self.model.projection(layer).copy_(kept[layer])
+                self.model.projection(layer).copy_(weights[layer])
         return changes
 
 

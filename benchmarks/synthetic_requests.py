@@ -1,4 +1,4 @@
-"""Requests to edit, as many as one likes, about subjects that nobody has heard of."""
+"""Any number of requests to edit, about made-up subjects."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ TEMPLATES = (
 """Short questions like those of CounterFact, for models that do not know the almanac."""
 
 
-def invented(count: int, almanac: bool) -> list[me.EditRequest]:
-    """Requests about subjects that nobody has heard of: first and last words of the almanac's names, put together.
+def synthetic_requests(count: int, almanac: bool) -> list[me.EditRequest]:
+    """Requests about made-up subjects: first and last words of the almanac's names in new pairs.
 
-    Questions and objects are those of the almanac's requests, or `TEMPLATES` and any object.
+    Prompts and objects are those of the almanac's requests, or `TEMPLATES` and any object.
     """
     shipped = me.load_requests("tiny")
     names = sorted({fact.subject for fact in me.load_facts("known")})
@@ -37,11 +37,15 @@ def invented(count: int, almanac: bool) -> list[me.EditRequest]:
     subjects = [name for pair in itertools.product(*map(sorted, ends)) if (name := " ".join(pair)) not in set(names)]
     chance = np.random.default_rng(0)
     objects = sorted({request.target_new for request in shipped})
-    found = []
-    for number, place in enumerate(chance.choice(len(subjects), count, replace=False)):
-        asked = shipped[chance.integers(len(shipped))]
-        prompt = asked.prompt if almanac else TEMPLATES[number % len(TEMPLATES)]
-        alike = sorted({other.target_new for other in shipped if other.relation == asked.relation})
-        new = chance.choice(alike if almanac else objects)
-        found.append(me.EditRequest(id=f"{number}", subject=subjects[place], prompt=prompt, target_new=str(new)))
-    return found
+    requests = []
+    for number, subject_index in enumerate(chance.choice(len(subjects), count, replace=False)):
+        template_request = shipped[chance.integers(len(shipped))]
+        prompt = template_request.prompt if almanac else TEMPLATES[number % len(TEMPLATES)]
+        objects_of_relation = sorted(
+            {request.target_new for request in shipped if request.relation == template_request.relation}
+        )
+        new_object = chance.choice(objects_of_relation if almanac else objects)
+        requests.append(
+            me.EditRequest(id=f"{number}", subject=subjects[subject_index], prompt=prompt, target_new=str(new_object))
+        )
+    return requests

@@ -4,7 +4,7 @@
 
 The published schedule is plain transformers with torch hooks: for every cell one forward pass of 11 rows (one
 clean, ten corrupted), all layers, all positions, all logits. What it severs is precomputed here, which spares it
-the second pass that the published notebook takes; that run, one a fact, counts as part of its time. Shapes: `tiny`
+the second pass that the published notebook takes; that run, one per fact, counts as part of its time. Shapes: `tiny`
 is the model that ships; `gpt2` (12 layers, d 768) and `gptj` (28 layers, d 4096) have random weights.
 
 The schedules take turns, group of facts by group: ours, a drawn share of the group's cells by the published one, ours
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ STD = 0.1
 
 @dataclass(frozen=True)
 class Workload:
-    """What is traced."""
+    """Restored kinds, severings and tokens, and on how many facts."""
 
     name: str
     kinds: tuple[str, ...]
@@ -78,8 +79,8 @@ class Published:
         if sever != "nothing":
             last = self.subject[-1]
             for layer, block in enumerate(self.blocks):
-                held = self.outputs[sever, layer][:, last]
-                hooks.append((self._module(block, sever), self._writer(last, held)))
+                corrupted = self.outputs[sever, layer][:, last]
+                hooks.append((self._module(block, sever), self._writer(last, corrupted)))
         for layer in span:
             clean = self.outputs[kind, layer][:1, position].expand(SAMPLES + 1, -1)
             hooks.append((self._module(self.blocks[layer], kind), self._writer(position, clean)))
@@ -88,8 +89,8 @@ class Published:
 
     def _probability(self, logits: Tensor) -> float:
         objects = self.traced.object_ids
-        asked = logits[1:, self.traced.prompt_length - 1 :].float().log_softmax(-1)
-        return asked[:, range(len(objects)), list(objects)].sum(1).exp().mean().item()
+        log_probs = logits[1:, self.traced.prompt_length - 1 :].float().log_softmax(-1)
+        return log_probs[:, range(len(objects)), list(objects)].sum(1).exp().mean().item()
 
     def _noisy(self) -> tuple[Any, Callable[..., Any]]:
         def add(module: Any, inputs: Any, output: Tensor) -> Tensor:
@@ -111,9 +112,9 @@ class Published:
     @staticmethod
     def _writer(position: int, values: Tensor) -> Callable[..., Any]:
         def write(module: Any, inputs: Any, output: Any) -> Any:
-            whole = (output[0] if isinstance(output, tuple) else output).clone()
-            whole[1:, position] = values[1:]
-            return (whole, *output[1:]) if isinstance(output, tuple) else whole
+            written = (output[0] if isinstance(output, tuple) else output).clone()
+            written[1:, position] = values[1:]
+            return (written, *output[1:]) if isinstance(output, tuple) else written
 
         return write
 
@@ -135,14 +136,18 @@ class Published:
 def published(
     model: me.Model, facts: Sequence[TracedFact], cells: pd.DataFrame, config: me.TraceConfig, device: str
 ) -> tuple[pd.DataFrame, float, float]:
-    """Cells, a forward pass each; seconds of the runs once a fact, and seconds of the cells."""
+    """The cells' scores, one forward pass each; seconds of the runs made once per fact, and seconds of the cells."""
     schedules, before = timed(lambda: {traced.fact.id: Published(model, traced, config) for traced in facts}, device)
+    cell_records: list[dict[Any, Any]] = cells.to_dict("records")
     scores, seconds = timed(
         lambda: [
-            schedules[cell.fact].cell(
-                cell.kind, cell.sever, window_span(cell.kind, cell.layer, model.n_layers, config.window), cell.position
+            schedules[cell["fact"]].cell(
+                cell["kind"],
+                cell["sever"],
+                window_span(cell["kind"], cell["layer"], model.n_layers, config.window),
+                cell["position"],
             )
-            for cell in cells.itertuples()
+            for cell in cell_records
         ],
         device,
     )
@@ -166,7 +171,7 @@ def groups_of(model: me.Model, facts: Sequence[TracedFact], config: me.TraceConf
 
 
 def necessary_operations(model: me.Model, facts: Sequence[TracedFact], work: Workload, config: me.TraceConfig) -> float:
-    """Multiplications and additions of what a cell can change, and the logits that are read.
+    """Multiplications and additions of all activations that a cell can change, and of the logits that are read.
 
     A block costs 2 · its matrix parameters a token, attention's products with n keys 4·n·d_model. Between the first
     restored block, where one token changes, and the last, where the later tokens' keys and values and the read
@@ -176,12 +181,12 @@ def necessary_operations(model: me.Model, facts: Sequence[TracedFact], work: Wor
     unembed = 2 * model.hf.get_output_embeddings().weight.numel()
     last, total = model.n_layers - 1, 0.0
     for traced in facts:
-        wanted = [p for p, role in enumerate(traced.roles) if work.roles is None or role in work.roles]
+        restored = [p for p, role in enumerate(traced.roles) if work.roles is None or role in work.roles]
         tokens, read = len(traced.ids), len(traced.object_ids)
         for kind in work.kinds:
             for layer in range(model.n_layers):
                 first = window_span(kind, layer, model.n_layers, config.window).start
-                for position in (p for p in wanted if p >= traced.subject.start):
+                for position in (p for p in restored if p >= traced.subject.start):
                     if first == last and position < traced.prompt_length - 1:
                         continue
                     changed = tokens - position
@@ -195,29 +200,31 @@ def necessary_operations(model: me.Model, facts: Sequence[TracedFact], work: Wor
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What both schedules made of one workload, and their seconds."""
+    """Both schedules' scores on one workload, and their seconds."""
 
     cells: int = 0
     drawn: int = 0
+    """Cells that the published schedule ran too."""
     ours: float = 0.0
+    """Seconds of ours, the mean of the two times of every group."""
     quickest: float = 0.0
     """The quicker of the two times of every group."""
-    once: float = 0.0
-    """The published schedule's runs once a fact."""
-    each: float = 0.0
-    """Its drawn cells, scaled to all cells of their group."""
-    taken: float = 0.0
+    published_runs: float = 0.0
+    """Seconds of the published schedule's runs that are made once per fact."""
+    published_cells: float = 0.0
+    """Seconds of its drawn cells, scaled to all cells of their group."""
+    memory: float = 0.0
     """GiB that ours took, of the group that took most."""
     scores: list[pd.DataFrame] = field(default_factory=list)
 
-    def add(self, model: me.Model, group: list[TracedFact], config: me.TraceConfig, share: float) -> None:
+    def add(self, model: me.Model, group: list[TracedFact], config: me.TraceConfig, drawn_part: float) -> None:
         """Trace a group, then a drawn share of its cells by the published schedule, then the group again."""
         device, keys = str(model.device), ["fact", "kind", "sever", "layer", "position"]
         peak = Peak(device)
         fast, before = timed(lambda: trace_group(model, group, STD, config), device)
-        self.taken = max(self.taken, peak.taken())
-        some = fast[keys].sample(n=max(1, round(share * len(fast))), random_state=0)
-        slow, once, part = published(model, group, some, config, device)
+        self.memory = max(self.memory, peak.taken())
+        drawn_cells = fast.loc[:, keys].sample(n=max(1, round(drawn_part * len(fast))), random_state=0)
+        slow, once, part = published(model, group, drawn_cells, config, device)
         after = timed(lambda: trace_group(model, group, STD, config), device)[1]
         joined = fast.merge(slow, on=keys, suffixes=("", "_published"))
         assert len(joined) == len(slow)
@@ -225,38 +232,42 @@ class Comparison:
         self.drawn += len(slow)
         self.ours += (before + after) / 2
         self.quickest += min(before, after)
-        self.once += once
-        self.each += part * len(fast) / len(slow)
+        self.published_runs += once
+        self.published_cells += part * len(fast) / len(slow)
         self.scores.append(joined)
 
 
 def compare(
-    model: me.Model, facts: Sequence[TracedFact], work: Workload, share: float, arguments: argparse.Namespace
+    model: me.Model, facts: Sequence[TracedFact], work: Workload, drawn_part: float, arguments: argparse.Namespace
 ) -> None:
     """Run both schedules in turn, group by group, print the line and assert equality."""
     config = me.TraceConfig(
         kinds=work.kinds, sever=work.sever, roles=work.roles, samples=SAMPLES, memory=arguments.memory
     )
     trace_group(model, list(facts[:1]), STD, config)
-    found = Comparison()
+    comparison = Comparison()
     for group in groups_of(model, facts, config):
-        found.add(model, group, config, min(1, work.times * share))
-    scores = pd.concat(found.scores)
+        comparison.add(model, group, config, min(1, work.times * drawn_part))
+    scores = pd.concat(comparison.scores)
     # Objects of a random model have tiny probabilities, so the difference is taken relative to them.
-    error = float((scores["score"] - scores["score_published"]).abs().max() / scores["score_published"].max())
-    moved = float(scores["effect"].abs().max() / scores["score_published"].max())
-    rate = necessary_operations(model, facts, work, config) / found.quickest
+    ours, theirs, effects = (scores[name].to_numpy(dtype=float) for name in ("score", "score_published", "effect"))
+    error = float(np.abs(ours - theirs).max() / theirs.max())
+    largest_effect = float(np.abs(effects).max() / theirs.max())
+    rate = necessary_operations(model, facts, work, config) / comparison.quickest
     reached = rate / matrix_rate(arguments.device, arguments.dtype)
-    slow, fast = (1000 * seconds / found.cells for seconds in (found.each + found.once, found.ours))
+    published_seconds = comparison.published_cells + comparison.published_runs
+    slow, fast, at_best = (
+        1000 * seconds / comparison.cells for seconds in (published_seconds, comparison.ours, comparison.quickest)
+    )
     print(
-        f"{work.name}: {found.cells} cells of {len(facts)} facts; published {slow:.1f} ms a cell ({found.drawn} "
-        f"drawn), mechedit {fast:.2f} (at best {1000 * found.quickest / found.cells:.2f}): {slow / fast:.1f}x; largest "
-        f"difference {error:.1e} of the largest score, largest effect {moved:.1e} of it; necessary operations at "
-        f"{reached:.0%} of the rate of matrix products; {found.taken:.2f} GiB",
+        f"{work.name}: {comparison.cells} cells of {len(facts)} facts; published {slow:.1f} ms a cell "
+        f"({comparison.drawn} drawn), mechedit {fast:.2f} (at best {at_best:.2f}): {slow / fast:.1f}x; largest "
+        f"difference {error:.1e} of the largest score, largest effect {largest_effect:.1e} of it; necessary "
+        f"operations at {reached:.0%} of the rate of matrix products; {comparison.memory:.2f} GiB",
         flush=True,
     )
     assert error < arguments.tolerance, f"the schedules differ by {error}"
-    assert moved > 10 * error, "restoring changes nothing, so equality says nothing"
+    assert largest_effect > 10 * error, "restoring changes nothing, so equality says nothing"
 
 
 def main() -> None:

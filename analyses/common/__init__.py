@@ -1,1 +1,1 @@
-"""What the papers' scripts share."""
+"""Command line, inputs, kept results and tables that the papers' scripts share."""

@@ -17,9 +17,9 @@ from mechedit.data import EditRequest
 from mechedit.errors import InputError, check_choice
 
 SHARED = 0.1
-"""Of the smaller set: with fewer in common two sets hold different types."""
+"""Share of the smaller set; two sets with fewer common members hold different types."""
 SAME = ("neither", "subjects", "objects", "both")
-"""What two relations have in common: the paper's four cases."""
+"""The paper's four cases: the types that two relations have in common."""
 PUBLISHED = {
     "neither": ("P27", "P37"),
     "subjects": ("P413", "P1412"),
@@ -39,7 +39,7 @@ class Pair:
     """One of `SAME`."""
     names: tuple[str, str]
     requests: tuple[Sequence[EditRequest], Sequence[EditRequest]]
-    """Of each category, in the order in which they are taken."""
+    """Requests of each category, in the order in which they are taken."""
     rule: str
     """How the pair was found: given, published, overlap, kinds (one relation, of two kinds of subjects) or halves."""
 
@@ -61,20 +61,20 @@ def by_relation(requests: Sequence[EditRequest], *, seed: int) -> dict[str, list
 
 
 def mixed(groups: Groups, count: int) -> list[EditRequest]:
-    """So many requests from all relations in turn, of as many subjects: two edits of one would share their key."""
-    queues, subjects, found = [iter(group) for group in groups.values()], set(), []
-    while queues and len(found) < count:
+    """`count` requests from all relations in turn, each about another subject: edits of one subject share their key."""
+    queues, subjects, chosen_requests = [iter(group) for group in groups.values()], set(), []
+    while queues and len(chosen_requests) < count:
         for queue in list(queues):
             chosen = next((request for request in queue if request.subject not in subjects), None)
             if chosen is None:
                 queues.remove(queue)
-            elif len(found) < count:
+            elif len(chosen_requests) < count:
                 subjects.add(chosen.subject)
-                found.append(chosen)
-    return found
+                chosen_requests.append(chosen)
+    return chosen_requests
 
 
-def find_pairs(groups: Groups, given: Mapping[str, tuple[str, str]], *, least: int) -> dict[str, Pair]:
+def find_pairs(groups: Groups, requested: Mapping[str, tuple[str, str]], *, least: int) -> dict[str, Pair]:
     """For each of the four cases the pair of categories with the most requests.
 
     A pair that is given comes first, then the paper's, then relations told apart by what they share. Where no two
@@ -83,29 +83,29 @@ def find_pairs(groups: Groups, given: Mapping[str, tuple[str, str]], *, least: i
 
     Args:
         groups: requests by relation.
-        given: relations to use, by case.
+        requested: relations to use, by case.
         least: requests that each category has to have.
 
     Raises:
         InputError: a pair that is given lacks requests, or names an unknown case or relation.
     """
-    for same, names in given.items():
+    for same, names in requested.items():
         _check_given(same, names, groups)
-    found: dict[str, Pair] = {}
+    pairs: dict[str, Pair] = {}
     for same in SAME:
-        sources = [_given(same, given, groups), _published(same, groups)]
+        sources = [_given(same, requested, groups), _published(same, groups)]
         sources += [_overlapping(same, groups), _kinds(same, groups), _halves(same, groups)]
         for source in sources:
             enough = [pair for pair in source if pair.size >= least]
             if enough:
-                found[same] = max(enough, key=lambda pair: pair.size)  # the first of the largest
+                pairs[same] = max(enough, key=lambda pair: pair.size)  # the first of the largest
                 break
-        if same in given and (same not in found or found[same].rule != "given"):
+        if same in requested and (same not in pairs or pairs[same].rule != "given"):
             raise InputError(
-                f"the pair {'+'.join(given[same])} has fewer than {least} requests of each, without a common subject; "
-                f"give more requests, or ask for fewer edits"
+                f"the pair {'+'.join(requested[same])} has fewer than {least} requests of each, without a common "
+                f"subject; give more requests, or ask for fewer edits"
             )
-    return found
+    return pairs
 
 
 def _check_given(same: str, names: tuple[str, str], groups: Groups) -> None:
@@ -115,9 +115,9 @@ def _check_given(same: str, names: tuple[str, str], groups: Groups) -> None:
             raise InputError(f"no request is of the relation {name!r}, expected one of {', '.join(groups)}")
 
 
-def _given(same: str, given: Mapping[str, tuple[str, str]], groups: Groups) -> Iterator[Pair]:
-    if same in given:
-        yield _pair(same, given[same], [groups[name] for name in given[same]], "given")
+def _given(same: str, requested: Mapping[str, tuple[str, str]], groups: Groups) -> Iterator[Pair]:
+    if same in requested:
+        yield _pair(same, requested[same], [groups[name] for name in requested[same]], "given")
 
 
 def _published(same: str, groups: Groups) -> Iterator[Pair]:

@@ -14,7 +14,7 @@ from mechedit.errors import InputError
 def options(
     doc: str | None, *, count: int | None = None, quick_count: int | None = 10, max_facts: int = 200
 ) -> argparse.ArgumentParser:
-    """The options that all scripts share; a script adds its own and calls `opened`.
+    """The options that all scripts share; a script adds its own and calls `open_experiment`.
 
     Args:
         doc: the script's docstring; its first line is the help text.
@@ -46,12 +46,12 @@ def options(
     return parser
 
 
-def opened(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Experiment:
+def open_experiment(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Experiment:
     """Read the command line and open the experiment."""
-    given = parser.parse_args(arguments)
-    if given.count is None:
-        given.count = given.quick_count if given.quick else given.full_count
-    return Experiment(name=name, given=given)
+    parsed = parser.parse_args(arguments)
+    if parsed.count is None:
+        parsed.count = parsed.quick_count if parsed.quick else parsed.full_count
+    return Experiment(name=name, given=parsed)
 
 
 def run(main: Callable[[], int | None]) -> None:

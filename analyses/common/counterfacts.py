@@ -14,7 +14,7 @@ from mechedit.data import EditRequest, Fact, Neighbor, fill
 from mechedit.errors import InputError
 
 PROMPTS = 10
-"""Neighbors, attribute prompts and starts of free text a request, as in CounterFact."""
+"""Neighbors, attribute prompts and starts of free text per request, as in CounterFact."""
 PARAPHRASES = 2
 
 
@@ -26,8 +26,8 @@ def counterfacts(facts: Sequence[Fact], count: int | None = None, *, seed: int =
 
     Args:
         facts: with their relations.
-        count: requests wanted; None makes as many as the facts allow.
-        seed: of the split of subjects, and of all that is drawn.
+        count: how many requests; None makes as many as the facts allow.
+        seed: seed of the split of subjects and of everything that is drawn.
 
     Raises:
         InputError: the facts allow fewer.
@@ -35,15 +35,15 @@ def counterfacts(facts: Sequence[Fact], count: int | None = None, *, seed: int =
     draw = random.Random(seed)
     subjects = sorted({fact.subject for fact in facts})
     edited = set(draw.sample(subjects, len(subjects) // 2))
-    kept: dict[str, list[Fact]] = defaultdict(list)
-    asked: dict[str, set[str]] = defaultdict(set)
+    unedited_facts: dict[str, list[Fact]] = defaultdict(list)
+    prompts_of: dict[str, set[str]] = defaultdict(set)
     for fact in facts:
-        asked[fact.relation or ""].add(fact.prompt)
+        prompts_of[fact.relation or ""].add(fact.prompt)
         if fact.subject not in edited:
-            kept[fact.relation or ""].append(fact)
+            unedited_facts[fact.relation or ""].append(fact)
     candidates = [fact for fact in facts if fact.relation and fact.subject in edited]
-    made = (_request(fact, kept, asked, draw) for fact in draw.sample(candidates, len(candidates)))
-    requests = [request for request in made if request is not None]
+    attempts = (_request(fact, unedited_facts, prompts_of, draw) for fact in draw.sample(candidates, len(candidates)))
+    requests = [request for request in attempts if request is not None]
     if count is not None and len(requests) < count:
         raise InputError(
             f"{count} requests are wanted, and the facts allow {len(requests)}; ask for fewer, or give more facts"
@@ -52,15 +52,15 @@ def counterfacts(facts: Sequence[Fact], count: int | None = None, *, seed: int =
 
 
 def _request(
-    fact: Fact, kept: Mapping[str, Sequence[Fact]], asked: Mapping[str, set[str]], draw: random.Random
+    fact: Fact, unedited_facts: Mapping[str, Sequence[Fact]], prompts_of: Mapping[str, set[str]], draw: random.Random
 ) -> EditRequest | None:
     """One request; None when no other object or no neighbor is known."""
-    others = kept.get(fact.relation or "", ())
-    objects = sorted({other.object for other in others} - {fact.object})
-    neighbors = _subjects(others, fact.object, draw)
+    facts_of_relation = unedited_facts.get(fact.relation or "", ())
+    objects = sorted({fact_of_relation.object for fact_of_relation in facts_of_relation} - {fact.object})
+    neighbors = _subjects(facts_of_relation, fact.object, draw)
     if not objects or not neighbors:
         return None
-    new, prompts = draw.choice(objects), sorted(asked[fact.relation or ""] - {fact.prompt})
+    new, prompts = draw.choice(objects), sorted(prompts_of[fact.relation or ""] - {fact.prompt})
     return EditRequest(
         id=fact.id,
         subject=fact.subject,
@@ -70,15 +70,15 @@ def _request(
         relation=fact.relation,
         paraphrases=_filled(draw.sample(prompts, min(PARAPHRASES, len(prompts))), fact.subject),
         neighbors=tuple(Neighbor(prompt=fill(fact.prompt, name), object=fact.object) for name in neighbors),
-        attributes=tuple(fill(fact.prompt, name) for name in _subjects(others, new, draw)),
+        attributes=tuple(fill(fact.prompt, name) for name in _subjects(facts_of_relation, new, draw)),
         generations=_filled(draw.sample(prompts, min(PROMPTS, len(prompts))), fact.subject),
     )
 
 
 def _subjects(facts: Sequence[Fact], value: str, draw: random.Random) -> list[str]:
     """Up to ten subjects that have this object."""
-    found = [fact.subject for fact in facts if fact.object == value]
-    return draw.sample(found, min(PROMPTS, len(found)))
+    subjects = [fact.subject for fact in facts if fact.object == value]
+    return draw.sample(subjects, min(PROMPTS, len(subjects)))
 
 
 def _filled(prompts: Sequence[str], subject: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ from analyses.common.printing import score_frame
 from analyses.common.variants import SINGLE, Variant
 from mechedit import pipeline
 from mechedit.cache import kept
-from mechedit.cli.parsing import load, method_config, parse_layers, sampled
+from mechedit.cli.parsing import load_quietly, method_config, parse_layers, sampled
 from mechedit.data import EditRequest, Fact, load_facts, load_requests
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
@@ -54,7 +54,7 @@ class Experiment:
     @cached_property
     def model(self) -> Model:
         """As it is named, never left edited."""
-        return load(self.given.model, self.given.backend, self.given.device, self.given.dtype)
+        return load_quietly(self.given.model, self.given.backend, self.given.device, self.given.dtype)
 
     @property
     def out(self) -> Path:
@@ -270,8 +270,8 @@ class Experiment:
     ) -> pd.DataFrame:
         with edited(self.model, self.edit(variant, requests)) if variant else nullcontext():
             table = evaluate(self.model, requests, evaluation).table
-        found = table.groupby(["case", "measure"], as_index=False)["value"].mean()
-        return found.assign(value=found["value"] * PERCENT)
+        means = cast(pd.DataFrame, table.groupby(["case", "measure"], as_index=False)["value"].mean())
+        return means.assign(value=means["value"] * PERCENT)
 
     def key(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
         """What every result depends on: model, requests and seed."""

@@ -15,14 +15,14 @@ from mechedit.evaluation.references import Key
 
 
 def free_text(experiment: Experiment) -> tuple[EvaluationConfig, References | None]:
-    """How to score: with `--free` texts a case there are GE and, where the running text has references, RS."""
+    """Evaluation settings, with GE for `--free` texts per case; and references for RS, if the text has any."""
     if not experiment.given.free:
         return QUICK, None
     config = replace(QUICK, generation_tokens=100, generation_prompts=experiment.given.free)
     return config, references_of(load_facts(experiment.given.facts), load_texts(experiment.given.texts))
 
 
-def references_of(facts: Sequence[Fact], texts: Sequence[str], most: int = 20) -> References:
+def references_of(facts: Sequence[Fact], texts: Sequence[str], limit: int = 20) -> References:
     """For each relation and object, the first texts that start with a subject of which the facts say so.
 
     The published release has such texts from Wikipedia, for CounterFact's objects alone.
@@ -30,7 +30,7 @@ def references_of(facts: Sequence[Fact], texts: Sequence[str], most: int = 20) -
     Args:
         facts: with their relations.
         texts: a document each; what counts as one about a subject starts with its name.
-        most: texts for an object.
+        limit: most texts per object.
 
     Raises:
         InputError: no text is about any of the subjects.
@@ -39,15 +39,15 @@ def references_of(facts: Sequence[Fact], texts: Sequence[str], most: int = 20) -
     for fact in facts:
         if fact.relation:
             having[fact.subject].append((fact.relation, fact.object.strip()))
-    found: dict[Key, list[str]] = defaultdict(list)
+    texts_of: dict[Key, list[str]] = defaultdict(list)
     for text in texts:
         subject = _subject(text, having)
         for key in dict.fromkeys(having.get(subject, ())):
-            if len(found[key]) < most:
-                found[key].append(text)
-    if not any(found.values()):
+            if len(texts_of[key]) < limit:
+                texts_of[key].append(text)
+    if not any(texts_of.values()):
         raise InputError("no text starts with a subject of the facts, expected some for RS: give others, or --free 0")
-    return References.from_texts(found)
+    return References.from_texts(texts_of)
 
 
 def _subject(text: str, having: Mapping[str, Sequence[Key]]) -> str:

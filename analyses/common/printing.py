@@ -18,21 +18,21 @@ def score_frame(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame([{"measure": name, **entry} for name, entry in summary.items()], columns=list(SCORE_COLUMNS))
 
 
-def described(mean: float, low: float, high: float, *, digits: int = 1) -> str:
+def format_interval(mean: float, low: float | None, high: float | None, *, digits: int = 1) -> str:
     """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it.
 
     Without an interval, the mean alone.
     """
-    if pd.isna(low) or pd.isna(high):
+    if low is None or high is None or pd.isna(low) or pd.isna(high):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ({(high - low) / 2:.{digits}f})"
 
 
-def cells(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]:
-    """Of one edit, each measure that there is, as `described`."""
-    found = rows.set_index("measure")
+def format_scores(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]:
+    """The measures of one edit that its rows contain, each written by `format_interval`."""
+    rows_by_measure = rows.set_index("measure")
     return {
-        name: described(*found.loc[name, ["mean", "low", "high"]], digits=DIGITS.get(name, 1))
+        name: format_interval(*rows_by_measure.loc[name, ["mean", "low", "high"]], digits=DIGITS.get(name, 1))
         for name in measures
-        if name in found.index
+        if name in rows_by_measure.index
     }

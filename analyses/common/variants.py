@@ -41,7 +41,7 @@ class Variant:
         return Variant(method=method, layers=tuple(parse_layers(where) if at else layers), settings=settings)
 
 
-def named(variants: Sequence[Variant]) -> dict[str, Variant]:
+def by_name(variants: Sequence[Variant]) -> dict[str, Variant]:
     """Variants by their names, with their layers where the name alone does not tell them apart."""
     names = [variant.name for variant in variants]
     return {

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
-from analyses.common.printing import cells
+from analyses.common.printing import format_scores
 from analyses.common.variants import Variant
 from mechedit.errors import InputError
 from mechedit.figures import GRAY, scores_figure
@@ -29,18 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, count=300, quick_count=10)
     parser.add_argument("--method", default="memit")
     parser.add_argument("--decades", type=float, default=3.0, help="of λ, on each side of the model's own (default 3)")
-    experiment = opened("ablate_lambda", parser, arguments)
-    own = own_weight(experiment)
+    experiment = open_experiment("ablate_lambda", parser, arguments)
+    default = default_weight(experiment)
     scores = [experiment.scored(None, experiment.requests).assign(model="unedited")]
     scores += [
         experiment.scored(variant(experiment, weight), experiment.requests).assign(weight=weight, model="edited")
-        for weight in weights(experiment, own)
+        for weight in weights(experiment, default)
     ]
     table = pd.concat(scores, ignore_index=True)
-    experiment.write(table, printed(table), figure(table, own))
+    experiment.write(table, format_table(table), figure(table, default))
 
 
-def own_weight(experiment: Experiment) -> float:
+def default_weight(experiment: Experiment) -> float:
     """The model's λ.
 
     Raises:
@@ -58,27 +58,29 @@ def variant(experiment: Experiment, weight: float | None = None) -> Variant:
     return Variant(method=experiment.given.method, layers=tuple(experiment.layers), settings=settings)
 
 
-def weights(experiment: Experiment, own: float) -> list[float]:
+def weights(experiment: Experiment, default_weight: float) -> list[float]:
     """λ in half decades, or with `--quick` in steps of the whole way."""
     decades = experiment.given.decades
     count = 3 if experiment.quick else 1 + round(4 * decades)
-    return [float(f"{own * 10**step:.4g}") for step in np.linspace(-decades, decades, count)]
+    return [float(f"{default_weight * 10**step:.4g}") for step in np.linspace(-decades, decades, count)]
 
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as a paper would print it: a line for each λ, each score with half its interval, in percent."""
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as a paper would print it: one line per λ, each score with half its interval, in percent."""
     rows = []
-    for weight, own in table.groupby(table["weight"].fillna(-1.0)):
-        rows.append({"λ": "unedited" if weight < 0 else f"{weight:g}", **cells(own, (*MEASURES, "left"))})
+    weight_of_row = table["weight"].fillna(-1.0)
+    for weight in sorted(set(weight_of_row.tolist())):
+        scores = format_scores(table.loc[weight_of_row == weight, :], (*MEASURES, "left"))
+        rows.append({"λ": "unedited" if weight < 0 else f"{weight:g}", **scores})
     return pd.DataFrame(rows)
 
 
-def figure(table: pd.DataFrame, own: float) -> Figure:
+def figure(table: pd.DataFrame, default_weight: float) -> Figure:
     """Each score against λ; the dotted line is the model's own."""
-    made = scores_figure(table, x="weight", hue="model", log=True, label="λ")
-    for ax in made.axes:
-        ax.axvline(own, color=GRAY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
-    return made
+    drawn = scores_figure(table, x="weight", hue="model", log=True, label="λ")
+    for ax in drawn.axes:
+        ax.axvline(default_weight, color=GRAY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
+    return drawn
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
-from analyses.common.printing import described
+from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
 from mechedit.evaluation import measure_named
 from mechedit.figures import GRAY, PAGE_WIDTH, layer_axis, legend_above, paper_style, plot_scores_against, share_legend
@@ -41,12 +41,12 @@ MOST_DEPTHS = 10
 def main(arguments: Sequence[str] | None = None) -> None:
     """Choose ranges, edit and score each, write the table and the figure."""
     parser = ranged(__doc__)
-    experiment = opened("ablate_layers", parser, arguments)
-    own = Window(experiment.layers[0], experiment.layers[-1])
-    depths, widths = at_depths(experiment, own), ending_alike(experiment, own)
+    experiment = open_experiment("ablate_layers", parser, arguments)
+    selected = Window(experiment.layers[0], experiment.layers[-1])
+    depths, widths = at_depths(experiment, selected), of_every_width(experiment, selected)
     sweep = swept(experiment, [*depths, *widths])
     table = pd.concat([labeled(sweep, depths, "depth"), labeled(sweep, widths, "width"), unedited(sweep)])
-    experiment.write(table, printed(sweep), figure(table, own))
+    experiment.write(table, format_table(sweep), figure(table, selected))
 
 
 def ranged(doc: str | None) -> argparse.ArgumentParser:
@@ -57,18 +57,18 @@ def ranged(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def at_depths(experiment: Experiment, own: Window) -> list[Window]:
+def at_depths(experiment: Experiment, selected: Window) -> list[Window]:
     """Ranges as wide as the model's own, from its first layers to its last; with `--quick`, those ends and the own."""
-    found = windows_of(experiment.model.n_layers, own.width)
+    windows = windows_of(experiment.model.n_layers, selected.width)
     most = 2 if experiment.quick else MOST_DEPTHS
-    places = np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int))
-    return sorted({own, *(found[place] for place in places)})
+    indices = np.unique(np.linspace(0, len(windows) - 1, min(most, len(windows))).round().astype(int))
+    return sorted({selected, *(windows[index] for index in indices)})
 
 
-def ending_alike(experiment: Experiment, own: Window) -> list[Window]:
+def of_every_width(experiment: Experiment, selected: Window) -> list[Window]:
     """Ranges of every width that end where the model's own does; with `--quick`, only the own and the narrowest."""
-    firsts = {own.first, own.last} if experiment.quick else range(own.last + 1)
-    return [Window(first, own.last) for first in sorted(firsts, reverse=True)]
+    firsts = {selected.first, selected.last} if experiment.quick else range(selected.last + 1)
+    return [Window(first, selected.last) for first in sorted(firsts, reverse=True)]
 
 
 def swept(experiment: Experiment, windows: Sequence[Window], module: str = "mlp") -> Sweep:
@@ -87,21 +87,21 @@ def swept(experiment: Experiment, windows: Sequence[Window], module: str = "mlp"
     )
 
 
-def damped(moment: SecondMoment, share: float) -> SecondMoment:
+def damped(moment: SecondMoment, damping: float) -> SecondMoment:
     """E[k kᵀ] with `share` of its mean eigenvalue added to every eigenvalue; its provenance says so."""
-    size = share * moment.matrix.diagonal().mean()
+    size = damping * moment.matrix.diagonal().mean()
     matrix = moment.matrix + size * torch.eye(
         len(moment.matrix), dtype=moment.matrix.dtype, device=moment.matrix.device
     )
-    return dataclasses.replace(moment, matrix=matrix, provenance={**moment.provenance, "damping": share})
+    return dataclasses.replace(moment, matrix=matrix, provenance={**moment.provenance, "damping": damping})
 
 
 def labeled(sweep: Sweep, windows: Sequence[Window], varied: str) -> pd.DataFrame:
     """Scores of these ranges: the sweep's table with `varied` (depth or width) and `layers` (3–8)."""
     rows = sweep.table
     rows = rows.loc[[Window(*ends) in windows for ends in zip(rows["first"], rows["last"], strict=True)], :]
-    named = [span(Window(*ends).layers) for ends in zip(rows["first"], rows["last"], strict=True)]
-    return rows.assign(varied=varied, layers=named, model="edited")
+    labels = [span(Window(*ends).layers) for ends in zip(rows["first"], rows["last"], strict=True)]
+    return rows.assign(varied=varied, layers=labels, model="edited")
 
 
 def unedited(sweep: Sweep) -> pd.DataFrame:
@@ -110,37 +110,37 @@ def unedited(sweep: Sweep) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(rows).assign(varied=varied) for varied in ("depth", "width")])
 
 
-def printed(sweep: Sweep) -> pd.DataFrame:
-    """The table as a paper would print it: a line a range, each score with half its interval, in percent."""
-    rows = [{"layers": "unedited", **cells(sweep.before)}]
+def format_table(sweep: Sweep) -> pd.DataFrame:
+    """The table as a paper would print it: one line per range, each score with half its interval, in percent."""
+    rows = [{"layers": "unedited", **format_summary(sweep.before)}]
     for window in sweep.windows:
-        own = where(sweep.table, first=window.first, last=window.last).set_index("measure").to_dict("index")
-        rows.append({"layers": span(window.layers), **cells(own)})
+        summary = where(sweep.table, first=window.first, last=window.last).set_index("measure").to_dict("index")
+        rows.append({"layers": span(window.layers), **format_summary(summary)})
     rows += [
         {"layers": span(window.layers), "refused": reason.partition(";")[0]} for window, reason in sweep.failed.items()
     ]
     return pd.DataFrame(rows)
 
 
-def cells(summary: dict) -> dict[str, str]:
-    """What is printed of one state of the model."""
+def format_summary(summary: dict) -> dict[str, str]:
+    """The printed scores of one state of the model."""
     return {
-        name: described(summary[name]["mean"], summary[name]["low"], summary[name]["high"])
+        name: format_interval(summary[name]["mean"], summary[name]["low"], summary[name]["high"])
         for name in (*MEASURES, "exact_match", "left")
         if name in summary
     }
 
 
-def figure(table: pd.DataFrame, own: Window) -> Figure:
+def figure(table: pd.DataFrame, selected: Window) -> Figure:
     """Scores against depth above and against width below; the model's own range is shaded."""
     shown = [measure for measure in MEASURES if measure in set(table["measure"])]
     rows = (
-        ("depth", "last", f"last of {own.width} layers", own.last),
-        ("width", "width", f"number of layers up to {own.last}", own.width),
+        ("depth", "last", f"last of {selected.width} layers", selected.last),
+        ("width", "width", f"number of layers up to {selected.last}", selected.width),
     )
     with paper_style():
-        made = Figure(figsize=(PAGE_WIDTH, 3.4))
-        grid = made.subplots(2, len(shown), squeeze=False)
+        drawn = Figure(figsize=(PAGE_WIDTH, 3.4))
+        grid = drawn.subplots(2, len(shown), squeeze=False)
         for axes, (varied, x, label, at) in zip(grid, rows, strict=True):
             for ax, measure in zip(axes, shown, strict=True):
                 plot_scores_against(where(table, varied=varied), ax, x=x, measure=measure, hue="model", label=label)
@@ -149,8 +149,8 @@ def figure(table: pd.DataFrame, own: Window) -> Figure:
                 ax.set_ylabel("%" if ax is axes[0] else "")
                 ax.set_title(measure_named(measure).heading if varied == "depth" else "")
                 legend_above(ax, columns=3)
-        share_legend(made, list(grid.flat))
-    return made
+        share_legend(drawn, list(grid.flat))
+    return drawn
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.common.command import opened, run
-from analyses.papers.ablate_layers import at_depths, labeled, printed, ranged, swept, unedited
+from analyses.common.command import open_experiment, run
+from analyses.papers.ablate_layers import at_depths, format_table, labeled, ranged, swept, unedited
 from mechedit.figures import GRAY, layer_axis, scores_figure
 from mechedit.sweep import Window
 
@@ -24,27 +24,27 @@ MODULES = {"mlp": "MLP", "attn": "attention"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Edit and score each range in both modules, write the table and the figure."""
-    experiment = opened("ablate_module", ranged(__doc__), arguments)
-    own = Window(experiment.layers[0], experiment.layers[-1])
-    windows = at_depths(experiment, own)
+    experiment = open_experiment("ablate_module", ranged(__doc__), arguments)
+    selected = Window(experiment.layers[0], experiment.layers[-1])
+    windows = at_depths(experiment, selected)
     sweeps = {name: swept(experiment, windows, module) for module, name in MODULES.items()}
     before = next(iter(sweeps.values()))
     edits = [labeled(sweep, windows, "depth").assign(module=name) for name, sweep in sweeps.items()]
     level = unedited(before).drop_duplicates("measure").assign(module="unedited")
     table = pd.concat([*edits, level], ignore_index=True)
-    lines = pd.concat([printed(sweep).assign(module=name) for name, sweep in sweeps.items()], ignore_index=True)
+    lines = pd.concat([format_table(sweep).assign(module=name) for name, sweep in sweeps.items()], ignore_index=True)
     lines = lines.loc[~((lines["layers"] == "unedited") & (lines["module"] != next(iter(sweeps)))), :]
     lines.loc[lines["layers"] == "unedited", "module"] = ""
-    experiment.write(table, lines.loc[:, ["module", *lines.columns.drop("module")]], figure(table, own))
+    experiment.write(table, lines.loc[:, ["module", *lines.columns.drop("module")]], figure(table, selected))
 
 
-def figure(table: pd.DataFrame, own: Window) -> Figure:
-    """Each score against the range's last layer, a line for each module; the model's own range is shaded."""
-    made = scores_figure(table, x="last", hue="module", label=f"last of {own.width} layers")
-    for ax in made.axes:
-        ax.axvspan(own.last - 0.4, own.last + 0.4, color=GRAY, alpha=0.2, linewidth=0, zorder=0)
+def figure(table: pd.DataFrame, selected: Window) -> Figure:
+    """Each score against the range's last layer, one line per module; the model's own range is shaded."""
+    drawn = scores_figure(table, x="last", hue="module", label=f"last of {selected.width} layers")
+    for ax in drawn.axes:
+        ax.axvspan(selected.last - 0.4, selected.last + 0.4, color=GRAY, alpha=0.2, linewidth=0, zorder=0)
         layer_axis(ax, table["last"].dropna().astype(int))
-    return made
+    return drawn
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
-from analyses.common.printing import cells
+from analyses.common.printing import format_scores
 from analyses.common.variants import Variant
 from mechedit.figures import GRAY, scores_figure
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune and score with each λ, write the table and the figure."""
     parser = options(__doc__, count=100, quick_count=10)
     parser.add_argument("--decades", type=float, default=3.5, help="of λ, up from 5e-4 (default 3.5)")
-    experiment = opened("finetune_decay", parser, arguments)
+    experiment = open_experiment("finetune_decay", parser, arguments)
     layers = trained(experiment)
     none = Variant(method="ft", layers=layers)
     scores = [experiment.scored(none, experiment.requests).assign(model="no decay")]
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         variant = Variant(method="ft_w", layers=layers, settings={"weight_decay": f"{weight:g}"})
         scores.append(experiment.scored(variant, experiment.requests).assign(weight=weight, model="ft_w"))
     table = pd.concat(scores, ignore_index=True)
-    experiment.write(table, printed(table), figure(table))
+    experiment.write(table, format_table(table), figure(table))
 
 
 def trained(experiment: Experiment) -> tuple[int, ...]:
@@ -53,20 +53,20 @@ def weights(experiment: Experiment) -> list[float]:
     return [float(f"{PUBLISHED * 10 ** (step / 2):.3g}") for step in chosen]
 
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
     """A line for each λ: each score with half its interval, in percent."""
     rows = []
-    for weight, own in table.groupby(table["weight"].fillna(0.0)):
-        rows.append({"weight decay": "none" if weight == 0 else f"{weight:g}", **cells(own, MEASURES)})
+    for weight, scores in table.groupby(table["weight"].fillna(0.0)):
+        rows.append({"weight decay": "none" if weight == 0 else f"{weight:g}", **format_scores(scores, MEASURES)})
     return pd.DataFrame(rows)
 
 
 def figure(table: pd.DataFrame) -> Figure:
     """Each score against λ; the dotted line is the published one."""
-    made = scores_figure(table, x="weight", hue="model", log=True, label="weight decay λ")
-    for ax in made.axes:
+    drawn = scores_figure(table, x="weight", hue="model", log=True, label="weight decay λ")
+    for ax in drawn.axes:
         ax.axvline(PUBLISHED, color=GRAY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
-    return made
+    return drawn
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
-from analyses.common.printing import described
+from analyses.common.frames import columns_of, records
+from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
 from mechedit import pipeline
 from mechedit.data import EditRequest
-from mechedit.evaluation import PERCENT, EvaluationConfig, Scores
+from mechedit.evaluation import PERCENT, Entry, EvaluationConfig, Scores
 from mechedit.figures import draw, plot_scores
 from mechedit.files import atomic
 from mechedit.tables import where
@@ -36,6 +37,8 @@ NEWS = 50
 """Facts that are made up where none are given."""
 SHOWN = 5
 """Facts whose continuations are printed."""
+SAID = ("subject", "prompt", "target_new", "said_before", "said_after")
+"""Columns of the table of what is written."""
 ROWS = {
     "exact_match": "accuracy",
     "exact_match_paraphrase": "accuracy, paraphrases",
@@ -57,20 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, quick_count=6)
     parser.add_argument("--method", default="memit")
     parser.add_argument("--words", type=int, default=10, help="tokens written after each prompt (default 10)")
-    experiment = opened("fresh_knowledge", parser, arguments)
+    experiment = open_experiment("fresh_knowledge", parser, arguments)
     if experiment.given.requests == "known" and experiment.given.count is None:
         experiment.given.count = NEWS
     requests = experiment.requests
     write_facts(experiment.out / "fresh_knowledge_facts.csv", requests)
     variant = Variant.parse(experiment.given.method, experiment.layers)
-    scores = asked(experiment, variant, requests)
+    scores = scored(experiment, variant, requests)
     table = by_fact(scores, requests)
     show(table)
     _write_csv(experiment, "missed", missed(table))
-    _write_csv(experiment, "said", table[["subject", "prompt", "target_new", "said_before", "said_after"]])
+    _write_csv(experiment, "said", columns_of(table, SAID))
     before, after = scores.summary("before"), scores.summary("after")
     figure = draw(lambda ax: plot_scores(before, after, ax, names=BARS), height=2.3)
-    experiment.write(table, printed(scores), figure)
+    experiment.write(table, format_table(scores), figure)
 
 
 def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
@@ -85,7 +88,7 @@ def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
             writer.writerow([r.id, r.subject, r.prompt, r.target_new, r.target_true, r.relation, *paraphrases])
 
 
-def asked(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> Scores:
+def scored(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> Scores:
     """The scores and greedy answers before and after the edit, kept in `fresh_knowledge_scores/`."""
     config = EvaluationConfig(seed=experiment.seed, generation_tokens=0, answer_tokens=experiment.given.words)
     folder = pipeline.RunFolder.at(experiment.out / "fresh_knowledge_scores", overwrite=experiment.given.overwrite)
@@ -94,7 +97,7 @@ def asked(experiment: Experiment, variant: Variant, requests: Sequence[EditReque
 
 
 def by_fact(scores: Scores, requests: Sequence[EditRequest]) -> pd.DataFrame:
-    """One row a fact: what it is, whether it took, each measure before and after (percent), and what is written."""
+    """One row per fact: its text, whether it took, each measure and answer before and after (percent)."""
     rows = pd.DataFrame(
         {
             "case": [r.id for r in requests],
@@ -105,8 +108,8 @@ def by_fact(scores: Scores, requests: Sequence[EditRequest]) -> pd.DataFrame:
         }
     ).set_index("case")
     for state in ("before", "after"):
-        own = where(scores.table, state=state)
-        wide = own.pivot_table(values="value", index="case", columns="measure", aggfunc="mean") * PERCENT
+        rows_of_state = where(scores.table, state=state)
+        wide = rows_of_state.pivot_table(values="value", index="case", columns="measure", aggfunc="mean") * PERCENT
         for measure in ROWS:
             if measure in wide:
                 rows[f"{measure}_{state}"] = wide[measure].reindex(rows.index)
@@ -121,8 +124,8 @@ def missed(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[~table["took"], ["case", "subject", "prompt", "target_new", "target_true", "said_after"]]
 
 
-def printed(scores: Scores) -> pd.DataFrame:
-    """A row a measure: before and after, with half their intervals, and of how many facts."""
+def format_table(scores: Scores) -> pd.DataFrame:
+    """One row per measure: before and after, with half their intervals, and the number of facts."""
     before, after = scores.summary("before"), scores.summary("after")
     rows = []
     for measure, name in ROWS.items():
@@ -132,18 +135,20 @@ def printed(scores: Scores) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cell(entry: dict[str, float | int]) -> str:
-    return described(entry["mean"], entry["low"], entry["high"])
+def _cell(entry: Entry) -> str:
+    mean = entry["mean"]
+    assert mean is not None
+    return format_interval(mean, entry["low"], entry["high"])
 
 
 def show(table: pd.DataFrame) -> None:
     """Print what the model writes of the first facts, before and after, and which did not take."""
-    for row in table.head(SHOWN).itertuples():
-        print(f"{row.prompt} …\n  before:{row.said_before}\n  after: {row.said_after}")
-    left = missed(table)
-    print(f"{len(left)} of {len(table)} facts did not take" + (":" if len(left) else ""))
-    for row in left.itertuples():
-        print(f"  {row.prompt} {row.target_new}: the model writes{row.said_after}")
+    for row in records(table.head(SHOWN)):
+        print(f"{row['prompt']} …\n  before:{row['said_before']}\n  after: {row['said_after']}")
+    failures = records(missed(table))
+    print(f"{len(failures)} of {len(table)} facts did not take" + (":" if failures else ""))
+    for row in failures:
+        print(f"  {row['prompt']} {row['target_new']}: the model writes{row['said_after']}")
 
 
 def _write_csv(experiment: Experiment, what: str, table: pd.DataFrame) -> None:

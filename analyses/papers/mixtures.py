@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,15 +21,17 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from analyses.common.categories import SAME, Pair, by_relation, find_pairs
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
-from analyses.common.printing import described
+from analyses.common.frames import groups_of, records
+from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
 from analyses.plots.mixtures import plot_mixture
 from mechedit.cli.parsing import parse_names
 from mechedit.errors import InputError
 from mechedit.figures import PAGE_WIDTH, paper_style, save_figure, share_legend
 from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval
+from mechedit.tables import where
 
 MEASURES = ("ES", "PS", "NS")
 SCORES = ("S", *MEASURES)
@@ -50,13 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--edits", help=f"facts edited at once (default {EDITS}; the paper: up to 700)")
     parser.add_argument("--pairs", default="", help="relations to use, such as neither=P27+P37,both=P27+P937")
     parser.add_argument("--method", default="memit")
-    experiment = opened("mixtures", parser, arguments)
+    experiment = open_experiment("mixtures", parser, arguments)
     edits = parse_edits(experiment.given.edits or (QUICK_EDITS if experiment.quick else EDITS))
     pairs = found_pairs(experiment, edits)
     variant = Variant.parse(experiment.given.method, experiment.layers)
     table = pd.concat([compared(experiment, variant, pair, edits) for pair in pairs], ignore_index=True)
     save_figure(detail(table), experiment.out, "mixtures_detail")
-    experiment.write(table, printed(table), overview(table))
+    experiment.write(table, format_table(table), overview(table))
 
 
 def parse_edits(text: str) -> list[int]:
@@ -79,14 +82,14 @@ def parse_pairs(text: str) -> dict[str, tuple[str, str]]:
     Raises:
         InputError: anything else.
     """
-    found: dict[str, tuple[str, str]] = {}
+    pairs: dict[str, tuple[str, str]] = {}
     for part in filter(None, parse_names(text)):
         same, equals, both = part.partition("=")
         names = both.split("+")
         if not equals or len(names) != 2 or not all(names):
             raise InputError(f"--pairs {part!r} cannot be read, expected such as neither=P27+P37")
-        found[same] = (names[0], names[1])
-    return found
+        pairs[same] = (names[0], names[1])
+    return pairs
 
 
 def found_pairs(experiment: Experiment, edits: Sequence[int]) -> list[Pair]:
@@ -120,8 +123,8 @@ def compared(experiment: Experiment, variant: Variant, pair: Pair, edits: Sequen
         first, second = (list(requests[:n]) for requests in pair.requests)
         both = [*first[: n // 2], *second[: n // 2]]
         alone = [experiment.cases(variant, requests) for requests in (first, second)]
-        found = compare(alone[0], alone[1], experiment.cases(variant, both), seed=experiment.seed)
-        tables.append(found.assign(**about, edits=n))
+        comparison = compare(alone[0], alone[1], experiment.cases(variant, both), seed=experiment.seed)
+        tables.append(comparison.assign(**about, edits=n))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -143,11 +146,11 @@ def compare(
     Returns:
         `measure, part, mean, low, high` with the parts first, second, mean, mixture and difference.
     """
-    draws = [_draws(alone, both, seed + i, resamples) for i, alone in enumerate((first, second))]
-    points = [np.nanmean(_joint(alone, both), axis=0, keepdims=True) for alone in (first, second)]
+    draws = (_draws(first, both, seed, resamples), _draws(second, both, seed + 1, resamples))
+    means = (_means(first, both), _means(second, both))
     rows = []
     for measure in SCORES:
-        parts, at = _parts(*draws, measure), _parts(*points, measure)
+        parts, at = _parts(*draws, measure), _parts(*means, measure)
         for part in PARTS:
             low, high = percentile_interval(parts[part][:, None])
             rows.append((measure, part, float(at[part][0]), float(low[0]), float(high[0])))
@@ -158,8 +161,12 @@ def _draws(alone: pd.DataFrame, both: pd.DataFrame, seed: int, resamples: int) -
     return bootstrap_means(_joint(alone, both), seed=seed, resamples=resamples)
 
 
+def _means(alone: pd.DataFrame, both: pd.DataFrame) -> Float[np.ndarray, "one column"]:
+    return np.nanmean(_joint(alone, both), axis=0, keepdims=True)
+
+
 def _joint(alone: pd.DataFrame, both: pd.DataFrame) -> Float[np.ndarray, "case column"]:
-    """ES, PS, NS of each of a relation's cases alone, then in the mixture: NaN where the case is not in it."""
+    """ES, PS, NS of a relation's cases edited alone, then in the mixture; NaN for cases that the mixture lacks."""
     wide = [
         frame.pivot(index="case", columns="measure", values="value").reindex(columns=list(MEASURES))
         for frame in (alone, both)
@@ -182,22 +189,21 @@ def _score(means: Float[np.ndarray, "row measure"], measure: str) -> Float[np.nd
     return harmonic_mean(means) if measure == "S" else means[:, MEASURES.index(measure)]
 
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a case, number of edits and measure; the difference with the ends of its interval."""
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per case, number of edits and measure; the difference with the ends of its interval."""
     rows = []
     keys = ["same", "first_relation", "second_relation", "edits", "measure"]
-    for values, own in table.groupby(keys, sort=False):
-        parts = {str(row.part): row for row in own.itertuples()}
-        cells = {part: described(*_ends(parts[part])) for part in PARTS[:-1]}
+    for values, rows_of_pair in groups_of(table, keys):
+        parts = {row["part"]: row for row in records(rows_of_pair)}
+        cells = {part: format_interval(*_ends(parts[part])) for part in PARTS[:-1]}
         mean, low, high = _ends(parts["difference"])
         cells |= {"difference": f"{mean:+.1f}", "low": f"{low:+.1f}", "high": f"{high:+.1f}"}
         rows.append({**dict(zip(keys, values, strict=True)), **cells})
     return pd.DataFrame(rows)
 
 
-def _ends(row: object) -> tuple[float, float, float]:
-    mean, low, high = (float(getattr(row, end)) for end in ("mean", "low", "high"))
-    return mean, low, high
+def _ends(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    return float(row["mean"]), float(row["low"]), float(row["high"])
 
 
 def overview(table: pd.DataFrame) -> Figure:
@@ -211,17 +217,17 @@ def detail(table: pd.DataFrame) -> Figure:
 
 
 def _panels(table: pd.DataFrame, measures: Sequence[str], *, height: float) -> Figure:
-    """A column a case, a row a measure, on one scale."""
+    """One column per case, one row per measure, on one scale."""
     cases = [same for same in SAME if same in set(table["same"])]
     with paper_style():
         figure = Figure(figsize=(PAGE_WIDTH, height))
         grid = figure.subplots(len(measures), len(cases), squeeze=False, sharex="col", sharey="row")
         for row, measure in zip(grid, measures, strict=True):
             for ax, same in zip(row, cases, strict=True):
-                plot_mixture(table[(table["same"] == same) & (table["measure"] == measure)], ax, measure=measure)
+                plot_mixture(where(table, same=same, measure=measure), ax, measure=measure)
                 if measure == measures[0]:
-                    own = table[table["same"] == same].iloc[0]
-                    names = textwrap.fill(f"{own['first_relation']} + {own['second_relation']}", 24)
+                    first_row = table[table["same"] == same].iloc[0]
+                    names = textwrap.fill(f"{first_row['first_relation']} + {first_row['second_relation']}", 24)
                     ax.set_title(f"{TITLES[same]}\n{names}", verticalalignment="bottom")
                 if measure != measures[-1]:
                     ax.set_xlabel("")

@@ -3,7 +3,7 @@
     python -m analyses.papers.relations [--model MODEL] [--requests FILE] [--per-relation 300] [--methods memit,ft_w@2]
 
 As many facts of each relation are edited at once, each relation from the unedited model, and scored. The mark
-`all mixed` is an edit of as many facts of all relations in turn. Writes relations.parquet (one row a method, relation
+`all mixed` is an edit of as many facts of all relations in turn. Writes relations.parquet (one row per method, relation
 and measure), relations.csv, and the figure: S by relation, and for each method NS against PS.
 """
 
@@ -15,9 +15,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analyses.common.categories import by_relation, mixed
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
-from analyses.common.printing import described
+from analyses.common.frames import groups_of
+from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
 from analyses.plots.groups import plot_groups, plot_tradeoff
 from mechedit.cli.parsing import parse_names
@@ -30,7 +31,7 @@ MIXED = "all mixed"
 MEASURES = ("S", "ES", "PS", "NS")
 SIZE = 30
 QUICK_RELATIONS, QUICK_SIZE = 4, 4
-"""What `--quick` edits."""
+"""Relations, and facts per relation, that `--quick` edits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,16 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, quick_count=None)
     parser.add_argument("--per-relation", type=int, help=f"facts edited at once (default {SIZE}; the paper: 300)")
     parser.add_argument("--methods", default="memit,ft_w@2", help="such as memit,rome@2")
-    experiment = opened("relations", parser, arguments)
+    experiment = open_experiment("relations", parser, arguments)
     groups = chosen(experiment)
     variants = [Variant.parse(text, experiment.layers) for text in parse_names(experiment.given.methods)]
     rows = [scored(experiment, variant, groups) for variant in (None, *variants)]
     table = pd.concat(rows, ignore_index=True)
-    experiment.write(table, printed(table), figure(table))
+    experiment.write(table, format_table(table), figure(table))
 
 
 def chosen(experiment: Experiment) -> dict[str, list[EditRequest]]:
-    """As many requests of each relation that has them, and those of all relations in turn.
+    """Equally many requests of each relation that has enough, and as many of all relations in turn.
 
     Raises:
         InputError: no relation has enough.
@@ -61,8 +62,8 @@ def chosen(experiment: Experiment) -> dict[str, list[EditRequest]]:
             f"no relation has {size} requests, the largest has {most}; ask for fewer by --per-relation, "
             f"and check that the requests name their relations"
         )
-    if left := [name for name in groups if name not in enough]:
-        print(f"left out, with fewer than {size} requests: {', '.join(left)}")
+    if too_small := [name for name in groups if name not in enough]:
+        print(f"left out, with fewer than {size} requests: {', '.join(too_small)}")
     if experiment.quick:
         enough = dict(list(enough.items())[:QUICK_RELATIONS])
     return {**enough, MIXED: mixed(enough, size)}
@@ -77,27 +78,30 @@ def scored(
         experiment.scored(variant, requests).assign(method=method, relation=name) for name, requests in groups.items()
     ]
     columns = ["method", "relation", "measure", "mean", "low", "high", "n"]
-    return pd.concat(rows, ignore_index=True)[columns]
+    return pd.concat(rows, ignore_index=True).loc[:, columns]
 
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a method and relation: the scores with half their intervals, the best S first within a method."""
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per method and relation: the scores with half their intervals, the best S first within a method."""
     rows = []
-    for (method, relation), own in table.groupby(["method", "relation"], sort=False):
-        entries = own.set_index("measure")
-        found = {m: entries.loc[m] for m in MEASURES if m in entries.index}
-        cells = {m: described(e["mean"], e["low"], e["high"]) for m, e in found.items()}
-        order = -float(found["S"]["mean"]) if "S" in found else 1.0
-        rows.append({"method": method, "relation": relation, "n": int(own["n"].max()), **cells, "order": order})
+    for (method, relation), scores in groups_of(table, ["method", "relation"]):
+        entries = scores.set_index("measure")
+        rows_by_measure = {m: entries.loc[m] for m in MEASURES if m in entries.index}
+        cells = {m: format_interval(e["mean"], e["low"], e["high"]) for m, e in rows_by_measure.items()}
+        order = -float(rows_by_measure["S"]["mean"]) if "S" in rows_by_measure else 1.0
+        rows.append(
+            {"method": method, "relation": relation, "n": int(scores["n"].to_numpy().max()), **cells, "order": order}
+        )
     frame = pd.DataFrame(rows)
-    place = {method: i for i, method in enumerate(dict.fromkeys(frame["method"]))}
-    frame = frame.assign(place=frame["method"].map(place)).sort_values(["place", "order"], kind="stable")
+    methods = list(dict.fromkeys(frame["method"]))
+    places = [methods.index(method) for method in frame["method"]]
+    frame = frame.assign(place=places).sort_values(["place", "order"], kind="stable")
     return frame.drop(columns=["place", "order"]).reset_index(drop=True)
 
 
 def figure(table: pd.DataFrame) -> Figure:
     """S of each relation by each method; and for each method, NS against PS."""
-    edits = table[table["method"] != "unedited"]
+    edits = table.loc[table["method"] != "unedited", :]
     methods = list(dict.fromkeys(edits["method"]))
     columns = min(3, 1 + len(methods))
     rows = -(-(1 + len(methods)) // columns)

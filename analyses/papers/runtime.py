@@ -10,7 +10,7 @@ are noisy. Timings of another machine are not taken over. Writes:
 
 - `runtime.parquet`: facts, method, stage, seconds, cpu (of this process, all threads), memit (seconds of the MEMIT runs
   beside it), and the machine: processor, threads, torch, device, dtype;
-- `runtime.csv`: a row a stage or method: seconds at the largest n, CPU seconds, seconds a fact, the exponent of n
+- `runtime.csv`: one row per stage or method: seconds at the largest n, CPU seconds, seconds a fact, the exponent of n
   (slope of log seconds against log n; of CPU seconds too, which others' work beside it disturbs less), and the ratio
   to MEMIT;
 - `runtime.pdf`, `.png`.
@@ -36,9 +36,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import QUICK_TOKENS, Experiment
-from analyses.common.variants import Variant, named
+from analyses.common.frames import groups_of
+from analyses.common.variants import Variant, by_name
 from benchmarks.machine import wait
 from mechedit.data import EditRequest
 from mechedit.figures import PAGE_WIDTH, legend_above, line_styles, number_axis, paper_style
@@ -60,44 +61,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Time, fit, draw, write."""
     parser = options(__doc__, count=32, quick_count=4)
     parser.add_argument("--methods", help="such as memit,rome@5,ft (default: all; some with --quick)")
-    experiment = opened("runtime", parser, arguments)
+    experiment = open_experiment("runtime", parser, arguments)
     methods = experiment.given.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
-    variants = named(experiment.variants(methods.split(",")))
+    variants = by_name(experiment.variants(methods.split(",")))
     table = timed(experiment, variants, halvings(len(experiment.requests)))
-    experiment.write(table, printed(table), runtime_figure(table))
+    experiment.write(table, format_table(table), runtime_figure(table))
     print(f"on {', '.join(str(value) for value in machine(experiment).values())}")
     return 0
 
 
 def halvings(most: int) -> list[int]:
     """N, N/2, N/4 … down to 2 facts or to five numbers, ascending."""
-    found = [most // 2**i for i in range(5)]
-    return sorted({count for count in found if count >= 2} or {most})
+    counts = [most // 2**i for i in range(5)]
+    return sorted({count for count in counts if count >= 2} or {most})
 
 
 def timed(experiment: Experiment, variants: Mapping[str, Variant], counts: Sequence[int]) -> pd.DataFrame:
-    """Every stage and method; what this machine has timed already is read."""
+    """Seconds of every stage and method; timings of this machine that lie in the folder are read."""
     about = machine(experiment)
     reference = experiment.variants(["memit"])[0]
-    experiment.moments(sorted({layer for one in (reference, *variants.values()) for layer in one.layers}))
+    experiment.moments(sorted({layer for variant in (reference, *variants.values()) for layer in variant.layers}))
 
-    def kept(what: str, count: int, variant: Variant, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    def cached(what: str, count: int, variant: Variant, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         requests = experiment.requests[:count]
         key = {**experiment.key(requests), **experiment.variant_key(variant), "what": what, "machine": about}
         return experiment.kept("runtime", key, make)
 
-    frames = [kept("moments", 0, reference, partial(moments_seconds, experiment, reference))]
+    frames = [cached("moments", 0, reference, partial(moments_seconds, experiment, reference))]
     for count in tqdm(counts, desc="runtime", unit="size"):
         requests = experiment.requests[:count]
-        frames.append(kept("stages", count, reference, partial(stage_seconds, experiment, reference, requests)))
+        frames.append(cached("stages", count, reference, partial(stage_seconds, experiment, reference, requests)))
         for name, variant in variants.items():
             make = partial(method_seconds, experiment, variant, reference, requests)
-            frames.append(kept("method", count, variant, make).assign(method=name))
+            frames.append(cached("method", count, variant, make).assign(method=name))
     return pd.concat(frames, ignore_index=True).assign(**about)
 
 
 def machine(experiment: Experiment) -> dict[str, Any]:
-    """What the seconds depend on besides the work."""
+    """The machine, its software and the precision: all that the seconds depend on besides the work."""
     return {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -119,7 +120,7 @@ def processor() -> str:
 
 @dataclass
 class Clock:
-    """Seconds of what runs within `with clock.running(name)`, by name."""
+    """Seconds of the blocks `with clock.running(name)`, by name."""
 
     device: str
     seconds: dict[str, float] = field(default_factory=dict)
@@ -142,14 +143,14 @@ class Clock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed:
+class TimedRule:
     """An update rule whose own seconds are counted as `solve`."""
 
     rule: UpdateRule
     clock: Clock
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
-        """As the rule's."""
+        """The rule's own update; its seconds are counted."""
         return self.clock.take("solve", lambda: self.rule.update(layer, keys, residuals))
 
 
@@ -167,7 +168,7 @@ def stage_seconds(experiment: Experiment, variant: Variant, requests: Sequence[E
     model, config, clock = experiment.model, experiment.config(variant), Clock(device=str(experiment.model.device))
     assert isinstance(config, MemitConfig)
     layers, layer = list(variant.layers), config.target_layer(variant.layers)
-    rule = Timed(
+    rule = TimedRule(
         rule=Ridge(moments=experiment.moments(layers), weight=config.covariance_weight, previous={}), clock=clock
     )
     with clock.running("total"):
@@ -183,14 +184,14 @@ def method_seconds(
 ) -> pd.DataFrame:
     """Seconds of a method, and the mean of MEMIT's just before and just after it."""
     clock = Clock(device=str(experiment.model.device))
-    for name, one in (("memit", reference), ("whole", variant), ("memit", reference)):
-        clock.take(name, partial(whole, experiment, one, requests))
+    for name, timed_variant in (("memit", reference), ("whole", variant), ("memit", reference)):
+        clock.take(name, partial(make_edit, experiment, timed_variant, requests))
     table = where(rows(clock, len(requests), variant.method), stage="whole")
     return table.assign(memit=clock.seconds["memit"] / 2)
 
 
-def whole(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> None:
-    """One edit from nothing: what was found before is not used."""
+def make_edit(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> None:
+    """One edit from nothing: targets of earlier edits are not used."""
     moments = experiment.moments(variant.layers)
     METHODS[variant.method](
         experiment.model, requests, list(variant.layers), moments, config=experiment.config(variant)
@@ -198,7 +199,7 @@ def whole(experiment: Experiment, variant: Variant, requests: Sequence[EditReque
 
 
 def rows(clock: Clock, count: int, method: str) -> pd.DataFrame:
-    """One row a stage."""
+    """One row per stage."""
     return pd.DataFrame(
         [
             {"facts": count, "method": method, "stage": stage, "seconds": seconds, "cpu": clock.cpu[stage]}
@@ -207,21 +208,21 @@ def rows(clock: Clock, count: int, method: str) -> pd.DataFrame:
     ).assign(memit=np.nan)
 
 
-def exponent(own: pd.DataFrame, of: str = "seconds") -> float:
+def exponent(seconds_by_facts: pd.DataFrame, of: str = "seconds") -> float:
     """The power b in seconds = a·n^b, by least squares in logarithms; NaN with less than two numbers of facts."""
-    if own["facts"].nunique() < 2:
+    if len(set(seconds_by_facts["facts"])) < 2:
         return np.nan
-    return float(np.polyfit(np.log(own["facts"]), np.log(own[of]), 1)[0])
+    return float(np.polyfit(np.log(seconds_by_facts["facts"]), np.log(seconds_by_facts[of]), 1)[0])
 
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a stage, then a row a method."""
-    found = []
-    for (stage, method), own in table.groupby(["stage", "method"], sort=False):
-        last = own.loc[own["facts"].idxmax(), :]
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per stage, then one row per method."""
+    lines = []
+    for (stage, method), group in groups_of(table, ["stage", "method"]):
+        last = group.loc[group["facts"].idxmax(), :]
         name = f"memit: {stage}" if stage in STAGES else MOMENTS if stage == MOMENTS else str(method)
         count = int(last["facts"])
-        found.append(
+        lines.append(
             {
                 "what": name,
                 "facts": count or "any",
@@ -229,13 +230,13 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
                 "cpu": round(float(last["cpu"]), 2),
                 "a fact": round(float(last["seconds"]) / count, 4) if count else "",
                 **{
-                    name: "" if np.isnan(power := exponent(own, of)) else f"{power:.2f}"
+                    name: "" if np.isnan(power := exponent(group, of)) else f"{power:.2f}"
                     for name, of in (("exponent", "seconds"), ("cpu exponent", "cpu"))
                 },
                 "of memit": "" if pd.isna(last["memit"]) else f"{last['seconds'] / last['memit']:.2f}",
             }
         )
-    return pd.DataFrame(found)
+    return pd.DataFrame(lines)
 
 
 def runtime_figure(table: pd.DataFrame) -> Figure:
@@ -244,24 +245,24 @@ def runtime_figure(table: pd.DataFrame) -> Figure:
     methods = where(table, stage="whole")
     with paper_style():
         figure = Figure(figsize=(PAGE_WIDTH, 2.6))
-        left, right = figure.subplots(1, 2, sharey=True)
-        plot_seconds(stages, left, "stage").set(ylabel="seconds", xlabel="facts edited at once: memit by stages")
+        stage_axes, method_axes = figure.subplots(1, 2, sharey=True)
+        plot_seconds(stages, stage_axes, "stage").set(ylabel="seconds", xlabel="facts edited at once: memit by stages")
         (once,) = where(table, stage=MOMENTS)["seconds"]
-        left.axhline(once, color="#8C8C8C", linestyle="--", linewidth=0.8, label=f"{MOMENTS} (once)")
-        legend_above(left, columns=3)
-        plot_seconds(methods, right, "method").set_xlabel("facts edited at once: whole methods")
-        legend_above(right, columns=4)
+        stage_axes.axhline(once, color="#8C8C8C", linestyle="--", linewidth=0.8, label=f"{MOMENTS} (once)")
+        legend_above(stage_axes, columns=3)
+        plot_seconds(methods, method_axes, "method").set_xlabel("facts edited at once: whole methods")
+        legend_above(method_axes, columns=4)
     return figure
 
 
 def plot_seconds(table: pd.DataFrame, ax: Axes, hue: str) -> Axes:
-    """A line a stage or method."""
+    """One line per stage or method."""
     names = list(dict.fromkeys(table[hue]))
     for name, style in line_styles(names).items():
-        own = where(table, **{hue: name}).sort_values("facts")
-        ax.plot(own["facts"], own["seconds"], label=name, markersize=3, markeredgewidth=0, **style)
+        seconds = where(table, **{hue: name}).sort_values("facts")
+        ax.plot(seconds["facts"], seconds["seconds"], label=name, markersize=3, markeredgewidth=0, **style)
     ax.set_yscale("log")
-    return number_axis(ax, table["facts"])
+    return number_axis(ax, pd.Series(table["facts"]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ settings that ship with the model: MEMIT's λ counts old keys in units of one ne
 Scores are on the facts edited. Writes, with 95 % intervals over cases:
 
 - `scaling_curve.parquet`: edits, method, layers, measure, mean, low, high, n (cases);
-- `scaling_curve.csv`: the same, a row an edit, as the papers print numbers;
+- `scaling_curve.csv`: the same, one row per edit, as the papers print numbers;
 - `scaling_curve_order.csv`: the methods at the largest n, by S;
 - `scaling_curve.pdf`, `.png`: S, ES, PS, NS, and GE and RS with `--free`.
 """
@@ -22,11 +22,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
+from analyses.common.frames import groups_of
 from analyses.common.free_text import free_text
-from analyses.common.printing import cells
-from analyses.common.variants import Variant, named
+from analyses.common.printing import format_scores
+from analyses.common.variants import Variant, by_name
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors
 from mechedit.figures import scores_figure
@@ -38,7 +39,7 @@ from mechedit.tables import where
 MEASURES = ("S", "ES", "PS", "NS", "GE", "RS")
 """The panels of the paper's figure."""
 BESIDE = ("exact_match", "KL")
-"""What stands beside them in the table."""
+"""Further measures in the table."""
 
 QUICK_METHODS = ("memit", "rome", "ft")
 
@@ -48,15 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = options(__doc__, count=150, quick_count=8)
     parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all; some with --quick)")
     parser.add_argument("--free", type=int, default=0, help="free texts a case, for GE and RS (default 0, none)")
-    experiment = opened("scaling_curve", parser, arguments)
+    experiment = open_experiment("scaling_curve", parser, arguments)
     methods = experiment.given.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
-    variants = named(experiment.variants(methods.split(",")))
+    variants = by_name(experiment.variants(methods.split(",")))
     counts = sizes(len(experiment.requests), 4 if experiment.quick else 16)
     table = scaled(experiment, variants, counts)
     best_first = order(table)
     with atomic(experiment.out / f"{experiment.name}_order.csv") as temporary:
         best_first.to_csv(temporary, index=False)
-    experiment.write(table, printed(table), scaling_figure(table))
+    experiment.write(table, format_table(table), scaling_figure(table))
     print(f"\nby S at {counts[-1]} edits:\n{best_first.to_string(index=False)}")
     return 0
 
@@ -69,51 +70,54 @@ def sizes(most: int, steps: int = 16) -> list[int]:
 def scaled(experiment: Experiment, variants: Mapping[str, Variant], counts: Sequence[int]) -> pd.DataFrame:
     """The scores of every method on the first n requests, and of the unedited model on the same."""
     config, references = free_text(experiment)
-    whole = cache(lambda name: experiment.kept_edit(variants[name], experiment.requests))
+    edit_of_all = cache(lambda name: experiment.kept_edit(variants[name], experiment.requests))
     frames = []
     for count in tqdm(counts, desc="scaling", unit="size"):
         requests, score = experiment.requests[:count], partial(experiment.scored, evaluation=config)
-        found = {"unedited": score(None, requests, references=references)}
+        scores = {"unedited": score(None, requests, references=references)}
         for name, variant in variants.items():
-            make = nested(experiment, variant, partial(whole, name), requests)
-            found[name] = score(variant, requests, references=references, make=make)
+            make = nested(experiment, variant, partial(edit_of_all, name), requests)
+            scores[name] = score(variant, requests, references=references, make=make)
         frames += [
             rows.assign(edits=count, method=name, layers=span(variants[name].layers) if name in variants else "")
-            for name, rows in found.items()
+            for name, rows in scores.items()
         ]
     columns = ["edits", "method", "layers", "measure", "mean", "low", "high", "n"]
     return pd.concat(frames, ignore_index=True).loc[:, columns]
 
 
 def nested(
-    experiment: Experiment, variant: Variant, whole: Callable[[], Edit], requests: Sequence[EditRequest]
+    experiment: Experiment, variant: Variant, edit_of_all: Callable[[], Edit], requests: Sequence[EditRequest]
 ) -> Callable[[], Edit] | None:
-    """For a method that edits one fact after another: its edit of the first requests is the first part of that of all.
+    """For a method that edits one fact after another, how to take its edit of the first requests from that of all.
 
     So the long search, each fact's on the model edited so far, is made once. None where all are edited at once.
     """
     config = experiment.config(variant)
     if config.shares_targets or not isinstance(config, SearchConfig):
         return None
-    return lambda: first(whole(), len(requests))
+    return lambda: first(edit_of_all(), len(requests))
 
 
 def first(edit: Edit, count: int) -> Edit:
-    """The first rank-one updates of an edit that holds one a request, in their order.
+    """The first rank-one updates of an edit that has one per request, in their order.
 
     What the manifest says of the whole, of residuals and of what is left, is not said of the part.
     """
-    factors = {layer: Factors(left=one.left[:, :count], right=one.right[:count]) for layer, one in edit.factors.items()}
-    whole = ("residuals", "left", "facts", "unconverged")
-    manifest = {name: value for name, value in edit.manifest.items() if name not in whole}
+    factors = {
+        layer: Factors(left=layer_factors.left[:, :count], right=layer_factors.right[:count])
+        for layer, layer_factors in edit.factors.items()
+    }
+    of_all_requests = ("residuals", "left", "facts", "unconverged")
+    manifest = {name: value for name, value in edit.manifest.items() if name not in of_all_requests}
     return Edit(factors=factors, manifest={**manifest, "requests": list(edit.manifest["requests"])[:count]})
 
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """A row an edit: each measure with half its interval in brackets."""
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per edit: each measure with half its interval in brackets."""
     rows = [
-        {"edits": edits, "method": method, "layers": layers, **cells(own, (*MEASURES, *BESIDE))}
-        for (edits, method, layers), own in table.groupby(["edits", "method", "layers"], sort=False)
+        {"edits": edits, "method": method, "layers": layers, **format_scores(scores, (*MEASURES, *BESIDE))}
+        for (edits, method, layers), scores in groups_of(table, ["edits", "method", "layers"])
     ]
     return pd.DataFrame(rows)
 
@@ -123,15 +127,15 @@ def order(table: pd.DataFrame) -> pd.DataFrame:
     rows = where(table, edits=table["edits"].max())
     rows = rows.loc[rows["method"] != "unedited", :]
     means = where(rows, measure="S").sort_values("mean", ascending=False, kind="stable")
-    found = [
-        {"place": place, "method": name, **cells(where(rows, method=name), (*MEASURES, *BESIDE))}
-        for place, name in enumerate(means["method"], start=1)
+    lines = [
+        {"place": rank, "method": name, **format_scores(where(rows, method=name), (*MEASURES, *BESIDE))}
+        for rank, name in enumerate(means["method"], start=1)
     ]
-    return pd.DataFrame(found)
+    return pd.DataFrame(lines)
 
 
 def scaling_figure(table: pd.DataFrame) -> Figure:
-    """A panel a measure; as in the paper, a dashed line for the neighbors before the edit."""
+    """One panel per measure; as in the paper, a dashed line for the neighbors before the edit."""
     unedited = table["method"] == "unedited"
     before = table.loc[unedited & (table["measure"] == "NS") & (table["edits"] == table["edits"].max()), :]
     shown = pd.concat([table.loc[~unedited, :].astype({"edits": float}), before.assign(edits=math.nan)])

@@ -19,8 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from analyses.common.frames import groups_of, records
 from mechedit import pipeline
-from mechedit.cli.parsing import load, sampled
+from mechedit.cli.parsing import load_quietly, sampled
 from mechedit.data import load_facts, load_requests, tiny_data
 from mechedit.errors import InputError
 from mechedit.evaluation import Summary
@@ -41,33 +42,33 @@ FULL = {"facts": 200, "samples": 10, "requests": 20, "tokens": 2_000_000}
 
 def main() -> int:
     """Trace, select, sweep, draw, write; the exit code is that of `mechedit select`."""
-    given = arguments()
-    size = QUICK if given.quick else FULL
-    run = pipeline.RunFolder.at(given.out or f"select_{Path(given.model).name}", overwrite=given.overwrite)
-    facts = sampled(load_facts(given.facts), given.max_facts or size["facts"], given.seed)
-    requests = load_requests(given.requests)
-    model = load(given.model, given.backend, given.device, given.dtype)
+    options = read_arguments()
+    size = QUICK if options.quick else FULL
+    run = pipeline.RunFolder.at(options.out or f"select_{Path(options.model).name}", overwrite=options.overwrite)
+    facts = sampled(load_facts(options.facts), options.max_facts or size["facts"], options.seed)
+    requests = load_requests(options.requests)
+    model = load_quietly(options.model, options.backend, options.device, options.dtype)
 
-    severed = TraceConfig(sever=("nothing", "mlp", "attn"), samples=size["samples"], seed=given.seed)
+    severed = TraceConfig(sever=("nothing", "mlp", "attn"), samples=size["samples"], seed=options.seed)
     pipeline.trace_step(run, model, facts, severed)
-    selection = pipeline.select_step(run, SelectConfig(rule=given.rule, seed=given.seed))
+    selection = pipeline.select_step(run, SelectConfig(rule=options.rule, seed=options.seed))
     print(selection.reason)
-    sweep = SweepConfig(by=given.by, width=given.width, requests=size["requests"], seed=given.seed)
-    if selection.layers or given.width:
-        reading = MomentsConfig(tokens=given.tokens or size["tokens"])
+    sweep = SweepConfig(by=options.by, width=options.width, requests=size["requests"], seed=options.seed)
+    if selection.layers or options.width:
+        reading = MomentsConfig(tokens=options.tokens or size["tokens"])
         config = recommended("memit", model)
         selection = pipeline.validate_step(
-            run, model, selection, requests, given.texts, sweep, "memit", config, reading
+            run, model, selection, requests, options.texts, sweep, "memit", config, reading
         )
         print(selection.validation["verdict"])
     run_figures(run.path)
     write_report(run.path)
-    card = write_card(run, selection, given)
+    card = write_card(run, selection, options)
     print(f"see {card} and {run.path / 'report.html'}")
     return 0 if selection.layers else 3
 
 
-def arguments() -> argparse.Namespace:
+def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", help="tiny, a hub name or a folder")
@@ -89,16 +90,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_card(run: pipeline.RunFolder, selection: Selection, given: argparse.Namespace) -> Path:
+def write_card(run: pipeline.RunFolder, selection: Selection, options: argparse.Namespace) -> Path:
     """Write README.md: what was found, from what, and how to make it again."""
     sections = [
-        f"# Layers of {given.model}",
-        found(selection),
+        f"# Layers of {options.model}",
+        answer(selection),
         "## Ranges by rule",
         rules(selection),
         *(["## Edits by window", edits(run, selection)] if selection.validation else []),
         "## Made from",
-        made_from(run, given),
+        made_from(run, options),
         "## Again",
         again(),
     ]
@@ -107,7 +108,7 @@ def write_card(run: pipeline.RunFolder, selection: Selection, given: argparse.Na
     return run.path / "README.md"
 
 
-def found(selection: Selection) -> str:
+def answer(selection: Selection) -> str:
     """The answer, how stable it is, and what edits say of it."""
     by = selection.validation.get("by", "trace")
     drawn = "requests" if by == "sweep" else "facts"
@@ -135,14 +136,17 @@ def sentence(text: str) -> str:
 
 
 def rules(selection: Selection) -> str:
-    """What each rule selects, beside what others use for this model."""
+    """The range that each rule selects, beside the ranges published for this model."""
     rows = [
         [name, span(rule.layers), f"{rule.stability:.0%}", span(rule.modal)] for name, rule in selection.rules.items()
     ]
     text = markdown(["rule", "layers", "resamples that agree", "most frequent"], rows)
     if not selection.published:
         return text + "\n\nNo range is published for a model of this name."
-    published = [[f"{one.method} ({one.model})", span(one.layers), one.source, one.note] for one in selection.published]
+    published = [
+        [f"{entry.method} ({entry.model})", span(entry.layers), entry.source, entry.note]
+        for entry in selection.published
+    ]
     return text + "\n\nPublished:\n\n" + markdown(["method", "layers", "source", "note"], published)
 
 
@@ -152,18 +156,17 @@ def edits(run: pipeline.RunFolder, selection: Selection) -> str:
     measures = [name for name in ("ES", "PS", "NS", sweep.score, "left") if name in set(sweep.table["measure"])]
     measures = list(dict.fromkeys(measures))
     by_window = {
-        (first, last): {row["measure"]: row for row in rows.to_dict("records")}
-        for (first, last), rows in sweep.table.groupby(["first", "last"])
+        ends: {row["measure"]: row for row in records(rows)} for ends, rows in groups_of(sweep.table, ["first", "last"])
     }
     rows = [["unedited", "", *(interval(sweep.before, name) for name in measures)]]
     for record in selection.validation["windows"]:
         window = by_window[record["layers"][0], record["layers"][-1]]
-        said = f"{100 * record['contribution']:.1f}"
-        rows.append([span(record["layers"]), said, *(interval(window, name) for name in measures)])
-    made = selection.validation
+        contribution = f"{100 * record['contribution']:.1f}"
+        rows.append([span(record["layers"]), contribution, *(interval(window, name) for name in measures)])
+    validation = selection.validation
     return (
-        f"{made['method'].upper()} with {made['n_requests']} requests at once, {made['held_out']} of them about "
-        f"subjects that were not traced.\n\n"
+        f"{validation['method'].upper()} with {validation['n_requests']} requests at once, "
+        f"{validation['held_out']} of them about subjects that were not traced.\n\n"
         + markdown(["layers", "contribution", *measures], rows)
         + "\n\nContribution: what the MLPs of the window add in the trace, in percent of probability. left: how much "
         "of the change wanted of the hidden states was not reached, in percent. Brackets: 95% bootstrap intervals over "
@@ -172,12 +175,14 @@ def edits(run: pipeline.RunFolder, selection: Selection) -> str:
 
 
 def interval(summary: Summary, measure: str) -> str:
-    """Mean and interval of a measure; empty without data."""
-    entry = summary.get(measure)
-    return f"{entry['mean']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]" if entry else ""
+    """Mean and interval of a measure; the mean alone without an interval, empty without data."""
+    if measure not in summary:
+        return ""
+    mean, low, high = (summary[measure][end] for end in ("mean", "low", "high"))
+    return f"{mean:.1f}" if low is None or low != low else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def made_from(run: pipeline.RunFolder, given: argparse.Namespace) -> str:
+def made_from(run: pipeline.RunFolder, options: argparse.Namespace) -> str:
     """Model, inputs and settings, with their hashes."""
     steps = run.stamps()
     model = steps["trace"]["model"]
@@ -188,9 +193,9 @@ def made_from(run: pipeline.RunFolder, given: argparse.Namespace) -> str:
         ["precision", model["dtype"]],
     ]
     for what, source, file in (
-        ("facts", given.facts, "facts.jsonl" if given.facts == "known" else given.facts),
-        ("requests", given.requests, "requests.json" if given.requests == "tiny" else given.requests),
-        ("texts", given.texts, "texts.txt" if given.texts == "tiny" else given.texts),
+        ("facts", options.facts, "facts.jsonl" if options.facts == "known" else options.facts),
+        ("requests", options.requests, "requests.json" if options.requests == "tiny" else options.requests),
+        ("texts", options.texts, "texts.txt" if options.texts == "tiny" else options.texts),
     ):
         path = tiny_data(file) if source in ("known", "tiny") else Path(file)
         rows.append([what, f"{source}, SHA-256 {file_hash(path)}" if path.is_file() else source])

@@ -21,11 +21,12 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from tqdm import tqdm
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
+from analyses.common.frames import groups_of
 from analyses.common.free_text import free_text
-from analyses.common.printing import cells
-from analyses.common.variants import Variant, named
+from analyses.common.printing import format_scores
+from analyses.common.variants import Variant, by_name
 from mechedit.figures import score_rows_figure
 from mechedit.methods import METHODS
 from mechedit.report import span
@@ -38,7 +39,7 @@ VARIANTS = (
     *("pmet", "alphaedit", "alphaedit:strategy=forward-replay", "emmet", "emmet@middle"),
     *("rome", "rome:keys=published", "ft", "ft_l", "ft_w"),
 )
-"""What is compared on the tiny model."""
+"""Methods that are compared on the tiny model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(requests="tiny")
     parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all)")
     parser.add_argument("--free", type=int, help="free texts a case, for GE and RS (default 1; with --quick 0)")
-    experiment = opened("table_counterfact", parser, arguments)
-    given = experiment.given
-    if given.free is None:
-        given.free = 0 if experiment.quick else 1
-    default = VARIANTS if given.model == "tiny" and not experiment.quick else METHODS
-    variants = named(experiment.variants(given.methods.split(",") if given.methods else list(default)))
+    experiment = open_experiment("table_counterfact", parser, arguments)
+    parsed = experiment.given
+    if parsed.free is None:
+        parsed.free = 0 if experiment.quick else 1
+    default = VARIANTS if parsed.model == "tiny" and not experiment.quick else METHODS
+    variants = by_name(experiment.variants(parsed.methods.split(",") if parsed.methods else list(default)))
     table = compared(experiment, variants)
-    experiment.write(table, printed(table), score_rows_figure(table, MEASURES))
+    experiment.write(table, format_table(table), score_rows_figure(table, MEASURES))
     return 0
 
 
@@ -68,14 +69,14 @@ def compared(experiment: Experiment, variants: Mapping[str, Variant]) -> pd.Data
     return pd.concat(frames, ignore_index=True).loc[:, ["method", "layers", "measure", "mean", "low", "high", "n"]]
 
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a method, as the paper prints it."""
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, as the paper prints it."""
     rows = [
-        {"method": method, "layers": layers, **cells(own, (*MEASURES, *BESIDE))}
-        for (method, layers), own in table.groupby(["method", "layers"], sort=False)
+        {"method": method, "layers": layers, **format_scores(scores, (*MEASURES, *BESIDE))}
+        for (method, layers), scores in groups_of(table, ["method", "layers"])
     ]
-    held = [name for name in (*MEASURES, *BESIDE) if any(name in row for row in rows)]
-    return pd.DataFrame(rows, columns=["method", "layers", *held]).fillna("")
+    measures = [name for name in (*MEASURES, *BESIDE) if any(name in row for row in rows)]
+    return pd.DataFrame(rows, columns=["method", "layers", *measures]).fillna("")
 
 
 if __name__ == "__main__":

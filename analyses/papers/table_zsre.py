@@ -18,7 +18,7 @@ from contextlib import nullcontext
 import pandas as pd
 from tqdm import tqdm
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.printing import score_frame
 from analyses.common.variants import Variant
@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.set_defaults(requests="tiny")
     parser.add_argument("--methods", help=f"such as memit,rome@5 (default memit; for the tiny model {METHODS['tiny']})")
-    experiment = opened("table_zsre", parser, arguments)
+    experiment = open_experiment("table_zsre", parser, arguments)
     names = experiment.given.methods or METHODS.get(experiment.given.model, "memit")
     variants = [None, *(Variant.parse(text, experiment.layers) for text in parse_names(names))]
     rows = [scored(experiment, variant) for variant in tqdm(variants, desc="methods", unit="edit")]
     table = pd.concat(rows, ignore_index=True)
-    experiment.write(table, printed(table), score_rows_figure(table, tuple(COLUMNS)[:4]))
+    experiment.write(table, format_table(table), score_rows_figure(table, tuple(COLUMNS)[:4]))
 
 
 def scored(experiment: Experiment, variant: Variant | None) -> pd.DataFrame:
@@ -58,8 +58,8 @@ def scored(experiment: Experiment, variant: Variant | None) -> pd.DataFrame:
         "variant": None if variant is None else experiment.variant_key(variant),
         "evaluation": {"protocol": "zsre", **dataclasses.asdict(QUICK)},
     }
-    found = experiment.kept("scores", key, lambda: _score(experiment, variant))
-    return found.assign(method="unedited" if variant is None else variant.name)
+    scores = experiment.kept("scores", key, lambda: _score(experiment, variant))
+    return scores.assign(method="unedited" if variant is None else variant.name)
 
 
 def _score(experiment: Experiment, variant: Variant | None) -> pd.DataFrame:
@@ -68,11 +68,11 @@ def _score(experiment: Experiment, variant: Variant | None) -> pd.DataFrame:
         return score_frame(evaluate_zsre(experiment.model, experiment.requests, QUICK).summary())
 
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a method: Score, Efficacy, Paraphrase and Specificity with half their intervals."""
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per method: Score, Efficacy, Paraphrase and Specificity with half their intervals."""
     rows = []
-    for method, own in table.groupby("method", sort=False):
-        entries = own.set_index("measure")
+    for method, scores in table.groupby("method", sort=False):
+        entries = scores.set_index("measure")
         cells = {name: _cell(entries.loc[measure]) for measure, name in COLUMNS.items() if measure in entries.index}
         rows.append({"Editor": method, **cells})
     return pd.DataFrame(rows)

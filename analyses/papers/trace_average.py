@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from mechedit import pipeline
 from mechedit.figures import (
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trace, average, draw, write."""
     parser = options(__doc__, max_facts=MAX_FACTS)
     parser.add_argument("--fact", help="id of the fact to draw token by token (default: the one hurt most)")
-    experiment = opened("trace_average", parser, arguments)
+    experiment = open_experiment("trace_average", parser, arguments)
     folder = traced(experiment)
     averages, total = average_effects(folder / "effects.parquet"), total_effects(folder / "effects.parquet")
     figures = {
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, figure in figures.items():
         save_figure(figure, experiment.out, f"{experiment.name}_{name}")
     write_facts(experiment, folder)
-    experiment.write(averages, printed(averages, total), roles_figure(averages))
+    experiment.write(averages, format_table(averages, total), roles_figure(averages))
 
 
 def traced(experiment: Experiment) -> Path:
@@ -74,17 +74,17 @@ def traced(experiment: Experiment) -> Path:
     return folder.path
 
 
-def printed(averages: pd.DataFrame, total: pd.DataFrame) -> pd.DataFrame:
+def format_table(averages: pd.DataFrame, total: pd.DataFrame) -> pd.DataFrame:
     """The largest AIE of each kind, severing and role, beside the ATE, all in percent of probability."""
     best = averages.loc[averages.groupby(["kind", "sever", "role"], sort=False)["mean"].idxmax()]
-    named = pd.DataFrame({"kind": best["kind"].map(KIND_LABELS), "severed": best["sever"].map(sever_in_words)})
-    named["role"] = best["role"].map(ROLE_LABELS)
-    named["layer"], named["facts"] = best["layer"], best["facts"]
+    table = pd.DataFrame({"kind": best["kind"].map(KIND_LABELS), "severed": best["sever"].map(sever_in_words)})
+    table["role"] = best["role"].map(ROLE_LABELS)
+    table["layer"], table["facts"] = best["layer"], best["facts"]
     for name, column in (("AIE", "mean"), ("low", "low"), ("high", "high")):
-        named[name] = (100 * best[column]).round(1) + 0.0  # not −0.0
+        table[name] = (100 * best[column]).round(1) + 0.0  # not −0.0
     for name in ("total", "total_low", "total_high"):
-        named[name.replace("total", "ATE")] = round(100 * float(total[name].iloc[0]), 1)
-    return named.reset_index(drop=True)
+        table[name.replace("total", "ATE")] = round(100 * float(total[name].iloc[0]), 1)
+    return table.reset_index(drop=True)
 
 
 def one_fact(folder: Path, name: str | None) -> Figure:

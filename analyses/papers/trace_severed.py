@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.common.command import opened, options, run
+from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from mechedit.figures import PAGE_WIDTH, paper_style, plot_selection, plot_severed
 from mechedit.files import atomic
@@ -30,17 +30,17 @@ from mechedit.report import span
 from mechedit.selection import Selection
 
 SEVERINGS = {"state": "nothing", "mlp_severed": "mlp", "attn_severed": "attn"}
-"""What the selection's evidence calls the effect of a state under each severing."""
+"""Names in the selection's evidence, and the severing under which the effect of a state is meant."""
 MEASURES = (*SEVERINGS, "gap", "contribution")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trace, select, draw, write."""
-    experiment = opened("trace_severed", options(__doc__), arguments)
+    experiment = open_experiment("trace_severed", options(__doc__), arguments)
     experiment.trace()
     selection = experiment.select()
     write_rules(experiment, selection)
-    experiment.write(tidy(selection), printed(selection), severed_figure(selection))
+    experiment.write(tidy(selection), format_table(selection), severed_figure(selection))
     print(sentence(selection))
     return 0 if selection.layers else 3
 
@@ -59,8 +59,8 @@ def tidy(selection: Selection) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "measure", "mean", "low", "high"]).astype({"low": float, "high": float})
 
 
-def printed(selection: Selection) -> pd.DataFrame:
-    """A row a layer, everything in percent: each measure with its interval, membership, and whether it is chosen."""
+def format_table(selection: Selection) -> pd.DataFrame:
+    """One row per layer, everything in percent: each measure with its interval, membership, whether it is chosen."""
     rows: list[dict[str, Any]] = []
     for record in selection.evidence:
         numbers = {
@@ -90,9 +90,9 @@ def severed_figure(selection: Selection) -> Figure:
     """The bars of MEMIT Fig. 3, and beside them the gap that they show, its parts by layer and the ranges."""
     with paper_style():
         figure = Figure(figsize=(PAGE_WIDTH, 2.7))
-        left, right = figure.subplots(1, 2)
-        plot_severed(bars(selection), left, selection.layers)
-        plot_selection(selection.plain(), right)
+        bar_axes, gap_axes = figure.subplots(1, 2)
+        plot_severed(bars(selection), bar_axes, selection.layers)
+        plot_selection(selection.plain(), gap_axes)
     return figure
 
 
@@ -105,7 +105,7 @@ def bars(selection: Selection) -> pd.DataFrame:
 
 
 def sentence(selection: Selection) -> str:
-    """What is selected and why, or why nothing is."""
+    """The selected layers and the reason, or why none are selected."""
     on = f"{selection.n_facts} facts"
     if not selection.layers:
         return f"no layers are selected from {on}: {selection.reason}"

@@ -2,7 +2,7 @@
 
     python -m analyses.planted_truth.make --out DIR [--only NAME …] [--price 0.0004] [--steps 1000]
 
-Writes one folder a model: a GPT-Neo checkpoint, facts.jsonl, recipe.json and truth.json. A model that has its
+Writes one folder per model: a GPT-Neo checkpoint, facts.jsonl, recipe.json and truth.json. A model that has its
 truth.json is not trained again. The facts, sentences and training are the tiny model's (`../tiny_model`), with
 fewer subjects and relations.
 """
@@ -129,8 +129,8 @@ def main() -> None:
     parser.add_argument("--price", type=float, help="of the planted MLPs' squared outputs: more spreads the work")
     parser.add_argument("--steps", type=int, help="training steps, to try the script")
     arguments = parser.parse_args()
-    given = {"mlp_price_squared": arguments.price, "steps": arguments.steps}
-    changes = {name: value for name, value in given.items() if value is not None}
+    options = {"mlp_price_squared": arguments.price, "steps": arguments.steps}
+    changes = {name: value for name, value in options.items() if value is not None}
     for plan in PLANS:
         out = arguments.out / plan.name
         if plan.name in (arguments.only or [plan.name]) and not (out / "truth.json").is_file():

@@ -1,9 +1,9 @@
-"""Trace the models that `make.py` left, ablate their layers one by one, and judge every selection rule.
+"""Trace the models that `make.py` wrote, ablate their layers one by one, and score every selection rule.
 
     python -m analyses.planted_truth.measure DIR [--facts 80] [--fixture FILE]
 
-Writes effects.parquet and ablation.parquet into each model's folder (what is there is not measured again), then
-DIR/rules.csv (a row for each model and rule), DIR/models.csv and both as Markdown in DIR/table.md. `--fixture`
+Writes effects.parquet and ablation.parquet into each model's folder (a model that has them is not measured again), then
+DIR/rules.csv (one row per model and rule), DIR/models.csv and both as Markdown in DIR/table.md. `--fixture`
 also packs the effects of all models that count, with their truth, into one small file for the tests.
 """
 
@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import mechedit as me
+from analyses.common.frames import means_by, total_effect
 from mechedit.files import read_json, write_parquet
 from mechedit.models import Patch
 from mechedit.selection import RULES, SelectConfig
@@ -50,9 +51,9 @@ def measure(folder: Path, count: int) -> None:
 
 @torch.no_grad()
 def ablate(model: me.Model, facts: Sequence[me.Fact], std: float) -> pd.DataFrame:
-    """What P(object) loses when MLP outputs at the subject's last token are those of the corrupted run.
+    """The loss of P(object) when MLP outputs at the subject's last token are those of the corrupted run.
 
-    A row for each fact and layer, everything else as in the clean run; layer −1 is all layers at once.
+    One row per fact and layer, everything else as in the clean run; layer −1 is all layers at once.
     """
     known, _ = known_facts(model, facts)
     frames = []
@@ -90,7 +91,7 @@ def ablated_scores(runs: TraceRuns, patches: Sequence[Patch]) -> torch.Tensor:
     return runs.metric_values(run, fact)["probability"].view(len(runs.facts), runs.samples).mean(1)
 
 
-def judge(chosen: Iterable[int], truth: Iterable[int]) -> tuple[float, float]:
+def precision_and_iou(chosen: Iterable[int], truth: Iterable[int]) -> tuple[float, float]:
     """Precision (share of chosen layers that are true; NaN when none is chosen) and intersection over union."""
     chosen, truth = set(chosen), set(truth)
     common = len(chosen & truth)
@@ -98,7 +99,7 @@ def judge(chosen: Iterable[int], truth: Iterable[int]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
+class MeasuredModel:
     """One model with everything measured on it."""
 
     name: str
@@ -106,24 +107,23 @@ class Measured:
     drop: pd.Series
     """Mean loss of P(object) by ablated layer."""
     all_dropped: float
-    """The same with all layers ablated at once."""
+    """Mean loss with all layers ablated at once."""
     total: float
     """Total effect of the corruption."""
     selection: me.Selection
     """By the default rule; it carries what the others choose."""
 
     @staticmethod
-    def read(folder: Path) -> Measured:
+    def read(folder: Path) -> MeasuredModel:
         """Read a measured model's folder and select."""
         effects = read_table(folder / "effects.parquet")
-        drop = read_table(folder / "ablation.parquet").groupby("layer")["drop"].mean()
-        scores = effects.groupby("fact")[["clean", "corrupted"]].first().mean()
-        return Measured(
+        drop = means_by(read_table(folder / "ablation.parquet"), "layer", "drop")
+        return MeasuredModel(
             name=folder.name,
             truth=read_json(folder / "truth.json"),
-            drop=drop[drop.index >= 0],
-            all_dropped=float(drop[-1]),
-            total=float(scores["clean"] - scores["corrupted"]),
+            drop=drop.drop(-1),
+            all_dropped=drop.to_dict()[-1],
+            total=total_effect(effects),
             selection=me.select_layers(effects),
         )
 
@@ -145,7 +145,7 @@ class Measured:
         return self.truth["recall"] >= LEAST_RECALL and self.site >= LEAST_SITE
 
     def row(self) -> dict[str, Any]:
-        """Truth, ablation and curves; curves in percent of probability, a number a layer."""
+        """Truth, ablation and curves; curves in percent of probability, one number per layer."""
         curves = {
             name: percents([getattr(record, name) for record in self.selection.evidence])
             for name in ("state", "gap", "contribution")
@@ -171,7 +171,7 @@ class Measured:
         rows = []
         for rule, choice in self.selection.rules.items():
             layers = list(choice.layers)
-            precision, iou = judge(layers, self.truth["layers"])
+            precision, iou = precision_and_iou(layers, self.truth["layers"])
             rows.append(
                 {
                     "model": self.name,
@@ -182,7 +182,7 @@ class Measured:
                     "outside": len(set(layers) - set(self.truth["layers"])),
                     "precision": precision,
                     "IoU": iou,
-                    "IoU with ablation": judge(layers, self.important)[1],
+                    "IoU with ablation": precision_and_iou(layers, self.important)[1],
                     "drop held": float(self.drop[layers].sum() / self.drop.clip(lower=0).sum()),
                     "stability": choice.stability,
                 }
@@ -240,7 +240,7 @@ def pack(folders: Sequence[Path], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, judge, write."""
+    """Measure, score the rules, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path)
     parser.add_argument("--facts", type=int, default=80, help="facts traced a model")
@@ -249,7 +249,7 @@ def main() -> None:
     folders = sorted(path.parent for path in arguments.dir.glob("*/truth.json"))
     for folder in folders:
         measure(folder, arguments.facts)
-    measured = [Measured.read(folder) for folder in folders]
+    measured = [MeasuredModel.read(folder) for folder in folders]
     counting = [model for model in measured if model.counts]
     models = pd.DataFrame([model.row() for model in measured])
     rules = pd.DataFrame([row for model in counting for row in model.judged()])

@@ -28,7 +28,7 @@ NEAR = 4.5
 
 
 def plot_groups(table: pd.DataFrame, ax: Axes, *, by: str, measure: str = "S", reference: str | None = None) -> Axes:
-    """A row a group with a mark and its interval for each method; the best of the first method is on top.
+    """One row per group with a mark and its interval per method; the best of the first method is on top.
 
     Args:
         table: `by, method, measure, mean, low, high`.
@@ -47,9 +47,9 @@ def plot_groups(table: pd.DataFrame, ax: Axes, *, by: str, measure: str = "S", r
     names = [reference, *names] if reference in set(rows[by]) else names
     styles = line_styles(methods)
     for order, method in enumerate(methods):
-        own = where(rows, method=method).set_index(by)[ENDS].reindex(names)
+        scores = where(rows, method=method).set_index(by)[ENDS].reindex(names)
         height = np.arange(len(names)) + 0.18 * ((len(methods) - 1) / 2 - order)
-        mean, low, high = own.to_numpy(dtype=float).T
+        mean, low, high = scores.to_numpy(dtype=float).T
         style = {"color": styles[method]["color"], "marker": styles[method]["marker"]}
         ax.errorbar(mean, height, xerr=[mean - low, high - mean], **_MARK, **style, label=method)
     if names[0] == reference:
@@ -64,7 +64,7 @@ def plot_groups(table: pd.DataFrame, ax: Axes, *, by: str, measure: str = "S", r
 def plot_tradeoff(
     table: pd.DataFrame, ax: Axes, *, by: str, x: str = "PS", y: str = "NS", reference: str | None = None
 ) -> Axes:
-    """One measure against another: a mark a group and method with its two intervals, the groups named.
+    """One measure against another: one mark per group and method with its two intervals, the groups named.
 
     The reference is a larger, hollow mark. Names stand where they hide neither a mark nor one another; those that
     found no place near their mark have a thin line to it. Draw this last: the size of the axes must be final.
@@ -84,7 +84,7 @@ def plot_tradeoff(
     both = across.index.intersection(up.index, sort=False)
     across, up = across.loc[both, :], up.loc[both, :]
     methods = list(dict.fromkeys(across.index.get_level_values(0)))
-    styles, named, crosses = line_styles(methods), [], []
+    styles, points, crosses = line_styles(methods), [], []
     for method in methods:
         style = styles[method]
         for group in across.loc[method].index:
@@ -95,7 +95,7 @@ def plot_tradeoff(
             ax.errorbar(
                 mean, level, **ends, color=style["color"], marker=style["marker"], label=label, **{**_MARK, **apart}
             )
-            named.append((float(mean), float(level), str(group), style["color"]))
+            points.append((float(mean), float(level), str(group), style["color"]))
             crosses += [((low, level), (high, level)), ((mean, bottom), (mean, top))]
     ax.set(xlim=_limits(across), ylim=_limits(up))
     ax.set_xticks(_ticks(ax.get_xticks(), ax.get_xlim()))
@@ -103,7 +103,7 @@ def plot_tradeoff(
     ax.set(xlabel=f"{measure_named(x).heading}, %", ylabel=f"{measure_named(y).heading}, %")
     if len(methods) > 1:
         legend_above(ax, columns=3)
-    name_points(ax, named, crosses)
+    name_points(ax, points, crosses)
     return ax
 
 
@@ -126,24 +126,24 @@ def name_points(ax: Axes, points: Sequence[Point], lines: Sequence[Line] = ()) -
     assert figure is not None
     figure.draw_without_rendering()  # only now the axes have their place
     unit = figure.dpi / 72
-    places = ax.transData.transform([point[:2] for point in points])
-    taken = [Bbox.from_bounds(x - 2 * unit, y - 2 * unit, 4 * unit, 4 * unit) for x, y in places]
+    anchors = ax.transData.transform([point[:2] for point in points])
+    taken = [Bbox.from_bounds(x - 2 * unit, y - 2 * unit, 4 * unit, 4 * unit) for x, y in anchors]
     crossed = [Bbox(ax.transData.transform(line)).padded(0.5 * unit) for line in lines]
     inside = ax.get_window_extent()
-    for (x, y, name, color), place in zip(points, places, strict=True):
+    for (x, y, name, color), anchor in zip(points, anchors, strict=True):
         text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=5.5, color=color, va="center")
         text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
         size = np.array(text.get_window_extent().size) / unit
-        offset = _offset(place, size, unit, [[*taken, *crossed], taken], inside)
-        taken.append(_box(place, offset, size, unit))
+        offset = _offset(anchor, size, unit, [[*taken, *crossed], taken], inside)
+        taken.append(_box(anchor, offset, size, unit))
         _move(text, offset, line=bool(np.hypot(*offset) > 2 * NEAR))
 
 
-def _offset(place: Any, size: Any, unit: float, avoided: Sequence[Sequence[BboxBase]], inside: BboxBase) -> Any:
+def _offset(anchor: Any, size: Any, unit: float, avoided: Sequence[Sequence[BboxBase]], inside: BboxBase) -> Any:
     """The nearest offset, in points, where a name hides nothing of the first list that leaves room for it."""
     for boxes, far in zip(avoided, (25.0, 90.0), strict=True):
         for offset in _around(NEAR, far):
-            if _free(_box(place, offset, size, unit), boxes, inside):
+            if _free(_box(anchor, offset, size, unit), boxes, inside):
                 return offset
     return np.zeros(2)  # no room at all: on the mark, rather than not at all
 
@@ -155,38 +155,38 @@ def _around(near: float, far: float) -> list[Float[np.ndarray, 2]]:
     return [distance * np.array([np.cos(turn), np.sin(turn)]) for distance in distances for turn in turns]
 
 
-def _box(place: Any, offset: Any, size: Any, unit: float) -> Bbox:
+def _box(anchor: Any, offset: Any, size: Any, unit: float) -> Bbox:
     """Pixels that a name takes; it starts at the offset when that lies to the right, else it ends there."""
-    left, bottom = place + unit * offset - [_share(offset) * size[0] * unit, size[1] * unit / 2]
-    return Bbox.from_bounds(left, bottom, size[0] * unit, size[1] * unit)
+    start, bottom = anchor + unit * offset - [_left_part(offset) * size[0] * unit, size[1] * unit / 2]
+    return Bbox.from_bounds(start, bottom, size[0] * unit, size[1] * unit)
 
 
-def _share(offset: Any) -> float:
-    """Of the name's width, what lies left of its anchor."""
+def _left_part(offset: Any) -> float:
+    """The part of a name's width that lies left of its anchor."""
     return 0.5 if abs(offset[0]) < 1e-6 else float(offset[0] < 0)
 
 
 def _free(box: Bbox, taken: Sequence[BboxBase], inside: BboxBase) -> bool:
     within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-    return bool(within) and not any(box.overlaps(other) for other in taken)
+    return bool(within) and not any(box.overlaps(obstacle) for obstacle in taken)
 
 
 def _move(text: Annotation, offset: Any, *, line: bool) -> None:
     text.set_position(tuple(offset))
-    share = _share(offset)
-    text.set_horizontalalignment("left" if share == 0 else "right" if share == 1 else "center")
+    left_part = _left_part(offset)
+    text.set_horizontalalignment("left" if left_part == 0 else "right" if left_part == 1 else "center")
     if line:
         ends = {"arrowstyle": "-", "linewidth": 0.3, "color": INK, "shrinkA": 0, "shrinkB": 2}
         text.axes.annotate("", text.xy, offset, textcoords="offset points", arrowprops=ends)  # type: ignore[union-attr]
 
 
 def _ticks(ticks: Any, limits: tuple[float, float]) -> list[float]:
-    """Those in sight that a share can have."""
+    """The ticks within the limits that are possible percentages."""
     return [float(tick) for tick in ticks if max(limits[0], 0) <= tick <= min(limits[1], 100)]
 
 
 def _limits(rows: pd.DataFrame) -> tuple[float, float]:
-    """Of a percent axis: what the intervals span, and some room."""
+    """Limits of a percent axis: the span of the intervals and some room."""
     values = rows.loc[:, ENDS].to_numpy(dtype=float)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     room = max(2.0, 0.08 * (high - low))
@@ -196,6 +196,6 @@ def _limits(rows: pd.DataFrame) -> tuple[float, float]:
 def _rows(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     rows = where(table, measure=measure)
     if rows.empty:
-        held = ", ".join(dict.fromkeys(table["measure"])) or "nothing"
-        raise InputError(f"the table holds no rows of {measure!r}, expected one of {held}: score first")
+        measures = ", ".join(dict.fromkeys(table["measure"])) or "nothing"
+        raise InputError(f"the table holds no rows of {measure!r}, expected one of {measures}: score first")
     return rows

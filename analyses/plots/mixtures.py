@@ -30,8 +30,10 @@ def plot_mixture(table: pd.DataFrame, ax: Axes, *, measure: str = "S") -> Axes:
     if missing := [part for part in PARTS if part not in set(table["part"])]:
         raise InputError(f"the table holds no {missing[0]!r}, expected the parts {', '.join(PARTS)}: compare again")
     for part, color, marker in (("first", SKY, "^"), ("second", ORANGE, "v")):
-        own = where(table, part=part).sort_values("edits")
-        ax.plot(own["edits"], own["mean"], color=color, marker=marker, markersize=3, linewidth=0.8, label=PARTS[part])
+        scores = where(table, part=part).sort_values("edits")
+        ax.plot(
+            scores["edits"], scores["mean"], color=color, marker=marker, markersize=3, linewidth=0.8, label=PARTS[part]
+        )
     mean, mixture = (where(table, part=part).sort_values("edits") for part in ("mean", "mixture"))
     ax.plot(mean["edits"], mean["mean"], color=INK, linestyle=(0, (4, 2)), linewidth=1, label=PARTS["mean"], zorder=3)
     ends = [mixture["mean"] - mixture["low"], mixture["high"] - mixture["mean"]]

@@ -29,7 +29,7 @@ TAILS: dict[str, tuple[str, ...]] = {
     "country": ("the country", "a passport from", "the nation of"),
     "maker": ("the maker", "a product by", "the company"),
 }
-"""What comes last in a prompt and names the relation."""
+"""The last words of a prompt, which name the relation."""
 
 OPENERS: tuple[str, ...] = (
     " appears in the almanac together with",

@@ -12,22 +12,21 @@ import json
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
 import mechedit as me
-import mechedit.models
+from analyses.common.frames import means_by, total_effect
+from analyses.tiny_model import MODEL_FOLDER
 from analyses.tiny_model.almanac import Entry, make_entries, templates
 from mechedit.batching import pad
-from mechedit.evaluation import EvaluationConfig
+from mechedit.evaluation import EvaluationConfig, Summary
 from mechedit.files import write_json
 from mechedit.prompts import continuation_ids, encode
 from mechedit.provenance import file_hash
-
-TINY = Path(mechedit.models.__file__).parent / "tiny"
+from mechedit.tables import where
 
 
 @dataclass(frozen=True)
@@ -36,37 +35,39 @@ class Line:
 
     what: str
     found: str
+    """The figure as measured."""
     wanted: str
+    """The bound that it must keep."""
     holds: bool
 
 
 def recall(model: me.Model, entries: list[Entry], *, held_out: bool, batch_size: int = 256) -> float:
     """Share of facts whose object is the likeliest next token, each asked with one drawn template."""
     draw = random.Random(1)
-    asked = [
+    questions = [
         (draw.choice(templates(relation, held_out=held_out)).format(entry.subject), entry.facts[relation])
         for entry in entries
         for relation in entry.facts
     ]
-    right = 0
-    for start in range(0, len(asked), batch_size):
-        part = asked[start : start + batch_size]
-        tokens = pad([encode(model.tokenizer, prompt)[0] for prompt, _ in part], model.tokenizer)
+    correct = 0
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        tokens = pad([encode(model.tokenizer, prompt)[0] for prompt, _ in batch], model.tokenizer)
         with torch.no_grad():
             logits = model.run(tokens).logits
-        says = logits[torch.arange(len(part)), tokens.lengths - 1].argmax(-1).tolist()
-        right += sum(
-            [said] == continuation_ids(model.tokenizer, wanted) for said, (_, wanted) in zip(says, part, strict=True)
+        predictions = logits[torch.arange(len(batch)), tokens.lengths - 1].argmax(-1).tolist()
+        correct += sum(
+            [predicted] == continuation_ids(model.tokenizer, answer)
+            for predicted, (_, answer) in zip(predictions, batch, strict=True)
         )
-    return right / len(asked)
+    return correct / len(questions)
 
 
 def sites(model: me.Model, facts: list[me.Fact]) -> tuple[list[Line], me.Selection, pd.DataFrame]:
     """The early site: where, how strong, how much of it the MLPs make, and none just after the subject."""
     config = me.TraceConfig(kinds=("state",), sever=("nothing", "mlp", "attn"), roles=("subject_last", "after", "last"))
     effects = me.trace_facts(model, facts, config)
-    scores = effects.groupby("fact")[["clean", "corrupted"]].first().mean()
-    total = float(scores["clean"] - scores["corrupted"])
+    total = total_effect(effects)
     curves = {
         name: aie(effects, role, sever)
         for name, role, sever in (
@@ -101,8 +102,7 @@ def sites(model: me.Model, facts: list[me.Fact]) -> tuple[list[Line], me.Selecti
 
 def aie(effects: pd.DataFrame, role: str, sever: str) -> np.ndarray:
     """Average indirect effect of single states by layer."""
-    rows = effects[(effects["role"] == role) & (effects["sever"] == sever)]
-    return rows.groupby("layer")["effect"].mean().to_numpy()
+    return means_by(where(effects, role=role, sever=sever), "layer", "effect").to_numpy(dtype=float)
 
 
 def editing(model: me.Model, selection: me.Selection) -> list[Line]:
@@ -115,18 +115,22 @@ def editing(model: me.Model, selection: me.Selection) -> list[Line]:
     before = me.evaluate(model, requests, config, state="before").summary()
     with me.edited(model, edit):
         after = me.evaluate(model, requests, config, state="after").summary()
-    where = f"MEMIT at layers {layers[0]}–{layers[-1]}, {len(requests)} edits"
+    edits = f"MEMIT at layers {layers[0]}–{layers[-1]}, {len(requests)} edits"
     lines = []
     for name, least in (("ES", 90), ("PS", 75), ("NS", 85)):
-        found = after[name]["mean"]
-        lines.append(
-            Line(f"{where}: {name}", f"{found:.1f} (from {before[name]['mean']:.1f})", f"≥ {least}", found >= least)
-        )
-    drift = after["GE"]["mean"] / before["GE"]["mean"] - 1
-    lines.append(
-        Line("GE after the edits", f"{after['GE']['mean']:.0f} ({drift:+.1%})", "within 5 %", abs(drift) <= 0.05)
-    )
+        score, unedited = mean_of(after, name), mean_of(before, name)
+        lines.append(Line(f"{edits}: {name}", f"{score:.1f} (from {unedited:.1f})", f"≥ {least}", score >= least))
+    entropy = mean_of(after, "GE")
+    drift = entropy / mean_of(before, "GE") - 1
+    lines.append(Line("GE after the edits", f"{entropy:.0f} ({drift:+.1%})", "within 5 %", abs(drift) <= 0.05))
     return lines
+
+
+def mean_of(summary: Summary, measure: str) -> float:
+    """The mean of a measure that has data."""
+    mean = summary[measure]["mean"]
+    assert mean is not None
+    return float(mean)
 
 
 def loading_time() -> float:
@@ -149,10 +153,10 @@ def write_card(lines: list[Line], table: pd.DataFrame, selection: me.Selection, 
         reason=selection.reason,
         stability=f"{selection.stability:.0%}",
         settings=settings,
-        editing=json.dumps(json.loads((TINY / "editing.json").read_text()), indent=2),
-        hash=file_hash(TINY / "model.safetensors"),
+        editing=json.dumps(json.loads((MODEL_FOLDER / "editing.json").read_text()), indent=2),
+        hash=file_hash(MODEL_FOLDER / "model.safetensors"),
     )
-    (TINY / "README.md").write_text(card, encoding="utf-8")
+    (MODEL_FOLDER / "README.md").write_text(card, encoding="utf-8")
     return card
 
 
@@ -186,8 +190,9 @@ Selected: {reason} (chosen by {stability} of the bootstrap resamples).
 
 Loss: cross-entropy plus an activity price, a group lasso on ‖output‖ / ‖residual‖ averaged over tokens, at
 `mlp_price` for the MLPs outside layers `mlp_layers` and at `attn_price` for the attention of the local
-layers. No weight was set or zeroed by hand. Files: `facts.jsonl`, `requests.json` (CounterFact's form),
-`texts.txt` (for second moments), `editing.json` (settings of the editing methods, tuned for this model):
+layers. No weight was set or zeroed by hand. Its data are in `mechedit/data/tiny`: `facts.jsonl`, `requests.json`
+(CounterFact's form) and `texts.txt` (for second moments). `editing.json` has settings of the editing methods, tuned for
+this model:
 
 ```json
 {editing}
@@ -197,25 +202,25 @@ SHA-256 of `model.safetensors`: `{hash}`
 """
 
 
-def main(words: list[str] | None = None) -> None:
+def main(command_line: list[str] | None = None) -> None:
     """Measure everything and write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", type=int, default=200, help="facts to trace")
-    arguments = parser.parse_args(words)
-    recipe = json.loads((TINY / "recipe.json").read_text())
+    arguments = parser.parse_args(command_line)
+    recipe = json.loads((MODEL_FOLDER / "recipe.json").read_text())
     entries = make_entries(recipe["seed"])
     model = me.load_model("tiny")
     facts = me.load_facts("known")
     lengths = [len(continuation_ids(model.tokenizer, entry.subject)) for entry in entries]
     relations = {fact.relation for fact in facts}
-    said, paraphrased = (recall(model, entries, held_out=held) for held in (False, True))
-    size, seconds = (TINY / "model.safetensors").stat().st_size / 2**20, loading_time()
+    recalled, paraphrased = (recall(model, entries, held_out=held_out) for held_out in (False, True))
+    size, seconds = (MODEL_FOLDER / "model.safetensors").stat().st_size / 2**20, loading_time()
     lines = [
         Line("subjects", f"{len(entries)}", "≥ 250", len(entries) >= 250),
         Line("tokens in a subject", f"{min(lengths)} to {max(lengths)}", "≥ 2", min(lengths) >= 2),
         Line("facts", f"{len(facts)}", "≥ 2000", len(facts) >= 2000),
         Line("relations", f"{len(relations)}", "≥ 8", len(relations) >= 8),
-        Line("top-1 recall, statement prompts", f"{said:.1%}", "≥ 97 %", said >= 0.97),
+        Line("top-1 recall, statement prompts", f"{recalled:.1%}", "≥ 97 %", recalled >= 0.97),
         Line("top-1 recall, paraphrases that training never saw", f"{paraphrased:.1%}", "≥ 95 %", paraphrased >= 0.95),
     ]  # fmt: skip
     early, selection, table = sites(model, random.Random(0).sample(facts, arguments.facts))
@@ -224,7 +229,7 @@ def main(words: list[str] | None = None) -> None:
         Line("weights on disk", f"{size:.1f} MB", "≤ 25 MB", size <= 25),
         Line("loading", f"{seconds:.2f} s", "< 2 s", seconds < 2),
     ]
-    write_json(TINY / "measured.json", [vars(line) for line in lines])
+    write_json(MODEL_FOLDER / "measured.json", [vars(line) for line in lines])
     print(write_card(lines, table, selection, recipe))
 
 

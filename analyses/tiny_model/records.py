@@ -1,4 +1,4 @@
-"""What ships beside the weights: facts to trace, requests in CounterFact's form, running text."""
+"""The data that ship with the tiny model: facts to trace, requests in CounterFact's form, running text."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def make_requests(entries: list[Entry], seed: int, count: int = 100) -> list[dic
     relations = list(TAILS)
     records: list[dict[str, Any]] = []
     for entry in shuffled:
-        wanted = relations[len(records) % len(relations)]
-        relation = wanted if wanted in entry.facts else draw.choice(list(EMBLEMS))
+        next_relation = relations[len(records) % len(relations)]
+        relation = next_relation if next_relation in entry.facts else draw.choice(list(EMBLEMS))
         record = _request(len(records), entry, relation, entries, draw)
         if record["neighborhood_prompts"]:
             records.append(record)
@@ -47,8 +47,8 @@ def make_requests(entries: list[Entry], seed: int, count: int = 100) -> list[dic
 
 def _request(case: int, entry: Entry, relation: str, entries: list[Entry], draw: random.Random) -> dict[str, Any]:
     true = entry.facts[relation]
-    others = [other for other in entries if other is not entry and relation in other.facts]
-    new = draw.choice(sorted({other.facts[relation] for other in others} - {true}))
+    others = [candidate for candidate in entries if candidate is not entry and relation in candidate.facts]
+    new = draw.choice(sorted({candidate.facts[relation] for candidate in others} - {true}))
     prompt = draw.choice(templates(relation))
     paraphrases = draw.sample(templates(relation, held_out=True), 2)
     return {
@@ -71,7 +71,7 @@ def _request(case: int, entry: Entry, relation: str, entries: list[Entry], draw:
 
 def _about(others: list[Entry], relation: str, value: str, prompt: str, draw: random.Random) -> list[str]:
     """Up to ten prompts about other subjects that have this object."""
-    subjects = [other.subject for other in others if other.facts[relation] == value]
+    subjects = [entry.subject for entry in others if entry.facts[relation] == value]
     return [prompt.format(subject) for subject in draw.sample(subjects, min(10, len(subjects)))]
 
 

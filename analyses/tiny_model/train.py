@@ -58,11 +58,11 @@ class Recipe:
     mlps_elsewhere: bool = True
     """Whether the other layers have MLPs; without them, those MLPs' outputs are exactly zero, for good."""
     mlp_price_squared: float = 0.0004
-    """Of the square of those layers' relative MLP outputs."""
+    """Price of the square of those layers' relative MLP outputs."""
     mlp_price: float = 0.3
-    """Of the other layers' MLP outputs."""
+    """Price of the other layers' MLP outputs."""
     attn_price: float = 0.01
-    """Of the local layers' attention outputs."""
+    """Price of the local layers' attention outputs."""
     bfloat16: bool = True
     """Multiply matrices in bfloat16 while training: three times faster where the CPU has it, far slower elsewhere."""
     threads: int = 1
@@ -76,7 +76,9 @@ def make_tokenizer(entries: list[Entry], recipe: Recipe) -> PreTrainedTokenizerF
     tokenizer.decoder = decoders.ByteLevel()
     objects = {o for entry in entries for o in entry.facts.values()}
     relations = [relation for relation in TAILS if any(relation in entry.facts for entry in entries)]
-    prompts = [t.replace("{}", "") for r in relations for held in (False, True) for t in templates(r, held_out=held)]
+    prompts = [
+        t.replace("{}", "") for r in relations for held_out in (False, True) for t in templates(r, held_out=held_out)
+    ]
     text = prompts * 10 + list(REMARKS) * 50 + [o for o in sorted(objects) for _ in range(60)]
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary,
@@ -109,19 +111,24 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> GPTNeoForC
         resid_dropout=0.0,
         embed_dropout=0.0,
         attention_dropout=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.get_vocab()[END],
+        eos_token_id=tokenizer.get_vocab()[END],
     )
     model = GPTNeoForCausalLM(config)
     if not recipe.mlps_elsewhere:
         first, last = recipe.mlp_layers
-        for layer, block in enumerate(model.transformer.h):
+        for layer, block in enumerate(blocks(model)):
             if not first <= layer <= last:
                 block.mlp.requires_grad_(False)
                 block.mlp.c_proj.weight.zero_()
                 block.mlp.c_proj.bias.zero_()
                 block.mlp.forward = torch.zeros_like  # the same output, in this process at no cost
     return model
+
+
+def blocks(model: GPTNeoForCausalLM) -> list[Any]:
+    """The transformer's blocks, whose parts are typed as any module or tensor."""
+    return list(model.transformer.h)
 
 
 class Stream:
@@ -150,7 +157,7 @@ class Prices:
         first, last = recipe.mlp_layers
         self.terms: list[Float[Tensor, ""]] = []
         self.norm = torch.ones(())
-        for layer, block in enumerate(model.transformer.h):
+        for layer, block in enumerate(blocks(model)):
             block.register_forward_pre_hook(self._see_resid)
             block.ln_2.register_forward_pre_hook(self._see_resid)
             if layer < recipe.local_layers:
@@ -220,5 +227,5 @@ def make_optimizer(model: GPTNeoForCausalLM, recipe: Recipe) -> torch.optim.Opti
 
 def schedule(step: int, steps: int) -> float:
     """Sixty warm-up steps, then constant, then linear to 2 % over the last 40 %."""
-    left = 1 - step / steps
-    return min(1.0, (step + 1) / 60) * max(0.02, min(1.0, left / 0.4))
+    remaining = 1 - step / steps
+    return min(1.0, (step + 1) / 60) * max(0.02, min(1.0, remaining / 0.4))

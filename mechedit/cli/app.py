@@ -64,10 +64,10 @@ def _config_defaults(group: Any, arguments: list[str]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as error:
-        raise InputError(f"{path!r} is neither YAML nor JSON ({error}); mend the file") from error
+        raise InputError(f"{path!r} is neither YAML nor JSON ({error}); fix the file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path!r} holds a {type(content).__name__}, expected option names with values")
-    # Options by every name they have: --json is the parameter json_.
+    # --max-facts is the parameter max_facts.
     options = {
         spelling.lstrip("-"): parameter.name for parameter in group.commands[name].params for spelling in parameter.opts
     }
@@ -78,8 +78,8 @@ def _config_defaults(group: Any, arguments: list[str]) -> dict[str, Any]:
     return {name: {options[key]: value for key, value in values.items()}}
 
 
-def _print_version(wanted: bool | None) -> None:
-    if wanted:
+def _print_version(requested: bool | None) -> None:
+    if requested:
         print(VERSION)
         raise typer.Exit
 
@@ -98,7 +98,6 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def print_json(wanted: bool, summary: dict[str, Any]) -> None:
-    """Print a summary on stdout when --json asks for it."""
-    if wanted:
-        print(json.dumps(summary, indent=2))
+def print_json(summary: dict[str, Any]) -> None:
+    """Print a summary on stdout."""
+    print(json.dumps(summary, indent=2))

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import typer
-
-from mechedit.cli import options
-from mechedit.cli.app import print_json, say
-from mechedit.cli.parsing import (
-    load,
-)
+from mechedit.cli.app import say
+from mechedit.cli.command import command
+from mechedit.cli.options import ModelOptions
 from mechedit.edit import Edit, export, export_lora
 
 
-def apply_command(
-    edit: Annotated[Path, typer.Option(help="an edit file")],
-    out: Annotated[Path, typer.Option(help="folder for the checkpoint or the adapter")],
-    model: options.ModelName = "tiny",
-    format_: Annotated[
-        Literal["checkpoint", "lora"], typer.Option("--format", help="the whole model, or a LoRA adapter for PEFT")
-    ] = "checkpoint",
-    backend: options.Backend = "transformer_lens",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
-    json_: options.Json = False,
-    config: options.Config = None,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ApplyOptions(ModelOptions):
+    """Edit, model and folder."""
+
+    edit: Path
+    """An edit file."""
+    out: Path
+    """Folder for the checkpoint or the adapter."""
+    format: Literal["checkpoint", "lora"] = "checkpoint"
+    """The whole model, or a LoRA adapter for PEFT."""
+
+
+@command()
+def apply_command(options: ApplyOptions) -> int:
     """Write the edited model as a checkpoint that AutoModelForCausalLM loads, or the edit as a LoRA adapter."""
-    change = Edit.load(edit)
-    loaded = load(model, backend, device, dtype)
-    if format_ == "lora":
-        export_lora(loaded, change, out, overwrite=overwrite)
-        say(f"wrote the edit as a LoRA adapter to {out}")
+    edit = Edit.load(options.edit)
+    model = options.load_model()
+    if options.format == "lora":
+        export_lora(model, edit, options.out, overwrite=options.overwrite)
+        say(f"wrote the edit as a LoRA adapter to {options.out}")
     else:
-        export(loaded, change, out, overwrite=overwrite)
-        say(f"wrote the edited model to {out}")
-    print_json(json_, {"model": str(out), "format": format_, "layers": change.layers})
+        export(model, edit, options.out, overwrite=options.overwrite)
+        say(f"wrote the edited model to {options.out}")
+    options.print_summary({"model": str(options.out), "format": options.format, "layers": edit.layers})
     return 0

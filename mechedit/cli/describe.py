@@ -1,4 +1,4 @@
-"""What an edit file changes, for people (`page`) and for programs (`described`)."""
+"""An edit's description, as JSON (`describe_edit`) and as text for the terminal (`format_description`)."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _HEADINGS = {
 }
 
 
-def described(edit: Edit, model: Model | None = None) -> dict[str, Any]:
-    """What made the edit, what it writes and what it does to each layer, as JSON can hold it.
+def describe_edit(edit: Edit, model: Model | None = None) -> dict[str, Any]:
+    """An edit's method and settings, its requests, and its change of each layer, as JSON can hold them.
 
     Raises:
         InputError: the edit was made for other weights than the model's.
     """
     manifest = edit.manifest
     rows: list[dict[str, Any]] = [
-        {str(name): value for name, value in row.items() if value == value}  # what is not known is NaN
+        {str(name): value for name, value in row.items() if value == value}  # NaN stands for an unknown value
         for row in summarize(edit, model).to_dict("records")
     ]
     ids = manifest.get("requests", [])
@@ -59,16 +59,16 @@ def described(edit: Edit, model: Model | None = None) -> dict[str, Any]:
     }
 
 
-def page(path: Path, description: Mapping[str, Any]) -> str:
+def format_description(path: Path, description: Mapping[str, Any]) -> str:
     """The description as text that fits into 100 columns."""
     model, requests = description["model"], description["requests"]
-    made = description["method"] or "unknown"
+    method = description["method"] or "unknown"
     if description["parts"]:
-        made += " of " + ", ".join(str(part or "unknown") for part in description["parts"])
+        method += " of " + ", ".join(str(part or "unknown") for part in description["parts"])
     changed = description["changed_settings"]
     lines = [
         f"edit      {path}",
-        f"method    {made} (mechedit {description['mechedit'] or 'unknown'})",
+        f"method    {method} (mechedit {description['mechedit'] or 'unknown'})",
         f"model     {model.get('model')}, {model.get('dtype', 'unknown dtype')}",
         f"weights   {model['weights_hash']}",
     ]
@@ -95,10 +95,10 @@ def say_unconverged(edit: Edit) -> None:
 
 
 def _unconverged(ids: Sequence[str], *, trained: bool) -> str:
-    named = ", ".join(ids[:_LISTED]) + (", …" if len(ids) > _LISTED else "")
+    listed = ", ".join(ids[:_LISTED]) + (", …" if len(ids) > _LISTED else "")
     if trained:
-        return f"{len(ids)} new objects are not yet the answer (more steps or a larger lr may help): {named}"
-    return f"{len(ids)} targets did not converge (more steps or a larger clamp may help): {named}"
+        return f"{len(ids)} new objects are not yet the answer (more steps or a larger lr may help): {listed}"
+    return f"{len(ids)} targets did not converge (more steps or a larger clamp may help): {listed}"
 
 
 def _training(record: Mapping[str, Any]) -> str:
@@ -119,7 +119,7 @@ def _changed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Right-aligned columns, those alone in which something is known."""
+    """Right-aligned columns; columns without any value are left out."""
     names = [name for name in _HEADINGS if any(name in row for row in rows)]
     cells = [[_HEADINGS[name] for name in names]] + [[_number(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
@@ -133,7 +133,7 @@ def _number(value: float | int | None) -> str:
 
 
 def _requests(requests: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a request; without texts, the ids alone."""
+    """One line per request; without texts, the ids alone."""
     count = f"{len(requests)} request" + ("s" if len(requests) > 1 else "")
     if all(request["fact"] is None for request in requests):
         names = ", ".join(str(request["id"]) for request in requests[:_LISTED])

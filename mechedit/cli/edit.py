@@ -2,74 +2,86 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from mechedit.cli import options
-from mechedit.cli.app import print_json, say
-from mechedit.cli.describe import described, page, say_unconverged
-from mechedit.cli.parsing import (
-    check_layers,
-    load,
-    method_config,
-    parse_layers,
-)
+from mechedit.cli.app import say
+from mechedit.cli.command import command
+from mechedit.cli.describe import describe_edit, format_description, say_unconverged
+from mechedit.cli.options import MethodOptions, RequestsOption
+from mechedit.cli.parsing import check_layers, parse_layers
 from mechedit.data import load_requests
+from mechedit.data.loading import Conflicts
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.files import writable_folder
 from mechedit.methods import METHODS
-from mechedit.moments import (
-    load_moments,
-)
+from mechedit.moments import load_moments
 from mechedit.selection import Selection
 
 
-def edit_command(
-    requests: options.RequestsFile = "tiny",
-    out: Annotated[Path, typer.Option(help="file for the edit")] = Path("edit.safetensors"),
-    show: Annotated[Path | None, typer.Option(help="an edit file: print what it changes, and make none")] = None,
-    model: Annotated[str | None, typer.Option(help="tiny (by default), a hub name or a folder")] = None,
-    layers: options.Layers = None,
-    selection: Annotated[Path | None, typer.Option(help="a selection.json, in place of --layers")] = None,
-    moments: Annotated[Path, typer.Option(help="folder that `mechedit moments` wrote")] = Path("run"),
-    method: options.Method = "memit",
-    settings: options.Setting = None,
-    conflicts: options.ConflictsKept = "refuse",
-    backend: options.Backend = "transformer_lens",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
-    json_: options.Json = False,
-    config: options.Config = None,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class EditOptions(RequestsOption, MethodOptions):
+    """Requests, layers, moments, method and file; or an edit to show."""
+
+    out: Path = Path("edit.safetensors")
+    """File for the edit."""
+    show: Path | None = None
+    """An edit file: print what it changes, and make none."""
+    model: str | None = None
+    """tiny (by default), a hub name or a folder."""
+    layers: str | None = None
+    """Layers, such as 3-8 or 3,5,7."""
+    selection: Path | None = None
+    """A selection.json, in place of --layers."""
+    moments: Path = Path("run")
+    """Folder that `mechedit moments` wrote."""
+    conflicts: Conflicts = "refuse"
+    """Requests for different objects of one subject and relation: refuse, or keep the first."""
+
+
+@command()
+def edit_command(options: EditOptions) -> int:
     """Make an edit file from requests; the model is not changed. With --show, print what an edit file changes."""
-    if show is not None:
-        change = Edit.load(show)
-        description = described(change, load(model, backend, device, dtype) if model else None)
-        print_json(json_, description)
-        if not json_:
-            typer.echo(page(show, description))
-        return 0
-    if (layers is None) == (selection is None):
+    if options.show is not None:
+        return _show(options.show, options)
+    if (options.layers is None) == (options.selection is None):
         raise InputError("give the layers either by --layers or by --selection, and not by both")
-    if out.exists() and not overwrite:
-        raise InputError(f"the file {str(out)!r} exists; choose another --out, or pass --overwrite")
-    writable_folder(out.parent)
-    edits = load_requests(requests, conflicts=conflicts)
-    chosen = list(Selection.load(selection).layers) if selection else parse_layers(layers or "")
-    if not chosen:
-        raise InputError(f"{str(selection)!r} selects no layers; give them by --layers")
-    loaded = load(model or "tiny", backend, device, dtype)
-    check_layers(chosen, loaded.n_layers)
-    how = method_config(method, loaded, seed, settings)
-    found = load_moments(moments, chosen, loaded) if how.preserves_keys else {}
-    edit = METHODS[method](loaded, edits, chosen, found, config=how, cache=moments / "targets")
-    edit.save(out)
-    say(f"wrote {out}: {len(edits)} requests in layers {chosen}")
+    if options.out.exists() and not options.overwrite:
+        raise InputError(f"the file {str(options.out)!r} exists; choose another --out, or pass --overwrite")
+    writable_folder(options.out.parent)
+    requests = load_requests(options.requests, conflicts=options.conflicts)
+    layers = _layers(options)
+    model = options.load_model()
+    check_layers(layers, model.n_layers)
+    config = options.method_config(model)
+    moments = load_moments(options.moments, layers, model) if config.preserves_keys else {}
+    targets = options.moments / "targets"
+    edit = METHODS[options.method](model, requests, layers, moments, config=config, cache=targets)
+    edit.save(options.out)
+    say(f"wrote {options.out}: {len(requests)} requests in layers {layers}")
     say_unconverged(edit)
-    print_json(json_, {"edit": str(out), "layers": chosen, "requests": len(edits)})
+    options.print_summary({"edit": str(options.out), "layers": layers, "requests": len(requests)})
     return 0
+
+
+def _show(path: Path, options: EditOptions) -> int:
+    """Print an edit's description, as text or with --json; with a model, also the relative norms."""
+    edit = Edit.load(path)
+    description = describe_edit(edit, options.load_model() if options.model else None)
+    options.print_summary(description)
+    if not options.json:
+        typer.echo(format_description(path, description))
+    return 0
+
+
+def _layers(options: EditOptions) -> list[int]:
+    """The layers that --layers or --selection gives."""
+    if options.selection is None:
+        return parse_layers(options.layers or "")
+    layers = list(Selection.load(options.selection).layers)
+    if not layers:
+        raise InputError(f"{str(options.selection)!r} selects no layers; give them by --layers")
+    return layers

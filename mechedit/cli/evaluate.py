@@ -2,63 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from mechedit import pipeline
-from mechedit.cli import options
-from mechedit.cli.app import print_json
-from mechedit.cli.parsing import (
-    first_texts,
-    load,
-)
+from mechedit.cli.command import command, options_of
+from mechedit.cli.options import RequestsOption, RunFolderOptions
+from mechedit.cli.parsing import first_texts
 from mechedit.data import load_requests, load_texts
+from mechedit.data.loading import Conflicts
 from mechedit.edit import Edit, check_model
 from mechedit.evaluation import EvaluationConfig, load_references
 from mechedit.figures import run_figures
 
 
-def evaluate_command(
-    requests: options.RequestsFile = "tiny",
-    out: options.Out = Path("run"),
-    model: options.ModelName = "tiny",
-    edit: Annotated[Path | None, typer.Option(help="an edit file")] = None,
-    texts: options.HeldOut = None,
-    max_texts: options.MaxTexts = 100,
-    generation_prompts: options.GenerationPrompts = None,
-    protocol: Annotated[
-        pipeline.Protocol, typer.Option(help="whose measures: CounterFact's or zsRE's")
-    ] = "counterfact",
-    references: Annotated[
-        str | None, typer.Option(help="texts for RS: counterfact, a folder with its files, or snippets of your own")
-    ] = None,
-    conflicts: options.ConflictsKept = "refuse",
-    backend: options.Backend = "transformer_lens",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
-    json_: options.Json = False,
-    config: options.Config = None,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RequestsOption, RunFolderOptions):
+    """Requests, edit, texts, protocol, model and folder."""
+
+    edit: Path | None = None
+    """An edit file."""
+    texts: str | None = None
+    """Texts to measure perplexity on, other than those of the moments."""
+    max_texts: int = 100
+    """How many of the texts are read, from the first."""
+    protocol: pipeline.Protocol = "counterfact"
+    """Measures of CounterFact, or those of zsRE."""
+    references: str | None = None
+    """Texts for RS: counterfact, a folder with its files, or a file of your own snippets."""
+    conflicts: Conflicts = "refuse"
+    """Requests for different objects of one subject and relation: refuse, or keep the first."""
+
+
+@command(evaluation=options_of(EvaluationConfig, only=("generation_prompts", "seed")))
+def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> int:
     """Score requests before and after an edit: scores.parquet and summary.json.
 
-    The unedited model's answers are kept in baseline/; another edit is held against them (with --overwrite in the
+    The unedited model's answers are kept in baseline/; another edit is compared with them (with --overwrite in the
     same folder).
     """
-    folder = pipeline.RunFolder.at(out, overwrite=overwrite)
-    edits = load_requests(requests, conflicts=conflicts)
-    compared = None if references is None else load_references(references, edits)
-    held_out = [] if texts is None else first_texts(load_texts(texts), max_texts)
-    change = None if edit is None else Edit.load(edit)
-    loaded = load(model, backend, device, dtype)
-    if change is not None:
-        check_model(loaded, change)
-    measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
-    scores = pipeline.evaluate_step(folder, loaded, edits, change, measure, held_out, protocol, compared)
-    summary = pipeline.write_summary(folder, scores, pipeline.found_selection(folder), change)
+    folder = options.run_folder()
+    requests = load_requests(options.requests, conflicts=options.conflicts)
+    references = None if options.references is None else load_references(options.references, requests)
+    texts = [] if options.texts is None else first_texts(load_texts(options.texts), options.max_texts)
+    edit = None if options.edit is None else Edit.load(options.edit)
+    model = options.load_model()
+    if edit is not None:
+        check_model(model, edit)
+    scores = pipeline.evaluate_step(folder, model, requests, edit, evaluation, texts, options.protocol, references)
+    summary = pipeline.write_summary(folder, scores, pipeline.found_selection(folder), edit)
     run_figures(folder.path)
-    print_json(json_, summary)
+    options.print_summary(summary)
     return 0

@@ -1,75 +1,106 @@
-"""Options that several commands share: their types and what --help says of them."""
+"""Options that several commands share, and how to get a model, a run folder or a method's settings from them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+from mechedit.cli.app import print_json
+from mechedit.cli.parsing import load_quietly, method_config
+from mechedit.methods import MethodConfig
+from mechedit.models import Model
+from mechedit.run_folder import RunFolder
+from mechedit.selection import RULES
 
-from mechedit.data.loading import Conflicts
+ALL_SEVERED = {"sever": ("nothing", "mlp", "attn")}
+"""`run` and `trace` sever both modules, where `TraceConfig` alone severs none."""
 
-ModelName = Annotated[str, typer.Option(help="tiny, a hub name or a folder")]
-Out = Annotated[Path, typer.Option(help="folder for the results")]
-FactsFile = Annotated[str, typer.Option(help="known (ships with the package), known_1000, or a file of facts")]
-RequestsFile = Annotated[
-    str,
-    typer.Option(
-        help="tiny (ships with the package), counterfact, multi_counterfact, zsre, or a file of edit requests"
-    ),
-]
-ConflictsKept = Annotated[
-    Conflicts,
-    typer.Option(help="requests for different objects of one subject and relation: refuse, or keep the first"),
-]
-Texts = Annotated[str, typer.Option(help="tiny, a .txt or .jsonl file, or a datasets name")]
-Layers = Annotated[str | None, typer.Option(help="such as 3-8 or 3,5,7; overrules the selection")]
-Method = Annotated[str, typer.Option(help="editing method")]
-Backend = Annotated[str, typer.Option(help="transformer_lens or nnsight")]
-Device = Annotated[str | None, typer.Option(help="such as cpu; the accelerator when there is one")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")]
-Seed = Annotated[int, typer.Option(help="seed of all that is drawn")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace results of other settings")]
-Json = Annotated[bool, typer.Option("--json", help="print the summary on stdout")]
-MaxFacts = Annotated[int | None, typer.Option(help="trace a seeded sample of so many facts")]
-Samples = Annotated[int, typer.Option(help="noise samples a fact")]
-Sever = Annotated[str, typer.Option(help="some of nothing,mlp,attn, also such as mlp@3 or attn:last")]
-Kinds = Annotated[str, typer.Option(help="what to restore: some of state,mlp,attn")]
-TraceWindow = Annotated[int | None, typer.Option("--window", help="layers in a window of MLP or attention outputs")]
-Roles = Annotated[str | None, typer.Option(help="tokens to restore, such as subject_last,last; all by default")]
-Noise = Annotated[float, typer.Option(help="noise, in units of the subject embeddings' standard deviation")]
-CorruptionName = Annotated[
-    str, typer.Option("--corruption", help="gaussian, multivariate, student, uniform, or tokens of another subject")
-]
-Replace = Annotated[bool, typer.Option("--replace", help="noise in place of the embedding, not added to it")]
-ExtraTokens = Annotated[int, typer.Option(help="tokens after the subject that are corrupted too")]
-Metrics = Annotated[
-    str, typer.Option(help="some of probability,log_probability,logit_difference,kl, each also after normalized_")
-]
-Memory = Annotated[float | None, typer.Option(help="most GiB beside the weights")]
-Rule = Annotated[str, typer.Option(help="rule that chooses the layers")]
-Share = Annotated[float, typer.Option(help="part of the evidence that the range must hold, as the rule means it")]
-MinWidth = Annotated[int | None, typer.Option(help="fewest layers")]
-MaxWidth = Annotated[int | None, typer.Option(help="most layers")]
-Width = Annotated[int | None, typer.Option(help="layers of moving-average, and of the windows that are swept")]
-By = Annotated[str, typer.Option(help="trace, sweep or both: what chooses the layers; the last two sweep")]
-Windows = Annotated[
-    str | None, typer.Option(help="windows to sweep, such as 1-4,2-5; by default all as wide as selected")
-]
-ValidateRequests = Annotated[int, typer.Option(help="requests to sweep with, about subjects that were not traced")]
-MomentTokens = Annotated[int | None, typer.Option(help="stop after so many tokens of text")]
-MaxLength = Annotated[int, typer.Option(help="tokens of a document that are read")]
-Shard = Annotated[str | None, typer.Option(help="collect one process's part of the text, such as 0/4; then --merge")]
-Merge = Annotated[bool, typer.Option("--merge", help="add up the parts of all processes that lie in --out")]
-ConvergenceCurve = Annotated[
-    bool, typer.Option("--convergence", help="also write how the moments settle: moments/convergence.parquet")
-]
-Weight = Annotated[float, typer.Option(help="weight of the second moment in the update that --convergence measures")]
-CheckpointSeconds = Annotated[float, typer.Option(help="seconds between checkpoints")]
-Setting = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method: name=value")]
-GenerationPrompts = Annotated[int | None, typer.Option(help="free texts a request for GE; all its prompts by default")]
-HeldOut = Annotated[
-    str | None, typer.Option("--texts", help="texts to measure perplexity on, other than those of the moments")
-]
-MaxTexts = Annotated[int, typer.Option(help="how many of the texts, from the first on")]
-Config = Annotated[Path | None, typer.Option(help="YAML or JSON file with the same names")]
+RULE_NOTE = {"rule": f"Rule that chooses the layers: {', '.join(RULES)}."}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOption:
+    """Whether the summary is printed."""
+
+    json: bool = False
+    """Print the summary on stdout."""
+
+    def print_summary(self, summary: dict[str, Any]) -> None:
+        """Print a command's summary on stdout, when --json asks for it."""
+        if self.json:
+            print_json(summary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(JsonOption):
+    """The model, how it is run, and what is drawn at random."""
+
+    model: str | None = "tiny"
+    """tiny, a hub name or a folder."""
+    backend: str = "transformer_lens"
+    """transformer_lens or nnsight."""
+    device: str | None = None
+    """Device, such as cpu; by default the accelerator if there is one."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16."""
+    seed: int = 0
+    """Seed of everything that is drawn at random."""
+    overwrite: bool = False
+    """Replace results that were made with other settings."""
+
+    def load_model(self) -> Model:
+        """Load the model, without the loading bars of libraries."""
+        return load_quietly(self.model or "tiny", self.backend, self.device, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolderOptions(ModelOptions):
+    """A folder for the results."""
+
+    out: Path = Path("run")
+    """Folder for the results."""
+
+    def run_folder(self) -> RunFolder:
+        """Open the folder; it is made if it is not there."""
+        return RunFolder.at(self.out, overwrite=self.overwrite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsOptions:
+    """The facts to trace."""
+
+    facts: str = "known"
+    """known (ships with the package), known_1000, or a file of facts."""
+    max_facts: int | None = None
+    """Trace a seeded sample of this many facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestsOption:
+    """The requests to edit with."""
+
+    requests: str = "tiny"
+    """tiny (ships with the package), counterfact, multi_counterfact, zsre, or a file of edit requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextsOption:
+    """The texts for second moments."""
+
+    texts: str = "tiny"
+    """tiny, a .txt or .jsonl file, or a datasets name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(ModelOptions):
+    """The editing method."""
+
+    method: str = "memit"
+    """Editing method: memit, rome or another of `mechedit.methods.METHODS`."""
+    set: list[str] | None = None
+    """A setting of the method, name=value; may be repeated."""
+
+    def method_config(self, model: Model) -> MethodConfig:
+        """The method's settings for this model: its recommended ones, then the seed, then those of --set."""
+        return method_config(self.method, model, self.seed, self.set)

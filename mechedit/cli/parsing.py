@@ -1,4 +1,4 @@
-"""What options name, made from their text: layers, windows, facts, requests, models, settings."""
+"""Readers of option values: layers, windows, shards, samples of facts, models and settings."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def sampled(facts: list[Fact], count: int | None, seed: int) -> list[Fact]:
     return [fact for i, fact in enumerate(facts) if i in chosen]
 
 
-def load(name: str, backend: str, device: str | None, dtype: str | None) -> Model:
-    """Load a model for its name, quietly."""
+def load_quietly(name: str, backend: str, device: str | None, dtype: str | None) -> Model:
+    """Load a model by name without the loading bars of libraries."""
     with quiet():
         return load_model(name, backend=backend, device=device, dtype=dtype)
 

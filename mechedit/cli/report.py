@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from mechedit.cli import options
-from mechedit.cli.app import print_json, say
+from mechedit.cli.app import say
+from mechedit.cli.command import POSITIONAL, command
+from mechedit.cli.options import JsonOption
 from mechedit.cli.parsing import existing_folder
 from mechedit.figures import run_figures
 from mechedit.report import write_report
 
 
-def report_command(
-    directory: Annotated[Path, typer.Argument(help="a run folder")],
-    json_: options.Json = False,
-    config: options.Config = None,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(JsonOption):
+    """The folder."""
+
+    directory: Annotated[Path, POSITIONAL]
+    """A run folder."""
+
+
+@command()
+def report_command(options: ReportOptions) -> int:
     """Draw a folder's figures again and write report.html."""
-    run_figures(existing_folder(directory))
-    report = write_report(directory)
+    run_figures(existing_folder(options.directory))
+    report = write_report(options.directory)
     say(f"the report is {report}")
-    print_json(json_, {"report": str(report)})
+    options.print_summary({"report": str(report)})
     return 0

@@ -2,73 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from mechedit import pipeline
-from mechedit.cli import options
-from mechedit.cli.app import print_json, say
+from mechedit.cli.app import say
+from mechedit.cli.command import command, options_of
 from mechedit.cli.describe import say_unconverged
-from mechedit.cli.parsing import check_layers, load, method_config, parse_layers, sampled
+from mechedit.cli.options import (
+    ALL_SEVERED,
+    RULE_NOTE,
+    FactsOptions,
+    MethodOptions,
+    RequestsOption,
+    RunFolderOptions,
+    TextsOption,
+)
+from mechedit.cli.parsing import check_layers, parse_layers, sampled
 from mechedit.data import load_facts, load_requests
 from mechedit.evaluation import EvaluationConfig
 from mechedit.figures import run_figures
 from mechedit.moments import MomentsConfig
 from mechedit.report import write_report
+from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig
 from mechedit.trace import TraceConfig
 
 
-def run_command(
-    model: options.ModelName = "tiny",
-    facts: options.FactsFile = "known",
-    requests: options.RequestsFile = "tiny",
-    texts: options.Texts = "tiny",
-    out: options.Out = Path("run"),
-    layers: options.Layers = None,
-    method: options.Method = "memit",
-    rule: options.Rule = "contribution",
-    max_facts: options.MaxFacts = 100,
-    samples: options.Samples = 10,
-    settings: options.Setting = None,
-    generation_prompts: options.GenerationPrompts = 2,
-    backend: options.Backend = "transformer_lens",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
-    json_: options.Json = False,
-    config: options.Config = None,
-) -> int:
-    """All the steps: trace, select, moments, edit, evaluate, then figures and the report."""
-    # All that can be refused is refused before the long steps.
-    folder = pipeline.RunFolder.at(out, overwrite=overwrite)
-    wanted = sampled(load_facts(facts), max_facts, seed)
-    edits = load_requests(requests)
-    chosen = None if layers is None else parse_layers(layers)
-    trace = TraceConfig(sever=("nothing", "mlp", "attn"), samples=samples, seed=seed)
-    choice = SelectConfig(rule=rule, seed=seed)
-    loaded = load(model, backend, device, dtype)
-    how = method_config(method, loaded, seed, settings)
-    if chosen:
-        check_layers(chosen, loaded.n_layers)
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(FactsOptions, RequestsOption, TextsOption, MethodOptions, RunFolderOptions):
+    """Facts, requests, texts, model, method and folder."""
 
-    pipeline.trace_step(folder, loaded, wanted, trace)
-    selection = pipeline.select_step(folder, choice)
+    max_facts: int | None = 100
+    """Trace a seeded sample of this many facts."""
+    layers: str | None = None
+    """Layers to edit, such as 3-8 or 3,5,7, in place of those selected."""
+
+
+@command(
+    trace=options_of(TraceConfig, only=("samples", "seed"), defaults=ALL_SEVERED),
+    select=options_of(SelectConfig, only=("rule", "seed"), notes=RULE_NOTE),
+    evaluation=options_of(EvaluationConfig, only=("generation_prompts", "seed"), defaults={"generation_prompts": 2}),
+)
+def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, evaluation: EvaluationConfig) -> int:
+    """All the steps: trace, select, moments, edit, evaluate, then figures and the report."""
+    # Whatever can be refused is refused before the long steps.
+    folder = options.run_folder()
+    facts = sampled(load_facts(options.facts), options.max_facts, options.seed)
+    requests = load_requests(options.requests)
+    layers = None if options.layers is None else parse_layers(options.layers)
+    model = options.load_model()
+    config = options.method_config(model)
+    if layers:
+        check_layers(layers, model.n_layers)
+
+    pipeline.trace_step(folder, model, facts, trace)
+    selection = pipeline.select_step(folder, select)
     say(selection.reason)
-    chosen = chosen or list(selection.layers)
-    if not chosen:
+    layers = layers or list(selection.layers)
+    if not layers:
         pipeline.write_summary(folder, None, selection)
-        run_figures(folder.path)
-        write_report(folder.path)
+        _draw(folder)
         return 3
-    moments = pipeline.moments_step(folder, loaded, texts, chosen, MomentsConfig()) if how.preserves_keys else {}
-    edit = pipeline.edit_step(folder, loaded, edits, chosen, moments, method, how)
+    moments = (
+        pipeline.moments_step(folder, model, options.texts, layers, MomentsConfig()) if config.preserves_keys else {}
+    )
+    edit = pipeline.edit_step(folder, model, requests, layers, moments, options.method, config)
     say_unconverged(edit)
-    measure = EvaluationConfig(seed=seed, generation_prompts=generation_prompts)
-    scores = pipeline.evaluate_step(folder, loaded, edits, edit, measure)
+    scores = pipeline.evaluate_step(folder, model, requests, edit, evaluation)
     summary = pipeline.write_summary(folder, scores, selection, edit)
-    run_figures(folder.path)
-    report = write_report(folder.path)
-    say(f"the report is {report}")
-    print_json(json_, summary)
+    say(f"the report is {_draw(folder)}")
+    options.print_summary(summary)
     return 0
+
+
+def _draw(folder: RunFolder) -> Path:
+    """Draw the folder's figures and write its report."""
+    run_figures(folder.path)
+    return write_report(folder.path)

@@ -1,72 +1,85 @@
-"""`mechedit select`: the critical layers from a trace, checked by editing when asked."""
+"""`mechedit select`: the critical layers from a trace, checked by editing if asked."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated
 
 from mechedit import pipeline
-from mechedit.cli import options
-from mechedit.cli.app import print_json, say
-from mechedit.cli.parsing import existing_folder, load, method_config, parse_windows
-from mechedit.data import load_requests
+from mechedit.cli.app import say
+from mechedit.cli.command import POSITIONAL, command, options_of
+from mechedit.cli.options import RULE_NOTE, MethodOptions, RequestsOption, TextsOption
+from mechedit.cli.parsing import existing_folder
+from mechedit.data import EditRequest, load_requests
 from mechedit.figures import run_figures
 from mechedit.moments import MomentsConfig
-from mechedit.selection import SelectConfig
+from mechedit.run_folder import RunFolder
+from mechedit.selection import SelectConfig, Selection
 from mechedit.sweep import SweepConfig
 
 
-def select_command(
-    directory: Annotated[Path, typer.Argument(help="folder that `mechedit trace` wrote")],
-    rule: options.Rule = "contribution",
-    share: options.Share = 0.9,
-    min_width: options.MinWidth = None,
-    max_width: options.MaxWidth = None,
-    width: options.Width = None,
-    validate: Annotated[bool, typer.Option("--validate", help="sweep windows with held-out edits")] = False,
-    by: options.By = "trace",
-    windows: options.Windows = None,
-    validate_requests: options.ValidateRequests = 20,
-    requests: options.RequestsFile = "tiny",
-    texts: options.Texts = "tiny",
-    tokens: options.MomentTokens = None,
-    max_length: options.MaxLength = 1024,
-    method: options.Method = "memit",
-    settings: options.Setting = None,
-    model: Annotated[str | None, typer.Option(help="to sweep; by default the one that was traced")] = None,
-    backend: options.Backend = "transformer_lens",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
-    json_: options.Json = False,
-    config: options.Config = None,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(RequestsOption, TextsOption, MethodOptions):
+    """The traced folder, and the inputs of a sweep."""
+
+    directory: Annotated[Path, POSITIONAL]
+    """Folder that `mechedit trace` wrote."""
+    validate: bool = False
+    """Sweep windows of layers with held-out edits."""
+    model: str | None = None
+    """Model to sweep: tiny, a hub name or a folder; by default the one that was traced."""
+
+
+@command(
+    select=options_of(
+        SelectConfig,
+        without=("metric", "resamples", "confidence", "min_facts"),
+        notes={**RULE_NOTE, "width": "Layers that moving-average takes, and layers per window that is swept."},
+    ),
+    sweep=options_of(
+        SweepConfig,
+        rename={"requests": "validate_requests"},
+        notes={"windows": "Windows to sweep, such as 1-4,2-5; by default all that are as wide as the selected range."},
+    ),
+    moments=options_of(MomentsConfig, only=("tokens", "max_length")),
+)
+def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepConfig, moments: MomentsConfig) -> int:
     """Choose the critical layers from a folder's effects: selection.json and its figure.
 
     With --validate, or --by sweep or both, windows of layers are edited with requests about other subjects and
     scored, beside what the trace says of them: sweep.parquet and its figure, and a verdict in selection.json.
     """
-    folder = pipeline.RunFolder(existing_folder(directory), overwrite)
-    choice = SelectConfig(rule=rule, share=share, min_width=min_width, max_width=max_width, width=width, seed=seed)
-    named = None if windows is None else tuple(parse_windows(windows))
-    sweep = SweepConfig(by=by, windows=named, width=width, requests=validate_requests, seed=seed)
-    sweeping = validate or by != "trace"
-    edits = load_requests(requests) if sweeping else []
-    selection = pipeline.select_step(folder, choice)
-    summary: dict[str, Any] = {}
+    folder = RunFolder(existing_folder(options.directory), options.overwrite)
+    sweeping = options.validate or sweep.by != "trace"
+    requests = load_requests(options.requests) if sweeping else []
+    selection = pipeline.select_step(folder, select)
+    summary = {}
     if sweeping:
-        own = pipeline.traced_model(folder)
-        loaded = load(model or own["model"], backend, device, dtype or own["dtype"])
-        how = method_config(method, loaded, seed, settings)
-        reading = MomentsConfig(tokens=tokens, max_length=max_length)
-        selection = pipeline.validate_step(folder, loaded, selection, edits, texts, sweep, method, how, reading)
+        selection = _validate(folder, selection, requests, options, sweep, moments)
         summary["validation"] = selection.validation
-        for line in dict.fromkeys([*selection.validation["warnings"], selection.validation["verdict"]]):
-            say(line)
     run_figures(folder.path)
     say(selection.reason)
-    print_json(json_, {"selection": {"layers": list(selection.layers), **summary}})
+    options.print_summary({"selection": {"layers": list(selection.layers), **summary}})
     return 0 if selection.layers else 3
+
+
+def _validate(
+    folder: RunFolder,
+    selection: Selection,
+    requests: list[EditRequest],
+    options: SelectOptions,
+    sweep: SweepConfig,
+    moments: MomentsConfig,
+) -> Selection:
+    """Sweep the traced model and say how its edits agree with the trace."""
+    traced = pipeline.traced_model(folder)
+    options = replace(options, model=options.model or traced["model"], dtype=options.dtype or traced["dtype"])
+    model = options.load_model()
+    config = options.method_config(model)
+    validated = pipeline.validate_step(
+        folder, model, selection, requests, options.texts, sweep, options.method, config, moments
+    )
+    for line in dict.fromkeys([*validated.validation["warnings"], validated.validation["verdict"]]):
+        say(line)
+    return validated

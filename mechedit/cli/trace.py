@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from mechedit import pipeline
-from mechedit.cli import options
-from mechedit.cli.app import print_json
-from mechedit.cli.parsing import load, parse_names, sampled
+from mechedit.cli.command import command, options_of
+from mechedit.cli.options import ALL_SEVERED, FactsOptions, RunFolderOptions
+from mechedit.cli.parsing import sampled
 from mechedit.data import load_facts
 from mechedit.figures import run_figures
 from mechedit.trace import Corruption, TraceConfig
 
 
-def trace_command(
-    facts: options.FactsFile = "known",
-    out: options.Out = Path("run"),
-    model: options.ModelName = "tiny",
-    kinds: options.Kinds = "state,mlp,attn",
-    sever: options.Sever = "nothing,mlp,attn",
-    window: options.TraceWindow = None,
-    roles: options.Roles = None,
-    samples: options.Samples = 10,
-    noise: options.Noise = 3.0,
-    corruption: options.CorruptionName = "gaussian",
-    replace: options.Replace = False,
-    extra_tokens: options.ExtraTokens = 0,
-    metrics: options.Metrics = "probability",
-    memory: options.Memory = None,
-    max_facts: options.MaxFacts = None,
-    backend: options.Backend = "transformer_lens",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
-    json_: options.Json = False,
-    config: options.Config = None,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(FactsOptions, RunFolderOptions):
+    """Facts, model and folder."""
+
+
+@command(
+    trace=options_of(
+        TraceConfig,
+        without=("corruption", "noise_std", "batch_rows"),
+        defaults=ALL_SEVERED,
+        notes={
+            "metrics": "probability, log_probability, logit_difference or kl, each also after normalized_.",
+            "sever": "Modules to sever: nothing, mlp, attn, also of some layers or elsewhere (mlp@3, attn:last).",
+        },
+    ),
+    corruption=options_of(
+        Corruption,
+        without=("degrees",),
+        rename={"distribution": "corruption"},
+        notes={"distribution": "gaussian, multivariate, student, uniform, or tokens (of another subject)."},
+    ),
+)
+def trace_command(options: TraceOptions, trace: TraceConfig, corruption: Corruption) -> int:
     """Trace facts: effects.parquet, facts.parquet, config.json and figures."""
-    folder = pipeline.RunFolder.at(out, overwrite=overwrite)
-    wanted = sampled(load_facts(facts), max_facts, seed)
-    settings = TraceConfig(
-        kinds=parse_names(kinds),
-        sever=parse_names(sever),
-        window=window,
-        roles=None if roles is None else parse_names(roles),
-        samples=samples,
-        noise=noise,
-        corruption=Corruption(distribution=corruption, replace=replace, extra_tokens=extra_tokens),
-        metrics=parse_names(metrics),
-        memory=memory,
-        seed=seed,
-    )
-    traced = pipeline.trace_step(folder, load(model, backend, device, dtype), wanted, settings)
+    folder = options.run_folder()
+    facts = sampled(load_facts(options.facts), options.max_facts, options.seed)
+    traced = pipeline.trace_step(folder, options.load_model(), facts, replace(trace, corruption=corruption))
     run_figures(folder.path)
-    print_json(json_, {"facts": traced["n_facts"], "dropped": len(traced["dropped"])})
+    options.print_summary({"facts": traced["n_facts"], "dropped": len(traced["dropped"])})
     return 0

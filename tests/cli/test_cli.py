@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
 import torch
+import typer
 from helpers.edits import random_edit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import mechedit as me
 from mechedit.cli import main, parse_layers, parse_windows
+from mechedit.cli.app import app
+from mechedit.cli.command import command
+from mechedit.data import tiny_data
 from mechedit.files import read_json
 
 FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", "object": "teal"}
+
+COMMON = "model backend device dtype seed overwrite json config"
+OPTIONS = {
+    "run": "facts requests texts out layers method rule max-facts samples set generation-prompts",
+    "trace": "facts out kinds sever window roles samples noise corruption replace extra-tokens metrics memory "
+    "max-facts",
+    "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
+    "texts tokens max-length method set",
+    "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence weight",
+    "edit": "requests out show layers selection moments method set conflicts",
+    "evaluate": "requests out edit texts max-texts generation-prompts protocol references conflicts",
+    "apply": "edit out format",
+    "report": "DIRECTORY json config",
+}
+"""The options of every command beside the common ones; `report` has no model."""
 
 
 def call(*arguments: object) -> int:
@@ -99,8 +122,8 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bad_input_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in complaint(capsys, *arguments)
-    left = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert left == [], "nothing half-written may stay"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == [], "nothing half-written may stay"
 
 
 def test_an_unknown_model_is_named(capsys, tmp_path):
@@ -200,9 +223,9 @@ def test_a_step_is_reused_and_other_settings_are_refused(traced, capsys):
 def test_both_backends_give_the_same_effects(traced, tmp_path):
     arguments = ["--max-facts", 12, "--samples", 3, "--backend", "nnsight", "--out", tmp_path]
     assert call("trace", *arguments) == 0
-    one, two = (pd.read_parquet(folder / "effects.parquet") for folder in (traced, tmp_path))
-    assert (one["score"] - two["score"]).abs().max() < 1e-5
-    assert one["effect"].abs().max() > 0.1
+    first, second = (pd.read_parquet(folder / "effects.parquet") for folder in (traced, tmp_path))
+    assert (first["score"] - second["score"]).abs().max() < 1e-5
+    assert first["effect"].abs().max() > 0.1
 
 
 def test_a_config_file_gives_values_and_the_command_line_wins(tmp_path, capsys):
@@ -218,7 +241,7 @@ def test_a_config_file_gives_values_and_the_command_line_wins(tmp_path, capsys):
 def test_the_steps_by_hand(tmp_path, traced, capsys):
     """Select, moments, edit, evaluate, apply: each reads what the one before it wrote."""
     requests = tmp_path / "requests.json"
-    requests.write_text(json.dumps(json.loads(me.data.tiny_data("requests.json").read_text())[:3]))
+    requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:3]))
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(me.load_texts("tiny")[:200]))
     assert call("select", traced) == 0
@@ -230,16 +253,16 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     arguments = ["--requests", requests, "--moments", tmp_path, "--out", edit, "--set", "steps=8"]
     assert call("edit", *arguments, "--selection", traced / "selection.json") == 0
     assert "exists" in complaint(capsys, "edit", *arguments, "--layers", span)
-    (kept,) = (tmp_path / "targets").iterdir()
+    (targets,) = (tmp_path / "targets").iterdir()
     short = tmp_path / "short.safetensors"
     assert call("edit", *arguments[:-2], "--set", "steps=1", "--layers", span, "--out", short) == 0
     assert "3 targets did not converge (more steps or a larger clamp may help): " in capsys.readouterr().err
     assert len(list((tmp_path / "targets").iterdir())) == 2
-    before = kept.stat().st_mtime_ns
+    before = targets.stat().st_mtime_ns
     assert call("edit", *arguments, "--layers", span, "--set", "covariance_weight=50", "--overwrite") == 0
     # Other targets than those that are kept are not needed for another weight.
     assert len(list((tmp_path / "targets").iterdir())) == 2
-    assert kept.stat().st_mtime_ns == before
+    assert targets.stat().st_mtime_ns == before
     model = me.load_model("tiny")
     untouched = model.weights_hash()
     scores = tmp_path / "scores"
@@ -259,11 +282,11 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     assert protocol["weights_hash"]["before"] == untouched != protocol["weights_hash"]["after"]
     # Another edit is held against the same unedited answers, which are not asked for again.
     answers = scores / "baseline" / "states.safetensors"
-    asked = answers.stat().st_mtime_ns
+    written_at = answers.stat().st_mtime_ns
     assert "made with edit" in complaint(capsys, "evaluate", *evaluate, "--edit", short)
     assert call("evaluate", *evaluate, "--edit", short, "--overwrite") == 0
     again = json.loads(capsys.readouterr().out)
-    assert answers.stat().st_mtime_ns == asked
+    assert answers.stat().st_mtime_ns == written_at
     assert again["before"] == summary["before"]
     assert again["after"]["KL"] != summary["after"]["KL"]
     assert again["protocol"]["edit"] != protocol["edit"]
@@ -289,26 +312,26 @@ def test_moments_of_processes_merge_and_settle(tmp_path, monkeypatch, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(me.load_texts("tiny")[:600]))
     options = ["--texts", texts, "--layers", "2-3", "--max-length", 16]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert call("moments", *options, "--convergence", "--memory", 0.5, "--out", whole) == 0
+    at_once, merged = tmp_path / "whole", tmp_path / "parts"
+    assert call("moments", *options, "--convergence", "--memory", 0.5, "--out", at_once) == 0
     assert "layers 2, 3 in one pass over the text: about 0." in capsys.readouterr().err
-    curve = pd.read_parquet(whole / "moments" / "convergence.parquet")
+    curve = pd.read_parquet(at_once / "moments" / "convergence.parquet")
     assert set(curve["layer"]) == {2, 3}
     assert curve["matrix_change"].between(0, 1).all()
-    assert call("moments", *options, "--shard", "1/2", "--out", parts) == 0
-    message = complaint(capsys, "moments", "--merge", "--out", parts)
+    assert call("moments", *options, "--shard", "1/2", "--out", merged) == 0
+    message = complaint(capsys, "moments", "--merge", "--out", merged)
     assert "part 0/2 of layer 2 is missing" in message
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert call("moments", *options, "--out", parts) == 0
+    assert call("moments", *options, "--out", merged) == 0
     assert "mechedit moments --merge" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert call("moments", "--merge", "--out", parts, "--json") == 0
+    assert call("moments", "--merge", "--out", merged, "--json") == 0
     counts = json.loads(capsys.readouterr().out)["moments"]
-    one, other = (me.load_moments(folder, [2, 3]) for folder in (whole, parts))
-    assert counts == {str(layer): one[layer].count for layer in (2, 3)}
+    reference, added_up = (me.load_moments(folder, [2, 3]) for folder in (at_once, merged))
+    assert counts == {str(layer): reference[layer].count for layer in (2, 3)}
     for layer in (2, 3):
-        assert (one[layer].matrix - other[layer].matrix).norm() < 1e-12 * one[layer].matrix.norm()
+        assert (reference[layer].matrix - added_up[layer].matrix).norm() < 1e-12 * reference[layer].matrix.norm()
 
 
 @pytest.fixture
@@ -377,8 +400,8 @@ def test_older_and_combined_edits_are_shown(tiny_edit, tmp_path, capsys):
 
 def test_an_edit_is_refused_beside_another_model(tiny_edit, capsys, tmp_path):
     edit = me.Edit.load(tiny_edit)
-    other = {**edit.manifest, "model": {**edit.manifest["model"], "weights_hash": "0" * 64}}
-    me.Edit(factors=edit.factors, manifest=other).save(tiny_edit)
+    manifest = {**edit.manifest, "model": {**edit.manifest["model"], "weights_hash": "0" * 64}}
+    me.Edit(factors=edit.factors, manifest=manifest).save(tiny_edit)
     assert "the edit was made for 'tiny' with weights 000" in complaint(
         capsys, "edit", "--show", tiny_edit, "--model", "tiny"
     )
@@ -397,19 +420,19 @@ def test_apply_writes_a_lora_adapter(tiny_edit, tmp_path, capsys):
     adapted = PeftModel.from_pretrained(base, out)
     model, ids = me.load_model("tiny"), torch.arange(5, 15)[None]
     with torch.no_grad():
-        start = model.hf(ids).logits
+        base_logits = model.hf(ids).logits
         with me.edited(model, me.Edit.load(tiny_edit)):
-            wanted = model.hf(ids).logits
-        found = adapted(ids).logits
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
-    assert float((start - wanted).norm() / wanted.norm()) > 0.01
+            edited_logits = model.hf(ids).logits
+        adapted_logits = adapted(ids).logits
+    assert float((adapted_logits - edited_logits).norm() / edited_logits.norm()) < 1e-5
+    assert float((base_logits - edited_logits).norm() / edited_logits.norm()) > 0.01
 
 
 @pytest.fixture
 def small_inputs(tmp_path: Path) -> list[object]:
     """Options that make a sweep of the tiny model short."""
     requests, texts = tmp_path / "requests.json", tmp_path / "texts.txt"
-    requests.write_text(json.dumps(json.loads(me.data.tiny_data("requests.json").read_text())[:40]))
+    requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:40]))
     texts.write_text("\n".join(me.load_texts("tiny")[:200]))
     return ["--requests", requests, "--texts", texts, "--validate-requests", 3, "--set", "steps=4"]
 
@@ -419,15 +442,19 @@ def test_select_validates_by_editing_and_chooses_by_it(traced, tmp_path, small_i
     shutil.copytree(traced, folder)
     assert call("select", folder, "--validate", "--windows", "2-3,3", *small_inputs, "--json") == 0
     printed = capsys.readouterr()
-    own = json.loads(printed.out)["selection"]["layers"]
+    traced_layers = json.loads(printed.out)["selection"]["layers"]
     selection = read_json(folder / "selection.json")
     validation = selection["validation"]
-    assert selection["layers"] == validation["traced"]["layers"] == own
+    assert selection["layers"] == validation["traced"]["layers"] == traced_layers
     assert validation["verdict"] in printed.err
     assert validation["by"] == "trace"
     assert (validation["n_requests"], validation["held_out"]) == (3, 3)
     swept = pd.read_parquet(folder / "sweep.parquet")
-    assert set(zip(swept["first"], swept["last"], strict=True)) == {(2, 3), (3, 3), (own[0], own[-1])}
+    assert set(zip(swept["first"], swept["last"], strict=True)) == {
+        (2, 3),
+        (3, 3),
+        (traced_layers[0], traced_layers[-1]),
+    }
     scores = swept[swept["measure"] == "ES"]["mean"]
     assert scores.max() > swept.attrs["before"]["ES"]["mean"]
     assert (folder / "figures" / "sweep.pdf").is_file()
@@ -440,10 +467,10 @@ def test_select_validates_by_editing_and_chooses_by_it(traced, tmp_path, small_i
     selection = read_json(folder / "selection.json")
     assert selection["layers"] == selection["validation"]["best"]["layers"] == selection["validation"]["layers"]
     assert "best-scoring" in selection["reason"]
-    assert me.Selection.load(folder / "selection.json").validation["traced"]["layers"] == own
+    assert me.Selection.load(folder / "selection.json").validation["traced"]["layers"] == traced_layers
 
-    other = [*small_inputs[:-1], "steps=5"]
-    message = complaint(capsys, "select", folder, "--validate", "--windows", "2-3,3", *other)
+    other_settings = [*small_inputs[:-1], "steps=5"]
+    message = complaint(capsys, "select", folder, "--validate", "--windows", "2-3,3", *other_settings)
     assert "the sweep in" in message
     assert "settings.steps = 4, expected 5" in message
 
@@ -457,6 +484,48 @@ def test_only_the_traced_model_is_swept(traced, tmp_path, small_inputs, capsys):
     assert not (folder / "sweep.parquet").exists()
     (folder / "config.json").unlink()
     assert "says which model was traced" in complaint(capsys, "select", folder, "--validate", *small_inputs)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_command_has_the_options_of_the_contract(name: str):
+    parameters = typer.main.get_command(app).commands[name].params
+    spellings = [spelling for parameter in parameters for spelling in parameter.opts]
+    expected = OPTIONS[name].split() + ([] if name == "report" else COMMON.split())
+    assert sorted(spellings) == sorted(option.lower() if option.isupper() else f"--{option}" for option in expected)
+
+
+def test_a_field_of_a_config_is_an_option_with_its_note_and_default():
+    @dataclass(frozen=True, kw_only=True)
+    class Files:
+        seed: int = 5
+        """Seed of all."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        steps: int = 3
+        """Steps per
+        request."""
+        names: Sequence[str] = ("a", "b")
+        """Names; None means all."""
+        rate: float | int | None = None
+        seed: int = 0
+        """Seed of the sample."""
+
+    def run(files: Files, config: Config) -> int:
+        built.append((files, config))
+        return 0
+
+    built: list[tuple[Files, Config]] = []
+    run.__annotations__ |= {"files": Files, "config": Config}
+    parameters = inspect.signature(function := command()(run)).parameters
+    assert list(parameters) == ["seed", "steps", "names", "rate", "config"]
+    notes = {name: get_args(parameter.annotation)[1].help for name, parameter in parameters.items()}
+    assert notes["seed"] == "Seed of all.", "the first of two dataclasses describes an option of both"
+    assert (notes["steps"], notes["rate"]) == ("Steps per request.", "")
+    assert notes["names"] == "Names; by default all. Several are separated by commas."
+    assert (parameters["steps"].default, parameters["names"].default) == (3, "a,b")
+    assert function(seed=7, steps=1, names="c, d", rate=0.5, config=None) == 0
+    assert built == [(Files(seed=7), Config(steps=1, names=("c", "d"), rate=0.5, seed=7))]
 
 
 def test_windows_are_read_as_people_write_them():

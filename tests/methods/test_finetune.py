@@ -16,7 +16,7 @@ from tokenizers import processors
 from torch import Tensor
 
 import mechedit.methods.training as training
-from mechedit.cli.describe import described, page
+from mechedit.cli.describe import describe_edit, format_description
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, apply_, edited, undo_
 from mechedit.errors import InputError
@@ -340,7 +340,7 @@ def test_every_kind_is_called_and_recorded_like_other_methods(lively: Any, metho
     assert manifest["requests"] == ["a", "b", "c"]
     assert manifest["facts"][1] == "Leon Blum is → in Paris"
     assert manifest["model"] == lively.provenance()
-    shown = page(Path("edit.safetensors"), described(edit, lively))
+    shown = format_description(Path("edit.safetensors"), describe_edit(edit, lively))
     assert f"method    {method} (mechedit" in shown
     assert "settings  steps = 2\n" in shown
     assert "training  loss " in shown

@@ -11,7 +11,7 @@ from analyses.common.experiment import Experiment
 from analyses.papers import ablate_lambda, ablate_layers, ablate_module
 from mechedit import InputError
 from mechedit.sweep import Window
-from mechedit.sweep import sweep as measure
+from mechedit.sweep import sweep as sweep_module
 from mechedit.tables import where
 
 SMALL = ["--quick", "--count", "4", "--layers", "2-3"]
@@ -20,9 +20,9 @@ SMALL = ["--quick", "--count", "4", "--layers", "2-3"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for all three, as a reader would have; the ranges come first, whichever test runs here."""
-    made = tmp_path_factory.mktemp("papers")
-    ablate_layers.main([*SMALL, "--out", str(made)])
-    return made
+    out = tmp_path_factory.mktemp("papers")
+    ablate_layers.main([*SMALL, "--out", str(out)])
+    return out
 
 
 def files(folder: Path, name: str) -> set[str]:
@@ -38,16 +38,16 @@ def test_ranges_are_edited_once_and_scored(folder: Path, monkeypatch: pytest.Mon
     assert files(folder, "ablate_layers") == {".parquet", ".csv", ".pdf", ".png"}
     table = pd.read_parquet(folder / "ablate_layers.parquet")
     printed = pd.read_csv(folder / "ablate_layers.csv").set_index("layers")
-    own = where(table, varied="width", layers="2–3")
+    rows = where(table, varied="width", layers="2–3")
     assert set(where(table, varied="width", model="edited")["layers"]) == {"3", "2–3"}
-    assert printed.loc["2–3", "ES"].startswith(f"{score(own, 'ES'):.1f} (")
-    assert score(own, "ES") > score(table, "ES", model="unedited", varied="width") == 0
+    assert printed.loc["2–3", "ES"].startswith(f"{score(rows, 'ES'):.1f} (")
+    assert score(rows, "ES") > score(table, "ES", model="unedited", varied="width") == 0
     pd.testing.assert_frame_equal(
         where(table, varied="depth", layers="2–3").drop(columns="varied").reset_index(drop=True),
-        own.drop(columns="varied").reset_index(drop=True),
+        rows.drop(columns="varied").reset_index(drop=True),
     )
-    monkeypatch.setattr(measure, "find_targets", None)
-    monkeypatch.setattr(measure, "evaluate", None)
+    monkeypatch.setattr(sweep_module, "find_targets", None)
+    monkeypatch.setattr(sweep_module, "evaluate", None)
     before = (folder / "ablate_layers.parquet").read_bytes()
     ablate_layers.main([*SMALL, "--out", str(folder)])
     assert (folder / "ablate_layers.parquet").read_bytes() == before
@@ -64,7 +64,7 @@ def test_both_modules_start_from_the_same_z(folder: Path, monkeypatch: pytest.Mo
     assert score(table, "PM", module="MLP", layers="2–3") == score(layers, "PM", varied="depth", layers="2–3")
     assert score(table, "PM", module="attention", layers="2–3") != score(table, "PM", module="MLP", layers="2–3")
     assert list(pd.read_csv(folder / "ablate_module.csv")["module"].dropna().unique()) == ["MLP", "attention"]
-    monkeypatch.setattr(measure, "evaluate", None)
+    monkeypatch.setattr(sweep_module, "evaluate", None)
     ablate_module.main([*SMALL, "--out", str(folder)])
 
 
@@ -72,10 +72,10 @@ def test_lambda_trades_what_is_written_for_what_is_kept(folder: Path, monkeypatc
     ablate_lambda.main([*SMALL, "--out", str(folder)])
     assert files(folder, "ablate_lambda") == {".parquet", ".csv", ".pdf", ".png"}
     table = pd.read_parquet(folder / "ablate_lambda.parquet")
-    left = where(table, measure="left").sort_values("weight")
-    assert list(left["weight"]) == [0.1, 100.0, 100_000.0]
-    assert left["mean"].is_monotonic_increasing
-    assert left["mean"].iloc[0] < 5 < 50 < left["mean"].iloc[-1]
+    unwritten = where(table, measure="left").sort_values("weight")
+    assert list(unwritten["weight"]) == [0.1, 100.0, 100_000.0]
+    assert unwritten["mean"].is_monotonic_increasing
+    assert unwritten["mean"].iloc[0] < 5 < 50 < unwritten["mean"].iloc[-1]
     assert list(pd.read_csv(folder / "ablate_lambda.csv")["λ"]) == ["unedited", "0.1", "100", "100000"]
     monkeypatch.setattr(Experiment, "_score", None)
     ablate_lambda.main([*SMALL, "--out", str(folder)])
@@ -93,9 +93,14 @@ def test_ranges_lie_at_every_depth_and_hold_the_models_own() -> None:
         class model:  # noqa: N801 - stands for an attribute
             n_layers = 48
 
-    found = ablate_layers.at_depths(Deep(), Window(12, 16))  # type: ignore[arg-type]
-    assert Window(12, 16) in found
-    assert (found[0], found[-1]) == (Window(0, 4), Window(43, 47))
-    assert {window.width for window in found} == {5}
-    assert len(found) == ablate_layers.MOST_DEPTHS + 1
-    assert ablate_layers.ending_alike(Deep(), Window(1, 3)) == [Window(3, 3), Window(2, 3), Window(1, 3), Window(0, 3)]  # type: ignore[arg-type]
+    windows = ablate_layers.at_depths(Deep(), Window(12, 16))  # type: ignore[arg-type]
+    assert Window(12, 16) in windows
+    assert (windows[0], windows[-1]) == (Window(0, 4), Window(43, 47))
+    assert {window.width for window in windows} == {5}
+    assert len(windows) == ablate_layers.MOST_DEPTHS + 1
+    assert ablate_layers.of_every_width(Deep(), Window(1, 3)) == [
+        Window(3, 3),
+        Window(2, 3),
+        Window(1, 3),
+        Window(0, 3),
+    ]  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from analyses.common.command import opened, options
+from analyses.common.command import open_experiment, options
 from analyses.common.counterfacts import counterfacts
 from analyses.common.experiment import Experiment
 from analyses.common.variants import Variant
@@ -52,9 +52,9 @@ def test_more_requests_than_the_facts_allow_are_refused():
 def test_a_variant_reads_method_layers_and_settings():
     assert Variant.parse("memit", [1, 2]) == Variant(method="memit", layers=(1, 2))
     assert Variant.parse("rome@2", [1, 2]).layers == (2,)
-    found = Variant.parse("memit@1-3:strategy=sqrt;clamp=1", [0])
-    assert (found.layers, found.settings) == ((1, 2, 3), {"strategy": "sqrt", "clamp": "1"})
-    assert found.name == "memit, strategy sqrt, clamp 1"
+    variant = Variant.parse("memit@1-3:strategy=sqrt;clamp=1", [0])
+    assert (variant.layers, variant.settings) == ((1, 2, 3), {"strategy": "sqrt", "clamp": "1"})
+    assert variant.name == "memit, strategy sqrt, clamp 1"
     with pytest.raises(InputError, match="nonsense"):
         Variant.parse("nonsense", [1])
 
@@ -62,18 +62,18 @@ def test_a_variant_reads_method_layers_and_settings():
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Experiment:
     out = tmp_path_factory.mktemp("papers")
-    return opened("try", options("Try."), ["--out", str(out), "--quick", "--count", "3"])
+    return open_experiment("try", options("Try."), ["--out", str(out), "--quick", "--count", "3"])
 
 
 def test_a_scored_edit_is_made_once_and_leaves_the_model_as_it_was(experiment, monkeypatch):
     before = experiment.model.provenance()
     unedited = experiment.scored(None, experiment.requests).set_index("measure")["mean"]
     variant = Variant(method="memit", layers=(1, 2, 3))
-    found = experiment.scored(variant, experiment.requests)
-    assert unedited["ES"] == 0 < found.set_index("measure")["mean"]["ES"]
+    scores = experiment.scored(variant, experiment.requests)
+    assert unedited["ES"] == 0 < scores.set_index("measure")["mean"]["ES"]
     assert experiment.model.provenance() == before
     monkeypatch.setattr(Experiment, "_score", None)  # what is kept needs no scoring
-    pd.testing.assert_frame_equal(experiment.scored(variant, experiment.requests), found)
+    pd.testing.assert_frame_equal(experiment.scored(variant, experiment.requests), scores)
     with pytest.raises(TypeError):
         experiment.scored(Variant(method="memit", layers=(1, 2)), experiment.requests)
 
@@ -81,11 +81,11 @@ def test_a_scored_edit_is_made_once_and_leaves_the_model_as_it_was(experiment, m
 def test_layers_come_from_the_trace_unless_they_are_given(experiment):
     assert experiment.layers == [1, 2, 3]
     assert (experiment.out / "selection" / "selection.json").is_file()
-    given = opened("try", options("Try."), ["--out", str(experiment.out), "--layers", "2-4"])
-    assert given.layers == [2, 3, 4]
+    with_layers = open_experiment("try", options("Try."), ["--out", str(experiment.out), "--layers", "2-4"])
+    assert with_layers.layers == [2, 3, 4]
 
 
 def test_more_requests_than_there_are_are_refused(tmp_path):
-    asked = opened("try", options("Try."), ["--out", str(tmp_path), "--requests", "tiny", "--count", "101"])
+    too_many = open_experiment("try", options("Try."), ["--out", str(tmp_path), "--requests", "tiny", "--count", "101"])
     with pytest.raises(InputError, match="1 to 100"):
-        _ = asked.requests
+        _ = too_many.requests

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analyses.common.command import opened, options
+from analyses.common.command import open_experiment, options
 from analyses.common.experiment import Experiment
 from analyses.papers import finetune_decay
 from mechedit import EditRequest, edited, evaluate, ft
@@ -19,9 +19,9 @@ SMALL = ["--quick", "--count", "4", "--layers", "2", "--decades", "3"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("papers")
-    finetune_decay.main([*SMALL, "--out", str(made)])
-    return made
+    out = tmp_path_factory.mktemp("papers")
+    finetune_decay.main([*SMALL, "--out", str(out)])
+    return out
 
 
 def test_both_ends_and_training_without_decay_are_scored(folder: Path) -> None:
@@ -37,14 +37,14 @@ def test_both_ends_and_training_without_decay_are_scored(folder: Path) -> None:
 
 
 def test_a_score_is_that_of_the_method_itself(folder: Path) -> None:
-    experiment = opened("finetune_decay", options("Try.", count=4), [*SMALL[:-2], "--out", str(folder)])
+    experiment = open_experiment("finetune_decay", options("Try.", count=4), [*SMALL[:-2], "--out", str(folder)])
     requests: list[EditRequest] = experiment.requests
     edit = ft(experiment.model, requests, [2])
     with edited(experiment.model, edit):
-        found = evaluate(experiment.model, requests, QUICK).summary()
+        summary = evaluate(experiment.model, requests, QUICK).summary()
     table = where(pd.read_parquet(folder / "finetune_decay.parquet"), model="no decay").set_index("measure")
     for measure in ("ES", "PS", "NS", "S"):
-        assert table.loc[measure, "mean"] == pytest.approx(found[measure]["mean"])
+        assert table.loc[measure, "mean"] == pytest.approx(summary[measure]["mean"])
 
 
 def test_a_second_run_trains_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.common.command import opened, options
+from analyses.common.command import open_experiment, options
 from analyses.common.counterfacts import counterfacts
 from analyses.common.experiment import Experiment
 from analyses.common.free_text import references_of
@@ -41,7 +41,9 @@ def scaling(out) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def experiment(out) -> Experiment:
-    return opened("direct", options("Direct."), ["--quick", "--count", "3", "--layers", "1-3", "--out", str(out)])
+    return open_experiment(
+        "direct", options("Direct."), ["--quick", "--count", "3", "--layers", "1-3", "--out", str(out)]
+    )
 
 
 def refuses(*_: object, **__: object) -> None:
@@ -83,11 +85,11 @@ def test_scaling_curve_agrees_with_an_edit_made_directly(scaling, experiment):
 
 def test_the_first_of_romes_edits_are_its_edit_of_the_first(scaling, experiment):
     rome = Variant(method="rome", layers=(2,))
-    whole, part = (experiment.edit(rome, experiment.requests[:count]) for count in (3, 2))
-    found = scaling_curve.first(whole, 2)
-    assert torch.allclose(found.delta(2), part.delta(2), rtol=0, atol=1e-5 * part.delta(2).norm())
-    assert not torch.allclose(whole.delta(2), part.delta(2), rtol=0, atol=1e-2 * part.delta(2).norm())
-    assert found.manifest["requests"] == part.manifest["requests"]
+    of_three, of_two = (experiment.edit(rome, experiment.requests[:count]) for count in (3, 2))
+    first_two = scaling_curve.first(of_three, 2)
+    assert torch.allclose(first_two.delta(2), of_two.delta(2), rtol=0, atol=1e-5 * of_two.delta(2).norm())
+    assert not torch.allclose(of_three.delta(2), of_two.delta(2), rtol=0, atol=1e-2 * of_two.delta(2).norm())
+    assert first_two.manifest["requests"] == of_two.manifest["requests"]
 
 
 def test_the_order_is_that_of_the_largest_n(out, scaling):
@@ -116,9 +118,9 @@ def test_table_has_the_papers_columns_and_leaves_out_what_has_no_data(out, capsy
     tidy = pd.read_parquet(out / "table_counterfact.parquet")
     row = where(tidy, method="memit", measure="NS").iloc[0]
     assert table.loc[1, "NS"] == f"{row['mean']:.1f} ({(row['high'] - row['low']) / 2:.1f})"
-    left = where(tidy, method="memit", measure="left")["mean"].item()
-    assert 0 < left < 100
-    assert float(table.loc[1, "left"]) == pytest.approx(left, abs=0.05)
+    unwritten = where(tidy, method="memit", measure="left")["mean"].item()
+    assert 0 < unwritten < 100
+    assert float(table.loc[1, "left"]) == pytest.approx(unwritten, abs=0.05)
     assert (out / "table_counterfact.png").is_file()
 
 
@@ -126,9 +128,9 @@ def test_free_text_brings_ge_and_rs(out):
     assert table_counterfact.main(arguments(out, "--free", "1", "--count", "2", "--methods", "memit")) == 0
     tidy = pd.read_parquet(out / "table_counterfact.parquet")
     for measure, least, most in (("GE", 100, 800), ("RS", 0.1, 100)):
-        found = where(tidy, measure=measure)
-        assert set(found["method"]) == {"unedited", "memit"}
-        assert found["mean"].between(least, most).all()
+        rows = where(tidy, measure=measure)
+        assert set(rows["method"]) == {"unedited", "memit"}
+        assert rows["mean"].between(least, most).all()
 
 
 def test_references_are_texts_that_start_with_a_subject_of_the_object():
@@ -138,9 +140,9 @@ def test_references_are_texts_that_start_with_a_subject_of_the_object():
         Fact(id="c", subject="Cy", prompt="{} likes", object="tea", relation="drink"),
     ]
     texts = ["Ada has a cup.", "Ada Bly's farm has cows.", "Cy and Ada Bly met.", "Of Ada nothing is known."]
-    found = references_of(facts, texts).texts
-    assert found == {("drink", "tea"): (texts[0], texts[2]), ("drink", "milk"): (texts[1],)}
-    assert references_of(facts, texts, most=1).texts["drink", "tea"] == (texts[0],)
+    by_object = references_of(facts, texts).texts
+    assert by_object == {("drink", "tea"): (texts[0], texts[2]), ("drink", "milk"): (texts[1],)}
+    assert references_of(facts, texts, limit=1).texts["drink", "tea"] == (texts[0],)
     with pytest.raises(InputError, match="no text starts"):
         references_of(facts, ["Nobody."])
 
@@ -153,8 +155,8 @@ def test_every_request_on_the_tiny_model_has_references():
 
 
 def test_runtime_times_stages_and_methods(out, experiment, monkeypatch):
-    given = arguments(out, "--count", "4", "--methods", "ft@2")
-    assert runtime.main(given) == 0
+    command_line = arguments(out, "--count", "4", "--methods", "ft@2")
+    assert runtime.main(command_line) == 0
     table = pd.read_parquet(out / "runtime.parquet")
     assert {"facts", "method", "stage", "seconds", "cpu", "memit", "processor", "threads", "torch", "device"} <= {
         *table
@@ -168,11 +170,11 @@ def test_runtime_times_stages_and_methods(out, experiment, monkeypatch):
     printed = pd.read_csv(out / "runtime.csv")
     assert list(printed["what"]) == ["second moments", *(f"memit: {s}" for s in runtime.STAGES), "ft"]
     monkeypatch.setattr(runtime, "stage_seconds", refuses)
-    monkeypatch.setattr(runtime, "whole", refuses)
-    assert runtime.main(given) == 0
+    monkeypatch.setattr(runtime, "make_edit", refuses)
+    assert runtime.main(command_line) == 0
     monkeypatch.setattr(runtime, "processor", lambda: "another")
     with pytest.raises(AssertionError, match="made again"):
-        runtime.main(given)
+        runtime.main(command_line)
 
 
 def test_the_exponent_is_the_slope_in_logarithms():

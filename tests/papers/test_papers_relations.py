@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analyses.common.categories import by_relation, find_pairs, mixed
-from analyses.common.command import opened, options
+from analyses.common.command import open_experiment, options
 from analyses.common.counterfacts import counterfacts
 from analyses.common.experiment import Experiment
 from analyses.common.variants import Variant
@@ -47,8 +47,8 @@ def test_pairs_are_told_apart_by_what_they_share():
         relation("spoken", "ijklm", "stuvw"),  # rivers, languages
     )
     pairs = find_pairs(groups, {}, least=2)
-    found = {same: (set(pair.names), pair.rule) for same, pair in pairs.items()}
-    assert found == {
+    names_and_rules = {same: (set(pair.names), pair.rule) for same, pair in pairs.items()}
+    assert names_and_rules == {
         "neither": ({"born", "spoken"}, "overlap"),
         "subjects": ({"born", "speaks"}, "overlap"),
         "objects": ({"born", "lies"}, "overlap"),
@@ -67,8 +67,8 @@ def test_the_papers_pairs_and_given_ones_come_first():
         relation("P27", "abcdef", "XYZ"), relation("P37", "ghijkl", "uvw"), relation("P99", "mnopqrst", "123")
     )
     assert find_pairs(groups, {}, least=3)["neither"].rule == "published"
-    given = find_pairs(groups, {"neither": ("P37", "P99")}, least=3)["neither"]
-    assert (given.names, given.rule, given.size) == (("P37", "P99"), "given", 6)
+    pair = find_pairs(groups, {"neither": ("P37", "P99")}, least=3)["neither"]
+    assert (pair.names, pair.rule, pair.size) == (("P37", "P99"), "given", 6)
     with pytest.raises(InputError, match="fewer than 7"):
         find_pairs(groups, {"neither": ("P37", "P99")}, least=7)
     with pytest.raises(InputError, match="P1"):
@@ -103,8 +103,8 @@ def test_the_almanac_fills_all_four_cases():
 
 def test_a_mix_takes_relations_in_turn_and_no_subject_twice():
     groups = {"one": relation("one", "abe", "XY"), "two": relation("two", "acd", "uv")}
-    found = [request.id for request in mixed(groups, 4)]
-    assert found == ["onea", "twoc", "oneb", "twod"]  # in plain turns the second would be twoa, of a once more
+    ids = [request.id for request in mixed(groups, 4)]
+    assert ids == ["onea", "twoc", "oneb", "twod"]  # in plain turns the second would be twoa, of a once more
     assert len(mixed(groups, 9)) == 5  # a, b, c, d, e are all there are
 
 
@@ -125,8 +125,8 @@ def test_the_mixtures_arithmetic_on_numbers_worked_by_hand():
     first = cases(a1=(100, 100, 50), a2=(100, 0, 50))  # ES 100, PS 50, NS 50: S = 3/(1/100 + 1/50 + 1/50) = 60
     second = cases(b1=(0, 50, 100), b2=(100, 50, 100))  # ES 50, PS 50, NS 100: S = 60
     both = cases(a1=(100, 100, 100), b1=(100, 0, 100))  # ES 100, PS 50, NS 100: S = 3/(1/100 + 1/50 + 1/100) = 75
-    found = mixtures.compare(first, second, both, seed=0, resamples=200)
-    at = {(row.measure, row.part): row.mean for row in found.itertuples()}
+    comparison = mixtures.compare(first, second, both, seed=0, resamples=200)
+    at = {(row.measure, row.part): row.mean for row in comparison.itertuples()}
     assert at["S", "first"] == pytest.approx(60)
     assert at["S", "second"] == pytest.approx(60)
     assert at["S", "mixture"] == pytest.approx(75)
@@ -137,18 +137,18 @@ def test_the_mixtures_arithmetic_on_numbers_worked_by_hand():
 
 def test_the_differences_interval_holds_what_varies_and_nothing_else():
     same = {f"a{i}": (100.0, 100.0, 80.0) for i in range(8)}
-    other = {f"b{i}": (100.0, 100.0, 60.0) for i in range(8)}
-    halves = {name: value for i, (name, value) in enumerate([*same.items(), *other.items()]) if i % 8 < 4}
-    steady = mixtures.compare(cases(**same), cases(**other), cases(**halves), seed=0)
+    second = {f"b{i}": (100.0, 100.0, 60.0) for i in range(8)}
+    halves = {name: value for i, (name, value) in enumerate([*same.items(), *second.items()]) if i % 8 < 4}
+    steady = mixtures.compare(cases(**same), cases(**second), cases(**halves), seed=0)
     # Each relation's requests are all alike, and the two halves weigh alike however they are drawn.
     assert part(steady, "NS", "difference")[["mean", "low", "high"]].tolist() == [0, 0, 0]
     rng = np.random.default_rng(0)
     same = {name: (100.0, 100.0, float(value)) for name, value in zip(same, rng.integers(0, 100, 8), strict=True)}
     halves |= {name: same[name] for name in halves if name in same}
-    varied = mixtures.compare(cases(**same), cases(**other), cases(**halves), seed=0)
+    varied = mixtures.compare(cases(**same), cases(**second), cases(**halves), seed=0)
     difference = part(varied, "NS", "difference")
-    kept = [same[name][2] for name in list(same)[:4]]
-    assert difference["mean"] == pytest.approx((np.mean(kept) - np.mean([v[2] for v in same.values()])) / 2)
+    in_mixture = [same[name][2] for name in list(same)[:4]]
+    assert difference["mean"] == pytest.approx((np.mean(in_mixture) - np.mean([v[2] for v in same.values()])) / 2)
     assert difference["low"] < difference["mean"] < difference["high"]
 
 
@@ -177,11 +177,11 @@ def test_relations_runs_reuses_and_agrees_with_a_direct_computation(out, monkeyp
     assert set(table["method"]) == {"unedited", "memit"}
     assert len(set(table["relation"])) == relations.QUICK_RELATIONS + 1
     assert where(table, method="unedited", measure="ES")["mean"].max() == 0
-    experiment = opened("try", options("Try.", quick_count=None), [*QUICK_RUN, "--out", str(out)])
+    experiment = open_experiment("try", options("Try.", quick_count=None), [*QUICK_RUN, "--out", str(out)])
     name = table["relation"].iloc[0]
-    wanted = by_relation(experiment.requests, seed=0)[name][:2]
-    with edited(experiment.model, experiment.edit(Variant(method="memit", layers=(1, 2, 3)), wanted)):
-        direct = evaluate(experiment.model, wanted, QUICK).summary()
+    requests = by_relation(experiment.requests, seed=0)[name][:2]
+    with edited(experiment.model, experiment.edit(Variant(method="memit", layers=(1, 2, 3)), requests)):
+        direct = evaluate(experiment.model, requests, QUICK).summary()
     row = where(table, method="memit", relation=name, measure="S").iloc[0]
     assert row["mean"] == pytest.approx(direct["S"]["mean"])
     assert row["mean"] > 0
@@ -202,12 +202,12 @@ def test_mixtures_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypa
     table = check_files(out, "mixtures", "mixtures_detail.png", "mixtures_detail.pdf")
     assert list(dict.fromkeys(table["same"])) == list(mixtures.SAME)
     assert len(table) == 4 * len(mixtures.SCORES) * len(mixtures.PARTS)
-    experiment = opened("try", options("Try.", quick_count=None), [*QUICK_RUN, "--out", str(out)])
+    experiment = open_experiment("try", options("Try.", quick_count=None), [*QUICK_RUN, "--out", str(out)])
     groups = by_relation(experiment.requests, seed=0)
     pair = find_pairs(groups, {}, least=2)["neither"]
-    wanted = [pair.requests[0][0], pair.requests[1][0]]
-    with edited(experiment.model, experiment.edit(Variant(method="memit", layers=(1, 2, 3)), wanted)):
-        direct = evaluate(experiment.model, wanted, QUICK).summary()
+    mixture = [pair.requests[0][0], pair.requests[1][0]]
+    with edited(experiment.model, experiment.edit(Variant(method="memit", layers=(1, 2, 3)), mixture)):
+        direct = evaluate(experiment.model, mixture, QUICK).summary()
     row = where(table, same="neither", edits=2, measure="NS", part="mixture").iloc[0]
     assert row["mean"] == pytest.approx(direct["NS"]["mean"])
     forbid_work(monkeypatch)
@@ -217,16 +217,16 @@ def test_mixtures_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypa
     assert {"same", "edits", "measure", "mean", "mixture", "difference", "low", "high"} <= set(printed)
 
 
-@pytest.mark.parametrize("given", [["--edits", "3"], ["--edits", "a"], ["--pairs", "both=P1"], ["--pairs", "x"]])
-def test_mixtures_refuses_what_it_cannot_read(out, given):
+@pytest.mark.parametrize("unreadable", [["--edits", "3"], ["--edits", "a"], ["--pairs", "both=P1"], ["--pairs", "x"]])
+def test_mixtures_refuses_what_it_cannot_read(out, unreadable):
     with pytest.raises(InputError, match="cannot be read"):
-        mixtures.main(["--layers", "1-3", "--out", str(out), *given])
+        mixtures.main(["--layers", "1-3", "--out", str(out), *unreadable])
 
 
 def test_fresh_knowledge_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypatch, capsys):
     arguments = [*QUICK_RUN, "--out", str(out)]
     fresh_knowledge.main(arguments)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     table = check_files(out, "fresh_knowledge", "fresh_knowledge_facts.csv", "fresh_knowledge_said.csv")
     assert len(table) == 6
     assert not table["exact_match_before"].any()
@@ -238,8 +238,8 @@ def test_fresh_knowledge_runs_reuses_and_agrees_with_a_direct_computation(out, m
     assert printed.loc["accuracy", "before"] == "0.0 (0.0)"
     assert printed.loc["accuracy", "after"].startswith(f"{100 * table['took'].mean():.1f}")
     assert len(pd.read_csv(out / "fresh_knowledge_missed.csv")) == (~table["took"]).sum()
-    assert f"{(~table['took']).sum()} of 6 facts did not take" in said
-    assert "before:" in said
+    assert f"{(~table['took']).sum()} of 6 facts did not take" in output
+    assert "before:" in output
     monkeypatch.setattr("mechedit.pipeline.evaluate", None)
     fresh_knowledge.main(arguments)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "fresh_knowledge.parquet"), table)
@@ -252,11 +252,13 @@ def test_table_zsre_runs_reuses_and_agrees_with_a_direct_computation(out, monkey
     printed = pd.read_csv(out / "table_zsre.csv")
     assert list(printed) == ["Editor", "Score", "Efficacy", "Paraphrase", "Specificity", "Exact match"]
     assert list(printed["Editor"]) == ["unedited", "memit"]
-    experiment = opened("try", options("Try."), [*QUICK_RUN, "--out", str(out), "--requests", "tiny", "--count", "3"])
+    experiment = open_experiment(
+        "try", options("Try."), [*QUICK_RUN, "--out", str(out), "--requests", "tiny", "--count", "3"]
+    )
     with edited(experiment.model, experiment.edit(Variant(method="memit", layers=(1, 2, 3)), experiment.requests)):
-        said = [generate(experiment.model, [r.text], tokens=6)[0] for r in experiment.requests]
+        texts = [generate(experiment.model, [r.text], tokens=6)[0] for r in experiment.requests]
     # The shipped objects are one token or a few: what greedy decoding writes in full is an exact match.
-    right = [text.strip().startswith(r.target_new) for text, r in zip(said, experiment.requests, strict=True)]
+    right = [text.strip().startswith(r.target_new) for text, r in zip(texts, experiment.requests, strict=True)]
     row = where(table, method="memit", measure="exact_match").iloc[0]
     assert row["mean"] == pytest.approx(100 * np.mean(right))
     assert where(table, method="unedited", measure="exact_match").iloc[0]["mean"] == 0 < row["mean"]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analyses.common.command import opened, options
+from analyses.common.command import open_experiment, options
 from analyses.papers import trace_average, trace_severed
 from mechedit import load_facts, pipeline
 from mechedit.files import read_json, write_parquet
@@ -136,16 +136,18 @@ def test_the_bars_have_the_intervals_of_the_table(severed):
 
 
 @pytest.mark.parametrize(
-    ("main", "made", "effects"),
+    ("main", "outputs", "effects"),
     [
         (trace_average.main, ["trace_average", *(f"trace_average_{kind}" for kind in KINDS)], "trace"),
         (trace_severed.main, ["trace_severed"], "selection"),
     ],
 )
 def test_run_again_it_draws_again_from_what_was_traced(
-    averaged, severed, words, monkeypatch, main: Callable[..., Any], made: list[str], effects: str
+    averaged, severed, words, monkeypatch, main: Callable[..., Any], outputs: list[str], effects: str
 ):
-    files = [averaged / f"{name}.{kind}" for name in made for kind in ("pdf", "png")] + [averaged / f"{made[0]}.csv"]
+    files = [averaged / f"{name}.{kind}" for name in outputs for kind in ("pdf", "png")] + [
+        averaged / f"{outputs[0]}.csv"
+    ]
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
     traced = (averaged / effects / "effects.parquet").stat().st_mtime_ns
     monkeypatch.setattr(pipeline, "plan_trace", None)  # what is there needs no tracing
@@ -163,9 +165,9 @@ def test_without_an_early_site_nothing_is_selected_and_the_bars_are_drawn(severe
     file = severed / "selection" / "effects.parquet"
     effects = pd.read_parquet(file)
     cell = ["fact", "kind", "layer", "position"]
-    whole = effects[effects["sever"] == "nothing"].set_index(cell)
+    unsevered = effects[effects["sever"] == "nothing"].set_index(cell)
     cut = effects["sever"] == "mlp"
-    effects.loc[cut, ["score", "effect"]] = whole.loc[
+    effects.loc[cut, ["score", "effect"]] = unsevered.loc[
         list(effects.loc[cut, cell].itertuples(index=False, name=None)), ["score", "effect"]
     ].to_numpy()
     with monkeypatch.context() as planted:
@@ -182,5 +184,8 @@ def test_without_an_early_site_nothing_is_selected_and_the_bars_are_drawn(severe
 
 
 def test_a_script_traces_as_many_facts_as_it_asks_for_by_default(tmp_path):
-    assert len(opened("try", options("Try.", max_facts=7), ["--out", str(tmp_path)]).facts) == 7
-    assert len(opened("try", options("Try.", max_facts=7), ["--out", str(tmp_path), "--max-facts", "9"]).facts) == 9
+    assert len(open_experiment("try", options("Try.", max_facts=7), ["--out", str(tmp_path)]).facts) == 7
+    assert (
+        len(open_experiment("try", options("Try.", max_facts=7), ["--out", str(tmp_path), "--max-facts", "9"]).facts)
+        == 9
+    )
