@@ -17,9 +17,11 @@ the constraint on each column:
 `factorize` does the cubic work once per M; each solution after it costs O(d_mlp² · facts).
 
 Example:
-    >>> factor = factorize(moment)                                # M, [d_mlp, d_mlp]
-    >>> update = ridge_update(keys, residuals, factor, 15_000)    # K, [d_mlp, fact]; R, [d_model, fact]
-    >>> update.delta.shape, update.error, update.condition        # ΔWᵀ, [d_mlp, d_model], and how well it was solved
+    >>> keys, residuals, old_keys = torch.randn(96, 4), torch.randn(32, 4), torch.randn(96, 1000)
+    >>> factor = factorize(old_keys @ old_keys.T / 1000)  # once per layer
+    >>> update = ridge_update(keys, residuals, factor, weight=10)
+    >>> update.delta.shape  # ΔWᵀ; update.error and update.condition say how well it was solved
+    torch.Size([96, 32])
 """
 
 from mechedit.solve.equality import equality_update

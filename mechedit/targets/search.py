@@ -63,9 +63,13 @@ def find_targets(
             object that gives no tokens.
 
     Example:
-        >>> model = load_model("tiny")
-        >>> targets = find_targets(model, load_requests("tiny"), layer=3, config=TargetConfig(steps=20))
-        >>> targets.z.shape, targets.unconverged
+        >>> import mechedit as me
+        >>> model, requests = me.load_model("tiny"), me.load_requests("tiny")
+        >>> config = me.TargetConfig(clamp=2.0, kl_prompt="{}", kl_weight=0.25)
+        >>> targets = me.find_targets(model, requests, layer=5, config=config)
+        >>> targets.z.shape == (len(requests), model.d_model)
+        True
+        >>> targets.summary[["id", "probability", "updates", "stopped"]]  # how each search ended
     """
     config = config or TargetConfig()
     check_requests(requests)
