@@ -1,4 +1,4 @@
-"""How z is searched for."""
+"""Settings of the search for z (MEMIT Eq. 16)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mechedit.errors import InputError, check_at_least, check_choice, check_posi
 from mechedit.models import Module, Part, out_part
 
 Convention = Literal["default", "memit-2022"]
-Written = Literal["resid", "mlp_out"]
+TargetPart = Literal["resid", "mlp_out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class TargetSettings:
 
     `convention="memit-2022"` follows the published code of MEMIT: it makes steps − 1 updates, stops a fact
     when its whole loss falls below `threshold`, decays with weight_decay·‖δ‖/‖h‖², takes the KL term at the
-    subject's last token, and searches facts about one subject apart. The default makes `steps` updates, stops when
+    subject's last token, and gives every fact a δ of its own. The default makes `steps` updates, stops when
     the likelihood term alone falls below `threshold`, decays with weight_decay·(‖δ‖/‖h‖)², and takes the KL term
     at the end of its prompt.
     """
@@ -61,7 +61,7 @@ class TargetSettings:
 class TargetConfig(TargetSettings):
     """Settings of the search for z (MEMIT Eq. 16); see also `TargetSettings`."""
 
-    part: Written = "resid"
+    part: TargetPart = "resid"
     """What z is a state of: the residual stream after the block, or the MLP's output (ROME, PMET). On a model that
     writes into attention, `mlp_out` stands for attention's output."""
     attention: bool = False
@@ -75,28 +75,31 @@ class TargetConfig(TargetSettings):
         check_choice("part", self.part, ("resid", "mlp_out"))
         check_positive("pass_tokens", self.pass_tokens)
         if self.attention and self.part != "mlp_out":
-            raise InputError('attention is on with part "resid"; expected part "mlp_out", whose own change it leaves')
+            raise InputError('attention is on with part "resid", expected part "mlp_out"; set part or turn attention off')
 
     @property
     def updates(self) -> int:
-        """How often δ may move."""
+        """Most updates of δ."""
         return self.steps - 1 if self.convention == "memit-2022" else self.steps
 
     @property
-    def shares(self) -> bool:
-        """Whether facts about one subject share one δ."""
+    def joins_subjects(self) -> bool:
+        """Whether facts about one subject share one δ: `joint`, except by the published code."""
         return self.joint and self.convention == "default"
 
     def parts(self, module: Module) -> tuple[Part, ...]:
-        """Where a δ is added, in forward order; z is a state of the last: what `module` adds, or the residual.
+        """The activations to which δ is added, in forward order; z is a state of the last one.
+
+        Args:
+            module: the edited module of the model, whose output stands for part "mlp_out".
 
         Raises:
-            InputError: attention is to be moved besides what is written, but is what is written.
+            InputError: `attention` is on, but attention is itself the edited module.
         """
         if self.attention and module == "attn":
             raise InputError(
-                "the model writes into attention, but the search (PMET's) moves attention only to leave it as it is; "
-                "expected a model that writes into its MLPs: use model.writing('mlp'), or another method"
+                "the model writes into attention, but PMET's search moves attention's output only to discard that "
+                "change; expected a model that writes into its MLPs: use model.writing('mlp'), or another method"
             )
         written = "resid" if self.part == "resid" else out_part(module)
         return ("attn_out", written) if self.attention else (written,)

@@ -105,7 +105,7 @@ def _subject_groups(requests: Sequence[EditRequest], config: TargetConfig) -> li
     """Group requests that share one δ, in the order of each group's first request."""
     groups: dict[str, list[EditRequest]] = {}
     for request in requests:
-        groups.setdefault(request.subject.strip() if config.shares else request.id, []).append(request)
+        groups.setdefault(request.subject.strip() if config.joins_subjects else request.id, []).append(request)
     return list(groups.values())
 
 
