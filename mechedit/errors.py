@@ -1,7 +1,7 @@
 """The one error that users are meant to read, and the checks of arguments and settings that raise it.
 
-Every check takes the name of what is checked, as the message is to call it, then its value, then what is expected;
-`hint` says what to do about it.
+Every check takes the name by which the message calls the value, the value, and what is expected of it; `hint` is the
+remedy with which the message ends.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def check_finite(name: str, value: Tensor | float | int) -> None:
     """Raise InputError when `value` holds NaN or infinity, saying how many.
 
     Args:
-        name: of the numbers, in the plural ("the keys"), or of the one number.
-        value: a tensor of any shape, or one number.
+        name: name of the tensor, in the plural ("the keys"), or of the number.
+        value: a tensor of any shape, or a number.
     """
     if not isinstance(value, Tensor):
         if not math.isfinite(value):

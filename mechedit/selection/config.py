@@ -50,7 +50,7 @@ class SelectConfig:
             raise InputError(f"min_width is {low} and max_width {high}, expected min_width up to max_width")
         if self.width is not None and not low <= self.width <= high:
             raise InputError(f"width is {self.width}, expected a number from min_width to max_width ({low} to {high})")
-        check_at_least("resamples", self.resamples, 100, "fewer give no interval")
+        check_at_least("resamples", self.resamples, 100, "choose more, as fewer give no interval")
         # Flipping signs gives 2^n outcomes, so that fewer facts could never show an early site.
         least = math.ceil(-math.log2(1 - self.confidence))
         check_at_least(

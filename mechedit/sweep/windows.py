@@ -82,7 +82,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_choice("by", self.by, get_args(By))
-        check_at_least("requests", self.requests, 2, "fewer give no interval")
+        check_at_least("requests", self.requests, 2, "choose more, as fewer give no interval")
 
     def swept(self, selected: Sequence[int], n_layers: int) -> list[Window]:
         """The windows to sweep, given the layers that the trace selects (none, when it finds no early site).

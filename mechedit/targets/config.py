@@ -75,7 +75,9 @@ class TargetConfig(TargetSettings):
         check_choice("part", self.part, ("resid", "mlp_out"))
         check_positive("pass_tokens", self.pass_tokens)
         if self.attention and self.part != "mlp_out":
-            raise InputError('attention is on with part "resid", expected part "mlp_out"; set part or turn attention off')
+            raise InputError(
+                'attention is on with part "resid", expected part "mlp_out"; set part or turn attention off'
+            )
 
     @property
     def updates(self) -> int:

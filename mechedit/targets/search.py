@@ -75,7 +75,9 @@ def find_targets(
     check_requests(requests)
     config.parts(model.module)
     if not 0 <= layer < model.n_layers:
-        raise InputError(f"the layer is {layer}, expected one of 0 … {model.n_layers - 1} of {model.name!r}")
+        raise InputError(
+            f"the layer is {layer}, expected one of 0 … {model.n_layers - 1} of {model.name!r}; choose another"
+        )
     prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed))
     # Whatever can be refused is refused before the long search.
     search_prompts(model, requests, range(len(requests)), prefixes, config)
