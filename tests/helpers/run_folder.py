@@ -93,7 +93,7 @@ def _shape(kind: str, sever: str, role: str, depth: float) -> float:
 
 def make_selection() -> dict:
     gap = [9.1, 8.6, 7.0, 4.4, 2.2, 1.0, 0.4, 0.1, 0.0, 0.0]
-    lost = [0.6, 0.5, 1.6, 2.6, 2.2, 1.2, 0.6, 0.3, 0.1, 0.0]
+    contribution = [0.6, 0.5, 1.6, 2.6, 2.2, 1.2, 0.6, 0.3, 0.1, 0.0]
     member = [0.02, 0.1, 0.98, 1.0, 1.0, 0.97, 0.2, 0.0, 0.0, 0.0]
     evidence = [
         {
@@ -110,9 +110,9 @@ def make_selection() -> dict:
             "gap": gap[layer] / 100,
             "gap_low": gap[layer] / 100 - 0.008,
             "gap_high": gap[layer] / 100 + 0.008,
-            "contribution": lost[layer] / 100,
-            "contribution_low": lost[layer] / 100 - 0.004,
-            "contribution_high": lost[layer] / 100 + 0.004,
+            "contribution": contribution[layer] / 100,
+            "contribution_low": contribution[layer] / 100 - 0.004,
+            "contribution_high": contribution[layer] / 100 + 0.004,
             "membership": member[layer],
         }
         for layer in range(LAYERS)

@@ -48,7 +48,7 @@ def test_what_another_model_would_get_misses_the_target(planted):
     """Were ranges of one size fits all, the test above would show nothing."""
     truth, selections = planted
     names = list(truth)
-    others = {name: set(selections[other].layers) for name, other in zip(names, names[3:] + names[:3], strict=True)}
+    others = {name: set(selections[shifted].layers) for name, shifted in zip(names, names[3:] + names[:3], strict=True)}
     clean, iou = score(others, truth)
     assert clean < 9
     assert iou < 0.6

@@ -97,16 +97,16 @@ curve_lists = st.lists(st.integers(-20, 60), min_size=2, max_size=9)
 @settings(max_examples=200, deadline=None)
 @given(curve_lists, st.sampled_from([0.3, 0.6, 0.9, 1.0]))
 def test_contribution_rule_equals_a_search_of_all_runs(gap, share):
-    made = {(a, b): gap[a - 1] - gap[b] for a in range(1, len(gap)) for b in range(a, len(gap))}
-    most = max(made.values())
-    found = contribution_rule(curves_of(gap), SelectConfig(share=share))
+    falls = {(a, b): gap[a - 1] - gap[b] for a in range(1, len(gap)) for b in range(a, len(gap))}
+    most = max(falls.values())
+    layers = contribution_rule(curves_of(gap), SelectConfig(share=share))
     if most <= 0:
-        assert found == ()
+        assert layers == ()
         return
-    good = [(b - a, -m, a, b) for (a, b), m in made.items() if m >= share * most]
+    good = [(b - a, -m, a, b) for (a, b), m in falls.items() if m >= share * most]
     _, _, a, b = min(good)
-    assert found == tuple(range(a, b + 1))
-    assert contribution(np.array(gap, dtype=float))[list(found)].sum() >= share * most - 1e-9
+    assert layers == tuple(range(a, b + 1))
+    assert contribution(np.array(gap, dtype=float))[list(layers)].sum() >= share * most - 1e-9
 
 
 @settings(max_examples=200, deadline=None)
@@ -144,8 +144,8 @@ def test_mlp_window_rule_gives_the_layers_that_the_best_cell_restored(width):
         window = np.where(np.arange(depth) == peak, 2.0, 1.0)
         # Written out: w/2 layers below the center and the rest from it on, as far as there are layers.
         expected = [x for x in range(peak - width // 2, peak - width // 2 + width) if 0 <= x < depth]
-        found = mlp_window_rule(curves_of(np.zeros(depth), window, width), SelectConfig())
-        assert list(found) == expected
+        layers = mlp_window_rule(curves_of(np.zeros(depth), window, width), SelectConfig())
+        assert list(layers) == expected
     assert mlp_window_rule(curves_of(np.zeros(depth), -np.ones(depth), width), SelectConfig()) == ()
 
 
@@ -179,16 +179,16 @@ def test_what_every_rule_returns(gap, window, rule, low, more, scale):
     low = min(low, len(gap))
     config = SelectConfig(min_width=low, max_width=low + more)
     curves = curves_of(gap, window[: len(gap)])
-    found = RULES[rule](curves, config)
-    assert list(found) == list(range(found[0], found[-1] + 1)) if found else True
-    assert set(found) <= set(range(len(gap)))
-    assert not found or low <= len(found) <= low + more
+    layers = RULES[rule](curves, config)
+    assert list(layers) == list(range(layers[0], layers[-1] + 1)) if layers else True
+    assert set(layers) <= set(range(len(gap)))
+    assert not layers or low <= len(layers) <= low + more
     assert curves.window is not None
     scaled = replace(curves, gap=scale * curves.gap, window=scale * curves.window)
-    assert RULES[rule](scaled, config) == found
+    assert RULES[rule](scaled, config) == layers
     free = SelectConfig()
     if rule != "moving-average" and low <= len(RULES[rule](curves, free)) <= low + more:
-        assert found == RULES[rule](curves, free)  # bounds that hold anyway change nothing
+        assert layers == RULES[rule](curves, free)  # bounds that hold anyway change nothing
 
 
 def test_bounds_grow_by_the_better_neighbor_and_keep_the_best_part():
@@ -238,11 +238,11 @@ def test_every_rule_is_reported_on_the_same_resamples():
     assert set(first.alternatives) == set(RULES) - {"contribution"}
     for rule, selection in chosen.items():
         assert selection.rules == first.rules  # whichever is asked for
-        own = first.rules[rule]
-        assert (selection.layers, selection.modal) == (own.layers, own.modal)
-        assert selection.stability == own.stability
-        assert tuple(record.membership for record in selection.evidence) == own.membership
-        assert all(other.alternatives[rule] == list(own.layers) for name, other in chosen.items() if name != rule)
+        of_rule = first.rules[rule]
+        assert (selection.layers, selection.modal) == (of_rule.layers, of_rule.modal)
+        assert selection.stability == of_rule.stability
+        assert tuple(record.membership for record in selection.evidence) == of_rule.membership
+        assert all(rival.alternatives[rule] == list(of_rule.layers) for name, rival in chosen.items() if name != rule)
     assert chosen["mlp-window"].layers == (2, 3, 4)
     assert first.evidence[3].mlp_window == pytest.approx(0.06, abs=0.015)
     assert first.evidence[0].mlp_window_layers == (0, 1)
@@ -260,7 +260,7 @@ def test_membership_modal_range_and_stability_agree_with_the_resamples_one_by_on
     assert selection.stability == pytest.approx(ranges.count(selection.layers) / len(ranges))
     assert ranges.count(selection.modal) == max(map(ranges.count, ranges))
     for record in selection.evidence:
-        assert record.membership == pytest.approx(np.mean([record.layer in found for found in ranges]))
+        assert record.membership == pytest.approx(np.mean([record.layer in layers for layers in ranges]))
 
 
 def test_membership_is_how_often_new_facts_give_the_layer():
@@ -268,9 +268,11 @@ def test_membership_is_how_often_new_facts_give_the_layer():
     draw, config, fresh, claimed = np.random.default_rng(0), SelectConfig(resamples=100), [], []
     for _ in range(50):
         subject = subject_of(PLANTED + draw.normal(0, 3, (40, 8)))
-        found = bootstrap_selections(subject, resampled_curves(subject, config), config, has_site=True)["contribution"]
-        fresh.append([layer in found.layers for layer in range(8)])
-        claimed.append(found.membership(8))
+        selections = bootstrap_selections(subject, resampled_curves(subject, config), config, has_site=True)[
+            "contribution"
+        ]
+        fresh.append([layer in selections.layers for layer in range(8)])
+        claimed.append(selections.membership(8))
     fresh, claimed = np.mean(fresh, axis=0), np.mean(claimed, axis=0)
     assert ((fresh > 0.1) & (fresh < 0.9)).any()  # layers that come and go
     assert np.abs(fresh - claimed).max() < 0.25
@@ -297,16 +299,18 @@ def test_intervals_cover_the_truth_as_often_as_they_promise(facts, least):
 
 def test_ablation_is_taken_from_the_state_below_with_the_largest_gap():
     effects = effects_of(PLANTED)
-    whole = effects[(effects["kind"] == "state") & (effects["sever"] == "nothing")]
-    lost = {1: 0.5, 2: 3.0, 6: 0.0}
-    cuts = [whole.assign(sever=f"mlp@{layer}", effect=whole["effect"] - by / 100) for layer, by in lost.items()]
+    unsevered = effects[(effects["kind"] == "state") & (effects["sever"] == "nothing")]
+    losses = {1: 0.5, 2: 3.0, 6: 0.0}
+    cuts = [
+        unsevered.assign(sever=f"mlp@{layer}", effect=unsevered["effect"] - by / 100) for layer, by in losses.items()
+    ]
     # From other states the cut takes something else, which must not be reported.
     cuts[1]["effect"] -= 0.5 * (cuts[1]["layer"] != 1)
     cuts[2] = cuts[2][cuts[2]["layer"] == 3]
     selection = select_layers(pd.concat([effects, *cuts]))
-    found = {record.layer: record.ablation for record in selection.evidence}
-    assert {layer: value for layer, value in found.items() if value is not None} == pytest.approx(
-        {layer: by / 100 for layer, by in lost.items()}
+    ablations = {record.layer: record.ablation for record in selection.evidence}
+    assert {layer: value for layer, value in ablations.items() if value is not None} == pytest.approx(
+        {layer: by / 100 for layer, by in losses.items()}
     )
     assert [record.ablation_from for record in selection.evidence][:7] == [None, 0, 1, None, None, None, 3]
     plain = select_layers(effects)
@@ -381,14 +385,14 @@ def test_pure_noise_is_declared_empty_nineteen_times_in_twenty(facts, layers):
 
 def test_noise_of_a_few_strongly_negative_facts_is_no_site():
     """Mean zero, skewed to the left: a plain t statistic takes it for a site too often."""
-    draw, found, plain = np.random.default_rng(0), [], []
+    draw, corrected, plain = np.random.default_rng(0), [], []
     for seed in range(200):
         gap = 1 - draw.exponential(size=(40, 24))
-        found.append(early_site(subject_of(gap), replace(QUICK, seed=seed)).found)
+        corrected.append(early_site(subject_of(gap), replace(QUICK, seed=seed)).found)
         flipped = draw.choice([-1.0, 1.0], size=(200, 40)) @ gap / 40
         t = [mean / np.sqrt((gap**2).mean(0) - mean**2) for mean in (gap.mean(0), flipped)]
         plain.append(np.mean(t[1].max(1) >= t[0].max()) < 0.05)
-    assert np.mean(found) <= 0.1
+    assert np.mean(corrected) <= 0.1
     assert np.mean(plain) > 0.25
 
 
@@ -401,8 +405,8 @@ def test_the_corrected_statistic_is_the_t_statistic_where_nothing_is_skewed():
 def test_a_site_of_the_planted_size_is_found():
     """With noise of each fact's gap as large as the gap itself, and 20 facts."""
     draw = np.random.default_rng(0)
-    found = [early_site(subject_of(PLANTED + draw.normal(0, 4, (20, 8))), QUICK).found for _ in range(100)]
-    assert np.mean(found) > 0.9
+    sites = [early_site(subject_of(PLANTED + draw.normal(0, 4, (20, 8))), QUICK).found for _ in range(100)]
+    assert np.mean(sites) > 0.9
 
 
 def test_no_early_site_selects_nothing_and_says_why():
@@ -411,10 +415,10 @@ def test_no_early_site_selects_nothing_and_says_why():
     assert set(map(tuple, nothing.alternatives.values())) == {()}
     assert "no early site" in nothing.reason
     assert nothing.early_site["p"] > 0.05
-    some = select_layers(effects_of(PLANTED, spread=1.0))
-    assert some.layers != ()
-    assert some.early_site["p"] < 0.05
-    assert some.early_site["gap"] == pytest.approx(0.043, abs=0.005)
+    planted = select_layers(effects_of(PLANTED, spread=1.0))
+    assert planted.layers != ()
+    assert planted.early_site["p"] < 0.05
+    assert planted.early_site["gap"] == pytest.approx(0.043, abs=0.005)
 
 
 def test_rounding_that_always_goes_one_way_is_no_site():
@@ -527,9 +531,9 @@ def test_effects_of_several_models_are_refused():
     effects = effects_of(PLANTED)
     with pytest.raises(InputError, match=r"several models \(a, b\)"):
         select_layers(effects.assign(model=np.where(effects.sever == "mlp", "b", "a")))
-    other = effects.assign(clean=np.where((effects.sever == "mlp") & (effects.fact == "fact 3"), 0.4, 0.6))
+    mixed = effects.assign(clean=np.where((effects.sever == "mlp") & (effects.fact == "fact 3"), 0.4, 0.6))
     with pytest.raises(InputError, match=r"fact 'fact 3' has clean scores from 0\.4 to 0\.6"):
-        select_layers(other)
+        select_layers(mixed)
     rounded = effects.assign(clean=np.where(effects.sever == "mlp", 0.601, 0.6))
     assert select_layers(rounded).layers == (2, 3, 4)
 

@@ -31,11 +31,11 @@ def rows(fact, role, *values, **columns):
 
 
 def cell(table, **equal):
-    found = table
+    selected = table
     for column, value in equal.items():
-        found = found[found[column] == value]
-    assert len(found) == 1
-    return found.iloc[0]
+        selected = selected[selected[column] == value]
+    assert len(selected) == 1
+    return selected.iloc[0]
 
 
 def test_averages_are_means_of_role_means_over_facts():
@@ -58,19 +58,19 @@ def test_averages_are_means_of_role_means_over_facts():
 
 def test_a_long_subject_does_not_count_more():
     effects = pd.concat([rows("long", "subject_middle", *[0.1] * 9), rows("short", "subject_middle", 0.5)])
-    found = average_effects(effects).iloc[0]
-    assert found["mean"] == pytest.approx(0.3)  # by tokens it were 0.14
-    assert found["facts"] == 2
+    average = average_effects(effects).iloc[0]
+    assert average["mean"] == pytest.approx(0.3)  # by tokens it were 0.14
+    assert average["facts"] == 2
 
 
 def test_intervals_are_over_facts_not_tokens():
     # Two facts, 0 and 1: a quarter of resampled means are 0 and a quarter 1, so the interval is [0, 1],
     # however many tokens tell the same.
     effects = pd.concat([rows("no", "further", *[0.0] * 50), rows("yes", "further", *[1.0] * 50)])
-    found = average_effects(effects).iloc[0]
-    assert (found["mean"], found["low"], found["high"]) == (0.5, 0.0, 1.0)
-    alike = average_effects(pd.concat([rows(str(i), "further", 1.0, 1.0) for i in range(7)])).iloc[0]
-    assert alike["low"] == pytest.approx(1) == alike["high"]
+    average = average_effects(effects).iloc[0]
+    assert (average["mean"], average["low"], average["high"]) == (0.5, 0.0, 1.0)
+    constant = average_effects(pd.concat([rows(str(i), "further", 1.0, 1.0) for i in range(7)])).iloc[0]
+    assert constant["low"] == pytest.approx(1) == constant["high"]
 
 
 def test_interval_coverage():
@@ -78,27 +78,27 @@ def test_interval_coverage():
     for seed in range(150):
         sample = np.random.default_rng(seed).normal(1.0, 1.0, size=40)
         frame = pd.DataFrame({**CELL, "role": "last", "fact": [str(i) for i in range(40)], "effect": sample})
-        found = average_effects(frame, resamples=400, seed=seed).iloc[0]
-        covered.append(found["low"] <= 1.0 <= found["high"])
+        average = average_effects(frame, resamples=400, seed=seed).iloc[0]
+        covered.append(average["low"] <= 1.0 <= average["high"])
     assert 0.88 <= np.mean(covered) <= 0.99
 
 
 def test_one_fact_says_nothing_of_the_spread():
-    found = average_effects(rows("only", "last", -0.25)).iloc[0]
-    assert found["mean"] == -0.25  # and is not clipped
-    assert np.isnan(found["low"])
-    assert np.isnan(found["high"])
+    average = average_effects(rows("only", "last", -0.25)).iloc[0]
+    assert average["mean"] == -0.25  # and is not clipped
+    assert np.isnan(average["low"])
+    assert np.isnan(average["high"])
 
 
 def test_all_cells_share_the_draws_of_facts():
     noise = np.random.default_rng(0).normal(size=12)
-    one = pd.concat([rows(str(i), "last", float(x)) for i, x in enumerate(noise)])
-    two = one.assign(effect=one["effect"] * -2 + 3, kind="mlp")
-    first, second = (found for _, found in average_effects(pd.concat([one, two])).iterrows())
+    effects = pd.concat([rows(str(i), "last", float(x)) for i, x in enumerate(noise)])
+    scaled = effects.assign(effect=effects["effect"] * -2 + 3, kind="mlp")
+    first, second = (row for _, row in average_effects(pd.concat([effects, scaled])).iterrows())
     assert second["low"] == pytest.approx(3 - 2 * first["high"])
     assert second["high"] == pytest.approx(3 - 2 * first["low"])
-    other = average_effects(one, seed=1).iloc[0]
-    assert other["low"] != first["low"]
+    reseeded = average_effects(effects, seed=1).iloc[0]
+    assert reseeded["low"] != first["low"]
 
 
 def test_confidence_widens_the_interval():
@@ -120,27 +120,27 @@ def test_cells_come_in_reading_order_with_layer_subsets_last():
 
 def test_facts_without_an_effect_do_not_count():
     effects = pd.concat([rows("a", "last", np.nan), rows("b", "last", 1.0), rows("c", "last", 3.0)])
-    found = average_effects(effects).iloc[0]
-    assert (found["mean"], found["facts"]) == (2.0, 2)
+    average = average_effects(effects).iloc[0]
+    assert (average["mean"], average["facts"]) == (2.0, 2)
     unknown = average_effects(rows("a", "last", np.nan)).iloc[0]
     assert np.isnan(unknown["mean"])
     assert unknown["facts"] == 0
 
 
 def test_a_token_with_some_effects_missing_is_meaned_over_the_others():
-    found = role_means(rows("a", "further", 1.0, np.nan, 3.0))
-    assert found.facts == ("a",)
-    assert found.values.tolist() == [[2.0]]
+    means = role_means(rows("a", "further", 1.0, np.nan, 3.0))
+    assert means.facts == ("a",)
+    assert means.values.tolist() == [[2.0]]
 
 
 @pytest.mark.parametrize("size", [1, 7, 400])
 def test_frames_in_any_pieces_give_the_same(size):
     # Pieces cut facts and roles apart.
-    whole = EFFECTS.iloc[:1200]
-    pieces = (whole.iloc[i : i + size] for i in range(0, 1200, size))
-    pd.testing.assert_frame_equal(average_effects(pieces, resamples=50), average_effects(whole, resamples=50))
-    pieces = (whole.iloc[i : i + size] for i in range(0, 1200, size))
-    pd.testing.assert_frame_equal(total_effects(pieces, resamples=50), total_effects(whole, resamples=50))
+    effects = EFFECTS.iloc[:1200]
+    pieces = (effects.iloc[i : i + size] for i in range(0, 1200, size))
+    pd.testing.assert_frame_equal(average_effects(pieces, resamples=50), average_effects(effects, resamples=50))
+    pieces = (effects.iloc[i : i + size] for i in range(0, 1200, size))
+    pd.testing.assert_frame_equal(total_effects(pieces, resamples=50), total_effects(effects, resamples=50))
 
 
 def test_a_file_gives_the_same_and_keeps_the_attrs(tmp_path):
@@ -150,9 +150,9 @@ def test_a_file_gives_the_same_and_keeps_the_attrs(tmp_path):
     effects.to_parquet(path, index=False, row_group_size=333)
     assert pq.ParquetFile(path).num_row_groups == 5
     for average in (average_effects, total_effects, fact_totals):
-        found = average(path)
-        pd.testing.assert_frame_equal(found, average(effects))
-        assert found.attrs == effects.attrs == average([path]).attrs
+        averaged = average(path)
+        pd.testing.assert_frame_equal(averaged, average(effects))
+        assert averaged.attrs == effects.attrs == average([path]).attrs
     assert clearest_fact(str(path)) == clearest_fact(effects)
 
 
@@ -166,7 +166,7 @@ def test_only_role_means_are_held():
     tokens, layers, facts = 400, 30, 40
     living = []
 
-    def made():
+    def frames():
         for fact in range(facts):
             gc.collect()
             assert not any(reference() is not None for reference in living)  # the earlier ones are gone
@@ -183,17 +183,17 @@ def test_only_role_means_are_held():
             yield frame
             del frame
 
-    one = next(made()).memory_usage(deep=True).sum()
+    frame_bytes = next(frames()).memory_usage(deep=True).sum()
     living.clear()
     tracemalloc.start()
     try:
-        table = average_effects(made(), resamples=100)
+        table = average_effects(frames(), resamples=100)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert len(living) == facts
     assert len(table) == layers
-    assert peak < 6 * one < 0.2 * facts * one  # some copies of one frame, far from all of them
+    assert peak < 6 * frame_bytes < 0.2 * facts * frame_bytes  # some copies of one frame, far from all of them
 
 
 def test_a_file_is_read_in_parts(tmp_path):
@@ -244,11 +244,11 @@ def test_total_effects_are_over_facts_by_metric():
     assert list(table["metric"]) == ["probability", "log_probability"]
     assert list(table)[1:4] == ["clean", "clean_low", "clean_high"]
     first = EFFECTS.groupby("fact")[["clean", "corrupted"]].first()
-    found = table.iloc[0]
-    assert found["total"] == pytest.approx((first["clean"] - first["corrupted"]).mean())
-    assert found["total"] == pytest.approx(found["clean"] - found["corrupted"])
-    assert found["total_low"] < found["total"] < found["total_high"]
-    assert (found["corrupted_low"], found["corrupted_high"]) == pytest.approx((0.1, 0.1))
+    totals = table.iloc[0]
+    assert totals["total"] == pytest.approx((first["clean"] - first["corrupted"]).mean())
+    assert totals["total"] == pytest.approx(totals["clean"] - totals["corrupted"])
+    assert totals["total_low"] < totals["total"] < totals["total_high"]
+    assert (totals["corrupted_low"], totals["corrupted_high"]) == pytest.approx((0.1, 0.1))
     assert (table["total"].iloc[1], table["total_high"].iloc[1]) == pytest.approx((3.0, 3.0))
     assert list(table["facts"]) == [8, 8]
 

@@ -99,8 +99,8 @@ def test_a_trace_shows_the_clearest_fact_in_all_its_panels():
 
 
 def test_each_cell_says_its_token_layer_and_numbers():
-    one = EFFECTS[EFFECTS["fact"] == "eiffel-1"]
-    shown = page(one)
+    of_fact = EFFECTS[EFFECTS["fact"] == "eiffel-1"]
+    shown = page(of_fact)
     assert "The only fact" in shown.caption
     rows = shown.panels[0]["rows"]
     assert [len(row["cells"]) for row in rows] == [4] * 10
@@ -247,10 +247,10 @@ def test_a_trace_of_one_role_is_one_row():
     ],
 )
 def test_it_stays_what_it_is_with_its_attrs(again):
-    found = again(EFFECTS)
-    assert type(found) is Effects
-    assert found.attrs == EFFECTS.attrs
-    assert type(found["effect"]) is pd.Series
+    copied = again(EFFECTS)
+    assert type(copied) is Effects
+    assert copied.attrs == EFFECTS.attrs
+    assert type(copied["effect"]) is pd.Series
 
 
 def test_groups_are_effects_too():
@@ -261,15 +261,15 @@ def test_groups_are_effects_too():
 
 def test_a_parquet_file_keeps_rows_and_attrs(tmp_path):
     EFFECTS.to_parquet(tmp_path / "effects.parquet", index=False)
-    found = Effects(pd.read_parquet(tmp_path / "effects.parquet"))
-    pd.testing.assert_frame_equal(found, EFFECTS)
-    assert found.attrs == EFFECTS.attrs
-    assert found._repr_html_() == EFFECTS._repr_html_()
+    loaded = Effects(pd.read_parquet(tmp_path / "effects.parquet"))
+    pd.testing.assert_frame_equal(loaded, EFFECTS)
+    assert loaded.attrs == EFFECTS.attrs
+    assert loaded._repr_html_() == EFFECTS._repr_html_()
 
 
 def test_attrs_are_not_shared_with_what_it_was_made_of():
-    found = Effects(PLAIN)
-    found.attrs["dropped"].append("more")
+    effects = Effects(PLAIN)
+    effects.attrs["dropped"].append("more")
     assert len(PLAIN.attrs["dropped"]) == 1
 
 

@@ -52,9 +52,9 @@ def test_severings_in_words() -> None:
 @pytest.mark.parametrize("module", ["mlp", "attn"])
 def test_every_place_has_words_of_its_own(module: str) -> None:
     places = [*ROLES, 0, 3, -1, -3]
-    words = [Sever.parse(f"{module}:{place}").in_words() for place in places]
+    words = [Sever.parse(f"{module}:{role_or_position}").in_words() for role_or_position in places]
     assert len(set(words)) == len(places)
-    for place, text in zip(places, words, strict=True):
+    for role_or_position, text in zip(places, words, strict=True):
         assert "_" not in text
         assert text.startswith({"mlp": "MLP severed", "attn": "attention severed"}[module])
-        assert Sever(module=module, places=(place,)).in_words() == text
+        assert Sever(module=module, places=(role_or_position,)).in_words() == text

@@ -43,9 +43,9 @@ def cells(runs, kind, sever, layer, position, fact=0):
     return [Cell(kind, sever, layer, fact, position, span.start, span.stop)]
 
 
-def relative(found, expected):
+def relative(actual, expected):
     """|found − expected| / |expected|: objects of several tokens have tiny probabilities."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def with_hooks(model, traced, kind, sever, span, position, config=CONFIG):
@@ -129,8 +129,8 @@ def test_severing_with_nothing_restored_is_the_corrupted_baseline(small_model, s
 def test_restoring_every_state_of_a_layer_gives_the_clean_score(small_model):
     # At the last layer only the position that is read matters, here the last prompt token.
     last = small_model.n_layers - 1
-    one = Fact(id="g", subject="Leon Blum", prompt="The mother tongue of {} is the", object="French")
-    runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, one)], STD, CONFIG, None)
+    fact = Fact(id="g", subject="Leon Blum", prompt="The mother tongue of {} is the", object="French")
+    runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, fact)], STD, CONFIG, None)
     assert len(runs.facts[0].object_ids) == 1
     clean, corrupted = runs.clean_scores["probability"], runs.corrupted_scores["probability"]
     score = restore_cells(runs, cells(runs, "state", "nothing", last, runs.facts[0].prompt_length - 1))["probability"]
@@ -147,11 +147,11 @@ def test_batching_and_grouping_change_nothing(small_model):
     alone = pd.concat([trace_group(small_model, [fact], STD, FEW) for fact in facts])
     shapes = {fact.shape for fact in facts}
     narrow = TraceConfig(**{**vars(FEW), "batch_rows": 7})
-    together = pd.concat(
+    grouped = pd.concat(
         [trace_group(small_model, [f for f in facts if f.shape == shape], STD, narrow) for shape in sorted(shapes)]
     )
     keys = ["fact", "kind", "sever", "layer", "position"]
-    joined = alone.merge(together, on=keys, suffixes=("", "_other"))
+    joined = alone.merge(grouped, on=keys, suffixes=("", "_other"))
     assert len(joined) == len(alone)
     assert len(shapes) < len(facts), "some facts must share a shape"
     np.testing.assert_allclose(joined["score"], joined["score_other"], rtol=1e-4, atol=0)
@@ -174,8 +174,8 @@ def test_draws_depend_on_seed_and_fact_and_on_nothing_else(lens_model):
     draws = draw_noise(traced, CONFIG, 8, None)
     assert torch.equal(draws, draw_noise(traced, TraceConfig(samples=3, window=1), 8, None))
     assert not torch.equal(draws, draw_noise(traced, TraceConfig(samples=3, seed=1), 8, None))
-    other = tokenize_fact(lens_model, Fact(**{**vars(FACT), "id": "h"}))
-    assert not torch.equal(draws, draw_noise(other, CONFIG, 8, None))
+    renamed = tokenize_fact(lens_model, Fact(**{**vars(FACT), "id": "h"}))
+    assert not torch.equal(draws, draw_noise(renamed, CONFIG, 8, None))
 
 
 def test_sigma_is_the_spread_of_the_subjects_embeddings(lens_model):
@@ -226,13 +226,13 @@ def test_an_interrupted_trace_goes_on_where_it_stopped(lens_model, tmp_path, mon
     (token,) = tokenize_fact(lens_model, facts[0]).object_ids
     with torch.no_grad():
         lens_model.hf.transformer.ln_f.bias += 10 * lens_model.hf.transformer.wte.weight[token]
-    whole = trace_facts(lens_model, facts, CONFIG)
-    made = []
+    uninterrupted = trace_facts(lens_model, facts, CONFIG)
+    groups = []
 
     def counted(*arguments):
-        if len(made) == stop:
+        if len(groups) == stop:
             raise KeyboardInterrupt
-        made.append(arguments)
+        groups.append(arguments)
         return trace_group(*arguments)
 
     monkeypatch.setattr("mechedit.trace.trace.trace_group", counted)
@@ -240,10 +240,10 @@ def test_an_interrupted_trace_goes_on_where_it_stopped(lens_model, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         trace_facts(lens_model, facts, CONFIG, parts=tmp_path)
     stop = None
-    pd.testing.assert_frame_equal(trace_facts(lens_model, facts, CONFIG, parts=tmp_path), whole)
-    assert len(made) == 3, "what was finished is not made again"
+    pd.testing.assert_frame_equal(trace_facts(lens_model, facts, CONFIG, parts=tmp_path), uninterrupted)
+    assert len(groups) == 3, "what was finished is not made again"
     trace_facts(lens_model, facts, TraceConfig(**{**vars(CONFIG), "seed": 1}), parts=tmp_path)
-    assert len(made) == 6, "other settings share nothing"
+    assert len(groups) == 6, "other settings share nothing"
     with pytest.raises(ValueError, match="explicit noise"):
         trace_facts(lens_model, facts, CONFIG, noise=lambda *shape: None, parts=tmp_path)
 
@@ -297,12 +297,12 @@ def test_severing_elsewhere_with_nothing_restored_is_the_corrupted_baseline(smal
     runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, FACT)], STD, config)
     score = restore_cells(runs, cells(runs, "state", f"attn:{place}", 0, 0))["probability"]
     assert relative(score[0], runs.corrupted_scores["probability"][0]) < 1e-5
-    cut, whole = (
+    severed, unsevered = (
         restore_cells(runs, cells(runs, "state", label, 0, runs.facts[0].subject[-1]))["probability"]
         for label in (f"attn:{place}", "nothing")
     )
     if place not in ("subject_first", "2"):  # which precede the restored token: nothing there has changed
-        assert relative(cut, whole) > 1e-5, "the cut must do something"
+        assert relative(severed, unsevered) > 1e-5, "the cut must do something"
 
 
 SHAPE = (4000, 2, 6)
@@ -344,14 +344,16 @@ def test_replacing_puts_the_noise_where_the_embedding_was(small_model):
             small_model, as_batch([traced], small_model), clean, [traced], STD, config, None, statistics
         ).value
 
-    own = clean[0, traced.subject.start : traced.subject.stop]
+    embeddings = clean[0, traced.subject.start : traced.subject.stop]
     for distribution in ("gaussian", "uniform", "student"):
         added, replacing = (corrupted(distribution=distribution, replace=replace) for replace in (False, True))
-        torch.testing.assert_close(added - replacing, own.expand_as(added), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(added - replacing, embeddings.expand_as(added), atol=1e-5, rtol=1e-4)
     added, replacing = (corrupted(distribution="multivariate", replace=replace) for replace in (False, True))
     # Added noise has mean zero (the published code adds the mean embedding here too); a replacement has the mean.
-    torch.testing.assert_close(added - own - (replacing - statistics.mean), torch.zeros_like(added), atol=1e-5, rtol=0)
-    assert (own - statistics.mean).abs().max() > 0.1
+    torch.testing.assert_close(
+        added - embeddings - (replacing - statistics.mean), torch.zeros_like(added), atol=1e-5, rtol=0
+    )
+    assert (embeddings - statistics.mean).abs().max() > 0.1
 
 
 @torch.no_grad()
@@ -396,11 +398,11 @@ def test_token_replacement_runs_the_other_subjects_prompt(small_model):
         ids = list(traced.ids)
         ids[traced.subject.start : traced.subject.stop] = donor
         logits = small_model.hf(torch.tensor([ids])).logits[0, traced.prompt_length - 1 :]
-        wanted = list(traced.object_ids)
-        expected.append(logits.log_softmax(-1)[range(len(wanted)), wanted].sum().exp().item())
-    found = runs.corrupted_scores["probability"][0].item()
-    assert found == pytest.approx(np.mean(expected), rel=1e-4)
-    assert abs(found / runs.clean_scores["probability"][0].item() - 1) > 1e-3
+        object_ids = list(traced.object_ids)
+        expected.append(logits.log_softmax(-1)[range(len(object_ids)), object_ids].sum().exp().item())
+    corrupted = runs.corrupted_scores["probability"][0].item()
+    assert corrupted == pytest.approx(np.mean(expected), rel=1e-4)
+    assert abs(corrupted / runs.clean_scores["probability"][0].item() - 1) > 1e-3
     texts = {small_model.tokenizer.decode(donor).strip() for donor in traced.replacements}
     assert texts <= {fact.subject for fact in same_length}
     lonely, why = with_replacements(small_model, [traced], facts[:1], config)
@@ -442,10 +444,10 @@ def test_metrics_equal_a_naive_reading_of_the_logits(small_model):
     assert (kl["score"] > -1e-6).all()
     assert kl["corrupted"].iloc[0] > 1e-3
     frame = frame.sort_index()
-    share = frame.loc["normalized_logit_difference"]["score"]
+    recovered = frame.loc["normalized_logit_difference"]["score"]
     rows = frame.loc["logit_difference"]
-    np.testing.assert_allclose(share, rows["effect"] / (rows["clean"] - rows["corrupted"]), rtol=1e-6)
-    assert share.std() > 0
+    np.testing.assert_allclose(recovered, rows["effect"] / (rows["clean"] - rows["corrupted"]), rtol=1e-6)
+    assert recovered.std() > 0
 
 
 @torch.no_grad()
@@ -457,14 +459,18 @@ def test_many_metrics_take_no_more_passes_and_any_function_is_one(small_model):
     run = small_model.run
     small_model.run = lambda *args, **kwargs: (passes.append(1), run(*args, **kwargs))[1]
     try:
-        one = trace_group(small_model, [traced], STD, TraceConfig(samples=3))
+        single_metric = trace_group(small_model, [traced], STD, TraceConfig(samples=3))
         single = len(passes)
-        many = trace_group(small_model, [traced], STD, TraceConfig(samples=3, metrics=(*EVERY_METRIC, last_logit)))
+        many_metrics = trace_group(
+            small_model, [traced], STD, TraceConfig(samples=3, metrics=(*EVERY_METRIC, last_logit))
+        )
     finally:
         del small_model.run
     assert len(passes) == 2 * single
-    assert set(many["metric"]) == {*EVERY_METRIC, "last_logit"}
-    pd.testing.assert_frame_equal(many[many["metric"] == "probability"].reset_index(drop=True), one)
+    assert set(many_metrics["metric"]) == {*EVERY_METRIC, "last_logit"}
+    pd.testing.assert_frame_equal(
+        many_metrics[many_metrics["metric"] == "probability"].reset_index(drop=True), single_metric
+    )
     with pytest.raises(InputError, match="the metric is 'accuracy'"):
         TraceConfig(metrics=("accuracy",))
 
@@ -511,19 +517,19 @@ def test_memory_bounds_the_rows_and_changes_nothing(lens_model):
 
 def test_a_pass_that_does_not_fit_is_halved(lens_model, monkeypatch):
     facts, tried = known_facts_of(lens_model), []
-    whole = trace_facts(lens_model, facts, FEW)
+    unhalved = trace_facts(lens_model, facts, FEW)
 
-    def small_device(runs, some):
-        tried.append(len(some))
-        if len(some) > 2:
+    def small_device(runs, cell_batch):
+        tried.append(len(cell_batch))
+        if len(cell_batch) > 2:
             raise torch.OutOfMemoryError
-        return restore_cells(runs, some)
+        return restore_cells(runs, cell_batch)
 
     monkeypatch.setattr("mechedit.trace.cells.restore_cells", small_device)
     halved = trace_facts(lens_model, facts, FEW)
     assert max(tried) > 2
     keys = ["fact", "kind", "sever", "layer", "position"]
-    joined = whole.merge(halved, on=keys, suffixes=("", "_halved"))
+    joined = unhalved.merge(halved, on=keys, suffixes=("", "_halved"))
     np.testing.assert_allclose(joined["score"], joined["score_halved"], rtol=1e-4)
 
 
@@ -534,9 +540,9 @@ def test_a_plan_streams_one_group_after_another(lens_model):
     first = next(frames)
     assert set(first["fact"]) == {plan.facts[0].fact.id}, "one fact a group, and no more than that at once"
     streamed = pd.concat([first, *frames])
-    whole = trace_facts(lens_model, facts, FEW)
-    assert len(streamed) == len(whole)
-    assert plan.attrs["n_facts"] == len(plan.facts) == whole.attrs["n_facts"]
+    effects = trace_facts(lens_model, facts, FEW)
+    assert len(streamed) == len(effects)
+    assert plan.attrs["n_facts"] == len(plan.facts) == effects.attrs["n_facts"]
 
 
 def test_scores_that_are_not_finite_name_fact_and_layer(lens_model):
@@ -581,20 +587,20 @@ def test_a_pass_computes_what_its_cells_can_change_and_nothing_else(neo_model):
     config = TraceConfig(samples=3, kinds=("state", "mlp"), sever=("nothing", "attn"), window=2)
     runs = run_clean_and_corrupted(neo_model, [traced], STD, config)
     position, n_layers = traced.subject[-1], neo_model.n_layers
-    some = sorted(
+    cell_batch = sorted(
         (cell for cell in all_cells(runs) if cell.position == position and cell.first < n_layers - 1),
         key=lambda cell: cell.first,
     )
-    restore_cells(runs, some)  # which also finds the states that windows start from
+    restore_cells(runs, cell_batch)  # which also finds the states that windows start from
     with CountedProducts(neo_model) as products:
-        means = restore_cells(runs, some)["probability"]
+        means = restore_cells(runs, cell_batch)["probability"]
     changed = 3 * (len(traced.ids) - position)
-    expected = {layer: changed * sum(cell.first < layer for cell in some) for layer in range(1, n_layers)}
+    expected = {layer: changed * sum(cell.first < layer for cell in cell_batch) for layer in range(1, n_layers)}
     assert expected[1] < expected[n_layers - 1], "rows must join on the way"
     # The last block passes on the positions that are read, and needs only keys and values of the others.
-    expected[n_layers - 1] = 3 * len(runs.read_at) * len(some)
+    expected[n_layers - 1] = 3 * len(runs.read_at) * len(cell_batch)
     assert products.tokens == expected
-    alone = torch.cat([restore_cells(runs, [cell])["probability"] for cell in some])
+    alone = torch.cat([restore_cells(runs, [cell])["probability"] for cell in cell_batch])
     assert relative(means, alone) < 1e-5
     assert relative(means[0], runs.corrupted_scores["probability"][0]) > 1e-3
 
