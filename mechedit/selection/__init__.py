@@ -8,6 +8,7 @@ layers at once shows whether there is anything to select.
 """
 
 from mechedit.selection.config import SelectConfig
+from mechedit.selection.curves import subject_effects
 from mechedit.selection.evidence import LayerEvidence
 from mechedit.selection.published_ranges import PublishedRange, published_ranges
 from mechedit.selection.rules import RULES
@@ -22,4 +23,5 @@ __all__ = [
     "Selection",
     "published_ranges",
     "select_layers",
+    "subject_effects",
 ]

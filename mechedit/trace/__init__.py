@@ -11,10 +11,10 @@ those modules.
 from mechedit.trace.averages import average_effects, clearest_fact, total_effects
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import Corruption, EmbeddingStatistics, embedding_statistics, embedding_std
-from mechedit.trace.effects import Effects
+from mechedit.trace.effects import Effects, read_effects
 from mechedit.trace.labels import ROLES
 from mechedit.trace.metrics import METRICS, MetricInputs
-from mechedit.trace.severing import Sever
+from mechedit.trace.severing import Sever, sever_in_words
 from mechedit.trace.trace import TracePlan, plan_trace, trace_facts
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "embedding_statistics",
     "embedding_std",
     "plan_trace",
+    "read_effects",
+    "sever_in_words",
     "total_effects",
     "trace_facts",
 ]
