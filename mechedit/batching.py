@@ -1,28 +1,90 @@
-"""Rows of tokens as batches: grouped by length, right-padded, with padding kept below what another run would cost."""
+"""Batches of like length: rows grouped, right-padded, and run in halves where memory does not hold them.
+
+Padding is computed for nothing, and so is starting another run: `length_batches` weighs one against the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from mechedit.models import Model, Tokens
 
 
-def pieces(rows: Sequence[list[int]], spare: float | int, most: int) -> Iterator[Sequence[list[int]]]:
-    """Rows, longest first, that run together: as long as padding stays within `spare` tokens, and all within `most`."""
-    begin, wasted = 0, 0
+@runtime_checkable
+class Sliceable(Protocol):
+    """Several items that can be cut: a sequence, or a batch of rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> Any: ...
+
+
+Item = TypeVar("Item")
+Rows = TypeVar("Rows", bound=Sliceable)
+Result = TypeVar("Result")
+
+LAUNCH_COST = {"cpu": 1e8, "cuda": 1e11}
+"""Operations that take about as long as starting a block's run, per type of device."""
+
+
+def padding_budget(model: Model) -> float:
+    """Padding tokens that cost as much as starting another run of a block."""
+    operations_per_token = 2 * (4 * model.d_model**2 + 2 * model.d_model * model.d_mlp)
+    return LAUNCH_COST.get(model.device.type, LAUNCH_COST["cuda"]) / operations_per_token
+
+
+def length_batches(rows: Sequence[list[int]], padding: float | int, tokens: int) -> Iterator[Sequence[list[int]]]:
+    """Consecutive rows as batches, each with at most `padding` padding tokens and at most `tokens` tokens in all.
+
+    Args:
+        rows: token ids, the longest row first.
+        padding: see `padding_budget`.
+        tokens: most tokens of a batch, padding included; a longer row makes a batch by itself.
+    """
+    begin, padded = 0, 0
     for end, row in enumerate(rows):
         width = len(rows[begin])
-        wasted += width - len(row)
-        if end > begin and (wasted > spare or width * (end - begin + 1) > most):
+        padded += width - len(row)
+        if end > begin and (padded > padding or width * (end - begin + 1) > tokens):
             yield rows[begin:end]
-            begin, wasted = end, 0
+            begin, padded = end, 0
     if rows:
         yield rows[begin:]
+
+
+def group_by_shape(items: Iterable[Item], size: int, shape: Callable[[Item], Hashable]) -> Iterator[list[Item]]:
+    """Items of one shape as batches of at most `size`; shapes come in the order of their first items."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(shape(item), []).append(item)
+    for group in groups.values():
+        yield from batches_of(group, size)
+
+
+def batches_of(items: Rows, size: int) -> Iterator[Rows]:
+    """Consecutive items as batches of `size`; the last one may be smaller."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def run_in_halves(batches: Iterable[Rows], run: Callable[[Rows], Result]) -> Iterator[Result]:
+    """Run each of the batches; one that the device's memory does not hold is run in halves."""
+    for batch in batches:
+        try:
+            result = run(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            result = None
+        # Outside the handler, which keeps alive the memory that the failed run allocated.
+        if result is None:
+            middle = len(batch) // 2
+            yield from run_in_halves((batch[:middle], batch[middle:]), run)
+        else:
+            yield result
 
 
 def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: Any = "cpu") -> Tokens:
@@ -37,18 +99,3 @@ def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: Any = "cpu") -> T
         ids[index, : len(row)] = torch.tensor(list(row), dtype=torch.long)
         mask[index, : len(row)] = 1
     return Tokens(ids.to(device), mask.to(device))
-
-
-def column(positions: Sequence[int], device: Any = "cpu") -> Int[Tensor, "batch 1"]:
-    """One position a row, in the form that `Patch.positions` takes."""
-    return torch.tensor(list(positions), dtype=torch.long, device=device)[:, None]
-
-
-STARTING = {"cpu": 1e8, "cuda": 1e11}
-"""Operations that take about as long as starting the run of a block does."""
-
-
-def spare_tokens(model: Model) -> float:
-    """Tokens that may go through a block for nothing before starting another run would cost less."""
-    block = 2 * (4 * model.d_model**2 + 2 * model.d_model * model.d_mlp)
-    return STARTING.get(model.device.type, STARTING["cuda"]) / block

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from mechedit import InputError
-from mechedit.batching import pad, pieces
 from mechedit.prompts import continuation_ids, tokenize_prompt
 
 GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2_tokenizer.json"
@@ -73,24 +70,3 @@ def test_objects_follow_with_one_space_and_no_special_tokens(tokenizer):
     for empty in ("", "  "):
         with pytest.raises(InputError, match="gives no tokens"):
             continuation_ids(tokenizer, empty)
-
-
-def test_batches_are_padded_at_the_right(tokenizer):
-    tokens = pad([[5, 6, 7], [8]], tokenizer)
-    assert tokens.ids.tolist() == [[5, 6, 7], [8, tokenizer.pad_token_id, tokenizer.pad_token_id]]
-    assert tokens.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert tokens.lengths.tolist() == [3, 1]
-
-
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=20), spare=st.integers(0, 40), most=st.integers(1, 100))
-def test_pieces_hold_little_padding(sizes: list[int], spare: int, most: int) -> None:
-    rows = [[place] * size for place, size in enumerate(sorted(sizes, reverse=True))]
-    found = list(pieces(rows, spare, most))
-    assert [row for piece in found for row in piece] == rows
-    for piece, after in zip(found, [*found[1:], None], strict=True):
-        width = len(piece[0])
-        padding = [width * count - sum(len(row) for row in piece[:count]) for count in range(1, len(piece) + 1)]
-        assert len(piece) == 1 or (padding[-1] <= spare and width * len(piece) <= most)
-        if after:
-            more = width * (len(piece) + 1)
-            assert padding[-1] + width - len(after[0]) > spare or more > most, "it ends only where it must"

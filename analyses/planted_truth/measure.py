@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 import mechedit as me
 from analyses.common.frames import means_by, total_effect
+from mechedit.batching import group_by_shape
 from mechedit.files import read_json, write_parquet
 from mechedit.models import Patch
 from mechedit.selection import RULES, SelectConfig
 from mechedit.tables import read_table
 from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
-from mechedit.trace.tokens import group_by_shape, known_facts
+from mechedit.trace.tokens import known_facts
 
 TRACE = me.TraceConfig(kinds=("state", "mlp"), sever=("nothing", "mlp"), roles=("subject_last",))
 LEAST_RECALL = 0.95
@@ -57,7 +58,7 @@ def ablate(model: me.Model, facts: Sequence[me.Fact], std: float) -> pd.DataFram
     """
     known, _ = known_facts(model, facts)
     frames = []
-    for group in tqdm(list(group_by_shape(known, 50)), desc="ablating", unit="group"):
+    for group in tqdm(list(group_by_shape(known, 50, lambda traced: traced.shape)), desc="ablating", unit="group"):
         runs = run_clean_and_corrupted(model, group, std, TRACE)
         severed = severed_patches(runs)
         for layer in range(-1, model.n_layers):

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechedit.batching import batches_of
 from mechedit.evaluation.prompts import Kind, ProbePrompt, ScoreRow
 from mechedit.models import Model
 
@@ -40,8 +41,7 @@ def drift_rows(
     neighbors = [probe for probe in probes if probe.kind in DIVERGENCE]
     texts = list(dict.fromkeys(probe.text for probe in neighbors))
     by_text: dict[str, tuple[float, float]] = {}
-    for start in range(0, len(texts), batch_size):
-        chunk = texts[start : start + batch_size]
+    for chunk in batches_of(texts, batch_size):
         logits = [model.unembed(torch.stack([states[text] for text in chunk])) for states in (before, after)]
         divergences, agreements = divergence(logits[0], logits[1]), same_argmax(logits[0], logits[1])
         pairs = zip(divergences.tolist(), agreements.double().tolist(), strict=True)

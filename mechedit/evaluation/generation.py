@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from mechedit.batching import group_by_shape
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EntropyForm
 from mechedit.models import Model
@@ -54,11 +55,8 @@ def generate(
     if uniform is None:
         assert top_k == 1, "sampling needs uniform draws"
         uniform = np.zeros((len(prompts), tokens))
-    groups = defaultdict(list)
     encoded = [_prompt_ids(model, prompt) for prompt in prompts]
-    for index, ids in enumerate(encoded):
-        groups[len(ids)].append(index)
-    chunks = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+    chunks = list(group_by_shape(range(len(prompts)), batch_size, lambda index: len(encoded[index])))
     continuations = [""] * len(prompts)
     for chunk in tqdm(chunks, desc="writing text", leave=False):
         ids = torch.tensor([encoded[index] for index in chunk], device=model.device)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.batching import pad
+from mechedit.batching import batches_of, pad
 from mechedit.errors import InputError
 from mechedit.evaluation.config import Likelihood
 from mechedit.models import Model, Site
@@ -104,8 +104,7 @@ def score_pairs(
     encoded = sorted((_encode(model, pair) for pair in dict.fromkeys(pairs)), key=lambda row: len(row.ids))
     scores: dict[Pair, TargetScore] = {}
     states: dict[str, Tensor] = {}
-    for start in tqdm(range(0, len(encoded), batch_size), desc="scoring objects", leave=False):
-        chunk = encoded[start : start + batch_size]
+    for chunk in tqdm(list(batches_of(encoded, batch_size)), desc="scoring objects", leave=False):
         indices = {row.pair[0]: index for index, row in enumerate(chunk) if row.pair[0] in state_prompts}
         for prompt in states.keys() & indices.keys():
             del indices[prompt]

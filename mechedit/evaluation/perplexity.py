@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.batching import pad, pieces, spare_tokens
+from mechedit.batching import length_batches, pad, padding_budget
 from mechedit.errors import InputError, check_at_least
 from mechedit.models import Model, Tokens
 
@@ -55,7 +55,7 @@ def text_losses(
         raise InputError(f"none of the {len(texts)} texts has two tokens, expected text to predict; give more of it")
     order = [index for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])) if tokens[index]]
     losses, start = np.zeros(len(rows)), 0
-    batches = list(pieces([rows[index] for index in order], spare_tokens(model), batch_tokens))
+    batches = list(length_batches([rows[index] for index in order], padding_budget(model), batch_tokens))
     for batch in tqdm(batches, desc="perplexity", leave=False):
         batch_losses = _token_losses(model, pad(batch, model.tokenizer, model.device)).sum(1, dtype=torch.float64)
         losses[order[start : start + len(batch)]] = batch_losses.cpu().numpy()

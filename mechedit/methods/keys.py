@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit.batching import pad
+from mechedit.batching import batches_of, pad
 from mechedit.data import EditRequest
 from mechedit.models import Model, Patch, Resume, Run, Site, Tokens
 from mechedit.prompts import BARE, prefixed_prompts
@@ -177,8 +177,7 @@ def _by_length(ids: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
 
 
 def _batches(model: Model, rows: Sequence[tuple[int, ...]], size: int) -> list[_Batch]:
-    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [_Batch(pad(chunk, model.tokenizer, model.device)) for chunk in chunks]
+    return [_Batch(pad(batch, model.tokenizer, model.device)) for batch in batches_of(rows, size)]
 
 
 def _first_rows(batches: Sequence[_Batch]) -> list[int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from mechedit.batching import pad
+from mechedit.batching import batches_of, pad
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors, add_, copy_weights, restoring
 from mechedit.edit.weights import projection_parameter
@@ -157,8 +157,7 @@ def evaluate_loss(
     with restoring(model, edit.layers):
         for layer in edit.layers:
             add_(model, layer, edit.delta(layer))
-        for start in range(0, len(rows), batch_size):
-            chosen = range(start, min(start + batch_size, len(rows)))
+        for chosen in batches_of(range(len(rows)), batch_size):
             batches.append(_loss(model, rows, None, chosen, edit.layers[0]))
     losses, greedy = zip(*batches, strict=True)
     return torch.cat(losses).cpu(), torch.cat(greedy).cpu()
@@ -209,8 +208,7 @@ def _block_inputs(
     if layer == 0:
         return None
     site, streams = Site(layer - 1, "resid"), []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    for batch in batches_of(rows, batch_size):
         inputs = pad([row.ids[:-1] for row in batch], model.tokenizer, model.device)
         states = model.run(inputs, read=[site], stop_after=layer - 1)[site].cpu()
         streams += [state[: len(row.ids) - 1].clone() for row, state in zip(batch, states, strict=True)]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechedit.batching import pad, pieces, spare_tokens
+from mechedit.batching import length_batches, pad, padding_budget
 from mechedit.models import Model, Tokens
 
 
@@ -36,7 +36,7 @@ class KeyReader:
             sequences: token ids per text, longest first.
         """
         n_keys, capacity = 0, sum(map(len, sequences))
-        for batch in pieces(sequences, spare_tokens(self.model), self.batch_tokens):
+        for batch in length_batches(sequences, padding_budget(self.model), self.batch_tokens):
             tokens = pad(batch, self.model.tokenizer, self.model.device)
             counted = self._is_counted(tokens).flatten().nonzero().squeeze(1)
             run = self.model.run(tokens, read=list(self.sites.values()), stop_after=max(self.sites))

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechedit.batching import run_in_halves
 from mechedit.data import EditRequest
 from mechedit.models import Model
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.prompt_batch import PromptBatch, edited_logits, run_clean, run_in_halves
-from mechedit.targets.prompts import group_by_shape, search_prompts
+from mechedit.targets.prompt_batch import PromptBatch, edited_logits, run_clean
+from mechedit.targets.prompts import search_batches, search_prompts
 
 TERMS = ("loss", "nll", "kl", "decay", "probability")
 """Columns of `LossTerms.values`: the loss, its three terms as weighted in it, and P(object), mean over templates."""
@@ -148,7 +149,7 @@ def prepare_objective(
     prompts = search_prompts(model, requests, group_index, prefixes, config)
     initial = torch.zeros(len(requests), len(config.parts(model.module)), model.d_model, device=model.device)
     batches = []
-    batched_prompts = group_by_shape(model, prompts, config.pass_tokens)
+    batched_prompts = search_batches(model, prompts, config.pass_tokens)
     for batch, bare, states in run_in_halves(batched_prompts, lambda part: run_clean(model, part, layer, config)):
         batches.append(batch)
         initial[batch.fact[bare]] = states

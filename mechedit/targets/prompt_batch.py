@@ -9,22 +9,18 @@ begin with (`shared_prefix_cache`). Only the blocks and positions that δ reache
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import takewhile
-from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.batching import pad, spare_tokens
+from mechedit.batching import pad, padding_budget
 from mechedit.models import KVCache, Model, Patch, Resume, Site, Tokens
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.prompts import SearchPrompt
-
-Prompts = TypeVar("Prompts", list[SearchPrompt], "PromptBatch")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +172,7 @@ def shared_prefix_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[
         by_template[prompt.template].append(prompt)
     prefixes = {template: _common_prefix(group) for template, group in by_template.items()}
     lengths = [len(prefixes[prompt.template]) for prompt in prompts]
-    if sum(lengths) - sum(map(len, prefixes.values())) <= spare_tokens(model):
+    if sum(lengths) - sum(map(len, prefixes.values())) <= padding_budget(model):
         return None, [0] * len(prompts)
     # A row of no tokens cannot be run; the token that stands in its place is not kept.
     rows = [list(ids) or [prompts[0].ids[0]] for ids in prefixes.values()]
@@ -225,19 +221,3 @@ def edited_logits(
         state, logits = run.values.get(output), run.final_logits
     assert logits is not None, "the last span runs to the model's end"
     return logits
-
-
-def run_in_halves(items: Iterable[Prompts], run: Callable[[Prompts], Result]) -> Iterator[Result]:
-    """Run each of the items; one that does not fit the device's memory is run in halves."""
-    for item in items:
-        try:
-            result = run(item)
-        except torch.OutOfMemoryError:
-            if len(item) == 1:
-                raise
-            result = None
-        # Outside the handler, which keeps alive what the failed run allocated.
-        if result is None:
-            yield from run_in_halves((item[: len(item) // 2], item[len(item) // 2 :]), run)
-        else:
-            yield result

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mechedit.batching import spare_tokens
+from mechedit.batching import padding_budget
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.models import Model
@@ -88,7 +88,7 @@ def _kl_prompt(model: Model, request: EditRequest, fact: int, config: TargetConf
     )  # fmt: skip
 
 
-def group_by_shape(model: Model, prompts: Sequence[SearchPrompt], pass_tokens: int) -> Iterator[list[SearchPrompt]]:
+def search_batches(model: Model, prompts: Sequence[SearchPrompt], pass_tokens: int) -> Iterator[list[SearchPrompt]]:
     """Group prompts that run together: of like shape, as long as padding wastes less than another run costs.
 
     Args:
@@ -96,7 +96,7 @@ def group_by_shape(model: Model, prompts: Sequence[SearchPrompt], pass_tokens: i
         prompts: in any order.
         pass_tokens: most tokens in one forward pass, padding included.
     """
-    allowance = spare_tokens(model)
+    allowance = padding_budget(model)
     batch: list[SearchPrompt] = []
     padding = 0
     for prompt in sorted(prompts, key=lambda prompt: (len(prompt.scored), bool(prompt.labels), prompt.width)):

@@ -12,7 +12,7 @@ from itertools import groupby
 import pandas as pd
 import torch
 
-from mechedit.batching import spare_tokens
+from mechedit.batching import padding_budget, run_in_halves
 from mechedit.models import Model
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource
@@ -106,7 +106,7 @@ def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]
     """
     model = runs.model
     max_cells = max(1, max_batch_rows(model, runs.facts[0], runs.config) // runs.samples)
-    allowance = model.n_layers * spare_tokens(model)
+    allowance = model.n_layers * padding_budget(model)
     batch: list[Cell] = []
     by_position = groupby(sorted(cells, key=lambda cell: (cell.position, cell)), lambda cell: cell.position)
     for position, group in by_position:
@@ -129,13 +129,8 @@ def _split(cells: Sequence[Cell], max_cells: int) -> Iterator[list[Cell]]:
 
 def score_cells(runs: TraceRuns, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
     """Mean scores over samples of each cell; halves the batch when the device's memory does not hold it."""
-    try:
-        means = restore_cells(runs, cells)
-    except torch.OutOfMemoryError:
-        if len(cells) == 1:
-            raise
-        half = len(cells) // 2
-        return score_cells(runs, cells[:half]) | score_cells(runs, cells[half:])
+    parts = list(run_in_halves([cells], lambda part: restore_cells(runs, part)))
+    means = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {cell: {name: values[i].item() for name, values in means.items()} for i, cell in enumerate(cells)}
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mechedit.batching import group_by_shape
 from mechedit.data import Fact
 from mechedit.errors import InputError
 from mechedit.models import Model, Tokens
@@ -92,7 +93,7 @@ def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], 
     """Split facts into those that the model completes greedily with their object, and (id, reason) of the others."""
     tokenized = [tokenize_fact(model, fact) for fact in facts]
     completions: dict[str, list[int]] = {}
-    for group in group_by_shape(tokenized, KNOWN_ROWS):
+    for group in group_by_shape(tokenized, KNOWN_ROWS, lambda traced: traced.shape):
         logits = model.run(as_batch(group, model), logits_to_keep=read_positions(group[0], model)).logits
         completions |= {traced.fact.id: ids for traced, ids in zip(group, logits.argmax(-1).tolist(), strict=True)}
     known, dropped = [], []
@@ -163,13 +164,3 @@ def as_batch(facts: Sequence[TracedFact], model: Model) -> Tokens:
 def read_positions(traced: TracedFact, model: Model) -> Tensor:
     """Positions whose logits predict the object's tokens."""
     return torch.arange(traced.prompt_length - 1, len(traced.ids), device=model.device)
-
-
-def group_by_shape(facts: Sequence[TracedFact], size: int) -> Iterator[list[TracedFact]]:
-    """Groups of facts of one shape, at most `size` in each."""
-    shapes: dict[tuple[int, int], list[TracedFact]] = {}
-    for traced in facts:
-        shapes.setdefault(traced.shape, []).append(traced)
-    for group in shapes.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]

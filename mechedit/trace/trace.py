@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from mechedit.batching import batches_of, group_by_shape
 from mechedit.cache import kept
 from mechedit.data import Fact, check_unique_ids
 from mechedit.errors import InputError
@@ -21,7 +22,7 @@ from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
 from mechedit.trace.effects import Effects
 from mechedit.trace.memory import max_group_rows
-from mechedit.trace.tokens import Dropped, TracedFact, group_by_shape, known_facts, with_replacements, with_roles
+from mechedit.trace.tokens import Dropped, TracedFact, known_facts, with_replacements, with_roles
 
 
 def trace_facts(
@@ -112,9 +113,9 @@ class TracePlan:
 
     def groups(self) -> Iterator[list[TracedFact]]:
         """Facts of one shape, as many as `batch_rows` and `memory` allow."""
-        for same_shape in group_by_shape(self.facts, len(self.facts)):
+        for same_shape in group_by_shape(self.facts, len(self.facts), lambda traced: traced.shape):
             size = max(1, max_group_rows(self.model, same_shape[0], self.config) // self.config.samples)
-            yield from group_by_shape(same_shape, size)
+            yield from batches_of(same_shape, size)
 
 
 @torch.no_grad()

@@ -16,6 +16,11 @@ def random_tokens(batch: int = 2, width: int = 7, seed: int = 0) -> Tokens:
     return Tokens(ids, torch.ones_like(ids))
 
 
+def column(positions: Sequence[int]) -> torch.Tensor:
+    """One position per row, as `Patch.positions`: [batch, 1]."""
+    return torch.tensor(list(positions), dtype=torch.long)[:, None]
+
+
 def random_patch(model: Any, site: Site, positions: Sequence[Sequence[int]], seed: int = 0) -> Patch:
     where = torch.tensor(positions)
     width = model.d_mlp if site.part == "mlp_key" else model.d_model

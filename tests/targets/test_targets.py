@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.patches import column
 from torch import Tensor
 
-from mechedit.batching import column, pad
+from mechedit.batching import pad
 from mechedit.data import EditRequest
 from mechedit.errors import InputError, check_choice
 from mechedit.models import Patch, Site

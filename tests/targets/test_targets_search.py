@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import mechedit.targets.search
-from mechedit.batching import STARTING, pad
+from mechedit.batching import LAUNCH_COST, pad
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.models import Site
 from mechedit.prompts import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
 from mechedit.targets.prompt_batch import block_spans, shared_prefix_cache
-from mechedit.targets.prompts import group_by_shape, search_prompts
+from mechedit.targets.prompts import search_batches, search_prompts
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
 REQUESTS = [
@@ -164,7 +164,7 @@ def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
     find_targets(lively, REQUESTS, 0, PREFIXES, config)
     for hook in handles:
         hook.remove()
-    batches = list(group_by_shape(lively, prompts, config.pass_tokens))
+    batches = list(search_batches(lively, prompts, config.pass_tokens))
     assert [len(runs) for runs in sizes] == [len(batches), *[len(batches) * (1 + 7)] * 2]
     rerun = sum(len(batch) * max(prompt.width for prompt in batch) for batch in batches) * lively.d_model
     assert sum(sizes[1][-len(batches) :]) == rerun
@@ -205,10 +205,10 @@ def test_a_shared_prefix_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPa
     model = make_model(kind, initializer_range=0.05)
     config = dataclasses.replace(BRISK, steps=3)
     separate = find_targets(model, REQUESTS, 1, PREFIXES, config)
-    monkeypatch.setitem(STARTING, "cpu", 0)
+    monkeypatch.setitem(LAUNCH_COST, "cpu", 0)
     prompts = search_prompts(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
-    monkeypatch.setattr("mechedit.targets.prompt_batch.spare_tokens", lambda model: 1e6)
-    (batch, *_) = sorted(group_by_shape(model, prompts, config.pass_tokens), key=len, reverse=True)
+    monkeypatch.setattr("mechedit.targets.prompt_batch.padding_budget", lambda model: 1e6)
+    (batch, *_) = sorted(search_batches(model, prompts, config.pass_tokens), key=len, reverse=True)
     cache, lengths = shared_prefix_cache(model, batch)
     assert cache is not None
     assert cache.lengths.tolist() == lengths
