@@ -1,4 +1,10 @@
-"""The only place that imports transformer_lens or nnsight, or names a transformers class."""
+"""Language models with named sites, the same for every architecture and on both backends.
+
+The interface is `Model` (`protocol`), with its `sites` and `kv_cache`; `loading` makes one and `self_check` tests it.
+Behind it, `backend` holds weight-sharing copies of the transformers model (`shared_copy`), whose parts `families`
+locates. A run is a `plan`, carried out by the first engine that can: `fast_gpt`, or one of `engines`, which the two
+backends complete. Nothing outside this package imports transformer_lens or nnsight, or names a transformers class.
+"""
 
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.loading import load_model, transformers_model
