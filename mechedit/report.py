@@ -1,4 +1,4 @@
-"""One run folder as one web page: what was done, what came out, what each number means.
+"""One run folder as one web page: the steps, their results, and the meaning of each number.
 
 In: the files of a folder that mechedit wrote, whichever are there. Out: report.html, a single file with its
 images inside. Sections without data are left out.
@@ -25,8 +25,9 @@ from mechedit.tables import read_table, where
 from mechedit.trace import average_effects, clearest_fact, total_effects
 
 SOURCES = ("effects.parquet", "selection.json", "edit.safetensors", "scores.parquet", "summary.json")
-"""A folder with none of these is not a run."""
+"""Files of results; a folder with none of them is not a run."""
 EXAMPLES = 10
+"""Number of greedy answers shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,15 @@ class Effect:
     """One line of the table of effects, in percent of probability."""
 
     name: str
+    """The effect and its site."""
     meaning: str
+    """Its meaning in a sentence."""
     mean: float
+    """Mean over facts."""
     low: float
+    """Lower end of its interval."""
     high: float
+    """Upper end of its interval."""
 
 
 def write_report(folder: str | Path) -> Path:
@@ -61,8 +67,8 @@ def write_report(folder: str | Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What the template shows: one entry a section, None where its files are absent."""
-    parts = {
+    """Data of the template: one entry per section, None where its files are absent."""
+    sections = {
         "trace": _if_present(folder / "effects.parquet", trace_section),
         "selection": _if_present(folder / "selection.json", selection_section),
         "moments": moments_section(sorted(folder.glob("moments/layer_*.safetensors"))),
@@ -72,10 +78,10 @@ def contents(folder: Path) -> dict[str, Any]:
     }
     steps = read_json(folder / "config.json").get("steps", {}) if (folder / "config.json").is_file() else {}
     return {
-        **parts,
+        **sections,
         "figures": {path.stem: inlined(path) for path in sorted(folder.glob("figures/*.png"))},
-        "model": model_card(parts, steps),
-        "command": command(steps, parts),
+        "model": model_card(sections, steps),
+        "command": command(steps, sections),
         "steps": json.dumps(steps, indent=2, ensure_ascii=False) if steps else None,
         "files": [
             {"name": path.name, "size": path.stat().st_size, "hash": file_hash(path)}
@@ -87,10 +93,10 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def trace_section(path: Path) -> dict[str, Any]:
-    """Effects at the papers' sites, and whose heatmap is shown."""
+    """Effects at the papers' sites, and the fact whose heatmap is shown."""
     effects = read_table(path)
     if effects.empty:
-        raise InputError(f"{str(path)!r} holds no effects, expected one row a restored cell: trace again")
+        raise InputError(f"{str(path)!r} holds no effects, expected one row per restored cell: trace again")
     facts = path.parent / "facts.parquet"
     return {
         "facts": effects["fact"].nunique(),
@@ -98,7 +104,7 @@ def trace_section(path: Path) -> dict[str, Any]:
         "noise_std": effects.attrs.get("noise_std"),
         "dropped": effects.attrs.get("dropped", []),
         "effects": site_effects(where(effects, metric="probability")),
-        "fact": _described(clearest_fact(effects), read_table(facts) if facts.is_file() else pd.DataFrame()),
+        "fact": _fact_summary(clearest_fact(effects), read_table(facts) if facts.is_file() else pd.DataFrame()),
         "provenance": effects.attrs.get("provenance", {}),
         "seed": effects.attrs.get("config", {}).get("seed"),
     }
@@ -107,28 +113,28 @@ def trace_section(path: Path) -> dict[str, Any]:
 def site_effects(effects: pd.DataFrame) -> list[Effect]:
     """The total effect, and the indirect effects at the papers' sites, each at its largest layer.
 
-    For the subject's last token that is the layer where severing the MLPs takes most.
+    At the subject's last token the layer is that at which severing the MLPs reduces the effect most.
     """
     if effects.empty:
         return []
     total = total_effects(effects).iloc[0]
-    text = "What noise on the subject takes from the object’s probability."
-    found = [_effect("Total effect", text, total["total"], total["total_low"], total["total_high"])]
+    text = "The part of the object’s probability that noise on the subject removes."
+    lines = [_effect("Total effect", text, total["total"], total["total_low"], total["total_high"])]
     averages = average_effects(effects)
     early = where(averages, kind="state", role="subject_last")
-    whole = where(early, sever="nothing")
-    if len(whole):
-        severed = where(early, sever="mlp").set_index("layer")["mean"].reindex(whole["layer"])
-        # Above the recalling layers severing changes nothing: the comparison belongs where it matters most.
-        lost = whole["mean"].to_numpy() - severed.fillna(0).to_numpy()
-        best = whole.iloc[int(lost.argmax())]
-        text = "What one clean state there gives back."
-        found.append(_site(f"Last subject token, state of layer {best['layer']}", text, best))
+    unsevered = where(early, sever="nothing")
+    if len(unsevered):
+        severed = where(early, sever="mlp").set_index("layer")["mean"].reindex(unsevered["layer"])
+        # Above the recalling layers severing changes nothing: compare where it changes most.
+        difference = unsevered["mean"].to_numpy() - severed.fillna(0).to_numpy()
+        best = unsevered.iloc[int(difference.argmax())]
+        text = "The part that one clean state there restores."
+        lines.append(_site(f"Last subject token, state of layer {best['layer']}", text, best))
         for sever, name in (("mlp", "MLPs"), ("attn", "attention")):
             cut = where(early, sever=sever, layer=best["layer"])
             if len(cut):
-                text = f"The same with {name} at that token held to what the noise made of them."
-                found.append(_site(f"… with {name} severed", text, cut.iloc[0]))
+                text = f"The same with {name} at that token held to their outputs under noise."
+                lines.append(_site(f"… with {name} severed", text, cut.iloc[0]))
     for kind, role, name, text in (
         ("state", "after", "First token after the subject, state", "The contrast: the next token along."),
         (
@@ -143,8 +149,8 @@ def site_effects(effects: pd.DataFrame) -> list[Effect]:
         if len(rows):
             best = rows.iloc[int(rows["mean"].to_numpy().argmax())]
             around = "of layer" if kind == "state" else "around layer"
-            found.append(_site(f"{name} {around} {best['layer']}", text, best))
-    return found
+            lines.append(_site(f"{name} {around} {best['layer']}", text, best))
+    return lines
 
 
 def _site(name: str, meaning: str, average: pd.Series) -> Effect:
@@ -156,7 +162,7 @@ def _effect(name: str, meaning: str, mean: float, low: float, high: float) -> Ef
     return Effect(name=name, meaning=meaning, mean=100 * mean, low=100 * low, high=100 * high)
 
 
-def _described(fact: str, facts: pd.DataFrame) -> dict[str, str]:
+def _fact_summary(fact: str, facts: pd.DataFrame) -> dict[str, str]:
     """A fact's id, and its text and object when they are known."""
     rows = where(facts, id=fact) if "id" in facts else facts
     if rows.empty:
@@ -174,7 +180,7 @@ def selection_section(path: Path) -> dict[str, Any]:
     selection = read_json(path)
     if not isinstance(selection, dict) or "layers" not in selection:
         raise InputError(f"{str(path)!r} is not a selection, expected what `mechedit select` wrote: select again")
-    others = selection.get("alternatives") or {}
+    alternatives = selection.get("alternatives") or {}
     return {
         **{
             "rule": None,
@@ -191,7 +197,7 @@ def selection_section(path: Path) -> dict[str, Any]:
         # Only probabilities are counted in percent.
         "scale": 100 if selection.get("metric", "probability") == "probability" else 1,
         "span": span(selection["layers"]),
-        "others": {rule: span(layers) for rule, layers in others.items()},
+        "alternatives": {rule: span(layers) for rule, layers in alternatives.items()},
     }
 
 
@@ -205,7 +211,7 @@ def span(layers: Sequence[int]) -> str:
 
 
 def moments_section(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """What the second moments were taken over."""
+    """Layers of the second moments, with the text and the tokens that each was collected over."""
     if not paths:
         return None
     headers = sorted((read_header(path, "provenance") for path in paths), key=lambda header: header["layer"])
@@ -247,19 +253,19 @@ def evaluation_section(path: Path) -> dict[str, Any] | None:
 
 
 def examples_section(path: Path) -> dict[str, Any] | None:
-    """What the model wrote, the states side by side, for the first cases; and how it was measured."""
+    """Texts that the model wrote, the states side by side, for the first cases; and the settings of the evaluation."""
     scores = Scores.load(path.parent)
     keys = ["case", "kind", "prompt", "question", "expected"]
     wide = scores.answers.pivot(index=keys, columns="state", values="answer").reset_index().fillna("")
-    place = {case: i for i, case in enumerate(scores.cases)}
-    wide = wide.assign(place=[place[case] for case in wide["case"]])
-    wide = wide.sort_values(["place", "prompt"], kind="stable")
-    said = where(wide, kind="rewrite").head(EXAMPLES).to_dict("records")
+    index = {case: i for i, case in enumerate(scores.cases)}
+    wide = wide.assign(index=[index[case] for case in wide["case"]])
+    wide = wide.sort_values(["index", "prompt"], kind="stable")
+    answers = where(wide, kind="rewrite").head(EXAMPLES).to_dict("records")
     texts = where(wide, kind="generation").drop_duplicates("case").head(3).to_dict("records")
     missing = {name: count["missing"] for name, count in scores.counts.items() if count["cases"] and count["missing"]}
     return {
         "states": list(scores.states),
-        "said": said,
+        "answers": answers,
         "texts": texts,
         "cases": len(scores.cases),
         "missing": missing,
@@ -268,11 +274,11 @@ def examples_section(path: Path) -> dict[str, Any] | None:
     }
 
 
-def model_card(parts: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, Any]:
-    """Who was measured: the first provenance found among the results."""
-    found = [(parts[name] or {}).get("provenance") for name in ("trace", "selection", "examples")]
-    found += [(parts["edit"] or {}).get("model"), *(step.get("model") for step in steps.values())]
-    card = next((provenance for provenance in found if provenance), {})
+def model_card(sections: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, Any]:
+    """The model that was measured: the first provenance among the results."""
+    provenances = [(sections[name] or {}).get("provenance") for name in ("trace", "selection", "examples")]
+    provenances += [(sections["edit"] or {}).get("model"), *(step.get("model") for step in steps.values())]
+    card = next((provenance for provenance in provenances if provenance), {})
     settings = [step.get("settings", {}) for step in steps.values()]
     return {
         **{
@@ -287,32 +293,32 @@ def model_card(parts: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def command(steps: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+def command(steps: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
     """The command that makes such a folder again."""
-    card, samples = model_card(parts, steps), steps.get("trace", {}).get("settings", {}).get("samples")
-    # The unedited answers are a step of their own, but not a command.
+    card, samples = model_card(sections, steps), steps.get("trace", {}).get("settings", {}).get("samples")
+    # Measuring the unedited model is a step of its own, but not a command.
     names = ["evaluate" if step == "baseline" else step for step in steps]
     name = "run" if "evaluate" in names and "trace" in names else next(iter(names), "trace")
-    edit, selection = parts["edit"], parts["selection"]
-    chosen = edit["layers"] if edit and selection and edit["layers"] != list(selection["layers"]) else []
+    edit, selection = sections["edit"], sections["selection"]
+    overruled = edit["layers"] if edit and selection and edit["layers"] != list(selection["layers"]) else []
     options = {
         "--model": card["model"],
         "--backend": card["backend"],
         "--seed": card["seed"],
         "--samples": samples if "trace" in steps else None,
-        "--layers": ",".join(map(str, chosen)) or None,
+        "--layers": ",".join(map(str, overruled)) or None,
         "--out": "NEW_FOLDER",
     }
     return " ".join(["mechedit", name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
 
 
 def inlined(path: Path) -> str:
-    """A PNG as a data address."""
+    """A PNG as a data URL."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A number as typeset: fixed decimals, a true minus sign, a dash when there is none."""
+    """A number for readers: fixed decimals, a true minus sign, a dash where there is none."""
     if value is None or not np.isfinite(value):
         return "–"
     text = f"{value:.{digits}f}"
@@ -324,7 +330,7 @@ def _if_present(path: Path, section: Any) -> Any:
 
 
 def _template() -> Any:
-    # Facts and prompts are arbitrary text, so all that is filled in is escaped.
+    # Facts and prompts are arbitrary text, so every value is escaped.
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

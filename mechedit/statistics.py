@@ -97,7 +97,7 @@ def harmonic_mean(values: Float[np.ndarray, "row part"]) -> Float[np.ndarray, " 
 def near_best(
     scores: Float[np.ndarray, " candidate"], draws: Float[np.ndarray, "resample candidate"], confidence: float
 ) -> Bool[np.ndarray, " candidate"]:
-    """Which candidates are not significantly worse than the best: multiple comparisons with the best (Hsu, 1981).
+    """True for candidates not significantly worse than the best: multiple comparisons with the best (Hsu, 1981).
 
     Candidate w stays when max_v (S_v − S_w) does not exceed the quantile, at the given confidence, of the same
     maximum over resamples centered on what was measured, max_v [(S*_v − S_v) − (S*_w − S_w)]. Taking the maximum

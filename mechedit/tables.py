@@ -1,4 +1,4 @@
-"""Tidy tables: read one, choose rows, and say how far a mean over facts or cases can be trusted."""
+"""Tidy tables: read one from parquet, whole or in pieces, and choose rows by value."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_table(path: str | Path, **equal: Any) -> pd.DataFrame:
 
 
 def iter_table(path: str | Path, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
-    """Read some columns of a parquet file, so many rows at a time that memory stays small, with its attrs.
+    """Read some columns of a parquet file in pieces small enough for memory, each with the file's attrs.
 
     Raises:
         InputError: as `read_table`; or the file lacks a column.

@@ -1,4 +1,4 @@
-"""What an edit did: CounterFact's and zsRE's measures, drift from the unedited model, free text and perplexity."""
+"""Scores of an edit: CounterFact's and zsRE's measures, drift from the unedited model, free text and perplexity."""
 
 from mechedit.evaluation.baseline import Baseline
 from mechedit.evaluation.config import QUICK, EvaluationConfig

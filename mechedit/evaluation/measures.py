@@ -1,7 +1,7 @@
 """The measures of an edit: name, unit, titles, definition and meaning of each, for tables, figures and the report.
 
-`MEASURES` holds one entry per measure. Which of them a protocol reports, and in which order, say `COUNTERFACT` and
-`ZSRE`; what a text contributes to the perplexity, `TEXT_MEASURES`.
+`MEASURES` holds one entry per measure. `COUNTERFACT` and `ZSRE` list those of each protocol, in the order of
+summary.json; `TEXT_MEASURES` the two numbers per text from which the perplexity follows.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Measure:
     definition: str = ""
     """How it is computed, for readers of summary.json who do not have the code."""
     meaning: str = ""
-    """What it tells, for readers of the report; empty where the report does not show it."""
+    """Its meaning in a sentence, for readers of the report; empty where the report does not show it."""
     counted: str = "cases"
-    """What the mean is taken over."""
+    """The things that the mean is over."""
 
     @property
     def factor(self) -> float:

@@ -33,7 +33,7 @@ class ProbePrompt:
     case: str
     """Id of the request."""
     kind: Kind
-    """What the prompt tests."""
+    """Kind of test: the edit's prompt, a reworded one, or a neighbor's, with or without the edit before it."""
     index: int
     """Index of the prompt among those of its kind."""
     text: str

@@ -55,8 +55,8 @@ def summarize_cases(
         measure, cases = measure_named(name), values[:, column]
         cases, factor = cases[~np.isnan(cases)], 1.0 if in_percent else measure.factor
         if measure.is_rate:
-            whole = PERCENT / factor
-            low, high = rate_interval(cases / whole, draws[:, column] / whole, config.confidence)
+            success = PERCENT / factor  # the value of a case that succeeds wholly
+            low, high = rate_interval(cases / success, draws[:, column] / success, config.confidence)
             ends = low * PERCENT, high * PERCENT
         else:
             ends = None if np.ptp(cases) == 0 else _percentiles(draws[:, column] * factor, config)

@@ -1,4 +1,4 @@
-"""Every figure that a run folder allows, in one call."""
+"""Every figure for which a run folder has data, in one call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mechedit.tables import read_table
 
 
 def run_figures(folder: str | Path) -> list[Path]:
-    """Draw what the files of a run folder allow into `folder`/figures, each as PDF and PNG.
+    """Draw every figure for which a run folder has data into `folder`/figures, each as PDF and PNG.
 
     From effects.parquet: severed, roles, fact, lines, and the last three for each kind alone (roles_state, …);
     for metrics besides probability also severed_kl, …. From selection.json: selection. From sweep.parquet: sweep.

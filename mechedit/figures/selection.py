@@ -13,37 +13,37 @@ from mechedit.figures.style import BLUE, GRAY, INK, ORANGE, layer_axis, legend_a
 
 
 def plot_selection(selection: Mapping[str, Any], ax: Axes) -> Axes:
-    """The evidence for a layer range: the severed gap, and what each layer's MLP contributes to it.
+    """The evidence for a layer range: the severed gap, and the contribution of each layer's MLP to it.
 
-    Gap: AIE of the state minus its AIE with MLPs severed. Contribution of layer l: the part of the gap that
-    is lost from l − 1 to l. The darker a layer's background, the more resamples of facts choose it. Below, a row
-    for each range: the chosen one, those of the other rules, and published ones.
+    Gap: AIE of the state minus its AIE with MLPs severed. Contribution of layer l: gap(l − 1) − gap(l).
+    The darker a layer's background, the more resamples of facts choose it. Below, a row for each range: the chosen
+    one, those of the other rules, and published ones.
 
     Args:
         selection: content of selection.json (`layers` and `evidence`, in units of `metric`).
-        ax: where to draw; the rows take their place from its foot.
+        ax: where to draw; the rows take the lower part of it.
 
     Raises:
         InputError: no evidence.
     """
     evidence = pd.DataFrame(list(selection.get("evidence") or ()))
     if evidence.empty:
-        raise InputError("the selection holds no evidence, expected one entry a layer: select the layers again")
+        raise InputError("the selection holds no evidence, expected one entry per layer: select the layers again")
     evidence = evidence.filter(regex="^(layer|membership|gap|contribution)(_low|_high)?$").astype(float)
     layers = evidence["layer"].to_numpy()
     percent = selection.get("metric", "probability") == "probability"
     scale, unit = (100, "% of probability") if percent else (1, str(selection["metric"]))
-    part, low, high = (evidence[f"contribution{end}"].to_numpy() * scale for end in ("", "_low", "_high"))
-    ax.bar(layers, part, 0.5, color=ORANGE, linewidth=0, label="contribution of MLP")
-    ax.errorbar(layers, part, [part - low, high - part], fmt="none", ecolor=INK, elinewidth=0.5)
+    contribution, low, high = (evidence[f"contribution{end}"].to_numpy() * scale for end in ("", "_low", "_high"))
+    ax.bar(layers, contribution, 0.5, color=ORANGE, linewidth=0, label="contribution of MLP")
+    ax.errorbar(layers, contribution, [contribution - low, high - contribution], fmt="none", ecolor=INK, elinewidth=0.5)
     gap, low, high = (evidence[f"gap{end}"].to_numpy() * scale for end in ("", "_low", "_high"))
     ax.fill_between(layers, low, high, color=BLUE, alpha=0.2, linewidth=0)
     ax.plot(layers, gap, color=BLUE, marker="o", markersize=2.5, label="severed gap")
     ax.axhline(0, color=INK, linewidth=0.6)
     foot = _range_rows(_ranges(selection), layer_axis(ax, layers))
-    for layer, share in zip(layers, evidence["membership"].fillna(0), strict=True):
-        if selection["layers"]:  # what resamples of nothing choose is nothing to show
-            shade = {"color": GRAY, "alpha": 0.4 * share, "linewidth": 0, "zorder": 0}
+    for layer, membership in zip(layers, evidence["membership"].fillna(0), strict=True):
+        if selection["layers"]:  # without a choice, there is no stability of it to show
+            shade = {"color": GRAY, "alpha": 0.4 * membership, "linewidth": 0, "zorder": 0}
             ax.axvspan(layer - 0.5, layer + 0.5, ymin=foot, **shade)
     if selection["layers"]:
         ax.fill_between([], [], color=GRAY, alpha=0.4, linewidth=0, label="chosen in resamples")
@@ -54,26 +54,26 @@ def plot_selection(selection: Mapping[str, Any], ax: Axes) -> Axes:
 
 
 RANGE_ROW = 0.125
-"""Inches that a row of the ranges takes."""
+"""Height in inches of a row of the ranges."""
 
 
 def _ranges(selection: Mapping[str, Any]) -> list[tuple[str, Sequence[int], str]]:
-    """What to call each range, its layers and its color: the chosen one, other rules', published ones."""
-    rule, others = selection.get("rule") or "a rule", selection.get("alternatives") or {}
-    found: list[tuple[str, Sequence[int], str]] = []
-    found.append((f"{rule} (chosen)", selection["layers"], INK) if selection["layers"] else ("none chosen", [], INK))
-    found += [(rule, layers, BLUE) for rule, layers in others.items() if layers]
-    if selection["layers"] and (without := [rule for rule, layers in others.items() if not layers]):
-        found.append((f"none by {', '.join(without)}", [], BLUE))
+    """Label, layers and color of each range: the chosen one, those of other rules, published ones."""
+    rule, alternatives = selection.get("rule") or "a rule", selection.get("alternatives") or {}
+    ranges: list[tuple[str, Sequence[int], str]] = []
+    ranges.append((f"{rule} (chosen)", selection["layers"], INK) if selection["layers"] else ("none chosen", [], INK))
+    ranges += [(rule, layers, BLUE) for rule, layers in alternatives.items() if layers]
+    if selection["layers"] and (without := [rule for rule, layers in alternatives.items() if not layers]):
+        ranges.append((f"none by {', '.join(without)}", [], BLUE))
     published: dict[tuple[int, ...], list[str]] = {}
     for entry in selection.get("published") or ():
         names = published.setdefault(tuple(entry["layers"]), [])
         names += [entry["method"]] * (entry["method"] not in names)
-    return found + [(f"published, {', '.join(names)}", layers, GRAY) for layers, names in published.items()]
+    return ranges + [(f"published, {', '.join(names)}", layers, GRAY) for layers, names in published.items()]
 
 
 def _range_rows(ranges: Sequence[tuple[str, Sequence[int], str]], ax: Axes) -> float:
-    """Make room at the foot of the axes and draw a named bar for each range; return the part of the height taken."""
+    """Make room at the foot of the axes and draw a named bar for each range; return the fraction of the height used."""
     figure = ax.get_figure(root=True)
     foot = min(0.6, RANGE_ROW * (len(ranges) + 0.6) / (0.7 * figure.get_figheight() if figure else 2))
     bottom, top = ax.get_ylim()
@@ -81,9 +81,9 @@ def _range_rows(ranges: Sequence[tuple[str, Sequence[int], str]], ax: Axes) -> f
     ax.set_yticks([tick for tick in ax.get_yticks() if bottom <= tick <= top])
     ax.set_ylim(bottom - (top - bottom) * foot / (1 - foot), top)
     ax.spines["left"].set_bounds(bottom, top)
-    for place, (name, layers, color) in enumerate(ranges):
-        height = foot * (1 - (place + 0.9) / (len(ranges) + 0.6))
-        line = {"color": color, "linewidth": 2 if place else 3.2, "solid_capstyle": "butt", "label": f"_{name}"}
+    for row, (name, layers, color) in enumerate(ranges):
+        height = foot * (1 - (row + 0.9) / (len(ranges) + 0.6))
+        line = {"color": color, "linewidth": 2 if row else 3.2, "solid_capstyle": "butt", "label": f"_{name}"}
         for first, last in runs(layers):
             ax.plot([first - 0.5, last + 0.5], [height, height], transform=ax.get_xaxis_transform(), **line)
         # The name goes to the side with more room.

@@ -1,4 +1,4 @@
-"""Severed bars: what a state gives back with modules cut off."""
+"""Severed bars: indirect effects of a state with and without the modules above it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def plot_severed(
     *,
     severings: Sequence[str] | None = None,
 ) -> Axes:
-    """MEMIT Fig. 3: AIE of one state at the subject's last token, by layer, whole and severed.
+    """MEMIT Fig. 3: AIE of one state at the subject's last token, by layer, unsevered and severed.
 
     Args:
-        effects: tidy effects, or what `average_effects` made of them; of them, kind `state` at role
-            `subject_last`.
+        effects: tidy effects, or their averages by `average_effects`; those of kind `state` at role `subject_last`
+            are drawn.
         ax: where to draw.
         selection: layers to shade.
-        severings: which bars; by default those without a subset of layers (`mlp@3`) that were traced.
+        severings: the bars; by default those without a subset of layers (`mlp@3`) that were traced.
 
     Raises:
-        InputError: there are no such effects, or not of a severing named.
+        InputError: there are no such effects, or none of one of the severings.
     """
     rows = averaged(effects, kind="state", role="subject_last")
     traced = list(dict.fromkeys(rows["sever"]))
@@ -48,10 +48,10 @@ def plot_severed(
     for i, sever in enumerate(shown):
         layers, ends = curve(where(rows, sever=sever))
         mean, low, high = ends.T
-        place = layers + (i - (len(shown) - 1) / 2) * width
+        positions = layers + (i - (len(shown) - 1) / 2) * width
         color = SEVER_COLORS.get(sever) or next(spare)
-        ax.bar(place, mean, width, color=color, label=sever_in_words(sever), linewidth=0)
-        ax.errorbar(place, mean, [mean - low, high - mean], fmt="none", ecolor=INK, elinewidth=0.5)
+        ax.bar(positions, mean, width, color=color, label=sever_in_words(sever), linewidth=0)
+        ax.errorbar(positions, mean, [mean - low, high - mean], fmt="none", ecolor=INK, elinewidth=0.5)
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set(xlabel="layer of the restored state", ylabel=aie_label(rows, ax))
     legend_above(ax, columns=3)

@@ -1,4 +1,4 @@
-"""What all figures share: type, sizes, colors that any color vision tells apart, and how to write files."""
+"""Style of all figures: type, sizes, colors that any color vision tells apart, legends, and how to write files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from matplotlib.ticker import MaxNLocator
 from mechedit.files import atomic
 
 COLUMN_WIDTH = 3.25
+"""Width in inches of a column of a two-column paper."""
 PAGE_WIDTH = 6.75
-"""Inches, of a two-column paper."""
+"""Width in inches of its page."""
 SCREEN_DPI = 130
-"""Pixels that an inch takes in a notebook: the papers' small type is legible then, and a page fits its width."""
+"""Pixels per inch in a notebook: the papers' small type is legible, and a page fits the width."""
 
 # From Okabe and Ito's palette; lightness differs too, for gray prints.
 INK, GRAY, BLUE, GREEN, ORANGE = "#222222", "#8C8C8C", "#0072B2", "#009E73", "#E69F00"
@@ -83,7 +84,7 @@ def paper_style() -> Iterator[None]:
 
 
 class PaperFigure(Figure):
-    """A figure that a notebook shows by itself, though pyplot does not know of it, sharp and at a legible size."""
+    """A figure that a notebook shows without pyplot, sharp and at a legible size."""
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, bytes], dict[str, dict[str, int]]]:
         """The picture as PNG, and how large to show it; Jupyter asks for it."""
@@ -103,7 +104,7 @@ def draw(plot: Callable[[Axes], Axes], *, width: float = COLUMN_WIDTH, height: f
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
-    """Write `name`.pdf (fonts embedded) and `name`.png (200 dpi) to `folder`, each whole or not at all."""
+    """Write `name`.pdf (fonts embedded) and `name`.png (200 dpi) to `folder`, each complete or not at all."""
     paths = [Path(folder) / f"{name}.{kind}" for kind in ("pdf", "png")]
     for path in paths:
         # Without a date, the same figure gives the same bytes.
@@ -116,11 +117,11 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
 def heat_colors(norm: Normalize, helps: int = 1) -> Colormap:
     """White at zero, blue where restoring helps, red where it harms, equally strong for equal sizes.
 
-    It spans just what `norm` spans: a color bar shows no color that cannot occur.
+    It spans exactly the values of `norm`: a color bar shows no color that cannot occur.
 
     Args:
         norm: the scale of the effects.
-        helps: sign of an effect that helps.
+        helps: sign of an effect that helps, 1 or −1.
     """
     low, high = float(norm.vmin or 0.0), float(norm.vmax or 0.0)
     largest = max(abs(low), abs(high))
@@ -130,7 +131,7 @@ def heat_colors(norm: Normalize, helps: int = 1) -> Colormap:
 
 
 def layer_axis(ax: Axes, layers: Iterable[Any]) -> Axes:
-    """Whole numbers, not too many, and half a layer of room at the ends."""
+    """Make the horizontal axis one of layers: at most nine whole numbers, and half a layer of room at the ends."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     shown = list(layers)
     ax.set_xlim(min(shown) - 0.6, max(shown) + 0.6)
@@ -138,9 +139,9 @@ def layer_axis(ax: Axes, layers: Iterable[Any]) -> Axes:
 
 
 def legend_above(ax: Axes, columns: int, handles: Sequence[Artist] | None = None) -> None:
-    """Put the legend over the axes, where it hides nothing; of what is drawn, unless handles are given."""
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.02), "handles": handles}
-    ax.legend(**place, ncols=columns, columnspacing=1.2, handlelength=1.1 if handles is None else 2.2)
+    """Put the legend above the axes, where it hides nothing; its entries are the artists drawn, or the handles."""
+    position = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.02), "handles": handles}
+    ax.legend(**position, ncols=columns, columnspacing=1.2, handlelength=1.1 if handles is None else 2.2)
 
 
 def share_legend(figure: Figure, axes: Sequence[Axes]) -> None:
@@ -158,7 +159,7 @@ def share_legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def wrapped(label: str, inches: float) -> str:
-    """A label of an upright axis, in as many lines as its height asks for."""
+    """A label of a vertical axis, broken into as many lines as its height needs."""
     return textwrap.fill(label, max(16, int(18 * inches)))
 
 

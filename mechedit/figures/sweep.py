@@ -1,4 +1,4 @@
-"""Edit scores by window of layers, above what the trace says of the same windows."""
+"""Edit scores by window of layers, above the trace's contributions of the same windows."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from mechedit.figures.style import (
 )
 from mechedit.tables import where
 
-COLORS = (BLUE, GREEN, INK, ORANGE)
-"""Of the widths of windows, the widest first."""
+WIDTH_COLORS = (BLUE, GREEN, INK, ORANGE)
+"""Colors of the widths of windows, the widest first."""
 
 
 def plot_sweep(table: pd.DataFrame, ax: Axes, validation: Mapping[str, Any] | None = None) -> Axes:
     """The score of each window at its center, with its interval; windows of one width are joined.
 
-    Filled marks cannot be told from the best, hollow ones are reliably worse; the star is the best. Gray marks the
-    range that the trace selects, the dashed line the unedited model.
+    Windows with filled marks are not significantly worse than the best, those with hollow marks are; the star is the
+    best. Gray marks the range that the trace selects, the dashed line the unedited model.
 
     Args:
         table: content of sweep.parquet, in percent, with its attrs.
@@ -52,9 +52,9 @@ def plot_sweep(table: pd.DataFrame, ax: Axes, validation: Mapping[str, Any] | No
     validation = validation or {}
     near = {tuple(layers) for layers in validation.get("near_best", ())}
     for width, color in _colors(rows):
-        own = where(rows, width=width)
-        mean, low, high = (own[end].to_numpy(dtype=float) for end in ("mean", "low", "high"))
-        spans, name = _spans(own), "single layers" if width == 1 else f"{width} layers"
+        of_width = where(rows, width=width)
+        mean, low, high = (of_width[end].to_numpy(dtype=float) for end in ("mean", "low", "high"))
+        spans, name = _spans(of_width), "single layers" if width == 1 else f"{width} layers"
         center = spans.mean(1)
         ax.plot(*_broken(center, mean), color=color, label=name, zorder=2)
         ends = np.clip([mean - low, high - mean], 0, None)
@@ -63,8 +63,8 @@ def plot_sweep(table: pd.DataFrame, ax: Axes, validation: Mapping[str, Any] | No
         faces = [color if fill else "white" for fill in filled]
         ax.scatter(center, mean, s=14, c=faces, edgecolors=color, linewidths=0.8, zorder=3)
     if best := validation.get("best"):
-        place = (best["layers"][0] + best["layers"][-1]) / 2
-        ax.scatter([place], [best["score"]], marker="*", s=60, color=ORANGE, edgecolors=INK, linewidths=0.5, zorder=4)
+        center = (best["layers"][0] + best["layers"][-1]) / 2
+        ax.scatter([center], [best["score"]], marker="*", s=60, color=ORANGE, edgecolors=INK, linewidths=0.5, zorder=4)
     before = table.attrs.get("before", {}).get(score)
     if before:
         ax.axhline(before["mean"], color=GRAY, linewidth=0.8, linestyle=(0, (3, 2)), label="unedited")
@@ -79,33 +79,33 @@ def plot_sweep(table: pd.DataFrame, ax: Axes, validation: Mapping[str, Any] | No
 def plot_window_contribution(
     table: pd.DataFrame, evidence: Sequence[Mapping[str, Any]], ax: Axes, validation: Mapping[str, Any] | None = None
 ) -> Axes:
-    """What the trace says of the same windows: each MLP's contribution (bars), and its sum by window (lines).
+    """The trace's contributions of the same windows: each MLP's (bars), and their sum by window (lines).
 
     Args:
         table: content of sweep.parquet, for the windows.
-        evidence: of selection.json, in units of probability.
+        evidence: `evidence` of selection.json, in units of probability.
         ax: where to draw.
         validation: `validation` of selection.json, for the range to shade.
 
     Raises:
         InputError: no evidence for some layer of the windows.
     """
-    lost = {int(row["layer"]): 100 * float(row["contribution"]) for row in evidence}
+    contributions = {int(row["layer"]): 100 * float(row["contribution"]) for row in evidence}
     spans = _spans(table)
-    if lacking := set(range(spans.min(), spans.max() + 1)) - set(lost):
-        raise InputError(f"the selection has no evidence for layers {sorted(lacking)}, which were swept: select again")
+    if missing := set(range(spans.min(), spans.max() + 1)) - set(contributions):
+        raise InputError(f"the selection has no evidence for layers {sorted(missing)}, which were swept: select again")
     _shade(ax, validation or {})
-    ax.bar(list(lost), list(lost.values()), 0.5, color=ORANGE, linewidth=0, label="one MLP")
+    ax.bar(list(contributions), list(contributions.values()), 0.5, color=ORANGE, linewidth=0, label="one MLP")
     for width, color in _colors(table):
-        own = np.unique(_spans(where(table, width=width)), axis=0)
-        if width > 1:  # the bars say it of single layers
-            total = [sum(lost[layer] for layer in range(first, last + 1)) for first, last in own]
+        spans_of_width = np.unique(_spans(where(table, width=width)), axis=0)
+        if width > 1:  # the bars show single layers
+            total = [sum(contributions[layer] for layer in range(first, last + 1)) for first, last in spans_of_width]
             line = {"color": color, "marker": "o", "markersize": 2.5, "label": f"sum over {width} layers"}
-            ax.plot(*_broken(own.mean(1), np.array(total)), **line)
+            ax.plot(*_broken(spans_of_width.mean(1), np.array(total)), **line)
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set(xlabel="layer (windows: their center)", ylabel="contribution\n(% of probability)")
     legend_above(ax, columns=3)
-    return layer_axis(ax, lost)
+    return layer_axis(ax, contributions)
 
 
 def sweep_figure(table: pd.DataFrame, selection: Mapping[str, Any]) -> Figure:
@@ -130,8 +130,8 @@ def _colors(rows: pd.DataFrame) -> list[tuple[int, str]]:
     """Widths, widest first, with their colors; single layers are gray."""
     widths = sorted({int(width) for width in rows["width"]}, reverse=True)
     wide = [width for width in widths if width > 1]
-    named = {width: COLORS[i % len(COLORS)] for i, width in enumerate(wide)}
-    return [(width, named.get(width, GRAY)) for width in widths]
+    colors = {width: WIDTH_COLORS[i % len(WIDTH_COLORS)] for i, width in enumerate(wide)}
+    return [(width, colors.get(width, GRAY)) for width in widths]
 
 
 def _spans(rows: pd.DataFrame) -> Int[np.ndarray, "window 2"]:

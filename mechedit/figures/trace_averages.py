@@ -1,4 +1,4 @@
-"""Effects as figures want them: of one metric, averaged over facts, in units for people."""
+"""Effects as the figures draw them: of one metric, averaged over facts, in percent or another readable unit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mechedit.trace.averages import average_effects
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, EffectUnit, unit_of
 
 
-def chosen(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:
+def select_effects(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:
     """The effects (or averages) whose columns hold the given values, of one metric.
 
     Raises:
@@ -22,8 +22,8 @@ def chosen(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:
     """
     rows = where(effects, **equal)
     if rows.empty:
-        wanted = " and ".join(f"{column} {value!r}" for column, value in equal.items()) or "any kind"
-        raise InputError(f"the effects hold no rows of {wanted}, expected some: trace facts with those settings")
+        criteria = " and ".join(f"{column} {value!r}" for column, value in equal.items()) or "any kind"
+        raise InputError(f"the effects hold no rows of {criteria}, expected some: trace facts with those settings")
     if len(metrics := sorted(set(rows["metric"]))) > 1:
         raise InputError(
             f"the effects hold {len(metrics)} metrics ({', '.join(metrics)}), expected one: pick one, "
@@ -33,12 +33,12 @@ def chosen(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:
 
 
 def averaged(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:
-    """Average effects of one metric: what `average_effects` makes of the rows, or has made already.
+    """Average effects of one metric, computed by `average_effects` unless the rows are averages already.
 
     Raises:
         InputError: there are none, or of several metrics.
     """
-    rows = chosen(effects, **equal)
+    rows = select_effects(effects, **equal)
     return rows if {"mean", "low", "high"} <= set(rows) else average_effects(rows)
 
 
@@ -48,7 +48,7 @@ def unit(effects: pd.DataFrame) -> EffectUnit:
 
 
 def curve(rows: pd.DataFrame) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, "layer 3"]]:
-    """Layers of averages of one cell by layer, and mean, low and high there, in plotted units."""
+    """Averages by layer as arrays: the layers, and mean, low and high at each, in plotted units."""
     rows = rows.sort_values("layer")
     ends = rows[["mean", "low", "high"]].to_numpy(dtype=float) * unit(rows).factor
     return rows["layer"].to_numpy(dtype=float), ends
@@ -63,16 +63,16 @@ def role_grid(effects: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 def kinds_in(effects: pd.DataFrame) -> list[str]:
     """The kinds that were traced with nothing severed, in the papers' order."""
-    found = set(chosen(effects, sever="nothing")["kind"])
-    return [kind for kind in KIND_LABELS if kind in found]
+    traced = set(select_effects(effects, sever="nothing")["kind"])
+    return [kind for kind in KIND_LABELS if kind in traced]
 
 
 def aie_label(effects: pd.DataFrame, ax: Axes) -> str:
-    """An upright axis's label: AIE and its unit."""
+    """Label of a vertical axis: AIE and its unit."""
     figure = ax.get_figure(root=True)
     return wrapped(f"AIE ({unit(effects).name})", figure.get_figheight() if figure else 2.0)
 
 
 def layer_label(kind: str) -> str:
-    """What the layer of a cell is."""
+    """Label of the layer axis: for windows, the layer is their center."""
     return "layer of the state" if kind == "state" else f"center of the {KIND_LABELS.get(kind, kind)}"

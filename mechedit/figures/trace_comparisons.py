@@ -32,11 +32,11 @@ from mechedit.tables import where
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
 from mechedit.trace.severing import sever_in_words
 
-COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
+TRACE_COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 
 
 def comparison_figure(traces: Mapping[str, pd.DataFrame], *, kinds: Sequence[str] | None = None) -> Figure:
-    """Role grids of several traces, a column each under its name and a row a kind, on one color scale.
+    """Role grids of several traces, a column per trace under its name and a row per kind, on one color scale.
 
     Args:
         traces: tidy effects, or what `average_effects` made of them, by the name to show.
@@ -46,19 +46,19 @@ def comparison_figure(traces: Mapping[str, pd.DataFrame], *, kinds: Sequence[str
         InputError: no traces, effects of different metrics, or a kind that no trace holds.
     """
     tables, kinds = _comparable(traces, kinds, sever="nothing")
-    found = {
+    grids = {
         (kind, name): role_grid(table, kind)
         for kind in kinds
         for name, table in tables.items()
         if kind in set(table["kind"])
     }
-    norm, roles = shared_norm(found.values()), roles_of(found.values())
+    norm, roles = shared_norm(grids.values()), roles_of(grids.values())
     with paper_style():
         figure = PaperFigure(figsize=(PAGE_WIDTH, 0.5 + len(kinds) * (0.45 + 0.13 * len(roles))))
         axes = figure.subplots(len(kinds), len(tables), sharey=True, sharex="col", squeeze=False)
         for row, kind in zip(axes, kinds, strict=True):
             for ax, name in zip(row, tables, strict=True):
-                if (kind, name) in found:
+                if (kind, name) in grids:
                     plot_role_grid(tables[name], kind, ax, norm, roles=roles, bar=False)
                 else:
                     _absent(ax)
@@ -79,12 +79,12 @@ def comparison_lines(
     sever: str = "nothing",
     kinds: Sequence[str] | None = None,
 ) -> Figure:
-    """AIE by layer at one role, a line with its band for each of several traces, a panel a kind.
+    """AIE by layer at one role, a line with its band for each of several traces, a panel per kind.
 
     Args:
         traces: as for `comparison_figure`.
-        role: of the restored token.
-        sever: what was severed.
+        role: role of the restored token.
+        sever: the severing.
         kinds: the panels; None means all that any trace holds at that role and severing.
 
     Raises:
@@ -97,7 +97,7 @@ def comparison_lines(
             layers: set[int] = set()
             for i, (name, table) in enumerate(tables.items()):
                 if len(rows := where(table, kind=kind)):
-                    style = {"color": COLORS[i % len(COLORS)], "stroke": STROKES[i % len(STROKES)]}
+                    style = {"color": TRACE_COLORS[i % len(TRACE_COLORS)], "stroke": STROKES[i % len(STROKES)]}
                     plot_band(ax, *curve(rows), label=name, **style)
                     layers |= set(rows["layer"])
             ax.axhline(0, color=INK, linewidth=0.6, zorder=1)
@@ -119,20 +119,20 @@ def _comparable(
     tables = {name: averaged(effects, **equal) for name, effects in traces.items()}
     metrics = {name: str(table["metric"].iloc[0]) for name, table in tables.items()}
     if len(set(metrics.values())) > 1:
-        found = ", ".join(f"{name}: {metric}" for name, metric in metrics.items())
-        raise InputError(f"the traces are of several metrics ({found}), expected one: pick the same from each")
-    held = {kind for table in tables.values() for kind in table["kind"]}
-    if missing := [kind for kind in kinds or () if kind not in held]:
-        raise InputError(f"no trace holds the kind {missing[0]!r}, expected one of {', '.join(sorted(held))}")
-    return tables, list(kinds or [kind for kind in KIND_LABELS if kind in held])
+        listed = ", ".join(f"{name}: {metric}" for name, metric in metrics.items())
+        raise InputError(f"the traces are of several metrics ({listed}), expected one: pick the same from each")
+    traced = {kind for table in tables.values() for kind in table["kind"]}
+    if missing := [kind for kind in kinds or () if kind not in traced]:
+        raise InputError(f"no trace holds the kind {missing[0]!r}, expected one of {', '.join(sorted(traced))}")
+    return tables, list(kinds or [kind for kind in KIND_LABELS if kind in traced])
 
 
 def _absent(ax: Axes) -> None:
-    """A place in the grid for what one trace lacks."""
+    """Mark a panel whose kind was not traced."""
     ax.text(0.5, 0.5, "not traced", transform=ax.transAxes, ha="center", va="center")
     ax.tick_params(axis="y", length=0)
 
 
 def _name_row(ax: Axes, name: str) -> None:
-    """The kind, along the right of its row."""
+    """Write the kind along the right of its row."""
     ax.annotate(name, (1.0, 0.5), (4, 0), "axes fraction", "offset points", rotation=-90, ha="left", va="center")

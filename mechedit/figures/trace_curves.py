@@ -1,4 +1,4 @@
-"""Line plots with bands: AIE by layer, for the roles, severings or kinds that were chosen."""
+"""Line plots with bands: AIE by layer, for some roles, severings or kinds."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ def plot_lines(
     roles: Sequence[str] | None = None,
     severings: Sequence[str] = ("nothing",),
 ) -> Axes:
-    """ROME's line plots: AIE by layer, one line each kind, role and severing, with its bootstrap band.
+    """ROME's line plots: AIE by layer, one line per kind, role and severing, with its bootstrap band.
 
-    Color tells roles apart where there are several, else severings, else kinds; what else varies is told
-    apart by the stroke.
+    Color tells roles apart where there are several, else severings, else kinds; the stroke tells apart whatever else
+    varies.
 
     Args:
         effects: tidy effects, or what `average_effects` made of them.
         ax: where to draw.
-        kinds: which kinds; None means all traced.
-        roles: which roles; None means all traced.
-        severings: which severings.
+        kinds: kinds to draw; None means all traced.
+        roles: roles to draw; None means all traced.
+        severings: severings to draw.
 
     Raises:
         InputError: no such effects, or lines that differ in kind and role and severing all at once.
     """
     rows = averaged(effects)
-    wanted = {"role": roles, "sever": severings, "kind": kinds}
-    for column, values in wanted.items():
-        rows = _only(rows, column, values)
-    varied = [column for column in wanted if len(set(rows[column])) > 1]
+    selected = {"role": roles, "sever": severings, "kind": kinds}
+    for column, values in selected.items():
+        rows = _rows_with(rows, column, values)
+    varied = [column for column in selected if len(set(rows[column])) > 1]
     if len(varied) > 2:
         raise InputError("the lines would differ in kind, role and severing, expected two at most: choose one of one")
     colored, stroked = (*varied, "role")[0], varied[1] if len(varied) > 1 else None
@@ -76,8 +76,8 @@ def plot_lines(
         stroke = strokes[str(first[stroked])] if stroked else "-"
         plot_band(ax, *curve(of_line), label=name, color=colors[str(first[colored])], stroke=stroke)
     ax.axhline(0, color=INK, linewidth=0.6, zorder=1)
-    place = "layer" if "kind" in varied else layer_label(str(rows["kind"].iloc[0]))
-    ax.set(xlabel=place, ylabel=aie_label(rows, ax))
+    layers = "layer" if "kind" in varied else layer_label(str(rows["kind"].iloc[0]))
+    ax.set(xlabel=layers, ylabel=aie_label(rows, ax))
     # Two things told apart make two short lists, instead of one long one of all their pairs.
     keys: list[tuple[str, str, Any]] = [(_name(colored, value), color, "-") for value, color in colors.items()]
     keys += [(_name(stroked, value), INK, stroke) for value, stroke in strokes.items() if stroked]
@@ -116,9 +116,9 @@ def lines_figure(
     with paper_style():
         figure, axes = panels(len(kinds))
         for kind, ax in zip(kinds, axes, strict=True):
-            # What was severed for one kind only is drawn there only.
-            found = [sever for sever in severings if len(where(table, kind=kind, sever=sever))]
-            plot_lines(table, ax, kinds=[kind], roles=roles, severings=found).set_title(KIND_LABELS[kind])
+            # A severing that was traced for one kind only is drawn there only.
+            traced = [sever for sever in severings if len(where(table, kind=kind, sever=sever))]
+            plot_lines(table, ax, kinds=[kind], roles=roles, severings=traced).set_title(KIND_LABELS[kind])
         share_legend(figure, axes)
     return figure
 
@@ -129,8 +129,8 @@ def panels(count: int, *, height: float = 2.2) -> tuple[Figure, list[Axes]]:
     return figure, list(np.atleast_1d(figure.subplots(1, count, sharey=True)))
 
 
-def _only(rows: pd.DataFrame, column: str, values: Sequence[str] | None) -> pd.DataFrame:
-    """The rows of the values wanted, each of which must be there."""
+def _rows_with(rows: pd.DataFrame, column: str, values: Sequence[str] | None) -> pd.DataFrame:
+    """The rows whose column holds one of the values, each of which must be there; all rows for None."""
     traced = list(dict.fromkeys(rows[column]))
     if values is None:
         return rows
@@ -140,9 +140,9 @@ def _only(rows: pd.DataFrame, column: str, values: Sequence[str] | None) -> pd.D
 
 
 def _styles(rows: pd.DataFrame, column: str, known: Mapping[str, Any], spare: Sequence[Any]) -> dict[str, Any]:
-    """A color or stroke for each value of a column: its own, or the next that is left."""
-    left = cycle(spare)
-    return {value: known[value] if value in known else next(left) for value in dict.fromkeys(rows[column])}
+    """A color or stroke for each value of a column: its usual one, or the next of the spare ones."""
+    unused = cycle(spare)
+    return {value: known[value] if value in known else next(unused) for value in dict.fromkeys(rows[column])}
 
 
 def _name(column: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""Every figure of a trace, from effects in memory or in a file, never all of them in memory."""
+"""Every figure of a trace, from effects in memory or from a file, which is never read as a whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mechedit.trace.labels import SEVER_LABELS
 def trace_figures(effects: pd.DataFrame | str | Path, selection: Sequence[int] | None = None) -> dict[str, Figure]:
     """Every figure of a trace, by name; those whose effects were not traced are left out.
 
-    severed; roles, fact and lines, all kinds side by side; roles_KIND, fact_KIND and lines_KIND, one kind each
+    Names: severed; roles, fact and lines, all kinds side by side; roles_KIND, fact_KIND and lines_KIND, one kind each
     on the same scale, for a paper's column or a narrow screen. Of several metrics, probability (else the first)
     has these names; each other has severed_METRIC, roles_METRIC, fact_METRIC and lines_METRIC.
 
@@ -38,36 +38,36 @@ def trace_figures(effects: pd.DataFrame | str | Path, selection: Sequence[int] |
     else:
         fact = read_effects(effects, fact=clearest)
     main = main_metric(averages["metric"])
-    figures = _whole_figures(where(averages, metric=main), where(fact, metric=main), selection)
+    figures = _page_figures(where(averages, metric=main), where(fact, metric=main), selection)
     figures |= _kind_figures(where(averages, metric=main), where(fact, metric=main))
     for metric in averages["metric"].unique():
         if metric != main:
-            others = _whole_figures(where(averages, metric=metric), where(fact, metric=metric), selection)
-            figures |= {f"{name}_{metric}": figure for name, figure in others.items()}
+            metric_figures = _page_figures(where(averages, metric=metric), where(fact, metric=metric), selection)
+            figures |= {f"{name}_{metric}": figure for name, figure in metric_figures.items()}
     return figures
 
 
-def _whole_figures(averages: pd.DataFrame, fact: pd.DataFrame, selection: Sequence[int] | None) -> dict[str, Figure]:
+def _page_figures(averages: pd.DataFrame, fact: pd.DataFrame, selection: Sequence[int] | None) -> dict[str, Figure]:
     """Figures of all kinds, for the width of a page."""
     figures: dict[str, Figure] = {}
     early = where(averages, kind="state", role="subject_last")
     if set(early["sever"]) & set(SEVER_LABELS):
         wide = PAGE_WIDTH if len(set(averages["layer"])) > 20 else COLUMN_WIDTH
         figures["severed"] = draw(partial(plot_severed, averages, selection=selection), width=wide)
-    whole = where(averages, sever="nothing")
-    if len(set(whole["role"])) > 1:
-        figures |= {"roles": roles_figure(whole), "fact": fact_figure(fact), "lines": lines_figure(whole)}
+    unsevered = where(averages, sever="nothing")
+    if len(set(unsevered["role"])) > 1:
+        figures |= {"roles": roles_figure(unsevered), "fact": fact_figure(fact), "lines": lines_figure(unsevered)}
     return figures
 
 
 def _kind_figures(averages: pd.DataFrame, fact: pd.DataFrame) -> dict[str, Figure]:
     """Figures of one kind each, for a column."""
-    whole = where(averages, sever="nothing")
-    if len(set(whole["role"])) < 2:
+    unsevered = where(averages, sever="nothing")
+    if len(set(unsevered["role"])) < 2:
         return {}
     figures: dict[str, Figure] = {}
-    for name, (panels, rows) in {"roles": role_panels(whole), "fact": fact_panels(fact)}.items():
+    for name, (panels, rows) in {"roles": role_panels(unsevered), "fact": fact_panels(fact)}.items():
         figures |= {f"{name}_{kind}": draw(panel, height=row_height(rows)) for kind, panel in panels.items()}
-    for kind in kinds_in(whole):
-        figures[f"lines_{kind}"] = draw(partial(plot_lines, whole, kinds=[kind]), height=2.5)
+    for kind in kinds_in(unsevered):
+        figures[f"lines_{kind}"] = draw(partial(plot_lines, unsevered, kinds=[kind]), height=2.5)
     return figures

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from mechedit.errors import InputError
 from mechedit.figures.style import PAGE_WIDTH, PaperFigure, heat_colors, layer_axis, paper_style, wrapped
-from mechedit.figures.trace_averages import averaged, chosen, kinds_in, layer_label, role_grid, unit
+from mechedit.figures.trace_averages import averaged, kinds_in, layer_label, role_grid, select_effects, unit
 from mechedit.tables import where
 from mechedit.trace.averages import clearest_fact
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, token_label
@@ -32,12 +32,11 @@ def plot_role_grid(
     """MEMIT Fig. 8, ROME Fig. 2: AIE by token role, in reading order, and layer.
 
     Args:
-        effects: tidy effects, or what `average_effects` made of them; of them, those of `kind` with nothing
-            severed.
+        effects: tidy effects, or their averages by `average_effects`; those of `kind` with nothing severed are drawn.
         kind: state, mlp or attn.
         ax: where to draw.
         norm: a color scale shared with other panels (`shared_norm`); None makes one.
-        roles: the rows, gray where nothing was traced; None means the roles traced.
+        roles: roles of the rows, gray where nothing was traced; None means those traced.
         bar: whether to draw the color bar.
 
     Raises:
@@ -55,7 +54,7 @@ def plot_fact(effects: pd.DataFrame, ax: Axes, norm: Normalize | None = None, *,
     """ROME Fig. 1e: indirect effect of each token (subject tokens starred) and layer, of one fact and kind.
 
     Args:
-        effects: tidy effects of one fact and one kind; of them, those with nothing severed.
+        effects: tidy effects of one fact and one kind; those with nothing severed are drawn.
         ax: where to draw.
         norm: a color scale shared with other panels (`shared_norm`); None makes one.
         bar: whether to draw the color bar.
@@ -63,10 +62,10 @@ def plot_fact(effects: pd.DataFrame, ax: Axes, norm: Normalize | None = None, *,
     Raises:
         InputError: the effects are of several facts or kinds, or there are none.
     """
-    rows = chosen(effects, sever="nothing")
+    rows = select_effects(effects, sever="nothing")
     for column in ("fact", "kind"):
-        if len(found := sorted(set(rows[column]))) > 1:
-            raise InputError(f"the effects are of {len(found)} {column}s, expected one: pick one of {found[:5]}")
+        if len(values := sorted(set(rows[column]))) > 1:
+            raise InputError(f"the effects are of {len(values)} {column}s, expected one: pick one of {values[:5]}")
     grid = fact_grid(rows)
     tokens = rows.drop_duplicates("position").set_index("position").loc[grid.index]
     labels = [token_label(text, role) for text, role in zip(tokens["token"], tokens["role"], strict=True)]
@@ -116,7 +115,7 @@ def shared_norm(grids: Iterable[pd.DataFrame]) -> Normalize:
 
 
 def row_height(rows: int) -> float:
-    """Inches for a heatmap of so many rows."""
+    """Height in inches of a heatmap with this many rows."""
     return 0.75 + 0.15 * rows
 
 
@@ -133,7 +132,7 @@ Panel = Callable[..., Axes]
 
 
 def role_panels(effects: pd.DataFrame) -> tuple[dict[str, Panel], int]:
-    """For each kind, what draws its role grid, all on one scale and with the same rows; and how many rows."""
+    """A panel per kind that draws its role grid, all on one scale and with the same rows; and the number of rows."""
     table = averaged(effects, sever="nothing")
     grids = {kind: role_grid(table, kind) for kind in kinds_in(table)}
     roles = roles_of(grids.values())
@@ -143,20 +142,22 @@ def role_panels(effects: pd.DataFrame) -> tuple[dict[str, Panel], int]:
 
 def roles_of(grids: Iterable[pd.DataFrame]) -> list[str]:
     """All roles of several role grids, in reading order."""
-    found = {role for grid in grids for role in grid.index}
-    return [role for role in ROLE_LABELS if role in found]
+    present = {role for grid in grids for role in grid.index}
+    return [role for role in ROLE_LABELS if role in present]
 
 
 def fact_panels(effects: pd.DataFrame, fact: str | None = None) -> tuple[dict[str, Panel], int]:
-    """For each kind, what draws one fact's heatmap, all on one scale; and how many tokens it has."""
-    rows = chosen(effects, fact=fact or clearest_fact(effects), sever="nothing")
+    """A panel per kind that draws one fact's heatmap, all on one scale; and the number of its tokens."""
+    rows = select_effects(effects, fact=fact or clearest_fact(effects), sever="nothing")
     of_kind = {kind: where(rows, kind=kind) for kind in kinds_in(rows)}
     panel = partial(_on_axes, plot_fact, norm=shared_norm(map(fact_grid, of_kind.values())))
-    return {kind: partial(panel, (one,)) for kind, one in of_kind.items()}, len(set(rows["position"]))
+    return {kind: partial(panel, (effects_of_kind,)) for kind, effects_of_kind in of_kind.items()}, len(
+        set(rows["position"])
+    )
 
 
 def _on_axes(plot: Callable[..., Axes], values: tuple[Any, ...], ax: Axes, **options: Any) -> Axes:
-    """`plot` with its arguments known and the axes to come."""
+    """Call `plot` with these values, axes and options: a panel is this with all but the axes bound."""
     return plot(*values, ax, **options)
 
 

@@ -1,7 +1,7 @@
 """Edit many windows of layers and see which works best: tracing need not predict it (Hase et al., 2023).
 
-In: a model, held-out requests, second moments. Out: a `Sweep` (scores by window), and a `Validation` that holds
-it against the trace's range.
+In: a model, held-out requests, second moments. Out: a `Sweep` (scores by window), and a `Validation` that compares
+it with the trace's range.
 """
 
 from mechedit.sweep.sweep import Sweep, sweep_windows

@@ -1,4 +1,4 @@
-"""Edit every window with the same requests, each time from the unedited model, and measure what came of it."""
+"""Edit every window of layers with the same requests, each time from the unedited model, and score the results."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ CASE_COLUMNS = ("first", "last", "case", "measure", "value")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sweep:
-    """What editing each window did, by request."""
+    """Scores of the edit of each window, by request."""
 
     cases: pd.DataFrame
-    """One row a window, request and measure: `first, last, case, measure, value` (percent, meaned over the
-    request's prompts). Besides the measures of `evaluate`: `converged`, 100 where the search for z did, and
-    `left`, how much of ‖z − h‖ the edit left unwritten."""
+    """One row per window, request and measure: `first, last, case, measure, value` (percent, averaged over the
+    request's prompts). Besides the measures of `evaluate`: `converged`, 100 where the search for z converged, and
+    `left`, the part of ‖z − h‖ that the edit left unwritten."""
     before: Summary
     """The unedited model's measures on the same requests."""
     failed: Mapping[Window, str]
     """Windows that could not be edited, with the reason."""
     config: EvaluationConfig
-    """How it was measured; its seed, resamples and confidence make the intervals."""
+    """Settings of the evaluation; its seed, resamples and confidence make the intervals."""
     provenance: Mapping[str, Any]
     """Model, requests, method and its settings."""
 
@@ -66,14 +66,14 @@ class Sweep:
 
     @property
     def score(self) -> str:
-        """What windows are ranked by: S, or the harmonic mean of what there is of it."""
+        """Name of the score that windows are ranked by: S, or the harmonic mean of those of its measures with data."""
         return score_name(self.score_measures)
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row a window and measure: `TABLE_COLUMNS`, in percent, with intervals as `summarize_cases` gives.
+        """One row per window and measure: `TABLE_COLUMNS`, in percent, with intervals as `summarize_cases` gives.
 
-        Its attrs say what windows are ranked by, how the unedited model does, and how it was measured.
+        Its attrs hold the name of the score, the unedited model's summary, the failed windows and the settings.
         """
         table = pd.DataFrame(
             [
@@ -104,17 +104,17 @@ class Sweep:
     def draws(self) -> Float[np.ndarray, "resample window"]:
         """The score of each window on resamples of the requests, the same resample for all windows."""
         draw = partial(bootstrap_means, seed=self.config.seed, resamples=self.config.resamples)
-        found = [draw(by_case(self._rows(window), self._ids, self.score_measures)) for window in self.windows]
-        return np.stack([harmonic_mean(means) for means in found], axis=1)
+        means = [draw(by_case(self._rows(window), self._ids, self.score_measures)) for window in self.windows]
+        return np.stack([harmonic_mean(window_means) for window_means in means], axis=1)
 
     @cached_property
     def margins(self) -> Float[np.ndarray, " window"]:
-        """Mean of the probability differences EM, PM and NM by window, in percent: it tells tied scores apart."""
-        found = [name for name in MAGNITUDES if name in set(self.cases["measure"])]
-        if not found:
+        """Mean of the probability differences EM, PM and NM by window, in percent; it breaks ties of the score."""
+        measured = [name for name in MAGNITUDES if name in set(self.cases["measure"])]
+        if not measured:
             return np.zeros(len(self.windows))
-        values = [by_case(self._rows(window), self._ids, found) for window in self.windows]
-        return np.array([np.nanmean(one, axis=0).mean() for one in values])
+        values = [by_case(self._rows(window), self._ids, measured) for window in self.windows]
+        return np.array([np.nanmean(window_values, axis=0).mean() for window_values in values])
 
     def save(self, folder: str | Path) -> None:
         """Write sweep_cases.parquet (by request) and sweep.parquet (by window), atomically."""
@@ -166,36 +166,36 @@ def sweep_windows(
 ) -> Sweep:
     """Edit each window of layers with the same requests, always from the unedited model, and measure the result.
 
-    Hase et al. (2023) found that where tracing localizes a fact says little about which layer is best edited:
-    this measures the latter. z depends on a window's last layer alone, so windows that end alike share it. The
+    Hase et al. (2023) found that where tracing localizes a fact says little about which layer is best edited; a sweep
+    measures which is. z depends on a window's last layer alone, so windows with the same last layer share it. The
     model is left as it was, bit for bit, also on an interrupt.
 
     Args:
         model: unedited.
-        requests: edited all at once; they should be about subjects that were not traced (`held_out`).
-        moments: for each layer of any window, E[k kᵀ].
+        requests: edited all at once; their subjects should not be among those traced (`held_out`).
+        moments: E[k kᵀ] of each layer of any window.
         windows: (first, last), both included; see `windows_of`.
         method: one of `METHODS`.
-        config: its settings; by default those that ship with the model.
-        evaluation: how to measure; by default without free text.
-        parts: a folder for finished windows, so that an interrupted sweep goes on where it stopped.
-        cache: a folder for the targets, so that other sweeps and edits may share them; see `find_targets`.
+        config: settings of the method; by default those that ship with the model.
+        evaluation: settings of the evaluation; by default without free text.
+        parts: folder for finished windows, so that an interrupted sweep goes on where it stopped.
+        cache: folder for the targets, so that other sweeps and edits can share them; see `find_targets`.
 
     Raises:
-        ValueError: `parts` with bare matrices as moments, whose origin no file name can tell.
+        ValueError: `parts` with bare matrices as moments, which do not say where they come from.
         InputError: no windows, or one outside the model; an unknown method; moments that are absent or of
             another model; conflicting requests; no window that can be edited.
     """
     check_choice("the method", method, METHODS)
-    wanted = check_windows(windows, model.n_layers)
+    checked = check_windows(windows, model.n_layers)
     config = config or recommended(method, model)
-    layers = sorted({layer for window in wanted for layer in window.layers}) if config.preserves_keys else []
+    layers = sorted({layer for window in checked for layer in window.layers}) if config.preserves_keys else []
     if parts is not None and not all(isinstance(moments.get(layer), SecondMoment) for layer in layers):
         raise ValueError("parts can only be kept with second moments that say where they come from")
-    # All that can be refused is refused before the long search.
+    # Bad input is refused before the long search.
     check_requests(requests)
     moment_matrices(moments, layers, model)
-    sweeping = _Sweeping(
+    job = _SweepJob(
         model=model,
         requests=requests,
         moments=moments,
@@ -204,28 +204,28 @@ def sweep_windows(
         evaluation=evaluation,
         cache=cache,
     )
-    before = kept(parts, sweeping.key(None), partial(_measured, model, requests, evaluation))
+    before = kept(parts, job.key(None), partial(_case_scores, model, requests, evaluation))
     frames, failed = [], {}
-    for window in tqdm(wanted, desc="sweep", unit="window"):
-        frame = kept(parts, sweeping.key(window), partial(sweeping.measure, window))
+    for window in tqdm(checked, desc="sweep", unit="window"):
+        frame = kept(parts, job.key(window), partial(job.measure, window))
         if "refused" in frame.attrs:
             failed[window] = frame.attrs["refused"]
         else:
             frames.append(frame.assign(first=window.first, last=window.last))
     if not frames:
-        raise InputError(f"none of the {len(wanted)} windows can be edited; {wanted[0]}: {failed[wanted[0]]}")
+        raise InputError(f"none of the {len(checked)} windows can be edited; {checked[0]}: {failed[checked[0]]}")
     return Sweep(
         cases=pd.concat(frames, ignore_index=True).loc[:, list(CASE_COLUMNS)],
         before=summarize(before, [request.id for request in requests], evaluation),
         failed=failed,
         config=evaluation,
-        provenance=sweeping.provenance,
+        provenance=job.provenance,
     )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Sweeping:
-    """What stays the same from window to window."""
+class _SweepJob:
+    """The parts of a sweep that are the same for every window."""
 
     model: Model
     requests: Sequence[EditRequest]
@@ -256,21 +256,21 @@ class _Sweeping:
         """Edit one window, measure, and take the edit back: `case, measure, value`."""
         targets = None
         if isinstance(self.config, SearchConfig) and self.config.shares_targets:
-            targets = self._targets(self.config.target_layer(window.layers))
-        edit = METHODS[self.method]
+            targets = self._find_targets(self.config.target_layer(window.layers))
+        method = METHODS[self.method]
         try:
-            made = edit(self.model, self.requests, window.layers, self.moments, config=self.config, targets=targets)
+            edit = method(self.model, self.requests, window.layers, self.moments, config=self.config, targets=targets)
         except InputError as error:  # a layer whose keys are singular must not end the sweep of the others
-            return _refusal(str(error))
-        with edited(self.model, made):
-            measured = _measured(self.model, self.requests, self.evaluation)
-        return pd.concat([measured, _written(made, self.requests)], ignore_index=True)
+            return _failure(str(error))
+        with edited(self.model, edit):
+            scores = _case_scores(self.model, self.requests, self.evaluation)
+        return pd.concat([scores, _written(edit, self.requests)], ignore_index=True)
 
     @cached_property
-    def _targets(self) -> Callable[[int], Targets]:
-        """Finds the targets at a layer; the last ones stay, since windows come ordered by their last layer."""
+    def _find_targets(self) -> Callable[[int], Targets]:
+        """A function that finds the targets at a layer; it caches the latest, as windows are ordered by last layer."""
         config = self.config
-        assert isinstance(config, SearchConfig), "asked for by methods that share targets alone"
+        assert isinstance(config, SearchConfig), "only methods that share targets need them"
         return lru_cache(maxsize=1)(
             lambda layer: find_targets(self.model, self.requests, layer, config=config.targets, cache=self.cache)
         )
@@ -304,7 +304,7 @@ def summarize(rows: pd.DataFrame, cases: Sequence[str], config: EvaluationConfig
     return summarize_cases(values, measures, config, score=score, score_measures=joined, in_percent=True)
 
 
-def _measured(model: Model, requests: Sequence[EditRequest], config: EvaluationConfig) -> pd.DataFrame:
+def _case_scores(model: Model, requests: Sequence[EditRequest], config: EvaluationConfig) -> pd.DataFrame:
     """Every measure of the model as it is now, by request: `case, measure, value` in percent."""
     table = evaluate(model, requests, config).table
     table = table.assign(value=table["value"] * PERCENT)
@@ -312,16 +312,16 @@ def _measured(model: Model, requests: Sequence[EditRequest], config: EvaluationC
 
 
 def _written(edit: Edit, requests: Sequence[EditRequest]) -> pd.DataFrame:
-    """How well each request was written, from the edit's manifest, in percent."""
-    missed = set(edit.manifest.get("unconverged", ()))
-    rows = [(request.id, "converged", 100.0 * (request.id not in missed)) for request in requests]
-    shares = zip(requests, edit.manifest.get("left", ()), strict=False)
-    rows += [(request.id, "left", 100.0 * left) for request, left in shares]
+    """Whether the search for z converged and how much of it was left unwritten, by request, in percent."""
+    unconverged = set(edit.manifest.get("unconverged", ()))
+    rows = [(request.id, "converged", 100.0 * (request.id not in unconverged)) for request in requests]
+    residuals = zip(requests, edit.manifest.get("left", ()), strict=False)
+    rows += [(request.id, "left", 100.0 * residual) for request, residual in residuals]
     return pd.DataFrame(rows, columns=["case", "measure", "value"])
 
 
-def _refusal(reason: str) -> pd.DataFrame:
-    """What is kept of a window that cannot be edited: no rows, and why."""
+def _failure(reason: str) -> pd.DataFrame:
+    """The table of a window that cannot be edited: no rows, and the reason in its attrs."""
     frame = pd.DataFrame(
         {"case": pd.Series(dtype=str), "measure": pd.Series(dtype=str), "value": pd.Series(dtype=float)}
     )

@@ -1,4 +1,4 @@
-"""Does the range that the trace selects also edit well? Scores by window beside the trace's contributions.
+"""Does the range that the trace selects also edit well? Scores by window against the trace's contributions.
 
 In: a `Sweep`, the gap by fact and layer that selection rests on, and the selected range. Out: a `Validation`.
 """
@@ -29,29 +29,31 @@ FEWEST = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What editing says about the trace's range. Scores are in percent, contributions and gaps in probability."""
+    """Whether edits agree with the trace's range. Scores are in percent, contributions and gaps in probability."""
 
     outcome: Outcome
-    """`disagree`: some window edits reliably better than the selected one; or this cannot be edited; or over the
-    windows of its width scores fall where contributions rise. `undecided`: no window of its width can be told from
-    the best, or the trace selects none."""
+    """`disagree`: some window is significantly better than the selected one; or the selected one cannot be edited; or
+    over the windows of its width scores fall where contributions rise. `undecided`: no window of its width is
+    significantly worse than the best, or the trace selects none."""
     verdict: str
     """The same in a sentence, with the numbers."""
     warnings: tuple[str, ...]
-    """What a reader must know; a disagreement is among them."""
+    """Cautions for the reader; a disagreement is among them."""
     method: str
+    """Name of the editing method."""
     score: str
-    """What windows are ranked by: S, or what there is of it."""
+    """Name of the score that windows are ranked by: S, or the harmonic mean of those of its measures with data."""
     n_requests: int
+    """Number of requests edited."""
     held_out: int
-    """Requests whose subject was not traced."""
+    """Number of them whose subject was not traced."""
     best: dict[str, Any]
     """The best-scoring window: layers, score, low, high. Ties go to the larger probability differences."""
     traced: dict[str, Any] | None
     """The selected range: layers, score, low, high, `rank` (1 is best) of `of` windows; None without one, or when it
     cannot be edited."""
     near_best: tuple[list[int], ...]
-    """Layers of every window that cannot be told from the best (`windows_near_best`)."""
+    """Layers of every window that is not significantly worse than the best (`windows_near_best`)."""
     correlation: dict[str, Any] | None
     """Spearman's rank correlation of score and contribution over the `n` windows of one `width`, that of the
     selected range where there are `FEWEST` such, else the commonest: mean, low, high; None where it is not defined
@@ -63,9 +65,9 @@ class Validation:
     layers: tuple[int, ...] = ()
     """The layers chosen in the end."""
     by: str = "trace"
-    """What chose them."""
+    """How they were chosen: by the trace, the sweep, or both."""
     stability: float | None = None
-    """Share of resamples (of requests for `sweep`, of facts for `both`) that choose the same window."""
+    """Fraction of resamples (of requests for `sweep`, of facts for `both`) that choose the same window."""
 
 
 def validate_selection(
@@ -86,8 +88,8 @@ def validate_selection(
         sweep: scores by window.
         gap: state minus MLP-severed effect at the subject's last token, of each traced fact.
         traced: layers that the trace selects; empty when it selects none.
-        held_out: how many of the requests are about subjects that were not traced; all by default.
-        notes: warnings about how the sweep was made, kept with the result.
+        held_out: number of requests about subjects that were not traced; all by default.
+        notes: warnings about how the sweep was made, added to those of the result.
 
     Raises:
         InputError: layers in the sweep that were not traced, or selected layers that were not swept.
@@ -168,7 +170,7 @@ def choose_window(
 
 
 def windows_near_best(sweep: Sweep) -> Bool[np.ndarray, " window"]:
-    """Which windows' scores are not significantly below the best one (`mechedit.statistics.near_best`)."""
+    """True for windows whose score is not significantly below the best (`mechedit.statistics.near_best`)."""
     return near_best(sweep.scores, sweep.draws, sweep.config.confidence)
 
 

@@ -1,4 +1,4 @@
-"""Which windows of layers to edit, and which requests to edit them with."""
+"""Windows of layers to edit, and held-out requests to edit them with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mechedit.data import EditRequest
 from mechedit.errors import InputError, check_at_least, check_choice
 
 By = Literal["trace", "sweep", "both"]
-"""What chooses the layers."""
+"""How the layers are chosen: by the trace, by the sweep, or by both."""
 
 
 class Window(NamedTuple):
@@ -27,7 +27,7 @@ class Window(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many layers it has."""
+        """Number of its layers."""
         return self.last - self.first + 1
 
     def __str__(self) -> str:
@@ -47,38 +47,39 @@ def windows_of(n_layers: int, *widths: int) -> list[Window]:
 
 
 def check_windows(windows: Iterable[tuple[int, int]], n_layers: int) -> list[Window]:
-    """The windows, each once, ordered by their last layer: those that end alike share the search for z.
+    """The windows, each once, ordered by last layer, so that those with the same last layer share the search for z.
 
     Raises:
         InputError: none, one that runs backwards, or one that leaves the model.
     """
-    found = sorted({Window(*ends) for ends in windows}, key=lambda window: (window.last, window.first))
-    if not found:
+    ordered = sorted({Window(*ends) for ends in windows}, key=lambda window: (window.last, window.first))
+    if not ordered:
         raise InputError("there are no windows to sweep, expected at least one; name some, such as 1-4,2-5")
-    for window in found:
+    for window in ordered:
         if not 0 <= window.first <= window.last < n_layers:
             raise InputError(
                 f"the window {window.first}-{window.last} does not lie in the model, expected first and last of "
                 f"0 … {n_layers - 1}, the lower one first; choose another"
             )
-    return found
+    return ordered
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What is swept, and what chooses the layers in the end."""
+    """Settings of a sweep, and how the layers are chosen."""
 
     by: str = "trace"
-    """`trace`: the rule's range; `sweep`: the best-scoring window; `both`: of the windows that cannot be told from
-    the best, the one with the largest contribution (`choose`)."""
+    """How to choose the layers: `trace`, the rule's range; `sweep`, the best-scoring window; `both`, of the windows
+    that are not significantly worse than the best, the one with the largest contribution."""
     windows: tuple[Window, ...] | None = None
-    """None means every single layer, and every window of `width`. The selected range is always added."""
+    """Windows to edit; None means every single layer, and every window of `width`. The selected range is always
+    added."""
     width: int | None = None
-    """None means the width of the selected range."""
+    """Width of the windows in layers; None means that of the selected range."""
     requests: int = 20
-    """Held-out requests to edit with."""
+    """Number of held-out requests to edit with."""
     seed: int = 0
-    """Of the sample of requests and of the bootstrap."""
+    """Seed of the sample of requests and of the bootstrap."""
 
     def __post_init__(self) -> None:
         check_choice("by", self.by, get_args(By))
@@ -90,30 +91,30 @@ class SweepConfig:
         Raises:
             InputError: nothing says how wide they should be, or one leaves the model.
         """
-        own = [Window(selected[0], selected[-1])] if len(selected) else []
+        selected_window = [Window(selected[0], selected[-1])] if len(selected) else []
         if self.windows is not None:
-            return check_windows([*self.windows, *own], n_layers)
+            return check_windows([*self.windows, *selected_window], n_layers)
         width = self.width or len(selected)
         if not width:
             raise InputError(
                 "the trace selects no layers, so nothing says how wide the windows to sweep should be; give a "
                 "width (--width) or windows (--windows)"
             )
-        return check_windows([*windows_of(n_layers, 1, width), *own], n_layers)
+        return check_windows([*windows_of(n_layers, 1, width), *selected_window], n_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Requests to sweep with."""
+    """A sample of requests to sweep with."""
 
     requests: tuple[EditRequest, ...]
-    """In the order they were given."""
+    """The sample, in the order of all requests."""
     traced: int
-    """How many of them are about subjects that were traced."""
+    """Number of them whose subjects were traced."""
 
     @property
     def warning(self) -> str | None:
-        """What is wrong with the sample, in a sentence; None when it is wholly held out."""
+        """A sentence on requests that are not held out; None when all are."""
         if not self.traced:
             return None
         return (
@@ -123,13 +124,13 @@ class HeldOut:
 
 
 def held_out(requests: Sequence[EditRequest], traced: Collection[str], count: int = 20, seed: int = 0) -> HeldOut:
-    """A seeded sample of `count` requests about subjects that were not traced; others only fill up what lacks.
+    """A seeded sample of `count` requests about subjects that were not traced, or about others where too few are.
 
     Args:
-        requests: to draw from.
+        requests: requests to sample from.
         traced: subjects of the traced facts.
-        count: how many are wanted; all, when there are fewer.
-        seed: of the draw.
+        count: size of the sample; all requests, when there are fewer.
+        seed: seed of the sample.
 
     Raises:
         InputError: no requests.
@@ -140,5 +141,5 @@ def held_out(requests: Sequence[EditRequest], traced: Collection[str], count: in
     random.Random(seed).shuffle(order)
     subjects = set(traced)
     order.sort(key=lambda i: requests[i].subject in subjects)  # stable: untraced first, else as shuffled
-    taken = [requests[i] for i in sorted(order[:count])]
-    return HeldOut(requests=tuple(taken), traced=sum(request.subject in subjects for request in taken))
+    sample = [requests[i] for i in sorted(order[:count])]
+    return HeldOut(requests=tuple(sample), traced=sum(request.subject in subjects for request in sample))
