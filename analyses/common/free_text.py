@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from analyses.common.experiment import Experiment
-from mechedit.data import Fact, load_facts
-from mechedit.data.texts import load_texts
+from mechedit.data import Fact, load_facts, load_texts
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, EvaluationConfig, References
 from mechedit.evaluation.references import Key

@@ -12,8 +12,7 @@ from mechedit.cli.command import command
 from mechedit.cli.describe import describe_edit, format_description, say_unconverged
 from mechedit.cli.options import MethodOptions, RequestsOption
 from mechedit.cli.parsing import check_layers, parse_layers
-from mechedit.data import load_requests
-from mechedit.data.loading import Conflicts
+from mechedit.data import Conflicts, load_requests
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.files import writable_folder

@@ -9,8 +9,7 @@ from mechedit import pipeline
 from mechedit.cli.command import command, options_of
 from mechedit.cli.options import RequestsOption, RunFolderOptions
 from mechedit.cli.parsing import first_texts
-from mechedit.data import load_requests, load_texts
-from mechedit.data.loading import Conflicts
+from mechedit.data import Conflicts, load_requests, load_texts
 from mechedit.edit import Edit, check_model
 from mechedit.evaluation import EvaluationConfig, load_references
 from mechedit.figures import run_figures

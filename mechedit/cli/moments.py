@@ -50,14 +50,11 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
     A killed run goes on from its last checkpoint. With --shard, or under `accelerate launch`, each process reads its
     part of the text; when all have ended, --merge makes the files from these parts.
     """
-    if options.merge and (options.shard or options.convergence):
-        raise InputError("--merge only adds up what lies in --out; give it without --shard and --convergence")
-    layers = None if options.layers is None else parse_layers(options.layers)
     if options.merge:
-        return _print_counts(options, merge_moments(existing_folder(options.out), layers, overwrite=options.overwrite))
-    if layers is None:
+        return _merge(options)
+    if options.layers is None:
         raise InputError("give the layers whose moments are wanted by --layers, such as --layers 3-8")
-    shard = parse_shard(options.shard, os.environ)
+    layers, shard = parse_layers(options.layers), parse_shard(options.shard, os.environ)
     if shard and options.convergence:
         raise InputError("--convergence needs the text in order; collect without --shard")
     folder = options.run_folder()
@@ -72,6 +69,14 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
     say(f"part {shard[0]}/{shard[1]} is finished; when all are: mechedit moments --merge --out {options.out}")
     options.print_summary({"parts": {layer: str(file) for layer, file in files.items()}})
     return 0
+
+
+def _merge(options: MomentsOptions) -> int:
+    """Add up the parts that the processes wrote."""
+    if options.shard or options.convergence:
+        raise InputError("--merge only adds up what lies in --out; give it without --shard and --convergence")
+    layers = None if options.layers is None else parse_layers(options.layers)
+    return _print_counts(options, merge_moments(existing_folder(options.out), layers, overwrite=options.overwrite))
 
 
 def _print_counts(options: MomentsOptions, moments: Mapping[int, SecondMoment]) -> int:
