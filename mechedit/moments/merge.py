@@ -46,13 +46,13 @@ def merge_moments(
     layers_to_merge = sorted(world_sizes) if layers is None else sorted(set(layers))
     if not layers_to_merge or not set(layers_to_merge) <= set(world_sizes):
         raise InputError(
-            f"{str(checkpoints_folder(folder))!r} holds parts of the layers {sorted(world_sizes)}, expected "
+            f"{str(checkpoints_folder(folder))!r} holds shards of the layers {sorted(world_sizes)}, expected "
             f"{'some' if layers is None else layers_to_merge}; collect them with mechedit moments --shard I/N"
         )
     # All is checked before anything is written.
     headers = {layer: _checked_header(folder, layer, world_sizes[layer]) for layer in layers_to_merge}
     for layer in layers_to_merge:
-        check_alike(headers[layer], headers[layers_to_merge[0]], f"the part of layer {layer}", ("layer",))
+        check_alike(headers[layer], headers[layers_to_merge[0]], f"the shard of layer {layer}", ("layer",))
         if moment_path(folder, layer).exists() and not overwrite:
             header = read_header(moment_path(folder, layer), METADATA_KEY)
             check_alike(header, headers[layer], f"{str(moment_path(folder, layer))!r}")
@@ -85,8 +85,8 @@ def _world_sizes(folder: str | Path) -> dict[int, int]:
     for layer, layer_sizes in sizes.items():
         if len(layer_sizes) > 1:
             raise InputError(
-                f"{str(checkpoints_folder(folder))!r} holds parts of layer {layer} of {sorted(layer_sizes)} processes, "
-                f"expected those of one number; remove the others"
+                f"{str(checkpoints_folder(folder))!r} holds shards of layer {layer} of {sorted(layer_sizes)} processes,"
+                f" expected those of one number; remove the others"
             )
     return {layer: min(layer_sizes) for layer, layer_sizes in sizes.items()}
 
@@ -100,7 +100,7 @@ def _checked_header(folder: str | Path, layer: int, world_size: int) -> Mapping[
         state = "missing" if header is None else "not finished" if not header.get("done") else ""
         if header is None or state:
             raise InputError(
-                f"the part {index}/{world_size} of layer {layer} is {state} ({str(path)!r}); collect it with "
+                f"the shard {index}/{world_size} of layer {layer} is {state} ({str(path)!r}); collect it with "
                 f"mechedit moments --shard {index}/{world_size}"
             )
         first = first or header

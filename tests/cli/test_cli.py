@@ -108,7 +108,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["moments", "--layers", "1", "--shard", "4/4"], "the shard is 4/4, expected one of 0/4 … 3/4"),
         (["moments", "--layers", "1", "--shard", "0/4", "--convergence"], "collect without --shard"),
         (["moments", "--merge", "--shard", "0/4"], "give it without --shard"),
-        (["moments", "--merge", "--out", "."], "holds parts of the layers [], expected some"),
+        (["moments", "--merge", "--out", "."], "holds shards of the layers [], expected some"),
         (["edit", "--moments", "."], "either by --layers or by --selection"),
         (["edit", "--layers", "1-2", "--moments", "/no/such"], "/no/such"),
         (["edit", "--show", "/no/such.safetensors"], "cannot read"),

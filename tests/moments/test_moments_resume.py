@@ -233,14 +233,14 @@ def test_shards_that_are_missing_unfinished_or_of_another_model_are_named(
     def collect(index: int, texts: list[str] = TEXTS, model: Any = lens_model, count: int = 3) -> None:
         collect_shard(model, texts, LAYERS, (index, count), tmp_path, OFTEN)
 
-    with pytest.raises(InputError, match="parts of the layers"):
+    with pytest.raises(InputError, match="shards of the layers"):
         merge_moments(tmp_path)
     collect(0)
     collect(2)
-    with pytest.raises(InputError, match=r"part 1/3 of layer 0 is missing.*--shard 1/3"):
+    with pytest.raises(InputError, match=r"shard 1/3 of layer 0 is missing.*--shard 1/3"):
         merge_moments(tmp_path)
     interrupted(lens_model, monkeypatch, 2, lambda: collect(1))
-    with pytest.raises(InputError, match="part 1/3 of layer 0 is not finished"):
+    with pytest.raises(InputError, match="shard 1/3 of layer 0 is not finished"):
         merge_moments(tmp_path)
     checkpoint_path(tmp_path, 0, Rank(1, 3)).unlink()
     checkpoint_path(tmp_path, 2, Rank(1, 3)).unlink()
