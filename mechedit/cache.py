@@ -1,30 +1,98 @@
-"""Tables that finished before an interrupt, kept by what determines them."""
+"""Finished work, kept in files under the hash of all that determines it.
+
+What is interrupted finds again what was finished: `Cache.get` reads a result when its file is there, and else makes it
+and leaves it there. Files appear whole or not at all. A `Codec` knows how one kind of result is written and read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import pandas as pd
 
 from mechedit.files import write_parquet
 from mechedit.provenance import value_hash
 
+Value = TypeVar("Value")
 
-def kept(parts: str | Path | None, key: Any, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table of `key`: read from its file in `parts` when it is there, else made and left there.
 
-    Args:
-        parts: folder of tables that finished before an interrupt; None keeps none.
-        key: all that determines the table, as JSON can hold it; its hash is the file's name.
-        make: makes the table.
-    """
-    if parts is None:
-        return make()
-    file = Path(parts) / f"{value_hash(key)[:32]}.parquet"
-    if file.is_file():
-        return pd.read_parquet(file)
-    frame = make()
-    write_parquet(file, frame)
-    return frame
+class Saved(Protocol):
+    """A value that writes itself to a path; its class reads it back with `load`."""
+
+    def save(self, path: Path, /) -> object:
+        """Write the value, atomically."""
+        ...
+
+
+@dataclass(frozen=True)
+class Codec(Generic[Value]):
+    """How one kind of result is written to a path and read back: a file, or some files of a folder."""
+
+    read: Callable[[Path], Value]
+    write: Callable[[Path, Value], object] | None = None
+    """None when making a result writes its files too, because it is too large for memory."""
+    suffix: str = ""
+    """Of the file's name."""
+    files: tuple[str, ...] = ()
+    """The files that a finished result has in its folder; empty when a result is one file."""
+
+    @staticmethod
+    def saved(kind: Any, suffix: str = "", files: tuple[str, ...] = ()) -> Codec[Any]:
+        """The codec of a class that has `save` (see `Saved`) and `load`."""
+        return Codec(read=kind.load, write=_save, suffix=suffix, files=files)
+
+    def finished(self, path: Path) -> bool:
+        """Whether the whole result is at a path."""
+        return all((path / name).is_file() for name in self.files) if self.files else path.is_file()
+
+
+def _save(path: Path, value: Saved) -> None:
+    value.save(path)
+
+
+PARQUET: Codec[pd.DataFrame] = Codec(read=pd.read_parquet, write=write_parquet, suffix=".parquet")
+"""Tables with their attrs."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of finished results, each in a file named by the hash of its key; without a folder nothing is kept."""
+
+    folder: Path | None
+
+    @staticmethod
+    def at(folder: str | Path | None) -> Cache:
+        """The cache in a folder, which is made with the first result."""
+        return Cache(None if folder is None else Path(folder))
+
+    def get(self, key: Any, make: Callable[[], Value], codec: Codec[Value]) -> Value:
+        """Read the result of a key, or make it and keep it.
+
+        Args:
+            key: all that determines the result, as JSON can hold it.
+            make: makes the result.
+            codec: reads and writes it.
+        """
+        cached = self.read(key, codec)
+        if cached is not None:
+            return cached
+        value = make()
+        self.write(key, value, codec)
+        return value
+
+    def read(self, key: Any, codec: Codec[Value]) -> Value | None:
+        """The result of a key; None when it is not finished."""
+        path = self._path(key, codec)
+        return codec.read(path) if path is not None and codec.finished(path) else None
+
+    def write(self, key: Any, value: Value, codec: Codec[Value]) -> None:
+        """Keep the result of a key."""
+        path = self._path(key, codec)
+        if path is not None and codec.write is not None:
+            codec.write(path, value)
+
+    def _path(self, key: Any, codec: Codec[Any]) -> Path | None:
+        return None if self.folder is None else self.folder / f"{value_hash(key)[:32]}{codec.suffix}"

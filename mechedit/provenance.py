@@ -1,10 +1,16 @@
-"""Where a result comes from: hashes of files and values, and the fields in which two results must agree."""
+"""Where a result comes from, and whether two results come from the same model, input and algorithm.
+
+A provenance records more than decides a result: the name that the user gave the model, the backend and the release
+of mechedit are written down (`RECORDED`), but a renamed folder or a new release gives the same numbers. Weights,
+tokenizer, dtype and the edited module (`ModelIdentity`) decide, and so does the algorithm's number (`ALGORITHMS`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +18,75 @@ from mechedit.errors import InputError
 from mechedit.files import plain
 
 VERSION = "0.1.0"
-BEFORE = {"module": "mlp"}
-"""Fields of a provenance that were not always written, with what they would have said."""
+RECORDED = ("mechedit", "model", "backend")
+"""Fields of a model's provenance that are written down and decide nothing: release, name and backend."""
+ALGORITHMS = {
+    "trace": 1,
+    "moments": 1,
+    "targets": 1,
+    "edit": 1,
+    "sweep": 1,
+    "baseline": 1,
+    "baseline_zsre": 1,
+    "evaluate": 1,
+    "session": 1,
+}
+"""By artifact, the number of the algorithm that makes it. Raise one by hand when a change of the code changes that
+artifact's numbers: results of another number are not reused. Results without a number are of algorithm 1."""
+DEFAULTS: dict[str, Any] = {"module": "mlp", "algorithm": 1}
+"""What artifacts that lack one of these fields were made with."""
+MAKE_AGAIN = "make it again for this model"
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What decides whether two results are of the same model; see `Model.identity`."""
+
+    dtype: str | None
+    """Of the weights, without `torch.`. It stands first, since the weights of another dtype differ too."""
+    tokenizer: str | None
+    """SHA-256 of the tokenizer."""
+    weights: str | None
+    """SHA-256 of all parameters."""
+    module: str
+    """What edits are written into: `mlp` or `attn`."""
+
+    @staticmethod
+    def of(provenance: Mapping[str, Any]) -> ModelIdentity:
+        """The identity in a provenance; fields that it lacks are None, and the module `mlp`."""
+        return ModelIdentity(
+            dtype=provenance.get("dtype"),
+            tokenizer=provenance.get("tokenizer_hash"),
+            weights=provenance.get("weights_hash"),
+            module=provenance.get("module", DEFAULTS["module"]),
+        )
+
+    @property
+    def record(self) -> dict[str, str | None]:
+        """The identity as a provenance holds it."""
+        return {key: getattr(self, name) for name, key in _KEYS.items()}
+
+    def require(
+        self, other: ModelIdentity, what: str, remedy: str = MAKE_AGAIN, *, ignoring: Collection[str] = ()
+    ) -> None:
+        """Refuse a result of another model than this one.
+
+        Args:
+            other: the identity that the result was made with.
+            what: names the result in the message.
+            remedy: what to do about it.
+            ignoring: fields that may differ.
+
+        Raises:
+            InputError: names the first field that differs, with both values.
+        """
+        expected = {_KEYS[field.name]: getattr(self, field.name) for field in fields(self)}
+        compared = {key: value for key, value in expected.items() if key not in {_KEYS[name] for name in ignoring}}
+        check_provenance(other.record, compared, what, remedy)
+
+
+_KEYS = {"weights": "weights_hash", "tokenizer": "tokenizer_hash", "dtype": "dtype", "module": "module"}
+"""The names of an identity's fields in files."""
 
 
 def file_hash(path: str | Path) -> str:
@@ -28,18 +101,29 @@ def value_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def determining(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance without the fields that are only recorded (`RECORDED`)."""
+    return {name: value for name, value in provenance.items() if name not in RECORDED}
+
+
+def numbered(artifact: str, key: Mapping[str, Any]) -> dict[str, Any]:
+    """A key with the number of the artifact's algorithm.
+
+    Number 1 is left out, so that what was made before there were numbers keeps its key.
+    """
+    number = ALGORITHMS[artifact]
+    return dict(key) if number == DEFAULTS["algorithm"] else {**key, "algorithm": number}
+
+
 def check_provenance(
-    found: Mapping[str, Any],
-    expected: Mapping[str, Any],
-    what: str,
-    remedy: str = "make it again for this model",
+    provenance: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str = MAKE_AGAIN
 ) -> None:
-    """Compare the fields of `expected` with those found in an artifact; of older ones, the absent fields are known.
+    """Compare the fields of `expected` with those of an artifact; `DEFAULTS` fills in what older artifacts lack.
 
     Raises:
         InputError: names the first field that differs, with both values.
     """
     for field, value in expected.items():
-        own = found.get(field, BEFORE.get(field))
-        if own != value:
-            raise InputError(f"{what} was made with {field} = {own!r}, expected {value!r}; {remedy}")
+        recorded = provenance.get(field, DEFAULTS.get(field.rpartition(".")[2]))
+        if recorded != value:
+            raise InputError(f"{what} was made with {field} = {recorded!r}, expected {value!r}; {remedy}")

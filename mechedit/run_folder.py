@@ -1,21 +1,21 @@
-"""A folder of finished steps: made once, reused when nothing that determines them has changed.
+"""A folder of finished steps: each is made once, and reused when nothing that determines it has changed.
 
-`config.json` holds a stamp for every finished step: what went in (model, input hashes, settings). A step
-whose stamp is found again is read from its files; another stamp is an error, unless it may be overwritten.
-A stamp is written after the step's files, so an interrupted step is made again.
+`config.json` holds a stamp for every finished step: the number of its algorithm and what went in (model, hashes of
+the input, settings). A step with the same stamp is read from its files; another stamp is an error, unless the step may
+be overwritten. A stamp is written after the step's files, so an interrupted step is made again. Stamps from before
+there were algorithm numbers count as of algorithm 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from mechedit.cache import Cache, Codec, Value
 from mechedit.files import plain_copy, read_json, writable_folder, write_json
-from mechedit.provenance import VERSION, check_provenance
-
-Result = TypeVar("Result")
+from mechedit.provenance import ALGORITHMS, DEFAULTS, RECORDED, VERSION, check_provenance
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunFolder:
 
     path: Path
     overwrite: bool = False
-    """Replace results with another stamp instead of refusing."""
+    """Replace steps that were made from other input instead of refusing."""
 
     @staticmethod
     def at(path: str | Path, *, overwrite: bool = False) -> RunFolder:
@@ -36,43 +36,60 @@ class RunFolder:
         return RunFolder(writable_folder(path), overwrite)
 
     def step(
-        self,
-        name: str,
-        stamp: Mapping[str, Any],
-        files: Sequence[str],
-        make: Callable[[], Result],
-        save: Callable[[Result], None],
-        load: Callable[[], Result],
-    ) -> Result:
-        """Load the step's result when it was made with the same stamp, else make and save it.
+        self, name: str, stamp: Mapping[str, Any], make: Callable[[], Value], codec: Codec[Value], at: str = ""
+    ) -> Value:
+        """Read the step's result when it was made from the same input, else make it and keep it.
+
+        Args:
+            name: of the step, one of `ALGORITHMS`.
+            stamp: what goes in. Of a model's provenance only what decides results is compared (`RECORDED`).
+            make: makes the result.
+            codec: reads and writes it.
+            at: where in the folder: a file, or a folder for the codec's files.
 
         Raises:
-            InputError: the folder holds this step with another stamp and `overwrite` is off.
+            InputError: the folder holds this step made from other input, and `overwrite` is off.
         """
-        stamp = plain_copy(stamp)
-        stamps = self.stamps()
-        if name in stamps and all((self.path / file).is_file() for file in files):
-            if stamps[name] == stamp:
-                return load()
-            if not self.overwrite:
-                check_provenance(
-                    _flat(stamps[name]), _flat(stamp), f"the {name} in {str(self.path)!r}",
-                    remedy="choose another --out, or pass --overwrite",
-                )  # fmt: skip
+        path, stamp = self.path / at, plain_copy({"algorithm": ALGORITHMS[name], **stamp})
+        if codec.finished(path) and self._made_from(name, stamp):
+            return codec.read(path)
         # Without its stamp a half-replaced result cannot be mistaken for a whole one.
-        self._write({other: kept for other, kept in stamps.items() if other != name})
-        result = make()
-        save(result)
+        self._write({step: recorded for step, recorded in self.stamps().items() if step != name})
+        value = make()
+        if codec.write is not None:
+            codec.write(path, value)
         self._write({**self.stamps(), name: stamp})
-        return result
+        return value
+
+    def cache(self, name: str) -> Cache:
+        """A folder in this one for results that are known by a hash of their input."""
+        return Cache(self.path / name)
 
     def stamps(self) -> dict[str, Any]:
         """The finished steps and what went into them."""
         file = self.path / "config.json"
         return read_json(file).get("steps", {}) if file.is_file() else {}
 
+    def _made_from(self, name: str, stamp: Mapping[str, Any]) -> bool:
+        """Whether a step has the stamp; one with another stamp is refused, unless it may be overwritten."""
+        stamps = self.stamps()
+        if name not in stamps:
+            return False
+        recorded, expected = _deciding(stamps[name]), _deciding(stamp)
+        if recorded != expected and not self.overwrite:
+            what = f"the {name} in {str(self.path)!r}"
+            check_provenance(recorded, expected, what, "choose another --out, or pass --overwrite")
+        return recorded == expected
+
     def _write(self, stamps: Mapping[str, Any]) -> None:
         write_json(self.path / "config.json", {"mechedit": VERSION, "steps": dict(stamps)})
+
+
+def _deciding(stamp: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stamp that decide whether its step may be reused, by dotted names; see `RECORDED`."""
+    recorded = {f"model.{name}" for name in RECORDED}
+    deciding = {name: value for name, value in _flat(stamp).items() if name not in recorded}
+    return {"algorithm": DEFAULTS["algorithm"], "model.module": DEFAULTS["module"], **deciding}
 
 
 def _flat(stamp: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

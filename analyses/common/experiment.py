@@ -22,7 +22,7 @@ from analyses.common.counterfacts import counterfacts
 from analyses.common.printing import score_frame
 from analyses.common.variants import SINGLE, Variant
 from mechedit import pipeline
-from mechedit.cache import kept
+from mechedit.cache import PARQUET
 from mechedit.cli.parsing import load_quietly, method_config, parse_layers, sampled
 from mechedit.data import EditRequest, Fact, load_facts, load_requests
 from mechedit.edit import Edit, edited
@@ -33,7 +33,7 @@ from mechedit.files import atomic, write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
-from mechedit.provenance import value_hash
+from mechedit.provenance import numbered, value_hash
 from mechedit.selection import SelectConfig, Selection
 from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig
@@ -174,12 +174,7 @@ class Experiment:
     def kept_edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
         """As `edit`; what was made is left in `edits/` and found there again."""
         key = {**self.key(requests), "variant": self.variant_key(variant)}
-        file = self.out / "edits" / f"{value_hash(key)[:32]}.safetensors"
-        if file.is_file():
-            return Edit.load(file)
-        edit = self.edit(variant, requests)
-        edit.save(file)
-        return edit
+        return self.run.cache("edits").get(numbered("edit", key), lambda: self.edit(variant, requests), pipeline.EDIT)
 
     def search(self, variant: Variant, requests: Sequence[EditRequest]) -> None:
         """Find the targets of many requests in one go, for edits of some of them: faster than a search for each.
@@ -276,7 +271,7 @@ class Experiment:
     def key(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
         """What every result depends on: model, requests and seed."""
         return {
-            "model": pipeline.identity(self.model),
+            "model": self.model.identity().record,
             "requests": value_hash([dataclasses.asdict(request) for request in requests]),
             "seed": self.seed,
         }
@@ -304,7 +299,7 @@ class Experiment:
 
     def kept(self, what: str, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """A table that an interrupted script finds again: read from the folder, or made and left there."""
-        return kept(self.out / f"{what}_parts", dict(key), make)
+        return self.run.cache(f"{what}_parts").get(numbered("evaluate", key), make, PARQUET)
 
     def write(self, table: pd.DataFrame, printed: pd.DataFrame, figure: Figure | None = None) -> None:
         """Leave the tidy table, the table as the paper prints it, and the figure, and say where they are."""

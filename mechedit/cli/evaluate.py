@@ -49,7 +49,7 @@ def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> 
     if edit is not None:
         check_model(model, edit)
     scores = pipeline.evaluate_step(folder, model, requests, edit, evaluation, texts, options.protocol, references)
-    summary = pipeline.write_summary(folder, scores, pipeline.found_selection(folder), edit)
+    summary = pipeline.write_summary(folder, scores, pipeline.saved_selection(folder), edit)
     run_figures(folder.path)
     options.print_summary(summary)
     return 0

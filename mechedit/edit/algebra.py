@@ -11,10 +11,7 @@ from torch import Tensor
 
 from mechedit.edit.value import Edit, Factors
 from mechedit.errors import InputError
-from mechedit.provenance import VERSION, check_provenance
-
-_BASE = ("dtype", "weights_hash", "tokenizer_hash")
-"""What edits must have in common; the same weights may go by several names."""
+from mechedit.provenance import VERSION, ModelIdentity
 
 
 def merge(edits: Sequence[Edit]) -> Edit:
@@ -122,14 +119,10 @@ def _signed_sum(edits: Sequence[Edit], signs: Sequence[int], manifest: Mapping[s
 
 
 def _check_same_base(edits: Sequence[Edit]) -> None:
-    first, *bases = (
-        {**{name: edit.manifest.get("model", {}).get(name) for name in _BASE}, "module": edit.module} for edit in edits
-    )
-    if first["weights_hash"] is None:
+    first, *bases = (ModelIdentity.of(edit.manifest.get("model", {})) for edit in edits)
+    if first.weights is None:
         raise InputError(
             "the first edit's manifest does not name its weights, expected model.weights_hash; make it again"
         )
     for number, base in enumerate(bases, 2):
-        check_provenance(
-            base, first, f"edit {number} of {len(edits)}", remedy="edits add up on the weights they were made for alone"
-        )
+        first.require(base, f"edit {number} of {len(edits)}", "edits add up on the weights they were made for alone")

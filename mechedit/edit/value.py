@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechedit.errors import InputError, check_finite
 from mechedit.files import read_tensors, write_tensors
-from mechedit.provenance import BEFORE
+from mechedit.provenance import ModelIdentity
 
 KEY = "manifest"
 """Name of the manifest in the file's metadata."""
@@ -50,7 +50,7 @@ class Edit:
     @property
     def module(self) -> str:
         """The module whose projections are edited: `mlp`, also where an older manifest does not say so, or `attn`."""
-        return self.manifest.get("model", {}).get("module", BEFORE["module"])
+        return ModelIdentity.of(self.manifest.get("model", {})).module
 
     @property
     def layers(self) -> list[int]:

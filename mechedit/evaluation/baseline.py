@@ -18,7 +18,7 @@ from torch import Tensor
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.drift import States
-from mechedit.evaluation.scores import SAME, Scores
+from mechedit.evaluation.scores import Scores, check_same_input
 from mechedit.files import atomic_folder, read_tensors, write_tensors
 from mechedit.provenance import check_provenance
 
@@ -54,8 +54,7 @@ class Baseline:
                 references or settings. It names the first field that differs.
         """
         remedy = "measure the unedited model again with measure_baseline, on this model and with the same arguments"
-        expected = {name: made_with[name] for name in SAME}
-        check_provenance(self.provenance, expected, "the baseline", remedy)
+        check_same_input(self.provenance, made_with, "the baseline", remedy)
         check_provenance(asdict(self.scores.config), asdict(config), "the baseline", remedy)
 
     def save(self, folder: str | Path) -> None:

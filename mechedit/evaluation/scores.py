@@ -21,13 +21,13 @@ from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.measures import COUNTERFACT, TEXT_MEASURES, ZSRE, definitions
 from mechedit.evaluation.summary import Summary, summarize_cases, summarize_texts
 from mechedit.files import read_json, write_json, write_parquet
-from mechedit.provenance import VERSION
+from mechedit.provenance import VERSION, ModelIdentity, check_provenance
 from mechedit.tables import read_table, where
 
 TABLE_COLUMNS = ("case", "measure", "kind", "prompt", "value", "state")
 ANSWER_COLUMNS = ("case", "kind", "prompt", "question", "expected", "answer", "state")
 
-SAME = ("tokenizer_hash", "dtype", "outer_hash", "requests", "texts", "references")
+SAME_INPUT = ("outer_hash", "requests", "texts", "references")
 """What of a state's provenance an edit leaves as it is: the model outside its blocks, and what it was asked."""
 
 
@@ -197,15 +197,24 @@ def check_states(states: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Refuse to hold states side by side that differ in more than their blocks, or were asked something else.
 
     Raises:
-        InputError: names the first field of `SAME` that differs.
+        InputError: names the first field that differs.
     """
-    for (one, made), (other, against) in pairwise(states):
-        for name in SAME:
-            if name in made and name in against and made[name] != against[name]:
-                raise InputError(
-                    f"the scores {one!r} were measured with {name} = {made[name]!r}, {other!r} with "
-                    f"{against[name]!r}; expected one model, edited or not, on the same requests: measure both again"
-                )
+    remedy = "measure both again, on one model, edited or not, and on the same requests"
+    for (_, before), (state, after) in pairwise(states):
+        # What either of them does not say cannot differ.
+        recorded = {name: value for name, value in before.items() if name in after}
+        check_same_input({name: after[name] for name in recorded}, recorded, f"the table of scores {state!r}", remedy)
+
+
+def check_same_input(provenance: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Refuse scores of another model than an edit could have made of the expected one, or on other input.
+
+    Raises:
+        InputError: names the first field that differs.
+    """
+    identity = ModelIdentity.of(expected)
+    identity.require(ModelIdentity.of(provenance), what, remedy, ignoring=("weights", "module"))
+    check_provenance(provenance, {name: expected[name] for name in SAME_INPUT if name in expected}, what, remedy)
 
 
 def case_values(rows: pd.DataFrame) -> tuple[list[str], Float[np.ndarray, "case measure"]]:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,8 @@ from mechedit.models.self_check import check_projection
 from mechedit.models.shared_copy import share_parameters, with_fast_gelu
 from mechedit.models.shortcuts import blocks_of, replace_forwards, skip_blocks
 from mechedit.models.sites import MODULES, Module, Part, Site, key_part
-from mechedit.provenance import VERSION, value_hash
+from mechedit.models.weights_hash import WeightsHash
+from mechedit.provenance import VERSION, ModelIdentity, value_hash
 
 _MATRIX_NAMES = {"mlp": "down-projection", "attn": "output projection of attention"}
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +58,7 @@ class BackendModel:
         self.tokenizer = tokenizer
         self.name = name
         self.family = family_of(hf)
+        self._weights_hash = WeightsHash()
         self.unhooked_copy, self.hooked_copy = (with_fast_gelu(share_parameters(hf)) for _ in range(2))
         attention = getattr(hf.config, "_attn_implementation", None)
         # Other kinds of attention expect another mask than the one that the hooked copy makes.
@@ -247,14 +248,21 @@ class BackendModel:
 
     def weights_hash(self, *, blocks: bool = True) -> str:
         """SHA-256 over the parameters as they are now: all of them, or only those outside the blocks."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.hf.named_parameters()):
-            if not blocks and name.startswith(f"{self.family.blocks}."):
-                continue
-            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-            content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(memoryview(content.numpy()))
-        return digest.hexdigest()
+        parameters = {
+            name: parameter
+            for name, parameter in self.hf.named_parameters()
+            if blocks or not name.startswith(f"{self.family.blocks}.")
+        }
+        return self._weights_hash.of(parameters)
+
+    def identity(self) -> ModelIdentity:
+        """Weights, tokenizer, dtype and edited module as they are now: what decides whether a result may be reused."""
+        return ModelIdentity(
+            dtype=str(self.dtype).removeprefix("torch."),
+            tokenizer=tokenizer_hash(self.tokenizer),
+            weights=self.weights_hash(),
+            module=self.module,
+        )
 
     def provenance(self) -> dict[str, Any]:
         """Name, backend, weights hash, tokenizer hash, dtype, the module that is written, and mechedit version."""
@@ -262,10 +270,7 @@ class BackendModel:
             "mechedit": VERSION,
             "model": self.name,
             "backend": self.backend,
-            "weights_hash": self.weights_hash(),
-            "tokenizer_hash": tokenizer_hash(self.tokenizer),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "module": self.module,
+            **self.identity().record,
         }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, device, dtype, nn
 from mechedit.models.families import Family
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.sites import Module, Site
+from mechedit.provenance import ModelIdentity
 
 LogitsToKeep = Int[Tensor, " kept"] | Int[Tensor, "batch kept"] | int
 """Positions whose logits a run returns; see `Model.run`."""
@@ -262,6 +263,13 @@ class Model(Protocol):
 
     def weights_hash(self, *, blocks: bool = True) -> str:
         """SHA-256 over the parameters as they are now (names, shapes, dtypes, bytes): all, or those outside blocks."""
+        ...
+
+    def identity(self) -> ModelIdentity:
+        """Weights, tokenizer, dtype and edited module as they are now: what decides whether a result may be reused.
+
+        A method, since it looks at all weights; they are hashed once for each state that they are in.
+        """
         ...
 
     def provenance(self) -> dict[str, Any]:

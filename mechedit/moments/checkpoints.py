@@ -20,11 +20,9 @@ from mechedit.files import read_tensors, write_tensors
 from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.chunks import START, Position, Rank
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
-from mechedit.moments.second_moment import METADATA_KEY
+from mechedit.moments.second_moment import METADATA_KEY, check_header
 from mechedit.provenance import check_provenance
 
-SAME_KEYS = ("model", "backend", "mechedit", "count")
-"""Provenance that may differ: another backend or release, or another name of the same weights, gives the same keys."""
 PROGRESS_FIELDS = ("share", "place", "done", "read")
 """Fields of a checkpoint's header that say how far it has come, and not what it is of."""
 
@@ -134,9 +132,8 @@ def check_checkpoint(
     Raises:
         InputError: names the first field that differs.
     """
-    fields = {name: value for name, value in provenance.items() if name not in SAME_KEYS}
     remedy = "choose another --out, or pass --overwrite to begin anew"
-    check_provenance(header, fields, what, remedy)
+    check_header(header, provenance, what, remedy)
     settings = None if convergence is None else convergence.as_json()
     check_provenance({"convergence": header.get("curve", {}).get("settings")}, {"convergence": settings}, what, remedy)
 

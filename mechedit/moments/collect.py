@@ -17,6 +17,7 @@ from mechedit.moments.memory import MomentsPlan, plan_moments
 from mechedit.moments.moments_folder import MomentsFolder
 from mechedit.moments.second_moment import SecondMoment
 from mechedit.moments.text_pass import TextPass
+from mechedit.provenance import ALGORITHMS
 
 
 def collect_moments(
@@ -149,6 +150,7 @@ def _prepare(
     check_texts(texts)
     provenance = {
         **model.provenance(),
+        "algorithm": ALGORITHMS["moments"],
         "texts": texts_hash(texts),
         "max_length": config.text_length(model),
         "tokens": config.tokens,

@@ -10,15 +10,12 @@ from typing import Any
 from mechedit.errors import InputError
 from mechedit.files import read_header
 from mechedit.moments.checkpoints import (
-    PROGRESS_FIELDS,
-    SAME_KEYS,
     checkpoint_path,
     checkpoints_folder,
     load_checkpoint,
 )
 from mechedit.moments.chunks import Rank
-from mechedit.moments.second_moment import METADATA_KEY, SecondMoment, moment_path
-from mechedit.provenance import check_provenance
+from mechedit.moments.second_moment import METADATA_KEY, SecondMoment, check_header, moment_path
 
 _FILE_NAME = re.compile(r"layer_(?P<layer>\d+)\.shard_\d+_of_(?P<world_size>\d+)\.safetensors")
 
@@ -122,6 +119,5 @@ def check_alike(
     Raises:
         InputError: names the first field that differs.
     """
-    may_differ = (*SAME_KEYS, *PROGRESS_FIELDS, *besides)
-    fields = {name: value for name, value in expected.items() if name not in may_differ}
-    check_provenance(header, fields, what, "remove what is of other settings, or collect it again")
+    fields = {name: value for name, value in expected.items() if name not in besides}
+    check_header(header, fields, what, "remove what is of other settings, or collect it again")

@@ -13,7 +13,6 @@ from mechedit.files import read_header
 from mechedit.models import Model
 from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.checkpoints import (
-    SAME_KEYS,
     Checkpoint,
     check_checkpoint,
     checkpoint_path,
@@ -23,8 +22,8 @@ from mechedit.moments.checkpoints import (
 from mechedit.moments.chunks import Rank
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.convergence_file import ConvergenceFile
-from mechedit.moments.second_moment import METADATA_KEY, SecondMoment, load_moment, moment_path
-from mechedit.provenance import check_provenance
+from mechedit.moments.second_moment import METADATA_KEY, SecondMoment, check_header, load_moment, moment_path
+from mechedit.provenance import determining, numbered
 
 CHECKPOINT_TIME_FRACTION = 0.02
 """Fraction of the time at most that is spent on writing checkpoints."""
@@ -57,10 +56,10 @@ class MomentsFolder:
             return {}
         moments = {}
         for layer in layers:
-            path, fields = moment_path(self.path, layer), {**self._fields, "layer": layer}
-            if not path.exists() or (self.overwrite and not _has_provenance(path, fields)):
+            path, expected = moment_path(self.path, layer), {**self.provenance, "layer": layer}
+            if not path.exists() or (self.overwrite and not _has_provenance(path, expected)):
                 continue
-            check_provenance(read_header(path, METADATA_KEY), fields, repr(str(path)))
+            check_header(read_header(path, METADATA_KEY), expected, repr(str(path)))
             curve = None if self._curves is None else self._curves.load(layer)
             if self._curves is None or curve is not None:
                 moments[layer] = replace(load_moment(self.path, layer), curve=curve)
@@ -142,21 +141,18 @@ class MomentsFolder:
         return replace(load_moment(self.path, checkpoint.layer, mapped=True), curve=moment.curve)
 
     @property
-    def _fields(self) -> dict[str, Any]:
-        """Provenance in which a file must agree to be reused."""
-        return {name: value for name, value in self.provenance.items() if name not in SAME_KEYS}
-
-    @property
     def _curves(self) -> ConvergenceFile | None:
         """The file of the convergence curves, if they are measured and written."""
         if self.path is None or self.convergence is None:
             return None
-        return ConvergenceFile(self.path, {"provenance": self._fields, "settings": self.convergence.as_json()})
+        fields = {name: value for name, value in determining(self.provenance).items() if name != "algorithm"}
+        attrs = {"provenance": numbered("moments", fields), "settings": self.convergence.as_json()}
+        return ConvergenceFile(self.path, attrs)
 
 
-def _has_provenance(path: Path, fields: Mapping[str, Any]) -> bool:
+def _has_provenance(path: Path, provenance: Mapping[str, Any]) -> bool:
     try:
-        check_provenance(read_header(path, METADATA_KEY), fields, str(path))
+        check_header(read_header(path, METADATA_KEY), provenance, str(path))
     except InputError:
         return False
     return True

@@ -17,11 +17,13 @@ from torch import Tensor
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
 from mechedit.models import Model
-from mechedit.provenance import check_provenance
+from mechedit.provenance import ALGORITHMS, MAKE_AGAIN, ModelIdentity, check_provenance
 from mechedit.solve import Factor, NullSpace, factorize, null_space
 
 METADATA_KEY = "provenance"
 """Key of the provenance in the file's metadata."""
+INPUT_FIELDS = ("algorithm", "texts", "max_length", "tokens", "layer")
+"""Fields of the provenance that decide a moment besides the model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,11 +124,25 @@ def check_moments(moments: Mapping[int, SecondMoment], model: Model) -> None:
     Raises:
         InputError: names the first field that differs.
     """
-    # Asked for once, since it takes a pass over the weights. Either backend gives the same keys.
-    made = model.provenance()
-    own = {field: made[field] for field in ("weights_hash", "tokenizer_hash", "dtype", "module")}
+    expected = {"algorithm": ALGORITHMS["moments"], **model.identity().record}
     for layer, moment in moments.items():
-        check_provenance(moment.provenance, {"layer": layer, **own}, f"the second moment of layer {layer}")
+        check_header(moment.provenance, {**expected, "layer": layer}, f"the second moment of layer {layer}")
+
+
+def check_header(header: Mapping[str, Any], provenance: Mapping[str, Any], what: str, remedy: str = MAKE_AGAIN) -> None:
+    """Refuse moments, finished or not, of another model, text, layer or algorithm; `INPUT_FIELDS` lists what counts.
+
+    Args:
+        header: header of the file.
+        provenance: what it should have been made with; fields that it lacks are not compared.
+        what: name of the file for the message.
+        remedy: what to do about it.
+
+    Raises:
+        InputError: names the first field that differs.
+    """
+    ModelIdentity.of(provenance).require(ModelIdentity.of(header), what, remedy)
+    check_provenance(header, {name: provenance[name] for name in INPUT_FIELDS if name in provenance}, what, remedy)
 
 
 def moment_path(folder: str | Path, layer: int) -> Path:

@@ -20,7 +20,7 @@ from mechedit.evaluation import EvaluationConfig, perplexity
 from mechedit.files import plain_copy
 from mechedit.methods import METHODS, MethodConfig, edit_keys, recommended
 from mechedit.models import Model
-from mechedit.provenance import value_hash
+from mechedit.provenance import ALGORITHMS, ModelIdentity, value_hash
 from mechedit.session.edited_batch import EditedBatch
 from mechedit.session.metrics import HistoryEntry, ScoredPrompts, finite_or_none, score_requests, weight_norms
 from mechedit.session.stop_rule import StopRule
@@ -48,7 +48,6 @@ class BatchEditor:
     @property
     def settings(self) -> dict[str, Any]:
         """All that determines the results, except the batches; flat, so that a message can name what differs."""
-        own = {name: self.base[name] for name in ("weights_hash", "tokenizer_hash", "dtype", "module")}
         groups = {"settings": self.config, "rule": self.rule, "evaluation": self.evaluation}
         flat = {
             f"{group}.{name}": value
@@ -56,7 +55,8 @@ class BatchEditor:
             for name, value in dataclasses.asdict(config).items()
         }
         settings = {
-            **own,
+            "algorithm": ALGORITHMS["session"],
+            **ModelIdentity.of(self.base).record,
             "layers": self.layers,
             "method": self.method,
             **{f"moments.{layer}": digest(matrix) for layer, matrix in self.moments.items()},

@@ -4,6 +4,7 @@ In: a model, held-out requests, second moments. Out: a `Sweep` (scores by window
 it with the trace's range.
 """
 
+from mechedit.sweep.decision import decide_layers
 from mechedit.sweep.sweep import Sweep, sweep_windows
 from mechedit.sweep.validation import Validation, choose_window, validate_selection, windows_near_best
 from mechedit.sweep.windows import HeldOut, SweepConfig, Window, held_out, windows_of
@@ -15,6 +16,7 @@ __all__ = [
     "Validation",
     "Window",
     "choose_window",
+    "decide_layers",
     "held_out",
     "sweep_windows",
     "validate_selection",

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.cache import kept
+from mechedit.cache import PARQUET, Cache
 from mechedit.data import EditRequest, check_requests
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError, check_choice
@@ -24,7 +24,7 @@ from mechedit.files import write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, moment_matrices, recommended
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
-from mechedit.provenance import value_hash
+from mechedit.provenance import ModelIdentity, determining, numbered, value_hash
 from mechedit.statistics import bootstrap_means, harmonic_mean
 from mechedit.sweep.windows import Window, check_windows
 from mechedit.tables import read_table, where
@@ -204,10 +204,11 @@ def sweep_windows(
         evaluation=evaluation,
         cache=cache,
     )
-    before = kept(parts, job.key(None), partial(_case_scores, model, requests, evaluation))
+    finished = Cache.at(parts)
+    before = finished.get(job.key(None), partial(_case_scores, model, requests, evaluation), PARQUET)
     frames, failed = [], {}
     for window in tqdm(checked, desc="sweep", unit="window"):
-        frame = kept(parts, job.key(window), partial(job.measure, window))
+        frame = finished.get(job.key(window), partial(job.measure, window), PARQUET)
         if "refused" in frame.attrs:
             failed[window] = frame.attrs["refused"]
         else:
@@ -239,7 +240,7 @@ class _SweepJob:
     def provenance(self) -> dict[str, Any]:
         """Model, requests, method and settings."""
         return {
-            "model": _identity(self.model.provenance()),
+            "model": self.model.provenance(),
             "requests": value_hash(list(self.requests)),
             "method": self.method,
             "settings": dataclasses.asdict(self.config),
@@ -248,9 +249,14 @@ class _SweepJob:
     def key(self, window: Window | None) -> dict[str, Any]:
         """All that determines what is measured in a window; None is the unedited model."""
         layers = [] if window is None or not self.config.preserves_keys else window.layers
-        origins = {layer: _identity(getattr(self.moments[layer], "provenance", {})) for layer in layers}
-        evaluation = dataclasses.asdict(self.evaluation)
-        return {**self.provenance, "evaluation": evaluation, "window": window, "moments": origins}
+        key = {
+            **self.provenance,
+            "model": ModelIdentity.of(self.provenance["model"]).record,
+            "evaluation": dataclasses.asdict(self.evaluation),
+            "window": window,
+            "moments": {layer: determining(getattr(self.moments[layer], "provenance", {})) for layer in layers},
+        }
+        return numbered("sweep", key)
 
     def measure(self, window: Window) -> pd.DataFrame:
         """Edit one window, measure, and take the edit back: `case, measure, value`."""
@@ -327,8 +333,3 @@ def _failure(reason: str) -> pd.DataFrame:
     )
     frame.attrs["refused"] = reason
     return frame
-
-
-def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a provenance decides the result: not the backend, nor what the model is called."""
-    return {name: value for name, value in provenance.items() if name not in ("backend", "model")}

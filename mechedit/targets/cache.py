@@ -1,4 +1,4 @@
-"""What was found, kept in a folder under the hash of all that determines it."""
+"""Finished searches for z, kept in a folder under the hash of all that determines them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.cache import Cache, Codec
 from mechedit.data import EditRequest
-from mechedit.files import read_header, read_tensors, write_tensors
-from mechedit.provenance import value_hash
+from mechedit.files import read_tensors, write_tensors
+from mechedit.provenance import ModelIdentity, numbered, value_hash
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import TERMS
 
 KEY = "targets"
-"""Where the keys lie in a file's metadata."""
+"""Where a file's header lies in its metadata."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Found:
-    """The outcome for one fact."""
+class TargetResult:
+    """The result of the search for one fact."""
 
     z: Float[Tensor, " d_model"]
+    """h + δ."""
     initial: Float[Tensor, " d_model"]
+    """h, the state before."""
     terms: Float[Tensor, "step term"]
     """`TERMS` at every step."""
     stopped: str
@@ -40,16 +43,16 @@ class Found:
         return float((self.z - self.initial).norm() / self.initial.norm())
 
     def frame(self, name: str) -> pd.DataFrame:
-        """One row a step."""
+        """One row per step, for the fact with the id `name`."""
         values = {term: column.tolist() for term, column in zip(TERMS, self.terms.T, strict=True)}
         return pd.DataFrame({"id": name, **values, "step": range(len(self.terms))})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Store:
-    """A folder of finished searches; without one, nothing is kept."""
+class TargetCache:
+    """Finished searches of one model, layer, set of prefixes and settings; without a folder nothing is kept."""
 
-    folder: Path | None
+    cache: Cache
     made_with: Mapping[str, Any]
     """What determines all of them: weights, tokenizer, dtype, layer, prefixes, settings."""
 
@@ -60,58 +63,63 @@ class Store:
         layer: int,
         prefixes: Sequence[str],
         config: TargetConfig,
-    ) -> Store:
-        """The store of one model, layer, set of prefixes and settings."""
+    ) -> TargetCache:
+        """The cache in a folder.
+
+        Args:
+            folder: where finished searches are kept, one file per subject group.
+            provenance: of the model.
+            layer: of z.
+            prefixes: context templates.
+            config: settings of the search.
+        """
         # Of the settings, these change which facts and rows run together, but no fact's loss; the prefixes are given.
         settings = {
             name: value
             for name, value in dataclasses.asdict(config).items()
             if name not in ("batch_size", "pass_tokens", "seed")
         }
-        own = {field: provenance[field] for field in ("weights_hash", "tokenizer_hash", "dtype")}
-        if config.part != "resid" and provenance["module"] != "mlp":
-            # A state of the residual stream is the same whatever is written; and what was found before stays valid.
-            own["module"] = provenance["module"]
-        made_with = {**own, "layer": layer, "prefixes": list(prefixes), "settings": settings}
-        return Store(folder=None if folder is None else Path(folder), made_with=made_with)
+        model = ModelIdentity.of(provenance).record
+        if config.part == "resid":
+            # A state of the residual stream is the same whichever module is written.
+            del model["module"]
+        made_with = numbered("targets", {**model, "layer": layer, "prefixes": list(prefixes), "settings": settings})
+        return TargetCache(cache=Cache.at(folder), made_with=made_with)
 
-    def key(self, unit: Sequence[EditRequest]) -> str:
-        """The hash of all that determines what is found for requests that share a δ."""
-        asked = [(request.subject, request.prompt, request.target_new) for request in unit]
-        return value_hash({**self.made_with, "requests": asked})
+    def key(self, group: Sequence[EditRequest]) -> str:
+        """The hash of all that determines the results of requests that share a δ."""
+        requests = [(request.subject, request.prompt, request.target_new) for request in group]
+        return value_hash({**self.made_with, "requests": requests})
 
-    def read(self, units: Sequence[Sequence[EditRequest]]) -> dict[str, list[Found]]:
-        """What is there of `units`, by key."""
-        wanted = {self.key(unit) for unit in units}
-        found: dict[str, list[Found]] = {}
-        for file in sorted(self.folder.glob("*.safetensors")) if self.folder and self.folder.is_dir() else ():
-            if wanted & set(read_header(file, KEY)["keys"]):
-                found |= {key: facts for key, facts in _read(file).items() if key in wanted}
-        return found
+    def read(self, groups: Sequence[Sequence[EditRequest]]) -> dict[str, list[TargetResult]]:
+        """The finished searches among `groups`, by key."""
+        cached = {key: self.cache.read(key, RESULTS) for key in map(self.key, groups)}
+        return {key: results for key, results in cached.items() if results is not None}
 
-    def write(self, units: Sequence[Sequence[EditRequest]], found: Sequence[Sequence[Found]]) -> None:
-        """Keep what was found for `units`, in one file, atomically."""
-        if self.folder is None:
-            return
-        facts = [one for unit in found for one in unit]
-        header = {
-            "keys": [key for unit, own in zip(units, found, strict=True) for key in [self.key(unit)] * len(own)],
-            "stopped": [one.stopped for one in facts],
-            "steps": [len(one.terms) for one in facts],
-        }
-        tensors = {
-            "z": torch.stack([one.z for one in facts]),
-            "initial": torch.stack([one.initial for one in facts]),
-            "terms": torch.cat([one.terms for one in facts]),
-        }
-        write_tensors(self.folder / f"{value_hash(header['keys'])[:32]}.safetensors", tensors, KEY, header)
+    def write(self, groups: Sequence[Sequence[EditRequest]], results: Sequence[Sequence[TargetResult]]) -> None:
+        """Keep the results of each group."""
+        for group, group_results in zip(groups, results, strict=True):
+            self.cache.write(self.key(group), list(group_results), RESULTS)
 
 
-def _read(file: Path) -> dict[str, list[Found]]:
-    tensors, header = read_tensors(file, KEY)
-    found: dict[str, list[Found]] = {}
+def _write(path: Path, results: list[TargetResult]) -> None:
+    tensors = {
+        "z": torch.stack([result.z for result in results]),
+        "initial": torch.stack([result.initial for result in results]),
+        "terms": torch.cat([result.terms for result in results]),
+    }
+    header = {"stopped": [result.stopped for result in results], "steps": [len(result.terms) for result in results]}
+    write_tensors(path, tensors, KEY, header)
+
+
+def _read(path: Path) -> list[TargetResult]:
+    tensors, header = read_tensors(path, KEY)
     terms = tensors["terms"].split(header["steps"])
-    for i, (key, stopped) in enumerate(zip(header["keys"], header["stopped"], strict=True)):
-        one = Found(z=tensors["z"][i], initial=tensors["initial"][i], terms=terms[i], stopped=stopped)
-        found.setdefault(key, []).append(one)
-    return found
+    return [
+        TargetResult(z=tensors["z"][i], initial=tensors["initial"][i], terms=terms[i], stopped=stopped)
+        for i, stopped in enumerate(header["stopped"])
+    ]
+
+
+RESULTS = Codec(read=_read, write=_write, suffix=".safetensors")
+"""The results of requests that share a δ, in one file."""

@@ -19,7 +19,7 @@ from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.prompts import check_prefixes, make_prefixes
 from mechedit.provenance import value_hash
-from mechedit.targets.cache import Found, Store
+from mechedit.targets.cache import TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import TERMS, Objective, prepare_objective
 from mechedit.targets.prompts import search_prompts
@@ -82,7 +82,7 @@ def find_targets(
     # Whatever can be refused is refused before the long search.
     search_prompts(model, requests, range(len(requests)), prefixes, config)
     provenance = model.provenance()
-    store = Store.at(cache, provenance, layer, prefixes, config)
+    store = TargetCache.at(cache, provenance, layer, prefixes, config)
     groups = _subject_groups(requests, config)
     results = store.read(groups)
     with tqdm(total=len(requests), desc="targets z", unit="fact", leave=None) as bar:
@@ -131,7 +131,7 @@ def search_groups(
     prefixes: Sequence[str],
     config: TargetConfig,
     bar: tqdm,
-) -> list[list[Found]]:
+) -> list[list[TargetResult]]:
     """Minimize the loss of every group by Adam, within its ball; a group is dropped when it stops.
 
     Returns:
@@ -193,19 +193,19 @@ def _results(
     groups: Sequence[SubjectGroup],
     states: Sequence[_GroupState],
     history: Float[Tensor, "fact step term"],
-) -> list[list[Found]]:
+) -> list[list[TargetResult]]:
     """The result of every fact, by group."""
-    results: list[list[Found]] = [[] for _ in groups]
+    results: list[list[TargetResult]] = [[] for _ in groups]
     for initial, terms, group in zip(objective.initial[:, -1].cpu(), history, objective.group.tolist(), strict=True):
         state = states[group]
         z = initial + state.delta[-1].cpu()
-        results[group].append(Found(z=z, initial=initial, terms=terms[: state.step + 1], stopped=state.stopped))
+        results[group].append(TargetResult(z=z, initial=initial, terms=terms[: state.step + 1], stopped=state.stopped))
     return results
 
 
 def _targets(
     model: Model,
-    results: Mapping[str, Found],
+    results: Mapping[str, TargetResult],
     layer: int,
     prefixes: tuple[str, ...],
     config: TargetConfig,

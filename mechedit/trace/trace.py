@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from mechedit.batching import batches_of, group_by_shape
-from mechedit.cache import kept
+from mechedit.cache import PARQUET, Cache
 from mechedit.data import Fact, check_unique_ids
 from mechedit.errors import InputError
 from mechedit.models import Model
+from mechedit.provenance import ModelIdentity, numbered
 from mechedit.trace.cells import trace_group
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
@@ -102,13 +103,14 @@ class TracePlan:
         }
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
-        key = {"settings": self.config.plain(), "std": self.std, "model": {**self.provenance, "backend": None}}
+        model = ModelIdentity.of(self.provenance).record
+        key = numbered("trace", {"settings": self.config.plain(), "std": self.std, "model": model})
         with tqdm(total=len(self.facts), desc="tracing facts", unit="fact") as progress:
             for group in self.groups():
                 with torch.no_grad():
                     make = partial(trace_group, self.model, group, self.std, self.config, self.noise, self.statistics)
                     facts = [{**asdict(traced.fact), "replacements": traced.replacements} for traced in group]
-                    yield kept(self.parts, {**key, "facts": facts}, make)
+                    yield Cache(self.parts).get({**key, "facts": facts}, make, PARQUET)
                 progress.update(len(group))
 
     def groups(self) -> Iterator[list[TracedFact]]:

@@ -321,7 +321,7 @@ def test_cached_targets_are_keyed_by_all_that_determines_them(
 def test_a_damaged_file_is_refused(lively: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(BRISK, steps=1)
     find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
+    file, *_ = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(InputError, match="cut short"):
         find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path)

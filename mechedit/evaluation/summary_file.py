@@ -1,0 +1,46 @@
+"""summary.json: the selected layers and each state's scores, with the protocol that gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mechedit.edit import Edit
+from mechedit.evaluation.scores import Scores
+from mechedit.files import plain_copy, write_json
+from mechedit.provenance import value_hash
+
+
+def write_summary_file(
+    path: Path, scores: Scores | None, layers: Sequence[int] | None, edit: Edit | None = None
+) -> dict[str, Any]:
+    """Write and return the summary: selected layers, each state's measures with intervals, protocol and counts.
+
+    Args:
+        path: of the file.
+        scores: of all states; None when nothing was evaluated.
+        layers: those selected; None when there was no selection.
+        edit: the edit that was evaluated.
+    """
+    summary: dict[str, Any] = {}
+    if layers is not None:
+        summary["selection"] = {"layers": list(layers)}
+    if scores is not None:
+        summary |= {state: scores.summary(state) for state in scores.states}
+        summary |= {"protocol": {**scores.protocol, "edit": _edit_record(edit)}, "counts": scores.counts}
+    summary = plain_copy(summary)
+    write_json(path, summary)
+    return summary
+
+
+def _edit_record(edit: Edit | None) -> dict[str, Any] | None:
+    """The method, layers and number of requests of an edit, and a hash of its manifest."""
+    if edit is None:
+        return None
+    return {
+        "method": edit.manifest.get("method"),
+        "layers": edit.layers,
+        "requests": len(edit.manifest.get("requests", ())),
+        "manifest_hash": value_hash(dict(edit.manifest)),
+    }

@@ -1,0 +1,79 @@
+"""The files of a trace: effects.parquet and facts.parquet, and trace_parts/ until they are finished."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mechedit.cache import Codec
+from mechedit.data import Fact
+from mechedit.files import write_parquet, write_parquet_parts
+from mechedit.models import Model
+from mechedit.tables import where
+from mechedit.trace.averages import fact_totals, main_metric
+from mechedit.trace.config import TraceConfig
+from mechedit.trace.corruption import embedding_statistics
+from mechedit.trace.trace import TracePlan, plan_trace
+
+
+def trace_to_folder(model: Model, facts: Sequence[Fact], config: TraceConfig, folder: Path) -> dict[str, Any]:
+    """Trace facts, and write the effects of one group of facts after another.
+
+    Single states are also traced with modules severed, but only at the subject's last token. Finished groups lie in
+    trace_parts/ until the end, so that an interrupted trace resumes after them.
+
+    Returns:
+        What `DataFrame.attrs` of the effects holds: settings, provenance, `n_facts` and `dropped`.
+    """
+    plans = trace_plans(model, facts, config, folder / "trace_parts")
+    attrs = {**plans[0].attrs, "config": config.plain()}
+    write_parquet_parts(folder / "effects.parquet", itertools.chain.from_iterable(plans), attrs)
+    write_parquet(folder / "facts.parquet", facts_frame(facts, folder / "effects.parquet", attrs["dropped"]))
+    shutil.rmtree(folder / "trace_parts", ignore_errors=True)
+    return attrs
+
+
+def trace_plans(model: Model, facts: Sequence[Fact], config: TraceConfig, parts: Path) -> list[TracePlan]:
+    """The trace with nothing severed, and that with modules severed where there are any to sever."""
+    correlated = config.corrupted_by.distribution == "multivariate"
+    statistics = embedding_statistics(model, [fact.subject for fact in facts], covariance_root=correlated)
+    severed = tuple(sever for sever in config.sever if sever != "nothing")
+    settings = [_changed(config, sever=("nothing",))]
+    if severed:
+        settings.append(_changed(config, kinds=("state",), sever=severed, roles=("subject_last",)))
+    return [plan_trace(model, facts, changed, statistics=statistics, parts=parts) for changed in settings]
+
+
+def facts_frame(facts: Sequence[Fact], effects: Path, dropped: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """One row per fact: its text, whether it was traced, why not, and its clean and corrupted score.
+
+    Args:
+        facts: all that were to be traced.
+        effects: the file of the effects.
+        dropped: id and reason of each fact that was not traced.
+    """
+    reasons = {name: reason for name, reason in dropped}
+    totals = fact_totals(effects)
+    scores = where(totals, metric=main_metric(totals["metric"])).set_index("fact")[["clean", "corrupted"]]
+    frame = pd.DataFrame([asdict(fact) for fact in facts])
+    frame["traced"] = ~frame["id"].isin(list(reasons))
+    frame["reason"] = [reasons.get(name) for name in frame["id"]]
+    return frame.join(scores, on="id")
+
+
+def _attrs(folder: Path) -> dict[str, Any]:
+    return {str(name): value for name, value in fact_totals(folder / "effects.parquet").attrs.items()}
+
+
+def _changed(config: TraceConfig, **changes: Any) -> TraceConfig:
+    return TraceConfig(**{**vars(config), **changes})
+
+
+TRACE: Codec[dict[str, Any]] = Codec(read=_attrs, files=("effects.parquet", "facts.parquet"))
+"""The attrs of a trace in a folder, whose files `trace_to_folder` writes."""

@@ -1,0 +1,164 @@
+"""A run folder: what is reused, what is refused, and what is made again, of new results and of older ones."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mechedit as me
+from mechedit import pipeline, provenance
+from mechedit.cache import Codec
+from mechedit.errors import InputError
+from mechedit.files import read_json, write_json
+from mechedit.provenance import ALGORITHMS
+from mechedit.run_folder import RunFolder
+
+MODEL = {
+    "mechedit": "0.1.0",
+    "model": "tiny",
+    "backend": "transformer_lens",
+    "weights_hash": "w",
+    "tokenizer_hash": "t",
+    "dtype": "float32",
+    "module": "mlp",
+}
+STAMP = {"model": MODEL, "facts": "f", "settings": {"samples": 3, "roles": ("subject_last",)}}
+NUMBER: Codec[int] = Codec(read=read_json, write=write_json, suffix=".json")
+
+
+def step(folder: RunFolder | Path, value: int = 1, **changes: Any) -> int:
+    """Make the step `trace`, whose result is a number, unless it is there."""
+    run = folder if isinstance(folder, RunFolder) else RunFolder.at(folder)
+    return run.step("trace", {**STAMP, **changes}, lambda: value, NUMBER, at="number.json")
+
+
+def restamp(folder: Path, **changes: Any) -> None:
+    """Change the stamp of the step; None removes a field."""
+    config = read_json(folder / "config.json")
+    stamp = {**config["steps"]["trace"], **changes}
+    config["steps"]["trace"] = {name: field for name, field in stamp.items() if field is not None}
+    write_json(folder / "config.json", config)
+
+
+def test_a_step_is_made_once_and_its_stamp_says_all_that_went_in(tmp_path: Path) -> None:
+    assert step(tmp_path, 1) == 1
+    assert step(tmp_path, 2) == 1
+    assert RunFolder.at(tmp_path).stamps()["trace"] == {
+        "algorithm": ALGORITHMS["trace"],
+        **STAMP,
+        "settings": {"samples": 3, "roles": ["subject_last"]},
+    }
+
+
+@pytest.mark.parametrize("field", ["model", "backend", "mechedit"])
+def test_names_backends_and_releases_do_not_decide(tmp_path: Path, field: str) -> None:
+    step(tmp_path, 1)
+    assert step(tmp_path, 2, model={**MODEL, field: "other"}) == 1
+    assert RunFolder.at(tmp_path).stamps()["trace"]["model"][field] == MODEL[field], "the record says how it was made"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": {**MODEL, "weights_hash": "v"}}, "model.weights_hash = 'w', expected 'v'"),
+        ({"model": {**MODEL, "tokenizer_hash": "v"}}, "model.tokenizer_hash"),
+        ({"model": {**MODEL, "dtype": "float16"}}, "model.dtype"),
+        ({"model": {**MODEL, "module": "attn"}}, "model.module = 'mlp', expected 'attn'"),
+        ({"facts": "g"}, "facts = 'f', expected 'g'"),
+        ({"settings": {**STAMP["settings"], "samples": 4}}, "settings.samples = 3, expected 4"),
+    ],
+)
+def test_other_input_is_refused_by_name_and_replaced_only_on_demand(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    step(tmp_path, 1)
+    with pytest.raises(InputError, match=f"the trace in .* was made with {named}.*--overwrite"):
+        step(tmp_path, 2, **changes)
+    assert step(tmp_path, 3) == 1, "what was refused has changed nothing"
+    assert step(RunFolder.at(tmp_path, overwrite=True), 4) == 1, "the same input is not made again"
+    assert step(RunFolder.at(tmp_path, overwrite=True), 5, **changes) == 5
+    assert step(tmp_path, 6, **changes) == 5
+
+
+def test_another_algorithm_number_is_another_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step(tmp_path, 1)
+    monkeypatch.setitem(ALGORITHMS, "trace", 2)
+    with pytest.raises(InputError, match="made with algorithm = 1, expected 2"):
+        step(tmp_path, 2)
+    assert step(RunFolder.at(tmp_path, overwrite=True), 3) == 3
+
+
+def test_a_stamp_without_a_number_counts_as_of_algorithm_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a stamp was before there were numbers: without backend, and in the oldest without the edited module."""
+    step(tmp_path, 1)
+    older = {name: value for name, value in MODEL.items() if name not in ("backend", "module")}
+    restamp(tmp_path, algorithm=None, model=older)
+    assert "algorithm" not in RunFolder.at(tmp_path).stamps()["trace"]
+    assert step(tmp_path, 2) == 1
+    monkeypatch.setitem(ALGORITHMS, "trace", 2)
+    with pytest.raises(InputError, match="made with algorithm = 1, expected 2"):
+        step(tmp_path, 3)
+
+
+def test_a_step_without_its_files_or_its_stamp_is_made_again(tmp_path: Path) -> None:
+    step(tmp_path, 1)
+    (tmp_path / "number.json").unlink()
+    assert step(tmp_path, 2) == 2
+    (tmp_path / "config.json").unlink()
+    assert step(tmp_path, 3) == 3
+
+
+def test_an_interrupted_step_is_made_again(tmp_path: Path) -> None:
+    step(tmp_path, 1)
+    run = RunFolder.at(tmp_path, overwrite=True)
+
+    def interrupted() -> int:
+        write_json(tmp_path / "number.json", 2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.step("trace", {**STAMP, "facts": "g"}, interrupted, NUMBER, at="number.json")
+    assert "trace" not in run.stamps()
+    assert step(tmp_path, 3) == 3, "a file that was replaced halfway is not taken for the former result"
+
+
+def test_steps_do_not_touch_one_another(tmp_path: Path) -> None:
+    step(tmp_path, 1)
+    run = RunFolder.at(tmp_path)
+    assert run.step("edit", {"requests": "r"}, lambda: 7, NUMBER, at="edit.json") == 7
+    assert set(run.stamps()) == {"trace", "edit"}
+    assert step(tmp_path, 2) == 1
+
+
+def test_a_renamed_model_and_a_new_release_make_neither_trace_nor_moments_again(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the pipeline: the model's folder has another name, the backend is another, and mechedit is newer."""
+    model, facts = me.load_model("tiny"), me.load_facts("known")[:4]
+    config, reading = me.TraceConfig(samples=1, kinds=("state",), sever=("nothing",)), me.MomentsConfig(max_length=16)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(me.load_texts("tiny")[:300]))
+    run = RunFolder.at(tmp_path / "run")
+    attrs = pipeline.trace_step(run, model, facts, config)
+    moments = pipeline.moments_step(run, model, texts, [2], reading)
+    files = {path: path.stat().st_mtime_ns for path in run.path.rglob("*.*") if path.name != "config.json"}
+    assert len(files) == 3
+
+    folder = tmp_path / "renamed"
+    shutil.copytree(Path(me.__file__).parent / "models" / "tiny", folder)
+    renamed = me.load_model(str(folder), backend="nnsight")
+    for module in (provenance, me.models.backend, me.run_folder):
+        monkeypatch.setattr(module, "VERSION", "9.9")
+    assert renamed.provenance() != model.provenance()
+    assert renamed.identity() == model.identity()
+    assert pipeline.trace_step(run, renamed, facts, config) == attrs
+    again = pipeline.moments_step(run, renamed, texts, [2], reading)
+    assert again[2].matrix.equal(moments[2].matrix)
+    assert files == {path: path.stat().st_mtime_ns for path in run.path.rglob("*.*") if path.name != "config.json"}
+
+    monkeypatch.setitem(ALGORITHMS, "moments", 2)
+    with pytest.raises(InputError, match="made with algorithm = 1, expected 2"):
+        pipeline.moments_step(run, renamed, texts, [2], reading)
