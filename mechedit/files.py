@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON, parquet and safetensors."""
+"""Atomic files: JSON, parquet and safetensors that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mechedit.errors import InputError
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
 
     Raises:
         InputError: the folder cannot be made or written to.
@@ -37,8 +37,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
         # mkstemp makes files private; results get the permissions any other new file would have.
         umask = os.umask(0)
         os.umask(umask)
@@ -50,11 +50,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path, *, replaces: str | None = None) -> Iterator[Path]:
-    """Give a temporary folder beside `folder`; on success rename it to `folder`, else remove it.
+    """Yield a temporary folder beside `folder`; on success rename it to `folder`, else remove it.
 
     Args:
-        folder: what appears on success.
-        replaces: a folder that holds a file of this name may be replaced; others never are.
+        folder: path of the folder that appears on success.
+        replaces: name of a file that marks a folder as replaceable; a folder without it is never replaced.
 
     Raises:
         InputError: `folder` exists and is not an empty folder, or cannot be made.
@@ -115,15 +115,15 @@ def write_parquet(path: str | Path, frame: pd.DataFrame) -> None:
 def write_parquet_parts(path: str | Path, frames: Iterable[pd.DataFrame], attrs: Mapping[str, Any]) -> None:
     """Write frames of the same columns one after another to one file with these attrs, atomically.
 
-    Never more than one of them is in memory.
+    One frame at a time is in memory.
     """
     with atomic(path) as temporary, contextlib.ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         for frame in frames:
             table = pa.Table.from_pandas(frame, preserve_index=False)
             if writer is None:
-                noted = {b"PANDAS_ATTRS": json.dumps(dict(attrs)).encode(), **(table.schema.metadata or {})}
-                schema = table.schema.with_metadata(noted)
+                metadata = {b"PANDAS_ATTRS": json.dumps(dict(attrs)).encode(), **(table.schema.metadata or {})}
+                schema = table.schema.with_metadata(metadata)
                 writer = stack.enter_context(pq.ParquetWriter(temporary, schema))
             writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
 
@@ -140,7 +140,7 @@ def read_json(path: str | Path) -> Any:
     except json.JSONDecodeError as error:
         raise InputError(
             f"{str(path)!r} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
-            f"mend the file or make it again"
+            f"fix the file or make it again"
         ) from error
 
 
@@ -162,45 +162,50 @@ def read_text(path: str | Path) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Turn a dataclass, path, tuple or NumPy scalar into what JSON can hold."""
+    """Convert a dataclass, path, tensor or NumPy value to a type that JSON can hold.
+
+    Raises:
+        TypeError: a value of another type.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Path):
         return str(value)
-    if callable(listed := getattr(value, "tolist", None)):
-        return listed()
+    if callable(to_list := getattr(value, "tolist", None)):
+        return to_list()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def plain_copy(value: Any) -> Any:
-    """What `value` reads back as after being written as JSON."""
+    """The value that JSON reads back after `value` was written to it: tuples become lists, keys become strings."""
     return json.loads(json.dumps(value, default=plain))
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
     """Write tensors as safetensors, with `header` as JSON under `key` in the file's metadata, atomically."""
     text = json.dumps(header, default=plain, allow_nan=False, ensure_ascii=False)
-    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic(path) as temporary:
-        save_file(whole, temporary, metadata={key: text})
+        save_file(on_cpu, temporary, metadata={key: text})
 
 
 def read_tensors(path: str | Path, key: str, *, mapped: bool = False) -> tuple[dict[str, Tensor], Any]:
-    """Read what `write_tensors` wrote: the tensors and the header.
+    """Read the tensors and the header that `write_tensors` wrote.
 
     Args:
-        path: the file.
-        key: where in the metadata the header lies.
-        mapped: leave the tensors in the file until they are needed. It may be replaced, but not written over.
+        path: path of the file.
+        key: key of the header in the file's metadata.
+        mapped: leave the tensors in the file until they are needed. The file may then be replaced, but not written
+            over.
 
     Raises:
         InputError: there is no such file; it is not safetensors or cut short; it lacks the header.
     """
-    with _opened(path) as opened:
+    with _open_tensors(path) as reader:
         # Cloned, since safetensors maps the file: were it overwritten, reading it would end the process.
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         tensors = tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
-        return tensors, _header(opened, path, key)
+        return tensors, _header(reader, path, key)
 
 
 def read_header(path: str | Path, key: str) -> Any:
@@ -209,15 +214,15 @@ def read_header(path: str | Path, key: str) -> Any:
     Raises:
         InputError: as `read_tensors`.
     """
-    with _opened(path) as opened:
-        return _header(opened, path, key)
+    with _open_tensors(path) as reader:
+        return _header(reader, path, key)
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def _open_tensors(path: str | Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as opened:
-            yield opened
+        with safe_open(path, framework="pt") as reader:
+            yield reader
     except SafetensorError as error:
         raise InputError(
             f"{str(path)!r} is not a safetensors file, or was cut short ({error}); expected one that "
@@ -229,8 +234,8 @@ def _opened(path: str | Path) -> Iterator[Any]:
         ) from error
 
 
-def _header(opened: Any, path: str | Path, key: str) -> Any:
-    text = (opened.metadata() or {}).get(key)
+def _header(reader: Any, path: str | Path, key: str) -> Any:
+    text = (reader.metadata() or {}).get(key)
     if text is None:
         raise InputError(
             f"{str(path)!r} has no {key!r} in its header; expected a file that mechedit wrote: check the path"

@@ -91,8 +91,8 @@ _KEYS = {"weights": "weights_hash", "tokenizer": "tokenizer_hash", "dtype": "dty
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with Path(path).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def value_hash(value: Any) -> str:

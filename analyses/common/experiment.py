@@ -32,7 +32,7 @@ from mechedit.figures import save_figure
 from mechedit.files import atomic, write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.models import Model
-from mechedit.moments import MomentsConfig, SecondMoment, collect_moments
+from mechedit.moments import MomentsConfig, SecondMoment
 from mechedit.provenance import numbered, value_hash
 from mechedit.selection import SelectConfig, Selection
 from mechedit.targets import find_targets
@@ -132,8 +132,10 @@ class Experiment:
         found = self._moments.setdefault(module, {})
         if missing := sorted(set(layers) - set(found)):
             reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.given.tokens)
-            folder = self.out if module == "mlp" else self.out / module
-            found.update(collect_moments(self.model.writing(module), self.given.texts, missing, reading, folder))
+            run = (
+                self.run if module == "mlp" else pipeline.RunFolder.at(self.out / module, overwrite=self.run.overwrite)
+            )
+            found.update(pipeline.moments_step(run, self.model.writing(module), self.given.texts, missing, reading))
         return {layer: found[layer] for layer in layers}
 
     @cached_property

@@ -118,7 +118,7 @@ def check_model(model: Model, edit: Edit) -> None:
     """
     check_module(model, edit)
     wanted = edit.manifest.get("model") or {}
-    found = model.identity().weights
+    found = model.weights_hash()
     if wanted.get("weights_hash") != found:
         raise InputError(
             f"the edit was made for {wanted.get('model')!r} with weights {wanted.get('weights_hash')}, found "
