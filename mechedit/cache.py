@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 
@@ -17,14 +17,6 @@ from mechedit.files import write_parquet
 from mechedit.provenance import value_hash
 
 Value = TypeVar("Value")
-
-
-class Saved(Protocol):
-    """A value that writes itself to a path; its class reads it back with `load`."""
-
-    def save(self, path: Path, /) -> object:
-        """Write the value, atomically."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -39,18 +31,14 @@ class Codec(Generic[Value]):
     files: tuple[str, ...] = ()
     """The files that a finished result has in its folder; empty when a result is one file."""
 
-    @staticmethod
-    def saved(kind: Any, suffix: str = "", files: tuple[str, ...] = ()) -> Codec[Any]:
-        """The codec of a class that has `save` (see `Saved`) and `load`."""
-        return Codec(read=kind.load, write=_save, suffix=suffix, files=files)
-
     def finished(self, path: Path) -> bool:
         """Whether the whole result is at a path."""
         return all((path / name).is_file() for name in self.files) if self.files else path.is_file()
 
 
-def _save(path: Path, value: Saved) -> None:
-    value.save(path)
+def codec_of(kind: Any, suffix: str = "", files: tuple[str, ...] = ()) -> Codec[Any]:
+    """The codec of a class whose values write themselves by `save(path)`, and which reads them by `load(path)`."""
+    return Codec(read=kind.load, write=lambda path, value: value.save(path), suffix=suffix, files=files)
 
 
 PARQUET: Codec[pd.DataFrame] = Codec(read=pd.read_parquet, write=write_parquet, suffix=".parquet")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mechedit.cache import Codec
+from mechedit.cache import Codec, codec_of
 from mechedit.data import EditRequest, Fact
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
@@ -42,10 +42,10 @@ from mechedit.trace.folder import TRACE, trace_to_folder
 Protocol = Literal["counterfact", "zsre"]
 """How requests are scored: by `evaluate`, or by `evaluate_zsre`."""
 
-SWEEP: Codec[Sweep] = Codec.saved(Sweep, files=("sweep.parquet", "sweep_cases.parquet"))
-EDIT: Codec[Edit] = Codec.saved(Edit, suffix=".safetensors")
-SCORES: Codec[Scores] = Codec.saved(Scores, files=("scores.parquet",))
-BASELINE: Codec[Baseline] = Codec.saved(Baseline, files=("scores.parquet",))
+SWEEP: Codec[Sweep] = codec_of(Sweep, files=("sweep.parquet", "sweep_cases.parquet"))
+EDIT: Codec[Edit] = codec_of(Edit, suffix=".safetensors")
+SCORES: Codec[Scores] = codec_of(Scores, files=("scores.parquet",))
+BASELINE: Codec[Baseline] = codec_of(Baseline, files=("scores.parquet",))
 
 
 def trace_step(run: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import torch
 from helpers.edits import made
 
 from mechedit import Edit
-from mechedit.cache import PARQUET, Cache, Codec
+from mechedit.cache import PARQUET, Cache, Codec, codec_of
 from mechedit.errors import InputError
 
-EDIT = Codec.saved(Edit, suffix=".safetensors")
+EDIT = codec_of(Edit, suffix=".safetensors")
 
 
 class Maker:

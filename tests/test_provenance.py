@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mechedit import MomentsConfig, apply_, collect_moments, edited, load_model, load_texts, undo_
 from mechedit.cli import main
+from mechedit.data import tiny_data
 from mechedit.errors import InputError
 from mechedit.models import weights_hash
 from mechedit.models.weights_hash import WeightsHash, checksum, sha256_of
@@ -188,7 +190,9 @@ def test_one_edit_command_hashes_the_weights_once(tmp_path: Path, hashed: list[s
     model = load_model("tiny")
     collect_moments(model, load_texts("tiny")[:600], [2, 3], MomentsConfig(max_length=16), tmp_path)
     hashed.clear()
-    arguments = ["edit", "--layers", "2-3", "--set", "steps=2", "--moments", str(tmp_path)]
+    requests = tmp_path / "requests.json"
+    requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:3]))
+    arguments = ["edit", "--requests", str(requests), "--layers", "2-3", "--set", "steps=2", "--moments", str(tmp_path)]
     with pytest.raises(SystemExit) as leaving:
         main([*arguments, "--out", str(tmp_path / "edit.safetensors")])
     assert leaving.value.code == 0

@@ -217,10 +217,10 @@ def test_scores_of_another_model_are_refused(make_model: Any) -> None:
     baseline = measure_baseline(one, REQUESTS, SHORT)
     with pytest.raises(InputError, match="the baseline was made with outer_hash"):
         evaluate(other, REQUESTS, baseline=baseline)
-    with pytest.raises(InputError, match="'before' were measured with outer_hash"):
+    with pytest.raises(InputError, match="'after' was made with outer_hash"):
         baseline.scores.join(evaluate(other, REQUESTS, SHORT))
     renamed = [replace(REQUESTS[0], target_new="Korean"), *REQUESTS[1:]]
-    with pytest.raises(InputError, match="'before' were measured with requests"):
+    with pytest.raises(InputError, match="'after' was made with requests"):
         baseline.scores.join(evaluate(one, renamed, SHORT))
 
 
