@@ -67,12 +67,12 @@ class ModelIdentity:
         return {key: getattr(self, name) for name, key in _KEYS.items()}
 
     def require(
-        self, other: ModelIdentity, what: str, remedy: str = MAKE_AGAIN, *, ignoring: Collection[str] = ()
+        self, identity: ModelIdentity, what: str, remedy: str = MAKE_AGAIN, *, ignoring: Collection[str] = ()
     ) -> None:
         """Refuse a result of another model than this one.
 
         Args:
-            other: the identity that the result was made with.
+            identity: of the model that the result was made with.
             what: names the result in the message.
             remedy: what to do about it.
             ignoring: fields that may differ.
@@ -80,9 +80,8 @@ class ModelIdentity:
         Raises:
             InputError: names the first field that differs, with both values.
         """
-        expected = {_KEYS[field.name]: getattr(self, field.name) for field in fields(self)}
-        compared = {key: value for key, value in expected.items() if key not in {_KEYS[name] for name in ignoring}}
-        check_provenance(other.record, compared, what, remedy)
+        compared = [field.name for field in fields(self) if field.name not in ignoring]
+        check_provenance(identity.record, {_KEYS[name]: getattr(self, name) for name in compared}, what, remedy)
 
 
 _KEYS = {"weights": "weights_hash", "tokenizer": "tokenizer_hash", "dtype": "dtype", "module": "module"}
