@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers.edits import made
+from helpers.edits import random_edit
 
 from mechedit import Edit
 from mechedit.cache import PARQUET, Cache, Codec, codec_of
@@ -73,7 +73,7 @@ def test_what_is_interrupted_leaves_nothing_and_is_made_again(tmp_path: Path, er
 
 
 def test_an_edit_is_kept_with_its_manifest(lens_model: Any, tmp_path: Path) -> None:
-    cache, edit = Cache.at(tmp_path), made(lens_model)
+    cache, edit = Cache.at(tmp_path), random_edit(lens_model)
     assert cache.get("edit", lambda: edit, EDIT) is edit
     loaded = cache.get("edit", pytest.fail, EDIT)
     assert loaded.manifest == edit.manifest
@@ -83,7 +83,7 @@ def test_an_edit_is_kept_with_its_manifest(lens_model: Any, tmp_path: Path) -> N
 
 def test_a_damaged_file_is_refused_and_not_made_again(lens_model: Any, tmp_path: Path) -> None:
     cache = Cache.at(tmp_path)
-    cache.get("edit", lambda: made(lens_model), EDIT)
+    cache.get("edit", lambda: random_edit(lens_model), EDIT)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="cut short"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.edits import made
+from helpers.edits import random_edit
 from torch import Tensor
 
 from mechedit import MomentsConfig, apply_, collect_moments, edited, load_model, load_texts, undo_
@@ -19,7 +19,7 @@ from mechedit.cli import main
 from mechedit.data import tiny_data
 from mechedit.errors import InputError
 from mechedit.models import weights_hash
-from mechedit.models.weights_hash import WeightsHash, checksum, sha256_of
+from mechedit.models.weights_hash import WeightsHash, checksum, sha256_of, weighted_sums, words_of
 from mechedit.provenance import ALGORITHMS, ModelIdentity, check_provenance, determining, numbered
 
 IDENTITY = ModelIdentity(dtype="float32", tokenizer="t", weights="w", module="mlp")
@@ -134,7 +134,7 @@ def test_every_way_of_writing_to_the_weights_is_noticed(
 
 
 def test_the_weights_are_hashed_once_per_edit_state(fresh_model: Any, hashed: list[str]) -> None:
-    edit = made(fresh_model)
+    edit = random_edit(fresh_model)
     base = fresh_model.weights_hash()
     for _ in range(2):
         with edited(fresh_model, edit):
@@ -147,17 +147,26 @@ def test_the_weights_are_hashed_once_per_edit_state(fresh_model: Any, hashed: li
     assert len(hashed) == len(set(hashed)) == 2, "the unedited and the edited state"
 
 
+def on_a_gpu(weight: Tensor) -> bytes:
+    return weighted_sums(words_of(weight)).numpy().tobytes()
+
+
+def on_a_cpu(weight: Tensor) -> bytes:
+    return checksum({"w": weight})
+
+
+@pytest.mark.parametrize("take", [on_a_cpu, on_a_gpu])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
-def test_a_checksum_sees_every_number_and_every_order(dtype: torch.dtype) -> None:
+def test_a_checksum_sees_every_number_and_every_order(dtype: torch.dtype, take: Callable[[Tensor], bytes]) -> None:
     weight = torch.randn(5, 1717, generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = checksum({"w": weight})
-    assert checksum({"w": weight.clone()}) == before != checksum({"v": weight})
+    before = take(weight)
+    assert take(weight.clone()) == before
 
     def differs(change: Callable[[Tensor], object]) -> bool:
         written = weight.clone()
         change(written)
         assert not torch.equal(written, weight)
-        return checksum({"w": written}) != before
+        return take(written) != before
 
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     for place in [0, 1, 2, 3, 4095, 4096, 5 * 1717 - 1, *range(100, 8000, 997)]:
@@ -169,7 +178,11 @@ def test_a_checksum_sees_every_number_and_every_order(dtype: torch.dtype) -> Non
     assert differs(lambda w: w.neg_())
     # Numbers in the upper half of a word, whose signs are its highest bit.
     assert differs(negate_two)
-    assert checksum({"w": weight.T}) != before
+
+
+def test_a_checksum_is_of_names_and_shapes_too() -> None:
+    weight = torch.arange(12.0).view(3, 4)
+    assert len({checksum({"w": weight}), checksum({"v": weight}), checksum({"w": weight.view(4, 3)})}) == 3
 
 
 def negate_two(weight: Tensor) -> None:

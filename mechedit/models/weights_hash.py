@@ -1,25 +1,29 @@
 """SHA-256 of a model's weights, taken once for each state of the weights.
 
-SHA-256 reads one or two GB a second on a CPU, and weights on a GPU have to be copied there first. So the hash is
-remembered under a checksum of the weights' bytes, which is taken each time where the weights are. Nothing else would
-do: an in-place write raises a tensor's version counter, but a write through `.data` or a NumPy view does not.
+SHA-256 reads one or two GB a second, one after another, and weights on a GPU have to be copied to the CPU first. So the
+hash is remembered under a checksum of the weights' bytes, which is taken each time where the weights are. Nothing less
+would do: an in-place write raises a tensor's version counter, but a write through `.data` or a NumPy view does not.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 _ROW = 4096
-"""Words that go into one sum."""
-_BLOCK = 2**18
-"""Words that are multiplied at a time on a CPU, so that they stay in its cache."""
+"""Words that go into one weighted sum."""
+_BLOCK = 2**24
+"""Words that are multiplied at a time, to bound the memory that it takes."""
 _STATES = 8
 """States of the weights whose hashes are remembered."""
 
@@ -51,27 +55,37 @@ def sha256_of(parameters: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
 def checksum(parameters: Mapping[str, Tensor]) -> bytes:
     """A checksum that changes with every single number of the parameters, and practically with every other change.
 
-    The bytes are read as words x of 64 bits. Of every `_ROW` of them Σⱼ kⱼ xⱼ and Σⱼ kⱼ ⌊xⱼ / 2³²⌋ are taken mod 2⁶⁴,
-    with random odd kⱼ. A number that changes changes one word by some d ≠ 0 mod 2⁶⁴, and so the first sum by
-    kⱼ d ≠ 0. Several changes at once, such as numbers that swap their places, leave both sums alone with a
-    probability of about 2⁻³²; without the second sum two numbers in upper halves could swap their signs unnoticed.
+    On a CPU it consists of CRC-32 and of the sum of the bytes read as words of 64 bits. A number that changes lies in
+    one word, and so changes the sum; several that change leave CRC-32 alone with a probability of 2⁻³². Elsewhere it
+    consists of weighted sums (`weighted_sums`), which a GPU takes as fast as it reads.
     """
     digest = hashlib.blake2b()
-    for name, parameter in sorted(parameters.items()):
-        digest.update(_header(name, parameter))
-        digest.update(_sums(_words(parameter)).cpu().numpy().tobytes())
+    ordered = sorted(parameters.items())
+    # CRC-32 and sums both release Python's lock.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for (name, parameter), content in zip(
+            ordered, pool.map(_checksum, (tensor for _, tensor in ordered)), strict=True
+        ):
+            digest.update(_header(name, parameter) + content)
     return digest.digest()
+
+
+def _checksum(parameter: Tensor) -> bytes:
+    words = words_of(parameter)
+    if words.device.type != "cpu":
+        return weighted_sums(words).cpu().numpy().tobytes()
+    content: Any = words.numpy()
+    return f"{zlib.crc32(content)} {int(words.sum())}".encode()
 
 
 def _header(name: str, parameter: Tensor) -> bytes:
     return f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode()
 
 
-def _words(parameter: Tensor) -> Tensor:
+def words_of(parameter: Tensor) -> Tensor:
     """The bytes of a tensor as whole numbers of 64 bits; zeros fill up the last one."""
     content = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
     lacking = -len(content) % 8
@@ -80,12 +94,16 @@ def _words(parameter: Tensor) -> Tensor:
     return content.view(torch.int64)
 
 
-def _sums(words: Tensor) -> Tensor:
-    """Both sums of each row of words; the last row may be shorter."""
+def weighted_sums(words: Int[Tensor, " word"]) -> Int[Tensor, " sum"]:
+    """Two sums of each `_ROW` words x: Σⱼ kⱼ xⱼ and Σⱼ kⱼ ⌊xⱼ / 2³²⌋ mod 2⁶⁴, with random odd kⱼ.
+
+    A word that changes by d ≠ 0 mod 2⁶⁴ changes the first sum by kⱼ d ≠ 0. Several changes at once, such as numbers
+    that swap their places, leave both sums alone with a probability of about 2⁻³²; without the second sum, two numbers
+    in upper halves of words could swap their signs unnoticed.
+    """
     factors = _factors(words.device)
     full = len(words) // _ROW * _ROW
-    size = _BLOCK if words.device.type == "cpu" else 64 * _BLOCK
-    blocks = [*words[:full].view(-1, _ROW).split(size // _ROW), words[full:].view(1, -1)]
+    blocks = [*words[:full].view(-1, _ROW).split(_BLOCK // _ROW), words[full:].view(1, -1)]
     return torch.cat([(half * factors[: block.shape[1]]).sum(1) for block in blocks for half in (block, block >> 32)])
 
 
