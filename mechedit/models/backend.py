@@ -265,7 +265,7 @@ class BackendModel:
         )
 
     def provenance(self) -> dict[str, Any]:
-        """Name, backend, weights hash, tokenizer hash, dtype, the module that is written, and mechedit version."""
+        """Name, backend, weights hash, tokenizer hash, dtype, edited module, and mechedit version."""
         return {
             "mechedit": VERSION,
             "model": self.name,

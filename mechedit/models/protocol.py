@@ -273,5 +273,5 @@ class Model(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """Name, backend, weights hash, tokenizer hash, dtype, the module that is written, and mechedit version."""
+        """Name, backend, weights hash, tokenizer hash, dtype, edited module, and mechedit version."""
         ...

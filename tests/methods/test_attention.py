@@ -85,6 +85,8 @@ def test_the_output_is_the_key_times_the_projection(family_model: Any) -> None:
     assert family_model.module == "mlp"
     assert family_model.d_key == family_model.d_mlp
     assert family_model.projection(1).data_ptr() != module.weight.data_ptr()
+    assert model.down_projection(1).data_ptr() == family_model.projection(1).data_ptr()
+    assert model.down_projection(1).shape == (model.d_mlp, model.d_model)
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ def test_a_model_says_what_it_is(family_model: Any, backend: str, tokenizer: Any
     assert isinstance(family_model, Model)
     assert family_model.backend == backend
     assert (family_model.d_model, family_model.max_positions) == (32, 64)
+    assert (family_model.vocab_size, family_model.n_heads, family_model.end_tokens) == (VOCAB, 4, [0])
+    assert family_model.checkpoint == ""
     assert family_model.dtype == torch.float32
     assert family_model.device.type == "cpu"
     provenance = family_model.provenance()
@@ -65,7 +67,7 @@ def test_a_folder_loads_in_the_dtype_asked_for(make_hf: Any, tokenizer: Any, bac
     make_hf("gpt_neo").half().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = load_model(tmp_path, backend=backend, device="cpu")
-    assert (model.dtype, model.name) == (torch.float32, str(tmp_path))
+    assert (model.dtype, model.name, model.checkpoint) == (torch.float32, str(tmp_path), str(tmp_path))
     assert model.tokenizer("The mother tongue")["input_ids"] == tokenizer("The mother tongue")["input_ids"]
     low = load_model(str(tmp_path), backend=backend, device="cpu", dtype="bfloat16")
     assert low.dtype == torch.bfloat16
