@@ -117,20 +117,21 @@ def check_model(model: Model, edit: Edit) -> None:
             factors are not finite.
     """
     check_module(model, edit)
-    wanted = edit.manifest.get("model") or {}
-    found = model.weights_hash()
-    if wanted.get("weights_hash") != found:
+    made_for = edit.manifest.get("model") or {}
+    weights_hash = model.weights_hash()
+    if made_for.get("weights_hash") != weights_hash:
         raise InputError(
-            f"the edit was made for {wanted.get('model')!r} with weights {wanted.get('weights_hash')}, found "
-            f"{model.name!r} with weights {found}; load the model it was made for, or undo other edits first"
+            f"the edit was made for {made_for.get('model')!r} with weights {made_for.get('weights_hash')}, found "
+            f"{model.name!r} with weights {weights_hash}; load the model it was made for, or undo other edits first"
         )
     for layer in edit.layers:
-        shape = tuple(model.projection(layer).shape) if 0 <= layer < model.n_layers else None
         factors = edit.factors[layer]
-        if shape != (found := (len(factors.left), factors.right.shape[1])):
+        edit_shape = (len(factors.left), factors.right.shape[1])
+        model_shape = tuple(model.projection(layer).shape) if 0 <= layer < model.n_layers else None
+        if edit_shape != model_shape:
             raise InputError(
-                f"the edit's layer {layer} is {found}, but the model's is {shape or 'absent'}; the edit file "
-                f"is damaged or of another model"
+                f"the edit's layer {layer} is {edit_shape}, but the model's is {model_shape or 'absent'}; the edit "
+                f"file is damaged or of another model"
             )
     check_factors(edit)
 

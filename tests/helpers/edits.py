@@ -1,4 +1,4 @@
-"""What the tests of edits share: random edits, and weights compared bit for bit."""
+"""Random edits, and weights compared bit for bit."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ def random_edit(model: Any, seed: int = 0, layers: tuple[int, ...] = LAYERS, ran
 
 
 def logits(model: Any) -> Tensor:
+    """Logits of one prompt, [1, pos, vocab]."""
     tokens = pad([model.tokenizer("The mother tongue of Leon Blum is")["input_ids"]], model.tokenizer)
     with torch.no_grad():
         return model.run(tokens).logits
 
 
 def weights(model: Any) -> dict[str, Tensor]:
+    """Copies of all parameters by name."""
     return {name: value.detach().clone() for name, value in model.hf.named_parameters()}
 
 
 def identical(model: Any, before: dict[str, Tensor]) -> bool:
-    """Whether all weights are the same bits (so that 0 and −0 differ)."""
+    """Whether all weights are bit for bit those of `before` (0 and −0 differ)."""
     now = dict(model.hf.named_parameters())
     return now.keys() == before.keys() and all(
         now[name].dtype == before[name].dtype
