@@ -12,7 +12,8 @@ import mechedit as me
 from mechedit import pipeline, provenance
 from mechedit.cache import Codec
 from mechedit.errors import InputError
-from mechedit.files import read_json, write_json
+from mechedit.files import read_json, read_tensors, write_json, write_tensors
+from mechedit.moments.second_moment import moment_path
 from mechedit.provenance import ALGORITHMS
 from mechedit.run_folder import RunFolder
 
@@ -158,6 +159,14 @@ def test_a_renamed_model_and_a_new_release_make_neither_trace_nor_moments_again(
     again = pipeline.moments_step(run, renamed, texts, [2], reading)
     assert again[2].matrix.equal(moments[2].matrix)
     assert files == {path: path.stat().st_mtime_ns for path in run.path.rglob("*.*") if path.name != "config.json"}
+
+    # Moments from before there were numbers count as of algorithm 1.
+    tensors, header = read_tensors(moment_path(run.path, 2), "provenance")
+    assert header.pop("algorithm") == ALGORITHMS["moments"]
+    write_tensors(moment_path(run.path, 2), tensors, "provenance", header)
+    before = moment_path(run.path, 2).stat().st_mtime_ns
+    pipeline.moments_step(run, renamed, texts, [2], reading)
+    assert moment_path(run.path, 2).stat().st_mtime_ns == before
 
     monkeypatch.setitem(ALGORITHMS, "moments", 2)
     with pytest.raises(InputError, match="made with algorithm = 1, expected 2"):

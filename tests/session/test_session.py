@@ -27,6 +27,7 @@ from mechedit.evaluation import QUICK, evaluate, perplexity
 from mechedit.methods import METHODS, SearchConfig, edit_keys, memit, recommended
 from mechedit.models import load_model
 from mechedit.moments import collect_moments
+from mechedit.provenance import ALGORITHMS
 from mechedit.session.metrics import HistoryEntry
 
 PREFIXES = ["{}", "The first thing. {}"]
@@ -490,6 +491,19 @@ def test_a_folder_of_another_session_is_refused(
     begin(folder=tmp_path)
     with pytest.raises(InputError, match=f"made with {field} = "):
         begin(folder=tmp_path, **changes)
+
+
+def test_a_folder_without_an_algorithm_number_counts_as_of_algorithm_1(
+    begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(folder=tmp_path)
+    content = json.loads((tmp_path / "session.json").read_text())
+    assert content["made_with"].pop("algorithm") == 1
+    (tmp_path / "session.json").write_text(json.dumps(content))
+    begin(folder=tmp_path)
+    monkeypatch.setitem(ALGORITHMS, "session", 2)
+    with pytest.raises(InputError, match="made with algorithm = 1, expected 2"):
+        begin(folder=tmp_path)
 
 
 def test_a_folder_of_another_model_is_refused(make_model: Any, begin: Any, tmp_path: Path) -> None:
