@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 import mechedit as me
-from mechedit import pipeline, provenance
+from mechedit import pipeline, provenance, run_folder
 from mechedit.cache import Codec
 from mechedit.errors import InputError
 from mechedit.files import read_json, read_tensors, write_json, write_tensors
+from mechedit.models import backend
 from mechedit.moments.second_moment import moment_path
 from mechedit.provenance import ALGORITHMS
 from mechedit.run_folder import RunFolder
@@ -151,7 +152,7 @@ def test_a_renamed_model_and_a_new_release_make_neither_trace_nor_moments_again(
     folder = tmp_path / "renamed"
     shutil.copytree(Path(me.__file__).parent / "models" / "tiny", folder)
     renamed = me.load_model(str(folder), backend="nnsight")
-    for module in (provenance, me.models.backend, me.run_folder):
+    for module in (provenance, backend, run_folder):
         monkeypatch.setattr(module, "VERSION", "9.9")
     assert renamed.provenance() != model.provenance()
     assert renamed.identity() == model.identity()
