@@ -98,10 +98,10 @@ def values(session: EditSession, measure: str, scope: str, layer: int | None = N
     return rows["value"].tolist() if layer is None else rows[rows["layer"] == layer]["value"].tolist()
 
 
-def assert_same_session(session: EditSession, other: EditSession) -> None:
+def assert_same_session(session: EditSession, expected: EditSession) -> None:
     """All that a session ends with, bit for bit."""
-    assert len(session.batches) == len(other.batches) == len(BATCHES)
-    for mine, theirs in zip(session.batches, other.batches, strict=True):
+    assert len(session.batches) == len(expected.batches) == len(BATCHES)
+    for mine, theirs in zip(session.batches, expected.batches, strict=True):
         assert mine.weights_hash == theirs.weights_hash
         assert mine.edit.manifest == theirs.edit.manifest
         assert mine.edit.layers == theirs.edit.layers
@@ -109,9 +109,9 @@ def assert_same_session(session: EditSession, other: EditSession) -> None:
             assert torch.equal(mine.edit.factors[layer].left, theirs.edit.factors[layer].left)
             assert torch.equal(mine.edit.factors[layer].right, theirs.edit.factors[layer].right)
             assert torch.equal(mine.keys[layer], theirs.keys[layer])
-    pd.testing.assert_frame_equal(lasting(session), lasting(other), check_exact=True)
-    pd.testing.assert_frame_equal(session.scores, other.scores, check_exact=True)
-    assert session.edit.manifest == other.edit.manifest
+    pd.testing.assert_frame_equal(lasting(session), lasting(expected), check_exact=True)
+    pd.testing.assert_frame_equal(session.scores, expected.scores, check_exact=True)
+    assert session.edit.manifest == expected.edit.manifest
 
 
 def test_one_batch_is_the_method_alone(lively: Any, moments: Any, uninterrupted: EditSession) -> None:
