@@ -161,9 +161,13 @@ def test_the_backends_agree_also_where_they_run_their_own_modules(
 ) -> None:
     deltas = []
     for backend in ("transformer_lens", "nnsight"):
-        for plain in (True, False):
+        for unhooked in (True, False):
             model = make_model("gemma2", backend)
-            monkeypatch.setattr(model, "_plain_fits", plain)
+            if not unhooked:
+                # Only the backend's own engine is left, and no module of it is bypassed.
+                hooked = model._engines[-1]
+                monkeypatch.setattr(hooked, "unhooked", None)
+                monkeypatch.setattr(model, "_engines", (hooked,))
             deltas.append(ft(model, REQUESTS, [1], config=dataclasses.replace(QUICK, steps=3)).delta(1))
     assert deltas[0].norm() > 1e-2
     for delta in deltas[1:]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mechedit as me
 import mechedit.methods.method
-from mechedit.cli.describe import described, page
+from mechedit.cli.describe import describe_edit, format_description
 from mechedit.cli.parsing import method_config
 from mechedit.edit import Edit
 from mechedit.errors import InputError
@@ -109,7 +109,9 @@ def test_a_new_method_is_known_by_its_name(
     edit = edit_step(RunFolder(tmp_path), small_gpt2, REQUESTS, [0, 1], moments, "doubled", config)
     assert equal(edit, doubled(small_gpt2, REQUESTS, [0, 1], moments, config=config))
     assert any((tmp_path / "targets").iterdir()), "the search is cached"
-    assert "settings  steps = 3, covariance_weight = 0.25" in page(Path("edit.safetensors"), described(edit))
+    assert "settings  steps = 3, covariance_weight = 0.25" in format_description(
+        Path("edit.safetensors"), describe_edit(edit)
+    )
     requests = [replace(request, target_true="the") for request in REQUESTS]
     assert not sweep_windows(small_gpt2, requests, moments, [(0, 1)], method="doubled", config=config).refused
 
