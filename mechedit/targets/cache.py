@@ -1,4 +1,4 @@
-"""Finished searches for z, kept in a folder under the hash of all that determines them."""
+"""A cache of target results: one file per subject group, under the hash of all that determines them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import TERMS
 
 KEY = "targets"
-"""Where a file's header lies in its metadata."""
+"""Metadata entry of a file that holds its header."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,9 +29,9 @@ class TargetResult:
     """The result of the search for one fact."""
 
     z: Float[Tensor, " d_model"]
-    """h + δ."""
+    """h + δ at the subject's last token."""
     initial: Float[Tensor, " d_model"]
-    """h, the state before."""
+    """h, the clean state there."""
     terms: Float[Tensor, "step term"]
     """`TERMS` at every step."""
     stopped: str
@@ -43,18 +43,22 @@ class TargetResult:
         return float((self.z - self.initial).norm() / self.initial.norm())
 
     def frame(self, name: str) -> pd.DataFrame:
-        """One row per step, for the fact with the id `name`."""
+        """The terms as a table with one row per step.
+
+        Args:
+            name: id of the fact.
+        """
         values = {term: column.tolist() for term, column in zip(TERMS, self.terms.T, strict=True)}
         return pd.DataFrame({"id": name, **values, "step": range(len(self.terms))})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetCache:
-    """Finished searches of one model, layer, set of prefixes and settings; without a folder nothing is kept."""
+    """Cached results for one model, layer, set of prefixes and settings."""
 
     cache: Cache
     made_with: Mapping[str, Any]
-    """What determines all of them: weights, tokenizer, dtype, layer, prefixes, settings."""
+    """All that determines the results, except the requests: weights, tokenizer, dtype, layer, prefixes, settings."""
 
     @staticmethod
     def at(
@@ -67,13 +71,13 @@ class TargetCache:
         """The cache in a folder.
 
         Args:
-            folder: where finished searches are kept, one file per subject group.
-            provenance: of the model.
-            layer: of z.
+            folder: the folder of the files; None for a cache that stores nothing.
+            provenance: provenance of the model.
+            layer: 0-based block of z.
             prefixes: context templates.
             config: settings of the search.
         """
-        # Of the settings, these change which facts and rows run together, but no fact's loss; the prefixes are given.
+        # These change which prompts run together, but no fact's loss; `seed` changes the prefixes, which are given.
         settings = {
             name: value
             for name, value in dataclasses.asdict(config).items()
@@ -87,17 +91,17 @@ class TargetCache:
         return TargetCache(cache=Cache.at(folder), made_with=made_with)
 
     def key(self, group: Sequence[EditRequest]) -> str:
-        """The hash of all that determines the results of requests that share a δ."""
+        """The hash of all that determines the results of one subject group."""
         requests = [(request.subject, request.prompt, request.target_new) for request in group]
         return value_hash({**self.made_with, "requests": requests})
 
     def read(self, groups: Sequence[Sequence[EditRequest]]) -> dict[str, list[TargetResult]]:
-        """The finished searches among `groups`, by key."""
+        """The cached results among `groups`, by key."""
         cached = {key: self.cache.read(key, RESULTS) for key in map(self.key, groups)}
         return {key: results for key, results in cached.items() if results is not None}
 
     def write(self, groups: Sequence[Sequence[EditRequest]], results: Sequence[Sequence[TargetResult]]) -> None:
-        """Keep the results of each group."""
+        """Store the results of each group, in a file of its own."""
         for group, group_results in zip(groups, results, strict=True):
             self.cache.write(self.key(group), list(group_results), RESULTS)
 
@@ -122,4 +126,4 @@ def _read(path: Path) -> list[TargetResult]:
 
 
 RESULTS = Codec(read=_read, write=_write, suffix=".safetensors")
-"""The results of requests that share a δ, in one file."""
+"""File format of the results of one subject group."""

@@ -150,7 +150,7 @@ def prepare_objective(
     initial = torch.zeros(len(requests), len(config.parts(model.module)), model.d_model, device=model.device)
     batches = []
     batched_prompts = search_batches(model, prompts, config.pass_tokens)
-    for batch, bare, states in run_in_halves(batched_prompts, lambda part: run_clean(model, part, layer, config)):
+    for batch, bare, states in run_in_halves(batched_prompts, lambda rows: run_clean(model, rows, layer, config)):
         batches.append(batch)
         initial[batch.fact[bare]] = states
     return Objective(

@@ -82,17 +82,19 @@ def find_targets(
     # Whatever can be refused is refused before the long search.
     search_prompts(model, requests, range(len(requests)), prefixes, config)
     provenance = model.provenance()
-    store = TargetCache.at(cache, provenance, layer, prefixes, config)
+    target_cache = TargetCache.at(cache, provenance, layer, prefixes, config)
     groups = _subject_groups(requests, config)
-    results = store.read(groups)
+    results = target_cache.read(groups)
     with tqdm(total=len(requests), desc="targets z", unit="fact", leave=None) as bar:
         bar.update(sum(map(len, results.values())))
-        for batch in _batched([group for group in groups if store.key(group) not in results], config.batch_size):
+        for batch in _batched([group for group in groups if target_cache.key(group) not in results], config.batch_size):
             batch_results = search_groups(model, batch, layer, prefixes, config, bar)
-            store.write(batch, batch_results)
-            results |= {store.key(group): result for group, result in zip(batch, batch_results, strict=True)}
+            target_cache.write(batch, batch_results)
+            results |= {target_cache.key(group): result for group, result in zip(batch, batch_results, strict=True)}
     by_id = {
-        request.id: result for group in groups for request, result in zip(group, results[store.key(group)], strict=True)
+        request.id: result
+        for group in groups
+        for request, result in zip(group, results[target_cache.key(group)], strict=True)
     }
     provenance = {
         "model": provenance,

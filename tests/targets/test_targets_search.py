@@ -318,8 +318,8 @@ def test_cached_targets_are_keyed_by_all_that_determines_them(
     assert look(make_model("gpt2", seed=1, initializer_range=0.05)) == 3
 
 
-def test_files_of_several_groups_as_they_were_before_are_not_read(lively: Any, tmp_path: Path) -> None:
-    """They lie under other names: what they hold is searched for again."""
+def test_files_of_several_groups_from_older_versions_are_not_read(lively: Any, tmp_path: Path) -> None:
+    """They have other names: their facts are searched for again."""
     config = dataclasses.replace(BRISK, steps=1)
     (tmp_path / f"{'0' * 32}.safetensors").write_bytes(b"of all groups of a batch")
     find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path)
