@@ -10,7 +10,7 @@ Fixtures for all test files:
 - `neo_model`: GPT-Neo with local and global attention, on both backends.
 - `family_model`: every family on both backends.
 
-The last four are made once a session; their weights are put back after each test, so tests may edit them.
+The last four are made once per session; their weights are put back after each test, so tests may edit them.
 """
 
 from __future__ import annotations

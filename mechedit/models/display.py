@@ -26,7 +26,7 @@ def html_summary(model: Model) -> str:
 
 
 def _properties(model: Model) -> dict[str, str]:
-    """What there is to say of a model, by label."""
+    """Properties of a model by label, as text."""
     count = len(model.edit_log)
     return {
         "family": model.family.name,

@@ -160,7 +160,7 @@ def random_hf(family: str, seed: int = 0, **changes: Any) -> Any:
 
 
 class CountedProducts(TorchDispatchMode):
-    """Counts the matrix products with each layer's down-projection, whoever computes them.
+    """Counts the matrix products with each layer's down-projection, in any engine.
 
     Products are counted and not calls of modules, because the fast engine multiplies by weights without calling the
     modules that hold them. `calls` has the number of products per layer, `tokens` their rows.
@@ -194,7 +194,7 @@ class CountedProducts(TorchDispatchMode):
 
 
 def hook_state(module: Any) -> list[tuple[int, int, Any]]:
-    """What a run might leave behind in a model: hooks and replaced forwards."""
+    """Traces that a run might leave in a model: hooks and replaced forwards."""
     return [
         (len(part._forward_hooks), len(part._forward_pre_hooks), part.__dict__.get("forward"))
         for part in module.modules()

@@ -1,4 +1,4 @@
-"""What is particular to one family or another, and that tracing rests on it."""
+"""Properties of single families: windows, scales, caps; and that tracing works with them."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_gradients_behind_prefixes_of_different_lengths(monkeypatch: pytest.Monk
         assert gradient.abs().max() > 1e-3
     longer = dataclasses.replace(prefix, lengths=torch.tensor([5, 1, 2]))
     further, _ = both_ways(monkeypatch, family_model, tokens, [patch], **{**options, "kv_cache": longer})
-    assert (further.logits - quick.logits)[1].abs().max() > 1e-3, "positions before a row's prefix are not looked at"
+    assert (further.logits - quick.logits)[1].abs().max() > 1e-3, "positions before a row's cache must matter here"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What `load_model` loads, what it leaves alone and what it refuses."""
+"""`load_model`: the sources that it loads, the state that it leaves alone, and the input that it refuses."""
 
 from __future__ import annotations
 
