@@ -28,7 +28,7 @@ TABLE_COLUMNS = ("case", "measure", "kind", "prompt", "value", "state")
 ANSWER_COLUMNS = ("case", "kind", "prompt", "question", "expected", "answer", "state")
 
 SAME_INPUT = ("outer_hash", "requests", "texts", "references")
-"""What of a state's provenance an edit leaves as it is: the model outside its blocks, and what it was asked."""
+"""Fields of a state's provenance that no edit changes: the model outside its blocks, and the input."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,20 +194,20 @@ class Scores:
 
 
 def check_states(states: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Refuse to hold states side by side that differ in more than their blocks, or were asked something else.
+    """Check that the states differ at most in their blocks' weights, and were measured on the same input.
 
     Raises:
         InputError: names the first field that differs.
     """
     remedy = "measure both again, on one model, edited or not, and on the same requests"
     for (_, before), (state, after) in pairwise(states):
-        # What either of them does not say cannot differ.
+        # A field that only one of them records cannot differ.
         recorded = {name: value for name, value in before.items() if name in after}
         check_same_input({name: after[name] for name in recorded}, recorded, f"the table of scores {state!r}", remedy)
 
 
 def check_same_input(provenance: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Refuse scores of another model than an edit could have made of the expected one, or on other input.
+    """Check that an edit could have made this model of the expected one, and that the input is the same.
 
     Raises:
         InputError: names the first field that differs.

@@ -18,9 +18,9 @@ def write_summary_file(
     """Write and return the summary: selected layers, each state's measures with intervals, protocol and counts.
 
     Args:
-        path: of the file.
-        scores: of all states; None when nothing was evaluated.
-        layers: those selected; None when there was no selection.
+        path: path of the file.
+        scores: scores of all states; None when nothing was evaluated.
+        layers: selected layers; None when there was no selection.
         edit: the edit that was evaluated.
     """
     summary: dict[str, Any] = {}

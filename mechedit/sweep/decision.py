@@ -1,4 +1,4 @@
-"""Which layers are edited in the end: those that the trace selects, or a window that the sweep prefers."""
+"""The layers to edit in the end: those that the trace selects, or a window that the sweep prefers."""
 
 from __future__ import annotations
 
