@@ -177,8 +177,8 @@ class OptionSet:
 
     def _help(self, name: str) -> str:
         """The field's note for someone at the command line, who leaves an option out where Python passes None."""
-        note = re.sub(r"(^|[.:] )None means", r"\1By default", self.notes.get(name, ""))
-        note = note.replace("None means", "by default")
+        note = re.sub(r"(^|[.] )None means", r"\1By default", self.notes.get(name, ""))
+        note = re.sub(r"\bNone (means)?", lambda match: "by default" if match[1] else "by default it ", note)
         return f"{note} Several are separated by commas." if _is_sequence(self.hints[name]) else note
 
 
