@@ -51,7 +51,7 @@ def open_experiment(name: str, parser: argparse.ArgumentParser, arguments: Seque
     parsed = parser.parse_args(arguments)
     if parsed.count is None:
         parsed.count = parsed.quick_count if parsed.quick else parsed.full_count
-    return Experiment(name=name, given=parsed)
+    return Experiment(name=name, arguments=parsed)
 
 
 def run(main: Callable[[], int | None]) -> None:

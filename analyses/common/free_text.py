@@ -15,10 +15,10 @@ from mechedit.evaluation.references import Key
 
 def free_text(experiment: Experiment) -> tuple[EvaluationConfig, References | None]:
     """Evaluation settings, with GE for `--free` texts per case; and references for RS, if the text has any."""
-    if not experiment.given.free:
+    if not experiment.arguments.free:
         return QUICK, None
-    config = replace(QUICK, generation_tokens=100, generation_prompts=experiment.given.free)
-    return config, references_of(load_facts(experiment.given.facts), load_texts(experiment.given.texts))
+    config = replace(QUICK, generation_tokens=100, generation_prompts=experiment.arguments.free)
+    return config, references_of(load_facts(experiment.arguments.facts), load_texts(experiment.arguments.texts))
 
 
 def references_of(facts: Sequence[Fact], texts: Sequence[str], limit: int = 20) -> References:

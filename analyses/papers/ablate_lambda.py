@@ -48,19 +48,21 @@ def default_weight(experiment: Experiment) -> float:
     """
     settings = dataclasses.asdict(experiment.config(variant(experiment)))
     if "covariance_weight" not in settings:
-        raise InputError(f"the method {experiment.given.method!r} has no λ, expected one such as memit; choose another")
+        raise InputError(
+            f"the method {experiment.arguments.method!r} has no λ, expected one such as memit; choose another"
+        )
     return float(settings["covariance_weight"])
 
 
 def variant(experiment: Experiment, weight: float | None = None) -> Variant:
     """The method with this λ."""
     settings = {} if weight is None else {"covariance_weight": f"{weight:g}"}
-    return Variant(method=experiment.given.method, layers=tuple(experiment.layers), settings=settings)
+    return Variant(method=experiment.arguments.method, layers=tuple(experiment.layers), settings=settings)
 
 
 def weights(experiment: Experiment, default_weight: float) -> list[float]:
     """λ in half decades, or with `--quick` in steps of the whole way."""
-    decades = experiment.given.decades
+    decades = experiment.arguments.decades
     count = 3 if experiment.quick else 1 + round(4 * decades)
     return [float(f"{default_weight * 10**step:.4g}") for step in np.linspace(-decades, decades, count)]
 

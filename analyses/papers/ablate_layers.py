@@ -73,12 +73,12 @@ def of_every_width(experiment: Experiment, selected: Window) -> list[Window]:
 
 def swept(experiment: Experiment, windows: Sequence[Window], module: str = "mlp") -> Sweep:
     """Edit and score each range once; what another script of the folder has found is read from there."""
-    layers, method = sorted({layer for window in windows for layer in window.layers}), experiment.given.method
+    layers, method = sorted({layer for window in windows for layer in window.layers}), experiment.arguments.method
     moments = experiment.moments(layers, module)
     return sweep_windows(
         experiment.model.writing(module),
         experiment.requests,
-        {layer: damped(moment, experiment.given.damping) for layer, moment in moments.items()},
+        {layer: damped(moment, experiment.arguments.damping) for layer, moment in moments.items()},
         windows,
         method=method,
         config=experiment.config(Variant(method=method, layers=tuple(layers))),

@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def trained(experiment: Experiment) -> tuple[int, ...]:
     """The layers given, or the middle one of those selected."""
     layers = experiment.layers
-    return tuple(layers) if experiment.given.layers else (layers[(len(layers) - 1) // 2],)
+    return tuple(layers) if experiment.arguments.layers else (layers[(len(layers) - 1) // 2],)
 
 
 def weights(experiment: Experiment) -> list[float]:
     """λ in half decades, or with `--quick` both ends."""
-    steps = round(2 * experiment.given.decades)
+    steps = round(2 * experiment.arguments.decades)
     chosen = (0, steps) if experiment.quick else range(steps + 1)
     return [float(f"{PUBLISHED * 10 ** (step / 2):.3g}") for step in chosen]
 

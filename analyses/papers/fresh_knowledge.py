@@ -61,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="memit")
     parser.add_argument("--words", type=int, default=10, help="tokens written after each prompt (default 10)")
     experiment = open_experiment("fresh_knowledge", parser, arguments)
-    if experiment.given.requests == "known" and experiment.given.count is None:
-        experiment.given.count = NEWS
+    if experiment.arguments.requests == "known" and experiment.arguments.count is None:
+        experiment.arguments.count = NEWS
     requests = experiment.requests
     write_facts(experiment.out / "fresh_knowledge_facts.csv", requests)
-    variant = Variant.parse(experiment.given.method, experiment.layers)
+    variant = Variant.parse(experiment.arguments.method, experiment.layers)
     scores = scored(experiment, variant, requests)
     table = by_fact(scores, requests)
     show(table)
@@ -90,8 +90,8 @@ def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
 
 def scored(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> Scores:
     """The scores and greedy answers before and after the edit, kept in `fresh_knowledge_scores/`."""
-    config = EvaluationConfig(seed=experiment.seed, generation_tokens=0, answer_tokens=experiment.given.words)
-    folder = pipeline.RunFolder.at(experiment.out / "fresh_knowledge_scores", overwrite=experiment.given.overwrite)
+    config = EvaluationConfig(seed=experiment.seed, generation_tokens=0, answer_tokens=experiment.arguments.words)
+    folder = pipeline.RunFolder.at(experiment.out / "fresh_knowledge_scores", overwrite=experiment.arguments.overwrite)
     edit = experiment.edit(variant, requests)
     return pipeline.evaluate_step(folder, experiment.model, requests, edit, config)
 

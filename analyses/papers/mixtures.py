@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", default="", help="relations to use, such as neither=P27+P37,both=P27+P937")
     parser.add_argument("--method", default="memit")
     experiment = open_experiment("mixtures", parser, arguments)
-    edits = parse_edits(experiment.given.edits or (QUICK_EDITS if experiment.quick else EDITS))
+    edits = parse_edits(experiment.arguments.edits or (QUICK_EDITS if experiment.quick else EDITS))
     pairs = found_pairs(experiment, edits)
-    variant = Variant.parse(experiment.given.method, experiment.layers)
+    variant = Variant.parse(experiment.arguments.method, experiment.layers)
     table = pd.concat([compared(experiment, variant, pair, edits) for pair in pairs], ignore_index=True)
     save_figure(detail(table), experiment.out, "mixtures_detail")
     experiment.write(table, format_table(table), overview(table))
@@ -99,7 +99,7 @@ def found_pairs(experiment: Experiment, edits: Sequence[int]) -> list[Pair]:
         InputError: none is.
     """
     groups = by_relation(experiment.requests, seed=experiment.seed)
-    pairs = find_pairs(groups, parse_pairs(experiment.given.pairs), least=edits[0])
+    pairs = find_pairs(groups, parse_pairs(experiment.arguments.pairs), least=edits[0])
     if not pairs:
         raise InputError(
             f"no two of the relations {', '.join(groups) or '(none)'} have {edits[0]} requests each; ask for fewer "

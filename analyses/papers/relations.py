@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default="memit,ft_w@2", help="such as memit,rome@2")
     experiment = open_experiment("relations", parser, arguments)
     groups = chosen(experiment)
-    variants = [Variant.parse(text, experiment.layers) for text in parse_names(experiment.given.methods)]
+    variants = [Variant.parse(text, experiment.layers) for text in parse_names(experiment.arguments.methods)]
     rows = [scored(experiment, variant, groups) for variant in (None, *variants)]
     table = pd.concat(rows, ignore_index=True)
     experiment.write(table, format_table(table), figure(table))
@@ -53,7 +53,7 @@ def chosen(experiment: Experiment) -> dict[str, list[EditRequest]]:
     Raises:
         InputError: no relation has enough.
     """
-    size = experiment.given.per_relation or (QUICK_SIZE if experiment.quick else SIZE)
+    size = experiment.arguments.per_relation or (QUICK_SIZE if experiment.quick else SIZE)
     groups = by_relation(experiment.requests, seed=experiment.seed)
     enough = {name: group[:size] for name, group in groups.items() if len(group) >= size > 0}
     if not enough:

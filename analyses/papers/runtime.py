@@ -37,8 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analyses.common.command import open_experiment, options, run
-from analyses.common.experiment import QUICK_TOKENS, Experiment
+from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
+from analyses.common.inputs import QUICK_TOKENS
 from analyses.common.variants import Variant, by_name
 from benchmarks.machine import wait
 from mechedit.data import EditRequest
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = options(__doc__, count=32, quick_count=4)
     parser.add_argument("--methods", help="such as memit,rome@5,ft (default: all; some with --quick)")
     experiment = open_experiment("runtime", parser, arguments)
-    methods = experiment.given.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
+    methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
     variants = by_name(experiment.variants(methods.split(",")))
     table = timed(experiment, variants, halvings(len(experiment.requests)))
     experiment.write(table, format_table(table), runtime_figure(table))
@@ -85,7 +86,7 @@ def timed(experiment: Experiment, variants: Mapping[str, Variant], counts: Seque
     def cached(what: str, count: int, variant: Variant, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         requests = experiment.requests[:count]
         key = {**experiment.key(requests), **experiment.variant_key(variant), "what": what, "machine": about}
-        return experiment.kept("runtime", key, make)
+        return experiment.cached("runtime", key, make)
 
     frames = [cached("moments", 0, reference, partial(moments_seconds, experiment, reference))]
     for count in tqdm(counts, desc="runtime", unit="size"):
@@ -157,9 +158,9 @@ class TimedRule:
 def moments_seconds(experiment: Experiment, variant: Variant) -> pd.DataFrame:
     """Seconds of E[k kᵀ] over the text, all layers in one pass; nothing is read from the folder."""
     clock = Clock(device=str(experiment.model.device))
-    reading = MomentsConfig(tokens=QUICK_TOKENS if experiment.quick else experiment.given.tokens)
+    reading = MomentsConfig(tokens=QUICK_TOKENS if experiment.quick else experiment.arguments.tokens)
     layers = sorted(variant.layers)
-    clock.take(MOMENTS, lambda: collect_moments(experiment.model, experiment.given.texts, layers, reading))
+    clock.take(MOMENTS, lambda: collect_moments(experiment.model, experiment.arguments.texts, layers, reading))
     return rows(clock, 0, "memit")
 
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all; some with --quick)")
     parser.add_argument("--free", type=int, default=0, help="free texts a case, for GE and RS (default 0, none)")
     experiment = open_experiment("scaling_curve", parser, arguments)
-    methods = experiment.given.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
+    methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
     variants = by_name(experiment.variants(methods.split(",")))
     counts = sizes(len(experiment.requests), 4 if experiment.quick else 16)
     table = scaled(experiment, variants, counts)
@@ -70,7 +70,7 @@ def sizes(most: int, steps: int = 16) -> list[int]:
 def scaled(experiment: Experiment, variants: Mapping[str, Variant], counts: Sequence[int]) -> pd.DataFrame:
     """The scores of every method on the first n requests, and of the unedited model on the same."""
     config, references = free_text(experiment)
-    edit_of_all = cache(lambda name: experiment.kept_edit(variants[name], experiment.requests))
+    edit_of_all = cache(lambda name: experiment.cached_edit(variants[name], experiment.requests))
     frames = []
     for count in tqdm(counts, desc="scaling", unit="size"):
         requests, score = experiment.requests[:count], partial(experiment.scored, evaluation=config)

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all)")
     parser.add_argument("--free", type=int, help="free texts a case, for GE and RS (default 1; with --quick 0)")
     experiment = open_experiment("table_counterfact", parser, arguments)
-    parsed = experiment.given
+    parsed = experiment.arguments
     if parsed.free is None:
         parsed.free = 0 if experiment.quick else 1
     default = VARIANTS if parsed.model == "tiny" and not experiment.quick else METHODS

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.set_defaults(requests="tiny")
     parser.add_argument("--methods", help=f"such as memit,rome@5 (default memit; for the tiny model {METHODS['tiny']})")
     experiment = open_experiment("table_zsre", parser, arguments)
-    names = experiment.given.methods or METHODS.get(experiment.given.model, "memit")
+    names = experiment.arguments.methods or METHODS.get(experiment.arguments.model, "memit")
     variants = [None, *(Variant.parse(text, experiment.layers) for text in parse_names(names))]
     rows = [scored(experiment, variant) for variant in tqdm(variants, desc="methods", unit="edit")]
     table = pd.concat(rows, ignore_index=True)
@@ -58,7 +58,7 @@ def scored(experiment: Experiment, variant: Variant | None) -> pd.DataFrame:
         "variant": None if variant is None else experiment.variant_key(variant),
         "evaluation": {"protocol": "zsre", **dataclasses.asdict(QUICK)},
     }
-    scores = experiment.kept("scores", key, lambda: _score(experiment, variant))
+    scores = experiment.cached("scores", key, lambda: _score(experiment, variant))
     return scores.assign(method="unedited" if variant is None else variant.name)
 
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = traced(experiment)
     averages, total = average_effects(folder / "effects.parquet"), total_effects(folder / "effects.parquet")
     figures = {
-        "fact": one_fact(folder, experiment.given.fact),
+        "fact": one_fact(folder, experiment.arguments.fact),
         "severed": draw(partial(plot_severed, averages), width=PAGE_WIDTH),
         "lines": lines_figure(averages),
     }
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def traced(experiment: Experiment) -> Path:
     """Trace everything into `trace/`, once for the same input, and return that folder."""
-    folder = pipeline.RunFolder.at(experiment.out / "trace", overwrite=experiment.given.overwrite)
+    folder = pipeline.RunFolder.at(experiment.out / "trace", overwrite=experiment.arguments.overwrite)
     config = TraceConfig(sever=("nothing", "mlp", "attn"), samples=experiment.samples, seed=experiment.seed)
     pipeline.trace_step(folder, experiment.model, experiment.facts, config)
     return folder.path

@@ -77,7 +77,7 @@ def test_lambda_trades_what_is_written_for_what_is_kept(folder: Path, monkeypatc
     assert unwritten["mean"].is_monotonic_increasing
     assert unwritten["mean"].iloc[0] < 5 < 50 < unwritten["mean"].iloc[-1]
     assert list(pd.read_csv(folder / "ablate_lambda.csv")["λ"]) == ["unedited", "0.1", "100", "100000"]
-    monkeypatch.setattr(Experiment, "_score", None)
+    monkeypatch.setattr(Experiment, "score", None)
     ablate_lambda.main([*SMALL, "--out", str(folder)])
 
 

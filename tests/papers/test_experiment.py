@@ -72,7 +72,7 @@ def test_a_scored_edit_is_made_once_and_leaves_the_model_as_it_was(experiment, m
     scores = experiment.scored(variant, experiment.requests)
     assert unedited["ES"] == 0 < scores.set_index("measure")["mean"]["ES"]
     assert experiment.model.provenance() == before
-    monkeypatch.setattr(Experiment, "_score", None)  # what is kept needs no scoring
+    monkeypatch.setattr(Experiment, "score", None)  # what is kept needs no scoring
     pd.testing.assert_frame_equal(experiment.scored(variant, experiment.requests), scores)
     with pytest.raises(TypeError):
         experiment.scored(Variant(method="memit", layers=(1, 2)), experiment.requests)

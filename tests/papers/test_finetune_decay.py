@@ -49,6 +49,6 @@ def test_a_score_is_that_of_the_method_itself(folder: Path) -> None:
 
 def test_a_second_run_trains_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "finetune_decay.parquet").read_bytes()
-    monkeypatch.setattr(Experiment, "_score", None)
+    monkeypatch.setattr(Experiment, "score", None)
     finetune_decay.main([*SMALL, "--out", str(folder)])
     assert (folder / "finetune_decay.parquet").read_bytes() == before

@@ -100,7 +100,7 @@ def test_the_order_is_that_of_the_largest_n(out, scaling):
 
 
 def test_a_second_run_makes_nothing_again(out, scaling, monkeypatch):
-    monkeypatch.setattr(Experiment, "_score", refuses)
+    monkeypatch.setattr(Experiment, "score", refuses)
     monkeypatch.setattr(Experiment, "edit", refuses)
     assert scaling_curve.main(arguments(out)) == 0
     pd.testing.assert_frame_equal(pd.read_parquet(out / "scaling_curve.parquet"), scaling)
