@@ -113,7 +113,7 @@ def test_a_new_method_is_known_by_its_name(
         Path("edit.safetensors"), describe_edit(edit)
     )
     requests = [replace(request, target_true="the") for request in REQUESTS]
-    assert not sweep_windows(small_gpt2, requests, moments, [(0, 1)], method="doubled", config=config).refused
+    assert not sweep_windows(small_gpt2, requests, moments, [(0, 1)], method="doubled", config=config).failed
 
 
 @pytest.mark.parametrize("method", list(METHODS))

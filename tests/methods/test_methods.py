@@ -65,7 +65,7 @@ def moments(lively: Any) -> dict[int, SecondMoment]:
     return collect_moments(lively, TEXTS, [0, 1, 2])
 
 
-def config_of(method: str, model: Any, **changes: Any) -> SearchConfig:
+def config_of(method: str, model: Any, **changes: Any) -> Any:
     config = recommended(method, model)
     assert isinstance(config, SearchConfig)
     return dataclasses.replace(config, **{**BRISK, **EAGER[method], **changes})
