@@ -362,7 +362,8 @@ def test_a_resample_costs_the_same_few_lines_at_any_depth_and_facts_are_drawn_on
             assert len(drawn) == 1, "all measures and rules share one draw of the facts"
         per_rule[depth] = (counts[1] - counts[0]) / (100 * len(RULES))
     assert 5 < per_rule[12] < 40
-    assert per_rule[48] < 1.1 * per_rule[12]
+    # One rule that looped over the layers would run 36 lines more, 9 on average over the rules.
+    assert per_rule[48] - per_rule[12] < 4.5
 
 
 # No early site
