@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check clean
+.PHONY: run test docs clean
 
 run: .venv/ready
 	$(BIN)/mechedit run --out run
@@ -13,7 +13,11 @@ test: .venv/ready-dev
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n auto
-	OMP_NUM_THREADS=1 $(BIN)/pytest --nbmake --nbmake-timeout=120 notebooks
+	$(MAKE) docs
+
+docs: .venv/ready-dev
+	rm -rf docs/_build
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j 2 -b html docs docs/_build/html
 
 .venv/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv

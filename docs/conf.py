@@ -1,0 +1,112 @@
+"""How the documentation is built: `make docs`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mechedit
+
+HERE = Path(__file__).parent
+NOTEBOOKS = HERE.parent / "notebooks"
+
+project = "mechedit"
+author = "the mechedit authors"
+copyright = f"2026, {author}"
+version = release = mechedit.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "jupyter_execute"]
+nitpicky = False
+html_theme = "furo"
+html_title = "mechedit"
+html_static_path = ["images"]
+html_css_files = ["tables.css"]
+
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_merge_streams = True
+# Progress bars go to stderr and are of no use on a page.
+nb_output_stderr = "remove"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+default_role = "code"
+
+
+def copy_notebooks(app: Any) -> None:
+    """Put the notebooks beside the pages, where Sphinx looks for them."""
+    folder = HERE / "notebooks"
+    folder.mkdir(exist_ok=True)
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        shutil.copyfile(notebook, folder / notebook.name)
+
+
+def write_command_line(app: Any) -> None:
+    """Generate the page of the command line from the commands themselves."""
+    page = HERE / "reference" / "command_line.md"
+    command = [sys.executable, "-m", "typer", "mechedit.cli.app", "utils", "docs", "--name", "mechedit"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    page.write_text(INTRODUCTION + text.partition("\n")[2].lstrip(), encoding="utf-8")
+
+
+INTRODUCTION = """\
+# The command line
+
+Every command takes `--config FILE`, a YAML or JSON file with the same option names; what stands on the command line
+wins. Progress goes to stderr. The exit code is 0 on success, 2 with one line on bad input, 3 when the facts show no
+early site and so no layers are selected, and 130 when interrupted: the same command then goes on from what is finished.
+
+"""
+
+
+def plain_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Turn a docstring that is written as plain text with Markdown's backticks into reStructuredText."""
+    result: list[str] = []
+    in_code = False
+    for number, line in enumerate(lines):
+        before = lines[number - 1] if number else ""
+        if line.strip() in ("Example:", "Examples:"):
+            result += [".. rubric:: Example", "", ".. code-block:: python", ""]
+            in_code = True
+            continue
+        if in_code and line and not line.startswith(" "):
+            in_code = False
+        if what == "module" and not in_code and line.startswith("    ") and not before.strip():
+            result += [".. code-block:: text", ""]
+            in_code = True
+        result.append(line if in_code else escaped(line))
+    lines[:] = result
+
+
+def escaped(line: str) -> str:
+    """A line of text with what reStructuredText would read as markup escaped, but not within backticks."""
+    parts = line.split("`")
+    for index in range(0, len(parts), 2):
+        parts[index] = re.sub(r"(?<=\w)_(?!\w)|[*|]", lambda match: "\\" + match[0], parts[index])
+    return "`".join(parts)
+
+
+def setup(app: Any) -> None:
+    """Connect what is generated."""
+    app.connect("builder-inited", copy_notebooks)
+    app.connect("builder-inited", write_command_line)
+    app.connect("autodoc-process-docstring", plain_to_rst, priority=400)
