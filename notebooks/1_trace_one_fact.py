@@ -164,7 +164,7 @@ effect = singly[singly["layer"] == 0].set_index("sever")["effect"]
 # corrupted, and what the state at the subject's last token gives back at layer 4.
 
 # %%
-several = [one for one in known.values() if one.relation in ("country", "language")][:12]
+several = [item for item in known.values() if item.relation in ("country", "language")][:12]
 config = me.TraceConfig(
     kinds=("state",), sever=("nothing", "mlp", "attn"), roles=("subject_last", "last"), samples=4
 )  # fmt: skip

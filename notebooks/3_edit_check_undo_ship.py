@@ -54,7 +54,7 @@ model = me.load_model("tiny")  # the line to change
 layers = [1, 2, 3, 4]  # what notebook 2 selects for it
 requests = me.load_requests("tiny")[:20]
 texts = me.load_texts("tiny")
-kept, held_out = texts[:-100], texts[-100:]
+collected, held_out = texts[:-100], texts[-100:]
 original = model.weights_hash()
 
 # %% [markdown]
@@ -102,7 +102,7 @@ pd.DataFrame(before.summary()).T.loc[["ES", "PS", "NS", "S", "exact_match"]].rou
 # disturbs the old ones least.
 
 # %%
-moments = me.collect_moments(model, kept, layers, me.MomentsConfig(tokens=50_000))
+moments = me.collect_moments(model, collected, layers, me.MomentsConfig(tokens=50_000))
 edit = me.memit(model, requests, layers, moments)
 assert model.weights_hash() == original  # making an edit leaves the model as it was
 me.summarize(edit, model).round(3)
@@ -149,8 +149,8 @@ written.loc[[request.id for request in requests[:6]]]
 
 # %%
 rows = where(after.table, measure="NS")
-lost = rows[rows["value"] == 0]
-print(f"lost: {len(lost)} of {len(rows)} prompts, in {lost['case'].nunique()} of {len(requests)} requests")
+flipped = rows[rows["value"] == 0]
+print(f"flipped: {len(flipped)} of {len(rows)} prompts, in {flipped['case'].nunique()} of {len(requests)} requests")
 
 # %% [markdown]
 # ## For good, and back
@@ -207,8 +207,8 @@ adapted = PeftModel.from_pretrained(base, folder / "adapter")
 tokens = model.tokenizer(request.text, return_tensors="pt").input_ids
 with torch.no_grad():
     difference = (adapted(tokens).logits - shipped(tokens).logits).abs().max()
-    said = model.tokenizer.decode(adapted(tokens).logits[0, -1].argmax())
-print(f"largest difference of a logit {float(difference):.1e}; says {said!r}, wanted {request.target_new!r}")
+    answer = model.tokenizer.decode(adapted(tokens).logits[0, -1].argmax())
+print(f"largest difference of a logit {float(difference):.1e}; says {answer!r}, wanted {request.target_new!r}")
 
 # %% [markdown]
 # ## What to do next
