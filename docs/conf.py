@@ -79,22 +79,32 @@ early site and so no layers are selected, and 130 when interrupted: the same com
 
 
 def plain_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Turn a docstring that is written as plain text with Markdown's backticks into reStructuredText."""
+    """Turn a docstring that is written as plain text with Markdown's backticks into reStructuredText.
+
+    Indented blocks (equations, small tables) become literal ones; lists, and sections such as `Args:`, stay.
+    """
     result: list[str] = []
-    in_code = False
-    for number, line in enumerate(lines):
-        before = lines[number - 1] if number else ""
-        if line.strip() in ("Example:", "Examples:"):
+    literal = listed = section = False
+    for line in lines:
+        indented, text = line.startswith(" "), line.strip()
+        if text in ("Example:", "Examples:"):
             result += [".. rubric:: Example", "", ".. code-block:: python", ""]
-            in_code = True
+            literal, listed, section = True, False, False
             continue
-        if in_code and line and not line.startswith(" "):
-            in_code = False
-        if what == "module" and not in_code and line.startswith("    ") and not before.strip():
-            result += [".. code-block:: text", ""]
-            in_code = True
-        result.append(line if in_code else escaped(line))
+        if text and not indented:
+            if literal and result[-1].strip():
+                result.append("")
+            literal = False
+            listed = bool(re.match(r"([-*]|\d+\.) ", text)) or (listed and bool(result) and bool(result[-1].strip()))
+            section = text in SECTIONS
+        elif text and not (literal or listed or section):
+            result += ["", ".. code-block:: text", ""]
+            literal = True
+        result.append("   " + line if literal and text else line if literal else escaped(line))
     lines[:] = result
+
+
+SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:", "Attributes:", "Note:")
 
 
 def escaped(line: str) -> str:
