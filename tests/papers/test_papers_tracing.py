@@ -150,7 +150,7 @@ def test_run_again_it_draws_again_from_what_was_traced(
     ]
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
     traced = (averaged / effects / "effects.parquet").stat().st_mtime_ns
-    monkeypatch.setattr(pipeline, "plan_trace", None)  # what is there needs no tracing
+    monkeypatch.setattr("mechedit.trace.folder.plan_trace", None)  # what is there needs no tracing
     main(words)
     assert (averaged / effects / "effects.parquet").stat().st_mtime_ns == traced
     for file, (made_at, content) in before.items():
