@@ -63,7 +63,7 @@ def copy_notebooks(app: Any) -> None:
 def write_command_line(app: Any) -> None:
     """Generate the page of the command line from the commands themselves."""
     page = HERE / "reference" / "command_line.md"
-    command = [sys.executable, "-m", "typer", "mechedit.cli.app", "utils", "docs", "--name", "mechedit"]
+    command = [sys.executable, "-m", "typer", "mechedit.cli", "utils", "docs", "--name", "mechedit"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     page.write_text(INTRODUCTION + text.partition("\n")[2].lstrip(), encoding="utf-8")
 

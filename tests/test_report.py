@@ -86,10 +86,8 @@ def test_every_number_of_the_summary_is_there_with_its_meaning(run):
     summary = read_json(run / "summary.json")
     for state in ("before", "after"):
         for name, entry in summary[state].items():
-            ends = "" if entry["low"] is None else f" [{number(entry['low'])}, {number(entry['high'])}]"
-            assert number(entry["mean"]) + ends in text, (state, name)
-    assert summary["before"]["EM"]["low"] is None, "all cases hold one value, which gives a magnitude no interval"
-    assert "[–" not in text
+            shown = f"{number(entry['mean'])} [{number(entry['low'])}, {number(entry['high'])}]"
+            assert shown in text, (state, name)
     assert "Harmonic mean of ES, PS and NS" in text
     assert "Paraphrases (PS)" in text
 

@@ -18,13 +18,8 @@ def score_frame(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame([{"measure": name, **entry} for name, entry in summary.items()], columns=list(SCORE_COLUMNS))
 
 
-def format_interval(mean: float, low: float | None, high: float | None, *, digits: int = 1) -> str:
-    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it.
-
-    Without an interval, the mean alone.
-    """
-    if low is None or high is None or pd.isna(low) or pd.isna(high):
-        return f"{mean:.{digits}f}"
+def format_interval(mean: float, low: float, high: float, *, digits: int = 1) -> str:
+    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it."""
     return f"{mean:.{digits}f} ({(high - low) / 2:.{digits}f})"
 
 

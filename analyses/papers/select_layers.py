@@ -169,17 +169,16 @@ def edits(run: pipeline.RunFolder, selection: Selection) -> str:
         f"{validation['held_out']} of them about subjects that were not traced.\n\n"
         + markdown(["layers", "contribution", *measures], rows)
         + "\n\nContribution: what the MLPs of the window add in the trace, in percent of probability. left: how much "
-        "of the change wanted of the hidden states was not reached, in percent. Brackets: 95% bootstrap intervals over "
-        "requests."
+        "of the change wanted of the hidden states was not reached, in percent. Brackets: 95% intervals over requests."
     )
 
 
 def interval(summary: Summary, measure: str) -> str:
-    """Mean and interval of a measure; the mean alone without an interval, empty without data."""
+    """Mean and interval of a measure; empty without data."""
     if measure not in summary:
         return ""
     mean, low, high = (summary[measure][end] for end in ("mean", "low", "high"))
-    return f"{mean:.1f}" if low is None or low != low else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def made_from(run: pipeline.RunFolder, options: argparse.Namespace) -> str:

@@ -217,7 +217,7 @@ def definitions() -> dict[str, str]:
         "plus": "the edit's prompt, the new object and a full stop before each neighborhood prompt, for both models",
         "intervals": "over cases, for PPL over texts. Rates: Wilson's interval where every case is wholly a success "
         "or a failure, or all cases agree; else, and for magnitudes, the percentile bootstrap. S: percentile "
-        "bootstrap; where that has width 0, the harmonic means of the ends of its three rates. null: the cases all "
-        "hold one value, which gives a magnitude no interval",
+        "bootstrap; where that has width 0, the harmonic means of the ends of its three rates. A magnitude that is the "
+        "same in all cases has an interval of width 0: nothing then says how far apart cases lie",
         "units": "percent; KL in nats, GE in bits x 100, PPL as it is",
     }

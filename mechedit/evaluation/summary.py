@@ -15,8 +15,8 @@ from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.measures import PERCENT, measure_named
 from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval, rate_interval
 
-Entry = dict[str, float | int | None]
-"""`mean`, the ends `low` and `high` of its interval (None where there is none), and `n`, what the mean is over."""
+Entry = dict[str, float | int]
+"""`mean`, the ends `low` and `high` of its interval, and `n`, the number of cases that the mean is over."""
 Summary = dict[str, Entry]
 """An entry for each measure that has data."""
 
@@ -33,7 +33,7 @@ def summarize_cases(
     """Mean, interval and number of cases of each measure, in its unit; last the score that joins some of them.
 
     Rates have `rate_interval`: a percentile bootstrap would claim a width of 0 where all cases succeed. Magnitudes
-    have the percentile bootstrap, and no interval (None) where all cases hold one value, a single case among them:
+    have the percentile bootstrap; its width is 0 where all cases hold one value, a single case among them, since
     nothing then says how far apart cases lie. The score, the harmonic mean of its measures, has the percentile
     bootstrap with its measures resampled together. Where all resamples give one score, its ends are the harmonic
     means of its measures' ends: it grows with each of them, so this is right if they rise and fall together, which is
@@ -59,7 +59,7 @@ def summarize_cases(
             low, high = rate_interval(cases / success, draws[:, column] / success, config.confidence)
             ends = low * PERCENT, high * PERCENT
         else:
-            ends = None if np.ptp(cases) == 0 else _percentiles(draws[:, column] * factor, config)
+            ends = _percentiles(draws[:, column] * factor, config)
         summary[name] = entry(float(means[column]) * factor, ends, counts[column])
     if score is not None:
         columns = [list(measures).index(name) for name in score_measures]
@@ -82,15 +82,13 @@ def summarize_texts(losses: Float[np.ndarray, "text 2"], config: EvaluationConfi
     """
     draws = bootstrap_means(losses, seed=config.seed, resamples=config.resamples)
     loss, tokens = losses.mean(axis=0)
-    resampled = np.exp(draws[:, 0] / draws[:, 1])
-    ends = None if np.ptp(resampled) == 0 else _percentiles(resampled, config)
+    ends = _percentiles(np.exp(draws[:, 0] / draws[:, 1]), config)
     return entry(float(np.exp(loss / tokens)), ends, len(losses))
 
 
-def entry(mean: float, ends: tuple[float, float] | None, n: int) -> Entry:
+def entry(mean: float, ends: tuple[float, float], n: int) -> Entry:
     """One entry of a summary."""
-    low, high = ends or (None, None)
-    return {"mean": mean, "low": low, "high": high, "n": n}
+    return {"mean": mean, "low": ends[0], "high": ends[1], "n": n}
 
 
 def _percentiles(draws: Float[np.ndarray, " resample"], config: EvaluationConfig) -> tuple[float, float]:

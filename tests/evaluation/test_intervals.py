@@ -107,7 +107,7 @@ def test_s_is_not_certain_where_its_rates_are_not() -> None:
         assert whole[name] == {"mean": 100.0, "low": pytest.approx(low), "high": pytest.approx(100.0), "n": 20}
     # ES fails everywhere, so S is 0 in every resample, whatever NS does; at ES's upper end it is not.
     mixed = scores({"ES": [0.0] * 20, "PS": [1.0] * 20, "NS": [1.0] * 10 + [0.0] * 10}).summary()
-    tops = [float(mixed[name]["high"] or 0) for name in ("ES", "PS", "NS")]
+    tops = [float(mixed[name]["high"]) for name in ("ES", "PS", "NS")]
     assert mixed["S"]["low"] == mixed["S"]["mean"] == 0
     assert mixed["S"]["high"] == pytest.approx(3 / sum(1 / top for top in tops))
 
@@ -123,13 +123,12 @@ def test_s_is_a_percentile_bootstrap_where_cases_differ() -> None:
     assert (entry["low"], entry["high"]) == pytest.approx((low[0], high[0]))
 
 
-def test_a_magnitude_that_is_the_same_everywhere_has_no_interval(tmp_path: Any) -> None:
+def test_a_magnitude_that_is_the_same_everywhere_has_an_interval_of_width_0(tmp_path: Any) -> None:
     varied = scores({"EM": [0.1, 0.4, 0.2], "KL": [0.0, 0.0, 0.0]}).summary()
-    assert varied["KL"] == {"mean": 0.0, "low": None, "high": None, "n": 3}
-    assert isinstance(varied["EM"]["low"], float)
+    assert varied["KL"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 3}
     assert varied["EM"]["low"] < varied["EM"]["mean"] < varied["EM"]["high"]
     alone = scores({"EM": [0.25]}).summary()
-    assert alone["EM"] == {"mean": 25.0, "low": None, "high": None, "n": 1}
+    assert alone["EM"] == {"mean": 25.0, "low": 25.0, "high": 25.0, "n": 1}
     write_json(tmp_path / "summary.json", alone)
     assert read_json(tmp_path / "summary.json") == alone
 
@@ -146,5 +145,5 @@ def test_percent_in_gives_the_same_summary() -> None:
 
 def test_the_protocol_says_how() -> None:
     text = scores({"ES": [1.0, 0.0]}).protocol["definitions"]["intervals"]
-    for word in ("Wilson", "bootstrap", "harmonic", "null"):
+    for word in ("Wilson", "bootstrap", "harmonic", "width"):
         assert word in text
