@@ -75,7 +75,7 @@ print("neighbor: ", request.neighbors[0].prompt, "→", request.neighbors[0].obj
 # %% [markdown]
 # ## Before
 #
-# Five measures, in percent, with 95% bootstrap intervals over requests:
+# Five measures, in percent, with 95% intervals over requests:
 #
 # - **ES**, efficacy: requests whose new object is likelier than the old one;
 # - **PS**, paraphrases: the same for the paraphrases;

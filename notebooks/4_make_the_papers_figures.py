@@ -131,7 +131,7 @@ scaling = figures.scores_figure(curve, x="facts", log=True, label="facts written
 scaling
 
 # %% [markdown]
-# The bands are 95% bootstrap intervals over requests. With a few facts they say nothing much: at n = 1 there is no
+# The bands are 95% intervals over requests. With a few facts they say nothing much: at n = 1 there is no
 # other request to draw. The papers' curve goes on to 10,000 facts, and holds methods against one another.
 #
 # ## The full experiments

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from mechedit.evaluation import Summary
+from mechedit.evaluation import Summary, measure_named
 
 SCORE_COLUMNS = ("measure", "mean", "low", "high", "n")
-DIGITS = {"KL": 3}
-"""Decimals of what is not in percent."""
 
 
 def score_frame(summary: Summary) -> pd.DataFrame:
@@ -27,7 +25,7 @@ def format_scores(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]
     """The measures of one edit that its rows contain, each written by `format_interval`."""
     rows_by_measure = rows.set_index("measure")
     return {
-        name: format_interval(*rows_by_measure.loc[name, ["mean", "low", "high"]], digits=DIGITS.get(name, 1))
+        name: format_interval(*rows_by_measure.loc[name, ["mean", "low", "high"]], digits=measure_named(name).digits)
         for name in measures
         if name in rows_by_measure.index
     }
