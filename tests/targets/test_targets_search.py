@@ -207,7 +207,7 @@ def test_a_shared_prefix_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPa
     separate = find_targets(model, REQUESTS, 1, PREFIXES, config)
     monkeypatch.setitem(LAUNCH_COST, "cpu", 0)
     prompts = search_prompts(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
-    monkeypatch.setattr("mechedit.targets.prompt_batch.padding_budget", lambda model: 1e6)
+    monkeypatch.setattr("mechedit.targets.prompts.padding_budget", lambda model: 1e6)
     (batch, *_) = sorted(search_batches(model, prompts, config.pass_tokens), key=len, reverse=True)
     cache, lengths = shared_prefix_cache(model, batch)
     assert cache is not None
