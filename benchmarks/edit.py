@@ -40,7 +40,7 @@ from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.rules import Ridge
 from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Site
-from mechedit.prompts import make_prefixes
+from mechedit.prompt_tokens import make_prefixes
 from mechedit.solve import Update, factorize, ridge_update
 
 Other = TypeVar("Other")

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 import mechedit as me
 from mechedit.batching import pad
-from mechedit.prompts import BARE, continuation_ids, prefixed_prompts, tokenize_prompt
+from mechedit.prompt_tokens import BARE, continuation_ids, prefixed_prompts, tokenize_prompt
 
 ROWS = 128
 """Prompts in one forward pass for keys and states."""

@@ -31,8 +31,8 @@ import mechedit as me
 from benchmarks.machine import Peak, load, matrix_rate, timed
 from mechedit.trace.cells import trace_group, window_span
 from mechedit.trace.corruption import draw_noise
-from mechedit.trace.tokens import TracedFact, tokenize_fact
 from mechedit.trace.trace import TracePlan
+from mechedit.trace.traced_fact import TracedFact, tokenize_fact
 
 SAMPLES = 10
 STD = 0.1

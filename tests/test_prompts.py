@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mechedit import InputError
-from mechedit.prompts import continuation_ids, tokenize_prompt
+from mechedit.prompt_tokens import continuation_ids, tokenize_prompt
 
 GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2_tokenizer.json"
 CASES = [

@@ -22,7 +22,7 @@ from analyses.tiny_model.almanac import EMBLEMS, Entry, balanced
 from analyses.tiny_model.records import make_facts
 from analyses.tiny_model.train import Recipe, train
 from mechedit.files import atomic_folder, write_json
-from mechedit.trace.tokens import known_facts
+from mechedit.trace.traced_fact import known_facts
 
 RELATIONS = 4
 FIRST = ("Ada", "Bruno", "Clara", "Dario", "Edith", "Felix", "Greta", "Hugo")

@@ -28,7 +28,7 @@ from mechedit.models import Patch
 from mechedit.selection import RULES, SelectConfig
 from mechedit.tables import read_table
 from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
-from mechedit.trace.tokens import known_facts
+from mechedit.trace.traced_fact import known_facts
 
 TRACE = me.TraceConfig(kinds=("state", "mlp"), sever=("nothing", "mlp"), roles=("subject_last",))
 LEAST_RECALL = 0.95

@@ -24,7 +24,7 @@ from analyses.tiny_model.almanac import Entry, make_entries, templates
 from mechedit.batching import pad
 from mechedit.evaluation import EvaluationConfig, Summary
 from mechedit.files import write_json
-from mechedit.prompts import continuation_ids, encode
+from mechedit.prompt_tokens import continuation_ids, encode
 from mechedit.provenance import file_hash
 from mechedit.tables import where
 

@@ -6,9 +6,9 @@ request is the same with the object to write instead (MEMIT §4), and with the p
 
 from mechedit.data.checks import check_requests, check_unique_ids, conflicts
 from mechedit.data.facts import EditRequest, Fact, Neighbor, check_template, check_text, fill
+from mechedit.data.json_records import read_records
 from mechedit.data.loading import Conflicts, load_facts, load_requests, tiny_data
 from mechedit.data.published_data import PUBLISHED_DATASETS
-from mechedit.data.records import read_records
 from mechedit.data.reference_texts import Snippets, WordWeights, load_snippets, load_word_weights, texts_by_object
 from mechedit.data.texts import check_texts, load_texts, texts_hash
 

@@ -9,9 +9,9 @@ from typing import Literal, get_args
 from mechedit.data.checks import check_requests, check_unique_ids, without_conflicts
 from mechedit.data.csv_requests import read_csv
 from mechedit.data.facts import EditRequest, Fact
+from mechedit.data.json_records import JsonRecord, read_records
 from mechedit.data.published_data import DatasetKind, dataset_files, missing_source_error
-from mechedit.data.record_formats import AmbiguousSubjectError, has_mend_format, read_fact, read_request
-from mechedit.data.records import JsonRecord, read_records
+from mechedit.data.request_formats import AmbiguousSubjectError, has_mend_format, read_fact, read_request
 from mechedit.errors import InputError, check_choice
 
 Conflicts = Literal["refuse", "first"]

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from mechedit.data.facts import EditRequest
+from mechedit.data.json_records import JsonRecord, read_records
 from mechedit.data.published_data import dataset_files
-from mechedit.data.records import JsonRecord, read_records
 from mechedit.errors import InputError
 from mechedit.files import read_json
 

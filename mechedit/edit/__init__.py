@@ -9,12 +9,12 @@ weights' dtype. So rounding errors do not add up over edits, an edit leaves the 
 applied, and undoing the last edit gives back the bits that were there before it.
 """
 
-from mechedit.edit.algebra import merge, subtract, truncate
 from mechedit.edit.applied_edits import restoring, transaction
-from mechedit.edit.apply import add_, apply_, check_model, edited, undo_
+from mechedit.edit.apply_undo import add_, apply_, check_model, edited, undo_
+from mechedit.edit.combine import merge, subtract, truncate
+from mechedit.edit.edit import Edit, Factors
 from mechedit.edit.export import export, export_lora
 from mechedit.edit.summary import summarize
-from mechedit.edit.value import Edit, Factors
 from mechedit.edit.weights import copy_weights, restore_
 
 __all__ = [

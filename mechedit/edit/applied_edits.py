@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.edit.value import Edit
+from mechedit.edit.edit import Edit
 from mechedit.edit.weights import copy_weights, digest, restore_
 from mechedit.models import Model
 

@@ -9,9 +9,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechedit.edit.algebra import truncate
-from mechedit.edit.apply import check_model, edited
-from mechedit.edit.value import Edit, Factors
+from mechedit.edit.apply_undo import check_model, edited
+from mechedit.edit.combine import truncate
+from mechedit.edit.edit import Edit, Factors
 from mechedit.edit.weights import projection_parameter
 from mechedit.errors import InputError, check_finite
 from mechedit.files import atomic_folder, write_json

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from mechedit.edit.algebra import orthogonal_factors
-from mechedit.edit.apply import check_model
-from mechedit.edit.value import Edit
+from mechedit.edit.apply_undo import check_model
+from mechedit.edit.combine import orthogonal_factors
+from mechedit.edit.edit import Edit
 from mechedit.models import Model
 
 COLUMNS = ("layer", "rank", "norm", "relative", "left", "error", "condition", "truncation")

@@ -22,7 +22,7 @@ from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.drift import drift_rows
 from mechedit.evaluation.free_text import generation_rows, greedy_answers, text_loss_rows
 from mechedit.evaluation.likelihood import Answers, score_pairs
-from mechedit.evaluation.prompts import NEIGHBORS, ProbePrompt, ScoreRow, likelihood_rows, probe_prompts
+from mechedit.evaluation.probe_prompts import NEIGHBORS, ProbePrompt, ScoreRow, likelihood_rows, probe_prompts
 from mechedit.evaluation.references import References, reference_scores
 from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
 from mechedit.files import plain_copy

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechedit.batching import batches_of
-from mechedit.evaluation.prompts import Kind, ProbePrompt, ScoreRow
+from mechedit.evaluation.probe_prompts import Kind, ProbePrompt, ScoreRow
 from mechedit.models import Model
 
 DIVERGENCE: Mapping[Kind, str] = {"neighborhood": "KL", "neighborhood_plus": "KL+"}

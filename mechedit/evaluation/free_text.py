@@ -12,7 +12,7 @@ from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.generation import generate, ngram_entropy, uniform_draws
 from mechedit.evaluation.measures import TEXT_MEASURES
 from mechedit.evaluation.perplexity import text_losses
-from mechedit.evaluation.prompts import ScoreRow, with_subject
+from mechedit.evaluation.probe_prompts import ScoreRow, with_subject
 from mechedit.models import Model
 
 AnswerRow = tuple[str, str, int, str, str, str]

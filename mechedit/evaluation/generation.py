@@ -21,7 +21,7 @@ from mechedit.batching import group_by_shape
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EntropyForm
 from mechedit.models import Model
-from mechedit.prompts import encode
+from mechedit.prompt_tokens import encode
 
 
 def generate(

@@ -19,7 +19,7 @@ from mechedit.batching import batches_of, pad
 from mechedit.errors import InputError
 from mechedit.evaluation.config import Likelihood
 from mechedit.models import Model, Site
-from mechedit.prompts import continuation_ids, encode
+from mechedit.prompt_tokens import continuation_ids, encode
 
 Pair = tuple[str, str]
 """A prompt and the object that may follow it."""

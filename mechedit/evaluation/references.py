@@ -18,7 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
 from mechedit.errors import InputError
-from mechedit.evaluation.prompts import ScoreRow
+from mechedit.evaluation.probe_prompts import ScoreRow
 from mechedit.provenance import value_hash
 
 Key = tuple[str, str]

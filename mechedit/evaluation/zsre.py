@@ -14,7 +14,7 @@ from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.counterfact import check_cases, evaluation_provenance
 from mechedit.evaluation.free_text import greedy_answers, text_loss_rows
 from mechedit.evaluation.likelihood import Pair, TargetScore, score_targets
-from mechedit.evaluation.prompts import ProbePrompt, ScoreRow, probe_prompts
+from mechedit.evaluation.probe_prompts import ProbePrompt, ScoreRow, probe_prompts
 from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
 from mechedit.files import plain_copy
 from mechedit.models import Model

@@ -21,7 +21,7 @@ from mechedit.methods.rules import moment_factor
 from mechedit.methods.settings import SearchConfig
 from mechedit.methods.spread import change_before_norm
 from mechedit.models import Model
-from mechedit.prompts import BARE, check_prefixes, make_prefixes
+from mechedit.prompt_tokens import BARE, check_prefixes, make_prefixes
 from mechedit.solve import Factor, Update, equality_update
 from mechedit.targets import Targets, find_targets
 

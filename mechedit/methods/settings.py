@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from mechedit.errors import InputError, check_choice, check_positive
 from mechedit.files import read_json
 from mechedit.models import Model
-from mechedit.prompts import make_prefixes
+from mechedit.prompt_tokens import make_prefixes
 from mechedit.targets import Convention, TargetConfig, TargetSettings
 
 Strategy = Literal["uniform", "sqrt", "forward-replay", "last"]

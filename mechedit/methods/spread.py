@@ -26,7 +26,7 @@ from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm, relative_residuals
 from mechedit.methods.settings import SpreadConfig
 from mechedit.models import Model, Site
-from mechedit.prompts import check_prefixes
+from mechedit.prompt_tokens import check_prefixes
 from mechedit.solve import Update
 from mechedit.targets import Targets
 

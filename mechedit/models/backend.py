@@ -23,8 +23,8 @@ from mechedit.models.engines import HookedEngine, UnhookedEngine
 from mechedit.models.families import attention_window, family_of
 from mechedit.models.fast_gpt import FastGptEngine
 from mechedit.models.kv_cache import KVCache
-from mechedit.models.plan import Engine, plan_run
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
+from mechedit.models.run_plan import Engine, plan_run
 from mechedit.models.self_check import check_projection
 from mechedit.models.shared_copy import share_parameters, with_fast_gelu
 from mechedit.models.shortcuts import blocks_of, replace_forwards, skip_blocks

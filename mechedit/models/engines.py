@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicLayer
 
 from mechedit.models.families import Family
 from mechedit.models.kv_cache import KVCache
-from mechedit.models.plan import RunPlan, RunStopped, Step
 from mechedit.models.protocol import Run
+from mechedit.models.run_plan import RunPlan, RunStopped, Step
 from mechedit.models.shortcuts import (
     Forwards,
     blocks_of,

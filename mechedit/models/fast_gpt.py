@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mechedit.models.fast_gelu import InPlaceGelu
 from mechedit.models.kv_cache import KVCache
-from mechedit.models.plan import RunPlan, Step, Write
 from mechedit.models.protocol import Run, Tokens
+from mechedit.models.run_plan import RunPlan, Step, Write
 from mechedit.models.sites import Site
 
 _READABLE = ("attn_key", "mlp_key", "resid")

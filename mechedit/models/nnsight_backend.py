@@ -11,8 +11,8 @@ from torch import Tensor
 from mechedit.models.backend import BackendModel
 from mechedit.models.engines import HookedEngine
 from mechedit.models.families import Family
-from mechedit.models.plan import Step
 from mechedit.models.protocol import Run
+from mechedit.models.run_plan import Step
 from mechedit.models.sites import Site
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechedit.models.families import Family
-from mechedit.models.plan import RunPlan, RunStopped, Step
 from mechedit.models.protocol import LogitsToKeep
+from mechedit.models.run_plan import RunPlan, RunStopped, Step
 from mechedit.models.sites import Site
 
 Forwards = dict[nn.Module, Callable[..., Any]]

@@ -13,8 +13,8 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from mechedit.models.backend import BackendModel
 from mechedit.models.engines import HookedEngine
 from mechedit.models.families import Family
-from mechedit.models.plan import RunStopped, Step
 from mechedit.models.protocol import Run
+from mechedit.models.run_plan import RunStopped, Step
 from mechedit.models.sites import Site
 
 _LEVEL = 2_000

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mechedit.data import EditRequest, Neighbor
 from mechedit.edit import Edit, Factors
-from mechedit.edit.value import SIDES, check_factors
+from mechedit.edit.edit import SIDES, check_factors
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import value_hash

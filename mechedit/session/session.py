@@ -26,7 +26,7 @@ from mechedit.evaluation import QUICK, EvaluationConfig
 from mechedit.methods import MethodConfig, check_layers, moment_matrices
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
-from mechedit.prompts import check_prefixes
+from mechedit.prompt_tokens import check_prefixes
 from mechedit.session.batch_editor import BatchEditor, check_rule, check_settings
 from mechedit.session.edited_batch import EditedBatch, active_keys, active_requests, requests_hash
 from mechedit.session.metrics import (

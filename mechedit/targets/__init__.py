@@ -8,8 +8,8 @@ Requests go in, `Targets` come out. For each fact, z = h + δ, where Adam finds 
 """
 
 from mechedit.targets.config import Convention, TargetConfig, TargetSettings
-from mechedit.targets.prompts import check_length
 from mechedit.targets.search import find_targets
+from mechedit.targets.search_prompts import check_length
 from mechedit.targets.targets import Targets
 
 __all__ = ["Convention", "TargetConfig", "TargetSettings", "Targets", "check_length", "find_targets"]

@@ -22,7 +22,7 @@ from mechedit.data import EditRequest
 from mechedit.models import Model
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.prompt_batch import PromptBatch, edited_logits, run_clean
-from mechedit.targets.prompts import search_batches, search_prompts
+from mechedit.targets.search_prompts import search_batches, search_prompts
 
 TERMS = ("loss", "nll", "kl", "decay", "probability")
 """Columns of `LossTerms.values`: the loss, its three terms as weighted in it, and P(object), mean over templates."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from mechedit.batching import pad, padding_budget
 from mechedit.models import KVCache, Model, Patch, Resume, Site, Tokens
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.prompts import SearchPrompt
+from mechedit.targets.search_prompts import SearchPrompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from mechedit.data import EditRequest, check_requests
 from mechedit.errors import InputError
 from mechedit.models import Model
-from mechedit.prompts import check_prefixes, make_prefixes
+from mechedit.prompt_tokens import check_prefixes, make_prefixes
 from mechedit.provenance import value_hash
 from mechedit.targets.cache import TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import TERMS, Objective, prepare_objective
-from mechedit.targets.prompts import search_prompts
+from mechedit.targets.search_prompts import search_prompts
 from mechedit.targets.targets import Targets
 
 SubjectGroup = Sequence[EditRequest]

@@ -20,7 +20,7 @@ from mechedit.trace.effects import COLUMNS
 from mechedit.trace.memory import max_batch_rows
 from mechedit.trace.restore import Cell, restore_cells
 from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
-from mechedit.trace.tokens import TracedFact, restored_positions
+from mechedit.trace.traced_fact import TracedFact, restored_positions
 
 
 def trace_group(

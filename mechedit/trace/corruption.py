@@ -16,7 +16,7 @@ from torch import Tensor
 from mechedit.data import Fact
 from mechedit.errors import InputError, check_at_least, check_choice
 from mechedit.models import EMBED, Model, Tokens
-from mechedit.prompts import continuation_ids
+from mechedit.prompt_tokens import continuation_ids
 
 Distribution = Literal["gaussian", "multivariate", "student", "uniform", "tokens"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.tokens import TracedFact
+from mechedit.trace.traced_fact import TracedFact
 
 GIB = 2**30
 HIDDEN_COPIES, MLP_COPIES = 12, 4

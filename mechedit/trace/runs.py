@@ -13,7 +13,7 @@ from mechedit.models import EMBED, KVCache, Model, Part, Patch, Resume, Run, Sit
 from mechedit.trace.config import PART_OF_KIND, TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, checked_noise, draw_noise
 from mechedit.trace.metrics import NORMALIZED, MetricInputs, find_metric, metric_name
-from mechedit.trace.tokens import TracedFact, as_batch, read_positions, restored_positions
+from mechedit.trace.traced_fact import TracedFact, as_batch, read_positions, restored_positions
 
 MetricValues = dict[str, Float[Tensor, " row"]]
 """Metric name → one number per row."""

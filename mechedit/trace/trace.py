@@ -23,7 +23,7 @@ from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
 from mechedit.trace.effects import Effects
 from mechedit.trace.memory import max_group_rows
-from mechedit.trace.tokens import Dropped, TracedFact, known_facts, with_replacements, with_roles
+from mechedit.trace.traced_fact import Dropped, TracedFact, known_facts, with_replacements, with_roles
 
 
 def trace_facts(

@@ -10,7 +10,7 @@ import pytest
 
 from mechedit import EditRequest, InputError, Neighbor, load_requests
 from mechedit.data import check_requests
-from mechedit.data.record_formats import make_template
+from mechedit.data.request_formats import make_template
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 EASYEDIT = {

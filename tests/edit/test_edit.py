@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mechedit.edit.apply
+import mechedit.edit.apply_undo
 from mechedit.edit import Edit, Factors, apply_, copy_weights, edited, export, restore_, undo_
 from mechedit.errors import InputError
 from mechedit.models import load_model
@@ -101,14 +101,14 @@ def test_ctrl_c_between_two_layers_leaves_everything_as_it_was(
     edit, written = random_edit(lens_model), []
     if change is undo_:
         apply_(lens_model, edit)
-    before, write = weights(lens_model), mechedit.edit.apply._write_
+    before, write = weights(lens_model), mechedit.edit.apply_undo._write_
 
     def interrupted(model: Any, layer: int, weight: Tensor) -> None:
         write(model, layer, weight)
         written.append(identical(model, before))
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(mechedit.edit.apply, "_write_", interrupted)
+    monkeypatch.setattr(mechedit.edit.apply_undo, "_write_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         change(lens_model, edit, tmp_path / "out") if change is export else change(lens_model, edit)
     assert written == [False]

@@ -15,8 +15,8 @@ from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, Baseline, References, evaluate, measure_baseline
 from mechedit.evaluation.drift import divergence, same_argmax
 from mechedit.evaluation.likelihood import score_pairs
-from mechedit.evaluation.prompts import probe_prompts
-from mechedit.prompts import encode
+from mechedit.evaluation.probe_prompts import probe_prompts
+from mechedit.prompt_tokens import encode
 
 SHORT = replace(QUICK, plus=True)
 

@@ -21,8 +21,8 @@ from mechedit.evaluation import (
     uniform_draws,
 )
 from mechedit.evaluation.generation import sample_top_k, words
-from mechedit.evaluation.prompts import ProbePrompt, likelihood_rows, probe_prompts
-from mechedit.prompts import continuation_ids, encode
+from mechedit.evaluation.probe_prompts import ProbePrompt, likelihood_rows, probe_prompts
+from mechedit.prompt_tokens import continuation_ids, encode
 from mechedit.statistics import bootstrap_means, harmonic_mean
 
 

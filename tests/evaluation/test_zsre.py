@@ -17,7 +17,7 @@ from mechedit.cli import main
 from mechedit.evaluation import EvaluationConfig, Scores, score_targets
 from mechedit.models import Model
 from mechedit.pipeline import evaluate_step
-from mechedit.prompts import continuation_ids, encode
+from mechedit.prompt_tokens import continuation_ids, encode
 from mechedit.run_folder import RunFolder
 
 CONFIG = EvaluationConfig(batch_size=3, answer_tokens=0, resamples=200)

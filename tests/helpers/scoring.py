@@ -6,7 +6,7 @@ import torch
 
 from mechedit.data import EditRequest, Neighbor
 from mechedit.evaluation import EvaluationConfig
-from mechedit.prompts import continuation_ids, encode
+from mechedit.prompt_tokens import continuation_ids, encode
 
 CONFIG = EvaluationConfig(generation_tokens=6, answer_tokens=3, resamples=200)
 REQUESTS = [

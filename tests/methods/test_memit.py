@@ -19,7 +19,7 @@ from mechedit.methods import SpreadConfig
 from mechedit.methods.keys import KeyExtractor
 from mechedit.methods.memit import MemitConfig, memit
 from mechedit.moments import collect_moments
-from mechedit.prompts import continuation_ids, encode
+from mechedit.prompt_tokens import continuation_ids, encode
 from mechedit.targets import TargetConfig, find_targets
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]

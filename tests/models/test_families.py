@@ -17,7 +17,7 @@ from mechedit.models.families import FAMILIES
 from mechedit.trace.config import PART_OF_KIND
 from mechedit.trace.restore import Cell, CellBatch, restore_cells, sever_patches
 from mechedit.trace.runs import run_clean_and_corrupted, slice_patch
-from mechedit.trace.tokens import tokenize_fact
+from mechedit.trace.traced_fact import tokenize_fact
 
 WINDOWED = ("gpt_neo", "mistral", "qwen2", "gemma2", "gemma3", "phi3")
 # test_trace has GPT-2.

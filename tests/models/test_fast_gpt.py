@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechedit.models import EMBED, KVCache, Patch, Resume, Run, Site, Tokens
 from mechedit.models.fast_gpt import FastGptEngine
-from mechedit.models.plan import RunPlan
+from mechedit.models.run_plan import RunPlan
 
 START = 4
 WIDTH = 9

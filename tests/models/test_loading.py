@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2Model, MixtralConfig, OPTConfig, OPTFor
 from mechedit.errors import InputError
 from mechedit.models import EMBED, Model, Patch, Site, Tokens, load_model
 from mechedit.models import backend as backend_module
-from mechedit.models.plan import Write
+from mechedit.models.run_plan import Write
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import mechedit as me
 import mechedit.models
 from mechedit.batching import pad
 from mechedit.data import tiny_data
-from mechedit.prompts import continuation_ids, encode
+from mechedit.prompt_tokens import continuation_ids, encode
 from mechedit.provenance import file_hash
 
 FOLDER = Path(mechedit.models.__file__).parent / "tiny"

@@ -13,7 +13,7 @@ import torch
 
 from analyses.papers import select_layers
 from mechedit import InputError, load_model
-from mechedit.prompts import continuation_ids, encode
+from mechedit.prompt_tokens import continuation_ids, encode
 
 SUBJECTS = (
     "Danielle Darrieux", "Leon Blum", "Go Hyeon-jeong", "Eiffel Tower", "Space Needle", "LeBron James",

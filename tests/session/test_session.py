@@ -355,7 +355,7 @@ POINTS = {
     "search": "mechedit.targets.objective.Objective.loss_terms",
     "writing": "mechedit.methods.spread.add_",
     "keys": "mechedit.session.batch_editor.edit_keys",
-    "applying": "mechedit.edit.apply.rounded_sum",
+    "applying": "mechedit.edit.apply_undo.rounded_sum",
     "text": "mechedit.session.batch_editor.perplexity",
     "scoring": "mechedit.session.batch_editor.score_requests",
     "checkpoint": "mechedit.files.save_file",

@@ -16,10 +16,10 @@ from mechedit.batching import LAUNCH_COST, pad
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.models import Site
-from mechedit.prompts import continuation_ids, prefixed_prompts, tokenize_prompt
+from mechedit.prompt_tokens import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
 from mechedit.targets.prompt_batch import block_spans, shared_prefix_cache
-from mechedit.targets.prompts import search_batches, search_prompts
+from mechedit.targets.search_prompts import search_batches, search_prompts
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
 REQUESTS = [
@@ -207,7 +207,7 @@ def test_a_shared_prefix_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPa
     separate = find_targets(model, REQUESTS, 1, PREFIXES, config)
     monkeypatch.setitem(LAUNCH_COST, "cpu", 0)
     prompts = search_prompts(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
-    monkeypatch.setattr("mechedit.targets.prompts.padding_budget", lambda model: 1e6)
+    monkeypatch.setattr("mechedit.targets.search_prompts.padding_budget", lambda model: 1e6)
     (batch, *_) = sorted(search_batches(model, prompts, config.pass_tokens), key=len, reverse=True)
     cache, lengths = shared_prefix_cache(model, batch)
     assert cache is not None

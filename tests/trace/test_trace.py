@@ -20,7 +20,7 @@ from mechedit.trace.labels import role_of
 from mechedit.trace.metrics import METRICS, find_metric
 from mechedit.trace.restore import Cell, restore_cells
 from mechedit.trace.runs import corruption_patch, run_clean_and_corrupted
-from mechedit.trace.tokens import as_batch, tokenize_fact, with_replacements
+from mechedit.trace.traced_fact import as_batch, tokenize_fact, with_replacements
 
 FACT = Fact(id="f", subject="Leon Blum", prompt="The mother tongue of {} is the", object="Korean guitar")
 STD = 1.5

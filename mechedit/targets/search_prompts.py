@@ -13,7 +13,7 @@ from mechedit.batching import padding_budget
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.models import Model
-from mechedit.prompts import continuation_ids, prefixed_prompts, tokenize_prompt
+from mechedit.prompt_tokens import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets.config import TargetConfig
 
 KL_PROMPT = -1

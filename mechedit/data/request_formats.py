@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mechedit.data.facts import EditRequest, Fact, Neighbor
-from mechedit.data.records import JsonRecord
+from mechedit.data.json_records import JsonRecord
 from mechedit.errors import InputError
 
 

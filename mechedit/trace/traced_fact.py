@@ -12,7 +12,7 @@ from mechedit.batching import group_by_shape
 from mechedit.data import Fact
 from mechedit.errors import InputError
 from mechedit.models import Model, Tokens
-from mechedit.prompts import continuation_ids, tokenize_prompt
+from mechedit.prompt_tokens import continuation_ids, tokenize_prompt
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import ReplacementSubjects
 from mechedit.trace.labels import role_of

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.edit.value import Edit, Factors
+from mechedit.edit.edit import Edit, Factors
 from mechedit.errors import InputError
 from mechedit.provenance import VERSION, ModelIdentity
 

@@ -21,7 +21,7 @@ from mechedit.edit.applied_edits import (
     set_applied_edits_,
     transaction,
 )
-from mechedit.edit.value import Edit, check_factors, has_same_factors
+from mechedit.edit.edit import Edit, check_factors, has_same_factors
 from mechedit.edit.weights import digest, rounded_sum
 from mechedit.errors import InputError
 from mechedit.models import Model
