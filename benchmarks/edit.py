@@ -33,7 +33,7 @@ from torch import Tensor
 
 import mechedit as me
 from benchmarks.machine import Peak, Result, load, timed
-from benchmarks.published import ROWS, Published, solve
+from benchmarks.published import ROWS, PublishedEditing, solve
 from benchmarks.synthetic_requests import synthetic_requests
 from mechedit.evaluation.likelihood import score_targets
 from mechedit.methods.keys import KeyExtractor, prefix_mean
@@ -81,7 +81,7 @@ class Setting:
     target: int
     requests: list[me.EditRequest]
     texts: list[str]
-    published: Published
+    published: PublishedEditing
     arguments: argparse.Namespace
 
     @property
@@ -112,7 +112,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Comparison(Generic[Result, Other]):
+class EditComparison(Generic[Result, Other]):
     """Both schedules' results, seconds and GiB."""
 
     fast: Result
@@ -139,12 +139,12 @@ class Comparison(Generic[Result, Other]):
 
 def side_by_side(
     fast: Callable[[], Result], slow: Callable[[], Other], device: str, *, drawn_part: float = 1.0, runs: int = 1
-) -> Comparison[Result, Other]:
+) -> EditComparison[Result, Other]:
     """Ours, the published one on a share of the work, and ours again; medians of `runs` runs of each."""
     ours, before, taken = timed_median(fast, device, runs)
     theirs, published, took = timed_median(slow, device, runs)
     after = timed_median(fast, device, runs)[1]
-    return Comparison(ours, theirs, (before, after), published / drawn_part, (took, taken))
+    return EditComparison(ours, theirs, (before, after), published / drawn_part, (took, taken))
 
 
 def timed_median(make: Callable[[], Result], device: str, runs: int = 1) -> tuple[Result, float, float]:
@@ -424,7 +424,7 @@ def make_setting(name: str, arguments: argparse.Namespace) -> Setting:
         if almanac
         else synthetic_requests(arguments.facts, almanac),
         texts=list(me.load_texts("tiny"))[: arguments.texts or shape.texts],
-        published=Published(model, make_prefixes(me.load_model("tiny"))),
+        published=PublishedEditing(model, make_prefixes(me.load_model("tiny"))),
         arguments=arguments,
     )
 

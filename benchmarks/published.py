@@ -37,7 +37,7 @@ class _Stopped(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedEditing:
     """The published schedule on one model."""
 
     model: me.Model

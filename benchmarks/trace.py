@@ -58,7 +58,7 @@ FACTS = {"tiny": 16, "gpt2": 3, "gptj": 3}
 SHARES = {"tiny": 0.02, "gpt2": 0.03, "gptj": 0.02}
 
 
-class Published:
+class PublishedTracing:
     """The published schedule on one fact."""
 
     def __init__(self, model: me.Model, traced: TracedFact, config: me.TraceConfig):
@@ -137,7 +137,9 @@ def published(
     model: me.Model, facts: Sequence[TracedFact], cells: pd.DataFrame, config: me.TraceConfig, device: str
 ) -> tuple[pd.DataFrame, float, float]:
     """The cells' scores, one forward pass each; seconds of the runs made once per fact, and seconds of the cells."""
-    schedules, before = timed(lambda: {traced.fact.id: Published(model, traced, config) for traced in facts}, device)
+    schedules, before = timed(
+        lambda: {traced.fact.id: PublishedTracing(model, traced, config) for traced in facts}, device
+    )
     cell_records: list[dict[Any, Any]] = cells.to_dict("records")
     scores, seconds = timed(
         lambda: [
@@ -199,7 +201,7 @@ def necessary_operations(model: me.Model, facts: Sequence[TracedFact], work: Wor
 
 
 @dataclass(kw_only=True)
-class Comparison:
+class TraceComparison:
     """Both schedules' scores on one workload, and their seconds."""
 
     cells: int = 0
@@ -245,7 +247,7 @@ def compare(
         kinds=work.kinds, sever=work.sever, roles=work.roles, samples=SAMPLES, memory=arguments.memory
     )
     trace_group(model, list(facts[:1]), STD, config)
-    comparison = Comparison()
+    comparison = TraceComparison()
     for group in groups_of(model, facts, config):
         comparison.add(model, group, config, min(1, work.times * drawn_part))
     scores = pd.concat(comparison.scores)

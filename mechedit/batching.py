@@ -28,6 +28,10 @@ Result = TypeVar("Result")
 
 LAUNCH_COST = {"cpu": 1e8, "cuda": 1e11}
 """Operations that take about as long as starting a block's run, per type of device."""
+GIB = 2**30
+"""Bytes per GiB."""
+HIDDEN_COPIES, MLP_COPIES = 12, 4
+"""Activations of a block that are in memory at once, in multiples of d_model and of d_mlp."""
 
 
 def padding_budget(model: Model) -> float:

@@ -48,7 +48,7 @@ SCORES: Codec[Scores] = codec_of(Scores, files=("scores.parquet",))
 BASELINE: Codec[Baseline] = codec_of(Baseline, files=("scores.parquet",))
 
 
-def trace_step(run: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig) -> dict[str, Any]:
+def trace_step(folder: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig) -> dict[str, Any]:
     """Trace every kind whole, and single states at the subject's last token with modules severed.
 
     Writes effects.parquet (the cells, a group of facts after another) and facts.parquet (each fact, whether it was
@@ -62,48 +62,48 @@ def trace_step(run: RunFolder, model: Model, facts: Sequence[Fact], config: Trac
         "facts": value_hash([asdict(fact) for fact in facts]),
         "settings": config.plain(),
     }
-    return run.step("trace", stamp, partial(trace_to_folder, model, facts, config, run.path), TRACE)
+    return folder.step("trace", stamp, partial(trace_to_folder, model, facts, config, folder.path), TRACE)
 
 
-def select_step(run: RunFolder, config: SelectConfig) -> Selection:
+def select_step(folder: RunFolder, config: SelectConfig) -> Selection:
     """Select layers from the folder's effects and write selection.json.
 
     Raises:
         InputError: the folder holds no effects, or not those that selection needs.
     """
-    file = run.path / "effects.parquet"
+    file = folder.path / "effects.parquet"
     if not file.is_file():
         raise InputError(
-            f"{str(run.path)!r} holds no effects.parquet, expected a folder that `mechedit trace` wrote; trace first"
+            f"{str(folder.path)!r} holds no effects.parquet, expected a folder that `mechedit trace` wrote; trace first"
         )
     selection = select_layers(read_table(file, role="subject_last"), config=config)
-    selection.save(run.path / "selection.json")
+    selection.save(folder.path / "selection.json")
     return selection
 
 
-def saved_selection(run: RunFolder) -> Selection | None:
+def saved_selection(folder: RunFolder) -> Selection | None:
     """The folder's selection, when it has one."""
-    file = run.path / "selection.json"
+    file = folder.path / "selection.json"
     return Selection.load(file) if file.is_file() else None
 
 
-def traced_model(run: RunFolder) -> dict[str, Any]:
+def traced_model(folder: RunFolder) -> dict[str, Any]:
     """Provenance of the model that the folder's effects were traced on.
 
     Raises:
         InputError: nothing was traced here.
     """
-    provenance = run.stamps().get("trace", {}).get("model")
+    provenance = folder.stamps().get("trace", {}).get("model")
     if not provenance:
         raise InputError(
-            f"{str(run.path)!r} has no config.json that says which model was traced, expected a folder that "
+            f"{str(folder.path)!r} has no config.json that says which model was traced, expected a folder that "
             f"`mechedit trace` wrote; trace first"
         )
     return provenance
 
 
 def validate_step(
-    run: RunFolder,
+    folder: RunFolder,
     model: Model,
     selection: Selection,
     requests: Sequence[EditRequest],
@@ -121,34 +121,36 @@ def validate_step(
     Raises:
         InputError: another model than was traced; a folder without facts.parquet; and as `sweep_windows`.
     """
-    check_traced(run, model)
-    facts = read_table(run.path / "facts.parquet")
+    check_traced(folder, model)
+    facts = read_table(folder.path / "facts.parquet")
     sample = held_out(requests, set(where(facts, traced=True)["subject"]), sweep.requests, sweep.seed)
     windows = sweep.swept(selection.layers, model.n_layers)
-    moments = moments_step(run, model, texts, sorted({layer for window in windows for layer in window.layers}), reading)
-    swept = sweep_step(run, model, sample.requests, moments, windows, method, config, seed=sweep.seed)
-    gap = subject_effects(read_table(run.path / "effects.parquet"), SelectConfig(**selection.settings)).gap
+    moments = moments_step(
+        folder, model, texts, sorted({layer for window in windows for layer in window.layers}), reading
+    )
+    swept = sweep_step(folder, model, sample.requests, moments, windows, method, config, seed=sweep.seed)
+    gap = subject_effects(read_table(folder.path / "effects.parquet"), SelectConfig(**selection.settings)).gap
     notes, n_held_out = [sample.warning] if sample.warning else [], len(sample.requests) - sample.traced
     validation = validate_selection(swept, gap, selection.layers, held_out=n_held_out, notes=notes)
     decided = decide_layers(selection, validation, swept, gap, sweep.by)
-    decided.save(run.path / "selection.json")
+    decided.save(folder.path / "selection.json")
     return decided
 
 
-def check_traced(run: RunFolder, model: Model) -> None:
+def check_traced(folder: RunFolder, model: Model) -> None:
     """Refuse another model than the folder's effects were traced on.
 
     Raises:
         InputError: names the field that differs.
     """
-    traced = traced_model(run)
-    what, remedy = f"the trace in {str(run.path)!r}", f"sweep the model that was traced, {traced.get('model')!r}"
+    traced = traced_model(folder)
+    what, remedy = f"the trace in {str(folder.path)!r}", f"sweep the model that was traced, {traced.get('model')!r}"
     # A trace is the same whichever module is written.
     model.identity().require(ModelIdentity.of(traced), what, remedy, ignoring=("module",))
 
 
 def sweep_step(
-    run: RunFolder,
+    folder: RunFolder,
     model: Model,
     requests: Sequence[EditRequest],
     moments: Mapping[int, SecondMoment],
@@ -165,12 +167,12 @@ def sweep_step(
         "windows": windows,
         "evaluation": asdict(evaluation),
     }
-    settings = {"method": method, "config": config, "evaluation": evaluation, "parts": run.path / "sweep_parts"}
-    return run.step("sweep", stamp, partial(sweep_windows, model, requests, moments, windows, **settings), SWEEP)
+    settings = {"method": method, "config": config, "evaluation": evaluation, "parts": folder.path / "sweep_parts"}
+    return folder.step("sweep", stamp, partial(sweep_windows, model, requests, moments, windows, **settings), SWEEP)
 
 
 def moments_step(
-    run: RunFolder,
+    folder: RunFolder,
     model: Model,
     texts: str | Path,
     layers: Sequence[int],
@@ -178,11 +180,13 @@ def moments_step(
     convergence: Convergence | None = None,
 ) -> dict[int, SecondMoment]:
     """Collect second moments into moments/; files with the same provenance are reused."""
-    return collect_moments(model, texts, layers, config, run.path, overwrite=run.overwrite, convergence=convergence)
+    return collect_moments(
+        model, texts, layers, config, folder.path, overwrite=folder.overwrite, convergence=convergence
+    )
 
 
 def edit_step(
-    run: RunFolder,
+    folder: RunFolder,
     model: Model,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
@@ -193,8 +197,8 @@ def edit_step(
 ) -> Edit:
     """Make the edit with a named method; the model is left as it was."""
     stamp = {**_edit_stamp(model, requests, moments, method, config), "layers": list(layers)}
-    make = partial(METHODS[method], model, requests, layers, moments, config=config, cache=run.path / "targets")
-    return run.step("edit", stamp, make, EDIT, at=file)
+    make = partial(METHODS[method], model, requests, layers, moments, config=config, cache=folder.path / "targets")
+    return folder.step("edit", stamp, make, EDIT, at=file)
 
 
 def _edit_stamp(
@@ -215,7 +219,7 @@ def _edit_stamp(
 
 
 def evaluate_step(
-    run: RunFolder,
+    folder: RunFolder,
     model: Model,
     requests: Sequence[EditRequest],
     edit: Edit | None,
@@ -243,16 +247,16 @@ def evaluate_step(
         "references": references.hash if references else None,
     }
     if protocol == "zsre":
-        make = partial(_zsre_scores, run, model, requests, edit, config, texts, stamp)
+        make = partial(_zsre_scores, folder, model, requests, edit, config, texts, stamp)
     else:
-        make = partial(_counterfact_scores, run, model, requests, edit, config, texts, references, stamp)
-    return run.step(
+        make = partial(_counterfact_scores, folder, model, requests, edit, config, texts, references, stamp)
+    return folder.step(
         "evaluate", {**stamp, "edit": None if edit is None else value_hash(dict(edit.manifest))}, make, SCORES
     )
 
 
 def _counterfact_scores(
-    run: RunFolder,
+    folder: RunFolder,
     model: Model,
     requests: Sequence[EditRequest],
     edit: Edit | None,
@@ -263,7 +267,7 @@ def _counterfact_scores(
 ) -> Scores:
     """Scores by CounterFact's protocol, before the edit and after it."""
     measure = partial(measure_baseline, model, requests, config, texts=texts, references=references)
-    baseline = run.step("baseline", stamp, measure, BASELINE, at="baseline")
+    baseline = folder.step("baseline", stamp, measure, BASELINE, at="baseline")
     if edit is None:
         return baseline.scores
     with edited(model, edit):
@@ -272,7 +276,7 @@ def _counterfact_scores(
 
 
 def _zsre_scores(
-    run: RunFolder,
+    folder: RunFolder,
     model: Model,
     requests: Sequence[EditRequest],
     edit: Edit | None,
@@ -282,7 +286,7 @@ def _zsre_scores(
 ) -> Scores:
     """Scores by zsRE's protocol, before the edit and after it."""
     measure = partial(evaluate_zsre, model, requests, config, state="before", texts=texts)
-    before = run.step("baseline_zsre", stamp, measure, SCORES, at="baseline_zsre")
+    before = folder.step("baseline_zsre", stamp, measure, SCORES, at="baseline_zsre")
     if edit is None:
         return before
     with edited(model, edit):
@@ -290,8 +294,8 @@ def _zsre_scores(
 
 
 def write_summary(
-    run: RunFolder, scores: Scores | None, selection: Selection | None, edit: Edit | None = None
+    folder: RunFolder, scores: Scores | None, selection: Selection | None, edit: Edit | None = None
 ) -> dict[str, Any]:
     """Write and return summary.json; see `write_summary_file`."""
     layers = None if selection is None else selection.layers
-    return write_summary_file(run.path / "summary.json", scores, layers, edit)
+    return write_summary_file(folder.path / "summary.json", scores, layers, edit)

@@ -31,7 +31,7 @@ EXAMPLES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effect:
+class EffectLine:
     """One line of the table of effects, in percent of probability."""
 
     name: str
@@ -81,7 +81,7 @@ def contents(folder: Path) -> dict[str, Any]:
         **sections,
         "figures": {path.stem: inlined(path) for path in sorted(folder.glob("figures/*.png"))},
         "model": model_card(sections, steps),
-        "command": command(steps, sections),
+        "command": reproducing_command(steps, sections),
         "steps": json.dumps(steps, indent=2, ensure_ascii=False) if steps else None,
         "files": [
             {"name": path.name, "size": path.stat().st_size, "hash": file_hash(path)}
@@ -110,7 +110,7 @@ def trace_section(path: Path) -> dict[str, Any]:
     }
 
 
-def site_effects(effects: pd.DataFrame) -> list[Effect]:
+def site_effects(effects: pd.DataFrame) -> list[EffectLine]:
     """The total effect, and the indirect effects at the papers' sites, each at its largest layer.
 
     At the subject's last token the layer is that at which severing the MLPs reduces the effect most.
@@ -153,13 +153,13 @@ def site_effects(effects: pd.DataFrame) -> list[Effect]:
     return lines
 
 
-def _site(name: str, meaning: str, average: pd.Series) -> Effect:
+def _site(name: str, meaning: str, average: pd.Series) -> EffectLine:
     mean, low, high = (float(average.at[end]) for end in ("mean", "low", "high"))
     return _effect(name, meaning, mean, low, high)
 
 
-def _effect(name: str, meaning: str, mean: float, low: float, high: float) -> Effect:
-    return Effect(name=name, meaning=meaning, mean=100 * mean, low=100 * low, high=100 * high)
+def _effect(name: str, meaning: str, mean: float, low: float, high: float) -> EffectLine:
+    return EffectLine(name=name, meaning=meaning, mean=100 * mean, low=100 * low, high=100 * high)
 
 
 def _fact_summary(fact: str, facts: pd.DataFrame) -> dict[str, str]:
@@ -293,11 +293,11 @@ def model_card(sections: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[st
     }
 
 
-def command(steps: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
+def reproducing_command(steps: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
     """The command that makes such a folder again."""
     card, samples = model_card(sections, steps), steps.get("trace", {}).get("settings", {}).get("samples")
     # Measuring the unedited model is a step of its own, but not a command.
-    names = ["evaluate" if step == "baseline" else step for step in steps]
+    names = ["evaluate" if step.startswith("baseline") else step for step in steps]
     name = "run" if "evaluate" in names and "trace" in names else next(iter(names), "trace")
     edit, selection = sections["edit"], sections["selection"]
     overruled = edit["layers"] if edit and selection and edit["layers"] != list(selection["layers"]) else []

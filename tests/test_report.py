@@ -6,7 +6,16 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from helpers.run_folder import PROVENANCE, make_effects, make_scores, write_edit, write_run, write_trace
+from helpers.run_folder import (
+    IDENTITY,
+    PROVENANCE,
+    make_effects,
+    make_scores,
+    write_edit,
+    write_run,
+    write_steps,
+    write_trace,
+)
 
 from mechedit.errors import InputError
 from mechedit.files import read_json, write_json
@@ -147,6 +156,18 @@ def test_scores_of_the_unedited_model_alone(tmp_path):
     assert page.ids == ["evaluation", "examples", "provenance"]
     assert "After" not in text
     assert "Before" in text
+
+
+@pytest.mark.parametrize("baseline", ["baseline", "baseline_zsre"])
+def test_the_command_of_an_evaluation_is_one_that_mechedit_has(tmp_path, baseline):
+    scores = make_scores("before", 0.05)
+    scores.save(tmp_path)
+    write_json(tmp_path / "summary.json", {"before": scores.summary()})
+    stamp = {"model": IDENTITY, "settings": {"seed": 0}}
+    write_steps(tmp_path, **{baseline: stamp, "evaluate": stamp})
+    _, text, _ = read(write_report(tmp_path))
+    assert "mechedit evaluate --model tiny" in text
+    assert f"mechedit {baseline}" not in text
 
 
 def test_an_edit_alone(tmp_path):

@@ -70,7 +70,9 @@ class Experiment(Inputs):
     def cached_edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
         """As `edit`, with the edit cached in `edits/`."""
         key = {**self.key(requests), "variant": self.variant_key(variant)}
-        return self.run.cache("edits").get(numbered("edit", key), lambda: self.edit(variant, requests), pipeline.EDIT)
+        return self.folder.cache("edits").get(
+            numbered("edit", key), lambda: self.edit(variant, requests), pipeline.EDIT
+        )
 
     def search(self, variant: Variant, requests: Sequence[EditRequest]) -> None:
         """Find the targets of many requests in one go, for edits of some of them: faster than a search for each.
@@ -196,7 +198,7 @@ class Experiment(Inputs):
 
     def cached(self, what: str, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """A table read from the folder, or made and left there, so that an interrupted script goes on from it."""
-        return self.run.cache(f"{what}_parts").get(numbered("evaluate", key), make, PARQUET)
+        return self.folder.cache(f"{what}_parts").get(numbered("evaluate", key), make, PARQUET)
 
     def write(self, table: pd.DataFrame, paper_table: pd.DataFrame, figure: Figure | None = None) -> None:
         """Leave the tidy table, the table as the paper prints it, and the figure, and say where they are."""

@@ -43,10 +43,10 @@ class Inputs:
     @property
     def out(self) -> Path:
         """Folder for all files."""
-        return self.run.path
+        return self.folder.path
 
     @cached_property
-    def run(self) -> pipeline.RunFolder:
+    def folder(self) -> pipeline.RunFolder:
         """The same folder with the stamps of finished steps."""
         return pipeline.RunFolder.at(self.arguments.out, overwrite=self.arguments.overwrite)
 
@@ -97,7 +97,7 @@ class Inputs:
         return list(selection.layers)
 
     @cached_property
-    def selection_run(self) -> pipeline.RunFolder:
+    def selection_folder(self) -> pipeline.RunFolder:
         """Folder of the trace that selects layers, apart from larger traces."""
         return pipeline.RunFolder.at(self.out / "selection", overwrite=self.arguments.overwrite)
 
@@ -107,21 +107,21 @@ class Inputs:
             kinds=("state", "mlp"), sever=("nothing", "mlp", "attn"), roles=("subject_last",),
             samples=self.samples, seed=self.seed,
         )  # fmt: skip
-        return pipeline.trace_step(self.selection_run, self.model, self.facts, config)
+        return pipeline.trace_step(self.selection_folder, self.model, self.facts, config)
 
     def select(self) -> Selection:
         """The selection from that trace, in `selection/selection.json`."""
-        return pipeline.select_step(self.selection_run, SelectConfig(seed=self.seed))
+        return pipeline.select_step(self.selection_folder, SelectConfig(seed=self.seed))
 
     def moments(self, layers: Sequence[int], module: str = "mlp") -> dict[int, SecondMoment]:
         """E[k kᵀ] of these layers, collected once for all scripts; that of attention's keys in `attn/`."""
         moments = self._moments.setdefault(module, {})
         if missing := sorted(set(layers) - set(moments)):
             reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.arguments.tokens)
-            folder = self.out if module == "mlp" else self.out / module
-            run = pipeline.RunFolder.at(folder, overwrite=self.run.overwrite)
+            path = self.out if module == "mlp" else self.out / module
+            folder = pipeline.RunFolder.at(path, overwrite=self.folder.overwrite)
             moments.update(
-                pipeline.moments_step(run, self.model.writing(module), self.arguments.texts, missing, reading)
+                pipeline.moments_step(folder, self.model.writing(module), self.arguments.texts, missing, reading)
             )
         return {layer: moments[layer] for layer in layers}
 

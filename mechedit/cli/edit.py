@@ -11,7 +11,7 @@ from mechedit.cli.app import say
 from mechedit.cli.command import command
 from mechedit.cli.describe import describe_edit, format_description, say_unconverged
 from mechedit.cli.options import MethodOptions, RequestsOption
-from mechedit.cli.parsing import check_layers, parse_layers
+from mechedit.cli.parsing import parse_layers, require_layers
 from mechedit.data import Conflicts, load_requests
 from mechedit.edit import Edit
 from mechedit.errors import InputError
@@ -54,7 +54,7 @@ def edit_command(options: EditOptions) -> int:
     requests = load_requests(options.requests, conflicts=options.conflicts)
     layers = _layers(options)
     model = options.load_model()
-    check_layers(layers, model.n_layers)
+    require_layers(layers, model.n_layers)
     config = options.method_config(model)
     moments = load_moments(options.moments, layers, model) if config.preserves_keys else {}
     targets = options.moments / "targets"

@@ -10,7 +10,7 @@ from mechedit import pipeline
 from mechedit.cli.app import say
 from mechedit.cli.command import command, options_of
 from mechedit.cli.options import RunFolderOptions, TextsOption
-from mechedit.cli.parsing import check_layers, existing_folder, parse_layers, parse_shard
+from mechedit.cli.parsing import existing_folder, parse_layers, parse_shard, require_layers
 from mechedit.errors import InputError
 from mechedit.moments import (
     Convergence,
@@ -59,7 +59,7 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
         raise InputError("--convergence needs the text in order; collect without --shard")
     folder = options.run_folder()
     model = options.load_model()
-    check_layers(layers, model.n_layers)
+    require_layers(layers, model.n_layers)
     say(str(plan_moments(model, layers, settings, convergence=options.convergence)))
     if shard is None:
         convergence = curve if options.convergence else None

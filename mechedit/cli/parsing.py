@@ -81,7 +81,7 @@ def existing_folder(path: Path) -> Path:
     return path
 
 
-def check_layers(layers: list[int], n_layers: int) -> None:
+def require_layers(layers: list[int], n_layers: int) -> None:
     """Refuse layers that the model lacks."""
     if layers[-1] >= n_layers:
         raise InputError(f"layer {layers[-1]} is not in the model, expected layers 0 to {n_layers - 1}")

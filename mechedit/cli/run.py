@@ -18,7 +18,7 @@ from mechedit.cli.options import (
     RunFolderOptions,
     TextsOption,
 )
-from mechedit.cli.parsing import check_layers, parse_layers, sampled
+from mechedit.cli.parsing import parse_layers, require_layers, sampled
 from mechedit.data import load_facts, load_requests
 from mechedit.evaluation import EvaluationConfig
 from mechedit.figures import run_figures
@@ -54,7 +54,7 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     model = options.load_model()
     config = options.method_config(model)
     if layers:
-        check_layers(layers, model.n_layers)
+        require_layers(layers, model.n_layers)
 
     pipeline.trace_step(folder, model, facts, trace)
     selection = pipeline.select_step(folder, select)

@@ -19,7 +19,7 @@ from mechedit.errors import InputError, check_finite
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import ModelIdentity
 
-KEY = "manifest"
+METADATA_KEY = "manifest"
 """Name of the manifest in the file's metadata."""
 SIDES = ("left", "right")
 
@@ -73,7 +73,7 @@ class Edit:
         tensors = {
             f"layer.{layer}.{side}": getattr(factors, side) for layer, factors in self.factors.items() for side in SIDES
         }
-        write_tensors(path, tensors, KEY, dict(self.manifest))
+        write_tensors(path, tensors, METADATA_KEY, dict(self.manifest))
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -83,7 +83,7 @@ class Edit:
             InputError: the file is absent, cut short or not an edit; its factors do not fit each other or are not
                 finite; its manifest does not say which weights the edit is for.
         """
-        tensors, manifest = read_tensors(path, KEY)
+        tensors, manifest = read_tensors(path, METADATA_KEY)
         edit = cls(factors=_factors(tensors, path), manifest=_manifest(manifest, path))
         check_factors(edit)
         return edit

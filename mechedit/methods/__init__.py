@@ -16,8 +16,9 @@ from mechedit.methods.memit import MemitConfig, memit
 from mechedit.methods.method import EditTask, Method, edit_method, spread_over_layers, targets_for
 from mechedit.methods.pmet import PmetConfig, pmet
 from mechedit.methods.rome import RomeConfig, rome
-from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadConfig, SpreadingConfig
-from mechedit.methods.spread import SpreadResult, edit_keys
+from mechedit.methods.rules import Ridge
+from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadConfig, SpreadMethodConfig
+from mechedit.methods.spread import SpreadResult, UpdateRule, edit_keys
 from mechedit.models import Model
 
 __all__ = [
@@ -32,11 +33,13 @@ __all__ = [
     "Method",
     "MethodConfig",
     "PmetConfig",
+    "Ridge",
     "RomeConfig",
     "SearchConfig",
     "SpreadConfig",
+    "SpreadMethodConfig",
     "SpreadResult",
-    "SpreadingConfig",
+    "UpdateRule",
     "alphaedit",
     "check_layers",
     "edit_keys",

@@ -8,11 +8,11 @@ from mechedit.edit import Edit
 from mechedit.errors import check_fraction, check_positive
 from mechedit.methods.method import EditTask, edit_method, spread_over_layers, targets_for
 from mechedit.methods.rules import InNullSpace
-from mechedit.methods.settings import SpreadingConfig
+from mechedit.methods.settings import SpreadMethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaEditConfig(SpreadingConfig):
+class AlphaEditConfig(SpreadMethodConfig):
     """Settings of AlphaEdit; the defaults are those of the published code for GPT-J, except the threshold."""
 
     null_threshold: float | int = 0.02

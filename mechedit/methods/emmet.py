@@ -8,11 +8,11 @@ from mechedit.edit import Edit
 from mechedit.errors import check_at_least
 from mechedit.methods.method import EditTask, edit_method, spread_over_layers, targets_for
 from mechedit.methods.rules import Equality
-from mechedit.methods.settings import SpreadingConfig
+from mechedit.methods.settings import SpreadMethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmmetConfig(SpreadingConfig):
+class EmmetConfig(SpreadMethodConfig):
     """Settings of EMMET; the defaults are those of the published code for GPT-J, which edits a single layer."""
 
     slack: float | int = 0.1
@@ -35,5 +35,5 @@ def emmet(task: EditTask[EmmetConfig]) -> Edit:
     exactly when the slack α is 0, or as nearly as α > 0 allows.
     """
     targets = targets_for(task)
-    rule = Equality(moments=task.moments, slack=task.config.slack, previous=task.previous)
+    rule = Equality(moments=task.moments, relaxation=task.config.slack, previous=task.previous)
     return spread_over_layers(task, targets, rule)

@@ -8,11 +8,11 @@ from mechedit.edit import Edit
 from mechedit.errors import check_positive
 from mechedit.methods.method import EditTask, edit_method, spread_over_layers, targets_for
 from mechedit.methods.rules import Ridge
-from mechedit.methods.settings import SpreadingConfig
+from mechedit.methods.settings import SpreadMethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemitConfig(SpreadingConfig):
+class MemitConfig(SpreadMethodConfig):
     """Settings of MEMIT; the defaults are those of the published code for GPT-J."""
 
     covariance_weight: float | int = 15_000.0

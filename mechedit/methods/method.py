@@ -26,7 +26,7 @@ from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.methods.checks import check_input, check_target_settings
 from mechedit.methods.rules import EarlierKeys, Moments
-from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadingConfig, checkpoint_settings
+from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig, checkpoint_settings
 from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Model
 from mechedit.targets import Targets, find_targets
@@ -197,7 +197,7 @@ def targets_for(task: EditTask[SearchConfig]) -> Targets:
     return find_targets(task.model, task.requests, layer, task.prefixes, task.config.targets, cache=task.cache)
 
 
-def spread_over_layers(task: EditTask[SpreadingConfig], targets: Targets, rule: UpdateRule) -> Edit:
+def spread_over_layers(task: EditTask[SpreadMethodConfig], targets: Targets, rule: UpdateRule) -> Edit:
     """Write the targets into the task's layers by an update rule (MEMIT Algorithm 1; see `spread`).
 
     Raises:

@@ -9,11 +9,11 @@ from mechedit.edit import Edit
 from mechedit.errors import check_positive
 from mechedit.methods.method import EditTask, edit_method, spread_over_layers, targets_for
 from mechedit.methods.rules import Ridge
-from mechedit.methods.settings import SpreadingConfig, Strategy
+from mechedit.methods.settings import SpreadMethodConfig, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class PmetConfig(SpreadingConfig):
+class PmetConfig(SpreadMethodConfig):
     """Settings of PMET; the defaults are those of the published code for GPT-J."""
 
     steps: int = 30

@@ -51,7 +51,7 @@ class Equality:
     """
 
     moments: Moments
-    slack: float | int = 0.0
+    relaxation: float | int = 0.0
     """α: how far a value may be missed, in units of the old keys' mean; 0 asks for equality."""
     previous: EarlierKeys = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class Equality:
         counts = torch.bincount(index, minlength=unique.shape[1])
         sums = residuals.new_zeros(len(residuals), unique.shape[1]).index_add_(1, index, residuals)
         factor, earlier = moment_factor(self.moments[layer], keys.device), self.previous.get(layer)
-        return equality_update(unique, sums / counts, factor, relaxation=self.slack, previous=earlier)
+        return equality_update(unique, sums / counts, factor, relaxation=self.relaxation, previous=earlier)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -101,7 +101,7 @@ class SpreadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpreadingConfig(SearchConfig):
+class SpreadMethodConfig(SearchConfig):
     """Settings of a method that searches for z and spreads the residual over its layers."""
 
     strategy: Strategy = "uniform"

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from mechedit.models.families import Family
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import Run
-from mechedit.models.run_plan import RunPlan, RunStopped, Step
+from mechedit.models.run_plan import RunPlan, RunStopped, SiteStep
 from mechedit.models.shortcuts import (
     Forwards,
     blocks_of,
@@ -78,7 +78,7 @@ class HookedEngine(ABC):
         return plan.finished(run, computed_cache(plan, arguments))
 
     @abstractmethod
-    def forward(self, arguments: dict[str, Any], steps: Sequence[Step], exit_site: Site | None) -> Run:
+    def forward(self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None) -> Run:
         """Call the wrapped copy, run the steps at their sites, and stop after `exit_site` if there is one."""
 
     def _shortcuts(self, plan: RunPlan) -> Forwards:

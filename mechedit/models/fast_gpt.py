@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from mechedit.models.fast_gelu import InPlaceGelu
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import Run, Tokens
-from mechedit.models.run_plan import RunPlan, Step, Write
+from mechedit.models.run_plan import RunPlan, SiteStep, Write
 from mechedit.models.sites import Site
 
 _READABLE = ("attn_key", "mlp_key", "resid")
@@ -166,7 +166,7 @@ class FastBlock:
 
     module: Any
     masks: AttentionMasks
-    steps: Mapping[str, Step]
+    steps: Mapping[str, SiteStep]
     """By part."""
     values: dict[Site, Tensor]
     """Receives the activations that are read."""
@@ -255,7 +255,7 @@ class FastBlock:
         step = self.steps.get(part)
         if step is None:
             return activation
-        return Step(step.site, tuple(self.writes(part)), step.read)(activation, self.values)
+        return SiteStep(step.site, tuple(self.writes(part)), step.read)(activation, self.values)
 
     def writes(self, part: str) -> Sequence[Write]:
         """The writes at a site, their columns counted among the kept positions."""

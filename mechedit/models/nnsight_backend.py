@@ -12,7 +12,7 @@ from mechedit.models.backend import BackendModel
 from mechedit.models.engines import HookedEngine
 from mechedit.models.families import Family
 from mechedit.models.protocol import Run
-from mechedit.models.run_plan import Step
+from mechedit.models.run_plan import SiteStep
 from mechedit.models.sites import Site
 
 
@@ -23,7 +23,7 @@ class NNsightEngine(HookedEngine):
         super().__init__(model, family, unhooked)
         self.nnsight: Any = NNsight(model)
 
-    def forward(self, arguments: dict[str, Any], steps: Sequence[Step], exit_site: Site | None) -> Run:
+    def forward(self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None) -> Run:
         """Trace the copy; see `HookedEngine.forward`."""
         # Values outlive the trace because they are put into containers made outside it.
         values: dict[Site, Tensor] = {}
@@ -64,7 +64,7 @@ class NNsightModel(BackendModel):
     engine = NNsightEngine
 
 
-def _visit(step: Step, envoy: Any, values: dict[Site, Tensor]) -> None:
+def _visit(step: SiteStep, envoy: Any, values: dict[Site, Tensor]) -> None:
     """Read and write one site inside a trace."""
     if step.site.part in ("attn_key", "mlp_key"):
         after = step(envoy.input, values)

@@ -38,7 +38,7 @@ class Write:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class SiteStep:
     """The writes and the read of a run at one site."""
 
     site: Site
@@ -60,7 +60,7 @@ class RunPlan:
     """One forward pass, checked; its tensors are on the model's device."""
 
     tokens: Tokens
-    steps: tuple[Step, ...]
+    steps: tuple[SiteStep, ...]
     """In forward order, one per site that is written or read."""
     resume: Resume | None
     """In the model's dtype."""
@@ -182,7 +182,7 @@ def _steps(
     read: Sequence[Site],
     first: int,
     stop_after: int | None,
-) -> list[Step]:
+) -> list[SiteStep]:
     """The steps of a run that starts at block `first`."""
     last = model.n_layers - 1 if stop_after is None else stop_after
     if not first <= last < model.n_layers:
@@ -202,7 +202,7 @@ def _steps(
             writes.setdefault(patch.site, []).append(_write(model, patch, entries[id(patch.positions)]))
     reads = set(read)
     return [
-        Step(site, tuple(writes.get(site, ())), site in reads)
+        SiteStep(site, tuple(writes.get(site, ())), site in reads)
         for site in sorted(reads | writes.keys(), key=lambda site: site.order)
     ]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mechedit.models.families import Family
 from mechedit.models.protocol import LogitsToKeep
-from mechedit.models.run_plan import RunPlan, RunStopped, Step
+from mechedit.models.run_plan import RunPlan, RunStopped, SiteStep
 from mechedit.models.sites import Site
 
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -53,7 +53,7 @@ def skip_blocks(blocks: Sequence[nn.Module], resid: Float[Tensor, "batch pos d_m
     return dict.fromkeys(blocks, lambda *args, **kwargs: output)
 
 
-def stop_after(block: nn.Module, steps: Sequence[Step], values: dict[Site, Tensor]) -> Forwards:
+def stop_after(block: nn.Module, steps: Sequence[SiteStep], values: dict[Site, Tensor]) -> Forwards:
     """A block runs the steps on the residual that it returns, and then ends the run with `RunStopped`."""
     compute = block.forward
 

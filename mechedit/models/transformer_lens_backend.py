@@ -14,7 +14,7 @@ from mechedit.models.backend import BackendModel
 from mechedit.models.engines import HookedEngine
 from mechedit.models.families import Family
 from mechedit.models.protocol import Run
-from mechedit.models.run_plan import RunStopped, Step
+from mechedit.models.run_plan import RunStopped, SiteStep
 from mechedit.models.sites import Site
 
 _LEVEL = 2_000
@@ -45,7 +45,7 @@ class TransformerLensEngine(HookedEngine):
                 for point in (block.attn.hook_rot_q, block.attn.hook_rot_k):
                     point.add_perma_hook(_cast_to(dtype))
 
-    def forward(self, arguments: dict[str, Any], steps: Sequence[Step], exit_site: Site | None) -> Run:
+    def forward(self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None) -> Run:
         """Call the copy with hooks; see `HookedEngine.forward`."""
         values: dict[Site, Tensor] = {}
         with self._hooks(steps, values, exit_site), contextlib.suppress(RunStopped):
@@ -54,7 +54,7 @@ class TransformerLensEngine(HookedEngine):
         return Run(None, values)
 
     @contextlib.contextmanager
-    def _hooks(self, steps: Sequence[Step], values: dict[Site, Tensor], exit_site: Site | None) -> Iterator[None]:
+    def _hooks(self, steps: Sequence[SiteStep], values: dict[Site, Tensor], exit_site: Site | None) -> Iterator[None]:
         points = []
         try:
             for step in steps:
@@ -83,7 +83,7 @@ class TransformerLensModel(BackendModel):
     engine = TransformerLensEngine
 
 
-def _visitor(step: Step, values: dict[Site, Tensor]) -> Callable[..., Tensor | None]:
+def _visitor(step: SiteStep, values: dict[Site, Tensor]) -> Callable[..., Tensor | None]:
     def visit(activation: Tensor, hook: Any) -> Tensor | None:
         if step.site.part != "attn_key":
             after = step(activation, values)

@@ -18,7 +18,7 @@ from torch import Tensor
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
 from mechedit.moments.accumulator import MomentAccumulator
-from mechedit.moments.chunks import START, Position, Rank
+from mechedit.moments.chunks import START, Rank, TextPosition
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
 from mechedit.moments.second_moment import METADATA_KEY, check_header
 from mechedit.provenance import check_provenance
@@ -38,7 +38,7 @@ class Checkpoint:
     provenance: Mapping[str, Any]
     layers_read: tuple[int, ...]
     """Layers whose keys are read in the same runs; reading others may round differently."""
-    position: Position = START
+    position: TextPosition = START
     """Where to go on reading."""
     done: bool = False
     """Whether all chunks of the process are summed."""
@@ -94,7 +94,7 @@ def load_checkpoint(path: Path, device: torch.device | str, convergence: Converg
         accumulator=accumulator,
         provenance={name: value for name, value in header.items() if name not in fields},
         layers_read=tuple(header["read"]),
-        position=Position(*header["place"]),
+        position=TextPosition(*header["place"]),
         done=header["done"],
     )
     if convergence is not None and "curve" in header:

@@ -17,7 +17,7 @@ CHUNK_SIZE = 256
 """Texts per chunk. The texts of a chunk are sorted by length, so that its batches hold little padding."""
 
 
-class Position(NamedTuple):
+class TextPosition(NamedTuple):
     """How far into the text a sum has come: all earlier chunks, and the first sequences of this one."""
 
     chunk: int = 0
@@ -51,7 +51,7 @@ class Rank(NamedTuple):
         return chunk % self.world_size == self.index
 
 
-START, SINGLE_PROCESS = Position(), Rank()
+START, SINGLE_PROCESS = TextPosition(), Rank()
 """The beginning of the text; a process that reads all of it."""
 
 
@@ -78,7 +78,7 @@ def read_chunks(
     config: MomentsConfig,
     max_length: int,
     rank: Rank = SINGLE_PROCESS,
-    start: Position = START,
+    start: TextPosition = START,
 ) -> Iterator[Chunk]:
     """Yield the chunks that a process reads, each tokenized once, until the budget of tokens is spent.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.moments.accumulator import STRIP
 from mechedit.moments.config import MomentsConfig
 
-GIB = 2**30
-HIDDEN_COPIES, MLP_COPIES, SCORE_COPIES = 12, 4, 3
-"""Activations of a block that are in memory at once, in multiples of d_model, of d_mlp and of attention's scores."""
+SCORE_COPIES = 3
+"""Copies of attention's scores of a block that are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

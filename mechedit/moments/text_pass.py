@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mechedit.models import Model
 from mechedit.moments.checkpoints import Checkpoint
-from mechedit.moments.chunks import CHUNK_SIZE, Chunk, Position, Rank, batches, n_chunks, read_chunks
+from mechedit.moments.chunks import CHUNK_SIZE, Chunk, Rank, TextPosition, batches, n_chunks, read_chunks
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
 from mechedit.moments.key_reader import KeyReader
@@ -71,7 +71,7 @@ class TextPass:
             for layer, checkpoint in checkpoints.items():
                 if checkpoint.position[:2] <= (chunk.index, batch.start):
                     checkpoint.accumulator.update(keys[layer]).check_finite(layer)
-                    checkpoint.position = Position(chunk.index, batch.stop, chunk.tokens_before)
+                    checkpoint.position = TextPosition(chunk.index, batch.stop, chunk.tokens_before)
             n_tokens = len(next(iter(keys.values())))
             progress.update(n_tokens if self.config.tokens else batch.stop - batch.start)
             folder.save_if_due(sums)
@@ -87,7 +87,7 @@ class TextPass:
             for layer in untracked:
                 checkpoints[layer].tracker = ConvergenceTracker(keys[layer], self.convergence)
 
-    def _progress_bar(self, start: Position, count: int) -> Any:
+    def _progress_bar(self, start: TextPosition, count: int) -> Any:
         """A bar in tokens if there is a budget of tokens, else in texts.
 
         Args:

@@ -79,7 +79,7 @@ class Sweep:
             [
                 {"first": window.first, "last": window.last, "width": window.width, "measure": measure, **entry}
                 for window in self.windows
-                for measure, entry in summarize(self._rows(window), self._ids, self.config).items()
+                for measure, entry in window_summary(self._rows(window), self._ids, self.config).items()
             ],
             columns=list(TABLE_COLUMNS),
         )
@@ -217,7 +217,7 @@ def sweep_windows(
         raise InputError(f"none of the {len(checked)} windows can be edited; {checked[0]}: {failed[checked[0]]}")
     return Sweep(
         cases=pd.concat(frames, ignore_index=True).loc[:, list(CASE_COLUMNS)],
-        before=summarize(before, [request.id for request in requests], evaluation),
+        before=window_summary(before, [request.id for request in requests], evaluation),
         failed=failed,
         config=evaluation,
         provenance=job.provenance,
@@ -301,7 +301,7 @@ def by_case(rows: pd.DataFrame, cases: Sequence[str], measures: Sequence[str]) -
     return wide.reindex(index=list(cases), columns=list(measures)).to_numpy(dtype=float)
 
 
-def summarize(rows: pd.DataFrame, cases: Sequence[str], config: EvaluationConfig) -> Summary:
+def window_summary(rows: pd.DataFrame, cases: Sequence[str], config: EvaluationConfig) -> Summary:
     """Mean, interval over requests and number of requests, of each measure and of the score (`summarize_cases`)."""
     measures = list(dict.fromkeys(rows["measure"]))
     joined = score_measures(measures)

@@ -20,7 +20,7 @@ from mechedit.provenance import ModelIdentity, numbered, value_hash
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import TERMS
 
-KEY = "targets"
+METADATA_KEY = "targets"
 """Metadata entry of a file that holds its header."""
 
 
@@ -113,11 +113,11 @@ def _write(path: Path, results: list[TargetResult]) -> None:
         "terms": torch.cat([result.terms for result in results]),
     }
     header = {"stopped": [result.stopped for result in results], "steps": [len(result.terms) for result in results]}
-    write_tensors(path, tensors, KEY, header)
+    write_tensors(path, tensors, METADATA_KEY, header)
 
 
 def _read(path: Path) -> list[TargetResult]:
-    tensors, header = read_tensors(path, KEY)
+    tensors, header = read_tensors(path, METADATA_KEY)
     terms = tensors["terms"].split(header["steps"])
     return [
         TargetResult(z=tensors["z"][i], initial=tensors["initial"][i], terms=terms[i], stopped=stopped)

@@ -2,7 +2,7 @@
 
 Neither the positions before the subject's last token nor the blocks below δ's layer depend on δ: their keys, values
 and states come from the clean run (`run_clean`), in which prompts behind one context template share the tokens they
-begin with (`shared_prefix_cache`). Only the blocks and positions that δ reaches run again at every step of the search
+begin with (`shared_start_cache`). Only the blocks and positions that δ reaches run again at every step of the search
 (`block_spans`, `edited_logits`).
 """
 
@@ -122,14 +122,14 @@ def run_clean(
         torch.tensor(values, device=device)
         for values in zip(*((prompt.subject, prompt.scored, prompt.fact) for prompt in prompts), strict=True)
     )
-    prefix_cache, prefix_lengths = shared_prefix_cache(model, prompts)
-    cut = torch.tensor(prefix_lengths, device=device)
+    start_cache, start_lengths = shared_start_cache(model, prompts)
+    cut = torch.tensor(start_lengths, device=device)
     run = model.run(
-        pad([p.ids[length:] for p, length in zip(prompts, prefix_lengths, strict=True)], model.tokenizer, device),
+        pad([p.ids[length:] for p, length in zip(prompts, start_lengths, strict=True)], model.tokenizer, device),
         read=[*sites, *filter(None, input_sites)],
         logits_to_keep=scored - cut[:, None] if is_kl else 0,
         stop_after=None if is_kl else model.n_layers - 1,
-        kv_cache=prefix_cache,
+        kv_cache=start_cache,
         use_cache=True,
     )
     batch = PromptBatch(
@@ -160,30 +160,30 @@ def _from(
     return states[rows, positions.clamp(max=states.shape[1] - 1)]
 
 
-def shared_prefix_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[KVCache | None, list[int]]:
+def shared_start_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[KVCache | None, list[int]]:
     """Run the tokens that all prompts behind one context template begin with, once per template.
 
     Returns:
-        The KV cache of each prompt's shared prefix, and the prefix' length per prompt; None and zeros where sharing
+        The KV cache of each prompt's shared start, and the start's length per prompt; None and zeros where sharing
         saves less than another run costs.
     """
     by_template: dict[int, list[SearchPrompt]] = defaultdict(list)
     for prompt in prompts:
         by_template[prompt.template].append(prompt)
-    prefixes = {template: _common_prefix(group) for template, group in by_template.items()}
-    lengths = [len(prefixes[prompt.template]) for prompt in prompts]
-    if sum(lengths) - sum(map(len, prefixes.values())) <= padding_budget(model):
+    starts = {template: _common_start(group) for template, group in by_template.items()}
+    lengths = [len(starts[prompt.template]) for prompt in prompts]
+    if sum(lengths) - sum(map(len, starts.values())) <= padding_budget(model):
         return None, [0] * len(prompts)
     # A row of no tokens cannot be run; the token that stands in its place is not kept.
-    rows = [list(ids) or [prompts[0].ids[0]] for ids in prefixes.values()]
+    rows = [list(ids) or [prompts[0].ids[0]] for ids in starts.values()]
     run = model.run(pad(rows, model.tokenizer, model.device), use_cache=True, stop_after=model.n_layers - 1)
-    cache = run.kv_cache.before(torch.tensor([len(ids) for ids in prefixes.values()], device=model.device))
-    row_of = {template: row for row, template in enumerate(prefixes)}
+    cache = run.kv_cache.before(torch.tensor([len(ids) for ids in starts.values()], device=model.device))
+    row_of = {template: row for row, template in enumerate(starts)}
     index = torch.tensor([row_of[prompt.template] for prompt in prompts], device=model.device)
     return cache.take(index, cache.length), lengths
 
 
-def _common_prefix(prompts: Sequence[SearchPrompt]) -> tuple[int, ...]:
+def _common_start(prompts: Sequence[SearchPrompt]) -> tuple[int, ...]:
     """The tokens before the subject's last one that all of the prompts begin with."""
     columns = zip(*(prompt.ids[: prompt.subject] for prompt in prompts), strict=False)
     return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.traced_fact import TracedFact
-
-GIB = 2**30
-HIDDEN_COPIES, MLP_COPIES = 12, 4
-"""Activations of a block that are alive at once, in units of d_model and of d_mlp."""
 
 
 def group_row_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> int:

@@ -25,7 +25,7 @@ from mechedit.methods import (
     MemitConfig,
     Method,
     RomeConfig,
-    SpreadingConfig,
+    SpreadMethodConfig,
     edit_method,
     memit,
     recommended,
@@ -48,7 +48,7 @@ TEXTS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoubledConfig(SpreadingConfig):
+class DoubledConfig(SpreadMethodConfig):
     """Settings of the toy method."""
 
     covariance_weight: float | int = 0.5

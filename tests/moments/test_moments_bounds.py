@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechedit.batching import GIB
 from mechedit.errors import InputError
 from mechedit.moments import (
     Convergence,
@@ -24,7 +25,6 @@ from mechedit.moments import (
     plan_moments,
 )
 from mechedit.moments.convergence import ConvergenceTracker, identity_update
-from mechedit.moments.memory import GIB
 
 SENTENCES = [
     "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",

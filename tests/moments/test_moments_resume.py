@@ -22,7 +22,7 @@ from mechedit.errors import InputError
 from mechedit.files import read_header
 from mechedit.moments import Convergence, MomentsConfig, collect_moments, collect_shard, load_moments, merge_moments
 from mechedit.moments.checkpoints import checkpoint_path, checkpoints_folder
-from mechedit.moments.chunks import Position, Rank, batches, read_chunks
+from mechedit.moments.chunks import Rank, TextPosition, batches, read_chunks
 from mechedit.moments.key_reader import KeyReader
 
 TEXTS = [
@@ -276,7 +276,7 @@ def test_every_token_is_in_one_batch_of_one_chunk(
             list(read_chunks(tokenizer, texts, config, 25, Rank(index, world_size))) for index in range(world_size)
         ]
         resumed = [
-            list(read_chunks(tokenizer, texts, config, 25, start=Position(chunk.index, 0, chunk.tokens_before)))
+            list(read_chunks(tokenizer, texts, config, 25, start=TextPosition(chunk.index, 0, chunk.tokens_before)))
             for chunk in chunks
         ]
     sequences = {chunk.index: chunk.sequences for chunk in chunks}

@@ -18,7 +18,7 @@ from mechedit.errors import InputError
 from mechedit.models import Site
 from mechedit.prompt_tokens import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
-from mechedit.targets.prompt_batch import block_spans, shared_prefix_cache
+from mechedit.targets.prompt_batch import block_spans, shared_start_cache
 from mechedit.targets.search_prompts import search_batches, search_prompts
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
@@ -201,7 +201,7 @@ def test_with_local_attention_less_runs_again_and_z_is_the_same(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "llama", "neox"])
-def test_a_shared_prefix_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_shared_start_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     model = make_model(kind, initializer_range=0.05)
     config = dataclasses.replace(BRISK, steps=3)
     separate = find_targets(model, REQUESTS, 1, PREFIXES, config)
@@ -209,7 +209,7 @@ def test_a_shared_prefix_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPa
     prompts = search_prompts(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
     monkeypatch.setattr("mechedit.targets.search_prompts.padding_budget", lambda model: 1e6)
     (batch, *_) = sorted(search_batches(model, prompts, config.pass_tokens), key=len, reverse=True)
-    cache, lengths = shared_prefix_cache(model, batch)
+    cache, lengths = shared_start_cache(model, batch)
     assert cache is not None
     assert cache.lengths.tolist() == lengths
     for prompt, length in zip(batch, lengths, strict=True):
