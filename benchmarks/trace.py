@@ -8,10 +8,10 @@ the second pass that the published notebook takes; that run, one per fact, count
 is the model that ships; `gpt2` (12 layers, d 768) and `gptj` (28 layers, d 4096) have random weights.
 
 The schedules take turns, group of facts by group: ours, a drawn share of the group's cells by the published one, ours
-again, so that whatever else the machine does slows both. For each workload it prints: cells, milliseconds a cell of
+again, so that whatever else the machine does slows both. For each workload it prints: cells, milliseconds per cell of
 both and their ratio; the largest difference of a score; the rate of the *necessary* operations (of the rows, positions
 and layers that a cell can change) as a share of the machine's rate on large matrix products; and the memory that ours
-took. The severed trio, with few cells a fact, takes four times as many facts.
+took. The severed trio, with few cells per fact, takes four times as many facts.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def groups_of(model: me.Model, facts: Sequence[TracedFact], config: me.TraceConf
 def necessary_operations(model: me.Model, facts: Sequence[TracedFact], work: Workload, config: me.TraceConfig) -> float:
     """Multiplications and additions of all activations that a cell can change, and of the logits that are read.
 
-    A block costs 2 · its matrix parameters a token, attention's products with n keys 4·n·d_model. Between the first
+    A block costs 2 · its matrix parameters per token, attention's products with n keys 4·n·d_model. Between the first
     restored block, where one token changes, and the last, where the later tokens' keys and values and the read
     tokens are needed, all later tokens change.
     """
@@ -262,7 +262,7 @@ def compare(
         1000 * seconds / comparison.cells for seconds in (published_seconds, comparison.ours, comparison.quickest)
     )
     print(
-        f"{work.name}: {comparison.cells} cells of {len(facts)} facts; published {slow:.1f} ms a cell "
+        f"{work.name}: {comparison.cells} cells of {len(facts)} facts; published {slow:.1f} ms per cell "
         f"({comparison.drawn} drawn), mechedit {fast:.2f} (at best {at_best:.2f}): {slow / fast:.1f}x; largest "
         f"difference {error:.1e} of the largest score, largest effect {largest_effect:.1e} of it; necessary "
         f"operations at {reached:.0%} of the rate of matrix products; {comparison.memory:.2f} GiB",
@@ -276,7 +276,7 @@ def main() -> None:
     """Compare on every shape and workload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["tiny", "gpt2"], choices=["tiny", "gpt2", "gptj"])
-    parser.add_argument("--facts", type=int, help="by default what takes about two minutes a shape")
+    parser.add_argument("--facts", type=int, help="by default what takes about two minutes per shape")
     parser.add_argument("--share", type=float, help="part of the cells, drawn, that the published schedule takes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")

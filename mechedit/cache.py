@@ -27,7 +27,7 @@ class Codec(Generic[Value]):
     write: Callable[[Path, Value], object] | None = None
     """None when making a result writes its files too, because it is too large for memory."""
     suffix: str = ""
-    """Of the file's name."""
+    """Suffix of the file's name."""
     files: tuple[str, ...] = ()
     """The files that a finished result has in its folder; empty when a result is one file."""
 

@@ -208,7 +208,7 @@ def _edit_stamp(
     method: str,
     config: MethodConfig,
 ) -> dict[str, Any]:
-    """What goes into every edit."""
+    """Stamp fields that edits and sweeps share."""
     return {
         "model": model.provenance(),
         "requests": value_hash([asdict(request) for request in requests]),

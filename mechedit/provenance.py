@@ -31,19 +31,19 @@ ALGORITHMS = {
     "evaluate": 1,
     "session": 1,
 }
-"""By artifact, the number of the algorithm that makes it. Raise one by hand when a change of the code changes that
-artifact's numbers: results of another number are not reused. Results without a number are of algorithm 1."""
+"""Number of each artifact's algorithm. Raise one by hand when a change of the code changes that artifact's numbers:
+results of another number are not reused. Results without a number are of algorithm 1."""
 DEFAULTS: dict[str, Any] = {"module": "mlp", "algorithm": 1}
-"""What artifacts that lack one of these fields were made with."""
+"""Values assumed where an older artifact lacks the field."""
 MAKE_AGAIN = "make it again for this model"
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What decides whether two results are of the same model; see `Model.identity`."""
+    """Weights, tokenizer, dtype and edited module: equal for two results of the same model; see `Model.identity`."""
 
     dtype: str | None
-    """Of the weights, without `torch.`. It stands first, since the weights of another dtype differ too."""
+    """Dtype of the weights, without `torch.`. It stands first, since the weights of another dtype differ too."""
     tokenizer: str | None
     """SHA-256 of the tokenizer."""
     weights: str | None

@@ -131,10 +131,10 @@ def site_effects(effects: pd.DataFrame) -> list[EffectLine]:
         text = "The part that one clean state there restores."
         lines.append(_site(f"Last subject token, state of layer {best['layer']}", text, best))
         for sever, name in (("mlp", "MLPs"), ("attn", "attention")):
-            cut = where(early, sever=sever, layer=best["layer"])
-            if len(cut):
+            severed_row = where(early, sever=sever, layer=best["layer"])
+            if len(severed_row):
                 text = f"The same with {name} at that token held to their outputs under noise."
-                lines.append(_site(f"… with {name} severed", text, cut.iloc[0]))
+                lines.append(_site(f"… with {name} severed", text, severed_row.iloc[0]))
     for kind, role, name, text in (
         ("state", "after", "First token after the subject, state", "The contrast: the next token along."),
         (

@@ -29,7 +29,7 @@
 # - *Layers* are chosen, not copied: those below are the tiny model's. Notebook 2 selects them for any model.
 # - *Requests and texts* that suit the model: `me.load_requests(path)` reads CounterFact's records, `"wikitext"` is the
 #   usual text for second moments. Held-out text should not be part of it.
-# - *Memory*: beside the weights, 8·d_mlp² bytes of second moment a layer (0.3 GiB for GPT-2 XL, 1.5 GiB for Llama 3.1
+# - *Memory*: beside the weights, 8·d_mlp² bytes of second moment per layer (0.3 GiB for GPT-2 XL, 1.5 GiB for Llama 3.1
 #   8B), the search for targets, and one copy of each edited layer while an edit is applied.
 # - *Time*: the search for targets takes most of it. It is done in batches, and kept on disk by `mechedit edit`.
 
@@ -108,10 +108,10 @@ assert model.weights_hash() == original  # making an edit leaves the model as it
 me.summarize(edit, model).round(3)
 
 # %% [markdown]
-# An edit is two thin matrices a layer, whose product is added to the weights. `rank` is at most the number of requests,
-# `norm` is ‖ΔW‖, `relative` is ‖ΔW‖ / ‖W‖, and `left` is the part of the way to the targets that is still open once the
-# layer is written. In this tiny model ΔW is larger than W: twenty facts are much for 128 dimensions. In your own, look
-# at `relative` first: it tells early of an edit that is too large. The manifest says what made it:
+# An edit is two thin matrices per layer, whose product is added to the weights. `rank` is at most the number of
+# requests, `norm` is ‖ΔW‖, `relative` is ‖ΔW‖ / ‖W‖, and `left` is the part of the way to the targets that is still
+# open once the layer is written. In this tiny model ΔW is larger than W: twenty facts are much for 128 dimensions. In
+# your own, look at `relative` first: it tells early of an edit that is too large. The manifest says what made it:
 
 # %%
 {name: edit.manifest[name] for name in ("method", "layers", "model")}

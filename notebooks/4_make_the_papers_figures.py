@@ -19,7 +19,7 @@
 #
 # - the way from a trace to ROME's and MEMIT's figures: effects → averages → figures → PDF;
 # - a small scaling curve, scores against the number of facts written at once (MEMIT's Fig. 5);
-# - how to run the full experiments, a script each, and go on from the tables that they leave;
+# - how to run the full experiments, one script per experiment, and go on from the tables that they leave;
 # - how to restyle a figure, or put panels of your own choice together.
 #
 # **For GPT-2 XL or Llama** change one line, the one that loads the model: `me.load_model("gpt2-xl", device="cuda")` or
@@ -29,7 +29,7 @@
 # - *Layers* are chosen, not copied: those below are the tiny model's (notebook 2). The scripts select them where
 #   `--layers` is not given.
 # - *Facts, requests and texts* that suit the model: `--facts`, `--requests` and `--texts`.
-# - *Memory*: the weights, 8·d_mlp² bytes of second moment a layer, and a batch; `me.TraceConfig(memory=...)` and
+# - *Memory*: the weights, 8·d_mlp² bytes of second moment per layer, and a batch; `me.TraceConfig(memory=...)` and
 #   `me.MomentsConfig(memory=...)` bound the last two.
 # - *Time*: all numbers here are small, to be quick. The papers trace 1,000 facts with 10 noise samples and write up to
 #   10,000 facts. The scripts resume, so they may be stopped.

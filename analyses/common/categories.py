@@ -141,8 +141,8 @@ def _kinds(same: str, groups: Groups) -> Iterator[Pair]:
         for kinds in itertools.combinations([name for name in groups if name != relation], 2):
             first, second = (_subjects(groups[kind]) for kind in kinds)
             if not _alike(first, second):
-                parts = [[r for r in group if r.subject in those and r.subject not in others]
-                         for those, others in ((first, second), (second, first))]  # fmt: skip
+                parts = [[r for r in group if r.subject in subjects and r.subject not in others]
+                         for subjects, others in ((first, second), (second, first))]  # fmt: skip
                 yield _pair(same, (f"{relation}/{kinds[0]}", f"{relation}/{kinds[1]}"), parts, "kinds")
 
 

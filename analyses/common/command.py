@@ -29,7 +29,7 @@ def options(
     parser.add_argument("--facts", default="known", help="facts to trace where no layers are given")
     sampling = f"trace a seeded sample of so many (default {max_facts})"
     parser.add_argument("--max-facts", type=int, default=max_facts, help=sampling)
-    parser.add_argument("--samples", type=int, default=10, help="noise samples a fact (default 10)")
+    parser.add_argument("--samples", type=int, default=10, help="noise samples per fact (default 10)")
     parser.add_argument("--texts", default="tiny", help="running text for second moments")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of it (default 2,000,000)")
     parser.add_argument("--layers", help="such as 3-8; by default what the trace selects")

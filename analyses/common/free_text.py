@@ -28,7 +28,7 @@ def references_of(facts: Sequence[Fact], texts: Sequence[str], limit: int = 20) 
 
     Args:
         facts: with their relations.
-        texts: a document each; what counts as one about a subject starts with its name.
+        texts: one document each; what counts as one about a subject starts with its name.
         limit: most texts per object.
 
     Raises:

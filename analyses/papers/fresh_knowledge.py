@@ -8,7 +8,7 @@ as fresh_knowledge_facts.csv to be copied. A fact counts as known when greedy de
 the share of such facts, on the prompt and on paraphrases. Where the former object is given, ES and PS too: whether
 the new one is the likelier.
 
-Writes fresh_knowledge.parquet (one row a fact), fresh_knowledge.csv (accuracy before and after), the figure,
+Writes fresh_knowledge.parquet (one row per fact), fresh_knowledge.csv (accuracy before and after), the figure,
 fresh_knowledge_missed.csv (facts that did not take, with what the model says) and fresh_knowledge_said.csv (what it
 writes after each prompt, before and after).
 """

@@ -43,7 +43,7 @@ TITLES = {
     "both": "same subjects and objects",
 }
 EDITS, QUICK_EDITS = "4,8,16,32", "2,4"
-"""By default, and with `--quick`."""
+"""Facts edited at once, by default and with `--quick`."""
 RESAMPLES = 2000
 
 
@@ -84,8 +84,8 @@ def parse_pairs(text: str) -> dict[str, tuple[str, str]]:
     """
     pairs: dict[str, tuple[str, str]] = {}
     for part in filter(None, parse_names(text)):
-        same, equals, both = part.partition("=")
-        names = both.split("+")
+        same, equals, relations = part.partition("=")
+        names = relations.split("+")
         if not equals or len(names) != 2 or not all(names):
             raise InputError(f"--pairs {part!r} cannot be read, expected such as neither=P27+P37")
         pairs[same] = (names[0], names[1])
@@ -121,15 +121,15 @@ def compared(experiment: Experiment, variant: Variant, pair: Pair, edits: Sequen
     tables = []
     for n in possible:
         first, second = (list(requests[:n]) for requests in pair.requests)
-        both = [*first[: n // 2], *second[: n // 2]]
+        mixture = [*first[: n // 2], *second[: n // 2]]
         alone = [experiment.cases(variant, requests) for requests in (first, second)]
-        comparison = compare(alone[0], alone[1], experiment.cases(variant, both), seed=experiment.seed)
+        comparison = compare(alone[0], alone[1], experiment.cases(variant, mixture), seed=experiment.seed)
         tables.append(comparison.assign(**about, edits=n))
     return pd.concat(tables, ignore_index=True)
 
 
 def compare(
-    first: pd.DataFrame, second: pd.DataFrame, both: pd.DataFrame, *, seed: int, resamples: int = RESAMPLES
+    first: pd.DataFrame, second: pd.DataFrame, mixture: pd.DataFrame, *, seed: int, resamples: int = RESAMPLES
 ) -> pd.DataFrame:
     """The mixture's scores, the mean of the two relations', and what the mixture has more.
 
@@ -139,15 +139,15 @@ def compare(
     Args:
         first: `case, measure, value` in percent, of the first relation edited alone.
         second: of the other.
-        both: of the mixture, whose cases are some of both.
+        mixture: of the mixture, whose cases are some of both.
         seed: of the bootstrap.
         resamples: how many.
 
     Returns:
         `measure, part, mean, low, high` with the parts first, second, mean, mixture and difference.
     """
-    draws = (_draws(first, both, seed, resamples), _draws(second, both, seed + 1, resamples))
-    means = (_means(first, both), _means(second, both))
+    draws = (_draws(first, mixture, seed, resamples), _draws(second, mixture, seed + 1, resamples))
+    means = (_means(first, mixture), _means(second, mixture))
     rows = []
     for measure in SCORES:
         parts, at = _parts(*draws, measure), _parts(*means, measure)
@@ -157,19 +157,21 @@ def compare(
     return pd.DataFrame(rows, columns=["measure", "part", "mean", "low", "high"])
 
 
-def _draws(alone: pd.DataFrame, both: pd.DataFrame, seed: int, resamples: int) -> Float[np.ndarray, "resample column"]:
-    return bootstrap_means(_joint(alone, both), seed=seed, resamples=resamples)
+def _draws(
+    alone: pd.DataFrame, mixture: pd.DataFrame, seed: int, resamples: int
+) -> Float[np.ndarray, "resample column"]:
+    return bootstrap_means(_joint(alone, mixture), seed=seed, resamples=resamples)
 
 
-def _means(alone: pd.DataFrame, both: pd.DataFrame) -> Float[np.ndarray, "one column"]:
-    return np.nanmean(_joint(alone, both), axis=0, keepdims=True)
+def _means(alone: pd.DataFrame, mixture: pd.DataFrame) -> Float[np.ndarray, "one column"]:
+    return np.nanmean(_joint(alone, mixture), axis=0, keepdims=True)
 
 
-def _joint(alone: pd.DataFrame, both: pd.DataFrame) -> Float[np.ndarray, "case column"]:
+def _joint(alone: pd.DataFrame, mixture: pd.DataFrame) -> Float[np.ndarray, "case column"]:
     """ES, PS, NS of a relation's cases edited alone, then in the mixture; NaN for cases that the mixture lacks."""
     wide = [
         frame.pivot(index="case", columns="measure", values="value").reindex(columns=list(MEASURES))
-        for frame in (alone, both)
+        for frame in (alone, mixture)
     ]
     return np.hstack([wide[0].to_numpy(dtype=float), wide[1].reindex(wide[0].index).to_numpy(dtype=float)])
 

@@ -10,7 +10,7 @@ are noisy. Timings of another machine are not taken over. Writes:
 
 - `runtime.parquet`: facts, method, stage, seconds, cpu (of this process, all threads), memit (seconds of the MEMIT runs
   beside it), and the machine: processor, threads, torch, device, dtype;
-- `runtime.csv`: one row per stage or method: seconds at the largest n, CPU seconds, seconds a fact, the exponent of n
+- `runtime.csv`: one row per stage or method: seconds at the largest n, CPU seconds, seconds per fact, the exponent of n
   (slope of log seconds against log n; of CPU seconds too, which others' work beside it disturbs less), and the ratio
   to MEMIT;
 - `runtime.pdf`, `.png`.

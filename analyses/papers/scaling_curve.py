@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Edit more and more, score, draw, write."""
     parser = options(__doc__, count=150, quick_count=8)
     parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all; some with --quick)")
-    parser.add_argument("--free", type=int, default=0, help="free texts a case, for GE and RS (default 0, none)")
+    parser.add_argument("--free", type=int, default=0, help="free texts per case, for GE and RS (default 0, none)")
     experiment = open_experiment("scaling_curve", parser, arguments)
     methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
     variants = by_name(experiment.variants(methods.split(",")))

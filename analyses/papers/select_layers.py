@@ -131,7 +131,7 @@ def notes(selection: Selection) -> list[str]:
 
 
 def sentence(text: str) -> str:
-    """With a capital and a full stop."""
+    """The text with a capital and a full stop."""
     return f"{text[:1].upper()}{text[1:]}."
 
 

@@ -4,12 +4,12 @@
 
 All requests are edited at once (by ROME one after another) by each method with the settings that ship with the model,
 and what differs is said in its name. Without `--methods`: all of them, and on the tiny model the ways to share out
-MEMIT's residual besides. With `--free` texts a case there are GE and RS; RS compares them with running text about
-subjects that have the new object. A measure without data is absent. Writes, with 95 % intervals over cases:
+MEMIT's residual besides. With `--free`, the texts per case, there are GE and RS; RS compares them with running text
+about subjects that have the new object. A measure without data is absent. Writes, with 95 % intervals over cases:
 
-- `table_counterfact.csv`: a row a method, S, ES, PS, NS, GE, RS as `mean (half the interval)`; beside them greedy exact
-  match, KL at the neighbors from the unedited model (nats), and *left*, the share of the residual at the last edited
-  layer that the edit leaves (%);
+- `table_counterfact.csv`: one row per method, S, ES, PS, NS, GE, RS as `mean (half the interval)`; beside them greedy
+  exact match, KL at the neighbors from the unedited model (nats), and *left*, the share of the residual at the last
+  edited layer that the edit leaves (%);
 - `table_counterfact.parquet`: method, layers, measure, mean, low, high, n (cases);
 - `table_counterfact.pdf`, `.png`.
 """
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = options(__doc__)
     parser.set_defaults(requests="tiny")
     parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all)")
-    parser.add_argument("--free", type=int, help="free texts a case, for GE and RS (default 1; with --quick 0)")
+    parser.add_argument("--free", type=int, help="free texts per case, for GE and RS (default 1; with --quick 0)")
     experiment = open_experiment("table_counterfact", parser, arguments)
     parsed = experiment.arguments
     if parsed.free is None:

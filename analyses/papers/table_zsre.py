@@ -5,7 +5,7 @@
 All requests are edited at once, and each answer's tokens are asked for one by one, the true ones before them (MEMIT
 Appendix C.1): efficacy on the edit's prompts, paraphrase on reworded ones, specificity on facts that were not edited,
 each with its own answer; the score is their harmonic mean. Requests that are no zsRE serve as well: their neighbors
-stand for its unrelated facts. Writes table_zsre.parquet (one row a method and measure), table_zsre.csv (as the paper
+stand for its unrelated facts. Writes table_zsre.parquet (one row per method and measure), table_zsre.csv (as the paper
 prints it, with greedy exact match, the strict form of efficacy, at the end) and the figure.
 """
 

@@ -6,9 +6,9 @@ Every prompt token of every fact is traced at every layer: single states, window
 attention outputs, and states at the subject's last token also with the MLPs or the attention at that token severed.
 Writes, beside the trace in `trace/`:
 
-- `trace_average.csv`: a row for each kind and role, with the largest AIE, the layer where it is (of a window: its
+- `trace_average.csv`: one row per kind and role, with the largest AIE, the layer where it is (of a window: its
   center) and its 95 % interval over facts there, in percent of probability, beside the ATE that it is a part of;
-- `trace_average_facts.csv`: a row a fact: whether it was traced, and why not;
+- `trace_average_facts.csv`: one row per fact: whether it was traced, and why not;
 - `trace_average.parquet`: the AIE of every kind, severing, role and layer;
 - `trace_average.pdf`, `.png`: AIE by role and layer (ROME Fig. 2, MEMIT Fig. 8); and likewise
   `trace_average_fact`: one fact, token by token (ROME Fig. 1e–g); by default the one that the corruption hurts most;

@@ -6,9 +6,9 @@ AIE of each layer's state at the subject's last token, with nothing, the MLPs or
 from them the gap, AIE(l) − AIE_mlp-severed(l), and what the MLP of each layer contributes to it, gap(l − 1) − gap(l);
 and the range that each rule selects, with its stability. Writes, beside the trace in `selection/`:
 
-- `trace_severed.csv`: a row a layer, in percent of probability, with 95 % intervals over facts;
-- `trace_severed_rules.csv`: a row a rule, the one that chose first;
-- `trace_severed.parquet`: the numbers of both figures, a row a layer and measure;
+- `trace_severed.csv`: one row per layer, in percent of probability, with 95 % intervals over facts;
+- `trace_severed_rules.csv`: one row per rule, the one that chose first;
+- `trace_severed.parquet`: the numbers of both figures, one row per layer and measure;
 - `trace_severed.pdf`, `.png`.
 
 The exit code is 3 where the facts show no early site: no layers are selected then, and the figure shows why.

@@ -112,7 +112,7 @@ class MeasuredModel:
     total: float
     """Total effect of the corruption."""
     selection: me.Selection
-    """By the default rule; it carries what the others choose."""
+    """Selection by the default rule, with the ranges that the other rules select."""
 
     @staticmethod
     def read(folder: Path) -> MeasuredModel:
@@ -216,7 +216,7 @@ def span(layers: Sequence[int]) -> str:
 
 
 def percents(curve: Iterable[float]) -> str:
-    """A curve of probabilities in percent, one number a layer."""
+    """A curve of probabilities in percent, one number per layer."""
     return " ".join(f"{100 * value:.1f}" for value in curve)
 
 

@@ -81,8 +81,8 @@ def plot_tradeoff(
         InputError: no rows of either measure.
     """
     across, up = (_rows(table, measure).set_index(["method", by]).loc[:, ENDS] for measure in (x, y))
-    both = across.index.intersection(up.index, sort=False)
-    across, up = across.loc[both, :], up.loc[both, :]
+    shared_index = across.index.intersection(up.index, sort=False)
+    across, up = across.loc[shared_index, :], up.loc[shared_index, :]
     methods = list(dict.fromkeys(across.index.get_level_values(0)))
     styles, points, crosses = line_styles(methods), [], []
     for method in methods:

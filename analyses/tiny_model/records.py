@@ -76,7 +76,7 @@ def _about(others: list[Entry], relation: str, value: str, prompt: str, draw: ra
 
 
 def make_texts(entries: list[Entry], seed: int, label_share: float, count: int) -> list[str]:
-    """Running text like the training text, but drawn with another seed: one document a line."""
+    """Running text like the training text, but drawn with another seed: one document per line."""
     draw = random.Random(seed)
     return [document(draw.choice(entries), draw, label_share) for _ in range(count)]
 

@@ -4,7 +4,7 @@ Facts must be recalled where the papers find them: by MLPs at the subject's last
 pieces have been gathered there. Three things shape that, and none touches a weight by hand.
 
 * Architecture: GPT-Neo, whose lower layers attend only to their neighborhood.
-* Data: many facts a subject, said with varied words between name and object, some right after the name.
+* Data: many facts per subject, said with varied words between name and object, some right after the name.
 * Training: an activity price. The loss is
       cross-entropy + Σ_l price_l · mean_t ‖out_l(t)‖ / ‖resid_l(t)‖,
   a group lasso over positions on the MLP outputs of the layers that shall not recall, and a lower one on the

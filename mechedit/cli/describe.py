@@ -89,7 +89,7 @@ def format_description(path: Path, description: Mapping[str, Any]) -> str:
 
 
 def say_unconverged(edit: Edit) -> None:
-    """Name the requests whose search for z did not converge, or whose new object was not learnt."""
+    """Name the requests whose search for z did not converge, or whose new object was not learned."""
     if edit.manifest.get("unconverged"):
         say(_unconverged(edit.manifest["unconverged"], trained="training" in edit.manifest))
 

@@ -23,7 +23,7 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
             f"requests {earlier.id!r} and {request.id!r} conflict: both rewrite {key!r} of "
             f"{request.subject!r}, to {earlier.target_new!r} and to {request.target_new!r}; expected one "
             f"object for each subject and relation: drop one of them, or read with "
-            f'load_requests(…, conflicts="first")'
+            f'load_requests(…, conflicts="first") (on the command line --conflicts first)'
         )
 
 

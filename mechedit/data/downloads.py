@@ -47,7 +47,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class _Response:
-    """What a server's headers say about its answer and the file."""
+    """Headers of a server's answer."""
 
     offset: int
     """Byte of the file at which the answer begins."""

@@ -20,7 +20,7 @@ DIVERGENCE: Mapping[Kind, str] = {"neighborhood": "KL", "neighborhood_plus": "KL
 AGREEMENT: Mapping[Kind, str] = {"neighborhood": "top1", "neighborhood_plus": "top1+"}
 
 States = Mapping[str, Float[Tensor, " d_model"]]
-"""By prompt: the residual state after the last block at its last token."""
+"""Residual state after the last block at each prompt's last token."""
 
 
 def drift_rows(

@@ -64,6 +64,7 @@ class _PairTokens:
 
     @property
     def ids(self) -> list[int]:
+        """Tokens of prompt and target."""
         return self.prompt + self.target
 
 
@@ -72,9 +73,9 @@ class Answers:
     """Scores of all pairs, and final states of some prompts, from one pass."""
 
     scores: Mapping[Pair, TargetScore]
-    """By pair."""
+    """Score of each (prompt, target) pair."""
     states: Mapping[str, Float[Tensor, " d_model"]]
-    """By prompt: the residual state after the last block at its last token, on the CPU."""
+    """Residual state after the last block at each prompt's last token, on the CPU."""
 
 
 def score_targets(model: Model, pairs: Iterable[Pair], *, batch_size: int = 64) -> dict[Pair, TargetScore]:

@@ -31,7 +31,7 @@ class References:
     """Reference texts and the weights of the words by which texts are compared."""
 
     texts: Mapping[Key, tuple[str, ...]]
-    """By relation and object, without spaces around the object."""
+    """Texts by relation and object, without spaces around the object."""
     vectorizer: TfidfVectorizer
     """Fitted TF-IDF weights; its rows have unit length."""
 

@@ -48,7 +48,7 @@ class Scores:
     config: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Settings of the evaluation."""
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By state: the model measured, and the input."""
+    """Provenance of each state: the model measured, and the input."""
 
     def __post_init__(self) -> None:
         _check_columns(self.table, TABLE_COLUMNS, "the scores table")

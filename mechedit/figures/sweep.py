@@ -48,7 +48,7 @@ def plot_sweep(table: pd.DataFrame, ax: Axes, validation: Mapping[str, Any] | No
     score = str(table.attrs.get("score", "S"))
     rows = where(table, measure=score)
     if rows.empty:
-        raise InputError(f"the sweep holds no rows of {score!r}, expected one a window: sweep again")
+        raise InputError(f"the sweep holds no rows of {score!r}, expected one per window: sweep again")
     validation = validation or {}
     near = {tuple(layers) for layers in validation.get("near_best", ())}
     for width, color in _colors(rows):

@@ -42,7 +42,7 @@ class EditTask(Generic[TaskConfig]):
     method: str
     """Name of the method, for progress bars and messages."""
     model: Model
-    """To be edited; an algorithm must leave it as it was."""
+    """Model to be edited; an algorithm must leave it as it was."""
     requests: Sequence[EditRequest]
     layers: list[int]
     """The critical range, 0-based, ascending."""

@@ -67,7 +67,7 @@ class HookedEngine(ABC):
         self.model, self.family, self.unhooked = model, family, unhooked
 
     def can_run(self, plan: RunPlan) -> bool:
-        """Always."""
+        """True: hooks can carry out any plan."""
         return True
 
     def run(self, plan: RunPlan) -> Run:

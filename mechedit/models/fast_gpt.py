@@ -167,7 +167,7 @@ class FastBlock:
     module: Any
     masks: AttentionMasks
     steps: Mapping[str, SiteStep]
-    """By part."""
+    """Steps at the sites of the block, by part."""
     values: dict[Site, Tensor]
     """Receives the activations that are read."""
     positions: Int[Tensor, "*batch kept"] | None

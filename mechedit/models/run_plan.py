@@ -43,7 +43,7 @@ class SiteStep:
 
     site: Site
     writes: tuple[Write, ...]
-    """In the order in which the patches were given."""
+    """Writes, in the order of the patches."""
     read: bool
 
     def __call__(self, activation: Tensor, values: dict[Site, Tensor]) -> Tensor:
@@ -61,9 +61,9 @@ class RunPlan:
 
     tokens: Tokens
     steps: tuple[SiteStep, ...]
-    """In forward order, one per site that is written or read."""
+    """Steps in forward order, one per site that is written or read."""
     resume: Resume | None
-    """In the model's dtype."""
+    """Cached residual to start from, in the model's dtype; None to start from the tokens."""
     logits_to_keep: LogitsToKeep
     stop_after: int | None
     kv_cache: KVCache | None

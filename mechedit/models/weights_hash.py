@@ -1,8 +1,9 @@
 """SHA-256 of a model's weights, taken once for each state of the weights.
 
-SHA-256 reads one or two GB a second, one after another, and weights on a GPU have to be copied to the CPU first. So the
-hash is remembered under a checksum of the weights' bytes, which is taken each time where the weights are. Nothing less
-would do: an in-place write raises a tensor's version counter, but a write through `.data` or a NumPy view does not.
+SHA-256 reads one or two GB per second, one after another, and weights on a GPU have to be copied to the CPU first. So
+the hash is remembered under a checksum of the weights' bytes, which is taken each time where the weights are. Nothing
+less would do: an in-place write raises a tensor's version counter, but a write through `.data` or a NumPy view does
+not.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Checkpoint:
     layers_read: tuple[int, ...]
     """Layers whose keys are read in the same runs; reading others may round differently."""
     position: TextPosition = START
-    """Where to go on reading."""
+    """Position from which reading goes on."""
     done: bool = False
     """Whether all chunks of the process are summed."""
     tracker: ConvergenceTracker | None = None
@@ -115,7 +115,7 @@ def _load_tracker(
 
 
 def checkpoints_folder(folder: str | Path) -> Path:
-    """Where the checkpoints of a results folder lie."""
+    """Folder of the checkpoints in a results folder."""
     return Path(folder) / "moments" / "parts"
 
 

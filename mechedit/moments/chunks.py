@@ -29,7 +29,7 @@ class TextPosition(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """Which process of how many, as in torch.distributed."""
+    """Index of a process and number of processes, as in torch.distributed."""
 
     index: int = 0
     world_size: int = 1

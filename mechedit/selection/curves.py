@@ -122,7 +122,7 @@ def subject_effects(effects: pd.DataFrame, config: SelectConfig) -> SubjectEffec
 
 
 def ablation(subject: SubjectEffects) -> tuple[FactEffects, dict[int, int]]:
-    """What severing one layer's MLP alone takes from the state below it.
+    """Loss of the state below a layer when that layer's MLP alone is severed.
 
     a(L) = IE(l) − IE_mlp@L-severed(l), with l the layer below L at which the mean gap is largest (of those traced
     with that severing): from there the MLPs above do most. NaN for layers without such rows.

@@ -43,11 +43,11 @@ class LayerEvidence:
     attn_severed_low: float | None = None
     attn_severed_high: float | None = None
     gap: float | None
-    """What the MLPs above the layer do: state − mlp_severed."""
+    """Effect that the MLPs above the layer mediate: state − mlp_severed."""
     gap_low: float | None = None
     gap_high: float | None = None
     contribution: float | None
-    """What the layer's MLP adds: gap(l − 1) − gap(l)."""
+    """Contribution of the layer's MLP: gap(l − 1) − gap(l)."""
     contribution_low: float | None = None
     contribution_high: float | None = None
     mlp_window: float | None = None
@@ -55,7 +55,7 @@ class LayerEvidence:
     mlp_window_low: float | None = None
     mlp_window_high: float | None = None
     ablation: float | None = None
-    """What severing this layer's MLP alone takes from the state of `ablation_from`."""
+    """Loss of the state of `ablation_from` when this layer's MLP alone is severed."""
     ablation_low: float | None = None
     ablation_high: float | None = None
     mlp_window_layers: tuple[int, int] | None = None

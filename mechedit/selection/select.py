@@ -42,7 +42,7 @@ class Selection:
     """A layer range and the evidence for it."""
 
     layers: tuple[int, ...]
-    """Contiguous, ascending; empty when the facts show no early MLP site."""
+    """Selected layers, contiguous, ascending; empty when the facts show no early MLP site."""
     rule: str
     """Rule that selected the layers."""
     n_facts: int

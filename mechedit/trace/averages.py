@@ -41,11 +41,11 @@ class RoleMeans:
     """Each fact's mean effect over the tokens of a role, from which averages are computed."""
 
     facts: tuple[str, ...]
-    """In order of appearance."""
+    """Ids of the facts, in order of appearance."""
     cells: pd.DataFrame
     """Columns kind, sever, metric, role, layer; one row per column of `values`."""
     values: Float[np.ndarray, "fact cell"]
-    """In units of the metric; NaN where a fact has no such role or no such effect."""
+    """Mean effects, in units of the metric; NaN where a fact has no such role or no such effect."""
     attrs: dict[Hashable, Any] = field(default_factory=dict)
     """Entries of the frames' attrs that all frames share."""
 

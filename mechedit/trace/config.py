@@ -23,9 +23,9 @@ class TraceConfig:
     """What to restore, what to sever, how to corrupt, and what to measure."""
 
     kinds: Sequence[str] = ("state", "mlp", "attn")
-    """What is restored: one residual state (`state`), or a window of module outputs (`mlp`, `attn`)."""
+    """Restored components: one residual state (`state`), or a window of module outputs (`mlp`, `attn`)."""
     sever: Sequence[str | Sever] = ("nothing",)
-    """What is severed, each traced by itself: `nothing`, `mlp`, `attn`, or a label such as `mlp@3` or `attn:last`."""
+    """Severings, each traced by itself: `nothing`, `mlp`, `attn`, or a label such as `mlp@3` or `attn:last`."""
     samples: int = 10
     """Noise samples per fact."""
     corruption: str | Corruption = field(default_factory=Corruption)

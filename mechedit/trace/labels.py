@@ -17,7 +17,7 @@ ROLE_LABELS = {
     "further": "further tokens",
     "last": "last token",
 }
-"""In reading order."""
+"""Name of each role, in reading order."""
 METRIC_LABELS = {"log_probability": "log-probability", "logit_difference": "logit difference", "kl": "KL"}
 LONGEST_TOKEN = 14
 """Most characters of a token that are shown."""
@@ -64,7 +64,7 @@ def token_label(text: str, role: str) -> str:
 
 
 ROLES = ("before", "subject_first", "subject_middle", "subject_last", "after", "further", "last")
-"""In reading order."""
+"""Roles, in reading order."""
 
 
 def role_of(position: int, subject: range, length: int) -> str:

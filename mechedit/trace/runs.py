@@ -84,7 +84,7 @@ class TraceRuns:
     _window_states: dict[tuple[str, str, int], Float[Tensor, "row pos d_model"]] = field(
         default_factory=dict, init=False, repr=False
     )
-    """What `window_states` has computed so far."""
+    """Cache of `window_states`, by kind, severing and layer."""
 
     @property
     def samples(self) -> int:
@@ -225,7 +225,9 @@ def run_clean_and_corrupted(
     for sever in config.severed:
         if sever.module != "nothing":
             severed_layers.setdefault(PART_OF_KIND[sever.module], set()).update(sever.through(model.n_layers))
-    severed_sites = [Site(layer, part) for part, cut in severed_layers.items() for layer in sorted(cut)]
+    severed_sites = [
+        Site(layer, part) for part, layers_of_part in severed_layers.items() for layer in sorted(layers_of_part)
+    ]
     states = [Site(layer, "resid") for layer in layers]
     corrupted = model.run(
         repeated, [corruption], read=[*states, *severed_sites], logits_to_keep=read_at, use_cache=True
@@ -253,8 +255,10 @@ def _foils(clean: Run, facts: Sequence[TracedFact]) -> Int[Tensor, " fact"]:
     """Each fact's own foil, else the likeliest first token that is not the object's."""
     likeliest = clean.logits[:, 0].topk(2).indices.tolist()
     foils = [
-        traced.foil_id if traced.foil_id is not None else next(token for token in two if token != traced.object_ids[0])
-        for traced, two in zip(facts, likeliest, strict=True)
+        traced.foil_id
+        if traced.foil_id is not None
+        else next(token for token in top_two if token != traced.object_ids[0])
+        for traced, top_two in zip(facts, likeliest, strict=True)
     ]
     return torch.tensor(foils, device=clean.logits.device)
 

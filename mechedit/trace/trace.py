@@ -84,7 +84,7 @@ class TracePlan:
     std: float
     """Standard deviation of the noise, in absolute units."""
     statistics: EmbeddingStatistics | None
-    """Of the subjects' embeddings; None where the noise needs none."""
+    """Statistics of the subjects' embeddings; None where the noise needs none."""
     noise: NoiseSource | None
     """Explicit draws; None draws from each fact's seed."""
     parts: Path | None

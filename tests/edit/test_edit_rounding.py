@@ -136,7 +136,7 @@ def test_edits_in_a_row_are_rounded_from_the_exact_base(make_hf: Any, tokenizer:
     for delta in deltas:
         stepwise = rounded_sum(stepwise, [delta], "")
     assert not torch.equal(model.projection(0), stepwise)
-    # One copy a layer, however many edits are on it.
+    # One copy per layer, however many edits are on it.
     assert [sorted(entry.bases) for entry in applied_edits(model)] == [[0, 2], [1], []]
     for edit, before in zip(reversed(edits), reversed(states[:-1]), strict=True):
         undo_(model, edit)

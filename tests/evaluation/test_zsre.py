@@ -124,7 +124,7 @@ def test_a_bos_token_changes_nothing(bos):
 
 
 def naive(hf, tokenizer, prompt, answer):
-    """Share of the answer's tokens that are the argmax, one forward pass a token, in plain transformers."""
+    """Share of the answer's tokens that are the argmax, one forward pass per token, in plain transformers."""
     ids = tokenizer(prompt)["input_ids"]
     wanted = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
     right = []

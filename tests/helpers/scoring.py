@@ -36,7 +36,7 @@ REQUESTS = [
 
 
 def naive(model, prompt, target):
-    """Log P(target | prompt), one unpadded row a token, and whether greedy decoding says the target."""
+    """Log P(target | prompt), one unpadded row per token, and whether greedy decoding says the target."""
     ids, _ = encode(model.tokenizer, prompt)
     total, greedy = 0.0, True
     for token in continuation_ids(model.tokenizer, target):

@@ -236,7 +236,7 @@ def test_training_stops_early_and_says_how_it_went(lively: Any) -> None:
     record = edit.manifest["training"]
     assert record["stopped_early"]
     assert record["losses"][-1] < 0.5 <= min(record["losses"][:-1])
-    # One batch a pass, of which the last, already below, is left alone.
+    # One batch per pass, of which the last, already below, is left alone.
     assert record["updates"] == len(record["losses"]) - 1 < 99
     assert record["losses"][0] == pytest.approx(float(losses(lively, REQUESTS).mean()), rel=1e-5)
     all_passes = ft(lively, REQUESTS, [1], config=dataclasses.replace(QUICK, steps=3, batch_size=2, lr=1e-6))
@@ -254,7 +254,7 @@ def test_seeds_shuffle_and_reproduce(lively: Any) -> None:
     assert (first - second).norm() > 1e-3 * first.norm()
 
 
-def test_prefixes_are_learnt_in_when_they_are_given(lively: Any) -> None:
+def test_prefixes_are_learned_in_when_they_are_given(lively: Any) -> None:
     prefix = "Because he said so many things. {}"
     edit = ft(lively, REQUESTS, [1], prefixes=["{}", prefix], config=dataclasses.replace(QUICK, steps=60))
     pairs = [(prefix.replace("{}", request.text), request.target_new) for request in REQUESTS]
@@ -273,8 +273,8 @@ def test_half_precision_keeps_what_rounding_would_lose(tokenizer: Any) -> None:
     assert 0 < edit.delta(1).abs().max() < 2e-6
     after = (model.projection(1).float() + edit.factors[1].left).bfloat16()
     assert (after != model.projection(1)).double().mean() < 0.05
-    learnt = ft(model, REQUESTS, [1], config=dataclasses.replace(QUICK, steps=100))
-    assert learnt.manifest["unconverged"] == []
+    learned = ft(model, REQUESTS, [1], config=dataclasses.replace(QUICK, steps=100))
+    assert learned.manifest["unconverged"] == []
     assert identical(model, before)
 
 

@@ -60,7 +60,7 @@ class Published:
     def edit(
         self, requests: list[EditRequest], layers: list[int], moments: dict[int, Tensor]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """z, one column a fact, and ΔW for each layer, as [d_mlp, d_model]."""
+        """z, one column per fact, and ΔW for each layer, as [d_mlp, d_model]."""
         matrices = {layer: self.matrix(layer) for layer in layers}
         saved = {layer: matrix.detach().clone() for layer, matrix in matrices.items()}
         z = torch.stack([self.target(request, layers[-1]) for request in requests], 1)

@@ -21,7 +21,7 @@ CELL = {"kind": "state", "sever": "nothing", "metric": "probability", "layer": 0
 
 
 def rows(fact, role, *values, **columns):
-    """One row a token of a role."""
+    """One row per token of a role."""
     return pd.DataFrame(
         [
             {**CELL, "fact": fact, "role": role, "position": i, "effect": value, **columns}

@@ -49,7 +49,7 @@ def relative(actual, expected):
 
 
 def with_hooks(model, traced, kind, sever, span, position, config=CONFIG):
-    """The published schedule: one plain forward a cell, corrupted rows with hooks that restore and sever."""
+    """The published schedule: one plain forward per cell, corrupted rows with hooks that restore and sever."""
     hf, blocks, subject = model.hf, model.hf.transformer.h, list(traced.subject)
     ids = torch.tensor([traced.ids])
     draws = draw_noise(traced, config, model.d_model, None)
@@ -538,7 +538,7 @@ def test_a_plan_streams_one_group_after_another(lens_model):
     plan = plan_trace(lens_model, facts, TraceConfig(**{**vars(FEW), "batch_rows": FEW.samples}))
     frames = iter(plan)
     first = next(frames)
-    assert set(first["fact"]) == {plan.facts[0].fact.id}, "one fact a group, and no more than that at once"
+    assert set(first["fact"]) == {plan.facts[0].fact.id}, "one fact per group, and no more than that at once"
     streamed = pd.concat([first, *frames])
     effects = trace_facts(lens_model, facts, FEW)
     assert len(streamed) == len(effects)
