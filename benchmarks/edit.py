@@ -35,10 +35,9 @@ import mechedit as me
 from benchmarks.machine import Peak, Result, load, timed
 from benchmarks.published import ROWS, PublishedEditing, solve
 from benchmarks.synthetic_requests import synthetic_requests
-from mechedit.evaluation.likelihood import score_targets
-from mechedit.methods.keys import KeyExtractor, prefix_mean
-from mechedit.methods.rules import Ridge
-from mechedit.methods.spread import UpdateRule, spread
+from mechedit.evaluation import score_targets
+from mechedit.methods import KeyExtractor, Ridge, UpdateRule, prefix_mean
+from mechedit.methods.spread import spread
 from mechedit.models import Site
 from mechedit.prompt_tokens import make_prefixes
 from mechedit.solve import Update, factorize, ridge_update

@@ -29,10 +29,10 @@ from torch import Tensor
 
 import mechedit as me
 from benchmarks.machine import Peak, load, matrix_rate, timed
-from mechedit.trace.cells import trace_group, window_span
+from mechedit.trace import TracePlan, tokenize_fact, window_span
+from mechedit.trace.cells import trace_group
 from mechedit.trace.corruption import draw_noise
-from mechedit.trace.trace import TracePlan
-from mechedit.trace.traced_fact import TracedFact, tokenize_fact
+from mechedit.trace.traced_fact import TracedFact
 
 SAMPLES = 10
 STD = 0.1

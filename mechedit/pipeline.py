@@ -32,8 +32,7 @@ from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
 from mechedit.provenance import ModelIdentity, value_hash
 from mechedit.run_folder import RunFolder
-from mechedit.selection import SelectConfig, Selection, select_layers
-from mechedit.selection.curves import subject_effects
+from mechedit.selection import SelectConfig, Selection, select_layers, subject_effects
 from mechedit.sweep import Sweep, SweepConfig, Window, decide_layers, held_out, sweep_windows, validate_selection
 from mechedit.tables import read_table, where
 from mechedit.trace import TraceConfig

@@ -42,8 +42,7 @@ import pandas as pd
 
 import mechedit as me
 from mechedit.figures import draw, plot_selection, sweep_figure
-from mechedit.selection import SelectConfig
-from mechedit.selection.curves import subject_effects
+from mechedit.selection import SelectConfig, subject_effects
 from mechedit.sweep import held_out, validate_selection
 
 # %%

@@ -14,7 +14,7 @@ from mechedit.cache import Codec
 from mechedit.errors import InputError
 from mechedit.files import read_json, read_tensors, write_json, write_tensors
 from mechedit.models import backend
-from mechedit.moments.second_moment import moment_path
+from mechedit.moments import moment_path
 from mechedit.provenance import ALGORITHMS
 from mechedit.run_folder import RunFolder
 

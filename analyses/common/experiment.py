@@ -21,7 +21,7 @@ from analyses.common.printing import score_frame
 from analyses.common.variants import SINGLE, Variant
 from mechedit import pipeline
 from mechedit.cache import PARQUET
-from mechedit.cli.parsing import method_config
+from mechedit.cli import method_config
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError

@@ -14,11 +14,13 @@ from typing import Any
 
 from analyses.common.counterfacts import counterfacts
 from mechedit import pipeline
-from mechedit.cli.parsing import load_quietly, parse_layers, sampled
+from mechedit.cli import parse_layers
+from mechedit.cli.parsing import load_quietly, sampled
 from mechedit.data import EditRequest, Fact, load_facts, load_requests
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment
+from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig, Selection
 from mechedit.trace import TraceConfig
 
@@ -46,9 +48,9 @@ class Inputs:
         return self.folder.path
 
     @cached_property
-    def folder(self) -> pipeline.RunFolder:
+    def folder(self) -> RunFolder:
         """The same folder with the stamps of finished steps."""
-        return pipeline.RunFolder.at(self.arguments.out, overwrite=self.arguments.overwrite)
+        return RunFolder.at(self.arguments.out, overwrite=self.arguments.overwrite)
 
     @property
     def seed(self) -> int:
@@ -97,9 +99,9 @@ class Inputs:
         return list(selection.layers)
 
     @cached_property
-    def selection_folder(self) -> pipeline.RunFolder:
+    def selection_folder(self) -> RunFolder:
         """Folder of the trace that selects layers, apart from larger traces."""
-        return pipeline.RunFolder.at(self.out / "selection", overwrite=self.arguments.overwrite)
+        return RunFolder.at(self.out / "selection", overwrite=self.arguments.overwrite)
 
     def trace(self) -> dict[str, Any]:
         """Trace the subject's last token for the selection, in `selection/`; made once for all scripts."""
@@ -119,7 +121,7 @@ class Inputs:
         if missing := sorted(set(layers) - set(moments)):
             reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.arguments.tokens)
             path = self.out if module == "mlp" else self.out / module
-            folder = pipeline.RunFolder.at(path, overwrite=self.folder.overwrite)
+            folder = RunFolder.at(path, overwrite=self.folder.overwrite)
             moments.update(
                 pipeline.moments_step(folder, self.model.writing(module), self.arguments.texts, missing, reading)
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mechedit.cli.parsing import parse_layers
+from mechedit.cli import parse_layers
 from mechedit.errors import check_choice
 from mechedit.methods import METHODS
 from mechedit.report import span

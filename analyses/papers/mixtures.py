@@ -27,7 +27,7 @@ from analyses.common.frames import groups_of, records
 from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
 from analyses.plots.mixtures import plot_mixture
-from mechedit.cli.parsing import parse_names
+from mechedit.cli import parse_names
 from mechedit.errors import InputError
 from mechedit.figures import PAGE_WIDTH, paper_style, save_figure, share_legend
 from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval

@@ -21,7 +21,7 @@ from analyses.common.frames import groups_of
 from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
 from analyses.plots.groups import plot_groups, plot_tradeoff
-from mechedit.cli.parsing import parse_names
+from mechedit.cli import parse_names
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.figures import PAGE_WIDTH, paper_style

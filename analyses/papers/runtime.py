@@ -44,9 +44,8 @@ from analyses.common.variants import Variant, by_name
 from benchmarks.machine import wait
 from mechedit.data import EditRequest
 from mechedit.figures import PAGE_WIDTH, legend_above, line_styles, number_axis, paper_style
-from mechedit.methods import METHODS, MemitConfig
-from mechedit.methods.rules import Ridge
-from mechedit.methods.spread import UpdateRule, spread
+from mechedit.methods import METHODS, MemitConfig, Ridge, UpdateRule
+from mechedit.methods.spread import spread
 from mechedit.moments import MomentsConfig, collect_moments
 from mechedit.solve import Update
 from mechedit.tables import where

@@ -22,7 +22,7 @@ from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.printing import score_frame
 from analyses.common.variants import Variant
-from mechedit.cli.parsing import parse_names
+from mechedit.cli import parse_names
 from mechedit.edit import edited
 from mechedit.evaluation import QUICK, evaluate_zsre
 from mechedit.figures import score_rows_figure

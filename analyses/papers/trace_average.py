@@ -40,9 +40,15 @@ from mechedit.figures import (
 )
 from mechedit.files import atomic
 from mechedit.tables import read_table, where
-from mechedit.trace import TraceConfig, average_effects, clearest_fact, total_effects
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
-from mechedit.trace.severing import sever_in_words
+from mechedit.trace import (
+    KIND_LABELS,
+    ROLE_LABELS,
+    TraceConfig,
+    average_effects,
+    clearest_fact,
+    sever_in_words,
+    total_effects,
+)
 
 MAX_FACTS = 100
 """Every token of every fact is traced, which takes longer than the selection's trace."""

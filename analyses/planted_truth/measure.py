@@ -27,7 +27,8 @@ from mechedit.files import read_json, write_parquet
 from mechedit.models import Patch
 from mechedit.selection import RULES, SelectConfig
 from mechedit.tables import read_table
-from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
+from mechedit.trace import run_clean_and_corrupted
+from mechedit.trace.runs import TraceRuns
 from mechedit.trace.traced_fact import known_facts
 
 TRACE = me.TraceConfig(kinds=("state", "mlp"), sever=("nothing", "mlp"), roles=("subject_last",))

@@ -8,13 +8,13 @@ from mechedit.cli.apply import apply_command
 from mechedit.cli.edit import edit_command
 from mechedit.cli.evaluate import evaluate_command
 from mechedit.cli.moments import moments_command
-from mechedit.cli.parsing import parse_layers, parse_windows
+from mechedit.cli.parsing import method_config, parse_layers, parse_names, parse_windows
 from mechedit.cli.report import report_command
 from mechedit.cli.run import run_command
 from mechedit.cli.select import select_command
 from mechedit.cli.trace import trace_command
 
-__all__ = ["main", "parse_layers", "parse_windows"]
+__all__ = ["main", "method_config", "parse_layers", "parse_names", "parse_windows"]
 
 for _name, _command in (
     ("run", run_command),

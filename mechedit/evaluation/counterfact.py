@@ -14,8 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mechedit.data import EditRequest, check_unique_ids
-from mechedit.data.texts import texts_hash
+from mechedit.data import EditRequest, check_unique_ids, texts_hash
 from mechedit.errors import InputError
 from mechedit.evaluation.baseline import Baseline
 from mechedit.evaluation.config import EvaluationConfig

@@ -37,7 +37,7 @@ from mechedit.figures.trace_comparisons import comparison_figure, comparison_lin
 from mechedit.figures.trace_curves import lines_figure, plot_lines
 from mechedit.figures.trace_figures import trace_figures
 from mechedit.figures.trace_heatmaps import fact_figure, plot_fact, plot_role_grid, roles_figure, shared_norm
-from mechedit.trace.averages import clearest_fact
+from mechedit.trace import clearest_fact
 
 __all__ = [
     "BLUE",

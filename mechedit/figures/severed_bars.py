@@ -11,8 +11,7 @@ from mechedit.errors import InputError
 from mechedit.figures.style import GRAY, INK, SEVER_COLORS, SPARE, layer_axis, legend_above, runs
 from mechedit.figures.trace_averages import aie_label, averaged, curve
 from mechedit.tables import where
-from mechedit.trace.labels import SEVER_LABELS
-from mechedit.trace.severing import sever_in_words
+from mechedit.trace import SEVER_LABELS, sever_in_words
 
 
 def plot_severed(

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from mechedit.errors import InputError
 from mechedit.figures.style import wrapped
 from mechedit.tables import where
-from mechedit.trace.averages import average_effects
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, EffectUnit, unit_of
+from mechedit.trace import KIND_LABELS, ROLE_LABELS, average_effects, unit_of
+from mechedit.trace.labels import EffectUnit
 
 
 def select_effects(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:

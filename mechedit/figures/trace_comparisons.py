@@ -29,8 +29,7 @@ from mechedit.figures.trace_averages import averaged, curve, layer_label, role_g
 from mechedit.figures.trace_curves import panels, plot_band
 from mechedit.figures.trace_heatmaps import color_bar, plot_role_grid, roles_of, shared_norm
 from mechedit.tables import where
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
-from mechedit.trace.severing import sever_in_words
+from mechedit.trace import KIND_LABELS, ROLE_LABELS, sever_in_words
 
 TRACE_COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 

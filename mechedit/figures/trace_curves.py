@@ -31,8 +31,7 @@ from mechedit.figures.style import (
 )
 from mechedit.figures.trace_averages import aie_label, averaged, curve, kinds_in, layer_label
 from mechedit.tables import where
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
-from mechedit.trace.severing import sever_in_words
+from mechedit.trace import KIND_LABELS, ROLE_LABELS, sever_in_words
 
 COLORS = {"role": ROLE_COLORS, "sever": SEVER_COLORS, "kind": KIND_COLORS}
 

@@ -15,9 +15,8 @@ from mechedit.figures.trace_averages import kinds_in
 from mechedit.figures.trace_curves import lines_figure, plot_lines
 from mechedit.figures.trace_heatmaps import fact_figure, fact_panels, role_panels, roles_figure, row_height
 from mechedit.tables import where
-from mechedit.trace.averages import average_effects, clearest_fact, main_metric
-from mechedit.trace.effects import read_effects, with_present_metric_names
-from mechedit.trace.labels import SEVER_LABELS
+from mechedit.trace import SEVER_LABELS, average_effects, clearest_fact, read_effects, with_present_metric_names
+from mechedit.trace.averages import main_metric
 
 
 def trace_figures(effects: pd.DataFrame | str | Path, selection: Sequence[int] | None = None) -> dict[str, Figure]:

@@ -16,8 +16,7 @@ from mechedit.errors import InputError
 from mechedit.figures.style import PAGE_WIDTH, PaperFigure, heat_colors, layer_axis, paper_style, wrapped
 from mechedit.figures.trace_averages import averaged, kinds_in, layer_label, role_grid, select_effects, unit
 from mechedit.tables import where
-from mechedit.trace.averages import clearest_fact
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, token_label
+from mechedit.trace import KIND_LABELS, ROLE_LABELS, clearest_fact, token_label
 
 
 def plot_role_grid(

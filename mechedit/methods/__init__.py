@@ -12,6 +12,7 @@ from mechedit.methods.alphaedit import AlphaEditConfig, alphaedit
 from mechedit.methods.checks import check_layers, moment_matrices
 from mechedit.methods.emmet import EmmetConfig, emmet
 from mechedit.methods.finetune import FineTuneBallConfig, FineTuneConfig, FineTuneDecayConfig, ft, ft_l, ft_w
+from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.memit import MemitConfig, memit
 from mechedit.methods.method import EditTask, Method, edit_method, spread_over_layers, targets_for
 from mechedit.methods.pmet import PmetConfig, pmet
@@ -29,6 +30,7 @@ __all__ = [
     "FineTuneBallConfig",
     "FineTuneConfig",
     "FineTuneDecayConfig",
+    "KeyExtractor",
     "MemitConfig",
     "Method",
     "MethodConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "memit",
     "moment_matrices",
     "pmet",
+    "prefix_mean",
     "recommended",
     "rome",
     "spread_over_layers",

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mechedit.data.texts import check_texts, load_texts, texts_hash
+from mechedit.data import check_texts, load_texts, texts_hash
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.moments.checkpoints import Checkpoint

@@ -16,10 +16,8 @@ from jaxtyping import Float
 from mechedit.errors import InputError
 from mechedit.selection.config import SelectConfig
 from mechedit.tables import where
-from mechedit.trace.cells import window_span
-from mechedit.trace.effects import with_present_metric_names
+from mechedit.trace import Sever, window_span, with_present_metric_names
 from mechedit.trace.metrics import metric_name
-from mechedit.trace.severing import Sever
 
 LayerCurve = Float[np.ndarray, " layer"]
 """A mean over facts, by layer."""

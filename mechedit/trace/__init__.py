@@ -9,17 +9,23 @@ those modules.
 """
 
 from mechedit.trace.averages import average_effects, clearest_fact, total_effects
+from mechedit.trace.cells import window_span
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import Corruption, EmbeddingStatistics, embedding_statistics, embedding_std
-from mechedit.trace.effects import Effects, read_effects
-from mechedit.trace.labels import ROLES
+from mechedit.trace.effects import Effects, read_effects, with_present_metric_names
+from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, ROLES, SEVER_LABELS, token_label, unit_of
 from mechedit.trace.metrics import METRICS, MetricInputs
+from mechedit.trace.runs import run_clean_and_corrupted
 from mechedit.trace.severing import Sever, sever_in_words
 from mechedit.trace.trace import TracePlan, plan_trace, trace_facts
+from mechedit.trace.traced_fact import tokenize_fact
 
 __all__ = [
+    "KIND_LABELS",
     "METRICS",
     "ROLES",
+    "ROLE_LABELS",
+    "SEVER_LABELS",
     "Corruption",
     "Effects",
     "EmbeddingStatistics",
@@ -33,7 +39,13 @@ __all__ = [
     "embedding_std",
     "plan_trace",
     "read_effects",
+    "run_clean_and_corrupted",
     "sever_in_words",
+    "token_label",
+    "tokenize_fact",
     "total_effects",
     "trace_facts",
+    "unit_of",
+    "window_span",
+    "with_present_metric_names",
 ]

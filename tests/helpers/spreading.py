@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mechedit.data import EditRequest
-from mechedit.methods.keys import KeyExtractor
+from mechedit.methods import KeyExtractor
 from mechedit.models import Site
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]

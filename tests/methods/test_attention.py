@@ -14,9 +14,7 @@ from torch import Tensor
 
 from mechedit.edit import Edit, Factors, apply_, edited, merge, undo_
 from mechedit.errors import InputError
-from mechedit.methods import METHODS, memit, pmet
-from mechedit.methods.memit import MemitConfig
-from mechedit.methods.rules import Ridge
+from mechedit.methods import METHODS, MemitConfig, Ridge, memit, pmet
 from mechedit.methods.spread import spread
 from mechedit.models import Patch, Site, Tokens, load_model
 from mechedit.models.families import FAMILIES

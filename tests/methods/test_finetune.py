@@ -20,7 +20,7 @@ from mechedit.cli.describe import describe_edit, format_description
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, apply_, edited, undo_
 from mechedit.errors import InputError
-from mechedit.evaluation.likelihood import score_targets
+from mechedit.evaluation import score_targets
 from mechedit.methods import (
     METHODS,
     FineTuneBallConfig,

@@ -13,7 +13,7 @@ import mechedit.methods.keys
 from mechedit.batching import pad
 from mechedit.data import EditRequest
 from mechedit.edit import add_
-from mechedit.methods.keys import KeyExtractor, prefix_mean
+from mechedit.methods import KeyExtractor, prefix_mean
 from mechedit.models import Site
 from mechedit.prompt_tokens import BARE, prefixed_prompts
 

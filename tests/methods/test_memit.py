@@ -15,9 +15,8 @@ from mechedit.batching import pad
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.methods import SpreadConfig
-from mechedit.methods.keys import KeyExtractor
-from mechedit.methods.memit import MemitConfig, memit
+from mechedit.methods import KeyExtractor, MemitConfig, SpreadConfig
+from mechedit.methods.memit import memit
 from mechedit.moments import collect_moments
 from mechedit.prompt_tokens import continuation_ids, encode
 from mechedit.targets import TargetConfig, find_targets

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import mechedit as me
 import mechedit.methods.method
+from mechedit.cli import method_config
 from mechedit.cli.describe import describe_edit, format_description
-from mechedit.cli.parsing import method_config
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.methods import (
@@ -24,6 +24,7 @@ from mechedit.methods import (
     EditTask,
     MemitConfig,
     Method,
+    Ridge,
     RomeConfig,
     SpreadMethodConfig,
     edit_method,
@@ -32,7 +33,6 @@ from mechedit.methods import (
     spread_over_layers,
     targets_for,
 )
-from mechedit.methods.rules import Ridge
 from mechedit.moments import SecondMoment, collect_moments
 from mechedit.pipeline import edit_step
 from mechedit.run_folder import RunFolder

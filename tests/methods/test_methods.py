@@ -13,12 +13,22 @@ import torch
 from torch import Tensor
 
 import mechedit.methods.method
-from mechedit.cli.parsing import method_config
+from mechedit.cli import method_config
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.methods import METHODS, SearchConfig, alphaedit, edit_keys, emmet, pmet, recommended, rome
-from mechedit.methods.keys import KeyExtractor, prefix_mean
+from mechedit.methods import (
+    METHODS,
+    KeyExtractor,
+    SearchConfig,
+    alphaedit,
+    edit_keys,
+    emmet,
+    pmet,
+    prefix_mean,
+    recommended,
+    rome,
+)
 from mechedit.methods.rules import Equality
 from mechedit.models import Site
 from mechedit.moments import MomentAccumulator, SecondMoment, collect_moments

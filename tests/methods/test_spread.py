@@ -15,9 +15,7 @@ from torch import Tensor
 import mechedit.methods.spread
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.methods import SpreadConfig, SpreadResult, edit_keys
-from mechedit.methods.keys import KeyExtractor, prefix_mean
-from mechedit.methods.rules import Ridge
+from mechedit.methods import KeyExtractor, Ridge, SpreadConfig, SpreadResult, edit_keys, prefix_mean
 from mechedit.methods.spread import share_divisor, spread
 from mechedit.models import Site, load_model
 from mechedit.moments import MomentAccumulator

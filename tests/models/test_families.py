@@ -14,10 +14,10 @@ from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGe
 from mechedit import Fact, InputError, TraceConfig
 from mechedit.models import EMBED, Patch, Resume, Site, Tokens, load_model
 from mechedit.models.families import FAMILIES
+from mechedit.trace import run_clean_and_corrupted, tokenize_fact
 from mechedit.trace.config import PART_OF_KIND
 from mechedit.trace.restore import Cell, CellBatch, restore_cells, sever_patches
-from mechedit.trace.runs import run_clean_and_corrupted, slice_patch
-from mechedit.trace.traced_fact import tokenize_fact
+from mechedit.trace.runs import slice_patch
 
 WINDOWED = ("gpt_neo", "mistral", "qwen2", "gemma2", "gemma3", "phi3")
 # test_trace has GPT-2.

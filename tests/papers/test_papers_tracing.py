@@ -16,8 +16,7 @@ from analyses.common.command import open_experiment, options
 from analyses.papers import trace_average, trace_severed
 from mechedit import load_facts, pipeline
 from mechedit.files import read_json, write_parquet
-from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS
-from mechedit.trace.severing import sever_in_words
+from mechedit.trace import KIND_LABELS, ROLE_LABELS, sever_in_words
 
 FACTS = 10
 """As few as a selection takes."""

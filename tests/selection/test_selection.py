@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from mechedit import InputError, SelectConfig, Selection, select_layers
 from mechedit.files import read_json, write_json
-from mechedit.selection import RULES, bootstrap, published_ranges
+from mechedit.selection import RULES, bootstrap, published_ranges, subject_effects
 from mechedit.selection.bootstrap import bootstrap_selections, resampled_curves
 from mechedit.selection.config import Rule
-from mechedit.selection.curves import MeanCurves, SubjectEffects, contribution, subject_effects, window_spans
+from mechedit.selection.curves import MeanCurves, SubjectEffects, contribution, window_spans
 from mechedit.selection.early_site import early_site, skewness_corrected_t
 from mechedit.selection.published_ranges import canonical
 from mechedit.selection.rules import (
@@ -30,7 +30,7 @@ from mechedit.selection.rules import (
     within_bounds,
 )
 from mechedit.statistics import bootstrap_means, percentile_interval
-from mechedit.trace.cells import window_span
+from mechedit.trace import window_span
 
 # Measured on a model whose MLPs exist only in layers 2, 3 and 4 (percent of probability).
 PLANTED = np.array([3.4, 4.3, 1.6, 1.0, 0.0, 0.0, 0.0, 0.0])

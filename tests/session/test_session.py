@@ -28,7 +28,7 @@ from mechedit.methods import METHODS, SearchConfig, edit_keys, memit, recommende
 from mechedit.models import load_model
 from mechedit.moments import collect_moments
 from mechedit.provenance import ALGORITHMS
-from mechedit.session.metrics import HistoryEntry
+from mechedit.session import HistoryEntry
 
 PREFIXES = ["{}", "The first thing. {}"]
 TEXTS = [

@@ -12,9 +12,17 @@ from helpers.run_folder import make_effects
 
 from mechedit.errors import InputError
 from mechedit.tables import iter_table
-from mechedit.trace.averages import average_effects, clearest_fact, fact_totals, role_means, total_effects
-from mechedit.trace.effects import Effects, read_effects, with_present_metric_names
-from mechedit.trace.labels import token_label, unit_of
+from mechedit.trace import (
+    Effects,
+    average_effects,
+    clearest_fact,
+    read_effects,
+    token_label,
+    total_effects,
+    unit_of,
+    with_present_metric_names,
+)
+from mechedit.trace.averages import fact_totals, role_means
 
 EFFECTS = make_effects(facts=8, layers=4)
 CELL = {"kind": "state", "sever": "nothing", "metric": "probability", "layer": 0}

@@ -11,9 +11,8 @@ import pandas as pd
 import pytest
 from helpers.run_folder import PROVENANCE, make_effects
 
-from mechedit.trace import Effects
+from mechedit.trace import Effects, unit_of
 from mechedit.trace.display import ColorScale, effects_html, quantity
-from mechedit.trace.labels import unit_of
 
 PLAIN = make_effects(facts=4, layers=4)
 PLAIN.attrs = {"provenance": PROVENANCE, "n_facts": 4, "dropped": [["louvre", "said Rome"]]}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mechedit import InputError
-from mechedit.trace import ROLES, Sever
-from mechedit.trace.severing import sever_in_words
+from mechedit.trace import ROLES, Sever, sever_in_words
 
 
 def test_severing_labels_are_read_back() -> None:

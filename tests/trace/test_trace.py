@@ -12,15 +12,25 @@ from helpers.models import CountedProducts
 
 from mechedit import Fact, InputError, Site, TraceConfig, trace_facts
 from mechedit.models import EMBED
-from mechedit.trace import Corruption, EmbeddingStatistics, embedding_statistics, embedding_std, plan_trace
-from mechedit.trace.cells import all_cells, trace_group, window_span
+from mechedit.trace import (
+    METRICS,
+    Corruption,
+    EmbeddingStatistics,
+    embedding_statistics,
+    embedding_std,
+    plan_trace,
+    run_clean_and_corrupted,
+    tokenize_fact,
+    window_span,
+)
+from mechedit.trace.cells import all_cells, trace_group
 from mechedit.trace.corruption import draw_noise as draw_unit
 from mechedit.trace.corruption import unit_covariance_root
 from mechedit.trace.labels import role_of
-from mechedit.trace.metrics import METRICS, find_metric
+from mechedit.trace.metrics import find_metric
 from mechedit.trace.restore import Cell, restore_cells
-from mechedit.trace.runs import corruption_patch, run_clean_and_corrupted
-from mechedit.trace.traced_fact import as_batch, tokenize_fact, with_replacements
+from mechedit.trace.runs import corruption_patch
+from mechedit.trace.traced_fact import as_batch, with_replacements
 
 FACT = Fact(id="f", subject="Leon Blum", prompt="The mother tongue of {} is the", object="Korean guitar")
 STD = 1.5
