@@ -42,7 +42,11 @@ def edited(model: Model, edit: Edit) -> Iterator[Model]:
     with restoring(model, edit.layers):
         for layer in edit.layers:
             add_(model, layer, edit.delta(layer))
-        yield model
+        model.temporary_edits += 1
+        try:
+            yield model
+        finally:
+            model.temporary_edits -= 1
 
 
 def apply_(model: Model, edit: Edit) -> None:

@@ -35,6 +35,7 @@ from mechedit.provenance import VERSION, ModelIdentity, value_hash
 _MATRIX_NAMES = {"mlp": "down-projection", "attn": "output projection of attention"}
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EDIT_LOG = "_mechedit_applied"
+_TEMPORARY_EDITS = "_mechedit_temporary_edits"
 
 
 class BackendModel:
@@ -110,6 +111,15 @@ class BackendModel:
     @edit_log.setter
     def edit_log(self, entries: tuple[Any, ...]) -> None:
         setattr(self.hf, _EDIT_LOG, entries)
+
+    @property
+    def temporary_edits(self) -> int:
+        """Number of edits that are on the weights within `edited` blocks only; counted on `hf`, as `edit_log` is."""
+        return getattr(self.hf, _TEMPORARY_EDITS, 0)
+
+    @temporary_edits.setter
+    def temporary_edits(self, count: int) -> None:
+        setattr(self.hf, _TEMPORARY_EDITS, count)
 
     def run(
         self,

@@ -27,7 +27,7 @@ def html_summary(model: Model) -> str:
 
 def _properties(model: Model) -> dict[str, str]:
     """Properties of a model by label, as text."""
-    count = len(model.edit_log)
+    count = len(model.edit_log) + model.temporary_edits
     return {
         "family": model.family.name,
         "layers": str(model.n_layers),

@@ -158,6 +158,14 @@ class Model(Protocol):
     def edit_log(self, entries: tuple[Any, ...]) -> None: ...
 
     @property
+    def temporary_edits(self) -> int:
+        """Number of edits that are on the weights within `edited` blocks only."""
+        ...
+
+    @temporary_edits.setter
+    def temporary_edits(self, count: int) -> None: ...
+
+    @property
     def checkpoint(self) -> str:
         """Hub name or folder that the weights were loaded from; empty for a model made in memory."""
         ...

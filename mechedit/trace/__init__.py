@@ -10,9 +10,10 @@ those modules.
 
 from mechedit.trace.averages import average_effects, clearest_fact, total_effects
 from mechedit.trace.cells import window_span
+from mechedit.trace.columns import with_present_metric_names
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import Corruption, EmbeddingStatistics, embedding_statistics, embedding_std
-from mechedit.trace.effects import Effects, read_effects, with_present_metric_names
+from mechedit.trace.effects import Effects, read_effects
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, ROLES, SEVER_LABELS, token_label, unit_of
 from mechedit.trace.metrics import METRICS, MetricInputs
 from mechedit.trace.runs import run_clean_and_corrupted

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from mechedit.errors import InputError, check_at_least, check_fraction
 from mechedit.statistics import bootstrap_means, percentile_interval
 from mechedit.tables import iter_table
-from mechedit.trace.effects import with_present_metric_names
+from mechedit.trace.columns import with_present_metric_names
 from mechedit.trace.labels import KIND_LABELS, ROLES, SEVER_LABELS, unit_of
 
 CELL = ["kind", "sever", "metric", "role", "layer"]

@@ -14,9 +14,9 @@ import torch
 
 from mechedit.batching import padding_budget, run_in_halves
 from mechedit.models import Model
+from mechedit.trace.columns import COLUMNS
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource
-from mechedit.trace.effects import COLUMNS
 from mechedit.trace.memory import max_batch_rows
 from mechedit.trace.restore import Cell, restore_cells
 from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted

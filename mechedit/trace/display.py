@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from mechedit.tables import where
 from mechedit.trace.averages import clearest_fact, main_metric
-from mechedit.trace.effects import COLUMNS, with_present_metric_names
+from mechedit.trace.columns import COLUMNS, with_present_metric_names
 from mechedit.trace.labels import KIND_LABELS, ROLE_LABELS, SEVER_LABELS, EffectUnit, token_label, unit_of
 from mechedit.trace.severing import sever_in_words
 

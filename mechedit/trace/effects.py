@@ -9,13 +9,7 @@ from typing import Any
 import pandas as pd
 
 from mechedit.tables import read_table
-from mechedit.trace.metrics import metric_name
-
-COLUMNS = (
-    "fact", "kind", "window", "sever", "layer", "position", "token", "role",
-    "metric", "score", "corrupted", "clean", "effect", "samples",
-)  # fmt: skip
-"""Columns of effects: one row per restored cell and metric, `effect = score − corrupted`."""
+from mechedit.trace.columns import with_present_metric_names
 
 
 class Effects(pd.DataFrame):
@@ -51,11 +45,3 @@ def read_effects(path: str | Path, **equal: Any) -> Effects:
         InputError: there is no such file, or it is not parquet or was cut short.
     """
     return Effects(with_present_metric_names(read_table(path, **equal)))
-
-
-def with_present_metric_names(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows with their metrics in the present spelling; earlier versions wrote `normalised_probability`."""
-    present = {name: metric_name(str(name)) for name in frame["metric"].unique()}
-    if all(name == spelling for name, spelling in present.items()):
-        return frame
-    return frame.assign(metric=frame["metric"].replace(present))

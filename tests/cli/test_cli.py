@@ -321,7 +321,7 @@ def test_moments_of_processes_merge_and_settle(tmp_path, monkeypatch, capsys):
     assert curve["matrix_change"].between(0, 1).all()
     assert call("moments", *options, "--shard", "1/2", "--out", merged) == 0
     message = complaint(capsys, "moments", "--merge", "--out", merged)
-    assert "part 0/2 of layer 2 is missing" in message
+    assert "shard 0/2 of layer 2 is missing" in message
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert call("moments", *options, "--out", merged) == 0

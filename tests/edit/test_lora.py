@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import mechedit.edit.export
 from mechedit.edit import Edit, Factors, edited, export_lora
 from mechedit.errors import InputError
 from mechedit.models import load_model
@@ -134,7 +134,7 @@ def test_what_cannot_be_written_leaves_no_folder(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mechedit.edit.export, "_lora_config", interrupt)
+    monkeypatch.setattr(sys.modules["mechedit.edit.export"], "_lora_config", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_lora(lens_model, edit, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

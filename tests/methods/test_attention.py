@@ -309,7 +309,7 @@ def test_states_of_the_residual_are_shared_by_both_modules(lens_model: Any, tmp_
     of_module = TargetConfig(steps=2, part="mlp_out")
     parts = [find_targets(view, REQUESTS, 1, ["{}"], of_module, cache=tmp_path).part for view in (lens_model, model)]
     assert parts == ["mlp_out", "attn_out"]
-    assert len(set(tmp_path.iterdir())) == len(files) + 2
+    assert len(set(tmp_path.iterdir())) == len(files) + 2 * len(REQUESTS), "a file per request and module"
 
 
 def test_a_model_is_loaded_to_write_there(tokenizer: Any, make_hf: Any) -> None:
