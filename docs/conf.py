@@ -28,6 +28,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 nitpicky = False
+# Annotations such as `object` are not the attributes of that name.
+suppress_warnings = ["ref.python"]
 html_theme = "furo"
 html_title = "mechedit"
 html_static_path = ["images"]
@@ -85,8 +87,14 @@ def plain_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
     """
     result: list[str] = []
     literal = listed = section = False
+    borders = 0
     for line in lines:
         indented, text = line.startswith(" "), line.strip()
+        border = re.fullmatch(r"=+( +=+)+", text) is not None
+        if border or borders % 3:  # a table, which has three borders
+            borders += border
+            result.append(line)
+            continue
         if text in ("Example:", "Examples:"):
             result += [".. rubric:: Example", "", ".. code-block:: python", ""]
             literal, listed, section = True, False, False
