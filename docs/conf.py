@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sphinx.ext import napoleon
+from sphinx.ext.napoleon import GoogleDocstring
+
 import mechedit
 
 HERE = Path(__file__).parent
@@ -22,7 +25,6 @@ version = release = mechedit.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
@@ -48,9 +50,6 @@ nb_output_stderr = "remove"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-napoleon_google_docstring = True
-napoleon_numpy_docstring = False
-napoleon_use_rtype = False
 default_role = "code"
 
 
@@ -109,22 +108,28 @@ def plain_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
             result += ["", ".. code-block:: text", ""]
             literal = True
         result.append("   " + line if literal and text else line if literal else escaped(line))
+    if what not in ("attribute", "data", "property"):  # there, what stands before a colon would be taken for a type
+        result = GoogleDocstring(result, NAPOLEON, app, what, name, obj, options).lines()
     lines[:] = result
 
 
+NAPOLEON = napoleon.Config(napoleon_use_rtype=False)
 SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:", "Attributes:", "Note:")
 
 
 def escaped(line: str) -> str:
-    """A line of text with what reStructuredText would read as markup escaped, but not within backticks."""
+    """A line of text with what reStructuredText would read as markup escaped: not within backticks, nor *emphasis*."""
     parts = line.split("`")
     for index in range(0, len(parts), 2):
-        parts[index] = re.sub(r"(?<=\w)_(?!\w)|[*|]", lambda match: "\\" + match[0], parts[index])
+        parts[index] = MARKUP.sub(lambda match: match[0] if len(match[0]) > 1 else "\\" + match[0], parts[index])
     return "`".join(parts)
+
+
+MARKUP = re.compile(r"(?<![\w*])\*[A-Za-z][\w -]*\*(?![\w*])|(?<=\w)_(?!\w)|[*|]")
 
 
 def setup(app: Any) -> None:
     """Connect what is generated."""
     app.connect("builder-inited", copy_notebooks)
     app.connect("builder-inited", write_command_line)
-    app.connect("autodoc-process-docstring", plain_to_rst, priority=400)
+    app.connect("autodoc-process-docstring", plain_to_rst)
