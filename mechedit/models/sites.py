@@ -18,15 +18,20 @@ _PARTS_OF_MODULE: dict[Module, tuple[Part, Part]] = {"mlp": ("mlp_key", "mlp_out
 class Site:
     """A place in the forward pass, the same on every architecture.
 
-    TransformerLens's hook points are named in brackets.
+        tokens ── embed ─┬──────────────────────────────┬──────────────────────────────┬── resid ── next block
+                         └ heads ─ attn_key ─ attn_out ─┘                              │
+                                                        └ first ─ mlp_key ─ mlp_out ───┘
 
-    `embed`: output of the token embedding, after any scale and before any position embedding (`hook_embed`).
-    `attn_out`, `mlp_out`: the module's addition to the residual stream, after any post-norm (`hook_attn_out`,
-        `hook_mlp_out`).
-    `mlp_key`: input of the MLP's second matrix, [d_mlp] (`mlp.hook_post`).
-    `attn_key`: input of attention's output projection: the heads' results side by side, [head · d_head]
-        (`attn.hook_z`, flattened).
-    `resid`: the residual stream after the block (`hook_resid_post`).
+    (In parallel blocks, such as GPT-J's, the MLP reads what attention reads.) TransformerLens's hook points are named
+    in brackets:
+
+    - `embed`: output of the token embedding, after any scale and before any position embedding (`hook_embed`).
+    - `attn_out`, `mlp_out`: the module's addition to the residual stream, after any post-norm (`hook_attn_out`,
+      `hook_mlp_out`).
+    - `mlp_key`: input of the MLP's second matrix, [d_mlp] (`mlp.hook_post`).
+    - `attn_key`: input of attention's output projection: the heads' results side by side, [head · d_head]
+      (`attn.hook_z`, flattened).
+    - `resid`: the residual stream after the block (`hook_resid_post`).
     """
 
     layer: int

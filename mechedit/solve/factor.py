@@ -39,7 +39,7 @@ class Factor:
     """L in float64, or in float32 when solutions are refined."""
 
     def solve(self, right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """M⁻¹ B in float64, for the right-hand side B.
+        """M⁻¹ B in float64, for the right-hand side B: with a float64 factor, `scipy.linalg.cho_solve`.
 
         A float32 factor is refined until ‖M x − b‖ ≤ √n·ε·(‖M‖₁‖x‖ + ‖b‖) for every column. Where that does not
         converge (a condition number above about 1e7) a float64 factor is made, cached, and used instead.
@@ -100,7 +100,7 @@ class Factor:
 def factorize(
     matrix: Float[Tensor, "n n"], *, precision: Precision = "float64", name: str = "the second moment"
 ) -> Factor:
-    """Factor a symmetric positive definite matrix, M = L Lᵀ.
+    """Factor a symmetric positive definite matrix, M = L Lᵀ: `scipy.linalg.cho_factor`, on the matrix's own device.
 
     Args:
         matrix: M. A skew part within 1e-4 of its largest entry counts as rounding and is averaged out.
