@@ -91,6 +91,10 @@ class Method(Generic[Config]):
     def __repr__(self) -> str:
         return f"{self.name}{inspect.signature(self)}"
 
+    def __reduce__(self) -> str:
+        # Pickled and copied as functions are: by its name in the module of its algorithm.
+        return self.name
+
     def __call__(
         self,
         model: Model,

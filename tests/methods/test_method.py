@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import pydoc
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -198,3 +200,9 @@ def test_settings_of_the_search_are_written_once() -> None:
     for config in (MemitConfig, RomeConfig):
         assert issubclass(config, TargetSettings)
         assert set(asdict(TargetConfig())) - set(asdict(config())) == fixed
+
+
+def test_a_method_is_pickled_and_copied_as_a_function_is() -> None:
+    for name, method in METHODS.items():
+        assert pickle.loads(pickle.dumps(method)) is method, name
+        assert copy.deepcopy(method) is copy.copy(method) is method
