@@ -17,7 +17,12 @@ def score_frame(summary: Summary) -> pd.DataFrame:
 
 
 def format_interval(mean: float, low: float, high: float, *, digits: int = 1) -> str:
-    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it."""
+    """A mean with its interval, as the papers print it: 97.8 (1.2), the number in brackets being half of it.
+
+    Without an interval (NaN), the mean alone.
+    """
+    if pd.isna(low) or pd.isna(high):
+        return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ({(high - low) / 2:.{digits}f})"
 
 
