@@ -164,11 +164,14 @@ def read_text(path: str | Path) -> str:
 def plain(value: Any) -> Any:
     """Convert a dataclass, path, tensor or NumPy value to a type that JSON can hold.
 
+    A value that has a method `plain` says itself how it is held.
+
     Raises:
         TypeError: a value of another type.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+        to_plain = getattr(value, "plain", None)
+        return to_plain() if callable(to_plain) else dataclasses.asdict(value)
     if isinstance(value, Path):
         return str(value)
     if callable(to_list := getattr(value, "tolist", None)):

@@ -58,7 +58,7 @@ def trace_step(folder: RunFolder, model: Model, facts: Sequence[Fact], config: T
     """
     stamp = {
         "model": model.provenance(),
-        "facts": value_hash([asdict(fact) for fact in facts]),
+        "facts": value_hash([fact.plain() for fact in facts]),
         "settings": config.plain(),
     }
     return folder.step("trace", stamp, partial(trace_to_folder, model, facts, config, folder.path), TRACE)
@@ -210,7 +210,7 @@ def _edit_stamp(
     """Stamp fields that edits and sweeps share."""
     return {
         "model": model.provenance(),
-        "requests": value_hash([asdict(request) for request in requests]),
+        "requests": value_hash([request.plain() for request in requests]),
         "moments": value_hash({layer: moment.provenance for layer, moment in moments.items()}),
         "method": method,
         "settings": asdict(config),
@@ -239,7 +239,7 @@ def evaluate_step(
         raise InputError("references are given, and zsRE's protocol has no RS; leave them out, or use CounterFact's")
     stamp = {
         "model": model.provenance(),
-        "requests": value_hash([asdict(request) for request in requests]),
+        "requests": value_hash([request.plain() for request in requests]),
         "settings": asdict(config),
         "texts": value_hash(list(texts)),
         "protocol": protocol,

@@ -172,7 +172,7 @@ class Experiment(Inputs):
         """The part of a cache key that every result has: model, requests and seed."""
         return {
             "model": self.model.identity().record,
-            "requests": value_hash([dataclasses.asdict(request) for request in requests]),
+            "requests": value_hash([request.plain() for request in requests]),
             "seed": self.seed,
         }
 

@@ -51,7 +51,7 @@ def edit_command(options: EditOptions) -> int:
     if options.out.exists() and not options.overwrite:
         raise InputError(f"the file {str(options.out)!r} exists; choose another --out, or pass --overwrite")
     writable_folder(options.out.parent)
-    requests = load_requests(options.requests, conflicts=options.conflicts)
+    requests = load_requests(options.requests, conflicts=options.conflicts, joint=options.joint)
     layers = _layers(options)
     model = options.load_model()
     require_layers(layers, model.n_layers)

@@ -41,7 +41,7 @@ def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> 
     same folder).
     """
     folder = options.run_folder()
-    requests = load_requests(options.requests, conflicts=options.conflicts)
+    requests = load_requests(options.requests, conflicts=options.conflicts, joint=options.joint)
     references = None if options.references is None else load_references(options.references, requests)
     texts = [] if options.texts is None else first_texts(load_texts(options.texts), options.max_texts)
     edit = None if options.edit is None else Edit.load(options.edit)

@@ -67,7 +67,15 @@ class RunFolderOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsOptions:
+class JointOption:
+    """What stands between prompts and objects."""
+
+    joint: str | None = None
+    """Text between prompt and object, where a record names none; by default decided by the characters that meet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsOptions(JointOption):
     """The facts to trace."""
 
     facts: str = "known"
@@ -77,7 +85,7 @@ class FactsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestsOption:
+class RequestsOption(JointOption):
     """The requests to edit with."""
 
     requests: str = "tiny"

@@ -48,8 +48,8 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     """All the steps: trace, select, moments, edit, evaluate, then figures and the report."""
     # Whatever can be refused is refused before the long steps.
     folder = options.run_folder()
-    facts = sampled(load_facts(options.facts), options.max_facts, options.seed)
-    requests = load_requests(options.requests)
+    facts = sampled(load_facts(options.facts, joint=options.joint), options.max_facts, options.seed)
+    requests = load_requests(options.requests, joint=options.joint)
     layers = None if options.layers is None else parse_layers(options.layers)
     model = options.load_model()
     config = options.method_config(model)

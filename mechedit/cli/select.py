@@ -52,7 +52,7 @@ def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepCon
     """
     folder = RunFolder(existing_folder(options.directory), options.overwrite)
     sweeping = options.validate or sweep.by != "trace"
-    requests = load_requests(options.requests) if sweeping else []
+    requests = load_requests(options.requests, joint=options.joint) if sweeping else []
     selection = pipeline.select_step(folder, select)
     summary = {}
     if sweeping:

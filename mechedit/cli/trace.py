@@ -38,7 +38,7 @@ class TraceOptions(FactsOptions, RunFolderOptions):
 def trace_command(options: TraceOptions, trace: TraceConfig, corruption: Corruption) -> int:
     """Trace facts: effects.parquet, facts.parquet, config.json and figures."""
     folder = options.run_folder()
-    facts = sampled(load_facts(options.facts), options.max_facts, options.seed)
+    facts = sampled(load_facts(options.facts, joint=options.joint), options.max_facts, options.seed)
     traced = pipeline.trace_step(folder, options.load_model(), facts, replace(trace, corruption=corruption))
     run_figures(folder.path)
     options.print_summary({"facts": traced["n_facts"], "dropped": len(traced["dropped"])})

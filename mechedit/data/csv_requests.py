@@ -13,7 +13,7 @@ from mechedit.errors import InputError
 from mechedit.files import read_text
 
 REQUIRED = ("subject", "prompt", "target_new")
-OPTIONAL = ("id", "target_true", "relation")
+OPTIONAL = ("id", "target_true", "relation", "joint")
 PARAPHRASE = re.compile(r"paraphrase(_\d+)?")
 
 # A cell is quoted as a whole, with inner quotes doubled, or holds no quote (RFC 4180).
@@ -27,9 +27,10 @@ CsvRow = tuple[str, dict[str, str]]
 def read_csv(path: Path) -> list[EditRequest]:
     r"""Read requests from a CSV file with the columns `subject`, `prompt` (with one `{}`) and `target_new`.
 
-    Further columns may be `id` (else the line's number), `target_true`, `relation`, and `paraphrase`,
-    `paraphrase_1`, `paraphrase_2` …; their cells may be empty. Space around a cell is dropped, and so is a
-    byte-order mark at the start of the file. Cells are separated by commas, and each lies in one line.
+    Further columns may be `id` (else the line's number), `target_true`, `relation`, `joint`, and `paraphrase`,
+    `paraphrase_1`, `paraphrase_2` …; their cells may be empty. Space around a cell is dropped, except between the
+    quotes of a joint, and so is a byte-order mark at the start of the file. Cells are separated by commas, and each
+    lies in one line.
 
     Raises:
         InputError: no such file, or not UTF-8; a column that is missing, unknown or given twice; and, with the line: a
@@ -50,6 +51,7 @@ def _read_request(cells: dict[str, str], location: str) -> EditRequest:
             target_new=cells["target_new"],
             target_true=cells.get("target_true") or None,
             relation=cells.get("relation") or None,
+            joint=cells.get("joint") or None,
             paraphrases=tuple(text for name, text in cells.items() if PARAPHRASE.fullmatch(name) and text),
         )
     except InputError as error:
@@ -60,6 +62,7 @@ def _read_rows(path: Path) -> Iterator[CsvRow]:
     """Yield the lines after the header, without empty ones."""
     lines = _read_lines(path)
     location, header = next(lines, (f"{str(path)!r}", []))
+    header = [name.strip() for name in header]
     _check_header(header, location)
     for location, cells in lines:
         if len(cells) != len(header):
@@ -67,7 +70,8 @@ def _read_rows(path: Path) -> Iterator[CsvRow]:
                 f"{location} has {len(cells)} cells, expected {len(header)} ({', '.join(header)}); "
                 f"put a cell that holds a comma in double quotes"
             )
-        yield location, dict(zip(header, cells, strict=True))
+        rows = zip(header, cells, strict=True)
+        yield location, {name: cell if name == "joint" else cell.strip() for name, cell in rows}
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -82,7 +86,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
                 f'with each inner one doubled, such as "the ""big"" one": fix that line'
             )
         (cells,) = csv.reader([text], strict=True, skipinitialspace=True)
-        yield location, [cell.strip() for cell in cells]
+        yield location, cells
 
 
 def _check_header(header: list[str], location: str) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mechedit.errors import InputError
+
+NO_TURN = "{}"
+"""The turn of a prompt that stands alone."""
+
+_LEFT_OUT: dict[str, Any] = {"joint": None, "turn": NO_TURN}
+"""Fields that a record has only where they differ from this, so that what was made before they existed stays valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +31,14 @@ class Fact:
     """Name of the relation, such as a Wikidata property."""
     foil: str | None = None
     """Another object, whose logit is subtracted from the object's in logit differences."""
+    joint: str | None = None
+    """Text between the prompt and the object; by default decided by the two characters that meet."""
+    turn: str = NO_TURN
+    """Text around the whole prompt, context template included, with `{}` for it: a chat template's user turn."""
 
     def __post_init__(self) -> None:
         check_template(self.prompt, f"fact {self.id!r}")
+        check_surroundings(self.joint, self.turn, f"fact {self.id!r}")
         check_text(self.subject, f"fact {self.id!r}: the subject")
         check_text(self.object, f"fact {self.id!r}: the object")
         if self.foil is not None:
@@ -33,8 +46,12 @@ class Fact:
 
     @property
     def text(self) -> str:
-        """The prompt with the subject in it."""
-        return fill(self.prompt, self.subject)
+        """The prompt with the subject in it, in its turn."""
+        return fill(self.turn, fill(self.prompt, self.subject))
+
+    def plain(self) -> dict[str, Any]:
+        """The fact as JSON holds it and as it is hashed: without a joint or a turn where it has none of its own."""
+        return asdict(self, dict_factory=_record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +62,15 @@ class Neighbor:
     """Prompt with the subject filled in."""
     object: str
     """The true object, without a leading space."""
+    joint: str | None = None
+    """Text between the prompt and the object; by default decided by the two characters that meet."""
+
+    def __post_init__(self) -> None:
+        check_surroundings(self.joint, NO_TURN, "a neighbor")
+
+    def plain(self) -> dict[str, Any]:
+        """The neighbor as JSON holds it, without a joint where it has none of its own."""
+        return asdict(self, dict_factory=_record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +99,14 @@ class EditRequest:
     """Prompts that start free text about the subject (for GE)."""
     target_id: str | None = None
     """Id of the new object in the data set (a Wikidata id), by which its reference texts for RS are looked up."""
+    joint: str | None = None
+    """Text between a prompt and an object; by default decided by the two characters that meet."""
+    turn: str = NO_TURN
+    """Text around the whole prompt, context template included, with `{}` for it: a chat template's user turn."""
 
     def __post_init__(self) -> None:
         check_template(self.prompt, f"request {self.id!r}")
+        check_surroundings(self.joint, self.turn, f"request {self.id!r}")
         check_text(self.subject, f"request {self.id!r}: the subject")
         check_text(self.target_new, f"request {self.id!r}: target_new")
         if self.target_true is not None:
@@ -83,8 +114,12 @@ class EditRequest:
 
     @property
     def text(self) -> str:
-        """The prompt with the subject in it."""
-        return fill(self.prompt, self.subject)
+        """The prompt with the subject in it, in its turn."""
+        return fill(self.turn, fill(self.prompt, self.subject))
+
+    def plain(self) -> dict[str, Any]:
+        """The request as JSON holds it and as it is hashed: without a joint or a turn where it has none of its own."""
+        return asdict(self, dict_factory=_record)
 
 
 def fill(template: str, subject: str) -> str:
@@ -93,17 +128,40 @@ def fill(template: str, subject: str) -> str:
     return before + subject + after
 
 
-def check_template(template: str, where: str) -> None:
-    """Raise InputError unless `template` holds exactly one `{}`."""
+def check_template(template: str, where: str, name: str = "prompt", content: str = "subject") -> None:
+    """Raise InputError unless `template` holds exactly one `{}`.
+
+    Args:
+        template: text with a `{}`.
+        where: names the record in the message.
+        name: what the template is.
+        content: what is put into it.
+    """
+    if not isinstance(template, str):
+        raise InputError(f"{where}: the {name} is {template!r}, expected text with one {{}}: fix it")
     count = template.count("{}")
     if count != 1:
         raise InputError(
-            f"{where}: the prompt {template!r} holds {count} times '{{}}', expected exactly one; "
-            f"put {{}} where the subject goes"
+            f"{where}: the {name} {template!r} holds {count} times '{{}}', expected exactly one; "
+            f"put {{}} where the {content} goes"
         )
+
+
+def check_surroundings(joint: str | None, turn: str, where: str) -> None:
+    """Raise InputError unless the joint is text, of which any will do, and the turn holds one `{}`."""
+    if joint is not None and not isinstance(joint, str):
+        raise InputError(
+            f"{where}: the joint is {joint!r}, expected text, such as ' ' or '', or None to have it decided by the "
+            f"characters that meet"
+        )
+    check_template(turn, where, "turn", "prompt")
 
 
 def check_text(text: str, where: str) -> None:
     """Raise InputError when `text` is empty or blank."""
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where} is {text!r}, expected text that is not empty; fill it in or drop the record")
+
+
+def _record(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if name not in _LEFT_OUT or value != _LEFT_OUT[name]}

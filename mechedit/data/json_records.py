@@ -45,6 +45,13 @@ class JsonRecord:
         """A text, or None when the field is absent or null."""
         return self.text(name) if name in self else None
 
+    def literal(self, name: str) -> str | None:
+        """A text that may be blank or empty, or None when the field is absent or null."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{self.location}: the {name} is {value!r}, expected text: fix it")
+        return value
+
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of texts, empty when the field is absent or null."""
         return tuple(self._checked_text(text, f"{name}[{i}]") for i, text in enumerate(self.items(name)))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from mechedit.data.checks import check_requests, check_unique_ids, without_conflicts
 from mechedit.data.csv_requests import read_csv
-from mechedit.data.facts import EditRequest, Fact
+from mechedit.data.facts import EditRequest, Fact, Neighbor
 from mechedit.data.json_records import JsonRecord, read_records
 from mechedit.data.published_data import DatasetKind, dataset_files, missing_source_error
 from mechedit.data.request_formats import AmbiguousSubjectError, has_mend_format, read_fact, read_request
 from mechedit.errors import InputError, check_choice
 
 Conflicts = Literal["refuse", "first"]
+Joined = TypeVar("Joined", Fact, EditRequest, Neighbor)
 
 
-def load_facts(source: str | Path, *, cache: str | Path | None = None) -> list[Fact]:
+def load_facts(source: str | Path, *, joint: str | None = None, cache: str | Path | None = None) -> list[Fact]:
     """Read facts to trace, from a file or by name.
 
     Names: `known` for the facts that ship with the tiny model; `known_1000` for ROME's known facts, downloaded once.
@@ -30,6 +32,8 @@ def load_facts(source: str | Path, *, cache: str | Path | None = None) -> list[F
 
     Args:
         source: a name or a path.
+        joint: text between prompt and object, for records that name none (`"joint"`); by default it is decided by
+            the two characters that meet.
         cache: folder for downloads; by default `mechedit.data.downloads.cache_folder()`.
 
     Raises:
@@ -37,7 +41,7 @@ def load_facts(source: str | Path, *, cache: str | Path | None = None) -> list[F
             without `{}` or with two; a repeated id; a download that failed.
     """
     path = _find_file(source, "facts", {"known": "facts.jsonl"}, cache)
-    facts = [read_fact(record) for record in _read_json(path)]
+    facts = [_joined(read_fact(record), joint) for record in _read_json(path)]
     if not facts:
         raise InputError(f"{str(path)!r} holds no facts, expected one JSON object per line; check the file")
     check_unique_ids((fact.id for fact in facts), "facts")
@@ -45,7 +49,11 @@ def load_facts(source: str | Path, *, cache: str | Path | None = None) -> list[F
 
 
 def load_requests(
-    source: str | Path, *, conflicts: Conflicts = "refuse", cache: str | Path | None = None
+    source: str | Path,
+    *,
+    conflicts: Conflicts = "refuse",
+    joint: str | None = None,
+    cache: str | Path | None = None,
 ) -> list[EditRequest]:
     """Read edit requests, from a file or by name.
 
@@ -68,6 +76,9 @@ def load_requests(
         conflicts: how to treat requests with different new objects for one subject and relation (or prompt), which
             no edit can satisfy: `refuse` them, or keep the `first` and leave out the others, with a warning that
             counts them. `counterfact` has such requests; `multi_counterfact` is the same data set without them.
+        joint: text between a prompt and its object, for records that name none (`"joint"`, or a column of that
+            name); by default it is decided by the two characters that meet. A record's holds for its neighbors too,
+            unless they name one.
         cache: folder for downloads; by default `mechedit.data.downloads.cache_folder()`.
 
     Raises:
@@ -77,6 +88,7 @@ def load_requests(
     check_choice("conflicts", conflicts, get_args(Conflicts))
     path = _find_file(source, "requests", {"tiny": "requests.json"}, cache)
     requests, omitted = (read_csv(path), []) if path.suffix.lower() == ".csv" else _read_requests(path)
+    requests = [_joined_neighbors(_joined(request, joint)) for request in requests]
     if conflicts == "first":
         requests, dropped = without_conflicts(requests)
         omitted += [f"{request.id} (conflicts with another)" for request in dropped]
@@ -109,6 +121,18 @@ def _find_file(source: str | Path, kind: DatasetKind, tiny_files: dict[str, str]
     if not Path(source).exists():
         raise missing_source_error(source, kind, list(tiny_files))
     return Path(source)
+
+
+def _joined(record: Joined, joint: str | None) -> Joined:
+    """The record with a joint, unless it has one."""
+    return record if record.joint is not None or joint is None else replace(record, joint=joint)
+
+
+def _joined_neighbors(request: EditRequest) -> EditRequest:
+    """The request, with its joint at those of its neighbors that have none."""
+    if request.joint is None:
+        return request
+    return replace(request, neighbors=tuple(_joined(neighbor, request.joint) for neighbor in request.neighbors))
 
 
 def _read_json(path: Path) -> list[JsonRecord]:

@@ -44,6 +44,7 @@ def _parse_fact(record: JsonRecord) -> Fact:
         object=record.text("object", "attribute"),
         relation=record.optional("relation") or record.optional("relation_id"),
         foil=record.optional("foil"),
+        joint=record.literal("joint"),
     )
 
 
@@ -70,6 +71,7 @@ def _parse_counterfact(record: JsonRecord) -> EditRequest:
         attributes=record.texts("attribute_prompts"),
         generations=record.texts("generation_prompts"),
         target_id=new.optional("id"),
+        joint=record.literal("joint"),
     )
 
 
@@ -92,6 +94,7 @@ def _parse_easyedit(record: JsonRecord) -> EditRequest:
         relation=record.optional("relation_id"),
         paraphrases=tuple(text for text in [record.optional("rephrase_prompt")] if text),
         neighbors=_neighbor(record, "locality_prompt", "locality_ground_truth"),
+        joint=record.literal("joint"),
     )
 
 
@@ -111,6 +114,7 @@ def _parse_mend(record: JsonRecord) -> EditRequest:
         target_new=answers[0],
         paraphrases=tuple(text for text in [record.optional("rephrase")] if text),
         neighbors=_neighbor(record, "loc", "loc_ans", end="?"),
+        joint=record.literal("joint"),
     )
 
 
@@ -130,11 +134,13 @@ def _parse_short(record: JsonRecord) -> EditRequest:
         relation=record.optional("relation"),
         paraphrases=record.texts("paraphrases"),
         neighbors=tuple(
-            Neighbor(prompt=n.text("prompt"), object=n.text("object")) for n in record.nested_list("neighbors")
+            Neighbor(prompt=n.text("prompt"), object=n.text("object"), joint=n.literal("joint"))
+            for n in record.nested_list("neighbors")
         ),
         attributes=record.texts("attributes"),
         generations=record.texts("generations"),
         target_id=record.optional("target_id"),
+        joint=record.literal("joint"),
     )
 
 

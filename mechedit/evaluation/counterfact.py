@@ -7,7 +7,7 @@ In: a model and edit requests. Out: `Scores`, one row per prompt and measure (RO
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -172,7 +172,7 @@ def evaluation_provenance(
     return {
         **model.provenance(),
         "outer_hash": model.weights_hash(blocks=False),
-        "requests": value_hash([asdict(request) for request in requests]),
+        "requests": value_hash([request.plain() for request in requests]),
         "texts": {"hash": texts_hash(texts), "count": count} if len(texts) else None,
         "references": references.hash if references else None,
     }

@@ -6,7 +6,6 @@ The file is written atomically, so a killed session always resumes between two b
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +116,7 @@ class EditedBatch:
 
 def requests_hash(requests: Sequence[EditRequest]) -> str:
     """Hash of some requests, by which a resumed session recognizes a finished batch."""
-    return value_hash([dataclasses.asdict(request) for request in requests])
+    return value_hash([request.plain() for request in requests])
 
 
 def active_requests(batches: Sequence[EditedBatch]) -> list[EditRequest]:

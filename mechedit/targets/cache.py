@@ -92,7 +92,9 @@ class TargetCache:
 
     def key(self, group: Sequence[EditRequest]) -> str:
         """The hash of all that determines the results of one subject group."""
-        requests = [(request.subject, request.prompt, request.target_new) for request in group]
+        requests = [
+            (request.subject, request.prompt, request.target_new, *_surroundings(request.plain())) for request in group
+        ]
         return value_hash({**self.made_with, "requests": requests})
 
     def read(self, groups: Sequence[Sequence[EditRequest]]) -> dict[str, list[TargetResult]]:
@@ -127,3 +129,9 @@ def _read(path: Path) -> list[TargetResult]:
 
 RESULTS = Codec(read=_read, write=_write, suffix=".safetensors")
 """File format of the results of one subject group."""
+
+
+def _surroundings(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The joint and the turn of a request's record, if it has any: a request without keeps the key it always had."""
+    surroundings = {name: record[name] for name in ("joint", "turn") if name in record}
+    return [surroundings] if surroundings else []

@@ -98,7 +98,7 @@ def find_targets(
     }
     provenance = {
         "model": provenance,
-        "requests": value_hash([dataclasses.asdict(request) for request in requests]),
+        "requests": value_hash([request.plain() for request in requests]),
         "settings": dataclasses.asdict(config),
     }
     in_order = {request.id: by_id[request.id] for request in requests}

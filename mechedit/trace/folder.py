@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def facts_frame(facts: Sequence[Fact], effects: Path, dropped: Sequence[Sequence
     reasons = {name: reason for name, reason in dropped}
     totals = fact_totals(effects)
     scores = where(totals, metric=main_metric(totals["metric"])).set_index("fact")[["clean", "corrupted"]]
-    frame = pd.DataFrame([asdict(fact) for fact in facts])
+    frame = pd.DataFrame([fact.plain() for fact in facts])
     frame["traced"] = ~frame["id"].isin(list(reasons))
     frame["reason"] = [reasons.get(name) for name in frame["id"]]
     return frame.join(scores, on="id")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class TracePlan:
             for group in self.groups():
                 with torch.no_grad():
                     make = partial(trace_group, self.model, group, self.std, self.config, self.noise, self.statistics)
-                    facts = [{**asdict(traced.fact), "replacements": traced.replacements} for traced in group]
+                    facts = [{**traced.fact.plain(), "replacements": traced.replacements} for traced in group]
                     yield Cache(self.parts).get({**key, "facts": facts}, make, PARQUET)
                 progress.update(len(group))
 
