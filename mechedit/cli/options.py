@@ -44,6 +44,8 @@ class ModelOptions(JsonOption):
     """Device, such as cpu; by default the accelerator if there is one."""
     dtype: str | None = None
     """float32, bfloat16 or float16."""
+    merge_adapter: bool = False
+    """Merge an adapter of PEFT into its base model, where --model is an adapter's folder or hub name."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
     overwrite: bool = False
@@ -51,7 +53,7 @@ class ModelOptions(JsonOption):
 
     def load_model(self) -> Model:
         """Load the model, without the loading bars of libraries."""
-        return load_quietly(self.model or "tiny", self.backend, self.device, self.dtype)
+        return load_quietly(self.model or "tiny", self.backend, self.device, self.dtype, self.merge_adapter)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,10 +106,10 @@ def sampled(facts: list[Fact], count: int | None, seed: int) -> list[Fact]:
     return [fact for i, fact in enumerate(facts) if i in chosen]
 
 
-def load_quietly(name: str, backend: str, device: str | None, dtype: str | None) -> Model:
+def load_quietly(name: str, backend: str, device: str | None, dtype: str | None, merge_adapter: bool = False) -> Model:
     """Load a model by name without the loading bars of libraries."""
     with quiet():
-        return load_model(name, backend=backend, device=device, dtype=dtype)
+        return load_model(name, backend=backend, device=device, dtype=dtype, merge_adapter=merge_adapter)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from mechedit.errors import InputError, check_choice
+from mechedit.models import adapters
 from mechedit.models.backend import BackendModel
 from mechedit.models.families import family_of, family_of_config
 from mechedit.models.protocol import Model
@@ -22,6 +23,8 @@ from mechedit.models.self_check import self_check
 Backend = Literal["transformer_lens", "nnsight"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TINY = Path(__file__).parent / "tiny"
+_MERGED = " with its adapter merged"
+"""Ends the name of a model whose weights no checkpoint holds."""
 
 
 def load_model(
@@ -32,6 +35,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     module: str = "mlp",
+    merge_adapter: bool = False,
 ) -> Model:
     """Load a causal language model, find its parts and check that reading and writing them works.
 
@@ -58,10 +62,14 @@ def load_model(
         dtype: float32, bfloat16 or float16; by default float32 on the CPU and for `tiny`, else the
             checkpoint's. A loaded model is not converted.
         module: the module that edits are written into: `mlp`, or `attn` (see `Model.writing`).
+        merge_adapter: accept a model that carries an adapter of PEFT (a `PeftModel`, a model after `add_adapter`, a
+            folder or hub name with adapter_config.json), and merge the adapter into a copy of the matrices that it
+            adapts. The edit is then one of the merged weights. A loaded model keeps its adapter.
 
     Raises:
         InputError: an unknown backend, model, device, dtype or module; no fast tokenizer, or one that does not fit;
-            an architecture that is not supported; a failed self-check.
+            an architecture that is not supported; an adapter that is not to be merged, or cannot be; a failed
+            self-check.
     """
     check_choice("the backend", backend, get_args(Backend))
     target_device, target_dtype = _device(device), _dtype(dtype)
@@ -70,10 +78,15 @@ def load_model(
         location = _location(source)
         if target_dtype is None and (source == "tiny" or target_device.type == "cpu"):
             target_dtype = torch.float32
-        hf = _load(location, name, target_device, target_dtype)
+        hf = _load(location, name, target_device, target_dtype, merge_adapter)
         tokenizer = _load_tokenizer(location, name) if tokenizer is None else tokenizer
+        if not hf.name_or_path:
+            name = f"{name}{_MERGED}"
     else:
         hf, name = source, _name(source)
+        if merge_adapter and adapters.carries_adapter(hf):
+            hf, name = adapters.merged(hf, name), f"{name}{_MERGED}"
+        adapters.refuse_adapter(hf, name)
         family_of(hf)
         _check_loaded(hf, device and target_device, target_dtype)
     _check_tokenizer(hf, tokenizer, name)
@@ -96,12 +109,21 @@ def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> BackendModel:
     return ModelClass(hf, tokenizer, name=name)
 
 
-def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | None) -> Any:
+def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | None, merge_adapter: bool) -> Any:
     """Load weights; the config is checked before, so that refusing a model costs no download."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _input_errors(name):
         _check_reachable(location)
+        if adapters.adapter_config(location) is not None:
+            if not merge_adapter:
+                raise InputError(
+                    f"the model {name!r} is an adapter (adapter_config.json) for the base model "
+                    f"{adapters.base_of(location)!r}; expected a plain model: load the base model, or pass "
+                    f"merge_adapter=True (--merge-adapter) to edit the base model with the adapter merged"
+                )
+            adapted = adapters.load_adapter(location, lambda base: _load(_location(base), base, device, dtype, True))
+            return adapters.merged(adapted, name)
         family_of_config(AutoConfig.from_pretrained(location, trust_remote_code=False))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
@@ -117,10 +139,19 @@ def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | N
 
 
 def _load_tokenizer(location: str, name: str) -> Any:
+    """The tokenizer of a checkpoint; an adapter without one has its base model's."""
     from transformers import AutoTokenizer
 
     with _input_errors(name):
+        if adapters.adapter_config(location) is not None and not _has_tokenizer(location):
+            return _load_tokenizer(_location(adapters.base_of(location)), name)
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+
+
+def _has_tokenizer(location: str) -> bool:
+    from transformers.utils.hub import cached_file
+
+    return cached_file(location, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
 @contextlib.contextmanager
@@ -163,7 +194,7 @@ def _location(source: str | Path) -> str:
     name = str(source)
     # The source itself is compared, so that Path("tiny") is a folder like any other.
     folder = _TINY if source == "tiny" else Path(name).expanduser()
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return str(folder)
     if source == "tiny":
         raise InputError(
