@@ -9,6 +9,7 @@ from typing import Literal
 from mechedit.cli.app import say
 from mechedit.cli.command import command
 from mechedit.cli.options import ModelOptions
+from mechedit.cli.parsing import quiet
 from mechedit.edit import Edit, export, export_lora
 
 
@@ -26,14 +27,20 @@ class ApplyOptions(ModelOptions):
 
 @command()
 def apply_command(options: ApplyOptions) -> int:
-    """Write the edited model as a checkpoint that AutoModelForCausalLM loads, or the edit as a LoRA adapter."""
+    """Write the edited model as a checkpoint that AutoModelForCausalLM loads, or the edit as a LoRA adapter.
+
+    A checkpoint has the dtype of the one that the model was loaded from, or that of --dtype. It is read back and
+    compared with the edited model before it appears; that takes the memory of a second model.
+    """
     edit = Edit.load(options.edit)
     model = options.load_model()
     if options.format == "lora":
-        export_lora(model, edit, options.out, overwrite=options.overwrite)
+        with quiet():
+            export_lora(model, edit, options.out, overwrite=options.overwrite)
         say(f"wrote the edit as a LoRA adapter to {options.out}")
     else:
-        export(model, edit, options.out, overwrite=options.overwrite)
-        say(f"wrote the edited model to {options.out}")
+        with quiet():
+            export(model, edit, options.out, overwrite=options.overwrite, dtype=options.dtype)
+        say(f"wrote the edited model to {options.out}; read back, it is the edited model")
     options.print_summary({"model": str(options.out), "format": options.format, "layers": edit.layers})
     return 0

@@ -76,6 +76,15 @@ def is_as_applied(model: Model, layer: int) -> bool:
     return expected is not None and expected == digest(model.projection(layer))
 
 
+def exact_weights(model: Model, layer: int) -> tuple[Float[Tensor, "d_mlp d_model"], list[Edit]]:
+    """A layer's weights before rounding, as a matrix and the edits to add to it, oldest first.
+
+    The copy and the edits applied to it, where the layer's weights are as they left them; else the weights as they are.
+    """
+    base, edits = base_and_edits(layer, edits_of_module(model)) if is_as_applied(model, layer) else (None, [])
+    return (model.projection(layer) if base is None else base), edits
+
+
 @contextlib.contextmanager
 def restoring(model: Model, layers: Sequence[int]) -> Iterator[None]:
     """On leaving, put the down-projections of `layers` back bit for bit, whatever was done to them."""

@@ -15,6 +15,7 @@ from mechedit.edit.applied_edits import (
     applied_edits,
     base_and_edits,
     edits_of_module,
+    exact_weights,
     expected_digest,
     is_as_applied,
     restoring,
@@ -106,8 +107,7 @@ def add_(model: Model, layer: int, delta: Float[Tensor, "d_mlp d_model"]) -> Non
     Raises:
         InputError: some weights would exceed the range of their dtype; the layer is left as it was.
     """
-    base, edits = base_and_edits(layer, edits_of_module(model)) if is_as_applied(model, layer) else (None, [])
-    base = model.projection(layer) if base is None else base
+    base, edits = exact_weights(model, layer)
     # Computed one at a time, since each is as large as the layer.
     earlier = (edit.delta(layer) for edit in edits)
     _write_(model, layer, rounded_sum(base, itertools.chain(earlier, [delta]), f"layer {layer}"))

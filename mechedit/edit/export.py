@@ -1,44 +1,162 @@
-"""Export an edit for other libraries: the edited model as a plain checkpoint, or the edit as a LoRA adapter."""
+"""Export an edit for other libraries: the edited model as a plain checkpoint, or the edit as a LoRA adapter.
+
+Both are read back and held against the model in memory before they appear at their destination.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mechedit.batching import pad
+from mechedit.edit.applied_edits import applied_edits, exact_weights, restoring
 from mechedit.edit.apply_undo import check_model, edited
 from mechedit.edit.combine import truncate
 from mechedit.edit.edit import Edit, Factors
-from mechedit.edit.weights import projection_parameter
-from mechedit.errors import InputError, check_finite
+from mechedit.edit.weights import HALF, projection_parameter, rounded_sum
+from mechedit.errors import InputError, check_choice, check_finite
 from mechedit.files import atomic_folder, write_json
-from mechedit.models import Model
+from mechedit.models import DTYPES, MODULES, Model, Module
 
 MANIFEST = "mechedit.json"
 """File name of the edit's manifest in an export's folder."""
+MOST_ROUNDING = 0.1
+"""Largest change of an edit's effect by rounding, relative to the effect, that goes without a warning."""
 
 
-def export(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool = False) -> None:
+def export(
+    model: Model,
+    edit: Edit,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    dtype: str | torch.dtype | None = None,
+) -> None:
     """Write the edited model and its tokenizer as a plain checkpoint, and the manifest beside them.
 
     `AutoModelForCausalLM.from_pretrained(folder)` loads it. The folder appears complete or not at all, and the
-    model in memory is left as it was.
+    model in memory is left as it was. What was written is read back and compared with the edited model, weights and
+    logits, before it appears; that takes the memory of a second model, in the checkpoint's dtype.
+
+    Weights keep the dtype of the checkpoint that the model was loaded from. Where that is a half precision and the
+    model in memory is not, edited weights are summed exactly and rounded once, stochastically
+    (`mechedit.edit.weights`), so that the edit is not rounded away: the bits are those of the edit on the model in that
+    dtype.
 
     Args:
         model: that the edit was made for.
         edit: to write.
         folder: absent or empty.
         overwrite: replace an earlier export in `folder`, but nothing else.
+        dtype: of the written weights, such as float32; by default the checkpoint's.
+
+    Warns:
+        UserWarning: rounding changes the logits of one of the edit's prompts by more than a tenth of what the edit
+            does there.
 
     Raises:
-        InputError: the edit was made for other weights; the folder is not empty, or cannot be created.
+        InputError: the edit was made for other weights; the folder is not empty, or cannot be created; an unknown
+            dtype, or one that does not hold the weights; what was read back is not the edited model.
     """
-    with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary, edited(model, edit):
-        model.save_pretrained(temporary)
+    target, text = _dtype(dtype, model), _edited_prompt(edit)
+    with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary, contextlib.ExitStack() as stack:
+        check_model(model, edit)
+        rounded = _rounded(model, edit, target)
+        unedited = _last_logits(model, text) if rounded else None
+        stack.enter_context(edited(model, edit))
+        if rounded:
+            exact = _last_logits(model, text)
+            stack.enter_context(_written(model, rounded))
+            _warn_of_rounding(unedited, exact, _last_logits(model, text), target)
+        model.save_pretrained(temporary, dtype=target, text=text)
         write_json(temporary / MANIFEST, dict(edit.manifest))
+
+
+def _dtype(dtype: str | torch.dtype | None, model: Model) -> torch.dtype:
+    """The dtype to write.
+
+    Raises:
+        InputError: it is not known.
+    """
+    if dtype is None:
+        return model.checkpoint_dtype
+    name = str(dtype).removeprefix("torch.")
+    check_choice("the dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+def _edited_prompt(edit: Edit) -> str | None:
+    """A prompt of the edit's facts, without the object; None if its manifest tells none."""
+    facts = edit.manifest.get("facts") or ()
+    return str(facts[0]).rpartition(" → ")[0] or None if facts else None
+
+
+def _rounded(model: Model, edit: Edit, dtype: torch.dtype) -> dict[Module, dict[int, Tensor]]:
+    """All edited matrices, this edit included, in a half precision that the model in memory does not have.
+
+    Empty where the model's own dtype is written, or a half precision is in memory.
+    """
+    if dtype not in HALF or model.dtype in (dtype, *HALF):
+        return {}
+    matrices: dict[Module, dict[int, Tensor]] = {}
+    for module in MODULES:
+        deltas = edit.factors if module == edit.module else {}
+        applied = {
+            layer for entry in applied_edits(model) if entry.edit.module == module for layer in entry.edit.layers
+        }
+        if not deltas and not applied:
+            continue
+        view = model.writing(module)
+        matrices[module] = {}
+        for layer in sorted(applied | set(deltas)):
+            base, edits = exact_weights(view, layer)
+            added = [*edits, edit] if layer in deltas else edits
+            sums = (item.delta(layer) for item in added)
+            matrices[module][layer] = rounded_sum(base, sums, f"layer {layer}", dtype)
+    return matrices
+
+
+@contextlib.contextmanager
+def _written(model: Model, matrices: Mapping[Module, Mapping[int, Tensor]]) -> Iterator[None]:
+    """Hold rounded matrices in the model until the block ends."""
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for module, layers in matrices.items():
+            view = model.writing(module)
+            stack.enter_context(restoring(view, list(layers)))
+            for layer, matrix in layers.items():
+                view.projection(layer).copy_(matrix)
+        yield
+
+
+def _last_logits(model: Model, text: str | None) -> Tensor | None:
+    """Next-token logits after a prompt; None without one."""
+    if text is None:
+        return None
+    tokens = pad([model.tokenizer(text)["input_ids"]], model.tokenizer, model.device)
+    with torch.no_grad():
+        return model.run(tokens).logits[0, -1].double().cpu()
+
+
+def _warn_of_rounding(
+    unedited: Tensor | None, exact: Tensor | None, rounded: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Say which share of the edit's effect on its prompt rounding takes or adds, if it is more than a tenth."""
+    if unedited is None or exact is None or rounded is None or not (effect := float((exact - unedited).norm())):
+        return
+    error = float((rounded - exact).norm()) / effect
+    if error > MOST_ROUNDING:
+        warnings.warn(
+            f"in {dtype} rounding changes what the edit does to the logits of its first prompt by {error:.0%}; "
+            f"evaluate the exported model, or export it in float32 (dtype, --dtype)",
+            stacklevel=3,
+        )
 
 
 def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -47,7 +165,8 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
     `PeftModel.from_pretrained(base, folder)` puts it on the unedited model, which the config names as
     `base_model_name_or_path`. Only the edited layers are targeted, each with its own rank. A rank above the full rank
     of the matrix is first truncated to it, which is exact. The folder appears complete or not at all, and the model in
-    memory is not changed. PEFT itself is not needed.
+    memory is not changed. PEFT itself is not needed; where it is installed, it reads the adapter back before that
+    appears, and must give the edited model's logits.
 
     Args:
         model: that the edit was made for.
@@ -57,7 +176,7 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
 
     Raises:
         InputError: the edit was made for other weights, or a layer has rank 0; the folder is not empty, or cannot be
-            created.
+            created; what was read back is not the edit.
     """
     with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary:
         check_model(model, edit)
@@ -72,7 +191,40 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
             tensors[f"base_model.model.{name}.lora_B.weight"] = b
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "adapter_config.json", _lora_config(model, edit, modules))
+        _check_lora(model, edit, temporary, modules)
         write_json(temporary / MANIFEST, dict(edit.manifest))
+
+
+def _check_lora(model: Model, edit: Edit, folder: Path, modules: Mapping[int, tuple[str, bool]]) -> None:
+    """Read an adapter back: its products are the edit's ΔW, and PEFT, where it is installed, gives the edited logits.
+
+    Raises:
+        InputError: names what differs.
+    """
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for layer, (name, _) in modules.items():
+        a, b = (tensors.get(f"base_model.model.{name}.lora_{side}.weight") for side in "AB")
+        delta = edit.delta(layer).cpu()
+        product = torch.zeros_like(delta) if a is None or b is None else (b.double() @ a.double()).T
+        if not (product - delta).norm() <= 1e-3 * delta.norm():
+            raise _lossy(f"its product for layer {layer} is not the edit's")
+    text = _edited_prompt(edit) or "The Eiffel Tower is in the city of"
+    tokens = pad([model.tokenizer(text)["input_ids"]], model.tokenizer, model.device)
+    adapted = model.logits_with_adapter(folder, tokens.ids)
+    if adapted is None:
+        return
+    with edited(model, edit), torch.no_grad():
+        expected = model.run(tokens).logits.float().cpu()
+    error = float((adapted - expected).norm() / expected.norm())
+    if not error <= (5e-2 if model.dtype in HALF else 2e-3):
+        raise _lossy(f"PEFT's logits on {text!r} differ by {error:.2g} of their norm")
+
+
+def _lossy(what: str) -> InputError:
+    return InputError(
+        f"the adapter that was written is not the edit: {what}; nothing was left at the destination. Export a "
+        f"checkpoint instead, or report it with the model's name and PEFT's version"
+    )
 
 
 def _projection_module(model: Model, layer: int) -> tuple[str, bool]:

@@ -36,33 +36,40 @@ _ROWS = 1024
 
 
 def rounded_sum(
-    base: Float[Tensor, "d_mlp d_model"], deltas: Iterable[Float[Tensor, "d_mlp d_model"]], where: str
+    base: Float[Tensor, "d_mlp d_model"],
+    deltas: Iterable[Float[Tensor, "d_mlp d_model"]],
+    where: str,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "d_mlp d_model"]:
-    """`base` + Σ `deltas`, summed in float64 and rounded once to the dtype of `base`.
+    """`base` + Σ `deltas`, summed in float64 and rounded once to `dtype`, by default that of `base`.
+
+    In half precision the bits are those that a base in that dtype gives, if `base` is such a one in a wider dtype.
 
     Args:
         base: exact weights; they also seed the random numbers in half precision.
         deltas: added one after another.
         where: name of the weights in the error message.
+        dtype: of the result.
 
     Raises:
         InputError: the sum is not finite, or exceeds the range of the dtype.
     """
-    half = base.dtype in HALF
+    dtype = dtype or base.dtype
+    half = dtype in HALF
     total = base.to(device="cpu" if half else base.device, dtype=torch.float64, copy=True)
     for delta in deltas:
         total.add_(delta.to(total))
-    largest = torch.finfo(base.dtype).max
+    largest = torch.finfo(dtype).max
     overflows = int((~(total.abs() <= largest)).sum())
     if overflows:
         raise InputError(
-            f"the edit would take {overflows} weights of {where} beyond what {base.dtype} holds (±{largest:.6g}), "
+            f"the edit would take {overflows} weights of {where} beyond what {dtype} holds (±{largest:.6g}), "
             f"expected none; load the model in bfloat16 or float32, or make the edit again with milder settings"
         )
     if not half:
-        return total.to(base.dtype)
-    generator = torch.Generator().manual_seed(int(digest(base)[:8], 16))
-    return torch.cat([stochastically_rounded(rows, base.dtype, generator) for rows in total.split(_ROWS)])
+        return total.to(dtype)
+    generator = torch.Generator().manual_seed(int(digest(base.to(dtype))[:8], 16))
+    return torch.cat([stochastically_rounded(rows, dtype, generator) for rows in total.split(_ROWS)])
 
 
 def stochastically_rounded(

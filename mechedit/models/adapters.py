@@ -8,10 +8,12 @@ to the matrices that it adapts, W + s · B A, after which the model is a plain o
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from mechedit.errors import InputError
 from mechedit.files import read_json
@@ -87,6 +89,21 @@ def merged(hf: Any, name: str) -> Any:
             f"same: switch the adapter on (set_adapter, enable_adapters), or merge it yourself (merge_and_unload)"
         )
     return merged_copy.train(plain.training)
+
+
+@torch.no_grad()
+def logits_with_adapter(hf: Any, folder: Path, ids: Int[Tensor, "1 pos"]) -> Float[Tensor, "1 pos vocab"] | None:
+    """Logits of a model with an adapter from a folder on it, in float32; None if PEFT is not installed.
+
+    PEFT puts it on a copy that shares the weights.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return None
+    adapted = PeftModel.from_pretrained(share_parameters(hf), folder).eval()
+    ids = ids.to(hf.get_input_embeddings().weight.device)
+    return adapted(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().cpu()
 
 
 def load_adapter(location: str, load_base: Callable[[str], Any]) -> Any:
@@ -168,7 +185,7 @@ def _untie_if_apart(hf: Any) -> None:
         hf.config.tie_word_embeddings = False
 
 
-def _logits(hf: Any) -> torch.Tensor:
+def _logits(hf: Any) -> Tensor:
     """Logits of a row of random ids."""
     embedding = hf.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)

@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mechedit.errors import InputError, check_choice
+from mechedit.models.adapters import logits_with_adapter
 from mechedit.models.display import html_summary, summary
 from mechedit.models.engines import HookedEngine, UnhookedEngine
 from mechedit.models.families import attention_window, family_of
@@ -25,17 +25,20 @@ from mechedit.models.fast_gpt import FastGptEngine
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
 from mechedit.models.run_plan import Engine, plan_run
+from mechedit.models.saving import check_checkpoint, save_checkpoint
 from mechedit.models.self_check import check_projection
 from mechedit.models.shared_copy import share_parameters, with_fast_gelu
 from mechedit.models.shortcuts import blocks_of, replace_forwards, skip_blocks
 from mechedit.models.sites import MODULES, Module, Part, Site, key_part
+from mechedit.models.tokenizer_hash import tokenizer_hash
 from mechedit.models.weights_hash import WeightsHash
-from mechedit.provenance import VERSION, ModelIdentity, value_hash
+from mechedit.provenance import VERSION, ModelIdentity
 
 _MATRIX_NAMES = {"mlp": "down-projection", "attn": "output projection of attention"}
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EDIT_LOG = "_mechedit_applied"
 _TEMPORARY_EDITS = "_mechedit_temporary_edits"
+_CHECKPOINT_DTYPE = "_mechedit_checkpoint_dtype"
 
 
 class BackendModel:
@@ -251,10 +254,23 @@ class BackendModel:
         """The transformers model's parameters, with the names that its checkpoints use."""
         return self.hf.named_parameters()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, config and tokenizer as a transformers checkpoint."""
-        self.hf.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    @property
+    def checkpoint_dtype(self) -> torch.dtype:
+        """Dtype in which the checkpoint holds the weights; that of the model, where it was not loaded from one."""
+        return getattr(self.hf, _CHECKPOINT_DTYPE, None) or self.dtype
+
+    @checkpoint_dtype.setter
+    def checkpoint_dtype(self, dtype: torch.dtype | None) -> None:
+        setattr(self.hf, _CHECKPOINT_DTYPE, dtype)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, text: str | None = None) -> None:
+        """Write a transformers checkpoint and read it back; see `mechedit.models.protocol.Model.save_pretrained`."""
+        save_checkpoint(self.hf, self.tokenizer, Path(folder), dtype or self.dtype)
+        check_checkpoint(self.hf, self.tokenizer, Path(folder), text)
+
+    def logits_with_adapter(self, folder: str | Path, ids: Int[Tensor, "1 pos"]) -> Float[Tensor, "1 pos vocab"] | None:
+        """Logits with an adapter of PEFT on the model; see `mechedit.models.protocol.Model.logits_with_adapter`."""
+        return logits_with_adapter(self.hf, Path(folder), ids)
 
     def weights_hash(self, *, blocks: bool = True) -> str:
         """SHA-256 over the parameters as they are now: all of them, or only those outside the blocks."""
@@ -282,9 +298,3 @@ class BackendModel:
             "backend": self.backend,
             **self.identity().record,
         }
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of a fast tokenizer, without the padding and truncation that calls leave behind in it."""
-    content: Mapping[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return value_hash({key: value for key, value in content.items() if key not in ("padding", "truncation")})

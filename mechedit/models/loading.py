@@ -18,10 +18,12 @@ from mechedit.models import adapters
 from mechedit.models.backend import BackendModel
 from mechedit.models.families import family_of, family_of_config
 from mechedit.models.protocol import Model
+from mechedit.models.saving import stored_dtype
 from mechedit.models.self_check import self_check
 
 Backend = Literal["transformer_lens", "nnsight"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes that weights are loaded and written in, by name."""
 _TINY = Path(__file__).parent / "tiny"
 _MERGED = " with its adapter merged"
 """Ends the name of a model whose weights no checkpoint holds."""
@@ -73,6 +75,7 @@ def load_model(
     """
     check_choice("the backend", backend, get_args(Backend))
     target_device, target_dtype = _device(device), _dtype(dtype)
+    location = None
     if isinstance(source, str | Path):
         name = str(source)
         location = _location(source)
@@ -91,6 +94,8 @@ def load_model(
         _check_loaded(hf, device and target_device, target_dtype)
     _check_tokenizer(hf, tokenizer, name)
     model = _wrap(hf, tokenizer, name, backend)
+    if location is not None:
+        model.checkpoint_dtype = stored_dtype(location)
     self_check(model)
     return model.writing(module)
 
@@ -231,8 +236,8 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
         return None
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
-    check_choice("the dtype", name, _DTYPES)
-    return _DTYPES[name]
+    check_choice("the dtype", name, DTYPES)
+    return DTYPES[name]
 
 
 def _check_loaded(hf: Any, device: Any, dtype: torch.dtype | None) -> None:

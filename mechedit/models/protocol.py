@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, device, dtype, nn
+from torch import dtype as torch_dtype
 
 from mechedit.models.families import Family
 from mechedit.models.kv_cache import KVCache
@@ -265,8 +266,28 @@ class Model(Protocol):
         """The transformers model's parameters, with the names that its checkpoints use."""
         ...
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, config and tokenizer as a transformers checkpoint."""
+    @property
+    def checkpoint_dtype(self) -> dtype:
+        """Dtype in which the checkpoint holds the weights; that of the model, where it was not loaded from one."""
+        ...
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch_dtype | None = None, text: str | None = None) -> None:
+        """Write weights, config and tokenizer as a transformers checkpoint, and read it back.
+
+        Files of the source that still hold are copied byte for byte. Reading back takes a second model in memory.
+
+        Args:
+            folder: to write into.
+            dtype: of the weights; by default the model's.
+            text: prompt on which the logits of both are compared.
+
+        Raises:
+            InputError: what was read back is not this model.
+        """
+        ...
+
+    def logits_with_adapter(self, folder: str | Path, ids: Int[Tensor, "1 pos"]) -> Float[Tensor, "1 pos vocab"] | None:
+        """Logits with an adapter of PEFT on the model, in float32; None if PEFT is not installed."""
         ...
 
     def weights_hash(self, *, blocks: bool = True) -> str:

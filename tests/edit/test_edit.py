@@ -324,7 +324,7 @@ def test_export_is_whole_or_absent(
     with pytest.raises(InputError, match="exists already"):
         export(lens_model, edit, taken)
 
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, **settings: Any) -> None:
         (Path(folder) / "half").write_text("half")
         raise error("disk full")
 
