@@ -35,6 +35,8 @@ ALGORITHMS = {
 results of another number are not reused. Results without a number are of algorithm 1."""
 DEFAULTS: dict[str, Any] = {"module": "mlp", "algorithm": 1}
 """Values assumed where an older artifact lacks the field."""
+CAST_HASHES = "weights_hash_as"
+"""Where an edit's manifest, under `model`, has the hashes of the same weights in other dtypes, by dtype."""
 MAKE_AGAIN = "make it again for this model"
 
 

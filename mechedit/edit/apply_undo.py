@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +26,8 @@ from mechedit.edit.applied_edits import (
 from mechedit.edit.edit import Edit, check_factors, has_same_factors
 from mechedit.edit.weights import digest, rounded_sum
 from mechedit.errors import InputError
-from mechedit.models import Model
+from mechedit.models import DTYPES, Model
+from mechedit.provenance import CAST_HASHES
 
 
 @contextlib.contextmanager
@@ -114,7 +116,7 @@ def add_(model: Model, layer: int, delta: Float[Tensor, "d_mlp d_model"]) -> Non
 
 
 def check_model(model: Model, edit: Edit) -> None:
-    """Refuse a model that the edit was not made for.
+    """Refuse a model that the edit was not made for: other weights, where the same ones in another dtype will do.
 
     Raises:
         InputError: another module is written, the weights differ from those in the manifest, a layer does not fit, or
@@ -122,11 +124,11 @@ def check_model(model: Model, edit: Edit) -> None:
     """
     check_module(model, edit)
     made_for = edit.manifest.get("model") or {}
-    weights_hash = model.weights_hash()
-    if made_for.get("weights_hash") != weights_hash:
+    if not _has_weights(model, made_for):
         raise InputError(
-            f"the edit was made for {made_for.get('model')!r} with weights {made_for.get('weights_hash')}, found "
-            f"{model.name!r} with weights {weights_hash}; load the model it was made for, or undo other edits first"
+            f"the edit was made for {made_for.get('model')!r} with weights {made_for.get('weights_hash')} in "
+            f"{made_for.get('dtype')}, found {model.name!r} with weights {model.weights_hash()} in "
+            f"{str(model.dtype).removeprefix('torch.')}; load the model it was made for, or undo other edits first"
         )
     for layer in edit.layers:
         factors = edit.factors[layer]
@@ -138,6 +140,22 @@ def check_model(model: Model, edit: Edit) -> None:
                 f"file is damaged or of another model"
             )
     check_factors(edit)
+
+
+def _has_weights(model: Model, made_for: Mapping[str, Any]) -> bool:
+    """Whether a model has the weights that an edit was made for, in the same dtype or rounded to another one.
+
+    Rounded from the dtype that the edit was made in to the model's, or (in edits that do not record these hashes) from
+    the model's to the edit's.
+    """
+    weights_hash, dtype = made_for.get("weights_hash"), made_for.get("dtype")
+    model_dtype = str(model.dtype).removeprefix("torch.")
+    casts = made_for.get(CAST_HASHES) or {}
+    if model.weights_hash() in (weights_hash, casts.get(model_dtype)):
+        return True
+    if weights_hash is None or dtype not in DTYPES or dtype == model_dtype:
+        return False
+    return model.cast_hashes([dtype])[dtype] == weights_hash
 
 
 def check_module(model: Model, edit: Edit) -> None:

@@ -29,6 +29,7 @@ from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig, checkpoint_settings
 from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Model
+from mechedit.provenance import CAST_HASHES
 from mechedit.targets import Targets, find_targets
 
 Config = TypeVar("Config", bound=MethodConfig)
@@ -144,7 +145,11 @@ class Method(Generic[Config]):
             moments=moments, previous=previous, cache=cache,
         )  # fmt: skip
         edit = self.algorithm(task)
-        manifest = {"method": self.name, **edit.manifest, "settings": dataclasses.asdict(config)}
+        # The edit goes onto copies of the model in other dtypes, too.
+        made_for = {**edit.manifest["model"], CAST_HASHES: model.cast_hashes()}
+        manifest = {
+            "method": self.name, **edit.manifest, "model": made_for, "settings": dataclasses.asdict(config),
+        }  # fmt: skip
         return dataclasses.replace(edit, manifest=manifest)
 
     def recommended(self, model: Model) -> Config:

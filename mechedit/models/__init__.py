@@ -7,9 +7,10 @@ backends complete. Nothing outside this package imports transformer_lens or nnsi
 """
 
 from mechedit.models.kv_cache import KVCache
-from mechedit.models.loading import DTYPES, load_model, transformers_model
+from mechedit.models.loading import load_model, transformers_model
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
 from mechedit.models.sites import EMBED, MODULES, Module, Part, Site, out_part
+from mechedit.models.weights_hash import DTYPES
 
 __all__ = [
     "DTYPES",

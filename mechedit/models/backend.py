@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -31,7 +31,7 @@ from mechedit.models.shared_copy import share_parameters, with_fast_gelu
 from mechedit.models.shortcuts import blocks_of, replace_forwards, skip_blocks
 from mechedit.models.sites import MODULES, Module, Part, Site, key_part
 from mechedit.models.tokenizer_hash import tokenizer_hash
-from mechedit.models.weights_hash import WeightsHash
+from mechedit.models.weights_hash import DTYPES, WeightsHash
 from mechedit.provenance import VERSION, ModelIdentity
 
 _MATRIX_NAMES = {"mlp": "down-projection", "attn": "output projection of attention"}
@@ -280,6 +280,12 @@ class BackendModel:
             if blocks or not name.startswith(f"{self.family.blocks}.")
         }
         return self._weights_hash.of(parameters)
+
+    def cast_hashes(self, dtypes: Collection[str] | None = None) -> dict[str, str]:
+        """Hashes of the weights as they are now, rounded to other dtypes; see `Model.cast_hashes`."""
+        names = [name for name in dtypes or DTYPES if DTYPES[name] != self.dtype]
+        hashes = self._weights_hash.as_cast(dict(self.hf.named_parameters()), [DTYPES[name] for name in names])
+        return {name: hashes[DTYPES[name]] for name in names}
 
     def identity(self) -> ModelIdentity:
         """Weights, tokenizer, dtype and edited module as they are now: what decides whether a result may be reused."""

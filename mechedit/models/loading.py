@@ -20,10 +20,9 @@ from mechedit.models.families import family_of, family_of_config
 from mechedit.models.protocol import Model
 from mechedit.models.saving import stored_dtype
 from mechedit.models.self_check import self_check
+from mechedit.models.weights_hash import DTYPES
 
 Backend = Literal["transformer_lens", "nnsight"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Dtypes that weights are loaded and written in, by name."""
 _TINY = Path(__file__).parent / "tiny"
 _MERGED = " with its adapter merged"
 """Ends the name of a model whose weights no checkpoint holds."""

@@ -6,7 +6,7 @@ the search for z are all patches. Both backends satisfy `Model` and give the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -292,6 +292,13 @@ class Model(Protocol):
 
     def weights_hash(self, *, blocks: bool = True) -> str:
         """SHA-256 over the parameters as they are now (names, shapes, dtypes, bytes): all, or those outside blocks."""
+        ...
+
+    def cast_hashes(self, dtypes: Collection[str] | None = None) -> dict[str, str]:
+        """Hashes that the weights as they are now have in other dtypes than the model's, by name; by default in all.
+
+        A copy of the model that was loaded in one of these dtypes has that `weights_hash`.
+        """
         ...
 
     def identity(self) -> ModelIdentity:

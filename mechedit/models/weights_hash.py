@@ -4,6 +4,9 @@ SHA-256 reads one or two GB per second, one after another, and weights on a GPU 
 the hash is remembered under a checksum of the weights' bytes, which is taken each time where the weights are. Nothing
 less would do: an in-place write raises a tensor's version counter, but a write through `.data` or a NumPy view does
 not.
+
+The same weights have another hash in each dtype. An edit records those that its model has in the usual dtypes, so that
+it goes onto copies of the model that were loaded in them.
 """
 
 from __future__ import annotations
@@ -13,14 +16,18 @@ import hashlib
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+Key = TypeVar("Key", bound=Hashable)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes that weights are loaded and written in, by name."""
 _ROW = 4096
 """Words that go into one weighted sum."""
 _BLOCK = 2**24
@@ -34,26 +41,57 @@ class WeightsHash:
 
     def __init__(self) -> None:
         self._hashes: OrderedDict[bytes, str] = OrderedDict()
+        self._cast_hashes: OrderedDict[tuple[bytes, torch.dtype], str] = OrderedDict()
 
     def of(self, parameters: Mapping[str, Tensor]) -> str:
         """SHA-256 over the parameters as they are now, in hex (`sha256_of`)."""
+        return _remembered(self._hashes, checksum(parameters), lambda: sha256_of(parameters))
+
+    def as_cast(self, parameters: Mapping[str, Tensor], dtypes: Collection[torch.dtype]) -> dict[torch.dtype, str]:
+        """The hashes that the parameters as they are now have in other dtypes (`cast_sha256_of`)."""
         state = checksum(parameters)
-        digest = self._hashes[state] if state in self._hashes else sha256_of(parameters)
-        self._hashes[state] = digest
-        self._hashes.move_to_end(state)
-        if len(self._hashes) > _STATES:
-            self._hashes.popitem(last=False)
-        return digest
+
+        def cast_hash(dtype: torch.dtype) -> str:
+            return _remembered(self._cast_hashes, (state, dtype), lambda: cast_sha256_of(parameters, dtype))
+
+        with ThreadPoolExecutor(len(DTYPES)) as pool:
+            return dict(zip(dtypes, pool.map(cast_hash, dtypes), strict=True))
+
+
+def _remembered(hashes: OrderedDict[Key, str], key: Key, take: Callable[[], str]) -> str:
+    """The hash under a key, taken if it is not remembered; only the last ones are."""
+    digest = hashes[key] if key in hashes else take()
+    hashes[key] = digest
+    hashes.move_to_end(key)
+    if len(hashes) > _STATES:
+        hashes.popitem(last=False)
+    return digest
 
 
 def sha256_of(parameters: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes, in the order of the names, in hex."""
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
-        digest.update(_header(name, parameter))
-        content: Any = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(content.numpy()))
+        _update(digest, name, parameter)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def cast_sha256_of(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """`sha256_of` the parameters rounded to another dtype: the hash of the same weights loaded in that dtype.
+
+    One of them at a time is cast.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        _update(digest, name, parameter.to(dtype) if parameter.is_floating_point() else parameter)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, parameter: Tensor) -> None:
+    digest.update(_header(name, parameter))
+    content: Any = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest.update(memoryview(content.numpy()))
 
 
 def checksum(parameters: Mapping[str, Tensor]) -> bytes:
