@@ -19,18 +19,20 @@ from transformers.pytorch_utils import Conv1D
 from mechedit.errors import InputError, check_choice
 from mechedit.models.adapters import logits_with_adapter
 from mechedit.models.display import html_summary, summary
-from mechedit.models.engines import HookedEngine, UnhookedEngine
+from mechedit.models.engines import HookedEngine, UnhookedEngine, max_positions
 from mechedit.models.families import attention_window, family_of
 from mechedit.models.fast_gpt import FastGptEngine
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
-from mechedit.models.run_plan import Engine, plan_run
+from mechedit.models.run_again import run_again
+from mechedit.models.run_plan import Engine, RunPlan, plan_run
 from mechedit.models.saving import check_checkpoint, save_checkpoint
 from mechedit.models.self_check import check_projection
 from mechedit.models.shared_copy import share_parameters, with_fast_gelu
 from mechedit.models.shortcuts import blocks_of, replace_forwards, skip_blocks
-from mechedit.models.sites import MODULES, Module, Part, Site, key_part
+from mechedit.models.sites import MODULES, Module, Site, key_part
 from mechedit.models.tokenizer_hash import tokenizer_hash
+from mechedit.models.unsupported import UnsupportedModelError
 from mechedit.models.weights_hash import DTYPES, WeightsHash
 from mechedit.provenance import VERSION, ModelIdentity
 
@@ -80,10 +82,12 @@ class BackendModel:
         self.n_layers = len(hf.get_submodule(self.family.blocks))
         self.n_heads: int = hf.config.get_text_config().num_attention_heads
         self.vocab_size: int = hf.get_input_embeddings().weight.shape[0]
-        self.max_positions: int = hf.config.max_position_embeddings
+        self.max_positions: int = max_positions(hf.config)
         self.module: Module = "mlp"
-        self.d_mlp, self.d_model = self.projection(0).shape
-        self.d_key = self.d_mlp
+        self.d_model: int = hf.config.get_text_config().hidden_size
+        self.d_mlp = self.d_key = self._key_width("mlp")
+        self.keeps_keys = True
+        """Whether earlier positions are skipped by keeping attention's keys and values; else they are run again."""
 
     def __repr__(self) -> str:
         return summary(self)
@@ -148,6 +152,12 @@ class BackendModel:
             kv_cache=kv_cache,
             use_cache=use_cache,
         )
+        if not self.keeps_keys and (plan.use_cache or plan.kv_cache is not None):
+            return run_again(plan, self._carry_out, self.n_layers)
+        return self._carry_out(plan)
+
+    def _carry_out(self, plan: RunPlan) -> Run:
+        """Run the plan in the first engine that can."""
         return next(engine for engine in self._engines if engine.can_run(plan)).run(plan)
 
     @torch.no_grad()
@@ -172,7 +182,9 @@ class BackendModel:
         check_choice("the module", module, MODULES)
         view = copy.copy(self)
         view.module = cast(Module, module)
-        view.d_key = len(view.projection(0))
+        view.d_key = view._key_width(view.module)
+        if view.module == "attn" and not view.d_key:
+            raise unwritable(view, 0, "attn")
         if view.module != self.module:
             check_projection(view)
         return view
@@ -181,11 +193,27 @@ class BackendModel:
         """Site of a layer's keys: the input of `projection`."""
         return Site(layer, key_part(self.module))
 
-    def width(self, part: Part) -> int:
-        """Width of the activation at a part."""
-        if part == "attn_key":
-            return len(self._matrix(0, "attn"))
-        return self.d_mlp if part == "mlp_key" else self.d_model
+    def width(self, site: Site) -> int:
+        """Width of the activation at a site.
+
+        Raises:
+            InputError: a key of a module that has no matrix between key and output.
+        """
+        if site.part in ("attn_key", "mlp_key"):
+            return len(self._matrix(site.layer, "attn" if site.part == "attn_key" else "mlp"))
+        return self.hf.get_input_embeddings().weight.shape[1] if site.part == "embed" else self.d_model
+
+    def scale(self, site: Site) -> float | int:
+        """Factor between what a module computes at a site and what is added to the residual stream."""
+        if site.part not in ("attn_out", "mlp_out"):
+            return 1
+        return self.family.parts(site.layer).scale("attn" if site.part == "attn_out" else "mlp")
+
+    def _key_width(self, module: Module) -> int:
+        """Width of a module's keys in the first block that has a matrix to write into; 0 where none has."""
+        layers = (layer for layer in range(self.n_layers) if self.family.parts(layer).projection(module) is not None)
+        first = next(layers, None)
+        return 0 if first is None else len(self._matrix(first, module))
 
     def window(self, layer: int) -> int | None:
         """Width of a block's attention window, the token itself included; None where all positions are seen."""
@@ -204,7 +232,10 @@ class BackendModel:
         blocks = self.hf.get_submodule(self.family.blocks)
         if not 0 <= layer < len(blocks):
             raise ValueError(f"layer {layer} is outside the model: expected 0 to {len(blocks) - 1}")
-        projection = blocks[layer].get_submodule(self.family.projection(module))
+        path = self.family.parts(layer).projection(module)
+        if path is None:
+            raise unwritable(self, layer, module)
+        projection = blocks[layer].get_submodule(path)
         weight = getattr(projection, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype in _EDITABLE:
             if isinstance(projection, Conv1D):
@@ -225,20 +256,23 @@ class BackendModel:
     @torch.no_grad()
     def output_gain(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
         """`module_output` in units of the projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
-        after = self.family.norm_after(self.module)
+        parts = self.family.parts(layer)
+        after, scale = parts.norm_after(self.module), parts.scale(self.module)
         if after is None:
-            return keys.new_ones(*keys.shape[:-1], self.d_model)
+            return keys.new_full((*keys.shape[:-1], self.d_model), scale)
         raw = self._raw_output(layer, keys)
         norm = blocks_of(self.hf, self.family)[layer].get_submodule(after)
         direction = norm(torch.ones(self.d_model, device=raw.device, dtype=self.dtype)).to(raw)
         # The norm's own output tells its scale, whatever it adds to rms(x) under the root.
         unit, out = direction * raw, norm(raw.to(self.dtype)).to(raw)
-        return direction * (out * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
+        return scale * direction * (out * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
 
     def _raw_output(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
         weight = self.projection(layer)
         block = blocks_of(self.hf, self.family)[layer]
-        bias: Any = block.get_submodule(self.family.projection(self.module)).bias
+        path = self.family.parts(layer).projection(self.module)
+        assert path is not None, "the projection exists"
+        bias: Any = block.get_submodule(path).bias
         out = keys.to(weight.device) @ weight.to(keys.dtype)
         return out if bias is None else out + bias.to(out)
 
@@ -248,7 +282,8 @@ class BackendModel:
         states = resid[:, None].to(self.device, self.dtype)
         # The model's own forward with every block skipped, so that caps and scales of logits are not forgotten.
         with replace_forwards(skip_blocks(blocks_of(self.unhooked_copy, self.family), states, self.family)):
-            return self.unhooked_copy(inputs_embeds=states, use_cache=False).logits[:, 0]
+            ids = torch.zeros(len(states), 1, dtype=torch.long, device=self.device)
+            return self.unhooked_copy(input_ids=ids, use_cache=False).logits[:, 0]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The transformers model's parameters, with the names that its checkpoints use."""
@@ -304,3 +339,15 @@ class BackendModel:
             "backend": self.backend,
             **self.identity().record,
         }
+
+
+def unwritable(model: BackendModel, layer: int, module: Module) -> UnsupportedModelError:
+    """The error for writing into a module that has no matrix to write into."""
+    reason = model.family.parts(layer).unwritable.get(module, "built otherwise")
+    layers = [i for i in range(model.n_layers) if model.family.parts(i).projection(module) is not None]
+    remedy = f"choose among layers {layers}" if layers else "trace it, or choose another model to edit"
+    return UnsupportedModelError(
+        "mixture of experts" if "experts" in reason else "no matrix of its own",
+        f"the {_MATRIX_NAMES[module]} of layer {layer} of {model.name!r} ({model.family.name}) cannot be written: it "
+        f"is {reason}; expected one matrix that all tokens pass: {remedy}",
+    )

@@ -6,15 +6,17 @@ Both call a weight-sharing copy of the transformers model, with the shortcuts th
 from __future__ import annotations
 
 import contextlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mechedit.models.families import Family
+from mechedit.models.family import Family
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import Run
 from mechedit.models.run_plan import RunPlan, RunStopped, SiteStep
@@ -43,19 +45,16 @@ class UnhookedEngine:
 
     def run(self, plan: RunPlan) -> Run:
         """Call the copy's own forward."""
-        arguments, blocks, values = call_arguments(plan, self.model.config), blocks_of(self.model, self.family), {}
-        mlp = blocks[-1].get_submodule(self.family.mlp)
+        arguments, blocks, values = call_arguments(plan, self.model), blocks_of(self.model, self.family), {}
+        mlp = blocks[-1].get_submodule(self.family.parts(len(blocks) - 1).narrowed)
         forwards = narrow_mlp(mlp, plan.logits_to_keep) | narrow_head(self.model, plan.positions_per_row)
         if plan.resume is not None:
             forwards |= skip_blocks(blocks[: plan.resume.layer], plan.resume.resid, self.family)
-            # No block would use the embeddings of the ids.
-            del arguments["input_ids"]
-            arguments["inputs_embeds"] = plan.resume.resid
         if plan.stop_after is not None:
             forwards |= stop_after(blocks[plan.stop_after], plan.steps, values)
         run = Run(None, values)
         with replace_forwards(forwards), contextlib.suppress(RunStopped):
-            run = Run(self.model(**arguments).logits, values)
+            run = Run(kept_logits(plan, arguments, self.model(**arguments).logits), values)
         return plan.finished(run, computed_cache(plan, arguments))
 
 
@@ -72,9 +71,11 @@ class HookedEngine(ABC):
 
     def run(self, plan: RunPlan) -> Run:
         """Call the wrapped copy's forward."""
-        arguments = call_arguments(plan, self.model.config)
+        arguments = call_arguments(plan, self.model)
         with replace_forwards(self._shortcuts(plan)):
             run = self.forward(arguments, plan.steps, plan.exit_site)
+        if run.final_logits is not None:
+            run = Run(kept_logits(plan, arguments, run.final_logits), run.values)
         return plan.finished(run, computed_cache(plan, arguments))
 
     @abstractmethod
@@ -89,11 +90,12 @@ class HookedEngine(ABC):
             forwards |= bypass_hooks(self.model, self.unhooked, self.family, plan)
             last = blocks_of(self.unhooked, self.family)[-1]
             if forwards.get(blocks[-1]) is last:
-                forwards |= narrow_mlp(last.get_submodule(self.family.mlp), plan.logits_to_keep)
+                mlp = last.get_submodule(self.family.parts(len(blocks) - 1).narrowed)
+                forwards |= narrow_mlp(mlp, plan.logits_to_keep)
         return forwards | narrow_head(self.model, plan.positions_per_row)
 
 
-def call_arguments(plan: RunPlan, config: Any) -> dict[str, Any]:
+def call_arguments(plan: RunPlan, model: Any) -> dict[str, Any]:
     """Arguments of a transformers model's forward: ids and mask, and the cache where one is used or returned."""
     cache, mask = plan.kv_cache, plan.tokens.mask
     if cache is not None:
@@ -103,15 +105,36 @@ def call_arguments(plan: RunPlan, config: Any) -> dict[str, Any]:
         "input_ids": plan.tokens.ids,
         "attention_mask": mask,
         "use_cache": plan.use_cache,
-        "logits_to_keep": keep,
     }
+    if takes(model, "logits_to_keep"):
+        arguments["logits_to_keep"] = keep
     if cache is not None and cache.lengths is not None:
         # By itself, the model would count the empty positions before a shorter row's cache.
         positions = cache.lengths[:, None] + torch.arange(plan.tokens.ids.shape[1], device=cache.lengths.device)
-        arguments["position_ids"] = positions.clamp(max=config.max_position_embeddings - 1).to(mask.device)
+        arguments["position_ids"] = positions.clamp(max=max_positions(model.config) - 1).to(mask.device)
     if cache is not None or plan.use_cache:
         arguments["past_key_values"] = _transformers_cache(cache)
     return arguments
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether a transformers model's forward has an argument of its own by this name."""
+    # A backend may have put another forward on the instance.
+    return argument in inspect.signature(type(model).forward).parameters
+
+
+def max_positions(config: Any) -> int:
+    """The most positions that a model is made for, by its config; without a limit there, a large number."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None) or 1 << 20
+
+
+def kept_logits(plan: RunPlan, arguments: dict[str, Any], logits: Tensor) -> Tensor:
+    """The logits that the plan keeps, of a model that computes all of them."""
+    keep = plan.logits_to_keep
+    if "logits_to_keep" in arguments or plan.positions_per_row is not None:
+        return logits
+    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
 
 def computed_cache(plan: RunPlan, arguments: dict[str, Any]) -> KVCache | None:

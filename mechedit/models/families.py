@@ -1,75 +1,22 @@
-"""Module paths of each architecture. To support another one, add an entry to `FAMILIES`."""
+"""Where each architecture keeps its parts: our own table, and for all others what `discovery` measures.
+
+An entry in `FAMILIES` overrides the measurement; it is needed only where that fails.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
 from mechedit.errors import InputError
-from mechedit.models.sites import Module
-
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Paths to the parts of one architecture.
-
-    The orientation of a matrix is not among them: it follows from its module's type, Linear or Conv1D.
-    """
-
-    name: str
-    """Usual name."""
-    model_type: str
-    """`config.model_type`."""
-    architecture: str
-    """The transformers class with the language-model head."""
-    blocks: str
-    """The list of blocks, from the model."""
-    embedding: str
-    """The token embedding, from the model."""
-    attn: str
-    """The attention module, from a block; its output is a tuple whose first item counts."""
-    mlp: str
-    """The MLP, from a block."""
-    down: str
-    """The MLP's second matrix (down-projection), from a block; its input is the key."""
-    attn_proj: str
-    """Attention's output projection, from a block; its input is the heads' results, side by side."""
-    attn_norm: str | None = None
-    """A norm between the attention module and the residual stream, from a block."""
-    mlp_norm: str | None = None
-    """A norm between the MLP and the residual stream, from a block."""
-    tuple_block: bool = False
-    """Whether a block returns (residual, attention weights) instead of the residual."""
-
-    def projection(self, module: Module) -> str:
-        """The matrix through which a module adds to the residual stream, from a block."""
-        return {"mlp": self.down, "attn": self.attn_proj}[module]
-
-    def norm_after(self, module: Module) -> str | None:
-        """A norm between a module of a block and the residual stream, from a block."""
-        return {"mlp": self.mlp_norm, "attn": self.attn_norm}[module]
-
-    @property
-    def attn_out(self) -> str:
-        """The module whose output attention adds to the residual stream, from a block."""
-        return self.attn_norm or self.attn
-
-    @property
-    def mlp_out(self) -> str:
-        """The module whose output the MLP adds to the residual stream, from a block."""
-        return self.mlp_norm or self.mlp
-
-    def modules_of(self, part: str) -> set[str]:
-        """A block's children that must run with the backend's hooks for a step at a part."""
-        modules = {
-            "attn_key": (self.attn,),
-            "attn_out": (self.attn, self.attn_norm),
-            "mlp_out": (self.mlp, self.mlp_norm),
-            "mlp_key": (self.mlp,),
-        }
-        return {name for name in modules.get(part, ()) if name is not None}
+from mechedit.models.discovery import find_family
+from mechedit.models.family import Family
+from mechedit.models.unsupported import UnsupportedModelError
 
 
 def _like_llama(name: str, model_type: str, architecture: str, *, post_norms: bool = False) -> Family:
@@ -112,7 +59,7 @@ FAMILIES = (
         mlp="mlp",
         down="mlp.c_proj",
         attn_proj="attn.attention.out_proj",
-        tuple_block=True,
+        tuple_items=2,
     ),
     Family(
         name="GPT-J",
@@ -124,7 +71,7 @@ FAMILIES = (
         mlp="mlp",
         down="mlp.fc_out",
         attn_proj="attn.out_proj",
-        tuple_block=True,
+        tuple_items=2,
     ),
     Family(
         name="GPT-NeoX and Pythia",
@@ -150,61 +97,86 @@ FAMILIES = (
 
 
 def family_of(hf: Any) -> Family:
-    """Find the family of a loaded transformers model.
+    """Find where a loaded transformers model keeps its parts: by our table, else by measuring (`discovery`).
 
     Raises:
-        InputError: an architecture that is not listed, without a language-model head, a mixture of
-            experts, a model that reads more than text, or quantized weights.
+        InputError: no transformers model, or another class of it than the one with the language-model head.
+        UnsupportedModelError: quantized weights, or blocks that do not add attention's and an MLP's output to one
+            residual stream.
+    """
+    check_loadable(hf)
+    for family in FAMILIES:
+        if (family.model_type, family.architecture) == (hf.config.model_type, type(hf).__name__):
+            return family
+    return find_family(hf)
+
+
+def check_loadable(hf: Any) -> None:
+    """Refuse a loaded model that cannot be used, as far as this is known without running it.
+
+    Raises:
+        InputError: as `family_of`.
     """
     config = getattr(hf, "config", None)
     if config is None:
         raise InputError(
             f"the model is a {type(hf).__name__}, expected a transformers causal language model: pass "
-            f'"tiny", a hub name, a folder, or a loaded model; {_supported()}'
+            f'"tiny", a hub name, a folder, or a loaded model'
         )
-    family = family_of_config(config)
-    if type(hf).__name__ != family.architecture:
+    _check_not_quantized(config)
+    expected = _architectures(config)
+    if hf.get_output_embeddings() is None or (expected and type(hf).__name__ not in expected):
         raise InputError(
-            f"the model is a {type(hf).__name__}, expected a {family.architecture}: load it with "
+            f"the model is a {type(hf).__name__}, expected a {' or '.join(expected) or 'language model'}: load it with "
             f"AutoModelForCausalLM, without wrappers (merge adapters first)"
         )
-    return family
 
 
-def family_of_config(config: Any) -> Family:
-    """Find the family by a transformers config alone, before any weights are loaded.
+def check_config(config: Any) -> None:
+    """Refuse a model by its transformers config alone, before any weights are loaded.
 
     Raises:
-        InputError: as `family_of`.
+        UnsupportedModelError: quantized weights, or no causal language model.
     """
-    model_type = getattr(config, "model_type", None) or type(config).__name__
-    experts = max((getattr(config, field, None) or 0 for field in _EXPERT_COUNTS), default=0)
-    if experts > 1:
-        raise InputError(
-            f"the model ({model_type}) is a mixture of {experts} experts, so no single matrix is the MLP's "
-            f"down-projection; expected a dense model: choose one; {_supported()}"
+    _check_not_quantized(config)
+    model_type = config.model_type
+    if not _architectures(config):
+        raise UnsupportedModelError(
+            "encoder and decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model",
+            f"the architecture {model_type!r} has no causal language model in transformers; expected one that "
+            f"AutoModelForCausalLM or AutoModelForImageTextToText loads: choose another model",
         )
-    if getattr(config, "text_config", None) is not None:
-        raise InputError(
-            f"the model ({model_type}) reads more than text, expected a language model alone: load it, put its "
-            f"language model and lm_head into the ForCausalLM class of config.text_config, and pass that; "
-            f"{_supported()}"
-        )
+
+
+def _check_not_quantized(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"the model ({model_type}) is quantized, so its matrices cannot be edited in place; expected weights "
-            f"in float32, bfloat16 or float16: load the unquantized checkpoint"
+        raise UnsupportedModelError(
+            "quantized",
+            f"the model ({config.model_type}) is quantized, so its matrices cannot be edited in place; expected "
+            f"weights in float32, bfloat16 or float16: load the unquantized checkpoint",
         )
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            return family
-    raise InputError(
-        f"the architecture {model_type!r} is not known to mechedit; choose a supported model: {_supported()}"
-    )
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a checkpoint whole: with its other inputs, if it has more than text."""
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    of_checkpoint = getattr(config, "architectures", None) or []
+    if multimodal in of_checkpoint or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _architectures(config: Any) -> list[str]:
+    """The classes with a language-model head that transformers has for a config."""
+    model_type = getattr(config, "model_type", None)
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    names = [mapping[model_type] for mapping in mappings if model_type in mapping]
+    return list(dict.fromkeys(name for entry in names for name in ([entry] if isinstance(entry, str) else entry)))
 
 
 def attention_window(config: Any, layer: int) -> int | None:
     """Width of a block's attention window, the token itself included, by the config; None means all positions."""
+    config = config.get_text_config()
     if config.model_type == "gpt_neo":
         return config.window_size if config.attention_layers[layer] == "local" else None
     kinds = getattr(config, "layer_types", None)
@@ -212,7 +184,3 @@ def attention_window(config: Any, layer: int) -> int | None:
         # Mistral and Phi-3 name no kinds: all of their layers slide when there is a window.
         return getattr(config, "sliding_window", None)
     return None
-
-
-def _supported() -> str:
-    return "supported are " + ", ".join(family.name for family in FAMILIES)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from mechedit.errors import InputError, check_choice
 from mechedit.models import adapters
 from mechedit.models.backend import BackendModel
-from mechedit.models.families import family_of, family_of_config
+from mechedit.models.families import auto_class, check_config, check_loadable
 from mechedit.models.protocol import Model
 from mechedit.models.saving import stored_dtype
 from mechedit.models.self_check import self_check
@@ -89,7 +89,7 @@ def load_model(
         if merge_adapter and adapters.carries_adapter(hf):
             hf, name = adapters.merged(hf, name), f"{name}{_MERGED}"
         adapters.refuse_adapter(hf, name)
-        family_of(hf)
+        check_loadable(hf)
         _check_loaded(hf, device and target_device, target_dtype)
     _check_tokenizer(hf, tokenizer, name)
     model = _wrap(hf, tokenizer, name, backend)
@@ -115,7 +115,7 @@ def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> BackendModel:
 
 def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | None, merge_adapter: bool) -> Any:
     """Load weights; the config is checked before, so that refusing a model costs no download."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _input_errors(name):
         _check_reachable(location)
@@ -128,8 +128,9 @@ def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | N
                 )
             adapted = adapters.load_adapter(location, lambda base: _load(_location(base), base, device, dtype, True))
             return adapters.merged(adapted, name)
-        family_of_config(AutoConfig.from_pretrained(location, trust_remote_code=False))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        check_config(config)
+        loaded: Any = auto_class(config).from_pretrained(
             location, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
         )
     hf, report = loaded

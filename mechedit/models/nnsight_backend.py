@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechedit.models.backend import BackendModel
 from mechedit.models.engines import HookedEngine
-from mechedit.models.families import Family
+from mechedit.models.family import Family
 from mechedit.models.protocol import Run
 from mechedit.models.run_plan import SiteStep
 from mechedit.models.sites import Site
@@ -28,13 +28,14 @@ class NNsightEngine(HookedEngine):
         # Values outlive the trace because they are put into containers made outside it.
         values: dict[Site, Tensor] = {}
         logits: list[Tensor] = []
+        shape = tuple(arguments["input_ids"].shape)
         visits = [(step, self._envoy(step.site)) for step in steps]
         exits_at_last_step = steps and steps[-1].site == exit_site
         exit_envoy = None if exit_site is None or exits_at_last_step else self._envoy(exit_site)
         model = self.nnsight
         with model.trace(**arguments) as tracer:
             for step, envoy in visits:
-                _visit(step, envoy, values)
+                _visit(step, envoy, shape, values)
             if exit_envoy is not None:
                 _ = exit_envoy.output
             if exit_site is None:
@@ -44,17 +45,7 @@ class NNsightEngine(HookedEngine):
         return Run(logits[0] if logits else None, values)
 
     def _envoy(self, site: Site) -> Any:
-        if site.part == "embed":
-            return self.nnsight.get(self.family.embedding)
-        block = f"{self.family.blocks}.{site.layer}"
-        paths = {
-            "attn_key": f"{block}.{self.family.attn_proj}",
-            "attn_out": f"{block}.{self.family.attn_out}",
-            "mlp_key": f"{block}.{self.family.down}",
-            "mlp_out": f"{block}.{self.family.mlp_out}",
-            "resid": block,
-        }
-        return self.nnsight.get(paths[site.part])
+        return self.nnsight.get(self.family.path(site))
 
 
 class NNsightModel(BackendModel):
@@ -64,20 +55,20 @@ class NNsightModel(BackendModel):
     engine = NNsightEngine
 
 
-def _visit(step: SiteStep, envoy: Any, values: dict[Site, Tensor]) -> None:
+def _visit(step: SiteStep, envoy: Any, shape: tuple[int, int], values: dict[Site, Tensor]) -> None:
     """Read and write one site inside a trace."""
     if step.site.part in ("attn_key", "mlp_key"):
-        after = step(envoy.input, values)
+        after = step.on_module(envoy.input, shape, values)
         if step.writes:
             envoy.input = after
         return
     output = envoy.output
     if not isinstance(output, tuple):
-        after = step(output, values)
+        after = step.on_module(output, shape, values)
         if step.writes:
             envoy.output = after
         return
-    after = step(output[0], values)
+    after = step.on_module(output[0], shape, values)
     if step.writes:
         # The tuple is rebuilt: a bare tensor in its place is silently unpacked along a batch of two.
         envoy.output = (after, *output[1:])

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, device, dtype, nn
 from torch import dtype as torch_dtype
 
-from mechedit.models.families import Family
+from mechedit.models.family import Family
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.sites import Module, Site
 from mechedit.provenance import ModelIdentity
@@ -139,6 +139,9 @@ class Model(Protocol):
     module: Module
     """The edited module."""
     max_positions: int
+    keeps_keys: bool
+    """Whether a `KVCache` holds attention's keys and values, so that a prefix is not computed again; where other
+    blocks keep a state (hybrid stacks), a run behind a prefix computes it again, with the same result."""
 
     @property
     def device(self) -> device:

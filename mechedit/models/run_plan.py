@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
-from mechedit.models.sites import Part, Site
+from mechedit.models.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +45,30 @@ class SiteStep:
     writes: tuple[Write, ...]
     """Writes, in the order of the patches."""
     read: bool
+    scale: float | int = 1
+    """Factor of the activation as it is added to the residual stream: what is read is scaled, and writes are undone."""
 
     def __call__(self, activation: Tensor, values: dict[Site, Tensor]) -> Tensor:
         """Apply the writes, store the result in `values` if the site is read, and return it."""
         for write in self.writes:
             activation = write(activation)
         if self.read:
-            values[self.site] = activation
+            values[self.site] = activation if self.scale == 1 else activation * self.scale
         return activation
+
+    def on_module(self, activation: Tensor, shape: tuple[int, int], values: dict[Site, Tensor]) -> Tensor:
+        """As a call, for what a module computes: its heads may have an axis of their own, its rows may be joined.
+
+        Args:
+            activation: [batch, pos, width], [batch, pos, head, d_head] or [batch · pos, width].
+            shape: batch and pos.
+            values: receives the activation if the site is read.
+        """
+        if activation.ndim == 4:
+            return self(activation.flatten(2), values).unflatten(2, activation.shape[2:])
+        if activation.ndim == 2:
+            return self(activation.unflatten(0, shape), values).flatten(0, 1)
+        return self(activation, values)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -136,8 +152,12 @@ class PlannedModel(Protocol):
         """Dtype of the weights."""
         ...
 
-    def width(self, part: Part) -> int:
-        """Width of the activation at a part."""
+    def width(self, site: Site) -> int:
+        """Width of the activation at a site."""
+        ...
+
+    def scale(self, site: Site) -> float | int:
+        """Factor between what a module computes at a site and what is added to the residual stream."""
         ...
 
 
@@ -189,6 +209,7 @@ def _steps(
         raise ValueError(f"stop_after is {stop_after}, expected a layer from {first} to {model.n_layers - 1}")
     for site in [patch.site for patch in patches] + list(read):
         _check_site(model, site, first)
+        model.width(site)
     late = [site for site in read if site.layer > last]
     if late:
         raise ValueError(f"{late[0]} cannot be read: the run stops after layer {last}")
@@ -202,7 +223,7 @@ def _steps(
             writes.setdefault(patch.site, []).append(_write(model, patch, entries[id(patch.positions)]))
     reads = set(read)
     return [
-        SiteStep(site, tuple(writes.get(site, ())), site in reads)
+        SiteStep(site, tuple(writes.get(site, ())), site in reads, model.scale(site))
         for site in sorted(reads | writes.keys(), key=lambda site: site.order)
     ]
 
@@ -210,7 +231,7 @@ def _steps(
 def _check_resume(model: PlannedModel, tokens: Tokens, resume: Resume) -> None:
     if not 1 <= resume.layer < model.n_layers:
         raise ValueError(f"cannot resume at layer {resume.layer}, expected 1 to {model.n_layers - 1}")
-    expected = (*tokens.ids.shape, model.width("resid"))
+    expected = (*tokens.ids.shape, model.width(Site(resume.layer, "resid")))
     if tuple(resume.resid.shape) != expected:
         raise ValueError(f"the residual to resume from is {tuple(resume.resid.shape)}, expected {expected}")
 
@@ -235,11 +256,12 @@ def _check_cache(model: PlannedModel, tokens: Tokens, kv_cache: KVCache | None) 
 
 
 def _write(model: PlannedModel, patch: Patch, entries: tuple[Tensor, ...]) -> Write:
-    expected = (*patch.positions.shape, model.width(patch.site.part))
+    expected = (*patch.positions.shape, model.width(patch.site))
     if tuple(patch.value.shape) != expected:
         raise ValueError(f"the value for {patch.site} is {tuple(patch.value.shape)}, expected {expected}")
     rows, slots, columns = entries
-    return Write(rows, columns, patch.value[rows, slots], patch.add)
+    value, scale = patch.value[rows, slots], model.scale(patch.site)
+    return Write(rows, columns, value if scale == 1 else value / scale, patch.add)
 
 
 def _entries(positions: Int[Tensor, "batch slot"], tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

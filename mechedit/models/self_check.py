@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mechedit.errors import InputError
-from mechedit.models.protocol import Model, Patch, Run, Tokens
+from mechedit.models.discovery import ordinary_ids
+from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
 from mechedit.models.shared_copy import share_parameters
-from mechedit.models.sites import EMBED, Part, Site, out_part
+from mechedit.models.sites import EMBED, Part, Site, key_part, out_part
+from mechedit.models.unsupported import Category, UnsupportedModelError
 
 _WIDTH = 6
 _REASONS = {"mlp": "its MLP is built otherwise", "attn": "its attention is built otherwise"}
-_CHECKED_WRITES: tuple[Part, ...] = ("embed", "attn_out", "mlp_key", "mlp_out", "resid")
 
 
 @torch.no_grad()
@@ -29,15 +29,25 @@ def self_check(model: Model) -> None:
         InputError: names the check that failed.
     """
     tokens = _random_tokens(model)
-    parts: tuple[Part, ...] = ("attn_out", "mlp_key", "mlp_out", "resid")
+    parts: tuple[Part, ...] = ("attn_out", "mlp_out", "resid")
     sites = [EMBED, *(Site(layer, part) for layer in range(model.n_layers) for part in parts)]
-    clean = model.run(tokens, read=sites)
+    clean = model.run(tokens, read=[*sites, *map(model.key_site, writable_layers(model))])
+    absent = [site for site in sites if site not in clean.values]
+    if absent:
+        raise _failed(model, f"{absent[0]} is run", "the backend does not pass there", "TransformerLens differs")
     if not torch.isfinite(clean.logits).all():
         raise _failed(model, "finite logits", "choose another dtype, such as float32 or bfloat16")
     _check_logits(model, tokens, clean)
     _check_residual(model, clean)
     _check_projection(model, clean)
     _check_writes(model, tokens, clean)
+    _check_resume(model, tokens, clean)
+    _settle_prefixes(model, tokens, clean)
+
+
+def writable_layers(model: Model) -> list[int]:
+    """Layers whose edited module has a matrix to write into."""
+    return [layer for layer in range(model.n_layers) if model.family.parts(layer).projection(model.module) is not None]
 
 
 @torch.no_grad()
@@ -47,7 +57,7 @@ def check_projection(model: Model) -> None:
     Raises:
         InputError: names the check that failed.
     """
-    tokens, layers = _random_tokens(model), range(model.n_layers)
+    tokens, layers = _random_tokens(model), writable_layers(model)
     outs = [Site(layer, out_part(model.module)) for layer in layers]
     clean = model.run(tokens, read=[*outs, *(model.key_site(layer) for layer in layers)])
     _check_projection(model, clean)
@@ -60,8 +70,9 @@ def check_projection(model: Model) -> None:
 
 def _random_tokens(model: Model) -> Tokens:
     """Two rows of random ids."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.vocab_size, (2, min(_WIDTH, model.max_positions)), generator=generator)
+    ids = ordinary_ids(model.hf, 2, min(_WIDTH, model.max_positions))
+    # The rows differ in their first token and agree at some later positions.
+    ids[1, 3:5] = ids[0, 3:5]
     return Tokens(ids, torch.ones_like(ids))
 
 
@@ -71,27 +82,34 @@ def _check_logits(model: Model, tokens: Tokens, clean: Run) -> None:
     ids, mask = tokens.ids.to(model.device), tokens.mask.to(model.device)
     expected = share_parameters(model.hf)(input_ids=ids, attention_mask=mask, use_cache=False).logits
     if not _close(clean.logits, expected):
-        raise _failed(model, "the backend gives the model's own logits", "the backend computes them otherwise")
+        raise _failed(
+            model,
+            "the backend gives the model's own logits",
+            "the backend computes them otherwise",
+            "TransformerLens differs",
+        )
 
 
 def _check_residual(model: Model, clean: Run) -> None:
     """resid[l] = resid[l − 1] + attn_out[l] + mlp_out[l], up to a few roundings of each term."""
     for layer in range(model.n_layers):
-        before = Site(layer - 1, "resid") if layer else EMBED
-        sites = (Site(layer, "resid"), before, Site(layer, "attn_out"), Site(layer, "mlp_out"))
+        before = [Site(layer - 1, "resid")] if layer else []
+        sites = (Site(layer, "resid"), *before, Site(layer, "attn_out"), Site(layer, "mlp_out"))
         after, *addends = (clean[site].float() for site in sites)
         difference = after - sum(addends)
         size = after.abs() + sum(addend.abs() for addend in addends)
         if layer == 0:
-            # A position embedding may come between: the same in every row, so rows are compared.
-            difference, size = difference[0] - difference[1], size[0] + size[1]
-        if (difference.abs() > 16 * torch.finfo(clean[before].dtype).eps * size).any():
+            # What stands before the first block, whatever an architecture does to the embedding, must depend on
+            # token and position alone: it is the same where rows have the same token.
+            same = slice(3, 5)
+            difference, size = difference[0, same] - difference[1, same], size[0, same] + size[1, same]
+        if (difference.abs() > 16 * torch.finfo(clean[sites[0]].dtype).eps * size).any():
             raise _failed(model, f"the residual stream adds up at layer {layer}", "its blocks are built otherwise")
 
 
 def _check_projection(model: Model, clean: Run) -> None:
     """The edited module adds key · W + b to the residual stream, after any post-norm."""
-    for layer in range(model.n_layers):
+    for layer in writable_layers(model):
         # In float32, because the sums of squares behind a post-norm may be too large for float16.
         output = model.module_output(layer, clean[model.key_site(layer)].float())
         if not _close(output, clean[Site(layer, out_part(model.module))]):
@@ -105,31 +123,74 @@ def _check_writes(model: Model, tokens: Tokens, clean: Run) -> None:
     The batch has a row per part that is written, a row with another's last token, a row with another's last residual,
     and an unchanged row.
     """
-    rows = torch.zeros(len(_CHECKED_WRITES) + 3, dtype=torch.long)
-    batch = tokens.rows(rows)
     # Some blocks of trained models add next to nothing; the write goes where the MLP adds most.
     outputs = [clean[Site(layer, "mlp_out")].float().norm() for layer in range(model.n_layers)]
     busiest = int(torch.stack(outputs).argmax())
+    checked: list[tuple[Part, int]] = [("embed", 0), *((part, busiest) for part in ("attn_out", "mlp_out", "resid"))]
+    keyed = writable_layers(model)
+    if keyed:
+        checked.insert(2, (key_part(model.module), max(keyed, key=lambda layer: float(outputs[layer]))))
+    rows = torch.zeros(len(checked) + 3, dtype=torch.long)
+    batch = tokens.rows(rows)
     patches = []
-    for row, part in enumerate(_CHECKED_WRITES):
-        site = EMBED if part == "embed" else Site(busiest, part)
+    for row, (part, layer) in enumerate(checked):
+        site = Site(layer, part)
         source = clean[Site(busiest, "resid") if part == "attn_out" else site]
         patches.append(_row_patch(site, source[1], row, len(rows)))
     final = tokens.ids.shape[1] - 1
-    patches.append(_row_patch(EMBED, clean[EMBED][1, final:], len(_CHECKED_WRITES), len(rows), start=final))
+    patches.append(_row_patch(EMBED, clean[EMBED][1, final:], len(checked), len(rows), start=final))
     last = Site(model.n_layers - 1, "resid")
-    patches.append(_row_patch(last, clean[last][1], len(_CHECKED_WRITES) + 1, len(rows)))
+    patches.append(_row_patch(last, clean[last][1], len(checked) + 1, len(rows)))
     logits = model.run(batch, patches).logits
-    for row, part in enumerate(_CHECKED_WRITES):
+    for row, (part, _) in enumerate(checked):
         # One part of a deep model changes the logits little, but a lost write does not change them at all.
         if (logits[row] - logits[-1]).float().norm() <= 1e-6 * logits[-1].float().norm():
             raise _failed(model, f"a write at {part} changes the logits", "its parts lie elsewhere")
     if not _close(logits[-3, :final], clean.logits[0, :final]):
-        raise _failed(model, "no position sees a later one", "its attention is not causal")
+        raise _failed(model, "no position sees a later one", "its attention is not causal", "not causal")
     if not _close(logits[-2], clean.logits[1]):
         raise _failed(model, "the last residual decides the logits", "its blocks are built otherwise")
     if not _close(logits[-1], clean.logits[0]):
         raise _failed(model, "a write leaves other rows alone", "its rows are not independent")
+
+
+def _check_resume(model: Model, tokens: Tokens, clean: Run) -> None:
+    """The last block alone gives the logits, from the residual before it: blocks hand on nothing else."""
+    last = model.n_layers - 1
+    if last and not _close(model.run(tokens, resume=Resume(last, clean[Site(last - 1, "resid")])).logits, clean.logits):
+        raise _failed(
+            model, "a block needs the residual alone", "its blocks hand on more", "state handed between blocks"
+        )
+
+
+def _settle_prefixes(model: Model, tokens: Tokens, clean: Run) -> None:
+    """Keep attention's keys and values of a prefix if they suffice, else let the model run prefixes again."""
+    try:
+        model.keeps_keys = _prefixes_hold(model, tokens, clean)
+    except Exception:
+        # The model's own code, which may raise anything on a cache that is not its own.
+        model.keeps_keys = False
+    if not model.keeps_keys and not _prefixes_hold(model, tokens, clean):
+        raise _failed(model, "a run behind a prefix gives the same logits", "its blocks hand on more")
+
+
+def _prefixes_hold(model: Model, tokens: Tokens, clean: Run) -> bool:
+    """Whether runs behind a prefix give the whole run's logits: of one length, of a length per row, from a residual."""
+    width, last = tokens.ids.shape[1], model.n_layers - 1
+    cache = model.run(tokens, use_cache=True, logits_to_keep=1).kv_cache
+    start = width // 2
+    rows, rest = torch.arange(2, device=model.device), Tokens(tokens.ids[:, start:], tokens.mask[:, start:])
+    runs = [(model.run(rest, kv_cache=cache.take(rows, start)).logits, clean.logits[:, start:])]
+    if last:
+        resume = Resume(last, clean[Site(last - 1, "resid")][:, start:])
+        run = model.run(rest, kv_cache=cache.take(rows, start, last, last), resume=resume)
+        runs.append((run.logits, clean.logits[:, start:]))
+    ends = torch.tensor([width // 3, width - width // 3])
+    at = ends[:, None] + torch.arange(width // 3)
+    rest = Tokens(tokens.ids.gather(1, at), torch.ones_like(at))
+    run = model.run(rest, kv_cache=cache.before(ends.to(model.device)))
+    runs.append((run.logits, clean.logits.take_along_dim(at[..., None].to(model.device), 1)))
+    return all(result.shape == expected.shape and _close(result, expected) for result, expected in runs)
 
 
 def _row_patch(site: Site, value: Tensor, row: int, batch: int, start: int = 0) -> Patch:
@@ -145,8 +206,9 @@ def _close(result: Tensor, expected: Tensor) -> bool:
     return bool((result - expected).float().norm() <= tolerance * expected.float().norm())
 
 
-def _failed(model: Model, check: str, reason: str) -> InputError:
-    return InputError(
+def _failed(model: Model, check: str, reason: str, category: Category = "failed self-check") -> UnsupportedModelError:
+    return UnsupportedModelError(
+        category,
         f"the model {model.name!r} ({model.family.name}, {model.backend}) failed the self-check "
-        f'"{check}"; {reason}, so mechedit cannot vouch for its results: use another model or backend'
+        f'"{check}"; {reason}, so mechedit cannot vouch for its results: use another model or backend',
     )

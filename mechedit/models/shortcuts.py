@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechedit.models.families import Family
+from mechedit.models.family import Family
 from mechedit.models.protocol import LogitsToKeep
 from mechedit.models.run_plan import RunPlan, RunStopped, SiteStep
 from mechedit.models.sites import Site
@@ -49,7 +49,7 @@ def blocks_of(model: nn.Module, family: Family) -> list[nn.Module]:
 
 def skip_blocks(blocks: Sequence[nn.Module], resid: Float[Tensor, "batch pos d_model"], family: Family) -> Forwards:
     """Blocks return a cached residual instead of computing one."""
-    output = (resid, None) if family.tuple_block else resid
+    output = (resid, *[None] * (family.tuple_items - 1)) if family.tuple_items else resid
     return dict.fromkeys(blocks, lambda *args, **kwargs: output)
 
 
@@ -73,7 +73,7 @@ def narrow_mlp(mlp: nn.Module, positions: LogitsToKeep) -> Forwards:
     compute = mlp.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if positions.shape[-1] >= hidden.shape[1]:
+        if hidden.ndim != 3 or positions.shape[-1] >= hidden.shape[1]:
             return compute(hidden, *args, **kwargs)
         at = positions.expand(len(hidden), -1)[..., None]
         output = compute(hidden.take_along_dim(at, 1), *args, **kwargs)
@@ -101,7 +101,7 @@ def bypass_hooks(hooked: nn.Module, unhooked: nn.Module, family: Family, plan: R
     if plan.stop_after is not None:
         visited[plan.stop_after] = set()
     for step in plan.steps:
-        visited.get(step.site.layer, set()).update(family.modules_of(step.site.part))
+        visited.get(step.site.layer, set()).update(family.parts(step.site.layer).modules_of(step.site.part))
     forwards: Forwards = {}
     pairs = list(zip(blocks_of(hooked, family), blocks_of(unhooked, family), strict=True))
     for layer, (slow, fast) in list(enumerate(pairs))[plan.first_layer :]:

@@ -8,24 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from mechedit.models.backend import BackendModel
 from mechedit.models.engines import HookedEngine
-from mechedit.models.families import Family
+from mechedit.models.family import Family
 from mechedit.models.protocol import Run
 from mechedit.models.run_plan import RunStopped, SiteStep
 from mechedit.models.sites import Site
+from mechedit.models.unsupported import UnsupportedModelError
 
 _LEVEL = 2_000
 """Level that marks our hooks, so that only they are removed afterwards."""
-_HOOK_POINTS = {
-    "attn_key": "attn.o.hook_in",
-    "attn_out": "hook_attn_out",
-    "mlp_key": "mlp.hook_post",
-    "mlp_out": "hook_mlp_out",
-    "resid": "hook_resid_post",
-}
+_HOOK_POINTS = {"attn_key": "attn.o.hook_in", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+"""Hook points whose components do not lie where the modules were, in some architectures."""
 
 
 class TransformerLensEngine(HookedEngine):
@@ -38,6 +36,12 @@ class TransformerLensEngine(HookedEngine):
     def __init__(self, model: Any, family: Family, unhooked: Any = None) -> None:
         super().__init__(model, family, unhooked)
         dtype = model.get_submodule(family.embedding).weight.dtype
+        if family.architecture not in SUPPORTED_ARCHITECTURES:
+            raise UnsupportedModelError(
+                "no TransformerLens adapter",
+                f"TransformerLens has no adapter for {family.architecture}; expected one of the "
+                f"{len(SUPPORTED_ARCHITECTURES)} architectures that it knows: pass backend='nnsight', which needs none",
+            )
         self.bridge = build_bridge_from_module(model, family.architecture, hf_config=model.config)
         self.bridge.requires_grad_(False)
         if family.model_type == "olmo2":
@@ -48,18 +52,21 @@ class TransformerLensEngine(HookedEngine):
     def forward(self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None) -> Run:
         """Call the copy with hooks; see `HookedEngine.forward`."""
         values: dict[Site, Tensor] = {}
-        with self._hooks(steps, values, exit_site), contextlib.suppress(RunStopped):
+        shape = tuple(arguments["input_ids"].shape)
+        with self._hooks(steps, shape, values, exit_site), contextlib.suppress(RunStopped):
             # The copy and not the bridge is called: it takes ids and mask as they are.
             return Run(self.model(**arguments).logits, values)
         return Run(None, values)
 
     @contextlib.contextmanager
-    def _hooks(self, steps: Sequence[SiteStep], values: dict[Site, Tensor], exit_site: Site | None) -> Iterator[None]:
+    def _hooks(
+        self, steps: Sequence[SiteStep], shape: tuple[int, int], values: dict[Site, Tensor], exit_site: Site | None
+    ) -> Iterator[None]:
         points = []
         try:
             for step in steps:
                 points.append(self._point(step.site))
-                points[-1].add_hook(_visitor(step, values), level=_LEVEL)
+                points[-1].add_hook(_visitor(step, shape, values), level=_LEVEL)
             if exit_site is not None:
                 # Registered last, so that it runs after the reads and writes of the same site.
                 points.append(self._point(exit_site))
@@ -70,9 +77,19 @@ class TransformerLensEngine(HookedEngine):
                 point.remove_hooks("fwd", level=_LEVEL)
 
     def _point(self, site: Site) -> Any:
-        name = "hook_embed" if site.part == "embed" else f"blocks.{site.layer}.{_HOOK_POINTS[site.part]}"
-        point = self.bridge.get_hook_point(name)
-        assert point is not None, name
+        # The bridge puts its components where the modules were, so that most paths lead to the hook points.
+        side = "hook_in" if site.part in ("attn_key", "mlp_key") else "hook_out"
+        with contextlib.suppress(AttributeError):
+            point = getattr(self.model.get_submodule(self.family.path(site)), side)
+            if isinstance(point, HookPoint):
+                return point
+        point = self.bridge.get_hook_point(f"blocks.{site.layer}.{_HOOK_POINTS.get(site.part)}")
+        if point is None:
+            raise UnsupportedModelError(
+                "TransformerLens differs",
+                f"TransformerLens has no hook point at {site} of {self.family.architecture} "
+                f"({self.family.path(site)}); pass backend='nnsight', which needs none",
+            )
         return point
 
 
@@ -83,14 +100,10 @@ class TransformerLensModel(BackendModel):
     engine = TransformerLensEngine
 
 
-def _visitor(step: SiteStep, values: dict[Site, Tensor]) -> Callable[..., Tensor | None]:
+def _visitor(step: SiteStep, shape: tuple[int, int], values: dict[Site, Tensor]) -> Callable[..., Tensor | None]:
     def visit(activation: Tensor, hook: Any) -> Tensor | None:
-        if step.site.part != "attn_key":
-            after = step(activation, values)
-            return after if step.writes else None
-        # Here heads have an axis of their own.
-        after = step(activation.flatten(2), values)
-        return after.unflatten(2, activation.shape[2:]) if step.writes else None
+        after = step.on_module(activation, shape, values)
+        return after if step.writes else None
 
     return visit
 

@@ -167,9 +167,8 @@ def test_loading_leaves_the_attention_of_the_callers_model_alone(make_hf: Any, t
         assert before[2] == "sdpa"
 
 
-def test_a_model_of_text_and_images_is_refused_but_its_language_model_loads(
-    make_hf: Any, tokenizer: Any, tmp_path: Any
-) -> None:
+def test_the_language_model_inside_a_model_of_text_and_images(make_hf: Any, tokenizer: Any, tmp_path: Any) -> None:
+    """It is found in place, and gives what the language model alone gives."""
     text = make_hf("gemma3").config
     small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
@@ -179,16 +178,18 @@ def test_a_model_of_text_and_images_is_refused_but_its_language_model_loads(
         image_token_id=VOCAB - 1,
     )
     both = Gemma3ForConditionalGeneration(config).eval()
-    config.save_pretrained(tmp_path)
-    for source in (both, tmp_path):
-        with pytest.raises(InputError, match=r"\(gemma3\) reads more than text.*Gemma 3"):
-            load_model(source, tokenizer=tokenizer)
+    both.save_pretrained(tmp_path)
     alone = Gemma3ForCausalLM(both.config.text_config)
     alone.model, alone.lm_head = both.model.language_model, both.lm_head
     tokens = tokens_of(7)
     assert not (tokens.ids == config.image_token_id).any()
     with torch.no_grad():
         expected = both(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).logits
+    sites = [Site(1, part) for part in ("attn_out", "mlp_key", "mlp_out", "resid")]
     for backend in BACKENDS:
-        logits = load_model(alone, tokenizer=tokenizer, backend=backend).run(tokens).logits
-        close(logits, expected)
+        within = load_model(tmp_path, tokenizer=tokenizer, backend=backend, device="cpu").run(tokens, read=sites)
+        run = load_model(alone, tokenizer=tokenizer, backend=backend).run(tokens, read=sites)
+        close(run.logits, expected)
+        close(within.logits, expected)
+        for site in sites:
+            close(within[site], run[site])

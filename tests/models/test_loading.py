@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import BACKENDS, VOCAB, hook_state
-from transformers import GPT2Config, GPT2Model, MixtralConfig, OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2Model, OPTConfig, OPTForCausalLM, T5Config
 
 from mechedit.errors import InputError
 from mechedit.models import EMBED, Model, Patch, Site, Tokens, load_model
@@ -129,10 +129,11 @@ def test_a_model_whose_parts_do_not_add_up_is_refused(make_hf: Any, tokenizer: A
 def test_what_cannot_be_vouched_for_is_refused(make_hf: Any, tokenizer: Any, tmp_path: Any) -> None:
     hf = make_hf("gpt2")
     small: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "ffn_dim": 8, "num_attention_heads": 2}
-    opt = OPTForCausalLM(OPTConfig(vocab_size=9, word_embed_proj_dim=8, **small))
+    sizes = {"vocab_size": VOCAB, "word_embed_proj_dim": 8, "do_layer_norm_before": False}
+    post_norm = OPTForCausalLM(OPTConfig(**sizes, **small))
     quantized = make_hf("gpt2")
     quantized.config.quantization_config = {"quant_method": "gptq"}
-    MixtralConfig().save_pretrained(tmp_path / "mixture")
+    T5Config().save_pretrained(tmp_path / "pairs")
     (tmp_path / "empty").mkdir()
     hf.config.save_pretrained(tmp_path / "weightless")
     hf.save_pretrained(tmp_path / "tokenless")
@@ -151,11 +152,11 @@ def test_what_cannot_be_vouched_for_is_refused(make_hf: Any, tokenizer: Any, tmp
         (hf, {"tokenizer": tokenizer, "dtype": "float16"}, r"call \.to"),
         (hf, {"tokenizer": tokenizer, "device": "nowhere"}, "device 'nowhere'"),
         (make_hf("gpt2").to("meta"), {"tokenizer": tokenizer}, "without data"),
-        (opt, {"tokenizer": tokenizer}, "'opt' is not known.*GPT-2, GPT-Neo, GPT-J"),
+        (post_norm, {"tokenizer": tokenizer}, "'opt' is not known.*its blocks end with the norm 'final_layer_norm'"),
         (GPT2Model(GPT2Config(n_embd=8, n_head=1, n_layer=1)), {"tokenizer": tokenizer}, "GPT2LMHeadModel"),
         (torch.nn.Linear(2, 2), {"tokenizer": tokenizer}, "is a Linear"),
         (quantized, {"tokenizer": tokenizer}, "quantized"),
-        (tmp_path / "mixture", {}, "mixture of 8 experts"),
+        (tmp_path / "pairs", {}, "'t5' has no causal language model"),
         (tmp_path / "absent", {}, "no model folder"),
         ("./absent", {}, "no model folder"),
         (Path("tiny"), {}, "no model folder"),
