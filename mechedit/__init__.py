@@ -68,6 +68,7 @@ from mechedit.moments import (
     load_moments,
     merge_moments,
     plan_moments,
+    write_npz,
 )
 from mechedit.provenance import VERSION
 from mechedit.selection import SelectConfig, Selection, published_ranges, select_layers
@@ -164,4 +165,5 @@ __all__ = [
     "truncate",
     "undo_",
     "windows_of",
+    "write_npz",
 ]

@@ -17,7 +17,7 @@ from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.files import writable_folder
 from mechedit.methods import METHODS
-from mechedit.moments import load_moments
+from mechedit.moments import is_published, load_moments
 from mechedit.selection import Selection
 
 
@@ -36,7 +36,8 @@ class EditOptions(RequestsOption, MethodOptions):
     selection: Path | None = None
     """A selection.json, in place of --layers."""
     moments: Path = Path("run")
-    """Folder that `mechedit moments` wrote."""
+    """Folder that `mechedit moments` wrote; or published moments: a .npz file, its path with {} for the layer's number,
+    or a folder of them."""
     conflicts: Conflicts = "refuse"
     """Requests for different objects of one subject and relation: refuse, or keep the first."""
 
@@ -57,7 +58,7 @@ def edit_command(options: EditOptions) -> int:
     require_layers(layers, model.n_layers)
     config = options.method_config(model)
     moments = load_moments(options.moments, layers, model) if config.preserves_keys else {}
-    targets = options.moments / "targets"
+    targets = (options.out.parent if is_published(options.moments) else options.moments) / "targets"
     edit = METHODS[options.method](model, requests, layers, moments, config=config, cache=targets)
     edit.save(options.out)
     say(f"wrote {options.out}: {len(requests)} requests in layers {layers}")

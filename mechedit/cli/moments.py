@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mechedit import pipeline
 from mechedit.cli.app import say
@@ -12,6 +13,7 @@ from mechedit.cli.command import command, options_of
 from mechedit.cli.options import RunFolderOptions, TextsOption
 from mechedit.cli.parsing import existing_folder, parse_layers, parse_shard, require_layers
 from mechedit.errors import InputError
+from mechedit.models import Model
 from mechedit.moments import (
     Convergence,
     MomentsConfig,
@@ -19,6 +21,7 @@ from mechedit.moments import (
     collect_shard,
     merge_moments,
     plan_moments,
+    write_npz,
 )
 
 
@@ -34,6 +37,8 @@ class MomentsOptions(TextsOption, RunFolderOptions):
     """Add up the parts of all processes that lie in --out."""
     convergence: bool = False
     """Also write how the moments settle: moments/convergence.parquet."""
+    npz: Path | None = None
+    """Also write them into this folder as the code published with MEMIT reads them."""
 
 
 @command(
@@ -52,6 +57,8 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
     """
     if options.merge:
         return _merge(options)
+    if options.shard and options.npz:
+        raise InputError("--npz needs the sum over all parts; give it with --merge")
     if options.layers is None:
         raise InputError("give the layers whose moments are wanted by --layers, such as --layers 3-8")
     layers, shard = parse_layers(options.layers), parse_shard(options.shard, os.environ)
@@ -64,7 +71,7 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
     if shard is None:
         convergence = curve if options.convergence else None
         moments = pipeline.moments_step(folder, model, options.texts, layers, settings, convergence)
-        return _print_counts(options, moments)
+        return _finish(options, moments, model)
     files = collect_shard(model, options.texts, layers, shard, options.out, settings, overwrite=options.overwrite)
     say(f"part {shard[0]}/{shard[1]} is finished; when all are: mechedit moments --merge --out {options.out}")
     options.print_summary({"parts": {layer: str(file) for layer, file in files.items()}})
@@ -76,9 +83,14 @@ def _merge(options: MomentsOptions) -> int:
     if options.shard or options.convergence:
         raise InputError("--merge only adds up what lies in --out; give it without --shard and --convergence")
     layers = None if options.layers is None else parse_layers(options.layers)
-    return _print_counts(options, merge_moments(existing_folder(options.out), layers, overwrite=options.overwrite))
+    model = options.load_model() if options.npz else None
+    return _finish(options, merge_moments(existing_folder(options.out), layers, overwrite=options.overwrite), model)
 
 
-def _print_counts(options: MomentsOptions, moments: Mapping[int, SecondMoment]) -> int:
+def _finish(options: MomentsOptions, moments: Mapping[int, SecondMoment], model: Model | None) -> int:
+    """Write the moments as the published code reads them, where that is wanted, and print the summary."""
+    if options.npz is not None and model is not None:
+        for moment in moments.values():
+            say(f"wrote {write_npz(moment, model, options.npz)}")
     options.print_summary({"moments": {layer: moment.count for layer, moment in moments.items()}})
     return 0

@@ -9,9 +9,11 @@ from mechedit.moments.collect import collect_moments, collect_shard
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.convergence_file import curve_path
+from mechedit.moments.load import load_moments
 from mechedit.moments.memory import MomentsPlan, plan_moments
 from mechedit.moments.merge import merge_moments
-from mechedit.moments.second_moment import SecondMoment, check_moments, load_moments, moment_path
+from mechedit.moments.npz_file import is_published, write_npz
+from mechedit.moments.second_moment import SecondMoment, check_moments, moment_path
 
 __all__ = [
     "Convergence",
@@ -23,8 +25,10 @@ __all__ = [
     "collect_moments",
     "collect_shard",
     "curve_path",
+    "is_published",
     "load_moments",
     "merge_moments",
     "moment_path",
     "plan_moments",
+    "write_npz",
 ]

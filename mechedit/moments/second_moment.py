@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,27 +72,6 @@ class SecondMoment:
         write_tensors(path, {"matrix": self.matrix}, METADATA_KEY, dict(self.provenance))
 
 
-def load_moments(folder: str | Path, layers: Sequence[int], model: Model | None = None) -> dict[int, SecondMoment]:
-    """Read the moments of `layers` from `folder`/moments.
-
-    Args:
-        folder: results folder.
-        layers: layers to read.
-        model: if given, the moments are checked against it and put on its device.
-
-    Raises:
-        InputError: a file is absent, damaged, or of another model or layer; its matrix is of too few tokens or
-            not finite.
-    """
-    moments = {layer: load_moment(folder, layer) for layer in layers}
-    if model is None:
-        return moments
-    check_moments(moments, model)
-    # MPS has no float64: there the moments stay on the CPU, and so does all that is solved with them.
-    device = torch.device("cpu") if model.device.type == "mps" else model.device
-    return {layer: dataclasses.replace(moment, matrix=moment.matrix.to(device)) for layer, moment in moments.items()}
-
-
 def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> SecondMoment:
     """Read and check the moment of one layer.
 
@@ -103,18 +81,18 @@ def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> Seco
         mapped: whether to leave the matrix in the file until it is used.
 
     Raises:
-        InputError: as `load_moments`.
+        InputError: the file is absent, damaged, or of another layer; its matrix is of too few tokens or not finite.
     """
     path = moment_path(folder, layer)
     if not path.exists():
         raise InputError(
-            f"there is no {str(path)!r}, expected the second moment of layer {layer}; collect it with "
-            f"mechedit moments --layers {layer}"
+            f"there is no {str(path)!r}, expected the second moment of layer {layer}; collect it with mechedit moments "
+            f"--layers {layer}, or give the path of published moments (.npz)"
         )
     tensors, header = read_tensors(path, METADATA_KEY, mapped=mapped)
     if set(tensors) != {"matrix"} or header.get("layer") != layer or "count" not in header:
         raise InputError(f"{str(path)!r} is not the second moment of layer {layer}; collect it again")
-    _check_matrix(tensors["matrix"], header["count"], repr(str(path)))
+    check_matrix(tensors["matrix"], header["count"], repr(str(path)))
     return SecondMoment(layer=layer, matrix=tensors["matrix"], count=header["count"], provenance=header)
 
 
@@ -150,7 +128,12 @@ def moment_path(folder: str | Path, layer: int) -> Path:
     return Path(folder) / "moments" / f"layer_{layer}.safetensors"
 
 
-def _check_matrix(matrix: Tensor, count: int, what: str) -> None:
+def check_matrix(matrix: Tensor, count: int, what: str) -> None:
+    """Refuse a matrix that cannot be a second moment over `count` tokens.
+
+    Raises:
+        InputError: it is not square, of fewer tokens than it is wide, or not finite.
+    """
     width = len(matrix)
     if matrix.shape != (width, width):
         raise InputError(

@@ -38,7 +38,7 @@ OPTIONS = {
     "max-facts",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
     "texts tokens max-length method set",
-    "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence weight",
+    "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
     "edit": "requests out show layers selection moments method set conflicts",
     "evaluate": "requests out edit texts max-texts generation-prompts protocol references conflicts",
     "apply": "edit out format",
@@ -108,6 +108,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["moments", "--layers", "1", "--shard", "4/4"], "the shard is 4/4, expected one of 0/4 … 3/4"),
         (["moments", "--layers", "1", "--shard", "0/4", "--convergence"], "collect without --shard"),
         (["moments", "--merge", "--shard", "0/4"], "give it without --shard"),
+        (["moments", "--shard", "0/4", "--npz", "stats"], "--npz needs the sum over all parts; give it with --merge"),
         (["moments", "--merge", "--out", "."], "holds shards of the layers [], expected some"),
         (["edit", "--moments", "."], "either by --layers or by --selection"),
         (["edit", "--layers", "1-2", "--moments", "/no/such"], "/no/such"),
@@ -248,7 +249,9 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     layers = read_json(traced / "selection.json")["layers"]
     assert layers
     span = f"{layers[0]}-{layers[-1]}"
-    assert call("moments", "--texts", texts, "--layers", span, "--out", tmp_path) == 0
+    assert call("moments", "--texts", texts, "--layers", span, "--out", tmp_path, "--npz", tmp_path / "stats") == 0
+    published = sorted((tmp_path / "stats").glob("transformer.h.*.mlp.c_proj_float32_mom2_100000.npz"))
+    assert len(published) == len(layers)
     edit = tmp_path / "edit.safetensors"
     arguments = ["--requests", requests, "--moments", tmp_path, "--out", edit, "--set", "steps=8"]
     assert call("edit", *arguments, "--selection", traced / "selection.json") == 0
@@ -259,6 +262,13 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     assert call("edit", *arguments[:-2], "--set", "steps=1", "--layers", span, "--out", short) == 0
     assert "3 targets did not converge (more steps or a larger clamp may help): " in capsys.readouterr().err
     assert len(list((tmp_path / "targets").iterdir())) == 6
+    # Moments as the published code has them: with the same targets, all but the same edit.
+    from_npz = [*arguments[:2], "--moments", tmp_path / "stats", "--set", "steps=8", "--layers", span]
+    assert call("edit", *from_npz, "--out", tmp_path / "npz.safetensors") == 0
+    assert len(list((tmp_path / "targets").iterdir())) == 6
+    assert {path.suffix for path in (tmp_path / "stats").iterdir()} == {".npz"}
+    ours, theirs = (me.Edit.load(path).delta(layers[0]) for path in (edit, tmp_path / "npz.safetensors"))
+    assert (ours - theirs).norm() < 1e-3 * ours.norm()
     before = [file.stat().st_mtime_ns for file in targets]
     assert call("edit", *arguments, "--layers", span, "--set", "covariance_weight=50", "--overwrite") == 0
     # Other targets than those that are kept are not needed for another weight.
