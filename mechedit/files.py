@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -145,20 +146,34 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file.
+    """Read a UTF-8 or UTF-16 file, without its byte-order mark and with one line feed at the end of each line.
 
     Raises:
-        InputError: there is no such file, it is a folder, or it is not UTF-8.
+        InputError: there is no such file, it is a folder, or its encoding is another one.
     """
     path = Path(path)
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        text = content.decode(_encoding(content)).removeprefix("\ufeff")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{str(path)!r} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise InputError(
+            f"{str(path)!r} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from error
     except OSError as error:
         raise InputError(
             f"cannot read the file {str(path)!r} ({error.strerror}); expected an existing file: check the path"
         ) from error
+
+
+def _encoding(content: bytes) -> str:
+    """UTF-16 where a file begins with its byte-order mark, or a null stands in its first character; else UTF-8."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    first, second = (content[:2] + b"..")[:2]
+    if second == 0:
+        return "utf-16-le"
+    return "utf-16-be" if first == 0 else "utf-8"
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from mechedit.cli.command import command
 from mechedit.cli.describe import describe_edit, format_description, say_unconverged
 from mechedit.cli.options import MethodOptions, RequestsOption
 from mechedit.cli.parsing import parse_layers, require_layers
-from mechedit.data import Conflicts, load_requests
+from mechedit.data import Conflicts
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.files import writable_folder
@@ -52,7 +52,7 @@ def edit_command(options: EditOptions) -> int:
     if options.out.exists() and not options.overwrite:
         raise InputError(f"the file {str(options.out)!r} exists; choose another --out, or pass --overwrite")
     writable_folder(options.out.parent)
-    requests = load_requests(options.requests, conflicts=options.conflicts, joint=options.joint)
+    requests = options.read_requests(options.requests, options.conflicts)
     layers = _layers(options)
     model = options.load_model()
     require_layers(layers, model.n_layers)

@@ -9,7 +9,7 @@ from mechedit import pipeline
 from mechedit.cli.command import command, options_of
 from mechedit.cli.options import RequestsOption, RunFolderOptions
 from mechedit.cli.parsing import first_texts
-from mechedit.data import Conflicts, load_requests, load_texts
+from mechedit.data import Conflicts, load_texts
 from mechedit.edit import Edit, check_model
 from mechedit.evaluation import EvaluationConfig, load_references
 from mechedit.figures import run_figures
@@ -41,7 +41,7 @@ def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> 
     same folder).
     """
     folder = options.run_folder()
-    requests = load_requests(options.requests, conflicts=options.conflicts, joint=options.joint)
+    requests = options.read_requests(options.requests, options.conflicts)
     references = None if options.references is None else load_references(options.references, requests)
     texts = [] if options.texts is None else first_texts(load_texts(options.texts), options.max_texts)
     edit = None if options.edit is None else Edit.load(options.edit)

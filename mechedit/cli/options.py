@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechedit.cli.app import print_json
+from mechedit.cli.app import print_json, say
 from mechedit.cli.parsing import load_quietly, method_config
+from mechedit.data import Conflicts, EditRequest, Fact, read_edit_requests, read_facts
 from mechedit.methods import MethodConfig
 from mechedit.models import Model
 from mechedit.run_folder import RunFolder
@@ -69,15 +70,29 @@ class RunFolderOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointOption:
-    """What stands between prompts and objects."""
+class ReadingOptions:
+    """How facts and requests are read."""
 
     joint: str | None = None
     """Text between prompt and object, where a record names none; by default decided by the characters that meet."""
+    strict: bool = False
+    """Refuse a file with an unclear record, in place of leaving that out."""
+
+    def read_facts(self, source: str) -> list[Fact]:
+        """Read facts, and say in a line what was read."""
+        reading = read_facts(source, joint=self.joint, strict=self.strict)
+        say(f"read {reading.summary}")
+        return reading.records
+
+    def read_requests(self, source: str, conflicts: Conflicts = "refuse") -> list[EditRequest]:
+        """Read requests, and say in a line what was read."""
+        reading = read_edit_requests(source, conflicts=conflicts, joint=self.joint, strict=self.strict)
+        say(f"read {reading.summary}")
+        return reading.records
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsOptions(JointOption):
+class FactsOptions(ReadingOptions):
     """The facts to trace."""
 
     facts: str = "known"
@@ -87,7 +102,7 @@ class FactsOptions(JointOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestsOption(JointOption):
+class RequestsOption(ReadingOptions):
     """The requests to edit with."""
 
     requests: str = "tiny"

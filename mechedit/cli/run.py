@@ -19,7 +19,6 @@ from mechedit.cli.options import (
     TextsOption,
 )
 from mechedit.cli.parsing import parse_layers, require_layers, sampled
-from mechedit.data import load_facts, load_requests
 from mechedit.evaluation import EvaluationConfig
 from mechedit.figures import run_figures
 from mechedit.moments import MomentsConfig
@@ -48,8 +47,8 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     """All the steps: trace, select, moments, edit, evaluate, then figures and the report."""
     # Whatever can be refused is refused before the long steps.
     folder = options.run_folder()
-    facts = sampled(load_facts(options.facts, joint=options.joint), options.max_facts, options.seed)
-    requests = load_requests(options.requests, joint=options.joint)
+    facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
+    requests = options.read_requests(options.requests)
     layers = None if options.layers is None else parse_layers(options.layers)
     model = options.load_model()
     config = options.method_config(model)

@@ -11,7 +11,7 @@ from mechedit.cli.app import say
 from mechedit.cli.command import POSITIONAL, command, options_of
 from mechedit.cli.options import RULE_NOTE, MethodOptions, RequestsOption, TextsOption
 from mechedit.cli.parsing import existing_folder
-from mechedit.data import EditRequest, load_requests
+from mechedit.data import EditRequest
 from mechedit.figures import run_figures
 from mechedit.moments import MomentsConfig
 from mechedit.run_folder import RunFolder
@@ -52,7 +52,7 @@ def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepCon
     """
     folder = RunFolder(existing_folder(options.directory), options.overwrite)
     sweeping = options.validate or sweep.by != "trace"
-    requests = load_requests(options.requests, joint=options.joint) if sweeping else []
+    requests = options.read_requests(options.requests) if sweeping else []
     selection = pipeline.select_step(folder, select)
     summary = {}
     if sweeping:

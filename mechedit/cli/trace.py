@@ -8,7 +8,6 @@ from mechedit import pipeline
 from mechedit.cli.command import command, options_of
 from mechedit.cli.options import ALL_SEVERED, FactsOptions, RunFolderOptions
 from mechedit.cli.parsing import sampled
-from mechedit.data import load_facts
 from mechedit.figures import run_figures
 from mechedit.trace import Corruption, TraceConfig
 
@@ -38,7 +37,7 @@ class TraceOptions(FactsOptions, RunFolderOptions):
 def trace_command(options: TraceOptions, trace: TraceConfig, corruption: Corruption) -> int:
     """Trace facts: effects.parquet, facts.parquet, config.json and figures."""
     folder = options.run_folder()
-    facts = sampled(load_facts(options.facts, joint=options.joint), options.max_facts, options.seed)
+    facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
     traced = pipeline.trace_step(folder, options.load_model(), facts, replace(trace, corruption=corruption))
     run_figures(folder.path)
     options.print_summary({"facts": traced["n_facts"], "dropped": len(traced["dropped"])})

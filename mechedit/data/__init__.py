@@ -6,10 +6,19 @@ request is the same with the object to write instead (MEMIT §4), and with the p
 
 from mechedit.data.checks import check_requests, check_unique_ids, conflicts
 from mechedit.data.facts import EditRequest, Fact, Neighbor, check_template, check_text, fill
-from mechedit.data.json_records import read_records
-from mechedit.data.loading import Conflicts, load_facts, load_requests, tiny_data
+from mechedit.data.json_files import read_records
+from mechedit.data.loading import (
+    Conflicts,
+    Reading,
+    load_facts,
+    load_requests,
+    read_edit_requests,
+    read_facts,
+    tiny_data,
+)
 from mechedit.data.published_data import PUBLISHED_DATASETS
 from mechedit.data.reference_texts import Snippets, WordWeights, load_snippets, load_word_weights, texts_by_object
+from mechedit.data.summary import describe_facts, describe_requests
 from mechedit.data.texts import check_texts, load_texts, texts_hash
 
 __all__ = [
@@ -18,6 +27,7 @@ __all__ = [
     "EditRequest",
     "Fact",
     "Neighbor",
+    "Reading",
     "Snippets",
     "WordWeights",
     "check_requests",
@@ -26,12 +36,16 @@ __all__ = [
     "check_texts",
     "check_unique_ids",
     "conflicts",
+    "describe_facts",
+    "describe_requests",
     "fill",
     "load_facts",
     "load_requests",
     "load_snippets",
     "load_texts",
     "load_word_weights",
+    "read_edit_requests",
+    "read_facts",
     "read_records",
     "texts_by_object",
     "texts_hash",

@@ -1,9 +1,13 @@
-"""Checks of a batch of requests: unique ids, and one object for each subject and relation."""
+"""Checks of a batch of requests: unique ids, and one object for each subject and relation.
+
+Texts that differ only in white space and invisible characters at their ends are the same text here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from mechedit.data.characters import visible
 from mechedit.data.facts import EditRequest
 from mechedit.errors import InputError
 
@@ -36,7 +40,7 @@ def conflicts(requests: Iterable[EditRequest]) -> Iterator[tuple[EditRequest, Ed
     first_requests: dict[tuple[str, str], EditRequest] = {}
     for request in requests:
         for key in _keys(request):
-            first = first_requests.setdefault((request.subject, key), request)
+            first = first_requests.setdefault((visible(request.subject), key), request)
             if _objects_differ(first, request):
                 yield first, request, key
 
@@ -51,7 +55,7 @@ def without_conflicts(requests: Iterable[EditRequest]) -> tuple[list[EditRequest
     remaining: list[EditRequest] = []
     dropped: list[EditRequest] = []
     for request in requests:
-        keys = [(request.subject, key) for key in _keys(request)]
+        keys = [(visible(request.subject), key) for key in _keys(request)]
         if any(_objects_differ(first_requests[key], request) for key in keys if key in first_requests):
             dropped.append(request)
         else:
@@ -71,8 +75,8 @@ def check_unique_ids(ids: Iterable[str], what: str) -> None:
 
 def _keys(request: EditRequest) -> set[str]:
     """The relation and the prompt, by either of which two requests may be about the same fact."""
-    return {key for key in (request.relation, request.prompt) if key is not None}
+    return {visible(key) for key in (request.relation, request.prompt) if key is not None}
 
 
 def _objects_differ(first: EditRequest, second: EditRequest) -> bool:
-    return first.target_new.strip() != second.target_new.strip()
+    return visible(first.target_new) != visible(second.target_new)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
+from mechedit.data.characters import visible
 from mechedit.errors import InputError
-from mechedit.files import read_text
+
+NOTE_MARK = "_"
+"""A field whose name starts so is its author's note and is not read."""
+
+
+class UnclearRecordError(InputError):
+    """One record does not say what is needed of it; it can be left out of a file whose other records do."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        """Keep the reason in a few words, for the list of records that are left out."""
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """A JSON object and its location; its methods read fields and check their types."""
+    """A JSON object and its location; its methods read fields and check their types.
+
+    An empty field (null, NaN, a blank text, a list or an object of nothing else) is an absent one.
+    """
 
     fields: dict[str, Any]
     location: str
@@ -22,27 +37,44 @@ class JsonRecord:
     index: int = 0
     """Index among the file's records, from 0."""
 
+    @property
+    def name(self) -> str:
+        """The record's id or index, whatever they are, by which a list of records names it."""
+        return str(next((self.fields[name] for name in ("id", "case_id", "known_id") if name in self), self.index))
+
     def __contains__(self, name: str) -> bool:
-        return self.fields.get(name) is not None
+        return not is_empty(self.fields.get(name))
 
     def require(self, *names: str) -> Any:
         """The first of these fields that the record has.
 
         Raises:
-            InputError: it has none of them.
+            UnclearRecordError: it has none of them.
         """
         for name in names:
             if name in self:
                 return self.fields[name]
+        reason = f"no {names[0]}"
+        if blank := [name for name in names if isinstance(self.fields.get(name), str)]:
+            raise self.unclear(
+                f"the {blank[0]} is {self.fields[blank[0]]!r}, expected text that is not empty: fill it in or drop the "
+                f"record",
+                reason,
+            )
         present = ", ".join(name for name in self.fields if name in self) or "nothing"
-        raise InputError(f"{self.location} has no field {names[0]!r} (found: {present}); add it")
+        raise UnclearRecordError(f"{self.location} has no field {names[0]!r} (found: {present}); add it", reason)
+
+    def unclear(self, problem: str, reason: str) -> UnclearRecordError:
+        """The error that this record is unclear."""
+        return UnclearRecordError(f"{self.location}: {problem}", reason)
 
     def text(self, *names: str) -> str:
         """The first of these fields that the record has, which must be text."""
-        return self._checked_text(self.require(*names), names[0])
+        value = self.require(*names)
+        return self._checked_text(value, next(name for name in names if name in self))
 
     def optional(self, name: str) -> str | None:
-        """A text, or None when the field is absent or null."""
+        """A text, or None when the field is absent or empty."""
         return self.text(name) if name in self else None
 
     def literal(self, name: str) -> str | None:
@@ -52,33 +84,69 @@ class JsonRecord:
             raise InputError(f"{self.location}: the {name} is {value!r}, expected text: fix it")
         return value
 
+    def answer(self, name: str) -> str:
+        """A text; of a list of answers, or of lists of an answer's names, the first."""
+        value = self.require(name)
+        while isinstance(value, list):
+            value = next(item for item in value if not is_empty(item))
+        return self._checked_text(value, name)
+
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts, empty when the field is absent or null."""
-        return tuple(self._checked_text(text, f"{name}[{i}]") for i, text in enumerate(self.items(name)))
+        """A list of texts without empty ones; none when the field is absent."""
+        return tuple(self._checked_text(text, f"{name}[{i}]") for i, text in self._items(name))
+
+    def text_or_texts(self, name: str) -> tuple[str, ...]:
+        """A text or a list of texts, without empty ones; none when the field is absent."""
+        return (self.text(name),) if isinstance(self.fields.get(name), str) and name in self else self.texts(name)
 
     def items(self, name: str) -> list[Any]:
-        """A list, empty when the field is absent or null."""
-        value = self.fields.get(name) or []
-        if not isinstance(value, list):
-            # A text would pass for a list of its letters.
-            raise InputError(f"{self.location}: {name} is {value!r}, expected a list: put it in [ ]")
-        return value
+        """A list without empty items; empty when the field is absent."""
+        return [item for _, item in self._items(name)]
 
     def nested(self, name: str) -> JsonRecord:
         """The object in a field."""
         return self._nested_record(self.require(name), name)
 
     def nested_list(self, name: str) -> Iterator[JsonRecord]:
-        """The objects in a list, none when the field is absent."""
-        for i, value in enumerate(self.items(name)):
+        """The objects in a list without empty ones; none when the field is absent."""
+        for i, value in self._items(name):
             yield self._nested_record(value, f"{name}[{i}]")
 
     def id(self, *names: str) -> str:
-        """The record's id: a text or a whole number."""
-        value = self.require(*names)
+        """The record's id, a text or a whole number; without one its index in the file, from 0."""
+        name = next((name for name in names if name in self), None)
+        if name is None:
+            return str(self.index)
+        value = self.fields[name]
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise InputError(f"{self.location}: {names[0]} is {value!r}, expected text or a whole number: fix it")
+            raise InputError(f"{self.location}: {name} is {value!r}, expected text or a whole number: fix it")
         return str(value)
+
+    def require_known(self, known: Collection[str]) -> None:
+        """Refuse a field that nothing reads, unless it is empty or its name starts with `_`.
+
+        Raises:
+            InputError: names the field, and the known one that is most like it.
+        """
+        for name in self.fields:
+            if name in known or name not in self or name.startswith(NOTE_MARK):
+                continue
+            raise InputError(
+                f"{self.location} has a field {name!r}, which nothing reads; {meant(name, known)}: rename it, drop it, "
+                f"or put {NOTE_MARK} before its name"
+            )
+
+    def _items(self, name: str) -> Iterator[tuple[int, Any]]:
+        """The items of a list that are not empty, with their indices."""
+        if name not in self:
+            return
+        value = self.fields[name]
+        if not isinstance(value, list):
+            # A text would pass for a list of its letters.
+            raise InputError(f"{self.location}: {name} is {value!r}, expected a list: put it in [ ]")
+        for i, item in enumerate(value):
+            if not is_empty(item):
+                yield i, item
 
     def _nested_record(self, value: Any, name: str) -> JsonRecord:
         location = f"{self.location}: {name}"
@@ -87,7 +155,7 @@ class JsonRecord:
         return JsonRecord(value, location)
 
     def _checked_text(self, value: Any, name: str) -> str:
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or is_empty(value):
             raise InputError(
                 f"{self.location}: the {name} is {value!r}, expected text that is not empty: fill it in or drop the "
                 f"record"
@@ -95,38 +163,18 @@ class JsonRecord:
         return value
 
 
-def read_records(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Read a JSON list, or one JSON object per line, as pairs of a record and its location.
-
-    Raises:
-        InputError: no such file; not JSON (the message names the line); a record that is not a JSON object.
-    """
-    text = read_text(path)
-    pairs = _read_list(text, path) if text.lstrip().startswith("[") else list(_read_lines(text, path))
-    for record, location in pairs:
-        if not isinstance(record, dict):
-            raise InputError(f"{location} is a {type(record).__name__}, expected a JSON object; fix that record")
-    return pairs
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, NaN, a blank text, a list or an object of nothing else."""
+    if isinstance(value, str):
+        return not visible(value)
+    if isinstance(value, list):
+        return all(is_empty(item) for item in value)
+    if isinstance(value, dict):
+        return all(is_empty(item) for item in value.values())
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _read_list(text: str, path: Path) -> list[tuple[Any, str]]:
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{str(path)!r} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; fix the file"
-        ) from error
-    return [(record, f"{str(path)!r}, record {i}") for i, record in enumerate(records, 1)]
-
-
-def _read_lines(text: str, path: Path) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line), f"{str(path)!r}, line {number}"
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{str(path)!r}, line {number} is not JSON: column {error.colno}: {error.msg}; "
-                f"expected one JSON object per line: fix that line"
-            ) from error
+def meant(name: str, known: Collection[str]) -> str:
+    """Say which known name is most like an unknown one; without any that is, which are known."""
+    matches = get_close_matches(name.lower(), known, n=1)
+    return f"{matches[0]!r} may be meant" if matches else f"expected some of {', '.join(known)}"

@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 from mechedit.data.checks import check_requests, check_unique_ids, without_conflicts
-from mechedit.data.csv_requests import read_csv
 from mechedit.data.facts import EditRequest, Fact, Neighbor
-from mechedit.data.json_records import JsonRecord, read_records
+from mechedit.data.json_files import read_records
+from mechedit.data.json_records import JsonRecord, UnclearRecordError
 from mechedit.data.published_data import DatasetKind, dataset_files, missing_source_error
-from mechedit.data.request_formats import AmbiguousSubjectError, has_mend_format, read_fact, read_request
+from mechedit.data.request_formats import read_fact, read_requests
+from mechedit.data.scored_prompts import RecordRequests
+from mechedit.data.summary import describe_facts, describe_requests
+from mechedit.data.tables import is_table, read_table
 from mechedit.errors import InputError, check_choice
 
 Conflicts = Literal["refuse", "first"]
 Joined = TypeVar("Joined", Fact, EditRequest, Neighbor)
+Record = TypeVar("Record", Fact, EditRequest)
+Parsed = TypeVar("Parsed", Fact, RecordRequests)
 
 
-def load_facts(source: str | Path, *, joint: str | None = None, cache: str | Path | None = None) -> list[Fact]:
+@dataclass(frozen=True, kw_only=True)
+class Reading(Generic[Record]):
+    """What was read from a source."""
+
+    records: list[Record]
+    """The facts or requests."""
+    path: Path
+    """The file."""
+    omitted: tuple[str, ...] = ()
+    """Records that are left out, each with its reason."""
+    not_scored: Mapping[str, int] = field(default_factory=dict)
+    """Number of prompts by kind that came with requests and that no measure uses."""
+
+    @property
+    def summary(self) -> str:
+        """What was read, in a line."""
+        if self.records and isinstance(self.records[0], EditRequest):
+            text = describe_requests([r for r in self.records if isinstance(r, EditRequest)], self.not_scored)
+        else:
+            text = describe_facts([r for r in self.records if isinstance(r, Fact)])
+        return f"{self.path.name}: {text}" + (f"; left out: {len(self.omitted):,}" if self.omitted else "")
+
+
+def load_facts(
+    source: str | Path, *, joint: str | None = None, strict: bool = False, cache: str | Path | None = None
+) -> list[Fact]:
     """Read facts to trace, from a file or by name.
 
     Names: `known` for the facts that ship with the tiny model; `known_1000` for ROME's known facts, downloaded once.
@@ -34,18 +66,28 @@ def load_facts(source: str | Path, *, joint: str | None = None, cache: str | Pat
         source: a name or a path.
         joint: text between prompt and object, for records that name none (`"joint"`); by default it is decided by
             the two characters that meet.
+        strict: refuse an unclear record, such as one whose prompt does not hold the subject; by default it is left
+            out, and a warning counts it.
         cache: folder for downloads; by default `mechedit.data.downloads.cache_folder()`.
 
     Raises:
-        InputError: no such file; not JSON (the message names the line); a field missing or empty; a prompt
-            without `{}` or with two; a repeated id; a download that failed.
+        InputError: no such file; not JSON (the message names the line); a field that nothing reads; no record that is
+            clear; a repeated id; a download that failed.
     """
+    return read_facts(source, joint=joint, strict=strict, cache=cache).records
+
+
+def read_facts(
+    source: str | Path, *, joint: str | None = None, strict: bool = False, cache: str | Path | None = None
+) -> Reading[Fact]:
+    """As `load_facts`, with what else is known of the reading: its summary, and what is left out."""
     path = _find_file(source, "facts", {"known": "facts.jsonl"}, cache)
-    facts = [_joined(read_fact(record), joint) for record in _read_json(path)]
+    facts, omitted = _read_clear(_read_json(path), read_fact, strict)
+    _warn(path, omitted, len(facts), "facts")
     if not facts:
         raise InputError(f"{str(path)!r} holds no facts, expected one JSON object per line; check the file")
     check_unique_ids((fact.id for fact in facts), "facts")
-    return facts
+    return Reading(records=[_joined(fact, joint) for fact in facts], path=path, omitted=tuple(omitted))
 
 
 def load_requests(
@@ -53,19 +95,25 @@ def load_requests(
     *,
     conflicts: Conflicts = "refuse",
     joint: str | None = None,
+    strict: bool = False,
     cache: str | Path | None = None,
 ) -> list[EditRequest]:
     """Read edit requests, from a file or by name.
 
     Names: `tiny` for the requests that ship with the tiny model; `counterfact`, `multi_counterfact` and `zsre` are
-    downloaded once. A file is a CSV (`mechedit.data.csv_requests`), or a JSON list, or one JSON object per line, of
+    downloaded once. A file is a CSV or TSV (`mechedit.data.tables`), or JSON: a list, one object after the other, one
+    object with the list in a field such as `data`, or one object of records by their ids. Records are
 
-    - CounterFact's records;
+    - CounterFact's;
     - the short form `{"id", "subject", "prompt", "target_new", "target_true"?, "paraphrases"?, "neighbors"?}`;
-    - EasyEdit's form, `prompt` with the subject filled in, `target_new`, `subject`, and `ground_truth`,
-      `rephrase_prompt`, `locality_prompt` with `locality_ground_truth` where the record has them;
-    - MEND's zsRE, `subject`, `src`, `rephrase`, `answers`, `loc`, `loc_ans`. Records in which the
-      subject's place in `src` is ambiguous are left out, and a warning counts and names them.
+    - EasyEdit's and KnowEdit's, `prompt` with the subject filled in, `target_new`, `subject`, and `ground_truth`,
+      `rephrase_prompt` or `rephrase`, `locality_prompt` with `locality_ground_truth`, `locality` where there are any;
+    - MEND's zsRE, `subject`, `src`, `rephrase`, `answers`, `loc`, `loc_ans`;
+    - MQuAKE's, one request for each of its rewrites;
+    - RippleEdits', and WikiBigEdit's.
+
+    Empty fields are absent ones. A field that nothing reads is refused. The subject loses invisible characters at its
+    ends; in a prompt without `{}` it must stand once, as whole words.
 
     Example:
         >>> requests = load_requests("tiny")
@@ -79,25 +127,37 @@ def load_requests(
         joint: text between a prompt and its object, for records that name none (`"joint"`, or a column of that
             name); by default it is decided by the two characters that meet. A record's holds for its neighbors too,
             unless they name one.
+        strict: refuse an unclear record, such as one whose prompt does not hold the subject once as whole words; by
+            default it is left out, and a warning counts and names it.
         cache: folder for downloads; by default `mechedit.data.downloads.cache_folder()`.
 
     Raises:
-        InputError: no such file; not JSON or CSV (the message names the line); a field missing or empty; a prompt
-            without `{}` or with two; a repeated id; conflicting requests; a download that failed.
+        InputError: no such file; not JSON, CSV or TSV (the message names the line); a field that nothing reads; no
+            record that is clear; a repeated id; conflicting requests; a download that failed.
     """
+    return read_edit_requests(source, conflicts=conflicts, joint=joint, strict=strict, cache=cache).records
+
+
+def read_edit_requests(
+    source: str | Path,
+    *,
+    conflicts: Conflicts = "refuse",
+    joint: str | None = None,
+    strict: bool = False,
+    cache: str | Path | None = None,
+) -> Reading[EditRequest]:
+    """As `load_requests`, with what else is known of the reading: its summary, and what is left out or not scored."""
     check_choice("conflicts", conflicts, get_args(Conflicts))
     path = _find_file(source, "requests", {"tiny": "requests.json"}, cache)
-    requests, omitted = (read_csv(path), []) if path.suffix.lower() == ".csv" else _read_requests(path)
-    requests = [_joined_neighbors(_joined(request, joint)) for request in requests]
+    read, omitted = _read_clear(read_table(path) if is_table(path) else _read_json(path), read_requests, strict)
+    requests = [_joined_neighbors(_joined(request, joint)) for record in read for request in record.requests]
     if conflicts == "first":
         requests, dropped = without_conflicts(requests)
         omitted += [f"{request.id} (conflicts with another)" for request in dropped]
-    if omitted:
-        names = ", ".join(omitted[:10]) + (", …" if len(omitted) > 10 else "")
-        total = len(requests) + len(omitted)
-        warnings.warn(f"{str(path)!r}: {len(omitted)} of {total} requests are left out: {names}", stacklevel=2)
+    _warn(path, omitted, len(requests), "requests")
     check_requests(requests)
-    return requests
+    not_scored = sum((Counter(record.not_scored) for record in read), Counter[str]())
+    return Reading(records=requests, path=path, omitted=tuple(omitted), not_scored=not_scored)
 
 
 def tiny_data(name: str) -> Path:
@@ -139,14 +199,31 @@ def _read_json(path: Path) -> list[JsonRecord]:
     return [JsonRecord(fields, location, index) for index, (fields, location) in enumerate(read_records(path))]
 
 
-def _read_requests(path: Path) -> tuple[list[EditRequest], list[str]]:
-    """Requests of a JSON file, and the names of MEND's records that are left out since their subject is ambiguous."""
-    requests, ambiguous = [], []
-    for record in _read_json(path):
+def _read_clear(
+    records: Sequence[JsonRecord], read: Callable[[JsonRecord], Parsed], strict: bool
+) -> tuple[list[Parsed], list[str]]:
+    """What the clear records say, and the names of the unclear ones with the reasons.
+
+    Raises:
+        UnclearRecordError: the first one, if none is clear or if they are read strictly.
+    """
+    parsed: list[Parsed] = []
+    unclear: list[tuple[JsonRecord, UnclearRecordError]] = []
+    for record in records:
         try:
-            requests.append(read_request(record))
-        except AmbiguousSubjectError:
-            if not has_mend_format(record):
+            parsed.append(read(record))
+        except UnclearRecordError as error:
+            if strict:
                 raise
-            ambiguous.append(f"{record.fields.get('case_id', record.index)} (no clear place for the subject)")
-    return requests, ambiguous
+            unclear.append((record, error))
+    if unclear and not parsed:
+        raise unclear[0][1]
+    return parsed, [f"{record.name} ({error.reason})" for record, error in unclear]
+
+
+def _warn(path: Path, omitted: Sequence[str], remaining: int, what: str) -> None:
+    """Warn of what is left out, in the name of the caller of a loader."""
+    if omitted:
+        names = ", ".join(omitted[:10]) + (", …" if len(omitted) > 10 else "")
+        total = remaining + len(omitted)
+        warnings.warn(f"{str(path)!r}: {len(omitted)} of {total} {what} are left out: {names}", stacklevel=4)

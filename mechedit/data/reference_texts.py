@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from mechedit.data.facts import EditRequest
-from mechedit.data.json_records import JsonRecord, read_records
+from mechedit.data.json_files import read_records
+from mechedit.data.json_records import JsonRecord
 from mechedit.data.published_data import dataset_files
 from mechedit.errors import InputError
 from mechedit.files import read_json

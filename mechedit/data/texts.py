@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mechedit.data.json_records import read_records
+from mechedit.data.json_files import read_records
 from mechedit.data.loading import tiny_data
 from mechedit.errors import InputError
 from mechedit.files import read_text

@@ -76,8 +76,11 @@ def test_counterfact_and_the_short_form_give_the_same_request(tmp_path):
 )
 def test_a_bad_fact_is_named_with_its_line(tmp_path, change, message):
     content = json.dumps({**FACT, "id": "0"}) + "\n" + json.dumps({**FACT, **change})
+    path = written(tmp_path, content)
     with pytest.raises(InputError, match=rf"line 2.*{message}"):
-        load_facts(written(tmp_path, content))
+        load_facts(path, strict=True)
+    with pytest.warns(UserWarning, match=r"1 of 2 facts are left out: 1 \(no "):
+        assert load_facts(path) == [Fact(**{**FACT, "id": "0"})]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def test_fields_that_easyedits_record_lacks_are_absent(tmp_path):
         ({"prompt": "The language was"}, "record 1: the subject 'Tolomeo' occurs 0 times in the prompt"),
         ({"prompt": "Tolomeo or Tolomeo was"}, "record 1: the subject 'Tolomeo' occurs 2 times in the prompt"),
         ({"locality_ground_truth": None}, "record 1 has no field 'locality_ground_truth'"),
-        ({"rephrase_prompt": ["In Tolomeo"]}, "record 1: the rephrase_prompt is ['In Tolomeo'], expected text"),
+        ({"rephrase_prompt": [["In Tolomeo"]]}, "record 1: the rephrase_prompt[0] is ['In Tolomeo'], expected text"),
+        ({"rephrase_prompt": {"a": "b"}}, "record 1: rephrase_prompt is {'a': 'b'}, expected a list"),
         ({"target_new": ""}, "record 1: the target_new is ''"),
         ({"case_id": [1]}, "record 1: case_id is [1]"),
     ],
@@ -109,7 +110,6 @@ def test_a_bad_record_of_easyedits_is_named(tmp_path, change, message):
     [
         ("Who made {Art}?", "Art", "Who made {{}}?"),
         ("Artists say Art is", "Art", "Artists say {} is"),  # once as a whole word
-        ("Artists say", "Art", "{}ists say"),  # once at all
         ("the.the a*b", "a*b", "the.the {}"),  # no pattern
         ("東京都は", "東京", "{}都は"),
     ],
@@ -118,10 +118,10 @@ def test_where_the_subject_stands(text, subject, expected):
     assert make_template(text, subject, "here") == expected
 
 
-@pytest.mark.parametrize(("text", "count"), [("aaa", 2), ("Art and Art", 2), ("none", 0)])
+@pytest.mark.parametrize(("text", "count"), [("Art and Art", 2), ("none", 0)])
 def test_an_unclear_subject_is_refused(text, count):
     with pytest.raises(InputError, match=f"occurs {count} times"):
-        make_template(text, "aa" if text == "aaa" else "Art", "here")
+        make_template(text, "Art", "here")
 
 
 def test_mends_format_as_memit_reads_it(tmp_path):
@@ -142,8 +142,10 @@ def test_mends_records_without_a_clear_subject_are_left_out_and_counted(tmp_path
     with pytest.warns(UserWarning, match=r"2 of 3 requests are left out: 1 \(no clear place .*, 2 \(no clear"):
         requests = load_requests(written(tmp_path, records))
     assert [request.id for request in requests] == ["0"]
-    with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(InputError, match="no edit requests were found"):
+    with pytest.raises(InputError, match="record 1: the subject 'UniFirst' occurs 0 times"):
         load_requests(written(tmp_path, records[1:]))
+    with pytest.raises(InputError, match="record 2: the subject 'UniFirst' occurs 0 times"):
+        load_requests(written(tmp_path, records), strict=True)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,8 @@ def test_mends_records_without_a_clear_subject_are_left_out_and_counted(tmp_path
     [
         ({"answers": []}, "record 1: answers is empty"),
         ({"answers": "uniform"}, "record 1: answers is 'uniform', expected a list"),
-        ({"answers": [""]}, "record 1: the answers[0] is ''"),
+        ({"answers": [""]}, "record 1: answers is empty"),
+        ({"answers": [["uniform"]]}, "record 1: the answers[0] is ['uniform'], expected text"),
         ({"loc_ans": None}, "record 1 has no field 'loc_ans'"),
         ({"subject": None}, "record 1 has no field 'subject' (found: src, pred,"),
     ],
@@ -174,9 +177,10 @@ def test_neighbors_may_have_objects_of_their_own(tmp_path):
     ("change", "message"),
     [
         ({"paraphrase_prompts": "Danielle"}, "record 1: paraphrase_prompts is 'Danielle', expected a list"),
-        ({"paraphrase_prompts": ["one", None]}, "record 1: the paraphrase_prompts[1] is None, expected text"),
+        ({"paraphrase_prompts": ["one", 2]}, "record 1: the paraphrase_prompts[1] is 2, expected text"),
         ({"requested_rewrite": "none"}, "record 1: requested_rewrite is 'none', expected a JSON object"),
-        ({"requested_rewrite": {}}, "record 1: requested_rewrite has no field 'target_new' (found: nothing)"),
+        ({"requested_rewrite": {}}, "record 1 has no field 'requested_rewrite' (found: case_id,"),
+        ({"requested_rewrite": {"prompt": "{} is"}}, "record 1: requested_rewrite has no field 'target_new' (found: p"),
         ({"neighborhood_prompts": [{"prompt": "a"}]}, "record 1: neighborhood_prompts[0] has no field 'target'"),
         ({"neighborhood_prompts": [{"prompt": "a", "target": "b"}, "c"]}, "record 1: neighborhood_prompts[1] is 'c'"),
     ],
@@ -258,7 +262,7 @@ def test_facts_to_insert_from_a_csv(tmp_path, encoding, end):
             prompt="{} is in",
             target_new="France",
             target_true="Italy",
-            paraphrases=("{}, a city in",),
+            paraphrases=("Rome, a city in",),
         ),
         EditRequest(
             id="3",
@@ -278,13 +282,13 @@ def test_facts_to_insert_from_a_csv(tmp_path, encoding, end):
         ("", r"facts\.csv' has no column 'subject' \(found: nothing\)"),
         ("subject,prompt,target_new,note\na,{},b,c", "line 1 has a column 'note'"),
         ("subject,prompt,target_new,id,id\na,{},b,c,d", "line 1 has the column 'id' twice"),
-        ("subject,prompt,target_new\n\nRome,{} is in, ", "line 3: the cell 'target_new' is empty"),
+        ("subject,prompt,target_new\n\nRome,{} is in, ", "line 3: the target_new is ''"),
         ("subject,prompt,target_new\nRome,{} is in, yes, Italy", "line 2 has 4 cells, expected 3"),
         ("subject,prompt,target_new\nRome,{} is in", "line 2 has 2 cells, expected 3"),
         ('subject,prompt,target_new\nRome,{} is "in",Italy', "line 2 has a stray quote"),
         ('subject,prompt,target_new\nRome,"{} is"in,Italy', "line 2 has a stray quote"),
         ('subject,prompt,target_new\nRome,"{} is in,Italy\nParis,{} is in,France"', "line 2 has a stray quote"),
-        ("subject,prompt,target_new\nRome,is in,Italy", "line 2: .*holds 0 times"),
+        ("subject,prompt,target_new\nRome,is in,Italy", "line 2: the subject 'Rome' occurs 0 times"),
         ("subject,prompt,target_new\n", "no edit requests were found"),
         ("subject,prompt,target_new\nRome,{} is in,Italy\nRome,{} is in,Spain", "'2' and '3' conflict"),
         ("subject,prompt,target_new,id\na,{} is,b,1\nc,{} is,d,1", "two requests have the id '1'"),
@@ -296,5 +300,5 @@ def test_a_bad_csv_is_refused_with_its_line(tmp_path, content, message):
 
 
 def test_a_csv_of_another_encoding_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is not UTF-8 text"):
-        load_requests(written(tmp_path, CSV.encode("utf-16"), "facts.csv"))
+    with pytest.raises(InputError, match=r"is not UTF-8 text \(byte 86.*save it as UTF-8"):
+        load_requests(written(tmp_path, CSV.replace("France", "Café").encode("latin-1"), "facts.csv"))

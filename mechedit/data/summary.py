@@ -1,0 +1,47 @@
+"""What was read, in a line: how many records and prompts of each kind, what is absent, what is not scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mechedit.data.facts import EditRequest, Fact
+
+
+def describe_requests(requests: Sequence[EditRequest], not_scored: Mapping[str, int] | None = None) -> str:
+    """Say in a line what requests hold.
+
+    Example:
+        >>> describe_requests(load_requests("tiny"))
+
+    Args:
+        requests: the requests.
+        not_scored: number of prompts by kind that came with them and that no measure uses.
+    """
+    names = ("paraphrases", "neighbors", "attributes", "generations")
+    counts = {name: sum(len(getattr(request, name)) for request in requests) for name in names}
+    counts = {"true objects": sum(request.target_true is not None for request in requests), **counts}
+    return _describe(len(requests), "request", counts, {name: n for name, n in (not_scored or {}).items() if n})
+
+
+def describe_facts(facts: Sequence[Fact]) -> str:
+    """Say in a line what facts hold.
+
+    Example:
+        >>> describe_facts(load_facts("known"))
+    """
+    counts = {
+        "relations": len({fact.relation for fact in facts} - {None}),
+        "foils": sum(fact.foil is not None for fact in facts),
+    }
+    return _describe(len(facts), "fact", counts, {})
+
+
+def _describe(count: int, noun: str, counts: Mapping[str, int], not_scored: Mapping[str, int]) -> str:
+    present = ", ".join(f"{number:,} {name}" for name, number in counts.items() if number)
+    absent = ", ".join(name for name, number in counts.items() if not number)
+    parts = {
+        "": present,
+        "absent: ": absent,
+        "not scored: ": ", ".join(f"{n:,} {name}" for name, n in not_scored.items()),
+    }
+    return "; ".join([f"{count:,} {noun}{'s' * (count != 1)}", *(name + text for name, text in parts.items() if text)])
