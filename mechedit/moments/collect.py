@@ -11,6 +11,7 @@ from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.moments.checkpoints import Checkpoint
 from mechedit.moments.chunks import SINGLE_PROCESS, Rank
+from mechedit.moments.conditioning import warn_if_singular
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.memory import MomentsPlan, plan_moments
@@ -32,9 +33,10 @@ def collect_moments(
 ) -> dict[int, SecondMoment]:
     """Collect E[k kᵀ] of the MLP keys over running text, all layers in one pass if memory allows (MEMIT §4.2).
 
-    Padding and special tokens are left out of the mean. With `out`, the sums so far are saved there from time to
-    time: killed at any moment, the same call goes on from there to the same matrices, bit for bit on the same
-    machine.
+    Padding and special tokens are left out of the mean. A moment that comes out singular, or nearly so, is warned of.
+
+    With `out`, the sums so far are saved there from time to time: killed at any moment, the same call goes on from
+    there to the same matrices, bit for bit on the same machine.
 
     Example:
         >>> model = load_model("tiny")
@@ -66,6 +68,7 @@ def collect_moments(
             # Layers that do not fit in memory together need not lie there together at the end.
             mapped = len(collection.plan.passes) > 1
             moments[layer] = collection.folder.finish(checkpoints.pop(layer), mapped=mapped)
+            warn_if_singular(moments[layer])
     return {layer: moments[layer] for layer in collection.layers}
 
 

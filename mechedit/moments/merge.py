@@ -15,7 +15,8 @@ from mechedit.moments.checkpoints import (
     load_checkpoint,
 )
 from mechedit.moments.chunks import Rank
-from mechedit.moments.second_moment import METADATA_KEY, SecondMoment, check_header, moment_path
+from mechedit.moments.conditioning import warn_if_singular
+from mechedit.moments.second_moment import METADATA_KEY, REPLACE, SecondMoment, check_header, moment_path
 
 _FILE_NAME = re.compile(r"layer_(?P<layer>\d+)\.shard_\d+_of_(?P<world_size>\d+)\.safetensors")
 
@@ -52,8 +53,12 @@ def merge_moments(
         check_alike(headers[layer], headers[layers_to_merge[0]], f"the shard of layer {layer}", ("layer",))
         if moment_path(folder, layer).exists() and not overwrite:
             header = read_header(moment_path(folder, layer), METADATA_KEY)
-            check_alike(header, headers[layer], f"{str(moment_path(folder, layer))!r}")
-    return {layer: _merge_layer(folder, layer, world_sizes[layer]) for layer in layers_to_merge}
+            check_alike(header, headers[layer], f"{str(moment_path(folder, layer))!r}", remedy=REPLACE)
+    moments = {}
+    for layer in layers_to_merge:
+        moments[layer] = _merge_layer(folder, layer, world_sizes[layer])
+        warn_if_singular(moments[layer])
+    return moments
 
 
 def _merge_layer(folder: str | Path, layer: int, world_size: int) -> SecondMoment:
@@ -106,7 +111,11 @@ def _checked_header(folder: str | Path, layer: int, world_size: int) -> Mapping[
 
 
 def check_alike(
-    header: Mapping[str, Any], expected: Mapping[str, Any], what: str, besides: tuple[str, ...] = ()
+    header: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    what: str,
+    besides: tuple[str, ...] = (),
+    remedy: str = "remove what is of other settings, or collect it again with --overwrite",
 ) -> None:
     """Refuse a file that was made with another model or text.
 
@@ -115,9 +124,10 @@ def check_alike(
         expected: header of the file that it must agree with.
         what: name of the file for the message.
         besides: fields that may differ too.
+        remedy: what to do about it.
 
     Raises:
         InputError: names the first field that differs.
     """
     fields = {name: value for name, value in expected.items() if name not in besides}
-    check_header(header, fields, what, "remove what is of other settings, or collect it again")
+    check_header(header, fields, what, remedy)

@@ -22,7 +22,7 @@ from mechedit.moments.checkpoints import (
 from mechedit.moments.chunks import Rank
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.convergence_file import ConvergenceFile
-from mechedit.moments.second_moment import METADATA_KEY, SecondMoment, check_header, load_moment, moment_path
+from mechedit.moments.second_moment import METADATA_KEY, REPLACE, SecondMoment, check_header, load_moment, moment_path
 from mechedit.provenance import determining, numbered
 
 CHECKPOINT_TIME_FRACTION = 0.02
@@ -59,7 +59,7 @@ class MomentsFolder:
             path, expected = moment_path(self.path, layer), {**self.provenance, "layer": layer}
             if not path.exists() or (self.overwrite and not _has_provenance(path, expected)):
                 continue
-            check_header(read_header(path, METADATA_KEY), expected, repr(str(path)))
+            check_header(read_header(path, METADATA_KEY), expected, repr(str(path)), REPLACE)
             curve = None if self._curves is None else self._curves.load(layer)
             if self._curves is None or curve is not None:
                 moments[layer] = replace(load_moment(self.path, layer), curve=curve)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ METADATA_KEY = "provenance"
 """Key of the provenance in the file's metadata."""
 INPUT_FIELDS = ("algorithm", "texts", "max_length", "tokens", "layer")
 """Fields of the provenance that decide a moment besides the model."""
+REPLACE = "choose another --out, or pass --overwrite to replace it"
+"""What to do about a file of another provenance in the folder for results."""
+MOST_CONDITION = 1e9
+"""Condition number (in the 1-norm) above which a moment counts as nearly singular. Over 38,000 tokens it is between 9e3
+and 7e7 for the layers of SmolLM2-135M and Gemma 3 270M, and for those of the tiny model whose MLPs do anything."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,10 +53,15 @@ class SecondMoment:
     def factor(self) -> Factor:
         """Cholesky factor of the matrix, computed once for all methods and settings that solve with this moment.
 
+        Warns when the matrix is nearly singular (`MOST_CONDITION`).
+
         Raises:
             InputError: it is not positive definite.
         """
-        return factorize(self.matrix, name=f"the second moment of layer {self.layer}")
+        factor = factorize(self.matrix, name=f"the second moment of layer {self.layer}")
+        if text := singularity_warning(self, factor.condition):
+            warnings.warn(text, stacklevel=2)
+        return factor
 
     def null_space(self, threshold: float | int) -> NullSpace:
         """Directions that old keys hardly use (`mechedit.solve.null_space`), computed once per threshold.
@@ -70,6 +81,24 @@ class SecondMoment:
         """Write `folder`/moments/layer_L.safetensors, atomically."""
         path = moment_path(folder, self.layer)
         write_tensors(path, {"matrix": self.matrix}, METADATA_KEY, dict(self.provenance))
+
+
+def singularity_warning(moment: SecondMoment, condition: float) -> str | None:
+    """What to say about a moment of this condition number; None where it is fine.
+
+    Args:
+        moment: the moment.
+        condition: κ₁ of its matrix, infinite where it is singular to within rounding.
+    """
+    if condition <= MOST_CONDITION:
+        return None
+    degree = "singular" if condition == float("inf") else f"nearly singular (condition about {condition:.1e})"
+    return (
+        f"the second moment of layer {moment.layer} is {degree}: {moment.count} tokens gave keys that hardly use some "
+        f"of their {len(moment.matrix)} dimensions. An update solved with it fails, or is far larger than it needs to "
+        f"be. Collect over more and more varied text, edit other layers, or use alphaedit, which keeps to the "
+        f"dimensions that the text does not use"
+    )
 
 
 def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> SecondMoment:

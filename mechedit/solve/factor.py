@@ -192,6 +192,7 @@ def _breakdown(matrix: Float[Tensor, "n n"], sound_rows: int, name: str) -> str:
     return (
         f"{name} is not positive definite (its Cholesky factor breaks down at {sound_rows + 1} of {len(matrix)}); "
         f"{dead_units}either the moments come from too few tokens, or units are dead, or the weight is zero, or the "
-        f"matrix is not a second moment. Collect moments over more text or raise the weight; to keep the directions "
-        f"that old keys never use, use the null space"
+        f"matrix is not a second moment. Collect moments over more and more varied text, or edit other layers; a "
+        f"larger weight does not help, unless it is zero. AlphaEdit, which keeps to the null space of the moments, "
+        f"needs no such factor"
     )
