@@ -75,10 +75,10 @@ def _goes_on(text: str, index: int) -> bool:
     before, after = text[:index].rstrip(GLUE), text[index:].lstrip(GLUE)
     if not before or not after:
         return False
-    left, right = _base(before), after[0]
-    if _is_mark(right) or JOINER in text[len(before) : len(text) - len(after)]:
-        return not (left.isspace() or right.isspace())
-    return _in_word(left) and _in_word(right) and writes_spaces(left) and writes_spaces(right)
+    previous, following = _base(before), after[0]
+    if _is_mark(following) or JOINER in text[len(before) : len(text) - len(after)]:
+        return not (previous.isspace() or following.isspace())
+    return all(_in_word(character) and writes_spaces(character) for character in (previous, following))
 
 
 def _base(text: str) -> str:

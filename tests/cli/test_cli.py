@@ -135,7 +135,7 @@ def test_an_unknown_model_is_named(capsys, tmp_path):
     ("content", "message"),
     [
         (json.dumps(FACT) + "\nnot json", "line 2 is not JSON"),
-        (json.dumps({**FACT, "prompt": "the color"}), "0 times '{}'"),
+        (json.dumps({**FACT, "prompt": "the color"}), "occurs 0 times in the prompt 'the color'"),
         (json.dumps({**FACT, "prompt": "{} and {}"}), "2 times '{}'"),
         (json.dumps({**FACT, "subject": ""}), "the subject is ''"),
         (json.dumps({**FACT, "object": " "}), "the object is ' '"),
