@@ -97,6 +97,9 @@ def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: Any = "cpu") -> T
     filler = tokenizer.pad_token_id
     if filler is None:
         filler = tokenizer.eos_token_id or 0
+    if filler >= getattr(tokenizer, "vocab_size", filler + 1):
+        # A padding token that was added to the tokenizer may have no row in the embedding; the rows' tokens have.
+        filler = min(filler, max(map(max, rows)))
     ids = torch.full((len(rows), width), filler, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for index, row in enumerate(rows):

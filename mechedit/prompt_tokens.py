@@ -117,7 +117,7 @@ def _generate(model: Model, start: str, length: int, generator: torch.Generator)
         last = torch.tensor([len(ids) - 1], device=model.device)
         logits = model.run(pad([ids], model.tokenizer, model.device), logits_to_keep=last).logits
         scores = logits[0, -1].float().cpu()
-        scores[model.tokenizer.all_special_ids] = -torch.inf
+        scores[[special for special in model.tokenizer.all_special_ids if special < len(scores)]] = -torch.inf
         likeliest = scores.topk(5)
         choice = torch.multinomial(likeliest.values.softmax(-1), 1, generator=generator)
         ids.append(int(likeliest.indices[choice]))

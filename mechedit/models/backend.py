@@ -33,6 +33,7 @@ from mechedit.models.shortcuts import blocks_of, replace_forwards, skip_blocks
 from mechedit.models.sites import MODULES, Module, Site, key_part
 from mechedit.models.tokenizer_hash import tokenizer_hash
 from mechedit.models.unsupported import UnsupportedModelError
+from mechedit.models.vocabulary import has_tokens_without_row, padded_with_rows
 from mechedit.models.weights_hash import DTYPES, WeightsHash
 from mechedit.provenance import VERSION, ModelIdentity
 
@@ -83,6 +84,7 @@ class BackendModel:
         self.n_heads: int = hf.config.get_text_config().num_attention_heads
         self.vocab_size: int = hf.get_input_embeddings().weight.shape[0]
         self.max_positions: int = max_positions(hf.config)
+        self._lacks_rows = has_tokens_without_row(tokenizer, self.vocab_size)
         self.module: Module = "mlp"
         self.d_model: int = hf.config.get_text_config().hidden_size
         self.d_mlp = self.d_key = self._key_width("mlp")
@@ -141,6 +143,8 @@ class BackendModel:
         use_cache: bool = False,
     ) -> Run:
         """One forward pass; see `mechedit.models.protocol.Model.run`."""
+        if self._lacks_rows:
+            tokens = Tokens(padded_with_rows(tokens.ids, tokens.mask, self.vocab_size, self.tokenizer), tokens.mask)
         plan = plan_run(
             self,
             tokens,
@@ -165,6 +169,8 @@ class BackendModel:
         self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch all"], cache: Any = None
     ) -> tuple[Float[Tensor, "batch vocab"], Any]:
         """One step of text generation; see `mechedit.models.protocol.Model.next_logits`."""
+        if self._lacks_rows:
+            ids = padded_with_rows(ids, mask[:, -ids.shape[1] :], self.vocab_size, self.tokenizer)
         output = self.hf(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         return output.logits[:, -1], output.past_key_values
 

@@ -20,6 +20,7 @@ from mechedit.models.families import auto_class, check_config, check_loadable
 from mechedit.models.protocol import Model
 from mechedit.models.saving import stored_dtype
 from mechedit.models.self_check import self_check
+from mechedit.models.vocabulary import check_tokenizer
 from mechedit.models.weights_hash import DTYPES
 
 Backend = Literal["transformer_lens", "nnsight"]
@@ -91,7 +92,7 @@ def load_model(
         adapters.refuse_adapter(hf, name)
         check_loadable(hf)
         _check_loaded(hf, device and target_device, target_dtype)
-    _check_tokenizer(hf, tokenizer, name)
+    check_tokenizer(tokenizer, hf.get_input_embeddings().weight.shape[0], name)
     model = _wrap(hf, tokenizer, name, backend)
     if location is not None:
         model.checkpoint_dtype = stored_dtype(location)
@@ -252,31 +253,6 @@ def _check_loaded(hf: Any, device: Any, dtype: torch.dtype | None) -> None:
         raise InputError(
             f"the loaded model is {weight.dtype} on {weight.device}, but dtype {dtype} on device {device} "
             f"was asked for; a loaded model is used where it is: call .to(...) on it first"
-        )
-
-
-def _check_tokenizer(hf: Any, tokenizer: Any, name: str) -> None:
-    if tokenizer is None:
-        raise InputError(
-            f"the loaded model {name!r} came without its tokenizer; expected both: "
-            f"call load_model(model, tokenizer=...)"
-        )
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(
-            f"the tokenizer of {name!r} is a {type(tokenizer).__name__} that gives no character offsets; "
-            f"expected a fast tokenizer (with a tokenizer.json): convert it, or pass tokenizer=..."
-        )
-    rows = hf.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens, but the model has {rows} embeddings; "
-            f"expected the model's own tokenizer: pass that one"
-        )
-    # From a folder without tokenizer files, transformers makes one with an empty vocabulary.
-    if not tokenizer("The Eiffel Tower", add_special_tokens=False)["input_ids"]:
-        raise InputError(
-            f"the tokenizer of {name!r} turns text into no tokens; expected the model's own tokenizer: put "
-            f"its files (tokenizer.json, tokenizer_config.json) into the folder, or pass tokenizer=..."
         )
 
 

@@ -135,7 +135,8 @@ class Model(Protocol):
     d_key: int
     """Width of the edited module's keys: d_mlp, or head · d_head for attention."""
     vocab_size: int
-    """Rows of the token embedding, and so the number of logits; a tokenizer may use fewer."""
+    """Rows of the token embedding, and so the number of logits; a tokenizer may use fewer. It may also know tokens that
+    have no row: ordinary text gives none of them, and a run on one is an InputError."""
     module: Module
     """The edited module."""
     max_positions: int
@@ -205,7 +206,7 @@ class Model(Protocol):
 
         Raises:
             ValueError: a site outside the model or below `resume`, a value of the wrong shape, or a row that keeps
-                a position twice.
+                a position twice; as an InputError, a token that the embedding has no row for.
         """
         ...
 
