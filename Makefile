@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test docs clean
+.PHONY: run test docs real clean
 
 run: .venv/ready
 	$(BIN)/mechedit run --out run
@@ -12,12 +12,17 @@ test: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python -m analyses.real_models.make smollm2 --optional
 	$(BIN)/pytest -n auto
 	$(MAKE) docs
 
 docs: .venv/ready-dev
 	rm -rf docs/_build
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j 2 -b html docs docs/_build/html
+
+# Two pretrained models, 333 MB to download, into the cache folder or $MECHEDIT_REAL_MODELS.
+real: .venv/ready-dev
+	$(BIN)/python -m analyses.real_models.make smollm2 gemma3
 
 .venv/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
