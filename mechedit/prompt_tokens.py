@@ -1,26 +1,32 @@
-"""From text to tokens: the subject's tokens in a prompt, the tokens of an object, and context templates.
+"""From text to tokens: the subject's tokens in a prompt, the object's tokens after it, and context templates.
 
-Spans come from the tokenizer's character offsets, so merges across a boundary, BOS tokens and CJK text
-need no special care (other toolkits count the tokens of separately tokenized parts, which can be off by some).
+One function decides where a prompt meets its object, for tracing, targets, training and evaluation (`complete`): the
+object's tokens are those that prompt + joint + object has after the prompt's. Spans come from the tokenizer's
+character offsets, so merges across a boundary, BOS tokens and CJK text need no special care.
 
 A *prefix* is a context template of MEMIT: a text in front of the prompt, with `{}` for the whole prompt.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mechedit.batching import pad
 from mechedit.data import EditRequest, check_template, fill
+from mechedit.data.characters import visible
+from mechedit.data.joint import following
 from mechedit.errors import InputError
 from mechedit.models import Model
 
 BARE = "{}"
 """The context template that leaves the prompt as it is."""
+WORD = "a"
+"""A word that a text follows where its tokens in running text are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,41 +43,196 @@ class Prompt:
         return self.subject[-1]
 
 
+@dataclass(frozen=True)
+class Completion:
+    """The tokens of a text in two parts: those before the object, and the object's."""
+
+    prompt: list[int]
+    """The prompt's tokens; where the tokenizer merges across the joint, those of the joined text before the object."""
+    target: list[int]
+    """Tokens that hold the joint and the object."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Tokens of prompt and object."""
+        return self.prompt + self.target
+
+
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of `text`, with the tokenizer's own special tokens, and each token's character span."""
+    """Token ids of `text` to be continued, and each token's character span.
+
+    Special tokens that the tokenizer puts in front stay, unless the text brings its own; those that it appends, such as
+    an end of text, are taken off, because the text goes on. A warning says so.
+    """
     encoded = tokenizer(text, return_offsets_mapping=True)
-    return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    chosen = continued(tokenizer, ids, spans)
+    return ids[chosen], spans[chosen]
+
+
+def encode_documents(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of each text, of at most `max_length` tokens, with special tokens as by `encode`."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [list(ids[continued(tokenizer, ids, spans)]) for ids, spans in pairs]
+
+
+def continued(tokenizer: Any, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> slice:
+    """The tokens of a text that goes on: without appended special tokens, and with one beginning token at most.
+
+    Args:
+        tokenizer: knows which ids are special.
+        ids: of the text, with the special tokens that the tokenizer adds.
+        spans: each token's characters; of an added token, none.
+    """
+    start, stop = 0, len(ids)
+    if not ids or (spans[0][1] and spans[-1][1]):
+        return slice(start, stop)
+    special = set(tokenizer.all_special_ids)
+    added = [token in special and not end for token, (_, end) in zip(ids, spans, strict=True)]
+    while stop > 0 and added[stop - 1] and not all(added[:stop]):
+        stop -= 1
+    n_front = next((i for i, is_added in enumerate(added) if not is_added), stop)
+    if n_front and list(ids[:n_front]) == list(ids[n_front : 2 * n_front]):
+        start = n_front
+        warnings.warn("a text brings its own beginning token, so the tokenizer's is left out (said once)", stacklevel=3)
+    if stop < len(ids):
+        warnings.warn(
+            f"the tokenizer appends {tokenizer.convert_ids_to_tokens(list(ids[stop:]))} to every text; it is taken "
+            f"off, because prompts go on with their objects (said once)",
+            stacklevel=3,
+        )
+    return slice(start, stop)
 
 
 def tokenize_prompt(tokenizer: Any, template: str, subject: str) -> Prompt:
     """Tokenize `template` with `subject` in its `{}` and find the subject's tokens by character offsets.
 
+    White space and invisible characters at the subject's ends are not the subject.
+
     Raises:
         InputError: the template lacks its one `{}`, or no token holds the subject.
     """
-    check_template(template, "prompt")
-    before, after = template.split("{}")
-    ids, spans = encode(tokenizer, before + subject + after)
-    start, end = len(before), len(before) + len(subject.rstrip())
-    subject_tokens = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
-    if not subject_tokens:
+    text, start, end = _locate(template, subject)
+    ids, spans = encode(tokenizer, text)
+    return Prompt(ids=tuple(ids), subject=_holding(spans, start, end, text, subject))
+
+
+def complete(tokenizer: Any, prompt: str, text: str) -> Completion:
+    """Tokenize a prompt and the text that follows it, joint included (`following`), and tell the two apart.
+
+    The text's tokens are those that prompt + text has after the prompt's. Where the tokenizer merges across the joint,
+    they are the tokens of the joined text that hold any of its characters, and a warning says so.
+
+    Raises:
+        InputError: the prompt or the text gives no tokens.
+    """
+    return _complete(tokenizer, prompt, encode(tokenizer, prompt)[0], text)
+
+
+def complete_fact(
+    tokenizer: Any, template: str, subject: str, target: str, joint: str | None = None
+) -> tuple[Prompt, list[int]]:
+    """Tokenize a prompt about a subject, and the object that follows it.
+
+    Args:
+        tokenizer: the model's.
+        template: the prompt with one {} for the subject.
+        subject: what to find in it.
+        target: the object.
+        joint: text between prompt and object; None lets the characters that meet decide.
+
+    Returns:
+        The prompt, whose tokens are those of the joined text before the object's, and the object's tokens.
+
+    Raises:
+        InputError: as `tokenize_prompt` and `complete`; or the tokenizer merges the subject's end with the object.
+    """
+    prompt = tokenize_prompt(tokenizer, template, subject)
+    text = fill(template, subject)
+    completion = _complete(tokenizer, text, list(prompt.ids), following(text, _nonempty(target), joint))
+    if tuple(completion.prompt[: prompt.subject.stop]) != prompt.ids[: prompt.subject.stop]:
         raise InputError(
-            f"no token of {before + subject + after!r} holds the subject {subject!r}; expected a subject of "
-            f"at least one token: check the subject's text"
+            f"the tokenizer merges the end of the subject {subject!r} in {text!r} with the object {target!r}, so "
+            f"neither has tokens of its own; expected text between them: end the prompt with another word, or give a "
+            f"joint"
         )
-    return Prompt(ids=tuple(ids), subject=range(subject_tokens[0], subject_tokens[-1] + 1))
+    return Prompt(ids=tuple(completion.prompt), subject=prompt.subject), completion.target
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of an object that follows a prompt: with one leading space, without special tokens.
+    """Token ids that a text has after a word of running text, without special tokens.
+
+    The object of a prompt is tokenized behind that prompt (`complete`); this is for texts by themselves.
 
     Raises:
         InputError: the text gives no tokens.
     """
-    ids = list(tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"])
-    if not text.strip() or not ids:
+    return complete(tokenizer, WORD, following(WORD, _nonempty(text))).target
+
+
+def one_spelling(tokenizer: Any, requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The requests with one spelling per subject: subjects that give the same tokens are the same subject."""
+    tokens = {
+        subject: tuple(continuation_ids(tokenizer, visible(subject) or subject))
+        for subject in dict.fromkeys(request.subject for request in requests)
+    }
+    spelling = {ids: subject for subject, ids in reversed(tokens.items())}
+    return [replace(request, subject=spelling[tokens[request.subject]]) for request in requests]
+
+
+def _nonempty(text: str) -> str:
+    if not text.strip():
         raise InputError(f"the object {text!r} gives no tokens; expected text that is not empty")
-    return ids
+    return text
+
+
+def _complete(tokenizer: Any, prompt: str, prompt_ids: list[int], text: str) -> Completion:
+    """The completion of a prompt whose ids are known."""
+    ids, spans = encode(tokenizer, prompt + text)
+    start = len(prompt_ids)
+    if ids[:start] != prompt_ids:
+        begin = len(prompt) + len(text) - len(text.lstrip(" \t"))
+        start = next((i for i, (a, b) in enumerate(spans) if b > begin and b > a), len(ids))
+        warnings.warn(
+            "the tokenizer merges the end of a prompt with what follows: the tokens of the joined text that hold the "
+            "object are scored; where that is not meant, end the prompt otherwise or give a joint (said once)",
+            stacklevel=3,
+        )
+    if start >= len(ids):
+        raise InputError(f"the object {text!r} gives no tokens; expected text that is not empty")
+    if not start:
+        raise InputError(
+            f"the prompt {prompt!r} gives no tokens of its own before {text!r}; expected a prompt that is not empty, "
+            f"and that the tokenizer does not merge with what follows: fill it in, or end it with another word"
+        )
+    return Completion(ids[:start], ids[start:])
+
+
+def _locate(template: str, subject: str) -> tuple[str, int, int]:
+    """The text with the subject in it, and where the subject's visible characters begin and end."""
+    check_template(template, "prompt")
+    before, after = template.split("{}")
+    shown = visible(subject)
+    start = len(before) + (subject.index(shown) if shown else 0)
+    return before + subject + after, start, start + len(shown)
+
+
+def _holding(spans: Sequence[tuple[int, int]], start: int, end: int, text: str, subject: str) -> range:
+    """Positions of the tokens that hold any of these characters.
+
+    Raises:
+        InputError: there is none.
+    """
+    positions = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
+    if not positions:
+        raise InputError(
+            f"no token of {text!r} holds the subject {subject!r}; expected a subject of at least one token: check the "
+            f"subject's text"
+        )
+    return range(positions[0], positions[-1] + 1)
 
 
 def make_prefixes(
@@ -106,7 +267,23 @@ def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:
 
 def prefixed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[Prompt]:
     """The request's prompt in each context template, tokenized."""
-    return [tokenize_prompt(model.tokenizer, fill(prefix, request.prompt), request.subject) for prefix in prefixes]
+    templates = [request_template(request, prefix) for prefix in prefixes]
+    return [tokenize_prompt(model.tokenizer, template, request.subject) for template in templates]
+
+
+def completed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[tuple[Prompt, list[int]]]:
+    """The request's prompt in each context template, with the new object's tokens behind it (`complete_fact`)."""
+    return [
+        complete_fact(
+            model.tokenizer, request_template(request, prefix), request.subject, request.target_new, request.joint
+        )
+        for prefix in prefixes
+    ]
+
+
+def request_template(request: EditRequest, prefix: str = BARE) -> str:
+    """The request's prompt in a context template and in its turn, with `{}` for the subject."""
+    return fill(request.turn, fill(prefix, request.prompt))
 
 
 @torch.no_grad()

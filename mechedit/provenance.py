@@ -21,18 +21,20 @@ VERSION = "0.1.0"
 RECORDED = ("mechedit", "model", "backend")
 """Fields of a model's provenance that are written down and decide nothing: release, name and backend."""
 ALGORITHMS = {
-    "trace": 1,
+    "trace": 2,
     "moments": 1,
-    "targets": 1,
-    "edit": 1,
-    "sweep": 1,
-    "baseline": 1,
-    "baseline_zsre": 1,
-    "evaluate": 1,
-    "session": 1,
+    "targets": 2,
+    "edit": 2,
+    "sweep": 2,
+    "baseline": 2,
+    "baseline_zsre": 2,
+    "evaluate": 2,
+    "session": 2,
 }
 """Number of each artifact's algorithm. Raise one by hand when a change of the code changes that artifact's numbers:
-results of another number are not reused. Results without a number are of algorithm 1."""
+results of another number are not reused. Results without a number are of algorithm 1.
+
+2: an object's tokens are those that it has behind its prompt, not behind a space."""
 DEFAULTS: dict[str, Any] = {"module": "mlp", "algorithm": 1}
 """Values assumed where an older artifact lacks the field."""
 CAST_HASHES = "weights_hash_as"

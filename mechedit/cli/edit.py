@@ -55,6 +55,7 @@ def edit_command(options: EditOptions) -> int:
     requests = options.read_requests(options.requests, options.conflicts)
     layers = _layers(options)
     model = options.load_model()
+    requests = options.in_turns(model, requests)
     require_layers(layers, model.n_layers)
     config = options.method_config(model)
     moments = load_moments(options.moments, layers, model) if config.preserves_keys else {}

@@ -46,6 +46,7 @@ def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> 
     texts = [] if options.texts is None else first_texts(load_texts(options.texts), options.max_texts)
     edit = None if options.edit is None else Edit.load(options.edit)
     model = options.load_model()
+    requests = options.in_turns(model, requests)
     if edit is not None:
         check_model(model, edit)
     scores = pipeline.evaluate_step(folder, model, requests, edit, evaluation, texts, options.protocol, references)

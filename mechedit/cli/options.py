@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mechedit.chat import Prompted, prompted
 from mechedit.cli.app import print_json, say
 from mechedit.cli.parsing import load_quietly, method_config
 from mechedit.data import Conflicts, EditRequest, Fact, read_edit_requests, read_facts
@@ -77,6 +79,12 @@ class ReadingOptions:
     """Text between prompt and object, where a record names none; by default decided by the characters that meet."""
     strict: bool = False
     """Refuse a file with an unclear record, in place of leaving that out."""
+    chat: bool = False
+    """Ask each prompt as a user's question, through the tokenizer's chat template."""
+
+    def in_turns(self, model: Model, records: Sequence[Prompted]) -> list[Prompted]:
+        """The facts or requests, in the tokenizer's chat template if --chat says so."""
+        return prompted(model.tokenizer, records, chat=self.chat)
 
     def read_facts(self, source: str) -> list[Fact]:
         """Read facts, and say in a line what was read."""

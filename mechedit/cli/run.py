@@ -51,6 +51,7 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     requests = options.read_requests(options.requests)
     layers = None if options.layers is None else parse_layers(options.layers)
     model = options.load_model()
+    facts, requests = options.in_turns(model, facts), options.in_turns(model, requests)
     config = options.method_config(model)
     if layers:
         require_layers(layers, model.n_layers)

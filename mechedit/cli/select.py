@@ -76,6 +76,7 @@ def _validate(
     traced = pipeline.traced_model(folder)
     options = replace(options, model=options.model or traced["model"], dtype=options.dtype or traced["dtype"])
     model = options.load_model()
+    requests = options.in_turns(model, requests)
     config = options.method_config(model)
     validated = pipeline.validate_step(
         folder, model, selection, requests, options.texts, sweep, options.method, config, moments

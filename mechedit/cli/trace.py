@@ -38,7 +38,8 @@ def trace_command(options: TraceOptions, trace: TraceConfig, corruption: Corrupt
     """Trace facts: effects.parquet, facts.parquet, config.json and figures."""
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
-    traced = pipeline.trace_step(folder, options.load_model(), facts, replace(trace, corruption=corruption))
+    model = options.load_model()
+    traced = pipeline.trace_step(folder, model, options.in_turns(model, facts), replace(trace, corruption=corruption))
     run_figures(folder.path)
     options.print_summary({"facts": traced["n_facts"], "dropped": len(traced["dropped"])})
     return 0

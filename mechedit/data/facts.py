@@ -45,9 +45,14 @@ class Fact:
             check_text(self.foil, f"fact {self.id!r}: the foil")
 
     @property
+    def template(self) -> str:
+        """The prompt in its turn, with `{}` for the subject."""
+        return fill(self.turn, self.prompt)
+
+    @property
     def text(self) -> str:
         """The prompt with the subject in it, in its turn."""
-        return fill(self.turn, fill(self.prompt, self.subject))
+        return fill(self.template, self.subject)
 
     def plain(self) -> dict[str, Any]:
         """The fact as JSON holds it and as it is hashed: without a joint or a turn where it has none of its own."""
@@ -113,9 +118,14 @@ class EditRequest:
             check_text(self.target_true, f"request {self.id!r}: target_true")
 
     @property
+    def template(self) -> str:
+        """The prompt in its turn, with `{}` for the subject."""
+        return fill(self.turn, self.prompt)
+
+    @property
     def text(self) -> str:
         """The prompt with the subject in it, in its turn."""
-        return fill(self.turn, fill(self.prompt, self.subject))
+        return fill(self.template, self.subject)
 
     def plain(self) -> dict[str, Any]:
         """The request as JSON holds it and as it is hashed: without a joint or a turn where it has none of its own."""

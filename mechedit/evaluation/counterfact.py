@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from mechedit.chat import prompted
 from mechedit.data import EditRequest, check_unique_ids, texts_hash
 from mechedit.errors import InputError
 from mechedit.evaluation.baseline import Baseline
@@ -40,6 +41,8 @@ def evaluate(
     baseline: Baseline | None = None,
     texts: Sequence[str] = (),
     references: References | None = None,
+    chat: bool = False,
+    joint: str | None = None,
 ) -> Scores:
     """Measure a model, as it is now, on edit requests by CounterFact's measures.
 
@@ -59,6 +62,8 @@ def evaluate(
         baseline: the unedited model on the same input (`measure_baseline`); without it there is no KL and top1.
         texts: held-out documents for PPL.
         references: reference texts for RS.
+        chat: ask each prompt as a user's question, through the tokenizer's chat template.
+        joint: text between prompt and object where a request names none; by default the characters that meet decide.
 
     Raises:
         InputError: no requests, a repeated id, a prompt that the model cannot take, or a baseline of another model,
@@ -71,6 +76,7 @@ def evaluate(
         >>> entry = before.join(after).summary("after")["ES"]  # mean, low, high and n
     """
     config = config or (baseline.scores.config if baseline else DEFAULTS)
+    requests = prompted(model.tokenizer, requests, chat=chat, joint=joint)
     evaluation = _Evaluation(model=model, requests=requests, config=config, texts=texts, references=references)
     if baseline is None:
         return evaluation.scores(state, evaluation.score_probes())
@@ -87,6 +93,8 @@ def measure_baseline(
     *,
     texts: Sequence[str] = (),
     references: References | None = None,
+    chat: bool = False,
+    joint: str | None = None,
 ) -> Baseline:
     """Measure the unedited model, with the states that edited models are compared with for KL and top1.
 
@@ -99,10 +107,13 @@ def measure_baseline(
         config: how to measure, now and after the edits.
         texts: as in `evaluate`.
         references: as in `evaluate`.
+        chat: as in `evaluate`.
+        joint: as in `evaluate`.
 
     Raises:
         InputError: as `evaluate`.
     """
+    requests = prompted(model.tokenizer, requests, chat=chat, joint=joint)
     evaluation = _Evaluation(model=model, requests=requests, config=config, texts=texts, references=references)
     answers = evaluation.score_probes(with_states=True)
     states = torch.stack(list(answers.states.values())) if answers.states else torch.empty(0, model.d_model)

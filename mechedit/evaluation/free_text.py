@@ -12,7 +12,7 @@ from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.generation import generate, ngram_entropy, uniform_draws
 from mechedit.evaluation.measures import TEXT_MEASURES
 from mechedit.evaluation.perplexity import text_losses
-from mechedit.evaluation.probe_prompts import ScoreRow, with_subject
+from mechedit.evaluation.probe_prompts import ScoreRow, prompt_text
 from mechedit.models import Model
 
 AnswerRow = tuple[str, str, int, str, str, str]
@@ -24,7 +24,7 @@ def generation_rows(
 ) -> tuple[list[ScoreRow], list[AnswerRow]]:
     """Sample a text after every generation prompt: its GE, and the text itself."""
     prompts = [
-        (request, index, with_subject(text, request))
+        (request, index, prompt_text(text, request))
         for request in requests
         for index, text in enumerate(request.generations[: config.generation_prompts])
     ]

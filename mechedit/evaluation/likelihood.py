@@ -1,7 +1,7 @@
 """Log-probability of each object after each prompt, all pairs in one batched pass.
 
-A prompt's ids and an object's ids are joined as ids, never as text, so no merge of tokens across the boundary can
-shift them. Pairs are sorted by length and right-padded; a pair that occurs twice is computed once.
+A pair is a prompt and the text that follows it, joint included; `prompt_tokens.complete` tells their tokens apart.
+Pairs are sorted by length and right-padded; a pair that occurs twice is computed once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.batching import batches_of, pad
+from mechedit.data.joint import following
 from mechedit.errors import InputError
 from mechedit.evaluation.config import Likelihood
 from mechedit.models import Model, Site
-from mechedit.prompt_tokens import continuation_ids, encode
+from mechedit.prompt_tokens import Completion, complete
 
 Pair = tuple[str, str]
-"""A prompt and the object that may follow it."""
+"""A prompt and a text that may follow it, joint included (`following`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,17 @@ class _PairTokens:
     """A pair in token ids."""
 
     pair: Pair
-    prompt: list[int]
-    target: list[int]
+    completion: Completion
 
     @property
     def ids(self) -> list[int]:
-        """Tokens of prompt and target."""
-        return self.prompt + self.target
+        """Tokens of prompt and object."""
+        return self.completion.ids
+
+    @property
+    def start(self) -> int:
+        """Index of the object's first token."""
+        return len(self.completion.prompt)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,24 +83,34 @@ class Answers:
     """Residual state after the last block at each prompt's last token, on the CPU."""
 
 
-def score_targets(model: Model, pairs: Iterable[Pair], *, batch_size: int = 64) -> dict[Pair, TargetScore]:
+def score_targets(
+    model: Model, pairs: Iterable[tuple[str, str]], *, joint: str | None = None, batch_size: int = 64
+) -> dict[tuple[str, str], TargetScore]:
     """Score every (prompt, object) pair.
+
+    Args:
+        model: the model.
+        pairs: prompts and objects.
+        joint: text between them; None lets the two characters that meet decide (`joint_of`).
+        batch_size: pairs in one forward pass.
 
     Raises:
         InputError: a prompt or object without tokens, a pair longer than the model's context, or
             probabilities that are not finite.
     """
-    return dict(score_pairs(model, pairs, batch_size=batch_size).scores)
+    joined = {(prompt, target): (prompt, following(prompt, target, joint)) for prompt, target in pairs}
+    scores = score_pairs(model, joined.values(), batch_size=batch_size).scores
+    return {pair: scores[text] for pair, text in joined.items()}
 
 
 def score_pairs(
     model: Model, pairs: Iterable[Pair], *, state_prompts: Collection[str] = (), batch_size: int = 64
 ) -> Answers:
-    """Score every (prompt, object) pair, and in the same pass read the final state of some of the prompts.
+    """Score every pair, and in the same pass read the final state of some of the prompts.
 
     Args:
         model: the model.
-        pairs: prompts and objects.
+        pairs: prompts, and texts that follow them.
         state_prompts: prompts whose residual state after the last block is read at their last token.
         batch_size: pairs in one forward pass.
 
@@ -116,10 +131,7 @@ def score_pairs(
 
 
 def _encode(model: Model, pair: Pair) -> _PairTokens:
-    prompt, _ = encode(model.tokenizer, pair[0])
-    row = _PairTokens(pair, prompt, continuation_ids(model.tokenizer, pair[1]))
-    if not prompt:
-        raise InputError(f"the prompt {pair[0]!r} gives no tokens; expected text that is not empty: fill it in")
+    row = _PairTokens(pair, complete(model.tokenizer, *pair))
     if len(row.ids) > model.max_positions:
         raise InputError(
             f"the prompt {pair[0]!r} with its object has {len(row.ids)} tokens, expected at most "
@@ -134,19 +146,19 @@ def _score_chunk(
 ) -> tuple[list[TargetScore], Float[Tensor, "state d_model"]]:
     """Score pairs of about the same length in one forward pass, and read the states at some prompts' ends."""
     tokens = pad([row.ids for row in rows], model.tokenizer, model.device)
-    first = min(len(row.prompt) for row in rows)
+    first = min(row.start for row in rows)
     # The logits at position p predict token p + 1, and only those of the objects' tokens are needed.
     positions = torch.arange(first - 1, tokens.ids.shape[1] - 1, device=model.device)
     last = Site(model.n_layers - 1, "resid")
     run = model.run(tokens, read=[last] if state_rows else [], logits_to_keep=positions)
     logits, states = run.logits, torch.empty(0, model.d_model)
     if state_rows:
-        states = run[last][list(state_rows), [len(rows[index].prompt) - 1 for index in state_rows]].cpu()
-    starts = torch.tensor([len(row.prompt) for row in rows], device=model.device)[:, None]
+        states = run[last][list(state_rows), [rows[index].start - 1 for index in state_rows]].cpu()
+    starts = torch.tensor([row.start for row in rows], device=model.device)[:, None]
     inside = (positions + 1 >= starts) & (positions + 1 < tokens.lengths[:, None])
     log_probs, hits = _target_log_probs(logits, tokens.ids[:, positions + 1], inside)
     scores = [
-        TargetScore(log_prob=log_prob, tokens=len(row.target), hits=row_hits)
+        TargetScore(log_prob=log_prob, tokens=len(row.completion.target), hits=row_hits)
         for row, log_prob, row_hits in zip(rows, log_probs.tolist(), hits.tolist(), strict=True)
     ]
     for row, score in zip(rows, scores, strict=True):

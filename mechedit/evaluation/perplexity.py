@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mechedit.batching import length_batches, pad, padding_budget
 from mechedit.errors import InputError, check_at_least
 from mechedit.models import Model, Tokens
+from mechedit.prompt_tokens import encode_documents
 
 
 def perplexity(model: Model, texts: Sequence[str], *, max_length: int = 1024, batch_tokens: int = 4096) -> float:
@@ -49,7 +50,7 @@ def text_losses(
     check_at_least("max_length", max_length, 2)
     check_at_least("batch_tokens", batch_tokens, 1)
     limit = min(max_length, model.max_positions)
-    rows = [list(model.tokenizer(text, truncation=True, max_length=limit)["input_ids"]) for text in texts]
+    rows = encode_documents(model.tokenizer, texts, limit)
     tokens = np.array([max(len(row) - 1, 0) for row in rows], dtype=np.int64)
     if not tokens.any():
         raise InputError(f"none of the {len(texts)} texts has two tokens, expected text to predict; give more of it")

@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mechedit.data import EditRequest, fill
+from mechedit.data import EditRequest, Neighbor, fill
+from mechedit.data.characters import writes_spaces
+from mechedit.data.facts import NO_TURN
+from mechedit.data.joint import following
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.likelihood import Pair, TargetScore
 
@@ -42,28 +45,41 @@ class ProbePrompt:
     """The request's new object."""
     target_true: str | None
     """The true object; of a neighbor, its own. None leaves out the measures that compare the two."""
+    joint: str | None = None
+    """Text between the prompt and an object; None lets the characters that meet decide."""
 
     @property
     def pairs(self) -> list[Pair]:
-        """The (prompt, object) pairs that must be scored."""
-        return [(self.text, target) for target in (self.target_new, self.target_true) if target is not None]
+        """The pairs that must be scored."""
+        return [self.pair(target) for target in (self.target_new, self.target_true) if target is not None]
+
+    def pair(self, target: str) -> Pair:
+        """The prompt, and an object as it follows it."""
+        return self.text, following(self.text, target, self.joint)
 
 
 def probe_prompts(request: EditRequest, *, plus: bool = True) -> Iterator[ProbePrompt]:
     """All prompts that probe one request, those of CounterFact+ only if `plus`."""
     yield _probe(request, "rewrite", 0, request.text, request.target_true)
     for index, text in enumerate(request.paraphrases):
-        yield _probe(request, "paraphrase", index, with_subject(text, request), request.target_true)
+        yield _probe(request, "paraphrase", index, prompt_text(text, request), request.target_true)
     for index, neighbor in enumerate(request.neighbors):
-        yield _probe(request, "neighborhood", index, neighbor.prompt, neighbor.object)
+        yield _neighbor_probe(request, "neighborhood", index, neighbor, neighbor.prompt)
     for index, neighbor in enumerate(request.neighbors if plus else ()):
-        text = f"{request.text} {request.target_new.strip()}. {neighbor.prompt}"
-        yield _probe(request, "neighborhood_plus", index, text, neighbor.object)
+        yield _neighbor_probe(request, "neighborhood_plus", index, neighbor, edit_sentence(request) + neighbor.prompt)
 
 
-def with_subject(text: str, request: EditRequest) -> str:
-    """The prompt with the request's subject filled in if it is a template, else as it stands."""
-    return fill(text, request.subject) if text.count("{}") == 1 else text
+def prompt_text(text: str, request: EditRequest) -> str:
+    """A prompt of the request in its turn, with the subject filled in if it is a template."""
+    return fill(request.turn, fill(text, request.subject) if text.count("{}") == 1 else text)
+
+
+def edit_sentence(request: EditRequest) -> str:
+    """The request's prompt and new object as a sentence before another one."""
+    prompt = fill(request.prompt, request.subject)
+    # The joint of a chat is the template's, between a question and its answer.
+    sentence = prompt + following(prompt, request.target_new, request.joint if request.turn == NO_TURN else None)
+    return f"{sentence}. " if writes_spaces(sentence[-1]) else f"{sentence}。"
 
 
 def likelihood_rows(
@@ -79,13 +95,13 @@ def likelihood_rows(
         scores: of its `pairs`.
         config: which likelihood counts.
     """
-    new = scores[probe.text, probe.target_new]
+    new = scores[probe.pair(probe.target_new)]
     name = (probe.kind, probe.index)
     if probe.kind in EXACT:
         yield probe.case, EXACT[probe.kind], *name, float(new.greedy)
     if probe.target_true is None:
         return
-    expected, rival = new, scores[probe.text, probe.target_true]
+    expected, rival = new, scores[probe.pair(probe.target_true)]
     if probe.kind in NEIGHBORS:
         expected, rival = rival, expected
     # Logarithms decide: two small probabilities of long objects may both round to 0.
@@ -97,5 +113,13 @@ def likelihood_rows(
 
 def _probe(request: EditRequest, kind: Kind, index: int, text: str, target_true: str | None) -> ProbePrompt:
     return ProbePrompt(
-        case=request.id, kind=kind, index=index, text=text, target_new=request.target_new, target_true=target_true
-    )
+        case=request.id, kind=kind, index=index, text=text, target_new=request.target_new, target_true=target_true,
+        joint=request.joint,
+    )  # fmt: skip
+
+
+def _neighbor_probe(request: EditRequest, kind: Kind, index: int, neighbor: Neighbor, text: str) -> ProbePrompt:
+    return ProbePrompt(
+        case=request.id, kind=kind, index=index, text=prompt_text(text, request), target_new=request.target_new,
+        target_true=neighbor.object, joint=request.joint if neighbor.joint is None else neighbor.joint,
+    )  # fmt: skip

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
+from mechedit.chat import prompted
 from mechedit.data import EditRequest
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.counterfact import check_cases, evaluation_provenance
 from mechedit.evaluation.free_text import greedy_answers, text_loss_rows
-from mechedit.evaluation.likelihood import Pair, TargetScore, score_targets
+from mechedit.evaluation.likelihood import Pair, TargetScore, score_pairs
 from mechedit.evaluation.probe_prompts import ProbePrompt, ScoreRow, probe_prompts
 from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
 from mechedit.files import plain_copy
@@ -36,6 +37,8 @@ def evaluate_zsre(
     state: str = "after",
     *,
     texts: Sequence[str] = (),
+    chat: bool = False,
+    joint: str | None = None,
 ) -> Scores:
     """Measure a model, as it is now, on edit requests by zsRE's protocol.
 
@@ -48,7 +51,8 @@ def evaluate_zsre(
     tokens right, which is what greedy decoding then writes.
 
     The published code decodes an answer's tokens and encodes each again by itself, keeping the first id; with a
-    tokenizer that puts a token in front of every text that id is never an answer's. Here ids are joined as ids.
+    tokenizer that puts a token in front of every text that id is never an answer's. Here an answer's tokens are those
+    that it has behind its prompt.
 
     Args:
         model: the model; inside `edited(...)` its edited self.
@@ -56,13 +60,16 @@ def evaluate_zsre(
         config: how to measure; its settings for likelihoods, free text and CounterFact+ are not used.
         state: name of this model state in the table: before, after or now.
         texts: held-out documents for PPL.
+        chat: ask each prompt as a user's question, through the tokenizer's chat template.
+        joint: text between prompt and object where a request names none; by default the characters that meet decide.
 
     Raises:
         InputError: no requests, a repeated id, or a prompt that the model cannot take.
     """
     check_cases(requests)
+    requests = prompted(model.tokenizer, requests, chat=chat, joint=joint)
     probes = [probe for request in requests for probe in probe_prompts(request, plus=False)]
-    scores = score_targets(model, map(_answer_pair, probes), batch_size=config.batch_size)
+    scores = score_pairs(model, map(_answer_pair, probes), batch_size=config.batch_size).scores
     rows = [row for probe in probes for row in _accuracy_rows(probe, scores)]
     rows += text_loss_rows(model, texts, config)
     answers = greedy_answers(model, requests, config)
@@ -78,9 +85,9 @@ def evaluate_zsre(
 def _answer_pair(probe: ProbePrompt) -> Pair:
     """The prompt and its answer: the new object; of a neighbor, its own object."""
     if probe.kind != "neighborhood":
-        return probe.text, probe.target_new
+        return probe.pair(probe.target_new)
     assert probe.target_true is not None, "a neighbor has an object"
-    return probe.text, probe.target_true
+    return probe.pair(probe.target_true)
 
 
 def _accuracy_rows(probe: ProbePrompt, scores: Mapping[Pair, TargetScore]) -> Iterator[ScoreRow]:

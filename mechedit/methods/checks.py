@@ -19,6 +19,7 @@ from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig
 from mechedit.models import Model, out_part
 from mechedit.moments import SecondMoment, check_moments
+from mechedit.prompt_tokens import one_spelling
 from mechedit.provenance import ModelIdentity, check_provenance, value_hash
 from mechedit.targets import TargetConfig, Targets
 
@@ -45,7 +46,7 @@ def check_input(
         InputError: conflicting requests; layers not ascending or not in the model; moments that are absent or of
             another model; keys of earlier edits that do not fit; weights that are not finite.
     """
-    check_requests(requests)
+    check_requests(one_spelling(model.tokenizer, requests))
     layers = check_layers(layers, model)
     if config.preserves_keys:
         moment_matrices(moments, config.edited_layers(layers), model)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from mechedit.chat import prompted
 from mechedit.data import EditRequest
 from mechedit.edit import Edit
 from mechedit.errors import InputError
@@ -108,6 +109,8 @@ class Method(Generic[Config]):
         previous: EarlierKeys | None = None,
         *,
         cache: str | Path | None = None,
+        chat: bool = False,
+        joint: str | None = None,
     ) -> Edit:
         """Make one edit that writes all `requests`; the model is left as it was, bit for bit.
 
@@ -126,6 +129,9 @@ class Method(Generic[Config]):
                 preserved besides (`edit_keys`).
             cache: folder that keeps the targets found, so that an interrupted search goes on and other edits share
                 them (`find_targets`). ROME, whose targets depend on the facts before, does not use it.
+            chat: ask each prompt as a user's question, through the tokenizer's chat template; score the edit so too.
+            joint: text between prompt and object where a request names none; by default the characters that meet
+                decide.
 
         Returns:
             The edit. Its manifest holds what was asked for and how well it was written: see `spread`.
@@ -139,6 +145,7 @@ class Method(Generic[Config]):
         config = config or self.recommended(model)
         self._check_arguments(config, targets, previous)
         moments, previous = moments or {}, previous or {}
+        requests = prompted(model.tokenizer, requests, chat=chat, joint=joint)
         task = EditTask(
             method=self.name, model=model, requests=requests, prefixes=prefixes, config=config, targets=targets,
             layers=check_input(model, requests, layers, moments, previous, config),

@@ -1,6 +1,6 @@
 """Training the down-projections of some layers on requests, as every kind of fine-tuning does.
 
-Rows (a prompt joined with its object, as ids) go in, ΔW of each layer comes out. The weights change in place while the
+Rows (a prompt with its object, in tokens) go in, ΔW of each layer comes out. The weights change in place while the
 training lasts, so that both backends and every architecture compute with them, and are put back bit for bit. Adam moves
 ΔW itself, in float32 at least: in half precision the weights are W + ΔW rounded, and ΔW loses nothing. Nothing below
 the lowest trained layer changes: the residual stream is computed up to there once.
@@ -26,7 +26,7 @@ from mechedit.edit import Edit, Factors, add_, copy_weights, restoring
 from mechedit.edit.weights import projection_parameter
 from mechedit.errors import InputError
 from mechedit.models import Model, Resume, Site
-from mechedit.prompt_tokens import continuation_ids, prefixed_prompts
+from mechedit.prompt_tokens import completed_prompts
 from mechedit.targets import check_length
 
 
@@ -69,9 +69,7 @@ def training_rows(model: Model, requests: Sequence[EditRequest], prefixes: Seque
     """
     rows = []
     for index, request in enumerate(requests):
-        object_ids = continuation_ids(model.tokenizer, request.target_new)
-        for prompt in prefixed_prompts(model, request, prefixes):
-            # Ids are joined, never text: the tokens that are learned are those that are scored.
+        for prompt, object_ids in completed_prompts(model, request, prefixes):
             ids = check_length(model, request, [*prompt.ids, *object_ids])
             rows.append(TrainingRow(ids=tuple(ids), start=len(prompt.ids), request=index))
     return rows

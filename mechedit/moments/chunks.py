@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mechedit.errors import InputError
 from mechedit.moments.config import MomentsConfig
+from mechedit.prompt_tokens import encode_documents
 
 CHUNK_SIZE = 256
 """Texts per chunk. The texts of a chunk are sorted by length, so that its batches hold little padding."""
@@ -98,7 +99,8 @@ def read_chunks(
         if not rank.reads(index) and budget is None:
             continue
         documents = [text for text in texts[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE] if text.strip()]
-        sequences, n_tokens = _within_budget(budget, _encode(tokenizer, documents, max_length), special_ids)
+        encoded = [ids for ids in encode_documents(tokenizer, documents, max_length) if ids]
+        sequences, n_tokens = _within_budget(budget, encoded, special_ids)
         if rank.reads(index):
             yield Chunk(index=index, sequences=sorted(sequences, key=len, reverse=True), tokens_before=tokens_before)
         tokens_before += n_tokens
@@ -118,13 +120,6 @@ def batches(chunk: Chunk, batch_tokens: int, first: int, stops: Collection[int])
                 break
         yield slice(first, end)
         first = end
-
-
-def _encode(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    return [list(ids) for ids in encoded if ids]
 
 
 def _within_budget(

@@ -26,7 +26,7 @@ from mechedit.evaluation import QUICK, EvaluationConfig
 from mechedit.methods import MethodConfig, check_layers, moment_matrices
 from mechedit.models import Model
 from mechedit.moments import SecondMoment
-from mechedit.prompt_tokens import check_prefixes
+from mechedit.prompt_tokens import check_prefixes, one_spelling
 from mechedit.session.batch_editor import BatchEditor, check_rule, check_settings
 from mechedit.session.edited_batch import EditedBatch, active_keys, active_requests, requests_hash
 from mechedit.session.metrics import (
@@ -274,10 +274,11 @@ class EditSession:
 
     def _overridden(self, requests: tuple[EditRequest, ...], overwrite: bool) -> tuple[str, ...]:
         """Ids of active requests that a new batch contradicts, after checking the batch."""
-        check_requests(requests)
+        check_requests(one_spelling(self._editor.model.tokenizer, requests))
         written = [request.id for batch in self._batches for request in batch.requests]
         check_unique_ids([*written, *(request.id for request in requests)], "requests of the session")
-        overridden = {old.id: new.id for new, old, _ in conflicts([*requests, *self.requests])}
+        spelled = one_spelling(self._editor.model.tokenizer, [*requests, *self.requests])
+        overridden = {old.id: new.id for new, old, _ in conflicts(spelled)}
         if overridden and not overwrite:
             old, new = next(iter(overridden.items()))
             raise InputError(

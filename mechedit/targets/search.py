@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mechedit.data import EditRequest, check_requests
 from mechedit.errors import InputError
 from mechedit.models import Model
-from mechedit.prompt_tokens import check_prefixes, make_prefixes
+from mechedit.prompt_tokens import check_prefixes, make_prefixes, one_spelling
 from mechedit.provenance import value_hash
 from mechedit.targets.cache import TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
@@ -72,7 +72,8 @@ def find_targets(
         >>> targets.summary[["id", "probability", "updates", "stopped"]]  # how each search ended
     """
     config = config or TargetConfig()
-    check_requests(requests)
+    spelled = one_spelling(model.tokenizer, requests)
+    check_requests(spelled)
     config.parts(model.module)
     if not 0 <= layer < model.n_layers:
         raise InputError(
@@ -83,7 +84,7 @@ def find_targets(
     search_prompts(model, requests, range(len(requests)), prefixes, config)
     provenance = model.provenance()
     target_cache = TargetCache.at(cache, provenance, layer, prefixes, config)
-    groups = _subject_groups(requests, config)
+    groups = _subject_groups(requests, [request.subject for request in spelled], config)
     results = target_cache.read(groups)
     with tqdm(total=len(requests), desc="targets z", unit="fact", leave=None) as bar:
         bar.update(sum(map(len, results.values())))
@@ -105,11 +106,13 @@ def find_targets(
     return _targets(model, in_order, layer, prefixes, config, provenance)
 
 
-def _subject_groups(requests: Sequence[EditRequest], config: TargetConfig) -> list[SubjectGroup]:
+def _subject_groups(
+    requests: Sequence[EditRequest], subjects: Sequence[str], config: TargetConfig
+) -> list[SubjectGroup]:
     """Group requests that share one δ, in the order of each group's first request."""
     groups: dict[str, list[EditRequest]] = {}
-    for request in requests:
-        groups.setdefault(request.subject.strip() if config.joins_subjects else request.id, []).append(request)
+    for request, subject in zip(requests, subjects, strict=True):
+        groups.setdefault(subject if config.joins_subjects else request.id, []).append(request)
     return list(groups.values())
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mechedit.batching import padding_budget
-from mechedit.data import EditRequest
+from mechedit.data import EditRequest, fill
 from mechedit.errors import InputError
 from mechedit.models import Model
-from mechedit.prompt_tokens import continuation_ids, prefixed_prompts, tokenize_prompt
+from mechedit.prompt_tokens import completed_prompts, tokenize_prompt
 from mechedit.targets.config import TargetConfig
 
 KL_PROMPT = -1
@@ -61,9 +61,7 @@ def search_prompts(
     """
     prompts, groups_with_kl = [], set()
     for fact, (request, group) in enumerate(zip(requests, groups, strict=True)):
-        object_ids = continuation_ids(model.tokenizer, request.target_new)
-        for template, prompt in enumerate(prefixed_prompts(model, request, prefixes)):
-            # Ids are joined, never text: the object's tokens are those that are scored.
+        for template, (prompt, object_ids) in enumerate(completed_prompts(model, request, prefixes)):
             ids = check_length(model, request, [*prompt.ids, *object_ids[:-1]])
             scored = range(len(prompt.ids) - 1, len(ids))
             prompts.append(
@@ -80,7 +78,7 @@ def search_prompts(
 
 def _kl_prompt(model: Model, request: EditRequest, fact: int, config: TargetConfig) -> SearchPrompt:
     """The prompt of the KL term, scored at its end or, by the published code, at the subject's last token."""
-    prompt = tokenize_prompt(model.tokenizer, config.kl_prompt, request.subject)
+    prompt = tokenize_prompt(model.tokenizer, fill(request.turn, config.kl_prompt), request.subject)
     position = len(prompt.ids) - 1 if config.convention == "default" else prompt.last_subject
     return SearchPrompt(
         ids=tuple(check_length(model, request, prompt.ids)), subject=prompt.last_subject, scored=(position,),

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mechedit.batching import batches_of, group_by_shape
 from mechedit.cache import PARQUET, Cache
+from mechedit.chat import prompted
 from mechedit.data import Fact, check_unique_ids
 from mechedit.errors import InputError
 from mechedit.models import Model
@@ -34,6 +35,8 @@ def trace_facts(
     noise: NoiseSource | None = None,
     statistics: EmbeddingStatistics | None = None,
     parts: str | Path | None = None,
+    chat: bool = False,
+    joint: str | None = None,
 ) -> Effects:
     """Trace facts and return one row per restored cell and metric, averaged over noise samples.
 
@@ -50,6 +53,8 @@ def trace_facts(
             made of `config.seed` and the fact's id, the same for every cell, kind and severing.
         statistics: of the subjects' embeddings, when they have been measured on a larger set of subjects.
         parts: folder for the effects of finished groups of facts, from which an interrupted trace continues.
+        chat: ask each prompt as a user's question, through the tokenizer's chat template.
+        joint: text between prompt and object where a fact names none; by default the characters that meet decide.
 
     Raises:
         ValueError: `parts` with explicit `noise`, whose draws no file name can tell apart.
@@ -60,6 +65,7 @@ def trace_facts(
         >>> effects = me.trace_facts(model, facts, me.TraceConfig(sever=("nothing", "mlp", "attn")))
         >>> me.average_effects(effects)
     """
+    facts = prompted(model.tokenizer, facts, chat=chat, joint=joint)
     plan = plan_trace(model, facts, config, noise=noise, statistics=statistics, parts=parts)
     frame = pd.concat(list(plan), ignore_index=True)
     order = {traced.fact.id: i for i, traced in enumerate(plan.facts)}

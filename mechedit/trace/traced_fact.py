@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from mechedit.batching import group_by_shape
 from mechedit.data import Fact
 from mechedit.errors import InputError
 from mechedit.models import Model, Tokens
-from mechedit.prompt_tokens import continuation_ids, tokenize_prompt
+from mechedit.prompt_tokens import Prompt, complete_fact, tokenize_prompt
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import ReplacementSubjects
 from mechedit.trace.labels import role_of
@@ -63,15 +64,14 @@ def tokenize_fact(model: Model, fact: Fact) -> TracedFact:
             the model can take.
     """
     tokenizer = model.tokenizer
-    prompt = tokenize_prompt(tokenizer, fact.prompt, fact.subject)
-    object_ids = continuation_ids(tokenizer, fact.object)
+    prompt, object_ids = complete_fact(tokenizer, fact.template, fact.subject, fact.object, fact.joint)
     ids = (*prompt.ids, *object_ids[:-1])
     if len(ids) > model.max_positions:
         raise InputError(
             f"fact {fact.id!r} has {len(ids)} tokens, expected at most {model.max_positions}, all that {model.name!r} "
             f"can take: shorten its prompt"
         )
-    foil_id = None if fact.foil is None else continuation_ids(tokenizer, fact.foil)[0]
+    foil_id = None if fact.foil is None else _foil_id(tokenizer, fact, prompt)
     if foil_id == object_ids[0]:
         raise InputError(
             f"fact {fact.id!r}: the foil {fact.foil!r} starts with the same token as the object {fact.object!r}, "
@@ -87,6 +87,23 @@ def tokenize_fact(model: Model, fact: Fact) -> TracedFact:
         roles=tuple(role_of(i, prompt.subject, len(prompt.ids)) for i in range(len(prompt.ids))),
         tokens=tuple(tokenizer.decode([token]) for token in prompt.ids),
     )
+
+
+def _foil_id(tokenizer: Any, fact: Fact, prompt: Prompt) -> int:
+    """The first token that the foil has after the prompt.
+
+    Raises:
+        InputError: the tokenizer merges the prompt's end with the foil, but not with the object, or otherwise.
+    """
+    assert fact.foil is not None
+    foil_prompt, foil_ids = complete_fact(tokenizer, fact.template, fact.subject, fact.foil, fact.joint)
+    if foil_prompt.ids != prompt.ids:
+        raise InputError(
+            f"fact {fact.id!r}: the tokenizer merges the prompt's end with the foil {fact.foil!r} otherwise than with "
+            f"the object {fact.object!r}, so they do not follow the same tokens: end the prompt without white space, "
+            f"or choose another foil"
+        )
+    return foil_ids[0]
 
 
 def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], list[Dropped]]:
@@ -133,7 +150,7 @@ def with_replacements(
     for traced in known:
         replacements = []
         for candidate in pool.of(traced.fact, config.seed):
-            prompt = tokenize_prompt(model.tokenizer, traced.fact.prompt, candidate.subject)
+            prompt = tokenize_prompt(model.tokenizer, traced.fact.template, candidate.subject)
             rest = (*prompt.ids[: prompt.subject.start], *prompt.ids[prompt.subject.stop :])
             prompt_ids = traced.ids[: traced.prompt_length]
             expected_rest = (*prompt_ids[: traced.subject.start], *prompt_ids[traced.subject.stop :])

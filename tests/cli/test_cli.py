@@ -31,16 +31,16 @@ from mechedit.files import read_json
 
 FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", "object": "teal"}
 
-COMMON = "model backend device dtype seed overwrite json config"
+COMMON = "model backend device dtype merge-adapter seed overwrite json config"
 OPTIONS = {
-    "run": "facts requests texts out layers method rule max-facts samples set generation-prompts",
-    "trace": "facts out kinds sever window roles samples noise corruption replace extra-tokens metrics memory "
-    "max-facts",
+    "run": "facts requests joint strict chat texts out layers method rule max-facts samples set generation-prompts",
+    "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
+    "metrics memory max-facts",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
-    "texts tokens max-length method set",
+    "joint strict chat texts tokens max-length method set",
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
-    "edit": "requests out show layers selection moments method set conflicts",
-    "evaluate": "requests out edit texts max-texts generation-prompts protocol references conflicts",
+    "edit": "requests joint strict chat out show layers selection moments method set conflicts",
+    "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts protocol references conflicts",
     "apply": "edit out format",
     "report": "DIRECTORY json config",
 }

@@ -82,7 +82,7 @@ def score(log_prob, tokens, greedy=False):
 
 def rows_of(kind, new, true, likelihood="joint"):
     probe = ProbePrompt(case="c", kind=kind, index=0, text="t", target_new="new", target_true="true")
-    scores = {("t", "new"): new, ("t", "true"): true}
+    scores = {("t", " new"): new, ("t", " true"): true}
     config = EvaluationConfig(likelihood=likelihood)
     return {row[1]: row[4] for row in likelihood_rows(probe, scores, config)}
 

@@ -496,6 +496,7 @@ def test_a_folder_of_another_session_is_refused(
 def test_a_folder_without_an_algorithm_number_counts_as_of_algorithm_1(
     begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(ALGORITHMS, "session", 1)
     begin(folder=tmp_path)
     content = json.loads((tmp_path / "session.json").read_text())
     assert content["made_with"].pop("algorithm") == 1

@@ -1,0 +1,250 @@
+"""Any text under any tokenizer: what mechedit scores is what the model itself writes, greedily, after the prompt.
+
+For each kind of tokenizer a small model knows texts of many scripts and forms by heart. Its own greedy continuation of
+a prompt *is* the object, so the exact match must be 1 and log P the sum of the greedy steps' own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.languages import FORMS, TOKENIZERS, Form, sentencepiece, speaker
+
+import mechedit as me
+from mechedit.chat import chat_turn, prompted
+from mechedit.data.joint import following
+from mechedit.evaluation import score_targets
+from mechedit.prompt_tokens import complete, complete_fact, encode, encode_documents, tokenize_prompt
+from mechedit.targets.config import TargetConfig
+from mechedit.targets.objective import prepare_objective
+
+MERGING = {("own newline", kind) for kind in ("llama3-like", "gemma-like", "qwen-like")}
+"""Forms whose joint these tokenizers merge into one token, as `:` and a line break: they do not round-trip."""
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind: str) -> me.Model:
+    hf, tokenizer = speaker(kind)
+    return me.load_model(hf, tokenizer=tokenizer)
+
+
+@torch.no_grad()
+def greedy(model: me.Model, ids: list[int], count: int) -> tuple[list[int], float]:
+    """The model's next tokens, one full pass each, and the sum of their log-probabilities."""
+    total, written = 0.0, []
+    for _ in range(count):
+        logits = model.hf(torch.tensor([[*ids, *written]])).logits[0, -1].double()
+        written.append(int(logits.argmax()))
+        total += logits.log_softmax(-1).max().item()
+    return written, total
+
+
+def facts_of(form: Form) -> list[me.Fact]:
+    return [
+        me.Fact(id=subject, subject=subject, prompt=form.prompt, object=target.strip(" "))
+        for subject, target in form.pairs
+    ]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.filterwarnings("ignore:the tokenizer merges")
+def test_scores_are_those_of_the_models_own_words(model: me.Model, kind: str, name: str) -> None:
+    not_round_trip = 0
+    for fact, (_, target) in zip(facts_of(FORMS[name]), FORMS[name].pairs, strict=True):
+        assert following(fact.text, fact.object) == target, "the joint is the one that the text was written with"
+        ids, _ = encode(model.tokenizer, fact.text)
+        completion = complete(model.tokenizer, fact.text, target)
+        # Tokens that exist only in the joined text cannot be written after the prompt's own.
+        not_round_trip += completion.prompt != ids
+        written, log_prob = greedy(model, completion.prompt, len(completion.target))
+        assert written == completion.target, "the model knows the text"
+        assert encode(model.tokenizer, fact.text + target)[0] == completion.prompt + written
+        score = score_targets(model, [(fact.text, fact.object)])[fact.text, fact.object]
+        assert score.greedy
+        assert score.log_prob == pytest.approx(log_prob, abs=1e-5)
+        # Control: behind another joint the object is another one to the model.
+        wrong = "" if target.startswith(" ") else " "
+        other = score_targets(model, [(fact.text, fact.object)], joint=wrong)[fact.text, fact.object]
+        assert other.log_prob < score.log_prob - 1
+    assert not_round_trip == (len(FORMS[name].pairs) if (name, kind) in MERGING else 0)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.filterwarnings("ignore:the tokenizer merges")
+def test_the_subjects_tokens_hold_the_subject_and_no_word_more(model: me.Model, name: str) -> None:
+    for fact in facts_of(FORMS[name]):
+        prompt = tokenize_prompt(model.tokenizer, fact.prompt, fact.subject)
+        _, spans = encode(model.tokenizer, fact.text)
+        start = fact.prompt.index("{}")
+        inside = [i for i, (a, b) in enumerate(spans) if b > a and a < start + len(fact.subject) and b > start]
+        assert list(prompt.subject) == inside
+        text = model.tokenizer.decode([prompt.ids[i] for i in prompt.subject])
+        assert fact.subject in text or name == "emoji", "bytes of a part of an emoji do not decode"
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer merges")
+def test_tracing_editing_and_evaluation_score_the_same_tokens(model: me.Model) -> None:
+    facts = [dataclasses.replace(fact, id=f"{name}/{fact.id}") for name in FORMS for fact in facts_of(FORMS[name])]
+    effects = me.trace_facts(model, facts, me.TraceConfig(samples=1, kinds=("state",), window=1))
+    assert effects.attrs["n_facts"] == len(facts), "each of them is known"
+    clean = effects.groupby("fact")["clean"].first()
+    scores = score_targets(model, [(fact.text, fact.object) for fact in facts])
+    requests = [
+        me.EditRequest(id=fact.id, subject=fact.subject, prompt=fact.prompt, target_new=fact.object) for fact in facts
+    ]
+    objective = prepare_objective(model, [[request] for request in requests], 1, ["{}"], TargetConfig())
+    terms = objective.loss_terms(torch.zeros_like(objective.initial), gradient=False).values
+    for index, fact in enumerate(facts):
+        score = scores[fact.text, fact.object]
+        assert clean[fact.id] == pytest.approx(score.probability("joint"), rel=1e-4)
+        assert terms[index, 1].item() == pytest.approx(-score.log_prob / score.tokens, abs=1e-4)
+    summary = me.evaluate(model, requests, me.EvaluationConfig(generation_tokens=0, answer_tokens=0)).summary()
+    assert summary["exact_match"]["mean"] == 100
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [(me.ft, me.FineTuneConfig(steps=30)), (me.ft_l, me.FineTuneBallConfig(steps=30, norm_bound=0.05))],
+)
+def test_what_an_edit_reports_is_what_the_model_writes(method: me.Method, config: me.FineTuneConfig) -> None:
+    """A chat model, edited and asked: exact match 1 only where it writes the new object at the assistant's turn."""
+    hf, tokenizer = speaker("qwen-like")
+    model = me.load_model(hf, tokenizer=tokenizer)
+    request = me.EditRequest(
+        id="0", subject="France", prompt=FORMS["chatml"].prompt, target_new="Lima", target_true="Paris"
+    )
+    edit = method(model, [request], [0, 1], config=config)
+    for state in ("before", "after"):
+        if state == "after":
+            me.apply_(model, edit)
+        scores = me.evaluate(model, [request], me.EvaluationConfig(generation_tokens=0)).summary()
+        ids, _ = encode(tokenizer, request.text)
+        target = complete(tokenizer, request.text, "Lima").target
+        writes = greedy(model, ids, len(target))[0] == target
+        assert writes == (scores["exact_match"]["mean"] == 100) == (state == "after")
+        assert scores["ES"]["mean"] == (100 if state == "after" else 0)
+    me.undo_(model, edit)
+
+
+def test_an_appended_end_token_is_taken_off_and_a_beginning_is_not_doubled() -> None:
+    tokenizer, plain = sentencepiece(prepend=True, end=True), sentencepiece(prepend=True)
+    text = "The capital of France is"
+    assert tokenizer(text)["input_ids"] == [*plain(text)["input_ids"], tokenizer.eos_token_id], (
+        "control: it appends one"
+    )
+    with pytest.warns(UserWarning, match="appends"):
+        assert encode(tokenizer, text)[0] == plain(text)["input_ids"]
+    with pytest.warns(UserWarning, match="appends"):
+        assert encode_documents(tokenizer, [text, text], 64) == [plain(text)["input_ids"]] * 2
+    assert plain("<s>" + text)["input_ids"][:2] == [plain.bos_token_id] * 2, "control: it doubles it"
+    with pytest.warns(UserWarning, match="its own beginning"):
+        ids, _ = encode(plain, "<s>" + text)
+    assert ids.count(plain.bos_token_id) == 1
+    # A text that ends with the end token by its author's will keeps it.
+    with pytest.warns(UserWarning, match="appends"):
+        assert encode(tokenizer, text + "</s>")[0][-1] == tokenizer.eos_token_id
+
+
+def test_merges_across_the_joint_are_said_and_never_eat_the_subject() -> None:
+    _, tokenizer = speaker("qwen-like")
+    with pytest.warns(UserWarning, match="merges the end of a prompt"):
+        completion = complete(tokenizer, "Name the town of Peru:", "\nLima")
+    assert tokenizer.decode(completion.target) == ":\nLima"
+    assert tokenizer.decode(completion.prompt) == "Name the town of Peru"
+    with (
+        pytest.warns(UserWarning, match="merges"),
+        pytest.raises(me.InputError, match="the end of the subject 'Peru:'"),
+    ):
+        complete_fact(tokenizer, "Name the town of {}", "Peru:", "\nLima")
+    complete_fact(tokenizer, "Name the town of {}", "Peru:", "\nLima", joint=" ")
+
+
+class TestChat:
+    """Prompts as questions through the tokenizer's own template."""
+
+    @pytest.fixture
+    def chat_model(self) -> me.Model:
+        hf, tokenizer = speaker("qwen-like")
+        tokenizer.chat_template = CHAT
+        return me.load_model(hf, tokenizer=tokenizer)
+
+    def test_a_question_is_asked_as_the_template_writes_it(self, chat_model: me.Model) -> None:
+        fact = me.Fact(id="0", subject="France", prompt="Where is {} ruled?", object="Paris")
+        (asked,) = prompted(chat_model.tokenizer, [fact], chat=True)
+        assert asked.text == FORMS["chatml"].prompt.replace("{}", "France")
+        assert asked.joint == ""
+        assert me.trace_facts(chat_model, [fact], me.TraceConfig(samples=1), chat=True).attrs["n_facts"] == 1
+        with pytest.raises(me.InputError, match="can be traced"):
+            me.trace_facts(chat_model, [fact], me.TraceConfig(samples=1))
+
+    def test_edit_and_evaluation_ask_the_same_question(self, chat_model: me.Model) -> None:
+        request = me.EditRequest(
+            id="0", subject="France", prompt="Where is {} ruled?", target_new="Lima", target_true="Paris",
+            paraphrases=("Where is France ruled?",),
+            neighbors=(me.Neighbor(prompt="Where is Peru ruled?", object="Lima"),),
+        )  # fmt: skip
+        config = me.EvaluationConfig(generation_tokens=0)
+        before = me.evaluate(chat_model, [request], config, chat=True)
+        assert before.summary()["ES"]["mean"] == before.summary()["PS"]["mean"] == 0
+        edit = me.ft(chat_model, [request], [0, 1], config=me.FineTuneConfig(steps=30), chat=True)
+        with me.edited(chat_model, edit):
+            after = me.evaluate(chat_model, [request], config, chat=True)
+            answer = after.answers["answer"].iloc[0]
+        assert after.summary()["exact_match"]["mean"] == after.summary()["PS"]["mean"] == 100
+        assert answer.startswith("Lima")
+
+    def test_context_templates_stand_within_the_question(self, chat_model: me.Model) -> None:
+        from mechedit.prompt_tokens import prefixed_prompts
+
+        request = me.EditRequest(id="0", subject="France", prompt="Where is {} ruled?", target_new="Lima")
+        (request,) = prompted(chat_model.tokenizer, [request], chat=True)
+        (prompt,) = prefixed_prompts(chat_model, request, ["Well. {}"])
+        text = chat_model.tokenizer.decode(list(prompt.ids))
+        assert text.startswith("<|im_start|>user\nWell. Where is France")
+
+    def test_a_template_may_write_a_space_before_the_answer(self) -> None:
+        tokenizer = sentencepiece(prepend=True)
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+            "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+        )
+        assert chat_turn(tokenizer) == ("[INST] {} [/INST]", " ")
+
+    @pytest.mark.parametrize("template", [None, "{{ messages[0].role }}", "{} {{ messages[0].content }}"])
+    def test_what_cannot_be_a_turn_is_refused(self, template: str | None) -> None:
+        tokenizer = sentencepiece(prepend=True)
+        tokenizer.chat_template = template
+        with pytest.raises(me.InputError, match="chat template"):
+            chat_turn(tokenizer)
+
+    def test_a_joint_or_turn_of_its_own_stays(self, chat_model: me.Model) -> None:
+        fact = me.Fact(id="0", subject="France", prompt="Where is {}?", object="Paris", joint="*")
+        (asked,) = prompted(chat_model.tokenizer, [fact], chat=True, joint="-")
+        assert asked.joint == "*"
+        (again,) = prompted(chat_model.tokenizer, [asked], chat=True)
+        assert again == asked
+
+
+def test_subjects_of_the_same_tokens_are_one_subject(tokenizer, make_model) -> None:
+    model = make_model()
+    request = me.EditRequest(id="a", subject="Leon Blum", prompt="{} speaks", target_new="French")
+    for subject in ("Leon Blum ", "Leon Blum\u200b", "\ufeffLeon Blum", "\u00a0Leon Blum"):
+        opposite = dataclasses.replace(request, id="b", subject=subject, target_new="Korean")
+        with pytest.raises(me.InputError, match="conflict"):
+            me.find_targets(model, [request, opposite], 1, ["{}"])
+        prompt = tokenize_prompt(model.tokenizer, "{} speaks", subject)
+        assert model.tokenizer.decode([prompt.ids[prompt.last_subject]]).endswith("um")
+    # Control: another subject conflicts with nothing.
+    me.find_targets(model, [request, dataclasses.replace(request, id="b", subject="Leon")], 1, ["{}"],
+                    me.TargetConfig(steps=1))  # fmt: skip
