@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +17,7 @@ from torch import Tensor
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.moments.key_reader import KeyReader
+from mechedit.prompt_tokens import encode_documents
 
 LEAST_CORRELATION = 0.25
 """Least correlation of the logarithms of predicted and measured energies over the units of a key.
@@ -78,10 +78,9 @@ def measured_energies(
     model: Model, layers: Sequence[int], texts: Sequence[str] = TEXTS
 ) -> dict[int, Float[Tensor, " d_mlp"]]:
     """Mean of kᵢ² over the tokens of the texts, per layer."""
-    tokenizer: Any = model.tokenizer
-    sequences = tokenizer(list(texts), truncation=True, max_length=model.max_positions)["input_ids"]
+    sequences = [ids for ids in encode_documents(model.tokenizer, texts, model.max_positions) if ids]
     reader = KeyReader(model, sorted(layers), batch_tokens=2048)
-    keys = reader.read(sorted((list(ids) for ids in sequences if ids), key=len, reverse=True))
+    keys = reader.read(sorted(sequences, key=len, reverse=True))
     return {layer: keys[layer].double().square().mean(0) for layer in layers}
 
 
