@@ -56,48 +56,63 @@ def _numbered(records: list[Any], path: Path) -> list[Located]:
 
 def _read_objects(text: str, path: Path) -> Iterator[Located]:
     """Yield one value per line; a value that goes on in the next lines is read to its end."""
-    lines = text.split("\n")
-    number = 0
-    while number < len(lines):
-        first, number = number, number + 1
-        if not lines[first].strip():
-            continue
-        location = f"{str(path)!r}, line {first + 1}"
-        try:
-            yield json.loads(lines[first]), location
-        except json.JSONDecodeError as error:
-            rest = "\n".join(lines[first:])
-            value, end = _read_over_lines(rest, error, first, location)
-            number = first + 1 + rest[:end].count("\n")
+    start, number = 0, 1
+    while start < len(text):
+        end = _line_end(text, start)
+        if line := text[start:end].strip():
+            location = f"{str(path)!r}, line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                value, end = _read_over_lines(text, start, number, path)
+                end = _line_end(text, end)
             yield value, location
+        number += text.count("\n", start, end) + 1
+        start = end + 1
 
 
-def _read_over_lines(text: str, line_error: json.JSONDecodeError, first: int, location: str) -> tuple[Any, int]:
-    """The value that starts a text and goes on over several lines, and its end.
+def _read_over_lines(text: str, start: int, number: int, path: Path) -> tuple[Any, int]:
+    """The value that begins in a line and goes on in the next ones, and its end.
+
+    Args:
+        text: of the file.
+        start: where the line begins.
+        number: of the line, from 1.
+        path: of the file.
 
     Raises:
         InputError: names the line at which the value breaks off: the first, if that is not the start of any value.
     """
-    start = len(text) - len(text.lstrip())
-    first_line, _, following = text.partition("\n")
-    goes_on = line_error.pos >= len(first_line.rstrip()) or first_line.strip() in ("{", "[")
-    problem = line_error
+    end = _line_end(text, start)
+    line, following = text[start:end], text[end : end + 1000].lstrip()
     try:
-        value, end = _DECODER.raw_decode(text, start)
-        if not text[end:].split("\n", 1)[0].strip():
-            return value, end
+        value, value_end = _DECODER.raw_decode(text, start + len(line) - len(line.lstrip()))
+        if not text[value_end : _line_end(text, value_end)].strip():
+            return value, value_end
+        broken = None
     except json.JSONDecodeError as error:
+        broken = error
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        goes_on = error.pos >= len(line.rstrip()) or line.strip() in ("{", "[")
         # Where the next line starts a record, it is this line that was cut short.
-        if goes_on and following.strip() and not following.lstrip().startswith("{"):
-            number = first + error.lineno
+        if broken is not None and goes_on and following and not following.startswith("{"):
             raise InputError(
-                f"{location.rpartition(', ')[0]}, line {number} is not JSON: column {error.colno}: {error.msg}; fix "
-                f"the object that starts in line {first + 1}"
-            ) from error
-    raise InputError(
-        f"{location} is not JSON: column {problem.colno}: {problem.msg}; expected one JSON object per line: fix that "
-        f"line"
-    ) from problem
+                f"{str(path)!r}, line {broken.lineno} is not JSON: column {broken.colno}: {broken.msg}; fix the object "
+                f"that starts in line {number}"
+            ) from broken
+        raise InputError(
+            f"{str(path)!r}, line {number} is not JSON: column {error.colno}: {error.msg}; expected one JSON object "
+            f"per line: fix that line"
+        ) from error
+    raise AssertionError("a line that is JSON is read as a line")
+
+
+def _line_end(text: str, start: int) -> int:
+    """The index of the line feed that ends the line of `start`, or of the text's end."""
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
 
 
 def _unwrapped(content: dict[str, Any], location: str, path: Path) -> list[Located]:

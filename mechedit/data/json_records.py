@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 from mechedit.data.characters import visible
@@ -42,8 +43,13 @@ class JsonRecord:
         """The record's id or index, whatever they are, by which a list of records names it."""
         return str(next((self.fields[name] for name in ("id", "case_id", "known_id") if name in self), self.index))
 
+    @cached_property
+    def present(self) -> frozenset[str]:
+        """Names of the fields that are not empty."""
+        return frozenset(name for name, value in self.fields.items() if not is_empty(value))
+
     def __contains__(self, name: str) -> bool:
-        return not is_empty(self.fields.get(name))
+        return name in self.present
 
     def require(self, *names: str) -> Any:
         """The first of these fields that the record has.
@@ -61,7 +67,7 @@ class JsonRecord:
                 f"record",
                 reason,
             )
-        present = ", ".join(name for name in self.fields if name in self) or "nothing"
+        present = ", ".join(name for name in self.fields if name in self.present) or "nothing"
         raise UnclearRecordError(f"{self.location} has no field {names[0]!r} (found: {present}); add it", reason)
 
     def unclear(self, problem: str, reason: str) -> UnclearRecordError:
@@ -128,12 +134,12 @@ class JsonRecord:
         Raises:
             InputError: names the field, and the known one that is most like it.
         """
-        for name in self.fields:
-            if name in known or name not in self or name.startswith(NOTE_MARK):
-                continue
+        extra = self.present.difference(known)
+        unknown = [name for name in self.fields if name in extra and not name.startswith(NOTE_MARK)]
+        if unknown:
             raise InputError(
-                f"{self.location} has a field {name!r}, which nothing reads; {meant(name, known)}: rename it, drop it, "
-                f"or put {NOTE_MARK} before its name"
+                f"{self.location} has a field {unknown[0]!r}, which nothing reads; {meant(unknown[0], known)}: rename "
+                f"it, drop it, or put {NOTE_MARK} before its name"
             )
 
     def _items(self, name: str) -> Iterator[tuple[int, Any]]:
@@ -166,7 +172,7 @@ class JsonRecord:
 def is_empty(value: Any) -> bool:
     """Whether a value says nothing: null, NaN, a blank text, a list or an object of nothing else."""
     if isinstance(value, str):
-        return not visible(value)
+        return not (value and (value[0].isalnum() or visible(value)))
     if isinstance(value, list):
         return all(is_empty(item) for item in value)
     if isinstance(value, dict):

@@ -27,6 +27,7 @@ EASYEDIT_FIELDS = (
     "concept", "text", "labels",
 )  # fmt: skip
 """What EasyEdit and KnowEdit have besides; the last three are WikiBio's names for subject, prompt and target_new."""
+FIELDS = (*SHORT_FIELDS, *EASYEDIT_FIELDS)
 NEIGHBOR_FIELDS = ("prompt", "object", "joint")
 
 TRUE_FIELDS = ("target_true", "ground_truth", "target_old")
@@ -35,7 +36,7 @@ PARAPHRASE_FIELDS = ("rephrase_prompt", "rephrase")
 
 def parse_plain(record: JsonRecord) -> RecordRequests:
     """The short form, EasyEdit's and KnowEdit's; the prompt holds `{}` or the subject."""
-    record.require_known((*SHORT_FIELDS, *EASYEDIT_FIELDS))
+    record.require_known(FIELDS)
     subject = subject_of(record)
     new = next((name for name in ("target_new", "labels") if name in record), "target_new")
     request = EditRequest(

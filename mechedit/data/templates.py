@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
+from collections.abc import Iterator
 
 from mechedit.data.characters import writes_spaces
 from mechedit.data.json_records import UnclearRecordError
@@ -41,7 +41,7 @@ def make_template(text: str, subject: str, location: str) -> str:
     Raises:
         UnclearRecordError: the subject does not occur, only within longer words, or more than once.
     """
-    starts = [match.start() for match in re.finditer(f"(?={re.escape(subject)})", text)]
+    starts = list(_occurrences(text, subject))
     words = [start for start in starts if _is_whole(text, start, start + len(subject))]
     if len(words) == 1:
         return text[: words[0]] + "{}" + text[words[0] + len(subject) :]
@@ -58,6 +58,14 @@ def make_template(text: str, subject: str, location: str) -> str:
         f"{remedy}",
         f"no clear place for the subject: {len(words)} of them",
     )
+
+
+def _occurrences(text: str, subject: str) -> Iterator[int]:
+    """Where the subject begins in a text, overlapping occurrences included."""
+    start = text.find(subject)
+    while start >= 0:
+        yield start
+        start = text.find(subject, start + 1)
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:
