@@ -58,8 +58,8 @@ def rows(options: argparse.Namespace) -> Iterator[str]:
             low, high = wilson_interval(known / len(facts), len(facts))
             interval = f" ({100 * low:.1f} to {100 * high:.1f})" if len(facts) < total else ""
             size = f"{len(facts):,}" + (f" of {total:,}" if len(facts) < total else "")
-            share = f"{100 * known / len(facts):.1f} %{interval}"
-            yield f"| {name} | {title} | {size} | {known:,} | {share} | {(time.monotonic() - start) / 60:.1f} |"
+            percent = f"{100 * known / len(facts):.1f} %{interval}"
+            yield f"| {name} | {title} | {size} | {known:,} | {percent} | {(time.monotonic() - start) / 60:.1f} |"
 
 
 def main() -> int:

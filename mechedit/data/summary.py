@@ -37,11 +37,13 @@ def describe_facts(facts: Sequence[Fact]) -> str:
 
 
 def _describe(count: int, noun: str, counts: Mapping[str, int], not_scored: Mapping[str, int]) -> str:
-    present = ", ".join(f"{number:,} {name}" for name, number in counts.items() if number)
-    absent = ", ".join(name for name, number in counts.items() if not number)
     parts = {
-        "": present,
-        "absent: ": absent,
-        "not scored: ": ", ".join(f"{n:,} {name}" for name, n in not_scored.items()),
+        "": ", ".join(_counted(number, name) for name, number in counts.items() if number),
+        "absent: ": ", ".join(name for name, number in counts.items() if not number),
+        "not scored: ": ", ".join(_counted(number, name) for name, number in not_scored.items()),
     }
-    return "; ".join([f"{count:,} {noun}{'s' * (count != 1)}", *(name + text for name, text in parts.items() if text)])
+    return "; ".join([_counted(count, f"{noun}s"), *(name + text for name, text in parts.items() if text)])
+
+
+def _counted(number: int, plural: str) -> str:
+    return f"{number:,} {plural.removesuffix('s') if number == 1 else plural}"

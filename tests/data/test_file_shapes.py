@@ -204,12 +204,20 @@ def test_what_was_read_in_a_line(tmp_path):
         {**CLEAR, "target_true": "", "neighbors": [{"prompt": "e", "object": "f"}], "case_id": 7},
     ]
     reading = read_edit_requests(written(tmp_path, json.dumps(records)))
-    counts = "2 requests; 1 true objects, 2 paraphrases, 1 neighbors; absent: attributes, generations"
+    counts = "2 requests; 1 true object, 2 paraphrases, 1 neighbor; absent: attributes, generations"
     assert describe_requests(reading.records) == counts
     assert reading.summary == f"file.json: {counts}; not scored: 1,100 portability prompts"
     facts = read_facts(written(tmp_path, json.dumps([FACT])))
     assert (
         facts.summary == "file.json: " + describe_facts(facts.records) == "file.json: 1 fact; absent: relations, foils"
+    )
+
+
+def test_the_summary_of_shipped_data():
+    assert describe_facts(load_facts("known")) == "2,065 facts; 10 relations; absent: foils"
+    assert describe_requests(load_requests("tiny")).startswith("100 requests; 100 true objects, 200 paraphrases, ")
+    assert describe_requests([]) == (
+        "0 requests; absent: true objects, paraphrases, neighbors, attributes, generations"
     )
 
 
@@ -219,7 +227,7 @@ def test_the_command_line_says_what_was_read_and_refuses_when_strict(tmp_path, c
     with pytest.warns(UserWarning, match="1 of 2"), pytest.raises(SystemExit, match="2"):
         main(arguments)
     said = capsys.readouterr().err
-    assert "read file.json: 1 request; 1 true objects; absent: paraphrases" in said
+    assert "read file.json: 1 request; 1 true object; absent: paraphrases" in said
     assert "left out: 1" in said
     assert "layer 99 is not in the model" in said  # the control: reading was not what failed
     with pytest.raises(SystemExit, match="2"):

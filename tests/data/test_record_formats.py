@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mechedit import EditRequest, InputError, Neighbor, load_requests
+from mechedit import EditRequest, InputError, Neighbor, load_facts, load_requests
 from mechedit.data import check_requests
-from mechedit.data.request_formats import make_template
+from mechedit.data.templates import make_template
+from mechedit.provenance import value_hash
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 EASYEDIT = {
@@ -242,6 +243,24 @@ def test_the_real_zsre_is_read_whole():
         assert request.text == record["src"]
         assert request.target_new == record["answers"][0]
         assert request.neighbors == (Neighbor(prompt=record["loc"] + "?", object=record["loc_ans"]),)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("known_1000.json", "875ec72aef0815539f0c2d60f5871c52bb5a1e06992bc120d20f827d6064e6bb"),
+        ("counterfact_short_5000.json", "3af31e54f2c2708fd7e3d630182fa5ba275b39c9fa856eb1aed0fb966906e093"),
+        ("zsre_short_1000.json", "81f4a1bca91b4ed0436751d6f95b47ab5697c34a4be7b12952195582365e1aca"),
+    ],
+)
+def test_real_files_are_read_as_they_always_were(name, expected):
+    """Hashes of what was read before other benchmarks' forms and stricter rules for subjects and fields came."""
+    path = shared(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of conflicts, counted above
+        records = load_facts(path) if name.startswith("known") else load_requests(path, conflicts="first")
+    assert value_hash(records) == expected
+    assert value_hash(records[1:]) != expected
 
 
 CSV = """\
