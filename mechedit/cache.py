@@ -6,17 +6,32 @@ and leaves it there. Files appear whole or not at all. A `Codec` knows how one k
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pandas as pd
+from platformdirs import user_cache_dir
 
 from mechedit.files import write_parquet
 from mechedit.provenance import value_hash
 
 Value = TypeVar("Value")
+
+CACHE_VARIABLE = "MECHEDIT_CACHE"
+"""Environment variable with the path of the cache folder."""
+
+
+def cache_folder() -> Path:
+    """The folder for downloads and converted models: $MECHEDIT_CACHE, else the operating system's.
+
+    On Linux that is ~/.cache/mechedit.
+    """
+    if configured := os.environ.get(CACHE_VARIABLE):
+        return Path(configured).expanduser()
+    return Path(user_cache_dir("mechedit"))
 
 
 @dataclass(frozen=True)

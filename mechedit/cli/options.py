@@ -44,7 +44,7 @@ class ModelOptions(JsonOption):
     backend: str = "transformer_lens"
     """transformer_lens or nnsight."""
     device: str | None = None
-    """Device, such as cpu; by default the accelerator if there is one."""
+    """Device, such as cpu; by default the accelerator if there is one. auto spreads the layers over all of them."""
     dtype: str | None = None
     """float32, bfloat16 or float16."""
     merge_adapter: bool = False

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from platformdirs import user_cache_dir
 from tqdm import tqdm
 
+from mechedit.cache import cache_folder
 from mechedit.errors import InputError
 from mechedit.files import read_json, writable_folder, write_json
 from mechedit.provenance import VERSION, file_hash
 
-CACHE_VARIABLE = "MECHEDIT_CACHE"
-"""Environment variable with the path of the cache folder."""
 READ_BYTES = 1 << 18
 """Bytes read from the server at a time."""
 
@@ -55,13 +53,6 @@ class _Response:
     """Size of the complete file in bytes; None if the server does not say."""
     validator: str | None
     """The server's name for this version of the file; the rest is requested only if it has not changed."""
-
-
-def cache_folder() -> Path:
-    """The folder for downloads: $MECHEDIT_CACHE, else the operating system's (on Linux ~/.cache/mechedit)."""
-    if configured := os.environ.get(CACHE_VARIABLE):
-        return Path(configured).expanduser()
-    return Path(user_cache_dir("mechedit"))
 
 
 def fetch(remote: RemoteFile, cache: str | Path | None = None, *, timeout: float = 30.0) -> Path:

@@ -17,6 +17,8 @@ from mechedit.errors import InputError, check_choice
 from mechedit.models import adapters
 from mechedit.models.backend import BackendModel
 from mechedit.models.families import auto_class, check_config, check_loadable
+from mechedit.models.forward_hooks import user_hooks
+from mechedit.models.gguf import dequantized, gguf_file
 from mechedit.models.protocol import Model
 from mechedit.models.saving import stored_dtype
 from mechedit.models.self_check import self_check
@@ -55,12 +57,14 @@ def load_model(
         >>> next_token = model.tokenizer.decode(run.logits[0, -1].argmax())
 
     Args:
-        source: `tiny` (the model that ships with the package), a hub name, a folder with a checkpoint, or a
-            loaded transformers model. A folder called `tiny` is reached by `./tiny`.
+        source: `tiny` (the model that ships with the package), a hub name, a folder with a checkpoint, a GGUF file or a
+            folder with one, or a loaded transformers model. A folder called `tiny` is reached by `./tiny`. A GGUF file
+            is dequantized once, into mechedit's cache folder (in `dtype` if it is given, else float32).
         tokenizer: a fast transformers tokenizer; needed with a loaded model, else the source's own.
         backend: `transformer_lens` or `nnsight`; both give the same numbers.
-        device: device of the weights; by default the accelerator when there is one, else the CPU. A loaded model is
-            not moved.
+        device: device of the weights; by default the accelerator when there is one, else the CPU. `auto` spreads the
+            layers over all accelerators (transformers' `device_map="auto"`). A loaded model is not moved; one that is
+            spread over devices is used as it is.
         dtype: float32, bfloat16 or float16; by default float32 on the CPU and for `tiny`, else the
             checkpoint's. A loaded model is not converted.
         module: the module that edits are written into: `mlp`, or `attn` (see `Model.writing`).
@@ -74,14 +78,20 @@ def load_model(
             self-check.
     """
     check_choice("the backend", backend, get_args(Backend))
-    target_device, target_dtype = _device(device), _dtype(dtype)
+    spread = device == "auto"
+    target_device, target_dtype = _device(None if spread else device), _dtype(dtype)
     location = None
     if isinstance(source, str | Path):
         name = str(source)
-        location = _location(source)
+        location = _location(source) if gguf_file(source) is None else ""
         if target_dtype is None and (source == "tiny" or target_device.type == "cpu"):
             target_dtype = torch.float32
-        hf = _load(location, name, target_device, target_dtype, merge_adapter)
+        placing = _device_map(target_device, spread)
+        if (file := gguf_file(source)) is not None:
+            with _input_errors(name):
+                location = str(dequantized(file, target_dtype))
+        hf = _load(location, name, placing, target_dtype, merge_adapter)
+        _check_in_memory(hf)
         tokenizer = _load_tokenizer(location, name) if tokenizer is None else tokenizer
         if not hf.name_or_path:
             name = f"{name}{_MERGED}"
@@ -91,13 +101,23 @@ def load_model(
             hf, name = adapters.merged(hf, name), f"{name}{_MERGED}"
         adapters.refuse_adapter(hf, name)
         check_loadable(hf)
-        _check_loaded(hf, device and target_device, target_dtype)
+        _check_loaded(hf, target_device if device and not spread else None, target_dtype)
     check_tokenizer(tokenizer, hf.get_input_embeddings().weight.shape[0], name)
-    model = _wrap(hf, tokenizer, name, backend)
+    try:
+        model = _wrap(hf, tokenizer, name, backend)
+        self_check(model)
+        model = model.writing(module)
+    except Exception as error:
+        # A hook may make the model's own code or a backend fail with any error.
+        if hooks := user_hooks(hf):
+            shown = "; ".join(hooks[:3]) + (f"; {len(hooks) - 3} more" if len(hooks) > 3 else "")
+            raise InputError(
+                f"{_first_line(error)}. But {shown}: remove it (.remove() of its handle) and load again"
+            ) from error
+        raise
     if location is not None:
         model.checkpoint_dtype = stored_dtype(location)
-    self_check(model)
-    return model.writing(module)
+    return model
 
 
 def transformers_model(model: Model) -> Any:
@@ -114,8 +134,8 @@ def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> BackendModel:
     return ModelClass(hf, tokenizer, name=name)
 
 
-def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | None, merge_adapter: bool) -> Any:
-    """Load weights; the config is checked before, so that refusing a model costs no download."""
+def _load(location: str, name: str, device_map: Any, dtype: torch.dtype | None, merge_adapter: bool) -> Any:
+    """Load weights to their device; the config is checked before, so that refusing a model costs no download."""
     from transformers import AutoConfig
 
     with _input_errors(name):
@@ -127,12 +147,18 @@ def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | N
                     f"{adapters.base_of(location)!r}; expected a plain model: load the base model, or pass "
                     f"merge_adapter=True (--merge-adapter) to edit the base model with the adapter merged"
                 )
-            adapted = adapters.load_adapter(location, lambda base: _load(_location(base), base, device, dtype, True))
+            adapted = adapters.load_adapter(
+                location, lambda base: _load(_location(base), base, device_map, dtype, True)
+            )
             return adapters.merged(adapted, name)
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         check_config(config)
         loaded: Any = auto_class(config).from_pretrained(
-            location, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+            location,
+            dtype=dtype or "auto",
+            device_map=device_map,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     hf, report = loaded
     if report["missing_keys"]:
@@ -141,7 +167,7 @@ def _load(location: str, name: str, device: torch.device, dtype: torch.dtype | N
             f"the checkpoint of {name!r} lacks {len(report['missing_keys'])} of its weights (such as "
             f"{min(report['missing_keys'])!r}); expected a complete one: save it again with save_pretrained"
         )
-    return hf.to(device)
+    return hf
 
 
 def _load_tokenizer(location: str, name: str) -> Any:
@@ -233,6 +259,13 @@ def _device(device: str | torch.device | None) -> torch.device:
         ) from error
 
 
+def _device_map(device: torch.device, spread: bool) -> Any:
+    """Where transformers puts weights while it reads them; None for the CPU, where it puts them by itself."""
+    if device.type == "cpu":
+        return None
+    return "auto" if spread else {"": device}
+
+
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
         return None
@@ -241,13 +274,18 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _check_loaded(hf: Any, device: Any, dtype: torch.dtype | None) -> None:
-    """A loaded model belongs to the caller: refuse to move or convert it."""
+def _check_in_memory(hf: Any) -> None:
+    """Refuse weights that are elsewhere: an edit in place would not reach them."""
     if any(parameter.is_meta for parameter in hf.parameters()):
         raise InputError(
             "the loaded model has weights without data (on the device 'meta'), as when offloaded to disk; "
-            "expected all of them in memory: load it without offloading"
+            "expected all of them in memory: load it without offloading, in a smaller dtype or on more devices"
         )
+
+
+def _check_loaded(hf: Any, device: Any, dtype: torch.dtype | None) -> None:
+    """A loaded model belongs to the caller: refuse to move or convert it."""
+    _check_in_memory(hf)
     weight = hf.get_input_embeddings().weight
     if (device and device != weight.device) or (dtype and dtype != weight.dtype):
         raise InputError(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechedit.errors import InputError
 from mechedit.files import read_json, write_json
+from mechedit.models.families import auto_class
 from mechedit.models.shared_copy import share_parameters
 from mechedit.models.tokenizer_hash import tokenizer_hash
 
@@ -239,12 +240,8 @@ def _facts_of(tokenizer: Any) -> tuple[Any, ...]:
 
 
 def _reloaded(hf: Any, folder: Path) -> tuple[Any, Mapping[str, Any]]:
-    from transformers import AutoModelForCausalLM
-
-    known = type(hf.config) in AutoModelForCausalLM._model_mapping
-    loader: Any = AutoModelForCausalLM if known else type(hf)
     try:
-        return loader.from_pretrained(
+        return auto_class(hf.config).from_pretrained(
             folder,
             dtype="auto",
             attn_implementation=getattr(hf.config, "_attn_implementation", None),
@@ -283,6 +280,6 @@ def _check_tokenizer(tokenizer: Any, folder: Path, text: str) -> None:
 def _lossy(what: str) -> InputError:
     return InputError(
         f"the checkpoint that was written is not the edited model: {what}; nothing was left at the destination. "
-        f"Look for what changes how the model is saved (wrappers, adapters, patches of save_pretrained), or "
-        f"report it with the model's name"
+        f"Look for what changes how the model is saved or run (wrappers, adapters, forward hooks, patches of "
+        f"save_pretrained), or report it with the model's name"
     )

@@ -32,6 +32,8 @@ _ROW = 4096
 """Words that go into one weighted sum."""
 _BLOCK = 2**24
 """Words that are multiplied at a time, to bound the memory that it takes."""
+_NUMBERS = 2**22
+"""Numbers that are cast at a time, to bound the memory that it takes."""
 _STATES = 8
 """States of the weights whose hashes are remembered."""
 
@@ -72,26 +74,26 @@ def sha256_of(parameters: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes, in the order of the names, in hex."""
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
-        _update(digest, name, parameter)
+        digest.update(_header(name, parameter))
+        digest.update(_bytes(parameter))
     return digest.hexdigest()
 
 
 @torch.no_grad()
 def cast_sha256_of(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> str:
-    """`sha256_of` the parameters rounded to another dtype: the hash of the same weights loaded in that dtype.
-
-    One of them at a time is cast.
-    """
+    """`sha256_of` the parameters rounded to another dtype: the hash of the same weights loaded in that dtype."""
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
-        _update(digest, name, parameter.to(dtype) if parameter.is_floating_point() else parameter)
+        cast = dtype if parameter.is_floating_point() else parameter.dtype
+        digest.update(_header(name, parameter, cast))
+        for numbers in parameter.detach().reshape(-1).split(_NUMBERS):
+            digest.update(_bytes(numbers.to(cast)))
     return digest.hexdigest()
 
 
-def _update(digest: Any, name: str, parameter: Tensor) -> None:
-    digest.update(_header(name, parameter))
-    content: Any = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest.update(memoryview(content.numpy()))
+def _bytes(numbers: Tensor) -> memoryview:
+    content: Any = numbers.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(content.numpy())
 
 
 def checksum(parameters: Mapping[str, Tensor]) -> bytes:
@@ -120,8 +122,8 @@ def _checksum(parameter: Tensor) -> bytes:
     return f"{zlib.crc32(content)} {int(words.sum())}".encode()
 
 
-def _header(name: str, parameter: Tensor) -> bytes:
-    return f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode()
+def _header(name: str, parameter: Tensor, dtype: torch.dtype | None = None) -> bytes:
+    return f"{name} {list(parameter.shape)} {dtype or parameter.dtype}\n".encode()
 
 
 def words_of(parameter: Tensor) -> Tensor:

@@ -1,0 +1,168 @@
+"""Where weights lie and who looks on: neither changes a result, or it is said; and loading makes no second copy."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from helpers.edits import identical, logits, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mechedit.models
+from mechedit.data import load_facts, load_requests, load_texts
+from mechedit.edit import apply_, edited, export, undo_
+from mechedit.errors import InputError
+from mechedit.evaluation import EvaluationConfig, evaluate
+from mechedit.methods import METHODS
+from mechedit.models import load_model
+from mechedit.moments import collect_moments
+from mechedit.trace import TraceConfig, trace_facts
+
+TINY = Path(mechedit.models.__file__).parent / "tiny"
+
+
+@functools.cache
+def tiny_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def tiny_hf(**settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, **settings).eval()
+
+
+def dispatched() -> Any:
+    """As accelerate spreads a model: each part's forward is replaced by one that moves its inputs."""
+    parts = ["transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"]
+    parts += [f"transformer.h.{layer}" for layer in range(len(tiny_hf().transformer.h))]
+    hf = dispatch_model(tiny_hf(), dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+    assert "forward" in hf.transformer.h[0].__dict__
+    return hf
+
+
+def every_step(hf: Any, backend: str, folder: Path) -> list[torch.Tensor]:
+    """Trace, moments, edit, evaluation, export, apply and undo; the numbers of the first four."""
+    model = load_model(hf, tokenizer=tiny_tokenizer(), backend=backend)
+    requests, before = load_requests("tiny")[:1], weights(model)
+    effects = trace_facts(model, load_facts("known")[:1], TraceConfig(samples=1, kinds=("state",), sever=("mlp",)))
+    moments = collect_moments(model, load_texts("tiny")[:20], layers=[2])
+    edit = METHODS["rome"](model, requests, [2], moments, ("{}",))
+    apply_(model, edit)
+    assert not identical(model, before)
+    undo_(model, edit)
+    assert identical(model, before)
+    with edited(model, edit):
+        scores = evaluate(model, requests, EvaluationConfig(generation_tokens=3, generation_prompts=1, resamples=10))
+    export(model, edit, folder)
+    return [torch.as_tensor(part).double() for part in (
+        effects["score"], moments[2].matrix, edit.delta(2), scores.table["value"],
+    )]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+    return every_step(tiny_hf(), "transformer_lens", tmp_path_factory.mktemp("plain") / "out")
+
+
+@pytest.mark.parametrize("make", [dispatched, lambda: tiny_hf(device_map="auto")], ids=["dispatched", "auto"])
+def test_a_model_spread_by_accelerate_passes_every_step(
+    make: Any, backend: str, expected: list[torch.Tensor], tmp_path: Path
+) -> None:
+    for number, value in zip(expected, every_step(make(), backend, tmp_path / "out"), strict=True):
+        torch.testing.assert_close(value, number, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
+    parts = {name: "cpu" for name in ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head")}
+    parts |= {
+        f"transformer.h.{layer}": "disk" if layer == 3 else "cpu" for layer in range(len(tiny_hf().transformer.h))
+    }
+    hf = dispatch_model(tiny_hf(), parts, main_device="cpu", offload_dir=tmp_path)
+    with pytest.raises(InputError, match="weights without data"):
+        load_model(hf, tokenizer=tiny_tokenizer())
+
+
+def test_auto_is_the_cpu_where_there_is_nothing_else() -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    assert load_model("tiny", device="auto").device.type == "cpu"
+    assert load_model(tiny_hf(), tokenizer=tiny_tokenizer(), device="auto").device.type == "cpu"
+
+
+def scaling(module: Any, arguments: Any, output: Any) -> Any:
+    return output * 1.01
+
+
+class Doubling:
+    def __call__(self, module: Any, arguments: Any) -> Any:
+        return (arguments[0] * 2, *arguments[1:])
+
+
+def test_a_users_hook_is_named(make_hf: Any, tokenizer: Any, backend: str) -> None:
+    hf = make_hf("llama")
+    handle = hf.model.layers[1].register_forward_hook(scaling)
+    with pytest.raises(InputError, match=rf"module 'model.layers.1' has a forward hook scaling \(of {__file__}, line"):
+        load_model(hf, tokenizer=tokenizer, backend=backend)
+    handle.remove()
+    hf.model.layers[2].register_forward_pre_hook(Doubling())
+    with pytest.raises(InputError, match=r"module 'model.layers.2' has a forward pre-hook Doubling"):
+        load_model(hf, tokenizer=tokenizer, backend=backend)
+    patched = make_hf("llama")
+    forward = patched.model.layers[2].forward
+    patched.model.layers[2].forward = lambda *arguments, **named: forward(*arguments, **named) * 1.01
+    with pytest.raises(InputError, match=r"module 'model.layers.2' has a replaced forward .*<lambda>"):
+        load_model(patched, tokenizer=tokenizer, backend=backend)
+
+
+def test_a_hook_that_only_looks_is_let_be(make_hf: Any, tokenizer: Any, backend: str) -> None:
+    hf, seen = make_hf("llama"), []
+    hf.model.layers[1].register_forward_hook(lambda module, arguments, output: seen.append(1))
+    model = load_model(hf, tokenizer=tokenizer, backend=backend)
+    assert seen
+    torch.testing.assert_close(logits(model), logits(load_model(make_hf("llama"), tokenizer=tokenizer)))
+
+
+PEAK = """
+import gc, sys, threading, time
+import torch
+from mechedit.models import load_model
+
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+def watch():
+    while watching:
+        peaks.append(anonymous())
+        time.sleep(0.002)
+
+load_model("tiny", device="cpu")  # imports what a load imports
+gc.collect()
+peaks, watching, start = [], True, anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_model(sys.argv[1], device="cpu")
+model.weights_hash()
+model.cast_hashes()
+watching = False
+thread.join()
+size = sum(weight.nbytes for _, weight in model.named_parameters())
+print((max(peaks) - start) / size, size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the operating system does not say")
+def test_loading_takes_little_more_than_the_weights(make_hf: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Converted from bfloat16 to float32, which leaves no second copy; hashing takes none either."""
+    hf = make_hf("llama", hidden_size=512, intermediate_size=12288, num_hidden_layers=8)
+    hf.bfloat16().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    printed = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    peak, size = map(float, printed.stdout.split())
+    assert size > 600e6
+    assert 0.9 < peak < 1.2, "below, the weights themselves would not have been seen"
