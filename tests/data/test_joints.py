@@ -110,3 +110,15 @@ def test_a_csv_may_have_a_column_of_joints(tmp_path):
     assert [request.joint for request in requests] == [" ", None, "-"]
     requests = load_requests(written(tmp_path, lines, "facts.csv"), joint="")
     assert [request.joint for request in requests] == [" ", "", "-"]
+
+
+@pytest.mark.parametrize("joint", [None, "", " "])
+@pytest.mark.parametrize("turn", ["{}", TURN])
+def test_what_a_record_says_of_itself_is_read_back(tmp_path, joint, turn):
+    """`plain` writes the short form."""
+    neighbors = tuple(replace(neighbor, joint=joint) for neighbor in (NEIGHBOR, replace(NEIGHBOR, object="\nAsia")))
+    request = replace(REQUEST, joint=joint, turn=turn, neighbors=neighbors, target_true="Antarctica", relation="P30")
+    request = replace(request, paraphrases=("Vinson Massif is part of",), attributes=("a",), generations=("b",))
+    assert load_requests(written(tmp_path, [request.plain()])) == [request]
+    fact = replace(FACT, joint=joint, turn=turn, foil="Asia")
+    assert load_facts(written(tmp_path, [fact.plain()])) == [fact]
