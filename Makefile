@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test docs real clean
+.PHONY: run test docs families real clean
 
 run: .venv/ready
 	$(BIN)/mechedit run --out run
@@ -23,6 +23,10 @@ docs: .venv/ready-dev
 # Two pretrained models, 333 MB to download, into the cache folder or $MECHEDIT_REAL_MODELS.
 real: .venv/ready-dev
 	$(BIN)/python -m analyses.real_models.make smollm2 gemma3
+
+# Every model type of transformers through all steps, on two cores in about half an hour; writes docs/reference/models.md.
+families: .venv/ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families --jobs 2
 
 .venv/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -66,7 +66,8 @@ def check_layers(layers: Sequence[int], model: Model) -> list[int]:
     """The layers as a list.
 
     Raises:
-        InputError: none, not ascending, repeated, or not in the model.
+        InputError: none, not ascending, repeated, or not in the model; a block without a matrix to write into, or
+            with keys of another width.
     """
     numbers = [int(layer) for layer in layers]
     if not numbers or numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < model.n_layers:
@@ -74,6 +75,13 @@ def check_layers(layers: Sequence[int], model: Model) -> list[int]:
             f"the layers are {numbers}, expected some of 0 … {model.n_layers - 1} of {model.name!r}, ascending "
             f"and each once; choose others"
         )
+    for layer in numbers:
+        width = len(model.projection(layer))
+        if width != model.d_key:
+            raise InputError(
+                f"the matrix of layer {layer} takes keys of width {width}, expected {model.d_key} like the first layer "
+                f"of {model.name!r} that can be written; leave the layer out"
+            )
     return numbers
 
 

@@ -1,15 +1,19 @@
 """Language models with named sites, the same for every architecture and on both backends.
 
 The interface is `Model` (`protocol`), with its `sites` and `kv_cache`; `loading` makes one and `self_check` tests it.
-Behind it, `backend` holds weight-sharing copies of the transformers model (`shared_copy`), whose parts `families`
-locates. A run is a `plan`, carried out by the first engine that can: `fast_gpt`, or one of `engines`, which the two
-backends complete. Nothing outside this package imports transformer_lens or nnsight, or names a transformers class.
+Behind it, `backend` holds weight-sharing copies of the transformers model (`shared_copy`), whose parts (`family`) are
+in the table of `families` or measured by `discovery`; what cannot be used is `unsupported`. A run is a `plan`, carried
+out by the first engine that can: `fast_gpt`, or one of `engines`, which the two backends complete; where a prefix
+cannot be cut off, it is `run_again`. Nothing outside this package imports transformer_lens or nnsight, or names a
+transformers class.
 """
 
+from mechedit.models.families import loader_of
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.loading import load_model, transformers_model
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
 from mechedit.models.sites import EMBED, MODULES, Module, Part, Site, out_part
+from mechedit.models.unsupported import UnsupportedModelError
 from mechedit.models.weights_hash import DTYPES
 
 __all__ = [
@@ -25,7 +29,9 @@ __all__ = [
     "Run",
     "Site",
     "Tokens",
+    "UnsupportedModelError",
     "load_model",
+    "loader_of",
     "out_part",
     "transformers_model",
 ]

@@ -81,7 +81,7 @@ class BackendModel:
             unhooked = UnhookedEngine(self.unhooked_copy, self.family)
             self._engines = (FastGptEngine(self.unhooked_copy), unhooked, hooked)
         self.n_layers = len(hf.get_submodule(self.family.blocks))
-        self.n_heads: int = hf.config.get_text_config().num_attention_heads
+        self.n_heads: int = _n_heads(hf.config.get_text_config())
         self.vocab_size: int = hf.get_input_embeddings().weight.shape[0]
         self.max_positions: int = max_positions(hf.config)
         self._lacks_rows = has_tokens_without_row(tokenizer, self.vocab_size)
@@ -345,6 +345,14 @@ class BackendModel:
             "backend": self.backend,
             **self.identity().record,
         }
+
+
+def _n_heads(config: Any) -> int:
+    """Attention heads per layer; the most of any layer where they differ."""
+    layers = getattr(config, "per_layer_config", None)
+    if layers is None:
+        return getattr(config, "num_attention_heads", 1)
+    return max(getattr(layers[layer], "num_attention_heads", 1) for layer in range(config.num_hidden_layers))
 
 
 def unwritable(model: BackendModel, layer: int, module: Module) -> UnsupportedModelError:

@@ -43,6 +43,8 @@ class _Call:
     output: Any
     items: int
     """Items of the output if it is a tuple, else 0."""
+    original: Any = None
+    """The output itself, of which `output` is a copy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +79,13 @@ def find_family(hf: Any) -> Family:
         UnsupportedModelError: its blocks do not add attention's and an MLP's output to one residual stream.
     """
     model = share_parameters(hf)
-    calls = _recorded_calls(model, ordinary_ids(hf, 2, _WIDTH).to(hf.get_input_embeddings().weight.device))
     name = hf.config.model_type
+    try:
+        calls = _recorded_calls(model, ordinary_ids(hf, 2, _WIDTH).to(hf.get_input_embeddings().weight.device))
+    except Exception as error:
+        # The model's own code, which may raise anything.
+        reason = f"it does not run on ids and a mask alone ({(str(error).strip() or repr(error)).splitlines()[0]})"
+        raise _unsupported("does not run on text alone", name, reason) from error
     blocks = _blocks_path(model, calls, name)
     layers = [f"{blocks}.{layer}" for layer in range(len(model.get_submodule(blocks)))]
     items = {calls[layer][0].items for layer in layers}
@@ -92,7 +99,8 @@ def find_family(hf: Any) -> Family:
     parts = []
     for layer in layers:
         block = model.get_submodule(layer)
-        kind = tuple((path, type(module)) for path, module in block.named_modules())
+        modules = tuple((path, type(module)) for path, module in block.named_modules())
+        kind = (modules, tuple(path for path, _ in block.named_parameters()))
         if kind not in measured:
             measured[kind] = _block_parts(block, layer, calls, scales, name)
         parts.append(measured[kind])
@@ -105,6 +113,12 @@ def find_family(hf: Any) -> Family:
         architecture=type(hf).__name__,
         blocks=blocks,
         embedding=embedding,
+        overwrites=any(
+            len(_states(call.output)) and not torch.equal(call.original, call.output)
+            for path, entries in calls.items()
+            if path.startswith(f"{blocks}.")
+            for call in entries
+        ),
         tuple_items=items.pop(),
         other_blocks={layer: entry for layer, entry in enumerate(parts) if entry != usual},
         **fields,
@@ -135,7 +149,7 @@ def _recorded_calls(model: Any, ids: Int[Tensor, "row width"]) -> dict[str, list
             items = len(output) if isinstance(output, tuple) else 0
             first = next(iter(output), None) if items else output
             order = sum(map(len, calls.values()))
-            calls.setdefault(path, []).append(_Call(order, seen_args, seen_kwargs, copied(first), items))
+            calls.setdefault(path, []).append(_Call(order, seen_args, seen_kwargs, copied(first), items, first))
 
         handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(module.register_forward_hook(end))

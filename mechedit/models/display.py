@@ -31,7 +31,7 @@ def _properties(model: Model) -> dict[str, str]:
     return {
         "family": model.family.name,
         "layers": str(model.n_layers),
-        "width": f"{model.d_model} (MLP {model.d_mlp})",
+        "width": f"{model.d_model} ({f'MLP {model.d_mlp}' if model.d_mlp else 'experts'})",
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "backend": model.backend,

@@ -166,6 +166,12 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+def loader_of(hf: Any) -> Any:
+    """The class that loads what `hf.save_pretrained` wrote: transformers' automatic one where it gives hf's class."""
+    auto = auto_class(hf.config)
+    return auto if auto._model_mapping.get(type(hf.config), None) is type(hf) else type(hf)
+
+
 def _architectures(config: Any) -> list[str]:
     """The classes with a language-model head that transformers has for a config."""
     model_type = getattr(config, "model_type", None)

@@ -91,6 +91,8 @@ class Family(BlockParts):
     """The list of blocks, from the model."""
     embedding: str
     """The token embedding, from the model."""
+    overwrites: bool = False
+    """Whether blocks change a module's output after its call, so that what is read there must be copied."""
     tuple_items: int = 0
     """Items of the tuple that a block returns, the residual first; 0 where it returns the residual alone."""
     other_blocks: Mapping[int, BlockParts] = field(default_factory=dict)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
-KeysAndValues = tuple[tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos d_head"]], ...]
+KeysAndValues = tuple[tuple[Shaped[Tensor, "batch _ pos _"], Shaped[Tensor, "batch _ pos _"]], ...]
+"""Keys and values by layer, [batch, head, pos, d_head]; of a model that keeps none (`Model.keeps_keys`), each block's
+input and the ids, as one head."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechedit.models.family import Family
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
 from mechedit.models.sites import Site
@@ -45,6 +46,8 @@ class SiteStep:
     writes: tuple[Write, ...]
     """Writes, in the order of the patches."""
     read: bool
+    copy: bool = False
+    """Whether what is read must be copied, because the block goes on to overwrite it."""
     scale: float | int = 1
     """Factor of the activation as it is added to the residual stream: what is read is scaled, and writes are undone."""
 
@@ -53,7 +56,8 @@ class SiteStep:
         for write in self.writes:
             activation = write(activation)
         if self.read:
-            values[self.site] = activation if self.scale == 1 else activation * self.scale
+            states = activation.clone() if self.copy else activation
+            values[self.site] = states if self.scale == 1 else states * self.scale
         return activation
 
     def on_module(self, activation: Tensor, shape: tuple[int, int], values: dict[Site, Tensor]) -> Tensor:
@@ -141,6 +145,7 @@ class PlannedModel(Protocol):
     """The properties of a model that a plan is checked against."""
 
     n_layers: int
+    family: Family
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +228,7 @@ def _steps(
             writes.setdefault(patch.site, []).append(_write(model, patch, entries[id(patch.positions)]))
     reads = set(read)
     return [
-        SiteStep(site, tuple(writes.get(site, ())), site in reads, model.scale(site))
+        SiteStep(site, tuple(writes.get(site, ())), site in reads, model.family.overwrites, model.scale(site))
         for site in sorted(reads | writes.keys(), key=lambda site: site.order)
     ]
 

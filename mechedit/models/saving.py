@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mechedit.errors import InputError
 from mechedit.files import read_json, write_json
-from mechedit.models.families import auto_class
+from mechedit.models.families import loader_of
 from mechedit.models.shared_copy import share_parameters
 from mechedit.models.tokenizer_hash import tokenizer_hash
 
@@ -241,7 +241,7 @@ def _facts_of(tokenizer: Any) -> tuple[Any, ...]:
 
 def _reloaded(hf: Any, folder: Path) -> tuple[Any, Mapping[str, Any]]:
     try:
-        return auto_class(hf.config).from_pretrained(
+        return loader_of(hf).from_pretrained(
             folder,
             dtype="auto",
             attn_implementation=getattr(hf.config, "_attn_implementation", None),

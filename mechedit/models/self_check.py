@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mechedit.errors import InputError
 from mechedit.models.discovery import ordinary_ids
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
 from mechedit.models.shared_copy import share_parameters
@@ -31,7 +32,14 @@ def self_check(model: Model) -> None:
     tokens = _random_tokens(model)
     parts: tuple[Part, ...] = ("attn_out", "mlp_out", "resid")
     sites = [EMBED, *(Site(layer, part) for layer in range(model.n_layers) for part in parts)]
-    clean = model.run(tokens, read=[*sites, *map(model.key_site, writable_layers(model))])
+    try:
+        clean = model.run(tokens, read=[*sites, *map(model.key_site, writable_layers(model))])
+    except InputError:
+        raise
+    except Exception as error:
+        # The backend's and the model's own code, which may raise anything.
+        reason = f"it raised {type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        raise _failed(model, "a run of two short rows", reason, "TransformerLens differs") from error
     absent = [site for site in sites if site not in clean.values]
     if absent:
         raise _failed(model, f"{absent[0]} is run", "the backend does not pass there", "TransformerLens differs")
@@ -177,7 +185,9 @@ def _settle_prefixes(model: Model, tokens: Tokens, clean: Run) -> None:
 def _prefixes_hold(model: Model, tokens: Tokens, clean: Run) -> bool:
     """Whether runs behind a prefix give the whole run's logits: of one length, of a length per row, from a residual."""
     width, last = tokens.ids.shape[1], model.n_layers - 1
-    cache = model.run(tokens, use_cache=True, logits_to_keep=1).kv_cache
+    # Read or not, blocks must fill and use the same cache: those with a step run in the backend, the others without.
+    visited = [Site(layer, "attn_out") for layer in range(0, model.n_layers, 2)]
+    cache = model.run(tokens, read=visited, use_cache=True).kv_cache
     start = width // 2
     rows, rest = torch.arange(2, device=model.device), Tokens(tokens.ids[:, start:], tokens.mask[:, start:])
     runs = [(model.run(rest, kv_cache=cache.take(rows, start)).logits, clean.logits[:, start:])]
@@ -188,7 +198,8 @@ def _prefixes_hold(model: Model, tokens: Tokens, clean: Run) -> bool:
     ends = torch.tensor([width // 3, width - width // 3])
     at = ends[:, None] + torch.arange(width // 3)
     rest = Tokens(tokens.ids.gather(1, at), torch.ones_like(at))
-    run = model.run(rest, kv_cache=cache.before(ends.to(model.device)))
+    cache = model.run(tokens, use_cache=True).kv_cache
+    run = model.run(rest, read=visited, kv_cache=cache.before(ends.to(model.device)))
     runs.append((run.logits, clean.logits.take_along_dim(at[..., None].to(model.device), 1)))
     return all(result.shape == expected.shape and _close(result, expected) for result, expected in runs)
 
@@ -207,6 +218,8 @@ def _close(result: Tensor, expected: Tensor) -> bool:
 
 
 def _failed(model: Model, check: str, reason: str, category: Category = "failed self-check") -> UnsupportedModelError:
+    if category == "TransformerLens differs" and model.backend != "transformer_lens":
+        category = "failed self-check"
     return UnsupportedModelError(
         category,
         f"the model {model.name!r} ({model.family.name}, {model.backend}) failed the self-check "

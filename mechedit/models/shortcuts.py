@@ -72,12 +72,17 @@ def narrow_mlp(mlp: nn.Module, positions: LogitsToKeep) -> Forwards:
         return {}
     compute = mlp.forward
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if hidden.ndim != 3 or positions.shape[-1] >= hidden.shape[1]:
             return compute(hidden, *args, **kwargs)
         at = positions.expand(len(hidden), -1)[..., None]
         output = compute(hidden.take_along_dim(at, 1), *args, **kwargs)
-        return hidden.new_zeros(*hidden.shape[:-1], output.shape[-1]).scatter(1, at.expand_as(output), output)
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        # Some experts return their rows joined.
+        states = first.unflatten(0, at.shape[:2]) if first.ndim == 2 else first
+        full = hidden.new_zeros(*hidden.shape[:-1], states.shape[-1]).scatter(1, at.expand_as(states), states)
+        full = full.flatten(0, 1) if first.ndim == 2 else full
+        return (full, *rest) if isinstance(output, tuple) else full
 
     return {mlp: forward}
 

@@ -22,10 +22,13 @@ class Site:
                          └ heads ─ attn_key ─ attn_out ─┘                              │
                                                         └ first ─ mlp_key ─ mlp_out ───┘
 
-    (In parallel blocks, such as GPT-J's, the MLP reads what attention reads.) TransformerLens's hook points are named
+    (In parallel blocks, such as GPT-J's, the MLP reads what attention reads. In blocks of hybrid models that have no
+    attention, what mixes positions stands in its place: a convolution, a linear attention or a state space. A mixture
+    of experts stands in the MLP's, and has no `mlp_key`.) TransformerLens's hook points are named
     in brackets:
 
-    - `embed`: output of the token embedding, after any scale and before any position embedding (`hook_embed`).
+    - `embed`: output of the token embedding, after a scale that it applies itself (Gemma's) and before whatever follows
+      it: position embeddings, a norm (BLOOM) or a multiplier (Granite) (`hook_embed`).
     - `attn_out`, `mlp_out`: the module's addition to the residual stream, after any post-norm (`hook_attn_out`,
       `hook_mlp_out`).
     - `mlp_key`: input of the MLP's second matrix, [d_mlp] (`mlp.hook_post`).

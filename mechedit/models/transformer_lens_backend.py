@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -42,7 +43,16 @@ class TransformerLensEngine(HookedEngine):
                 f"TransformerLens has no adapter for {family.architecture}; expected one of the "
                 f"{len(SUPPORTED_ARCHITECTURES)} architectures that it knows: pass backend='nnsight', which needs none",
             )
-        self.bridge = build_bridge_from_module(model, family.architecture, hf_config=model.config)
+        try:
+            self.bridge = build_bridge_from_module(model, family.architecture, hf_config=model.config)
+        except Exception as error:
+            # TransformerLens's own code, on an architecture that it may know in another form.
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UnsupportedModelError(
+                "TransformerLens differs",
+                f"TransformerLens cannot wrap this {family.architecture} ({type(error).__name__}: {reason}); "
+                f"pass backend='nnsight', which wraps any module",
+            ) from error
         self.bridge.requires_grad_(False)
         if family.model_type == "olmo2":
             for block in self.bridge.blocks:
@@ -84,13 +94,37 @@ class TransformerLensEngine(HookedEngine):
             if isinstance(point, HookPoint):
                 return point
         point = self.bridge.get_hook_point(f"blocks.{site.layer}.{_HOOK_POINTS.get(site.part)}")
-        if point is None:
-            raise UnsupportedModelError(
-                "TransformerLens differs",
-                f"TransformerLens has no hook point at {site} of {self.family.architecture} "
-                f"({self.family.path(site)}); pass backend='nnsight', which needs none",
-            )
-        return point
+        # Modules that an adapter leaves as they are have no hook point, but are run as they are.
+        return _ModulePoint(self.model.get_submodule(self.family.path(site)), side) if point is None else point
+
+
+class _ModulePoint:
+    """The input or output of a plain module, with the methods of a `HookPoint` that are used here."""
+
+    def __init__(self, module: nn.Module, side: str) -> None:
+        self.module, self.side = module, side
+        self.handles: list[RemovableHandle] = []
+
+    def add_hook(self, visit: Callable[..., Tensor | None], level: int) -> None:
+        """Call `visit` on the module's first input, or on its output (the first item of a tuple)."""
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            after = visit(args[0], None)
+            return None if after is None else (after, *args[1:])
+
+        def behind(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            after = visit(output[0] if isinstance(output, tuple) else output, None)
+            return (after, *output[1:]) if isinstance(output, tuple) and after is not None else after
+
+        if self.side == "hook_in":
+            self.handles.append(self.module.register_forward_pre_hook(before))
+        else:
+            self.handles.append(self.module.register_forward_hook(behind))
+
+    def remove_hooks(self, direction: str, level: int) -> None:
+        """Remove what was added."""
+        while self.handles:
+            self.handles.pop().remove()
 
 
 class TransformerLensModel(BackendModel):

@@ -16,6 +16,7 @@ Category = Literal[
     "no MLP of its own",
     "state handed between blocks",
     "not causal",
+    "does not run on text alone",
     "mixture of experts",
     "no matrix of its own",
     "no TransformerLens adapter",
