@@ -8,6 +8,8 @@ logits. When attention is edited, its output projection is checked in the same w
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -173,13 +175,13 @@ def _check_resume(model: Model, tokens: Tokens, clean: Run) -> None:
 
 def _settle_prefixes(model: Model, tokens: Tokens, clean: Run) -> None:
     """Keep attention's keys and values of a prefix if they suffice, else let the model run prefixes again."""
-    try:
-        model.keeps_keys = _prefixes_hold(model, tokens, clean)
-    except Exception:
-        # The model's own code, which may raise anything on a cache that is not its own.
-        model.keeps_keys = False
-    if not model.keeps_keys and not _prefixes_hold(model, tokens, clean):
-        raise _failed(model, "a run behind a prefix gives the same logits", "its blocks hand on more")
+    for keeps_keys in (True, False):
+        model.keeps_keys = keeps_keys
+        # The model's own code may raise anything on a cache that is not its own.
+        with contextlib.suppress(Exception):
+            if _prefixes_hold(model, tokens, clean):
+                return
+    raise _failed(model, "a run behind a prefix gives the same logits", "its blocks hand on more")
 
 
 def _prefixes_hold(model: Model, tokens: Tokens, clean: Run) -> bool:
