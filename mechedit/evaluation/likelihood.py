@@ -151,7 +151,7 @@ def _score_chunk(
     positions = torch.arange(first - 1, tokens.ids.shape[1] - 1, device=model.device)
     last = Site(model.n_layers - 1, "resid")
     run = model.run(tokens, read=[last] if state_rows else [], logits_to_keep=positions)
-    logits, states = run.logits, torch.empty(0, model.d_model)
+    logits, states = run.logits, torch.empty(0, model.d_model, dtype=torch.float32)
     if state_rows:
         states = run[last][list(state_rows), [rows[index].start - 1 for index in state_rows]].cpu()
     starts = torch.tensor([row.start for row in rows], device=model.device)[:, None]

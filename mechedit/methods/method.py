@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
+
 from mechedit.chat import prompted
 from mechedit.data import EditRequest
 from mechedit.edit import Edit
@@ -97,6 +99,8 @@ class Method(Generic[Config]):
         # Pickled and copied as functions are: by its name in the module of its algorithm.
         return self.name
 
+    # Searches need gradients, whatever mode the caller is in.
+    @torch.inference_mode(False)
     def __call__(
         self,
         model: Model,

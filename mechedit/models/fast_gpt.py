@@ -156,7 +156,9 @@ class AttentionMasks:
                 distance_to_end = torch.arange(cached, 0, -1)
                 empty = functional.pad(distance_to_end > self.kv_cache.lengths[:, None], (0, self.n_queries))
                 hidden = hidden | empty[:, None]
-            self.by_window[window] = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)[:, None]
+            self.by_window[window] = torch.zeros(hidden.shape, dtype=torch.float32).masked_fill(hidden, -math.inf)[
+                :, None
+            ]
         return self.by_window[window]
 
 

@@ -31,6 +31,7 @@ _MERGED = " with its adapter merged"
 """Ends the name of a model whose weights no checkpoint holds."""
 
 
+@torch.inference_mode(False)
 def load_model(
     source: Any = "tiny",
     *,
@@ -286,6 +287,11 @@ def _check_in_memory(hf: Any) -> None:
 def _check_loaded(hf: Any, device: Any, dtype: torch.dtype | None) -> None:
     """A loaded model belongs to the caller: refuse to move or convert it."""
     _check_in_memory(hf)
+    if any(parameter.is_inference() for parameter in hf.parameters()):
+        raise InputError(
+            "the loaded model was made under torch.inference_mode(), so its weights cannot be written to outside of "
+            "it and give no gradients; expected ordinary weights: load it before, or pass its name or folder"
+        )
     weight = hf.get_input_embeddings().weight
     if (device and device != weight.device) or (dtype and dtype != weight.dtype):
         raise InputError(

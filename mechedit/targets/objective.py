@@ -147,7 +147,8 @@ def prepare_objective(
     requests = [request for group in groups for request in group]
     group_index = [index for index, group in enumerate(groups) for _ in group]
     prompts = search_prompts(model, requests, group_index, prefixes, config)
-    initial = torch.zeros(len(requests), len(config.parts(model.module)), model.d_model, device=model.device)
+    shape = (len(requests), len(config.parts(model.module)), model.d_model)
+    initial = torch.zeros(shape, device=model.device, dtype=torch.float32)
     batches = []
     batched_prompts = search_batches(model, prompts, config.pass_tokens)
     for batch, bare, states in run_in_halves(batched_prompts, lambda rows: run_clean(model, rows, layer, config)):

@@ -30,6 +30,7 @@ SubjectGroup = Sequence[EditRequest]
 NOT_FINITE = "not finite"
 
 
+@torch.inference_mode(False)
 def find_targets(
     model: Model,
     requests: Sequence[EditRequest],
@@ -144,7 +145,7 @@ def search_groups(
     """
     objective = prepare_objective(model, groups, layer, prefixes, config)
     radius = objective.radius
-    delta = torch.zeros(objective.n_groups, *objective.initial.shape[1:], device=model.device, requires_grad=True)
+    delta = objective.initial.new_zeros(objective.n_groups, *objective.initial.shape[1:]).requires_grad_()
     optimizer = torch.optim.Adam([delta], lr=config.lr)
     states, history = [_GroupState(delta=delta.detach()[group]) for group in range(objective.n_groups)], []
     for step in range(config.updates + 1):

@@ -1,10 +1,11 @@
-"""Where weights lie and who looks on: neither changes a result, or it is said; and loading makes no second copy."""
+"""Where weights lie, who looks on, inference mode: no result changes, or it is said; loading makes no second copy."""
 
 from __future__ import annotations
 
 import functools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,28 @@ def test_auto_is_the_cpu_where_there_is_nothing_else() -> None:
         pytest.skip("this machine has an accelerator")
     assert load_model("tiny", device="auto").device.type == "cpu"
     assert load_model(tiny_hf(), tokenizer=tiny_tokenizer(), device="auto").device.type == "cpu"
+
+
+@pytest.fixture
+def _inference_mode() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.usefixtures("_inference_mode")
+def test_every_step_in_inference_mode(backend: str, expected: list[torch.Tensor], tmp_path: Path) -> None:
+    with torch.inference_mode(False):
+        hf = tiny_hf()
+    for number, value in zip(expected, every_step(hf, backend, tmp_path / "out"), strict=True):
+        torch.testing.assert_close(value, number, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_made_in_inference_mode_is_refused_or_loaded_by_name(make_hf: Any, tokenizer: Any) -> None:
+    with torch.inference_mode():
+        with pytest.raises(InputError, match=r"was made under torch\.inference_mode"):
+            load_model(make_hf("llama"), tokenizer=tokenizer)
+        model = load_model("tiny")
+    assert not any(parameter.is_inference() for _, parameter in model.named_parameters())
 
 
 def scaling(module: Any, arguments: Any, output: Any) -> Any:
