@@ -3,7 +3,7 @@
     python -m analyses.real_models.known [smollm2] [gemma3] [--facts known_1000] [--requests counterfact] [--count N]
 
 Reads the known facts of ROME and CounterFact's requests, by name or from files. Prints one row per model and set; with
-`--count` of a seeded sample, with Wilson's 95 % interval.
+`--count` for a seeded sample of the requests, with Wilson's 95 % interval.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mechedit.data import Fact, load_facts, load_requests
 from mechedit.statistics import wilson_interval
 from mechedit.trace.traced_fact import known_facts
 
+FACTS, REQUESTS = "known facts", "CounterFact"
 BATCH = 1000
 """Facts per step of the progress bar; those of equal length are run together."""
 
@@ -44,15 +45,15 @@ def count_known(model: me.Model, facts: Sequence[Fact]) -> int:
 def rows(options: argparse.Namespace) -> Iterator[str]:
     """The table's rows, as each is counted."""
     sets = {
-        "known facts": load_facts(options.facts),
-        "CounterFact": facts_of(load_requests(options.requests, conflicts="first")),
+        FACTS: load_facts(options.facts),
+        REQUESTS: facts_of(load_requests(options.requests, conflicts="first")),
     }
     for name in options.models or REAL_MODELS:
         model = me.load_model(make(name), device=options.device)
         for title, facts in sets.items():
             start = time.monotonic()
             total = len(facts)
-            if options.count is not None and options.count < total:
+            if title == REQUESTS and options.count is not None and options.count < total:
                 facts = random.Random(options.seed).sample(facts, options.count)
             known = count_known(model, facts)
             low, high = wilson_interval(known / len(facts), len(facts))
@@ -68,7 +69,7 @@ def main() -> int:
     parser.add_argument("models", nargs="*", help="by default all")
     parser.add_argument("--facts", default="known_1000", help="known_1000, or a file of facts")
     parser.add_argument("--requests", default="counterfact", help="counterfact, or a file of requests")
-    parser.add_argument("--count", type=int, help="of each set, a seeded sample of so many")
+    parser.add_argument("--count", type=int, help="of the requests, a seeded sample of so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     print("| model | facts | asked | known | share | minutes |\n|---|---|---|---|---|---|")

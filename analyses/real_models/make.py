@@ -23,6 +23,7 @@ import zipfile
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -140,14 +141,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         # The bars of libraries cannot all be switched off.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
         raise InputError(f"a GGUF file needs the package gguf ({error}); pip install 'mechedit[gguf]'") from error
     # The model read from GGUF counts as quantized, which its weights no longer are.
     if hasattr(read.config, "quantization_config"):
         del read.config.quantization_config
-    plain = AutoModelForCausalLM.from_config(read.config).float()
+    plain: Any = AutoModelForCausalLM.from_config(read.config).float()
     plain.load_state_dict(read.state_dict())
     plain.tie_weights()
     with quiet():

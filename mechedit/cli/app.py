@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import warnings
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -32,8 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = typer.main.get_command(app)
     try:
-        defaults = _config_defaults(command, arguments)
-        code = command.main(args=arguments, prog_name="mechedit", standalone_mode=False, default_map=defaults)
+        with plain_warnings():
+            defaults = _config_defaults(command, arguments)
+            code = command.main(args=arguments, prog_name="mechedit", standalone_mode=False, default_map=defaults)
     except UsageError as error:
         sys.exit(_complain(error.format_message()))  # type: ignore[attr-defined]
     except InputError as error:
@@ -43,6 +47,23 @@ def main(arguments: list[str] | None = None) -> None:
     if code == 130:  # typer may have turned the interrupt into this code
         say("mechedit: interrupted; the same command goes on from what is finished")
     sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings meant for users as one line, without the place in the source that Python puts in front."""
+    standard = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if category is not UserWarning:
+            return standard(message, category, *where, **line)
+        return "mechedit: warning: " + " ".join(str(message).split()) + "\n"
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = standard
 
 
 def _complain(message: str) -> int:

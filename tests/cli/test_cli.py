@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import mechedit as me
 from mechedit.cli import main, parse_layers, parse_windows
-from mechedit.cli.app import app
+from mechedit.cli.app import app, plain_warnings
 from mechedit.cli.command import command
 from mechedit.data import tiny_data
 from mechedit.files import read_json
@@ -564,3 +565,14 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mechedit.pipeline.trace_step", interrupt)
     assert call("trace", "--max-facts", 2, "--out", tmp_path) == 130
     assert "the same command goes on from" in capsys.readouterr().err
+
+
+def test_warnings_are_a_line_without_the_place_in_the_source() -> None:
+    standard = warnings.formatwarning
+    with plain_warnings():
+        assert warnings.formatwarning("a moment\nis singular", UserWarning, "f.py", 3) == (
+            "mechedit: warning: a moment is singular\n"
+        )
+        assert "f.py:3: DeprecationWarning: old" in warnings.formatwarning("old", DeprecationWarning, "f.py", 3)
+    assert warnings.formatwarning is standard
+    assert "f.py:3: UserWarning: new" in warnings.formatwarning("new", UserWarning, "f.py", 3)
