@@ -13,8 +13,8 @@ from mechedit.data.characters import writes_spaces
 
 TIGHT_AFTER = frozenset("/\\#@¿¡")
 """Characters, besides opening brackets and quotes, hyphens and currency signs, that nothing separates from the next."""
-TIGHT_BEFORE = frozenset("!%,.:;?…‰/\\")
-"""Characters, besides closing brackets and quotes and hyphens, that nothing separates from the one before."""
+TIGHT_BEFORE = frozenset("!%,.:;?…‰/\\،؛؟।॥։·።፣")
+"""Characters, besides closing brackets and quotes, that nothing separates from the one before."""
 _STRAIGHT = "\"'`"
 _SPACED_DASHES = "–—―"
 _TURN_END = re.compile(r"<[^<>\s]{1,40}>$|\[/?[A-Z_]{2,20}\]$")
@@ -30,10 +30,12 @@ def joint_of(prompt: str, text: str) -> str:
 
     A space stands between words of scripts that write spaces. Nothing stands after white space, an opening quote or
     bracket, a hyphen, `/ $ # @` and their like, an elision (l') or a chat template's control token; before white space,
-    closing punctuation and endings such as 's; and next to a character of a script that writes no spaces (Chinese,
-    Japanese, Thai, Lao, Khmer), whatever stands on the other side.
+    combining marks, closing punctuation and endings such as 's or -born; and next to a character of a script that
+    writes no spaces (Chinese, Japanese, Thai, Lao, Khmer), whatever stands on the other side.
     """
     if not prompt or not text or prompt[-1].isspace() or text[0].isspace():
+        return ""
+    if unicodedata.category(text[0]) in ("Mn", "Mc", "Me"):
         return ""
     last, first = _letter(prompt[::-1]), _letter(text)
     if not writes_spaces(last) or not writes_spaces(first):
@@ -77,4 +79,5 @@ def _is_tight_start(text: str, first: str) -> bool:
     category = unicodedata.category(first)
     if category == "Pf" or first in _STRAIGHT:
         return bool(_CLITIC.match(text)) or (category == "Pf" and len(text) == 1)
-    return category in ("Pe", "Pf") or first in TIGHT_BEFORE
+    # A minus stands before a number; a hyphen goes on with a word.
+    return category in ("Pe", "Pf") or first in TIGHT_BEFORE or (category == "Pd" and text[1:2].isalpha())

@@ -18,7 +18,7 @@ SPACED = [
     ("He said", "“yes”"), ("It is called (in French)", "Paris"), ("the Beatles'", "album"), ("the Beatles’", "album"),
     ("عاصمة فرنسا هي", "باريس"), ("फ्रांस की राजधानी", "पेरिस"), ("프랑스의 수도는", "파리"), ("The 🗼 is in", "Paris"),
     ("The tower 🗼", "stands"), ("It was 5", "o'clock"), ("USER: where? ASSISTANT:", "Paris"), ("Rome –", "Paris"),
-    ("if a > b and c >", "d"), ("cafe\u0301", "noir"),
+    ("if a > b and c >", "d"), ("cafe\u0301", "noir"), ("It was", "-5"), ("It was", "– alas"),
 ]  # fmt: skip
 TIGHT = [
     ("The capital is ", "Paris"), ("Answer:\n", "Paris"), ("Answer:", "\nParis"), ('They call it "', "Paris"),
@@ -29,6 +29,7 @@ TIGHT = [
     ("The word", ", of course"), ("The king", "'s crown"), ("The king", "’s crown"), ("The king", ")"), ("50", "%"),
     ("法国的首都是", "巴黎"), ("法国的首都是", "Paris"), ("The capital of 法国", "Paris"), ("The name is", "巴黎"),
     ("パリは", "フランス"), ("他说：", "巴黎"), ("เมืองหลวงคือ", "ปารีส"), ("ເມືອງຫຼວງແມ່ນ", "ປາຣີ"), ("រដ្ឋធានីគឺ", "ប៉ារីស"),
+    ("باريس", "، فرنسا"), ("पेरिस", "।"), ("राजधानी का नाम", "्य"), ("the city", "-state"),
     ("La capitale de l'", "Italie"), ("La capitale d’", "Italie"), ("¿", "Dónde"), ("", "Paris"),
 ]  # fmt: skip
 

@@ -26,14 +26,15 @@ def model(request: pytest.FixtureRequest) -> me.Model:
 
 @torch.no_grad()
 def words(model: me.Model, ids: list[int]) -> tuple[list[int], float]:
-    """The next tokens that the model writes greedily, up to the last that is no white space, and their log P."""
+    """The next tokens that the model writes greedily, up to the last that ends text, and their log P."""
     written: list[int] = []
     steps: list[float] = []
     for _ in range(STEPS):
         log_probs = model.hf(torch.tensor([[*ids, *written]])).logits[0, -1].double().log_softmax(-1)
         written.append(int(log_probs.argmax()))
         steps.append(log_probs.max().item())
-    while written and not model.tokenizer.decode(written[-1:]).strip():
+    # A character whose bytes are not all written is no text yet.
+    while written and (not model.tokenizer.decode(written[-1:]).strip() or "�" in model.tokenizer.decode(written)):
         written.pop()
         steps.pop()
     return written, sum(steps)
