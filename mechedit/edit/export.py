@@ -23,7 +23,7 @@ from mechedit.edit.edit import Edit, Factors
 from mechedit.edit.weights import HALF, projection_parameter, rounded_sum
 from mechedit.errors import InputError, check_choice, check_finite
 from mechedit.files import atomic_folder, write_json
-from mechedit.models import DTYPES, MODULES, Model, Module
+from mechedit.models import DTYPES, MODULES, Model
 
 MANIFEST = "mechedit.json"
 """File name of the edit's manifest in an export's folder."""
@@ -98,14 +98,14 @@ def _edited_prompt(edit: Edit) -> str | None:
     return str(facts[0]).rpartition(" → ")[0] or None if facts else None
 
 
-def _rounded(model: Model, edit: Edit, dtype: torch.dtype) -> dict[Module, dict[int, Tensor]]:
+def _rounded(model: Model, edit: Edit, dtype: torch.dtype) -> dict[str, dict[int, Tensor]]:
     """All edited matrices, this edit included, in a half precision that the model in memory does not have.
 
     Empty where the model's own dtype is written, or a half precision is in memory.
     """
     if dtype not in HALF or model.dtype in (dtype, *HALF):
         return {}
-    matrices: dict[Module, dict[int, Tensor]] = {}
+    matrices: dict[str, dict[int, Tensor]] = {}
     for module in MODULES:
         deltas = edit.factors if module == edit.module else {}
         applied = {
@@ -124,7 +124,7 @@ def _rounded(model: Model, edit: Edit, dtype: torch.dtype) -> dict[Module, dict[
 
 
 @contextlib.contextmanager
-def _written(model: Model, matrices: Mapping[Module, Mapping[int, Tensor]]) -> Iterator[None]:
+def _written(model: Model, matrices: Mapping[str, Mapping[int, Tensor]]) -> Iterator[None]:
     """Hold rounded matrices in the model until the block ends."""
     with contextlib.ExitStack() as stack, torch.no_grad():
         for module, layers in matrices.items():

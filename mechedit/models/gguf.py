@@ -78,7 +78,7 @@ def dequantized(path: Path, dtype: torch.dtype | None) -> Path:
 
 
 def _require_package(path: Path) -> None:
-    from transformers.utils import is_gguf_available
+    from transformers.utils.import_utils import is_gguf_available
 
     if not is_gguf_available():
         raise InputError(
@@ -94,7 +94,7 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
 
     arguments: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     try:
-        quantized = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **arguments)
+        quantized: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
     except Exception as error:
         # The readers of a damaged file raise what they stumble over, such as struct.error or IndexError.
@@ -107,7 +107,7 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
     # It would say that the plain weights are quantized.
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        plain = type(quantized)(config)
+        plain: Any = type(quantized)(config)
     plain.load_state_dict(quantized.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = quantized.generation_config

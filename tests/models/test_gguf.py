@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers.utils
+import transformers.utils.import_utils
 from helpers.edits import identical, random_edit, weights
 from transformers import AutoModelForCausalLM
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_refused(file: Path, tmp_path: Path, monkeypatch:
         load_model(file.parent / "another.gguf")
     with pytest.raises(InputError, match="no model folder"):
         load_model(file.parent / "absent.gguf")
-    monkeypatch.setattr(transformers.utils, "is_gguf_available", lambda: False)
+    monkeypatch.setattr(transformers.utils.import_utils, "is_gguf_available", lambda: False)
     with pytest.raises(InputError, match=r"needs the package gguf.*pip install 'mechedit\[gguf\]'"):
         load_model(file)
     assert cached(tmp_path) == []
