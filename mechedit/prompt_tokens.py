@@ -22,6 +22,7 @@ from mechedit.data.characters import visible
 from mechedit.data.joint import following
 from mechedit.errors import InputError
 from mechedit.models import Model
+from mechedit.models.vocabulary import check_ids
 
 BARE = "{}"
 """The context template that leaves the prompt as it is."""
@@ -273,12 +274,15 @@ def prefixed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]
 
 def completed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[tuple[Prompt, list[int]]]:
     """The request's prompt in each context template, with the new object's tokens behind it (`complete_fact`)."""
-    return [
+    completed = [
         complete_fact(
             model.tokenizer, request_template(request, prefix), request.subject, request.target_new, request.joint
         )
         for prefix in prefixes
     ]
+    for _, target in completed:
+        check_ids(torch.tensor(target), model.vocab_size, model.tokenizer)
+    return completed
 
 
 def request_template(request: EditRequest, prefix: str = BARE) -> str:

@@ -103,7 +103,7 @@ def check_trace(model: me.Model) -> None:
     """Trace one fact, whole and with MLPs and attention severed; every restoration and severing must count."""
     fact = known_fact(model)
     effects = me.trace_facts(model, [fact], me.TraceConfig(sever=("nothing", "mlp", "attn"), samples=2, window=1))
-    assert effects["effect"].notna().all()
+    assert bool(effects["effect"].notna().all())
     scores = {(kind, sever): _scores(effects, kind, sever) for kind, sever in _TRACED}
     for kind in ("state", "mlp", "attn"):
         of_kind = scores[kind, "nothing"]

@@ -20,6 +20,7 @@ from mechedit.data.joint import following
 from mechedit.errors import InputError
 from mechedit.evaluation.config import Likelihood
 from mechedit.models import Model, Site
+from mechedit.models.vocabulary import check_ids
 from mechedit.prompt_tokens import Completion, complete
 
 Pair = tuple[str, str]
@@ -132,6 +133,7 @@ def score_pairs(
 
 def _encode(model: Model, pair: Pair) -> _PairTokens:
     row = _PairTokens(pair, complete(model.tokenizer, *pair))
+    check_ids(torch.tensor(row.completion.target), model.vocab_size, model.tokenizer)
     if len(row.ids) > model.max_positions:
         raise InputError(
             f"the prompt {pair[0]!r} with its object has {len(row.ids)} tokens, expected at most "

@@ -159,7 +159,9 @@ def prepare_objective(
         layer=layer,
         config=config,
         group=torch.tensor(group_index, device=model.device),
-        fact_weight=torch.tensor([1 / len(group) for group in groups for _ in group], device=model.device),
+        fact_weight=torch.tensor(
+            [1 / len(group) for group in groups for _ in group], dtype=torch.float32, device=model.device
+        ),
         initial=initial,
         batches=batches,
     )

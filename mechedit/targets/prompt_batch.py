@@ -144,7 +144,7 @@ def run_clean(
         labels=None if is_kl else torch.tensor([prompt.labels for prompt in prompts], device=device),
         clean=None if run.final_logits is None else run.final_logits[:, 0].float().log_softmax(-1),
         fact=fact,
-        weight=torch.tensor([prompt.weight for prompt in prompts], device=device),
+        weight=torch.tensor([prompt.weight for prompt in prompts], dtype=torch.float32, device=device),
     )
     bare = torch.tensor([prompt.template == 0 for prompt in prompts], device=device)
     states = [_from(subject - cut, run[site], 1)[bare, 0].float() for site in sites]

@@ -127,8 +127,8 @@ def draw_noise(
     own_seed = fact_seed(seed, fact.id)
     generator = torch.Generator().manual_seed(own_seed)
     if corruption.distribution == "uniform":
-        return (2 * torch.rand(shape, generator=generator) - 1) * 3**0.5
-    normal = torch.randn(shape, generator=generator)
+        return (2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1) * 3**0.5
+    normal = torch.randn(shape, generator=generator, dtype=torch.float32)
     if corruption.distribution == "multivariate":
         return correlate(normal, statistics)
     if corruption.distribution == "student":

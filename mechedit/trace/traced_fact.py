@@ -13,6 +13,7 @@ from mechedit.batching import group_by_shape
 from mechedit.data import Fact
 from mechedit.errors import InputError
 from mechedit.models import Model, Tokens
+from mechedit.models.vocabulary import check_ids
 from mechedit.prompt_tokens import Prompt, complete_fact, tokenize_prompt
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import ReplacementSubjects
@@ -65,6 +66,7 @@ def tokenize_fact(model: Model, fact: Fact) -> TracedFact:
     """
     tokenizer = model.tokenizer
     prompt, object_ids = complete_fact(tokenizer, fact.template, fact.subject, fact.object, fact.joint)
+    check_ids(torch.tensor(object_ids), model.vocab_size, tokenizer)
     ids = (*prompt.ids, *object_ids[:-1])
     if len(ids) > model.max_positions:
         raise InputError(

@@ -15,14 +15,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mechedit.batching import pad
-from mechedit.data import load_facts, load_requests, load_texts
+from mechedit.data import EditRequest, Fact, load_facts, load_requests, load_texts
 from mechedit.edit import edited
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, evaluate
+from mechedit.evaluation import EvaluationConfig, evaluate, score_targets
 from mechedit.methods import METHODS
 from mechedit.models import Tokens, load_model, transformers_model
 from mechedit.moments import collect_moments
 from mechedit.prompt_tokens import make_prefixes
+from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig, trace_facts
 
 
@@ -83,6 +84,19 @@ def test_text_that_holds_the_token_is_refused(make_hf: Any, one_more: Any, backe
     with pytest.raises(InputError, match=r"the token '<image_soft_token>'"):
         model.next_logits(torch.tensor(rows[1:]), torch.ones(1, len(rows[1]), dtype=torch.long))
     assert torch.isfinite(model.run(pad(rows[:1], one_more)).logits).all()
+
+
+def test_an_object_that_ends_in_the_token_is_refused(make_hf: Any, one_more: Any) -> None:
+    """An object's last token is never run, only looked for among the logits."""
+    model = load_model(make_hf("llama"), tokenizer=one_more)
+    subject, prompt, target = "The Eiffel Tower", "{} is", "Paris<image_soft_token>"
+    with pytest.raises(InputError, match=r"the token '<image_soft_token>'"):
+        score_targets(model, [("The Eiffel Tower is", target)])
+    with pytest.raises(InputError, match=r"the token '<image_soft_token>'"):
+        trace_facts(model, [Fact(id="1", subject=subject, prompt=prompt, object=target)])
+    with pytest.raises(InputError, match=r"the token '<image_soft_token>'"):
+        find_targets(model, [EditRequest(id="1", subject=subject, prompt=prompt, target_new=target)], 1, ["{}"])
+    assert score_targets(model, [("The Eiffel Tower is", "Paris")])
 
 
 def test_padding_without_a_row_decides_nothing(make_hf: Any, padded_by_it: Any, backend: str) -> None:
