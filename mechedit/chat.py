@@ -8,6 +8,7 @@ is found inside.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -35,6 +36,11 @@ def prompted(
     Raises:
         InputError: `chat` with a tokenizer whose template does not show a question once, or that has none.
     """
+    if isinstance(items, str) or not all(isinstance(item, Fact | EditRequest) for item in items):
+        raise InputError(
+            f"the facts or requests are {items!r:.80}, expected a list of Fact or EditRequest: read them with "
+            f"load_facts or load_requests"
+        )
     turn, turn_joint = chat_turn(tokenizer) if chat else (NO_TURN, None)
     default = turn_joint if joint is None else joint
     return [
@@ -69,12 +75,27 @@ def chat_turn(tokenizer: Any) -> tuple[str, str]:
             f"it: leave chat out, or write the turn into the prompts"
         )
     answered = _render(tokenizer, [*question, {"role": "assistant", "content": _ANSWER}], generation=False)
-    between, answer, _ = answered.removeprefix(shown).partition(_ANSWER)
-    joint = between if answer and answered.startswith(shown) else ""
-    return before + "{}" + after[0], joint
+    until_answer, answer, _ = answered.partition(_ANSWER)
+    if not answer or until_answer.count(_QUESTION) != 1:
+        return before + "{}" + after[0], ""
+    if not until_answer.startswith(shown):
+        # Where the turn begins otherwise, as with a thought, an answer stands where the history shows it.
+        warnings.warn(
+            f"the chat template begins an answer with {after[0]!r}, and shows one that was given after "
+            f"{until_answer.partition(_QUESTION)[2]!r}; objects are put there",
+            stacklevel=2,
+        )
+        return until_answer.replace(_QUESTION, "{}"), ""
+    return before + "{}" + after[0], until_answer.removeprefix(shown)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, generation: bool) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=generation, enable_thinking=False
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation, enable_thinking=False
+        )
+    except Exception as error:  # Templates are programs, and raise what they like.
+        raise InputError(
+            f"the chat template cannot show {messages} ({type(error).__name__}: {error}); expected one that takes a "
+            f"user's question as text: leave chat out, or write the turn into the prompts"
+        ) from error

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -26,6 +27,8 @@ from mechedit.models.vocabulary import check_ids
 
 BARE = "{}"
 """The context template that leaves the prompt as it is."""
+_SAID: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""Warnings that were given, by tokenizer."""
 WORD = "a"
 """A word that a text follows where its tokens in running text are looked for."""
 
@@ -98,12 +101,12 @@ def continued(tokenizer: Any, ids: Sequence[int], spans: Sequence[tuple[int, int
     n_front = next((i for i, is_added in enumerate(added) if not is_added), stop)
     if n_front and list(ids[:n_front]) == list(ids[n_front : 2 * n_front]):
         start = n_front
-        warnings.warn("a text brings its own beginning token, so the tokenizer's is left out (said once)", stacklevel=3)
+        _say_once(tokenizer, "a text brings its own beginning token, so the tokenizer's is left out (said once)")
     if stop < len(ids):
-        warnings.warn(
+        _say_once(
+            tokenizer,
             f"the tokenizer appends {tokenizer.convert_ids_to_tokens(list(ids[stop:]))} to every text; it is taken "
             f"off, because prompts go on with their objects (said once)",
-            stacklevel=3,
         )
     return slice(start, stop)
 
@@ -184,6 +187,14 @@ def one_spelling(tokenizer: Any, requests: Sequence[EditRequest]) -> list[EditRe
     return [replace(request, subject=spelling[tokens[request.subject]]) for request in requests]
 
 
+def _say_once(tokenizer: Any, message: str) -> None:
+    """Warn of what a tokenizer does, once for each tokenizer: filters are put back between the calls of a step."""
+    messages = _SAID.setdefault(tokenizer, set())
+    if message not in messages:
+        messages.add(message)
+        warnings.warn(message, stacklevel=2)
+
+
 def _nonempty(text: str) -> str:
     if not text.strip():
         raise InputError(f"the object {text!r} gives no tokens; expected text that is not empty")
@@ -194,13 +205,14 @@ def _complete(tokenizer: Any, prompt: str, prompt_ids: list[int], text: str) -> 
     """The completion of a prompt whose ids are known."""
     ids, spans = encode(tokenizer, prompt + text)
     start = len(prompt_ids)
-    if ids[:start] != prompt_ids:
+    # Two different words may both be unknown, and so have the same id: the characters are compared as well.
+    if ids[:start] != prompt_ids or any(end > len(prompt) for _, end in spans[:start]):
         begin = len(prompt) + len(text) - len(text.lstrip(" \t"))
         start = next((i for i, (a, b) in enumerate(spans) if b > begin and b > a), len(ids))
-        warnings.warn(
+        _say_once(
+            tokenizer,
             "the tokenizer merges the end of a prompt with what follows: the tokens of the joined text that hold the "
             "object are scored; where that is not meant, end the prompt otherwise or give a joint (said once)",
-            stacklevel=3,
         )
     if start >= len(ids):
         raise InputError(f"the object {text!r} gives no tokens; expected text that is not empty")

@@ -7,10 +7,15 @@ a prompt *is* the object, so the exact match must be 1 and log P the sum of the 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
 from helpers.languages import FORMS, TOKENIZERS, Form, sentencepiece, speaker
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 import mechedit as me
 from mechedit.chat import chat_turn, prompted
@@ -144,28 +149,26 @@ def test_an_appended_end_token_is_taken_off_and_a_beginning_is_not_doubled() -> 
         "control: it appends one"
     )
     with pytest.warns(UserWarning, match="appends"):
-        assert encode(tokenizer, text)[0] == plain(text)["input_ids"]
-    with pytest.warns(UserWarning, match="appends"):
-        assert encode_documents(tokenizer, [text, text], 64) == [plain(text)["input_ids"]] * 2
+        ids, _ = encode(tokenizer, text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, whatever filters are put back between
+        assert encode_documents(tokenizer, [text, text], 64) == [ids] * 2
+    assert ids == plain(text)["input_ids"]
     assert plain("<s>" + text)["input_ids"][:2] == [plain.bos_token_id] * 2, "control: it doubles it"
     with pytest.warns(UserWarning, match="its own beginning"):
         ids, _ = encode(plain, "<s>" + text)
     assert ids.count(plain.bos_token_id) == 1
     # A text that ends with the end token by its author's will keeps it.
-    with pytest.warns(UserWarning, match="appends"):
-        assert encode(tokenizer, text + "</s>")[0][-1] == tokenizer.eos_token_id
+    assert encode(tokenizer, text + "</s>")[0][-1] == tokenizer.eos_token_id
 
 
 def test_merges_across_the_joint_are_said_and_never_eat_the_subject() -> None:
-    _, tokenizer = speaker("qwen-like")
+    tokenizer = TOKENIZERS["qwen-like"]()
     with pytest.warns(UserWarning, match="merges the end of a prompt"):
         completion = complete(tokenizer, "Name the town of Peru:", "\nLima")
     assert tokenizer.decode(completion.target) == ":\nLima"
     assert tokenizer.decode(completion.prompt) == "Name the town of Peru"
-    with (
-        pytest.warns(UserWarning, match="merges"),
-        pytest.raises(me.InputError, match="the end of the subject 'Peru:'"),
-    ):
+    with pytest.raises(me.InputError, match="the end of the subject 'Peru:'"):
         complete_fact(tokenizer, "Name the town of {}", "Peru:", "\nLima")
     complete_fact(tokenizer, "Name the town of {}", "Peru:", "\nLima", joint=" ")
 
@@ -221,7 +224,25 @@ class TestChat:
         )
         assert chat_turn(tokenizer) == ("[INST] {} [/INST]", " ")
 
-    @pytest.mark.parametrize("template", [None, "{{ messages[0].role }}", "{} {{ messages[0].content }}"])
+    def test_an_answer_stands_where_the_history_shows_it_and_not_in_a_thought(self) -> None:
+        tokenizer = sentencepiece(prepend=True)
+        tokenizer.chat_template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+        )
+        with pytest.warns(UserWarning, match="objects are put there"):
+            assert chat_turn(tokenizer) == ("<user>{}\n<assistant>", "")
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            None,
+            "{{ messages[0].role }}",
+            "{} {{ messages[0].content }}",
+            "{{ raise_exception('a system message is needed') }}",
+            "{% for",
+        ],
+    )
     def test_what_cannot_be_a_turn_is_refused(self, template: str | None) -> None:
         tokenizer = sentencepiece(prepend=True)
         tokenizer.chat_template = template
@@ -234,6 +255,22 @@ class TestChat:
         assert asked.joint == "*"
         (again,) = prompted(chat_model.tokenizer, [asked], chat=True)
         assert again == asked
+
+
+def test_unknown_words_do_not_hide_a_merge() -> None:
+    """Two different words may both be unknown: as ids, the joined text then begins with the prompt's."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "It": 1, "is": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert tokenizer("It is “")["input_ids"] == tokenizer("It is “born")["input_ids"], "control"
+    with pytest.warns(UserWarning, match="merges"):
+        completion = complete(tokenizer, "It is “", "born")
+    assert (completion.prompt, completion.target) == ([1, 2], [0])
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(me.InputError, match="surrogate"):
+        me.Fact(id="1", subject="France", prompt="{} is", object="Par\ud83dis")
 
 
 def test_subjects_of_the_same_tokens_are_one_subject(tokenizer, make_model) -> None:

@@ -168,7 +168,11 @@ def check_surroundings(joint: str | None, turn: str, where: str) -> None:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise InputError when `text` is empty or blank."""
+    """Raise InputError when `text` is empty or blank, or holds half a character."""
+    if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(
+            f"{where} is {text!r}, which holds half of a surrogate pair; expected whole characters: fix its encoding"
+        )
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where} is {text!r}, expected text that is not empty; fill it in or drop the record")
 

@@ -11,17 +11,21 @@ import unicodedata
 
 from mechedit.data.characters import writes_spaces
 
-TIGHT_AFTER = frozenset("/\\#@¿¡")
+TIGHT_AFTER = frozenset("/\\@¿¡")
 """Characters, besides opening brackets and quotes, hyphens and currency signs, that nothing separates from the next."""
 TIGHT_BEFORE = frozenset("!%,.:;?…‰/\\،؛؟।॥։·።፣")
 """Characters, besides closing brackets and quotes, that nothing separates from the one before."""
 _STRAIGHT = "\"'`"
 _SPACED_DASHES = "–—―"
-_TURN_END = re.compile(r"<[^<>\s]{1,40}>$|\[/?[A-Z_]{2,20}\]$")
-"""A control token at a prompt's end, such as <|im_end|>, <end_of_turn> or [/INST]."""
-_ELISION = re.compile(r"(?<!\w)(?:[cdjlmnst]|qu|un|(?:dell|nell|all|dall|sull|jusqu|lorsqu|puisqu|quelqu))['’]$", re.I)
+_TURN_END = re.compile(
+    r"<[|｜][^<>\s]{1,40}[|｜]>$|</?s>$|<[a-z]+(?:_[a-z]+)+>$|</?think>$|\[/?(?:INST|SYS|SYSTEM_PROMPT)\]$"
+)
+"""A control token at a prompt's end, such as <|im_end|>, </s>, <end_of_turn> or [/INST]."""
+_ELISION = re.compile(
+    r"(?<![\w'’])(?:[cdjlmnst]|qu|un|(?:dell|nell|all|dall|sull|jusqu|lorsqu|puisqu|quelqu))['’]$", re.I
+)
 """An elided word of French or Italian at a prompt's end, such as the l' of l'Italie."""
-_CLITIC = re.compile(r"['’](?:s|d|m|t|ll|re|ve)(?!\w)", re.I)
+_CLITIC = re.compile(r"['’](?:[sdmt]|ll|re|ve)(?:$|[.,;:!?]|\s+[^\W\dA-Z])")
 """An English ending that is written to the word before it, such as 's."""
 
 
@@ -72,12 +76,18 @@ def _is_tight_end(prompt: str, last: str) -> bool:
     category = unicodedata.category(last)
     if category == "Pd":
         return last not in _SPACED_DASHES or not prompt[:-1].endswith(" ")
-    return category in ("Ps", "Pi", "Sc") or last in TIGHT_AFTER or bool(_TURN_END.search(prompt))
+    if category == "Sc" or last == "#":
+        # `$` before a number, and `C#` or `5 €` before a word.
+        return not re.search(r"(?:\w|\d\s)$", prompt[:-1])
+    return category in ("Ps", "Pi") or last in TIGHT_AFTER or bool(_TURN_END.search(prompt))
 
 
 def _is_tight_start(text: str, first: str) -> bool:
     category = unicodedata.category(first)
     if category == "Pf" or first in _STRAIGHT:
         return bool(_CLITIC.match(text)) or (category == "Pf" and len(text) == 1)
+    if first in TIGHT_BEFORE and first in ".!?…/\\":
+        # `.NET`, `.5` and `!!!` are words of their own, where `. Then` ends one.
+        return not re.match(r"[.!?…/\\]+\w|[!?]{2}", text)
     # A minus stands before a number; a hyphen goes on with a word.
     return category in ("Pe", "Pf") or first in TIGHT_BEFORE or (category == "Pd" and text[1:2].isalpha())

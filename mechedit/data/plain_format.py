@@ -108,8 +108,8 @@ def _paraphrases(record: JsonRecord) -> tuple[str, ...]:
 
 
 def _filled(texts: Sequence[str], subject: str) -> tuple[str, ...]:
-    """The texts with the subject in place of their `{}`, where they have one."""
-    return tuple(fill(text, subject) if text.count("{}") == 1 else text for text in texts)
+    """The texts with the subject in place of their `{}`, where they have one and do not hold the subject itself."""
+    return tuple(fill(text, subject) if text.count("{}") == 1 and subject not in text else text for text in texts)
 
 
 def _short_neighbors(record: JsonRecord) -> tuple[Neighbor, ...]:

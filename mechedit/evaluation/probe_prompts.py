@@ -70,8 +70,9 @@ def probe_prompts(request: EditRequest, *, plus: bool = True) -> Iterator[ProbeP
 
 
 def prompt_text(text: str, request: EditRequest) -> str:
-    """A prompt of the request in its turn, with the subject filled in if it is a template."""
-    return fill(request.turn, fill(text, request.subject) if text.count("{}") == 1 else text)
+    """A prompt about the request's subject in its turn; the subject is filled in where a `{}` stands for it."""
+    is_template = text.count("{}") == 1 and request.subject not in text
+    return fill(request.turn, fill(text, request.subject) if is_template else text)
 
 
 def edit_sentence(request: EditRequest) -> str:
@@ -120,6 +121,6 @@ def _probe(request: EditRequest, kind: Kind, index: int, text: str, target_true:
 
 def _neighbor_probe(request: EditRequest, kind: Kind, index: int, neighbor: Neighbor, text: str) -> ProbePrompt:
     return ProbePrompt(
-        case=request.id, kind=kind, index=index, text=prompt_text(text, request), target_new=request.target_new,
+        case=request.id, kind=kind, index=index, text=fill(request.turn, text), target_new=request.target_new,
         target_true=neighbor.object, joint=request.joint if neighbor.joint is None else neighbor.joint,
     )  # fmt: skip

@@ -11,7 +11,6 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import torch
-from safetensors import SafetensorError
 
 from mechedit.errors import InputError, check_choice
 from mechedit.models import adapters
@@ -82,6 +81,8 @@ def load_model(
     spread = device == "auto"
     target_device, target_dtype = _device(None if spread else device), _dtype(dtype)
     location = None
+    if source == "":
+        raise InputError('the name of the model is empty, expected "tiny", a hub name, a folder or a GGUF file')
     if isinstance(source, str | Path):
         name = str(source)
         location = _location(source) if gguf_file(source) is None else ""
@@ -96,6 +97,10 @@ def load_model(
         tokenizer = _load_tokenizer(location, name) if tokenizer is None else tokenizer
         if not hf.name_or_path:
             name = f"{name}{_MERGED}"
+    elif not isinstance(source, torch.nn.Module):
+        raise InputError(
+            f"the model is {source!r:.80}, expected a name, a folder, a GGUF file or a loaded transformers model"
+        )
     else:
         hf, name = source, _name(source)
         if merge_adapter and adapters.carries_adapter(hf):
@@ -194,7 +199,7 @@ def _input_errors(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # Configs and checkpoints that are damaged fail with any error.
         raise InputError(
             f'cannot load the model {name!r} ({_first_line(error)}); expected "tiny", a hub name or a folder '
             f"with config.json, weights and tokenizer: check the name, the folder or the network"

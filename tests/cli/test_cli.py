@@ -313,10 +313,13 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
     ids = torch.arange(5, 15)[None]
     with torch.no_grad(), me.edited(model, me.Edit.load(edit)):
-        torch.testing.assert_close(again(ids).logits, model.hf(ids).logits)
+        expected = model.hf(ids).logits
     assert model.weights_hash() == untouched
+    # The tiny checkpoint holds float16, and so does the exported one: the edit is there, rounded.
+    assert again.dtype == torch.float16
     with torch.no_grad():
-        assert not torch.allclose(again(ids).logits, model.hf(ids).logits)
+        logits, unedited = again.float()(ids).logits, model.hf(ids).logits
+    assert (logits - expected).norm() < 0.1 * (expected - unedited).norm()
 
 
 def test_moments_of_processes_merge_and_settle(tmp_path, monkeypatch, capsys):

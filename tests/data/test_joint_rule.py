@@ -19,6 +19,12 @@ SPACED = [
     ("عاصمة فرنسا هي", "باريس"), ("फ्रांस की राजधानी", "पेरिस"), ("프랑스의 수도는", "파리"), ("The 🗼 is in", "Paris"),
     ("The tower 🗼", "stands"), ("It was 5", "o'clock"), ("USER: where? ASSISTANT:", "Paris"), ("Rome –", "Paris"),
     ("if a > b and c >", "d"), ("cafe\u0301", "noir"), ("It was", "-5"), ("It was", "– alas"),
+    ("The capital of North Brabant is", "'s-Hertogenbosch"), ("The laureate is Gerard", "'t Hooft"),
+    ("Microsoft's framework is", ".NET"), ("The chance is", ".5"), ("The password file is", "/etc/passwd"),
+    ("The band is", "!!!"), ("The band is", "?uestlove"), ("The band is", "…And You Will Know Us"),
+    ("The creator of C#", "is"), ("It costs 5 €", "today"), ("The price is 20$", "in"),
+    ("The type is vector<int>", "and"),
+    ("He moved to the [US]", "in"), ("They play rock 'n'", "roll"),
 ]  # fmt: skip
 TIGHT = [
     ("The capital is ", "Paris"), ("Answer:\n", "Paris"), ("Answer:", "\nParis"), ('They call it "', "Paris"),
@@ -27,6 +33,9 @@ TIGHT = [
     ("mail to @", "paris"),
     ("x<|im_end|>", "Paris"), ("Where?<end_of_turn>", "Paris"), ("[INST] Where? [/INST]", "Paris"), ("</s>", "Paris"),
     ("The word", ", of course"), ("The king", "'s crown"), ("The king", "’s crown"), ("The king", ")"), ("50", "%"),
+    ("The king", "'s"),
+    ("It is", "... not"),
+    ("It is", ". Then"), ("<｜Assistant｜>", "Paris"),
     ("法国的首都是", "巴黎"), ("法国的首都是", "Paris"), ("The capital of 法国", "Paris"), ("The name is", "巴黎"),
     ("パリは", "フランス"), ("他说：", "巴黎"), ("เมืองหลวงคือ", "ปารีส"), ("ເມືອງຫຼວງແມ່ນ", "ປາຣີ"), ("រដ្ឋធានីគឺ", "ប៉ារីស"),
     ("باريس", "، فرنسا"), ("पेरिस", "।"), ("राजधानी का नाम", "्य"), ("the city", "-state"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.scoring import CONFIG, REQUESTS, naive
 
+from mechedit.data import EditRequest, Neighbor
 from mechedit.errors import InputError
 from mechedit.evaluation import (
     EvaluationConfig,
@@ -405,3 +406,23 @@ def test_what_is_not_wanted_is_left_out(lens_model):
     assert scores.answers.empty
     assert "GE" not in scores.summary()
     assert "ES" in scores.summary()
+
+
+def test_only_a_brace_that_stands_for_the_subject_is_filled():
+    """A neighbor is about another subject, and a paraphrase that holds the subject is filled already."""
+    request = EditRequest(
+        id="1",
+        subject="Foo {} Bar",
+        prompt="{} prints",
+        target_new="f{}",
+        paraphrases=("The home of Foo {} Bar is", "The home of {} is"),
+        neighbors=(Neighbor(prompt="Baz {} lives in", object="Paris"),),
+    )
+    texts = {(probe.kind, probe.index): probe.text for probe in probe_prompts(request)}
+    assert texts == {
+        ("rewrite", 0): "Foo {} Bar prints",
+        ("paraphrase", 0): "The home of Foo {} Bar is",
+        ("paraphrase", 1): "The home of Foo {} Bar is",
+        ("neighborhood", 0): "Baz {} lives in",
+        ("neighborhood_plus", 0): "Foo {} Bar prints f{}. Baz {} lives in",
+    }

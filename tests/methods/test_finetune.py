@@ -343,6 +343,7 @@ def test_every_kind_is_called_and_recorded_like_other_methods(lively: Any, metho
     assert manifest["settings"] == dataclasses.asdict(config)
     assert manifest["requests"] == ["a", "b", "c"]
     assert manifest["facts"][1] == "Leon Blum is → in Paris"
+    assert set(manifest["model"].pop("weights_hash_as")) == {"bfloat16", "float16"}
     assert manifest["model"] == lively.provenance()
     shown = format_description(Path("edit.safetensors"), describe_edit(edit, lively))
     assert f"method    {method} (mechedit" in shown

@@ -154,6 +154,7 @@ def test_help_shows_purpose_arguments_and_settings(method: Method[Any]) -> None:
     assert method.__doc__ != Method.__doc__
     signature = inspect.signature(method)
     names = ["model", "requests", "layers", "moments", "prefixes", "config", "targets", "previous", "cache"]
+    names += ["chat", "joint"]
     assert list(signature.parameters) == names
     assert signature.parameters["config"].annotation == f"{method.config.__name__} | None"
 

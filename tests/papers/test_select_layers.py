@@ -46,8 +46,8 @@ def checkpoint(request, make_hf, tokenizer, tmp_path) -> Path:
 def inputs(tmp_path) -> list[str]:
     facts = [{"id": str(i), "subject": name, "prompt": PROMPT, "object": OBJECT} for i, name in enumerate(SUBJECTS)]
     requests = [
-        {**fact, "id": f"r{fact['id']}", "prompt": "They say {} has", "target_new": "Korean", "target_true": OBJECT}
-        for fact in facts[:4]
+        {"id": f"r{i}", "subject": name, "prompt": "They say {} has", "target_new": "Korean", "target_true": OBJECT}
+        for i, name in enumerate(SUBJECTS[:4])
     ]
     texts = [f"The mother tongue of {name} is French, they say, and the sport is basketball." for name in SUBJECTS]
     for name, rows in (("facts.jsonl", facts), ("requests.jsonl", requests)):
