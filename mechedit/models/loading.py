@@ -97,7 +97,7 @@ def load_model(
         tokenizer = _load_tokenizer(location, name) if tokenizer is None else tokenizer
         if not hf.name_or_path:
             name = f"{name}{_MERGED}"
-    elif not isinstance(source, torch.nn.Module):
+    elif not hasattr(source, "named_modules"):
         raise InputError(
             f"the model is {source!r:.80}, expected a name, a folder, a GGUF file or a loaded transformers model"
         )

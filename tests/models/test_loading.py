@@ -171,3 +171,9 @@ def test_what_cannot_be_vouched_for_is_refused(make_hf: Any, tokenizer: Any, tmp
         with pytest.raises(InputError, match=match) as caught:
             load_model(source, **arguments)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [None, 5, [], ""])
+def test_what_is_no_model_is_refused(source: Any) -> None:
+    with pytest.raises(InputError, match=r"expected .*a hub name|expected a name, a folder"):
+        load_model(source)
