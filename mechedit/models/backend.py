@@ -141,6 +141,7 @@ class BackendModel:
         stop_after: int | None = None,
         kv_cache: KVCache | None = None,
         use_cache: bool = False,
+        unembed: bool = True,
     ) -> Run:
         """One forward pass; see `mechedit.models.protocol.Model.run`."""
         if self._lacks_rows:
@@ -155,6 +156,7 @@ class BackendModel:
             stop_after=stop_after,
             kv_cache=kv_cache,
             use_cache=use_cache,
+            unembed=unembed,
         )
         if not self.keeps_keys and (plan.use_cache or plan.kv_cache is not None):
             return run_again(plan, self._carry_out, self.n_layers)

@@ -24,6 +24,7 @@ from mechedit.models.shortcuts import (
     Forwards,
     blocks_of,
     bypass_hooks,
+    end_before_head,
     narrow_head,
     narrow_mlp,
     replace_forwards,
@@ -47,15 +48,16 @@ class UnhookedEngine:
         """Call the copy's own forward."""
         arguments, blocks, values = call_arguments(plan, self.model), blocks_of(self.model, self.family), {}
         mlp = blocks[-1].get_submodule(self.family.parts(len(blocks) - 1).narrowed)
-        forwards = narrow_mlp(mlp, plan.logits_to_keep) | narrow_head(self.model, plan.positions_per_row)
+        forwards, head_inputs = narrow_mlp(mlp, plan.logits_to_keep), list[Tensor]()
+        forwards |= _head(self.model, plan, head_inputs)
         if plan.resume is not None:
             forwards |= skip_blocks(blocks[: plan.resume.layer], plan.resume.resid, self.family)
         if plan.stop_after is not None:
             forwards |= stop_after(blocks[plan.stop_after], plan.steps, values)
         run = Run(None, values)
         with replace_forwards(forwards), contextlib.suppress(RunStopped):
-            run = Run(kept_logits(plan, arguments, self.model(**arguments).logits), values)
-        return plan.finished(run, computed_cache(plan, arguments))
+            run = Run(at_kept_positions(plan, arguments, self.model(**arguments).logits), values)
+        return finished(plan, run, arguments, head_inputs)
 
 
 class HookedEngine(ABC):
@@ -71,16 +73,21 @@ class HookedEngine(ABC):
 
     def run(self, plan: RunPlan) -> Run:
         """Call the wrapped copy's forward."""
-        arguments = call_arguments(plan, self.model)
-        with replace_forwards(self._shortcuts(plan)):
-            run = self.forward(arguments, plan.steps, plan.exit_site)
+        arguments, head_inputs = call_arguments(plan, self.model), list[Tensor]()
+        with replace_forwards(self._shortcuts(plan) | _head(self.model, plan, head_inputs)):
+            run = self.forward(arguments, plan.steps, plan.exit_site, unembed=plan.unembed)
         if run.final_logits is not None:
-            run = Run(kept_logits(plan, arguments, run.final_logits), run.values)
-        return plan.finished(run, computed_cache(plan, arguments))
+            run = Run(at_kept_positions(plan, arguments, run.final_logits), run.values)
+        return finished(plan, run, arguments, head_inputs)
 
     @abstractmethod
-    def forward(self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None) -> Run:
-        """Call the wrapped copy, run the steps at their sites, and stop after `exit_site` if there is one."""
+    def forward(
+        self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None, *, unembed: bool = True
+    ) -> Run:
+        """Call the wrapped copy, run the steps at their sites, and stop after `exit_site` if there is one.
+
+        Without `unembed`, a module ends the run with `RunStopped`, and the run has no logits.
+        """
 
     def _shortcuts(self, plan: RunPlan) -> Forwards:
         blocks, forwards = blocks_of(self.model, self.family), {}
@@ -92,7 +99,21 @@ class HookedEngine(ABC):
             if forwards.get(blocks[-1]) is last:
                 mlp = last.get_submodule(self.family.parts(len(blocks) - 1).narrowed)
                 forwards |= narrow_mlp(mlp, plan.logits_to_keep)
-        return forwards | narrow_head(self.model, plan.positions_per_row)
+        return forwards
+
+
+def _head(model: Any, plan: RunPlan, head_inputs: list[Tensor]) -> Forwards:
+    """The unembedding of the kept positions alone, or the end of the run before it."""
+    if plan.unembed:
+        return narrow_head(model, plan.positions_per_row)
+    return end_before_head(model, plan.positions_per_row, head_inputs)
+
+
+def finished(plan: RunPlan, run: Run, arguments: dict[str, Any], head_inputs: list[Tensor]) -> Run:
+    """The run with the unembedding's input and the cache in it, where the plan asks for them."""
+    if head_inputs:
+        run = Run(None, run.values, None, at_kept_positions(plan, arguments, head_inputs[0]))
+    return plan.finished(run, computed_cache(plan, arguments))
 
 
 def call_arguments(plan: RunPlan, model: Any) -> dict[str, Any]:
@@ -129,12 +150,12 @@ def max_positions(config: Any) -> int:
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None) or 1 << 20
 
 
-def kept_logits(plan: RunPlan, arguments: dict[str, Any], logits: Tensor) -> Tensor:
-    """The logits that the plan keeps, of a model that computes all of them."""
+def at_kept_positions(plan: RunPlan, arguments: dict[str, Any], states: Tensor) -> Tensor:
+    """Logits, or the unembedding's input, at the positions that the plan keeps, of a model that computes all."""
     keep = plan.logits_to_keep
     if "logits_to_keep" in arguments or plan.positions_per_row is not None:
-        return logits
-    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+        return states
+    return states[:, -keep:] if isinstance(keep, int) else states[:, keep]
 
 
 def computed_cache(plan: RunPlan, arguments: dict[str, Any]) -> KVCache | None:

@@ -76,7 +76,10 @@ class FastGptEngine:
             return Run(None, values, final_cache)
         if isinstance(plan.logits_to_keep, Tensor) and positions is None:
             hidden = _select(hidden, plan.logits_to_keep)
-        return Run(model.lm_head(model.transformer.ln_f(hidden)), values, final_cache)
+        head_inputs = model.transformer.ln_f(hidden)
+        if not plan.unembed:
+            return Run(None, values, final_cache, head_inputs)
+        return Run(model.lm_head(head_inputs), values, final_cache)
 
 
 def supports_model(model: Any) -> bool:

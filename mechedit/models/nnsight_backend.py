@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from mechedit.models.backend import BackendModel
 from mechedit.models.engines import HookedEngine
 from mechedit.models.family import Family
 from mechedit.models.protocol import Run
-from mechedit.models.run_plan import SiteStep
+from mechedit.models.run_plan import RunStopped, SiteStep
 from mechedit.models.sites import Site
 
 
@@ -23,7 +24,9 @@ class NNsightEngine(HookedEngine):
         super().__init__(model, family, unhooked)
         self.nnsight: Any = NNsight(model)
 
-    def forward(self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None) -> Run:
+    def forward(
+        self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None, *, unembed: bool = True
+    ) -> Run:
         """Trace the copy; see `HookedEngine.forward`."""
         # Values outlive the trace because they are put into containers made outside it.
         values: dict[Site, Tensor] = {}
@@ -33,15 +36,16 @@ class NNsightEngine(HookedEngine):
         exits_at_last_step = steps and steps[-1].site == exit_site
         exit_envoy = None if exit_site is None or exits_at_last_step else self._envoy(exit_site)
         model = self.nnsight
-        with model.trace(**arguments) as tracer:
+        # A trace that has nothing left to wait for lets `RunStopped` through.
+        with contextlib.suppress(RunStopped), model.trace(**arguments) as tracer:
             for step, envoy in visits:
                 _visit(step, envoy, shape, values)
             if exit_envoy is not None:
                 _ = exit_envoy.output
-            if exit_site is None:
-                logits.append(model.output.logits)
-            else:
+            if exit_site is not None:
                 tracer.stop()
+            elif unembed:
+                logits.append(model.output.logits)
         return Run(logits[0] if logits else None, values)
 
     def _envoy(self, site: Site) -> Any:

@@ -71,6 +71,8 @@ class Run:
     """The activations of the sites that were read; where a site was also patched, the value after the patch."""
     final_cache: KVCache | None = None
     """The KV cache; None unless the run was asked for it. `kv_cache` is the same and never None."""
+    final_head_inputs: Float[Tensor, "batch kept d_model"] | None = None
+    """The input of the unembedding; None unless the run ended there. `head_inputs` is the same and never None."""
 
     def __getitem__(self, site: Site) -> Float[Tensor, "batch pos width"]:
         return self.values[site]
@@ -82,9 +84,22 @@ class Run:
         Raises:
             ValueError: the run was stopped early, so no logits were computed.
         """
+        if self.final_head_inputs is not None:
+            raise ValueError("this run has no logits: it ended before the unembedding; call Model.run without unembed")
         if self.final_logits is None:
             raise ValueError("this run has no logits: it was stopped early; call Model.run without stop_after")
         return self.final_logits
+
+    @property
+    def head_inputs(self) -> Float[Tensor, "batch kept d_model"]:
+        """What the unembedding would multiply, after the final norm, at the positions of `logits_to_keep`.
+
+        Raises:
+            ValueError: the run did not end before the unembedding.
+        """
+        if self.final_head_inputs is None:
+            raise ValueError("this run has no head inputs: call Model.run with unembed=False and without stop_after")
+        return self.final_head_inputs
 
     @property
     def kv_cache(self) -> KVCache:
@@ -186,6 +201,7 @@ class Model(Protocol):
         stop_after: int | None = None,
         kv_cache: KVCache | None = None,
         use_cache: bool = False,
+        unembed: bool = True,
     ) -> Run:
         """One forward pass with `patches` written and the sites in `read` returned.
 
@@ -203,6 +219,7 @@ class Model(Protocol):
             kv_cache: keys and values of earlier positions, which are not computed again. `tokens`, patches, `resume`,
                 `logits_to_keep` and what is read then concern the positions that follow, counted from 0.
             use_cache: return every position's keys and values in `Run.kv_cache`.
+            unembed: compute the logits; else the run ends before the unembedding and returns `Run.head_inputs`.
 
         Raises:
             ValueError: a site outside the model or below `resume`, a value of the wrong shape, or a row that keeps

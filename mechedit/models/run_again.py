@@ -36,9 +36,8 @@ def run_again(plan: RunPlan, carry_out: Callable[[RunPlan], Run], n_layers: int)
     values = {site: _at(states, at) for site, states in run.values.items()}
     read_sites = {step.site for step in plan.steps if step.read}
     read = {site: states for site, states in values.items() if site in read_sites}
-    if not plan.use_cache:
-        return Run(run.final_logits, read)
-    return Run(run.final_logits, read, _cache(plan, values, n_layers))
+    cache = _cache(plan, values, n_layers) if plan.use_cache else None
+    return Run(run.final_logits, read, cache, run.final_head_inputs)
 
 
 def _starts(cache: KVCache | None, rows: int, device: torch.device) -> Int[Tensor, " batch"]:

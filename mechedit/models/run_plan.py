@@ -6,6 +6,7 @@ way to carry out a plan; a model tries its engines in order, and the first that 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -88,6 +89,8 @@ class RunPlan:
     stop_after: int | None
     kv_cache: KVCache | None
     use_cache: bool
+    unembed: bool = True
+    """Whether a run that is not stopped goes on to the logits; else it ends with the unembedding's input."""
 
     @property
     def first_layer(self) -> int:
@@ -120,7 +123,7 @@ class RunPlan:
 
     def finished(self, run: Run, cache: KVCache | None) -> Run:
         """The run with the cache in it, if one was asked for."""
-        return Run(run.final_logits, run.values, cache) if self.use_cache else run
+        return dataclasses.replace(run, final_cache=cache) if self.use_cache else run
 
 
 @runtime_checkable
@@ -177,6 +180,7 @@ def plan_run(
     stop_after: int | None = None,
     kv_cache: KVCache | None = None,
     use_cache: bool = False,
+    unembed: bool = True,
 ) -> RunPlan:
     """Check the arguments of `Model.run`, sort them into forward order and move them to the model's device.
 
@@ -197,6 +201,7 @@ def plan_run(
         stop_after=stop_after,
         kv_cache=kv_cache,
         use_cache=use_cache,
+        unembed=unembed,
     )
 
 

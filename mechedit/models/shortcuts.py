@@ -100,6 +100,18 @@ def narrow_head(model: Any, positions: Int[Tensor, "batch kept"] | None) -> Forw
     return {head: forward}
 
 
+def end_before_head(
+    model: Any, positions: Int[Tensor, "batch kept"] | None, inputs: list[Float[Tensor, "batch kept d_model"]]
+) -> Forwards:
+    """The unembedding puts its input into `inputs`, each row's positions alone where it has some, and ends the run."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> None:
+        inputs.append(hidden if positions is None else hidden.take_along_dim(positions[..., None].to(hidden.device), 1))
+        raise RunStopped
+
+    return {model.get_output_embeddings(): forward}
+
+
 def bypass_hooks(hooked: nn.Module, unhooked: nn.Module, family: Family, plan: RunPlan) -> Forwards:
     """Blocks without a step, and modules of other blocks without one, run without the backend's slower hooks."""
     visited = {step.site.layer: set[str]() for step in plan.steps if step.site.part != "embed"}

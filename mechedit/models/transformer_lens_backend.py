@@ -59,7 +59,9 @@ class TransformerLensEngine(HookedEngine):
                 for point in (block.attn.hook_rot_q, block.attn.hook_rot_k):
                     point.add_perma_hook(_cast_to(dtype))
 
-    def forward(self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None) -> Run:
+    def forward(
+        self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None, *, unembed: bool = True
+    ) -> Run:
         """Call the copy with hooks; see `HookedEngine.forward`."""
         values: dict[Site, Tensor] = {}
         shape = tuple(arguments["input_ids"].shape)
