@@ -1,7 +1,7 @@
 """Multiply-adds of collecting second moments, counted from shapes: of the published schedule and of what is necessary.
 
 Counted are matrix products: each token with a block's matrices (a gated MLP has three), queries with keys and weights
-with values at the positions that are seen, and k kᵀ. Norms, activations, the softmax and padding are not. One of them
+with values at the positions that are seen, and k kᵀ. Norms, activations, the softmax and padding are not. Each
 is two operations of `machine.matrix_rate`.
 """
 

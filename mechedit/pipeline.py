@@ -164,7 +164,7 @@ def sweep_step(
     stamp = {
         **_edit_stamp(model, list(requests), moments, method, config),
         "windows": windows,
-        "evaluation": asdict(evaluation),
+        "evaluation": evaluation.plain(),
     }
     settings = {"method": method, "config": config, "evaluation": evaluation, "parts": folder.path / "sweep_parts"}
     return folder.step("sweep", stamp, partial(sweep_windows, model, requests, moments, windows, **settings), SWEEP)
@@ -240,7 +240,7 @@ def evaluate_step(
     stamp = {
         "model": model.provenance(),
         "requests": value_hash([request.plain() for request in requests]),
-        "settings": asdict(config),
+        "settings": config.plain(),
         "texts": value_hash(list(texts)),
         "protocol": protocol,
         "references": references.hash if references else None,

@@ -62,14 +62,30 @@ class Completion:
         return self.prompt + self.target
 
 
-def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+Encoded = tuple[list[int], list[tuple[int, int]]]
+"""Token ids of a text, and each token's character span."""
+
+
+def encode(tokenizer: Any, text: str) -> Encoded:
     """Token ids of `text` to be continued, and each token's character span.
 
     Special tokens that the tokenizer puts in front stay, unless the text brings its own; those that it appends, such as
     an end of text, are taken off, because the text goes on. A warning says so.
     """
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+    """`encode` of each text, in one call of the tokenizer."""
+    if not len(texts):
+        return []
+    encoded = tokenizer(list(texts), return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [_continued(tokenizer, list(ids), [tuple(span) for span in spans]) for ids, spans in pairs]
+
+
+def _continued(tokenizer: Any, ids: list[int], spans: list[tuple[int, int]]) -> Encoded:
+    """A text's tokens and spans as far as it goes on (`continued`)."""
     chosen = continued(tokenizer, ids, spans)
     return ids[chosen], spans[chosen]
 
@@ -119,9 +135,17 @@ def tokenize_prompt(tokenizer: Any, template: str, subject: str) -> Prompt:
     Raises:
         InputError: the template lacks its one `{}`, or no token holds the subject.
     """
-    text, start, end = _locate(template, subject)
-    ids, spans = encode(tokenizer, text)
-    return Prompt(ids=tuple(ids), subject=_holding(spans, start, end, text, subject))
+    return _tokenize_prompts(tokenizer, [template], subject)[0]
+
+
+def _tokenize_prompts(tokenizer: Any, templates: Sequence[str], subject: str) -> list[Prompt]:
+    """`tokenize_prompt` of each template, in one call of the tokenizer."""
+    places = [_locate(template, subject) for template in templates]
+    encoded = encode_texts(tokenizer, [text for text, _, _ in places])
+    return [
+        Prompt(ids=tuple(ids), subject=_holding(spans, start, end, text, subject))
+        for (ids, spans), (text, start, end) in zip(encoded, places, strict=True)
+    ]
 
 
 def complete(tokenizer: Any, prompt: str, text: str) -> Completion:
@@ -133,7 +157,22 @@ def complete(tokenizer: Any, prompt: str, text: str) -> Completion:
     Raises:
         InputError: the prompt or the text gives no tokens.
     """
-    return _complete(tokenizer, prompt, encode(tokenizer, prompt)[0], text)
+    return complete_pairs(tokenizer, [(prompt, text)])[0]
+
+
+def complete_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Completion]:
+    """`complete` of each prompt and text, in two calls of the tokenizer; a prompt of several pairs is read once.
+
+    Raises:
+        InputError: as `complete`, of the first pair that cannot be told apart.
+    """
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+    prompt_ids = {prompt: ids for prompt, (ids, _) in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}
+    joined = encode_texts(tokenizer, [prompt + text for prompt, text in pairs])
+    return [
+        _complete(tokenizer, prompt, prompt_ids[prompt], text, encoded)
+        for (prompt, text), encoded in zip(pairs, joined, strict=True)
+    ]
 
 
 def complete_fact(
@@ -154,16 +193,27 @@ def complete_fact(
     Raises:
         InputError: as `tokenize_prompt` and `complete`; or the tokenizer merges the subject's end with the object.
     """
-    prompt = tokenize_prompt(tokenizer, template, subject)
-    text = fill(template, subject)
-    completion = _complete(tokenizer, text, list(prompt.ids), following(text, _nonempty(target), joint))
-    if tuple(completion.prompt[: prompt.subject.stop]) != prompt.ids[: prompt.subject.stop]:
-        raise InputError(
-            f"the tokenizer merges the end of the subject {subject!r} in {text!r} with the object {target!r}, so "
-            f"neither has tokens of its own; expected text between them: end the prompt with another word, or give a "
-            f"joint"
-        )
-    return Prompt(ids=tuple(completion.prompt), subject=prompt.subject), completion.target
+    return _complete_facts(tokenizer, [template], subject, target, joint)[0]
+
+
+def _complete_facts(
+    tokenizer: Any, templates: Sequence[str], subject: str, target: str, joint: str | None
+) -> list[tuple[Prompt, list[int]]]:
+    """`complete_fact` of each template, in two calls of the tokenizer."""
+    prompts, texts = _tokenize_prompts(tokenizer, templates, subject), [fill(text, subject) for text in templates]
+    endings = [following(text, _nonempty(target), joint) for text in texts]
+    joined = encode_texts(tokenizer, [text + ending for text, ending in zip(texts, endings, strict=True)])
+    completed = []
+    for prompt, text, ending, encoded in zip(prompts, texts, endings, joined, strict=True):
+        completion = _complete(tokenizer, text, list(prompt.ids), ending, encoded)
+        if tuple(completion.prompt[: prompt.subject.stop]) != prompt.ids[: prompt.subject.stop]:
+            raise InputError(
+                f"the tokenizer merges the end of the subject {subject!r} in {text!r} with the object {target!r}, so "
+                f"neither has tokens of its own; expected text between them: end the prompt with another word, or "
+                f"give a joint"
+            )
+        completed.append((Prompt(ids=tuple(completion.prompt), subject=prompt.subject), completion.target))
+    return completed
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:
@@ -201,9 +251,9 @@ def _nonempty(text: str) -> str:
     return text
 
 
-def _complete(tokenizer: Any, prompt: str, prompt_ids: list[int], text: str) -> Completion:
-    """The completion of a prompt whose ids are known."""
-    ids, spans = encode(tokenizer, prompt + text)
+def _complete(tokenizer: Any, prompt: str, prompt_ids: list[int], text: str, joined: Encoded) -> Completion:
+    """The completion of a prompt whose ids are known, as are the tokens of prompt + text."""
+    ids, spans = joined
     start = len(prompt_ids)
     # Two different words may both be unknown, and so have the same id: the characters are compared as well.
     if ids[:start] != prompt_ids or any(end > len(prompt) for _, end in spans[:start]):
@@ -281,17 +331,13 @@ def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:
 def prefixed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[Prompt]:
     """The request's prompt in each context template, tokenized."""
     templates = [request_template(request, prefix) for prefix in prefixes]
-    return [tokenize_prompt(model.tokenizer, template, request.subject) for template in templates]
+    return _tokenize_prompts(model.tokenizer, templates, request.subject)
 
 
 def completed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[tuple[Prompt, list[int]]]:
     """The request's prompt in each context template, with the new object's tokens behind it (`complete_fact`)."""
-    completed = [
-        complete_fact(
-            model.tokenizer, request_template(request, prefix), request.subject, request.target_new, request.joint
-        )
-        for prefix in prefixes
-    ]
+    templates = [request_template(request, prefix) for prefix in prefixes]
+    completed = _complete_facts(model.tokenizer, templates, request.subject, request.target_new, request.joint)
     for _, target in completed:
         check_ids(torch.tensor(target), model.vocab_size, model.tokenizer)
     return completed

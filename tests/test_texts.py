@@ -21,7 +21,15 @@ import mechedit as me
 from mechedit.chat import chat_turn, prompted
 from mechedit.data.joint import following
 from mechedit.evaluation import score_targets
-from mechedit.prompt_tokens import complete, complete_fact, encode, encode_documents, tokenize_prompt
+from mechedit.prompt_tokens import (
+    complete,
+    complete_fact,
+    complete_pairs,
+    encode,
+    encode_documents,
+    encode_texts,
+    tokenize_prompt,
+)
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import prepare_objective
 
@@ -285,3 +293,35 @@ def test_subjects_of_the_same_tokens_are_one_subject(tokenizer, make_model) -> N
     # Control: another subject conflicts with nothing.
     me.find_targets(model, [request, dataclasses.replace(request, id="b", subject="Leon")], 1, ["{}"],
                     me.TargetConfig(steps=1))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer")
+def test_many_texts_give_the_tokens_of_each_by_itself(kind: str) -> None:
+    """In one call of the tokenizer, whichever texts are in it."""
+    tokenizer = TOKENIZERS[kind]()
+    pairs = [(form.prompt.format(subject), target) for form in FORMS.values() for subject, target in form.pairs]
+    pairs = [(prompt, following(prompt, target)) for prompt, target in pairs]
+    assert complete_pairs(tokenizer, pairs) == [complete(tokenizer, *pair) for pair in pairs]
+    texts = [prompt for prompt, _ in pairs]
+    encoded = encode_texts(tokenizer, texts)
+    assert encoded == [encode(tokenizer, text) for text in texts]
+    for text, (ids, _) in zip(texts, encoded, strict=True):
+        by_itself = tokenizer(text)["input_ids"]
+        assert ids in (by_itself, by_itself[1:], by_itself[:-1], by_itself[1:-1])  # but for tokens that are added
+    assert len({len(ids) for ids, _ in encoded}) > 2  # and nothing is padded
+    assert encode_texts(tokenizer, []) == []
+
+
+def test_pairs_take_two_calls_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    tokenizer = TOKENIZERS["gpt2-like"]()
+    call = type(tokenizer).__call__
+
+    def counted(self: object, text: object, **options: object) -> object:
+        calls.append(1 if isinstance(text, str) else len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    prompts = ["ab", "cd", "ab"]
+    complete_pairs(tokenizer, [(prompt, f" {target}") for prompt in prompts for target in ("x", "y")])
+    assert calls == [2, 6]

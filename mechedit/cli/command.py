@@ -172,6 +172,8 @@ class OptionSet:
     def _read(self, name: str, value: Any) -> Any:
         if value is None or not _is_sequence(self.hints[name]):
             return value
+        if value == self._default(name) == "":
+            return ()
         windows = any(Window in get_args(kind) for kind in _alternatives(self.hints[name]))
         return tuple(parse_windows(value)) if windows else parse_names(value)
 

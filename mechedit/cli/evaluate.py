@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mechedit import pipeline
 from mechedit.cli.command import command, options_of
-from mechedit.cli.options import RequestsOption, RunFolderOptions
+from mechedit.cli.options import EVALUATION_OPTIONS, RequestsOption, RunFolderOptions
 from mechedit.cli.parsing import first_texts
 from mechedit.data import Conflicts, load_texts
 from mechedit.edit import Edit, check_model
@@ -33,7 +33,7 @@ class EvaluateOptions(RequestsOption, RunFolderOptions):
     """Requests for different objects of one subject and relation: refuse, or keep the first."""
 
 
-@command(evaluation=options_of(EvaluationConfig, only=("generation_prompts", "seed")))
+@command(evaluation=options_of(EvaluationConfig, only=EVALUATION_OPTIONS))
 def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> int:
     """Score requests before and after an edit: scores.parquet and summary.json.
 

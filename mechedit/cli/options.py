@@ -19,6 +19,9 @@ from mechedit.selection import RULES
 ALL_SEVERED = {"sever": ("nothing", "mlp", "attn")}
 """`run` and `trace` sever both modules, where `TraceConfig` alone severs none."""
 
+EVALUATION_OPTIONS = ("generation_prompts", "generation_tokens", "stop_words", "seed")
+"""Fields of `EvaluationConfig` that `run` and `evaluate` take."""
+
 RULE_NOTE = {"rule": f"Rule that chooses the layers: {', '.join(RULES)}."}
 
 

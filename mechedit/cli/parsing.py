@@ -32,8 +32,8 @@ def parse_layers(text: str) -> list[int]:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Names between commas."""
-    return tuple(name.strip() for name in text.split(","))
+    r"""Names between commas; `\n` in one stands for a line break."""
+    return tuple(name.strip().replace(r"\n", "\n") for name in text.split(","))
 
 
 def parse_windows(text: str) -> list[Window]:

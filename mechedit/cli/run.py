@@ -11,6 +11,7 @@ from mechedit.cli.command import command, options_of
 from mechedit.cli.describe import say_unconverged
 from mechedit.cli.options import (
     ALL_SEVERED,
+    EVALUATION_OPTIONS,
     RULE_NOTE,
     FactsOptions,
     MethodOptions,
@@ -41,7 +42,7 @@ class RunOptions(FactsOptions, RequestsOption, TextsOption, MethodOptions, RunFo
 @command(
     trace=options_of(TraceConfig, only=("samples", "seed"), defaults=ALL_SEVERED),
     select=options_of(SelectConfig, only=("rule", "seed"), notes=RULE_NOTE),
-    evaluation=options_of(EvaluationConfig, only=("generation_prompts", "seed"), defaults={"generation_prompts": 2}),
+    evaluation=options_of(EvaluationConfig, only=EVALUATION_OPTIONS, defaults={"generation_prompts": 2}),
 )
 def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, evaluation: EvaluationConfig) -> int:
     """All the steps: trace, select, moments, edit, evaluate, then figures and the report."""

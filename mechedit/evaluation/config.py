@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
-from mechedit.errors import check_at_least, check_choice, check_fraction
+from mechedit.errors import InputError, check_at_least, check_choice, check_fraction
 
 Likelihood = Literal["joint", "normalized"]
 EntropyForm = Literal["averaged", "sum"]
@@ -24,6 +25,8 @@ class EvaluationConfig:
     """Prompts per forward pass; the scores do not depend on it."""
     generation_tokens: int = 100
     """New tokens per free text for GE, fewer where the model stops or its context ends; 0 leaves GE out."""
+    stop_words: Sequence[str] = ()
+    """Texts that end a free text, which is cut before the first of them; by default none, as published."""
     generation_prompts: int | None = None
     """Free texts per request, from its first generation prompts; None writes one for each, as published. On a small
     machine these texts take most of the time."""
@@ -43,11 +46,22 @@ class EvaluationConfig:
     """Coverage of the intervals, between 0 and 1."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop_words, str) or not all(self.stop_words):
+            raise InputError(
+                f"stop_words is {self.stop_words!r}, expected a list of texts that are not empty, such as ['.']; leave "
+                f"it empty for none"
+            )
+        object.__setattr__(self, "stop_words", tuple(self.stop_words))
         check_choice("likelihood", self.likelihood, get_args(Likelihood))
         check_choice("entropy", self.entropy, get_args(EntropyForm))
         for name, least in _LEAST.items():
             check_at_least(name, getattr(self, name), least, optional=name == "generation_prompts")
         check_fraction("confidence", self.confidence)
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as results record them; without `stop_words` where there are none, as older results have it."""
+        settings = asdict(self)
+        return settings if self.stop_words else {name: settings[name] for name in settings if name != "stop_words"}
 
 
 _LEAST = {

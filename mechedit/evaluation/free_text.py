@@ -37,6 +37,7 @@ def generation_rows(
         tokens=config.generation_tokens,
         top_k=config.top_k,
         uniform=uniform_draws(config.seed, names, config.generation_tokens),
+        stop_words=config.stop_words,
         batch_size=config.batch_size,
     )
     rows, answers = [], []

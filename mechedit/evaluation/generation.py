@@ -1,7 +1,7 @@
 """Text that the model writes, and how varied it is (GE: MEMIT Appendix C.2, Eq. 27).
 
-Each text has random draws of its own, so it does not depend on what else is in the batch. Prompts of equal length
-are batched together: nothing is padded, so no position can shift.
+Each text has random draws of its own, so it does not depend on what else is in the batch. Prompts of about the same
+length are written together (`generation_plan`), with a KV cache that texts leave as they end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.batching import group_by_shape
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EntropyForm
+from mechedit.evaluation.generation_plan import plan_generation
 from mechedit.models import Model
-from mechedit.prompt_tokens import encode
+from mechedit.prompt_tokens import encode_texts
 
 
 def generate(
@@ -31,12 +31,14 @@ def generate(
     tokens: int,
     top_k: int = 1,
     uniform: Float[np.ndarray, "prompt token"] | None = None,
+    stop_words: Sequence[str] = (),
     batch_size: int = 64,
 ) -> list[str]:
-    """Continue each prompt by at most `tokens` new tokens; stops at the end-of-text token.
+    """Continue each prompt by at most `tokens` new tokens; stops at the end-of-text token, or before a stop word.
 
     The next token is drawn from the `top_k` likeliest, with their probabilities renormalized, by inverting
-    their cumulative distribution at one uniform number; top_k = 1 is greedy decoding.
+    their cumulative distribution at one uniform number; top_k = 1 is greedy decoding. What takes long is announced on
+    the standard error before it starts.
 
     Args:
         model: the model.
@@ -44,6 +46,7 @@ def generate(
         tokens: new tokens per prompt; fewer where the model's context ends.
         top_k: number of likeliest tokens to draw from.
         uniform: numbers in [0, 1), one row per prompt (`uniform_draws`); not needed when top_k is 1.
+        stop_words: texts that end a continuation, which is cut before the first of them.
         batch_size: prompts per forward pass.
 
     Returns:
@@ -55,13 +58,16 @@ def generate(
     if uniform is None:
         assert top_k == 1, "sampling needs uniform draws"
         uniform = np.zeros((len(prompts), tokens))
-    encoded = [_prompt_ids(model, prompt) for prompt in prompts]
-    chunks = list(group_by_shape(range(len(prompts)), batch_size, lambda index: len(encoded[index])))
+    encoded = _prompt_ids(model, prompts)
+    plan = plan_generation([len(ids) for ids in encoded], tokens, batch_size)
+    plan.announce(model)
     continuations = [""] * len(prompts)
-    for chunk in tqdm(chunks, desc="writing text", leave=False):
-        ids = torch.tensor([encoded[index] for index in chunk], device=model.device)
-        for index, new_ids in zip(chunk, _continue(model, ids, tokens, top_k, uniform[chunk]), strict=True):
-            continuations[index] = _decode(model, encoded[index], new_ids)
+    for batch in tqdm(plan.batches, desc="writing text", leave=False):
+        indices = list(batch)
+        texts = [_Text(model, encoded[index], uniform[index], tokens, stop_words) for index in indices]
+        _write(model, texts, top_k)
+        for index, text in zip(indices, texts, strict=True):
+            continuations[index] = text.continuation
     return continuations
 
 
@@ -71,40 +77,83 @@ def uniform_draws(seed: int, names: Sequence[str], tokens: int) -> Float[np.ndar
     return np.stack([np.random.default_rng(s).random(tokens) for s in seeds])
 
 
-def _prompt_ids(model: Model, prompt: str) -> list[int]:
-    ids, _ = encode(model.tokenizer, prompt)
-    if not 0 < len(ids) < model.max_positions:
-        raise InputError(
-            f"the prompt {prompt!r} has {len(ids)} tokens, expected between 1 and "
-            f"{model.max_positions - 1} (the context of {model.name}): fill it in, or shorten it"
-        )
-    return ids
+def _prompt_ids(model: Model, prompts: Sequence[str]) -> list[list[int]]:
+    encoded = [ids for ids, _ in encode_texts(model.tokenizer, prompts)]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not 0 < len(ids) < model.max_positions:
+            raise InputError(
+                f"the prompt {prompt!r} has {len(ids)} tokens, expected between 1 and "
+                f"{model.max_positions - 1} (the context of {model.name}): fill it in, or shorten it"
+            )
+    return encoded
+
+
+class _Text:
+    """A prompt and what has been written after it."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: list[int],
+        uniform: Float[np.ndarray, " token"],
+        tokens: int,
+        stop_words: Sequence[str],
+    ) -> None:
+        self.model, self.prompt, self.uniform, self.stop_words = model, prompt, uniform, stop_words
+        self.limit = min(tokens, model.max_positions - len(prompt))
+        self.new_ids: list[int] = []
+        self.ended = self.limit == 0
+
+    @property
+    def continuation(self) -> str:
+        """Text of the new tokens, cut before the first stop word."""
+        text = _decode(self.model, self.prompt, self.new_ids)
+        return text[: min((text.index(word) for word in self.stop_words if word in text), default=len(text))]
+
+    def draw(self, position: int) -> float:
+        """The uniform number that decides the token at a position; 0 where none is written."""
+        return float(self.uniform[position - len(self.prompt)]) if self._writes(position) else 0.0
+
+    def next_id(self, position: int, sampled: int, end_tokens: Collection[int]) -> int:
+        """The token at a position: the prompt's own, or the sampled one, which is written down."""
+        if not self._writes(position):
+            return sampled if self.ended else self.prompt[position]
+        if sampled in end_tokens:
+            self.ended = True
+            return sampled
+        self.new_ids.append(sampled)
+        self.ended = len(self.new_ids) == self.limit or (bool(self.stop_words) and self._has_stop_word())
+        return sampled
+
+    def _writes(self, position: int) -> bool:
+        return position >= len(self.prompt) and not self.ended
+
+    def _has_stop_word(self) -> bool:
+        text = _decode(self.model, self.prompt, self.new_ids)
+        return any(word in text for word in self.stop_words)
 
 
 @torch.no_grad()
-def _continue(
-    model: Model,
-    ids: Int[Tensor, "batch pos"],
-    tokens: int,
-    top_k: int,
-    uniform: Float[np.ndarray, "batch token"],
-) -> list[list[int]]:
-    """New token ids of each row, cut before its first stop token."""
-    stop = torch.tensor(model.end_tokens, dtype=torch.long, device=ids.device)
-    draws = torch.tensor(uniform, device=ids.device)
-    mask, cache, step_ids, written = torch.ones_like(ids), None, ids, []
-    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    for step in range(min(tokens, model.max_positions - ids.shape[1])):
-        logits, cache = model.next_logits(step_ids, mask, cache)
-        step_ids = sample_top_k(logits, top_k, draws[:, step])
-        written.append(step_ids)
-        mask = torch.cat([mask, torch.ones_like(step_ids)], dim=1)
-        running &= ~torch.isin(step_ids[:, 0], stop)
-        if not running.any():
-            break
-    rows = torch.cat(written, dim=1).tolist() if written else [[] for _ in ids]
-    stops = set(stop.tolist())
-    return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
+def _write(model: Model, texts: Sequence[_Text], top_k: int) -> None:
+    """Write all texts of a batch, from the end of its shortest prompt on."""
+    end_tokens, device = set(model.end_tokens), model.device
+    running, rows, cache = [text for text in texts if not text.ended], None, None
+    position = min((len(text.prompt) for text in running), default=0)
+    ids = torch.tensor([text.prompt[:position] for text in running], dtype=torch.long, device=device)
+    while not all(text.ended for text in running):
+        mask = torch.ones(len(running), position, dtype=torch.long, device=device)
+        logits, cache = model.next_logits(ids, mask, cache, rows)
+        draws = [text.draw(position) for text in running]
+        sampled = sample_top_k(logits, top_k, torch.tensor(draws, dtype=torch.float64, device=device))
+        choices = sampled[:, 0].tolist()
+        next_ids = [text.next_id(position, choice, end_tokens) for text, choice in zip(running, choices, strict=True)]
+        position += 1
+        rows, going = None, [row for row, text in enumerate(running) if not text.ended]
+        # States of other blocks than attention cannot be cut out of a cache: such texts stay until the last one ends.
+        if len(going) < len(running) and model.keeps_keys:
+            rows = torch.tensor(going, dtype=torch.long, device=device)
+            running, next_ids = [running[row] for row in going], [next_ids[row] for row in going]
+        ids = torch.tensor(next_ids, dtype=torch.long, device=device)[:, None]
 
 
 def sample_top_k(

@@ -21,7 +21,7 @@ from mechedit.errors import InputError
 from mechedit.evaluation.config import Likelihood
 from mechedit.models import Model, Site
 from mechedit.models.vocabulary import check_ids
-from mechedit.prompt_tokens import Completion, complete
+from mechedit.prompt_tokens import Completion, complete_pairs
 
 Pair = tuple[str, str]
 """A prompt and a text that may follow it, joint included (`following`)."""
@@ -118,7 +118,7 @@ def score_pairs(
     Raises:
         InputError: as `score_targets`.
     """
-    encoded = sorted((_encode(model, pair) for pair in dict.fromkeys(pairs)), key=lambda row: len(row.ids))
+    encoded = sorted(_encode(model, list(dict.fromkeys(pairs))), key=lambda row: len(row.ids))
     scores: dict[Pair, TargetScore] = {}
     states: dict[str, Tensor] = {}
     for chunk in tqdm(list(batches_of(encoded, batch_size)), desc="scoring objects", leave=False):
@@ -131,15 +131,17 @@ def score_pairs(
     return Answers(scores=scores, states=states)
 
 
-def _encode(model: Model, pair: Pair) -> _PairTokens:
-    row = _PairTokens(pair, complete(model.tokenizer, *pair))
-    check_ids(torch.tensor(row.completion.target), model.vocab_size, model.tokenizer)
-    if len(row.ids) > model.max_positions:
-        raise InputError(
-            f"the prompt {pair[0]!r} with its object has {len(row.ids)} tokens, expected at most "
-            f"{model.max_positions}, the context of {model.name}: shorten or drop it"
-        )
-    return row
+def _encode(model: Model, pairs: Sequence[Pair]) -> list[_PairTokens]:
+    completions = complete_pairs(model.tokenizer, pairs)
+    targets = [token for completion in completions for token in completion.target]
+    check_ids(torch.tensor(targets, dtype=torch.long), model.vocab_size, model.tokenizer)
+    for (prompt, _), completion in zip(pairs, completions, strict=True):
+        if len(completion.ids) > model.max_positions:
+            raise InputError(
+                f"the prompt {prompt!r} with its object has {len(completion.ids)} tokens, expected at most "
+                f"{model.max_positions}, the context of {model.name}: shorten or drop it"
+            )
+    return [_PairTokens(pair, completion) for pair, completion in zip(pairs, completions, strict=True)]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mechedit.errors import InputError, check_choice
 from mechedit.models.adapters import logits_with_adapter
 from mechedit.models.display import html_summary, summary
-from mechedit.models.engines import HookedEngine, UnhookedEngine, max_positions
+from mechedit.models.engines import HookedEngine, UnhookedEngine, max_positions, takes
 from mechedit.models.families import attention_window, family_of
 from mechedit.models.fast_gpt import FastGptEngine
 from mechedit.models.kv_cache import KVCache
@@ -168,12 +168,19 @@ class BackendModel:
 
     @torch.no_grad()
     def next_logits(
-        self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch all"], cache: Any = None
+        self,
+        ids: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch all"],
+        cache: Any = None,
+        rows: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch vocab"], Any]:
         """One step of text generation; see `mechedit.models.protocol.Model.next_logits`."""
         if self._lacks_rows:
             ids = padded_with_rows(ids, mask[:, -ids.shape[1] :], self.vocab_size, self.tokenizer)
-        output = self.hf(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        if rows is not None:
+            cache.batch_select_indices(rows)
+        last = {"logits_to_keep": 1} if takes(self.hf, "logits_to_keep") else {}
+        output = self.hf(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **last)
         return output.logits[:, -1], output.past_key_values
 
     @property

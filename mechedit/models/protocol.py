@@ -228,14 +228,19 @@ class Model(Protocol):
         ...
 
     def next_logits(
-        self, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch all"], cache: Any = None
+        self,
+        ids: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch all"],
+        cache: Any = None,
+        rows: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch vocab"], Any]:
         """One step of text generation by the transformers model itself: logits after the last position, and its cache.
 
         Args:
             ids: the prompt at first, then the token that was chosen.
             mask: 1 on the tokens so far, those in `cache` included.
-            cache: the cache that the last step returned.
+            cache: the cache that the last step returned; this step changes it.
+            rows: the last step's rows that go on, if not all do.
         """
         ...
 

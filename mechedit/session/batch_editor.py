@@ -48,12 +48,12 @@ class BatchEditor:
     @property
     def settings(self) -> dict[str, Any]:
         """All that determines the results, except the batches; flat, so that a message can name what differs."""
-        groups = {"settings": self.config, "rule": self.rule, "evaluation": self.evaluation}
-        flat = {
-            f"{group}.{name}": value
-            for group, config in groups.items()
-            for name, value in dataclasses.asdict(config).items()
+        groups = {
+            "settings": dataclasses.asdict(self.config),
+            "rule": dataclasses.asdict(self.rule),
+            "evaluation": self.evaluation.plain(),
         }
+        flat = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
         settings = {
             "algorithm": ALGORITHMS["session"],
             **ModelIdentity.of(self.base).record,

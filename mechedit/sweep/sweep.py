@@ -252,7 +252,7 @@ class _SweepJob:
         key = {
             **self.provenance,
             "model": ModelIdentity.of(self.provenance["model"]).record,
-            "evaluation": dataclasses.asdict(self.evaluation),
+            "evaluation": self.evaluation.plain(),
             "window": window,
             "moments": {layer: determining(getattr(self.moments[layer], "provenance", {})) for layer in layers},
         }
