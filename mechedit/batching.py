@@ -6,6 +6,7 @@ Padding is computed for nothing, and so is starting another run: `length_batches
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -28,16 +29,54 @@ Result = TypeVar("Result")
 
 LAUNCH_COST = {"cpu": 1e8, "cuda": 1e11}
 """Operations that take about as long as starting a block's run, per type of device."""
+WEIGHT_TOKENS: dict[str, float | int] = {"cpu": 32, "cuda": 128}
+"""Tokens whose products with a matrix take as long as reading the matrix from memory, per type of device."""
 GIB = 2**30
 """Bytes per GiB."""
 HIDDEN_COPIES, MLP_COPIES = 12, 4
 """Activations of a block that are in memory at once, in multiples of d_model and of d_mlp."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """Seconds of a pass over some blocks, in units of what one token takes in a large pass.
+
+    A pass of few tokens takes as long as its weights take to come from memory, one of many takes so long as the
+    products do; both take the time in which its operations are started.
+    """
+
+    start: float
+    """What starting a pass costs."""
+    least: float | int
+    """Tokens whose products take as long as reading the weights."""
+    head: float
+    """Parameters of the output embedding, as a multiple of those of the blocks that run."""
+
+    @staticmethod
+    def of(model: Model, blocks: int) -> PassCost:
+        """The cost of a pass over so many blocks, on the model's device."""
+        head = model.vocab_size * model.d_model / (blocks * block_parameters(model))
+        least = WEIGHT_TOKENS.get(model.device.type, WEIGHT_TOKENS["cuda"])
+        return PassCost(start=padding_budget(model), least=least, head=head)
+
+    def of_pass(self, tokens: int, scored: int) -> float:
+        """The cost of a pass with so many tokens, padding included, of which some are unembedded."""
+        return self.start + max(tokens, self.least) + self.head * max(scored, self.least)
+
+
+def block_parameters(model: Model) -> int:
+    """Parameters of a block's matrices, the mean over blocks: the multiplications that a token takes."""
+    matrices = (
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and name.startswith(f"{model.family.blocks}.")
+    )
+    return max(sum(matrices) // model.n_layers, 1)
+
+
 def padding_budget(model: Model) -> float:
     """Padding tokens that cost as much as starting another run of a block."""
-    operations_per_token = 2 * (4 * model.d_model**2 + 2 * model.d_model * model.d_mlp)
-    return LAUNCH_COST.get(model.device.type, LAUNCH_COST["cuda"]) / operations_per_token
+    return LAUNCH_COST.get(model.device.type, LAUNCH_COST["cuda"]) / (2 * block_parameters(model))
 
 
 def length_batches(rows: Sequence[list[int]], padding: float | int, tokens: int) -> Iterator[Sequence[list[int]]]:

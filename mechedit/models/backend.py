@@ -24,6 +24,7 @@ from mechedit.models.families import attention_window, family_of
 from mechedit.models.fast_gpt import FastGptEngine
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
+from mechedit.models.readout import Readout, WholeReadout, find_readout
 from mechedit.models.run_again import run_again
 from mechedit.models.run_plan import Engine, RunPlan, plan_run
 from mechedit.models.saving import check_checkpoint, save_checkpoint
@@ -88,6 +89,7 @@ class BackendModel:
         self.module: Module = "mlp"
         self.d_model: int = hf.config.get_text_config().hidden_size
         self.d_mlp = self.d_key = self._key_width("mlp")
+        self._readout: Readout | WholeReadout | None = None
         self.keeps_keys = True
         """Whether earlier positions are skipped by keeping attention's keys and values; else they are run again."""
 
@@ -299,6 +301,20 @@ class BackendModel:
         with replace_forwards(skip_blocks(blocks_of(self.unhooked_copy, self.family), states, self.family)):
             ids = torch.zeros(len(states), 1, dtype=torch.long, device=self.device)
             return self.unhooked_copy(input_ids=ids, use_cache=False).logits[:, 0]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def readout(self) -> Readout | WholeReadout:
+        """What reads log-probabilities off `Run.head_inputs`; see `mechedit.models.protocol.Model.readout`."""
+        head = self.unhooked_copy.get_output_embeddings()
+        if self._readout is None and type(head) is not nn.Linear:
+            self._readout = WholeReadout()
+        if self._readout is None:
+            ids = torch.arange(min(4, self.vocab_size), device=self.device)[None]
+            tokens = Tokens(ids, torch.ones_like(ids))
+            states, logits = self.run(tokens, unembed=False).head_inputs[0], self.run(tokens).logits[0]
+            self._readout = find_readout(head, self.hf.config, states, logits)
+        return self._readout
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The transformers model's parameters, with the names that its checkpoints use."""

@@ -17,6 +17,7 @@ from torch import dtype as torch_dtype
 
 from mechedit.models.family import Family
 from mechedit.models.kv_cache import KVCache
+from mechedit.models.readout import Readout, WholeReadout
 from mechedit.models.sites import Module, Site
 from mechedit.provenance import ModelIdentity
 
@@ -286,6 +287,13 @@ class Model(Protocol):
 
     def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
         """Next-token logits of residuals after the last block: final norm, unembedding and logit caps, as in `run`."""
+        ...
+
+    def readout(self) -> Readout | WholeReadout:
+        """What reads log-probabilities and divergences off `Run.head_inputs` without all logits in memory.
+
+        Held against the model's own logits when it is first called; where they do not agree it takes `Run.logits`.
+        """
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

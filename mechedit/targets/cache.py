@@ -82,6 +82,8 @@ class TargetCache:
             name: value
             for name, value in dataclasses.asdict(config).items()
             if name not in ("batch_size", "pass_tokens", "seed")
+            # Without a margin, results keep the key that they had before there was one.
+            and not (name == "margin" and value is None)
         }
         model = ModelIdentity.of(provenance).record
         if config.part == "resid":

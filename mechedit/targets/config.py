@@ -38,6 +38,9 @@ class TargetSettings:
     """Prompt of the KL term, with one {} for the subject."""
     threshold: float | int = 0.05
     """Nats below which a fact has converged."""
+    margin: float | int | None = None
+    """Nats by which every token of the object must be likelier than any other token, behind all prefixes, for the
+    search to stop as well; None to go on until `threshold`."""
     joint: bool = True
     """Whether facts about one subject share one δ: their keys are equal, and one key holds one value (MEMIT-Merge,
     2025)."""
@@ -55,6 +58,8 @@ class TargetSettings:
             check_positive(name, getattr(self, name))
         for name in ("weight_decay", "kl_weight"):
             check_at_least(name, getattr(self, name), 0)
+        if self.margin is not None:
+            check_at_least("margin", self.margin, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

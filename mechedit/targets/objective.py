@@ -21,7 +21,7 @@ from mechedit.batching import run_in_halves
 from mechedit.data import EditRequest
 from mechedit.models import Model
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.prompt_batch import PromptBatch, edited_logits, run_clean
+from mechedit.targets.prompt_batch import PromptBatch, edited_scores, run_clean
 from mechedit.targets.search_prompts import search_batches, search_prompts
 
 TERMS = ("loss", "nll", "kl", "decay", "probability")
@@ -68,11 +68,13 @@ class Objective:
         """
         point = delta.detach().requires_grad_(gradient)
         nll, probability = point.new_zeros(2, len(self.group))
+        margin = torch.full_like(nll, torch.inf)
         kl, total_gradient, batches = point.new_zeros(self.n_groups), torch.zeros_like(delta), []
         for batch, terms, batch_gradient in run_in_halves(self.batches, lambda batch: self._of_batch(batch, point)):
             batches.append(batch)
             nll.index_add_(0, batch.fact, batch.weight * terms.nll)
             probability.index_add_(0, batch.fact, batch.weight * terms.probability)
+            margin.scatter_reduce_(0, batch.fact, terms.margin, "amin")
             kl.index_add_(0, self.group[batch.fact], terms.kl)
             total_gradient += batch_gradient
         self.batches = batches
@@ -82,7 +84,7 @@ class Objective:
         weighted_kl = self.config.kl_weight * kl[self.group]
         decay = decay.detach()
         values = torch.stack([nll + weighted_kl + decay, nll, weighted_kl, decay, probability], 1)
-        return LossTerms(values=values, gradient=total_gradient.detach())
+        return LossTerms(values=values, gradient=total_gradient.detach(), margin=margin)
 
     def drop_groups(self, stopped: Bool[Tensor, " group"]) -> None:
         """Run the prompts of these groups no more."""
@@ -119,6 +121,8 @@ class LossTerms:
 
     values: Float[Tensor, "fact term"]
     """`TERMS` of each fact; without meaning for facts that were dropped."""
+    margin: Float[Tensor, " fact"]
+    """Nats by which the object's tokens are likelier than any other token, the least of all prompts and tokens."""
     gradient: Float[Tensor, "group part d_model"]
     """Gradient of the sum of the groups' mean losses with respect to δ; zero where it was not asked for."""
 
@@ -133,11 +137,14 @@ class PromptTerms:
     """KL(edited ‖ clean) in nats; 0 for all but KL prompts."""
     probability: Float[Tensor, " row"]
     """Probability of the whole object; 0 for KL prompts."""
+    margin: Float[Tensor, " row"]
+    """Least log P of a token of the object minus that of the likeliest other token; ∞ for KL prompts."""
 
     @property
     def detached(self) -> PromptTerms:
         """The terms without their autograd graph."""
-        return PromptTerms(nll=self.nll.detach(), kl=self.kl.detach(), probability=self.probability.detach())
+        nll, kl, probability = self.nll.detach(), self.kl.detach(), self.probability.detach()
+        return PromptTerms(nll=nll, kl=kl, probability=probability, margin=self.margin)
 
 
 def prepare_objective(
@@ -150,7 +157,7 @@ def prepare_objective(
     shape = (len(requests), len(config.parts(model.module)), model.d_model)
     initial = torch.zeros(shape, device=model.device, dtype=torch.float32)
     batches = []
-    batched_prompts = search_batches(model, prompts, config.pass_tokens)
+    batched_prompts = search_batches(model, prompts, config.pass_tokens, max(1, model.n_layers - layer - 1))
     for batch, bare, states in run_in_halves(batched_prompts, lambda rows: run_clean(model, rows, layer, config)):
         batches.append(batch)
         initial[batch.fact[bare]] = states
@@ -171,13 +178,14 @@ def prompt_terms(
     model: Model, batch: PromptBatch, layer: int, delta: Float[Tensor, "row part d_model"], config: TargetConfig
 ) -> PromptTerms:
     """The terms of every prompt with its δ added at the subject's last token (Eq. 16)."""
-    logits = edited_logits(model, batch, layer, delta, config).float()
-    zero = logits.new_zeros(len(logits))
-    if batch.labels is None:
-        assert batch.clean is not None
-        edited = logits[:, 0].log_softmax(-1)
-        # KL(edited ‖ clean), the direction of ROME's Eq. 4 and of both published codes.
-        kl = (edited.exp() * (edited - batch.clean)).sum(-1)
-        return PromptTerms(nll=zero, kl=kl, probability=zero)
-    log_probs = logits.gather(-1, batch.labels[..., None]).squeeze(-1) - logits.logsumexp(-1)
-    return PromptTerms(nll=-log_probs.mean(1), kl=zero, probability=log_probs.sum(1).exp())
+    scores, rows = edited_scores(model, batch, layer, delta, config)
+    zero = scores.log_prob.new_zeros(len(batch)).to(batch.weight)
+    log_prob, counts = scores.log_prob.to(zero), zero.index_add(0, rows, torch.ones_like(rows).to(zero))
+    total = zero.index_add(0, rows, log_prob)
+    # KL(edited ‖ clean), the direction of ROME's Eq. 4 and of both published codes.
+    kl = zero.index_put((batch.is_kl.nonzero()[:, 0],), scores.kl.to(zero))
+    margin = torch.full_like(zero, torch.inf)
+    margin = margin.scatter_reduce(0, rows, (scores.log_prob.detach() - scores.runner_up).to(zero), "amin")
+    return PromptTerms(
+        nll=-total / counts.clamp(min=1), kl=kl, probability=total.exp().where(counts > 0, zero), margin=margin
+    )

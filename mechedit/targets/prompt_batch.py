@@ -3,7 +3,7 @@
 Neither the positions before the subject's last token nor the blocks below δ's layer depend on δ: their keys, values
 and states come from the clean run (`run_clean`), in which prompts behind one context template share the tokens they
 begin with (`shared_start_cache`). Only the blocks and positions that δ reaches run again at every step of the search
-(`block_spans`, `edited_logits`).
+(`block_spans`, `edited_states`), and their log-probabilities are read without all logits in memory (`Model.readout`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechedit.batching import pad, padding_budget
-from mechedit.models import KVCache, Model, Patch, Resume, Site, Tokens
+from mechedit.models import CleanLogits, KVCache, Model, Patch, Resume, Site, Tokens, TokenScores
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.search_prompts import SearchPrompt
+
+NOT_SCORED, DIVERGENCE = -1, -2
+"""Stand in place of a label where nothing enters the loss, and where a KL prompt is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class BlockSpan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptBatch:
-    """Prompts of like shape and what the clean run left for them.
+    """Prompts of like width and what the clean run left for them.
 
     Each row begins at its subject's last token, where δ is added, and positions count from there.
     """
@@ -48,11 +51,11 @@ class PromptBatch:
     span_inputs: tuple[Float[Tensor, "row _ d_model"] | None, ...]
     """Cached block inputs: the clean residual stream where each span begins; None before the first block."""
     scored: Int[Tensor, "row token"]
-    """Positions whose logits enter the loss."""
-    labels: Int[Tensor, "row token"] | None
-    """Tokens to be predicted at `scored`; None for KL prompts."""
-    clean: Float[Tensor, "row vocab"] | None
-    """Clean log-probabilities at `scored`; None for all but KL prompts."""
+    """Positions that may enter the loss, different ones in each row."""
+    labels: Int[Tensor, "row token"]
+    """Tokens to be predicted at `scored`; `NOT_SCORED` and `DIVERGENCE` where none is."""
+    clean: CleanLogits | None
+    """Clean logits of the KL prompts, in order; None where there are none."""
     fact: Int[Tensor, " row"]
     """Index of each row's fact."""
     weight: Float[Tensor, " row"]
@@ -63,6 +66,11 @@ class PromptBatch:
 
     def __getitem__(self, rows: slice) -> PromptBatch:
         return self.take(torch.arange(len(self), device=self.fact.device)[rows])
+
+    @property
+    def is_kl(self) -> Bool[Tensor, " row"]:
+        """Which rows are KL prompts."""
+        return (self.labels == DIVERGENCE).any(1)
 
     def where(self, rows: Bool[Tensor, " row"]) -> PromptBatch:
         """The batch with the rows for which `rows` is true."""
@@ -81,6 +89,9 @@ class PromptBatch:
             return value[index] if isinstance(value, Tensor) else value
 
         values = {field.name: chosen(getattr(self, field.name)) for field in fields(self)}
+        if self.clean is not None:
+            clean_rows = (self.is_kl.cumsum(0) - 1)[index][self.is_kl[index]]
+            values["clean"] = self.clean.take(clean_rows) if len(clean_rows) else None
         return PromptBatch(**values)  # type: ignore[arg-type]
 
 
@@ -109,29 +120,40 @@ def block_spans(model: Model, layer: int, config: TargetConfig, width: int) -> t
 def run_clean(
     model: Model, prompts: Sequence[SearchPrompt], layer: int, config: TargetConfig
 ) -> tuple[PromptBatch, Bool[Tensor, " row"], Float[Tensor, "bare part d_model"]]:
-    """One clean run of prompts of like shape.
+    """One clean run of prompts of like width.
 
     Returns:
         The batch, which of its rows stand behind the first context template, and the clean states h of those rows.
     """
-    device, is_kl = model.device, not prompts[0].labels
+    device, readout = model.device, model.readout()
     sites = [Site(layer, part) for part in config.parts(model.module)]
-    spans = block_spans(model, layer, config, max(prompt.width for prompt in prompts))
+    width = max(prompt.width for prompt in prompts)
+    spans = block_spans(model, layer, config, width)
     input_sites = [Site(span.first - 1, "resid") if span.first else None for span in spans]
-    subject, scored, fact = (
+    subject, fact = (
         torch.tensor(values, device=device)
-        for values in zip(*((prompt.subject, prompt.scored, prompt.fact) for prompt in prompts), strict=True)
+        for values in zip(*((prompt.subject, prompt.fact) for prompt in prompts), strict=True)
     )
+    scored, labels = (values.to(device) for values in _scored_windows(prompts, width))
+    is_kl = (labels == DIVERGENCE).any(1)
     start_cache, start_lengths = shared_start_cache(model, prompts)
     cut = torch.tensor(start_lengths, device=device)
+    with_kl = bool(is_kl.any())
+    # Of KL prompts alone is the clean distribution asked for; in other rows any position does.
+    at = (scored * (labels == DIVERGENCE)).sum(1) + subject - cut
     run = model.run(
         pad([p.ids[length:] for p, length in zip(prompts, start_lengths, strict=True)], model.tokenizer, device),
         read=[*sites, *filter(None, input_sites)],
-        logits_to_keep=scored - cut[:, None] if is_kl else 0,
-        stop_after=None if is_kl else model.n_layers - 1,
+        logits_to_keep=at[:, None] if with_kl else 0,
+        stop_after=None if with_kl else model.n_layers - 1,
         kv_cache=start_cache,
         use_cache=True,
+        unembed=not readout.chunked,
     )
+    clean = None
+    if with_kl:
+        states = run.head_inputs if readout.chunked else run.logits
+        clean = CleanLogits(readout.logits(states[is_kl.to(states.device), 0]))
     batch = PromptBatch(
         tokens=pad([prompt.ids[prompt.subject :] for prompt in prompts], model.tokenizer, device),
         kv_cache=run.kv_cache.before(subject, spans[0].first) if subject.any() else None,
@@ -140,15 +162,31 @@ def run_clean(
             None if site is None else _from(subject - cut, run[site], span.reach)
             for site, span in zip(input_sites, spans, strict=True)
         ),
-        scored=scored - subject[:, None],
-        labels=None if is_kl else torch.tensor([prompt.labels for prompt in prompts], device=device),
-        clean=None if run.final_logits is None else run.final_logits[:, 0].float().log_softmax(-1),
+        scored=scored,
+        labels=labels,
+        clean=clean,
         fact=fact,
         weight=torch.tensor([prompt.weight for prompt in prompts], dtype=torch.float32, device=device),
     )
     bare = torch.tensor([prompt.template == 0 for prompt in prompts], device=device)
     states = [_from(subject - cut, run[site], 1)[bare, 0].float() for site in sites]
     return batch, bare, torch.stack(states, 1)
+
+
+def _scored_windows(
+    prompts: Sequence[SearchPrompt], width: int
+) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:
+    """As many consecutive positions of each row as any prompt has scored ones, its own among them, and their labels."""
+    count = max(len(prompt.scored) for prompt in prompts)
+    positions = torch.arange(count).repeat(len(prompts), 1)
+    labels = torch.full_like(positions, NOT_SCORED)
+    for row, prompt in enumerate(prompts):
+        first = prompt.scored[0] - prompt.subject
+        begin = min(first, width - count)
+        positions[row] += begin
+        at = torch.arange(len(prompt.scored)) + first - begin
+        labels[row, at] = torch.tensor(prompt.labels or (DIVERGENCE,))
+    return positions, labels
 
 
 def _from(
@@ -189,10 +227,41 @@ def _common_start(prompts: Sequence[SearchPrompt]) -> tuple[int, ...]:
     return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns))
 
 
-def edited_logits(
+def edited_scores(
     model: Model, batch: PromptBatch, layer: int, delta: Float[Tensor, "row part d_model"], config: TargetConfig
-) -> Float[Tensor, "row token vocab"]:
-    """Logits at the scored positions with δ added, computed span by span from the cached block inputs."""
+) -> tuple[TokenScores, Int[Tensor, " label"]]:
+    """What the loss needs to know of the run with δ added: log P of every label, and KL of every KL prompt.
+
+    Returns:
+        The scores, labels in the order of rows and tokens, and the row of each label.
+    """
+    readout, labels = model.readout(), batch.labels
+    states = edited_states(model, batch, layer, delta, config, unembed=not readout.chunked)
+    rows, slots = (labels >= 0).nonzero(as_tuple=True)
+    kl_rows, kl_slots = (labels == DIVERGENCE).nonzero(as_tuple=True)
+    at = (torch.cat([rows, kl_rows]).to(states.device), torch.cat([slots, kl_slots]).to(states.device))
+    return readout.score(states[at], labels[rows, slots], batch.clean), rows
+
+
+def edited_states(
+    model: Model,
+    batch: PromptBatch,
+    layer: int,
+    delta: Float[Tensor, "row part d_model"],
+    config: TargetConfig,
+    *,
+    unembed: bool,
+) -> Float[Tensor, "row token width"]:
+    """Inputs of the unembedding at the positions in `scored` with δ added, computed span by span.
+
+    Args:
+        model: the model.
+        batch: the prompts.
+        layer: where δ is added.
+        delta: δ of each row.
+        config: names the activations that δ is added to.
+        unembed: return logits instead.
+    """
     state: Tensor | None = None
     patches: list[Patch] = []
     if batch.spans[0].first > layer:
@@ -203,7 +272,7 @@ def edited_logits(
         start = torch.zeros(len(batch), 1, dtype=torch.long, device=delta.device)
         sites = [Site(layer, part) for part in config.parts(model.module)]
         patches = [Patch(site, start, delta[:, [index]], add=True) for index, site in enumerate(sites)]
-    logits: Tensor | None = None
+    result: Tensor | None = None
     for span, clean_input in zip(batch.spans, batch.span_inputs, strict=True):
         if state is not None and clean_input is not None:
             state = torch.cat([state, clean_input[:, state.shape[1] :]], 1)
@@ -217,7 +286,8 @@ def edited_logits(
             stop_after=span.last if goes_on else None,
             kv_cache=batch.kv_cache,
             logits_to_keep=0 if goes_on else batch.scored,
+            unembed=unembed or goes_on,
         )
-        state, logits = run.values.get(output), run.final_logits
-    assert logits is not None, "the last span runs to the model's end"
-    return logits
+        state, result = run.values.get(output), run.final_logits if unembed else run.final_head_inputs
+    assert result is not None, "the last span runs to the model's end"
+    return result

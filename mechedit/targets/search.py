@@ -21,7 +21,7 @@ from mechedit.prompt_tokens import check_prefixes, make_prefixes, one_spelling
 from mechedit.provenance import value_hash
 from mechedit.targets.cache import TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.objective import TERMS, Objective, prepare_objective
+from mechedit.targets.objective import TERMS, LossTerms, Objective, prepare_objective
 from mechedit.targets.search_prompts import search_prompts
 from mechedit.targets.targets import Targets
 
@@ -152,7 +152,7 @@ def search_groups(
         last = step == config.updates
         loss = objective.loss_terms(delta, gradient=not last)
         history.append(loss.values)
-        for group, reason in enumerate(_stop_reasons(objective, loss.values, last=last)):
+        for group, reason in enumerate(_stop_reasons(objective, loss, last=last)):
             if reason and not states[group].stopped:
                 # Without a finite loss z stays h.
                 final = torch.zeros_like(delta[group]) if reason == NOT_FINITE else delta.detach()[group].clone()
@@ -182,15 +182,19 @@ class _GroupState:
     """The step at which it stopped."""
 
 
-def _stop_reasons(objective: Objective, terms: Float[Tensor, "fact term"], *, last: bool) -> list[str]:
+def _stop_reasons(objective: Objective, terms: LossTerms, *, last: bool) -> list[str]:
     """Why each group stops at this step; empty where it goes on."""
-    loss, nll = terms[:, TERMS.index("loss")], terms[:, TERMS.index("nll")]
-    criterion = loss if objective.config.convention == "memit-2022" else nll
+    config = objective.config
+    loss, nll = terms.values[:, TERMS.index("loss")], terms.values[:, TERMS.index("nll")]
+    criterion = loss if config.convention == "memit-2022" else nll
     finite = objective.groups_where_all(loss.isfinite())
-    converged = objective.groups_where_all(criterion < objective.config.threshold)
+    converged = objective.groups_where_all(criterion < config.threshold)
+    ahead = [False] * objective.n_groups
+    if config.margin is not None:
+        ahead = objective.groups_where_all(terms.margin > config.margin)
     return [
-        NOT_FINITE if not group_finite else "converged" if group_converged else "steps" if last else ""
-        for group_finite, group_converged in zip(finite, converged, strict=True)
+        NOT_FINITE if not flags[0] else "converged" if flags[1] else "margin" if flags[2] else "steps" if last else ""
+        for flags in zip(finite, converged, ahead, strict=True)
     ]
 
 

@@ -1,15 +1,16 @@
 """The prompts of the search: one per request and context template, and one KL prompt per δ.
 
 The tokens before the subject's last one do not depend on δ: their keys and values are computed once, and only the
-tokens from there on run again at every step. Prompts with equally much to run share a batch.
+tokens from there on run again at every step. Prompts with about equally much to run share a batch (`search_batches`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from mechedit.batching import padding_budget
+from mechedit.batching import PassCost, batches_of
 from mechedit.data import EditRequest, fill
 from mechedit.errors import InputError
 from mechedit.models import Model
@@ -86,29 +87,38 @@ def _kl_prompt(model: Model, request: EditRequest, fact: int, config: TargetConf
     )  # fmt: skip
 
 
-def search_batches(model: Model, prompts: Sequence[SearchPrompt], pass_tokens: int) -> Iterator[list[SearchPrompt]]:
-    """Group prompts that run together: of like shape, as long as padding wastes less than another run costs.
+def search_batches(
+    model: Model, prompts: Sequence[SearchPrompt], pass_tokens: int, blocks: int | None = None
+) -> Iterator[list[SearchPrompt]]:
+    """Group prompts that run together: those of like width, in the passes that take least time in all.
 
     Args:
-        model: tells how many padding tokens a run is worth.
+        model: tells what a pass costs, and a token in it (`PassCost`).
         prompts: in any order.
         pass_tokens: most tokens in one forward pass, padding included.
+        blocks: number of blocks that run; by default all.
     """
-    allowance = padding_budget(model)
-    batch: list[SearchPrompt] = []
-    padding = 0
-    for prompt in sorted(prompts, key=lambda prompt: (len(prompt.scored), bool(prompt.labels), prompt.width)):
-        if batch:
-            # Widths rise, so that every prompt before is padded to this one's.
-            more = (prompt.width - batch[-1].width) * len(batch)
-            same_shape = (len(prompt.scored), bool(prompt.labels)) == (len(batch[0].scored), bool(batch[0].labels))
-            if not same_shape or padding + more > allowance or (len(batch) + 1) * prompt.width > pass_tokens:
-                yield batch
-                batch, padding, more = [], 0, 0
-            padding += more
-        batch.append(prompt)
-    if batch:
-        yield batch
+    cost, rows = PassCost.of(model, blocks or model.n_layers), sorted(prompts, key=lambda prompt: prompt.width)
+    scored = [0, *accumulate(len(prompt.scored) for prompt in rows)]
+    ends = [end for end in range(1, len(rows) + 1) if end == len(rows) or rows[end].width > rows[end - 1].width]
+    # Least cost of the prompts before each width, and where the last group of these begins.
+    best: dict[int, tuple[float, int]] = {0: (0.0, 0)}
+    for end in ends:
+        width = rows[end - 1].width
+        size = max(1, pass_tokens // width)
+
+        def of_group(begin: int, end: int = end, width: int = width, size: int = size) -> float:
+            cuts = [*range(begin, end, size), end]
+            return sum(cost.of_pass(width * (j - i), scored[j] - scored[i]) for i, j in pairwise(cuts))
+
+        best[end] = min((before + of_group(begin), begin) for begin, (before, _) in best.items())
+    end, groups = len(rows), list[list[SearchPrompt]]()
+    while end:
+        begin = best[end][1]
+        groups.append(rows[begin:end])
+        end = begin
+    for group in reversed(groups):
+        yield from batches_of(group, max(1, pass_tokens // group[-1].width))
 
 
 def check_length(model: Model, request: EditRequest, ids: Sequence[int]) -> list[int]:

@@ -33,12 +33,12 @@ class Targets:
     """One row per fact and step: `id, step, loss, nll, kl, decay, probability`. At step 0, δ is 0."""
     summary: pd.DataFrame
     """One row per fact, evaluated at the z that is returned: `id, loss, nll, kl, decay, probability` (of the
-    whole object, mean over prefixes), `updates, norm_ratio` (‖δ‖/‖h‖), `stopped` (`converged`, `steps` or
-    `not finite`: such a fact keeps z = h)."""
+    whole object, mean over prefixes), `updates, norm_ratio` (‖δ‖/‖h‖), `stopped` (`converged`, `margin`,
+    `steps`, or `not finite`: such a fact keeps z = h)."""
     provenance: Mapping[str, Any]
     """Model, settings and a hash of the requests."""
 
     @property
     def unconverged(self) -> tuple[str, ...]:
         """Ids of the facts whose search ended for lack of steps or at a loss that is not finite."""
-        return tuple(self.summary.id[self.summary.stopped != "converged"])
+        return tuple(self.summary.id[~self.summary.stopped.isin(["converged", "margin"])])

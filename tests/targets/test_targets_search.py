@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import mechedit.targets.search
-from mechedit.batching import LAUNCH_COST, pad
+from mechedit.batching import LAUNCH_COST, WEIGHT_TOKENS, pad
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
-from mechedit.models import Site
+from mechedit.models import Patch, Site, WholeReadout
 from mechedit.prompt_tokens import continuation_ids, prefixed_prompts, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
+from mechedit.targets.cache import TargetCache
 from mechedit.targets.prompt_batch import block_spans, shared_start_cache
 from mechedit.targets.search_prompts import search_batches, search_prompts
 
@@ -29,6 +30,7 @@ REQUESTS = [
     EditRequest(id="d", subject="Leon Blum", prompt="They all met {}", target_new="French"),
 ]
 BRISK = TargetConfig(lr=0.5, clamp=2.0)
+PROVENANCE = {"weights_hash": "w", "tokenizer_hash": "t", "dtype": "float32", "module": "mlp"}
 
 
 @pytest.fixture(scope="module")
@@ -160,17 +162,19 @@ def counted(model: Any) -> tuple[list[list[int]], list[Any]]:
 def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
     config = dataclasses.replace(BRISK, steps=6, threshold=1e-9)
     prompts = search_prompts(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, config)
+    lively.readout()
     sizes, handles = counted(lively)
     find_targets(lively, REQUESTS, 0, PREFIXES, config)
     for hook in handles:
         hook.remove()
-    batches = list(search_batches(lively, prompts, config.pass_tokens))
+    batches = list(search_batches(lively, prompts, config.pass_tokens, lively.n_layers - 1))
     assert [len(runs) for runs in sizes] == [len(batches), *[len(batches) * (1 + 7)] * 2]
     rerun = sum(len(batch) * max(prompt.width for prompt in batch) for batch in batches) * lively.d_model
     assert sum(sizes[1][-len(batches) :]) == rerun
     assert rerun < 0.7 * sum(len(prompt.ids) for prompt in prompts) * lively.d_model
-    # The last block's MLP runs at the scored positions alone.
-    assert sum(sizes[2][-len(batches) :]) == sum(len(prompt.scored) for prompt in prompts) * lively.d_model < rerun
+    # The last block's MLP runs at the scored positions alone, of which each row of a batch has as many.
+    scored = sum(len(batch) * max(len(prompt.scored) for prompt in batch) for batch in batches)
+    assert sum(sizes[2][-len(batches) :]) == scored * lively.d_model < rerun
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -186,6 +190,7 @@ def test_with_local_attention_less_runs_again_and_z_is_the_same(
     widths = [span.reach for span in spans for _ in range(span.first, span.last + 1)]
     first = [1] if config.attention else []
     assert widths == [*first, *(min(9, 1 + 2 * (block - layer)) for block in range(layer + 1, 3)), 9]
+    model.readout()  # Once per model, so that its runs are not counted.
     sizes, handles = counted(model)
     local = find_targets(model, requests, layer, PREFIXES, config)
     local_sizes = [sum(runs) for runs in sizes]
@@ -207,7 +212,7 @@ def test_a_shared_start_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPat
     separate = find_targets(model, REQUESTS, 1, PREFIXES, config)
     monkeypatch.setitem(LAUNCH_COST, "cpu", 0)
     prompts = search_prompts(model, REQUESTS, [0, 1, 2, 3], PREFIXES, config)
-    monkeypatch.setattr("mechedit.targets.search_prompts.padding_budget", lambda model: 1e6)
+    monkeypatch.setitem(WEIGHT_TOKENS, "cpu", 1e6)
     (batch, *_) = sorted(search_batches(model, prompts, config.pass_tokens), key=len, reverse=True)
     cache, lengths = shared_start_cache(model, batch)
     assert cache is not None
@@ -335,9 +340,103 @@ def test_a_damaged_file_is_refused(lively: Any, tmp_path: Path) -> None:
         find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path)
 
 
+def least_margin(model: Any, request: EditRequest, layer: int, delta: Tensor) -> float:
+    """Least log-odds of an object's token over any other, behind all prefixes, on whole prompts."""
+    margins = []
+    object_ids = continuation_ids(model.tokenizer, request.target_new)
+    for prompt in prefixed_prompts(model, request, PREFIXES):
+        tokens = pad([[*prompt.ids, *object_ids[:-1]]], model.tokenizer)
+        patch = Patch(Site(layer, "resid"), torch.tensor([[prompt.last_subject]]), delta[None, None], add=True)
+        with torch.no_grad():
+            logits = model.run(tokens, [patch]).logits[0, len(prompt.ids) - 1 :].log_softmax(-1)
+        for row, token in zip(logits, object_ids, strict=True):
+            margins.append(float(row[token] - torch.cat([row[:token], row[token + 1 :]]).max()))
+    return min(margins)
+
+
+@pytest.mark.parametrize("convention", ["default", "memit-2022"])
+def test_a_fact_leaves_when_its_object_is_ahead_by_the_margin(lively: Any, convention: Any) -> None:
+    config = dataclasses.replace(BRISK, joint=False, convention=convention, threshold=-1.0, steps=15)
+    free = find_targets(lively, REQUESTS, 1, PREFIXES, config)
+    assert set(free.summary.stopped) == {"steps"}
+    stopping = find_targets(lively, REQUESTS, 1, PREFIXES, dataclasses.replace(config, margin=1.0))
+    ahead = stopping.summary[stopping.summary.stopped == "margin"]
+    assert len(ahead) >= 2
+    assert stopping.unconverged == tuple(stopping.summary.id[stopping.summary.stopped == "steps"])
+    for row in ahead.itertuples():
+        request = next(request for request in REQUESTS if request.id == row.id)
+        margins = {}
+        for updates in (row.updates - 1, row.updates):
+            steps = updates + (convention == "memit-2022")
+            cut = dataclasses.replace(config, steps=max(steps, 1))
+            alone = find_targets(lively, [request], 1, PREFIXES, cut)
+            margins[updates] = least_margin(lively, request, 1, alone.z[0] - alone.initial[0])
+        # It stops where the condition holds first, and with the z that the search has there.
+        assert margins[row.updates - 1] <= 1.0 < margins[row.updates]
+        fact = stopping.ids.index(row.id)
+        assert distance(stopping.z[fact], alone.z[0]) < 1e-4
+        assert distance(stopping.z[fact], free.z[fact]) > 1e-2
+
+
+def test_facts_that_share_wait_for_the_margin_of_all(lively: Any) -> None:
+    config = dataclasses.replace(BRISK, threshold=-1.0, margin=0.5)
+    row = find_targets(lively, REQUESTS, 1, PREFIXES, config).summary.set_index("id")
+    assert row.loc["b"].updates == row.loc["d"].updates
+    alone = [find_targets(lively, [REQUESTS[fact]], 1, PREFIXES, config).summary.updates[0] for fact in (1, 3)]
+    assert alone[0] != alone[1]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma3"])
+def test_objects_of_different_lengths_share_a_batch(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = make_model(kind, initializer_range=0.05)
+    config = dataclasses.replace(BRISK, steps=3)
+    monkeypatch.setitem(LAUNCH_COST, "cpu", 1e12)
+    prompts = search_prompts(model, REQUESTS, [0, 1, 2, 1], PREFIXES, config)
+    (batch,) = search_batches(model, prompts, config.pass_tokens)
+    assert len({len(prompt.scored) for prompt in batch if prompt.labels}) > 1
+    assert any(not prompt.labels for prompt in batch)
+    shared = find_targets(model, REQUESTS, 1, PREFIXES, config)
+    monkeypatch.setitem(LAUNCH_COST, "cpu", 0)
+    monkeypatch.setitem(WEIGHT_TOKENS, "cpu", 0)
+    assert len(list(search_batches(model, prompts, config.pass_tokens))) > 1
+    split = find_targets(model, REQUESTS, 1, PREFIXES, config)
+    assert distance(split.z, shared.z) < 1e-5
+    assert torch.allclose(
+        torch.tensor(shared.losses[["loss", "nll", "kl", "probability"]].to_numpy()),
+        torch.tensor(split.losses[["loss", "nll", "kl", "probability"]].to_numpy()), atol=1e-4,
+    )  # fmt: skip
+    blum = find_targets(model, [REQUESTS[1], REQUESTS[3]], 1, PREFIXES, config)
+    assert distance(blum.z, shared.z[[1, 3]]) < 1e-5
+    assert distance(shared.z, shared.initial) > 1e-2
+
+
+def test_a_model_without_a_readout_of_its_own_gives_the_same(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(BRISK, steps=3)
+    chunked = find_targets(lively, REQUESTS, 1, PREFIXES, config)
+    assert lively.readout().chunked
+    monkeypatch.setattr(type(lively), "readout", lambda self: WholeReadout())
+    assert not lively.readout().chunked
+    whole = find_targets(lively, REQUESTS, 1, PREFIXES, config)
+    assert distance(whole.z, chunked.z) < 1e-5
+    assert distance(chunked.z, chunked.initial) > 1e-2
+
+
+def test_the_margin_is_part_of_the_key_when_there_is_one() -> None:
+    keys = {
+        margin: TargetCache.at(None, PROVENANCE, 1, PREFIXES, TargetConfig(margin=margin)).key(REQUESTS[:1])
+        for margin in (None, 0.5, 1.0)
+    }
+    assert len(set(keys.values())) == 3
+    cache = TargetCache.at(None, PROVENANCE, 1, PREFIXES, TargetConfig())
+    assert "margin" not in cache.made_with["settings"]
+
+
 def test_bad_settings_are_refused() -> None:
     for wrong, match in (
         ({"attention": True}, 'attention is on with part "resid"'),
+        ({"margin": -0.5}, "margin is -0.5, expected at least 0"),
         ({"pass_tokens": 0}, "pass_tokens is 0"),
         ({"kl_weight": -1}, "kl_weight is -1, expected at least 0; choose"),
     ):
