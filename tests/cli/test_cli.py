@@ -34,14 +34,16 @@ FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", 
 
 COMMON = "model backend device dtype merge-adapter seed overwrite json config"
 OPTIONS = {
-    "run": "facts requests joint strict chat texts out layers method rule max-facts samples set generation-prompts",
+    "run": "facts requests joint strict chat texts out layers method rule max-facts samples set "
+    "generation-prompts generation-tokens stop-words",
     "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
     "metrics memory max-facts",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
     "joint strict chat texts tokens max-length method set",
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
     "edit": "requests joint strict chat out show layers selection moments method set conflicts",
-    "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts protocol references conflicts",
+    "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
+    "stop-words protocol references conflicts",
     "apply": "edit out format",
     "report": "DIRECTORY json config",
 }
