@@ -139,9 +139,9 @@ def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: Any = "cpu") -> T
     if filler >= getattr(tokenizer, "vocab_size", filler + 1):
         # A padding token that was added to the tokenizer may have no row in the embedding; the rows' tokens have.
         filler = min(filler, max(map(max, rows)))
-    ids = torch.full((len(rows), width), filler, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    ids = torch.full((len(rows), width), filler, dtype=torch.long, device="cpu")
+    mask = torch.zeros((len(rows), width), dtype=torch.long, device="cpu")
     for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(list(row), dtype=torch.long)
+        ids[index, : len(row)] = torch.tensor(list(row), dtype=torch.long, device="cpu")
         mask[index, : len(row)] = 1
     return Tokens(ids.to(device), mask.to(device))

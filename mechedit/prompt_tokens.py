@@ -339,7 +339,7 @@ def completed_prompts(model: Model, request: EditRequest, prefixes: Sequence[str
     templates = [request_template(request, prefix) for prefix in prefixes]
     completed = _complete_facts(model.tokenizer, templates, request.subject, request.target_new, request.joint)
     for _, target in completed:
-        check_ids(torch.tensor(target), model.vocab_size, model.tokenizer)
+        check_ids(torch.tensor(target, device="cpu"), model.vocab_size, model.tokenizer)
     return completed
 
 

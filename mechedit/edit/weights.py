@@ -82,7 +82,7 @@ def stochastically_rounded(
     exponent = torch.frexp(value).exponent.clamp_min(math.frexp(limits.smallest_normal)[1])
     step = torch.exp2((exponent - digits).double())
     # In float32, so that the draw has few enough digits never to lift a number that needs no rounding.
-    draw = torch.rand(value.shape, generator=generator, dtype=torch.float32)
+    draw = torch.rand(value.shape, generator=generator, dtype=torch.float32, device="cpu")
     return value.div(step).add_(draw).floor_().mul_(step).to(dtype)
 
 

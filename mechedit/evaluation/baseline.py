@@ -76,7 +76,7 @@ class Baseline:
         """
         scores = Scores.load(folder)
         tensors, prompts = read_tensors(Path(folder) / FILE, "prompts")
-        states = tensors.get("states", torch.empty(0, 0, dtype=torch.float32))
+        states = tensors.get("states", torch.empty(0, 0, dtype=torch.float32, device="cpu"))
         if len(states) != len(prompts) or len(scores.states) != 1:
             raise InputError(
                 f"{str(folder)!r} holds {len(states)} states of {len(prompts)} prompts and {len(scores.states)} model "

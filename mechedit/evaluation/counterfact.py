@@ -116,7 +116,7 @@ def measure_baseline(
     requests = prompted(model.tokenizer, requests, chat=chat, joint=joint)
     evaluation = _Evaluation(model=model, requests=requests, config=config, texts=texts, references=references)
     answers = evaluation.score_probes(with_states=True)
-    empty = torch.empty(0, model.d_model, dtype=torch.float32)
+    empty = torch.empty(0, model.d_model, dtype=torch.float32, device="cpu")
     states = torch.stack(list(answers.states.values())) if answers.states else empty
     return Baseline(scores=evaluation.scores("before", answers), prompts=tuple(answers.states), states=states)
 

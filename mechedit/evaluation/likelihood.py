@@ -134,7 +134,7 @@ def score_pairs(
 def _encode(model: Model, pairs: Sequence[Pair]) -> list[_PairTokens]:
     completions = complete_pairs(model.tokenizer, pairs)
     targets = [token for completion in completions for token in completion.target]
-    check_ids(torch.tensor(targets, dtype=torch.long), model.vocab_size, model.tokenizer)
+    check_ids(torch.tensor(targets, dtype=torch.long, device="cpu"), model.vocab_size, model.tokenizer)
     for (prompt, _), completion in zip(pairs, completions, strict=True):
         if len(completion.ids) > model.max_positions:
             raise InputError(
@@ -155,7 +155,7 @@ def _score_chunk(
     positions = torch.arange(first - 1, tokens.ids.shape[1] - 1, device=model.device)
     last = Site(model.n_layers - 1, "resid")
     run = model.run(tokens, read=[last] if state_rows else [], logits_to_keep=positions)
-    logits, states = run.logits, torch.empty(0, model.d_model, dtype=torch.float32)
+    logits, states = run.logits, torch.empty(0, model.d_model, dtype=torch.float32, device="cpu")
     if state_rows:
         states = run[last][list(state_rows), [rows[index].start - 1 for index in state_rows]].cpu()
     starts = torch.tensor([row.start for row in rows], device=model.device)[:, None]

@@ -101,7 +101,8 @@ def moment_matrices(
                 f"collect_moments or mechedit moments"
             )
         moment = moments[layer]
-        matrices[layer] = moment.matrix if isinstance(moment, SecondMoment) else torch.as_tensor(moment)
+        matrix = moment.matrix if isinstance(moment, SecondMoment) else moment
+        matrices[layer] = matrix if isinstance(matrix, Tensor) else torch.as_tensor(matrix, device="cpu")
         if tuple(matrices[layer].shape) != (model.d_key, model.d_key):
             raise InputError(
                 f"the second moment for layer {layer} is {tuple(matrices[layer].shape)}, expected "

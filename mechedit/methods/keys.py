@@ -53,7 +53,7 @@ class KeyExtractor:
         with_prefix = {ids for fact_prompts in prompts for ids in fact_prompts[:-1]}
         unique = [*bare, *sorted(with_prefix - set(bare), key=_by_length)]
         index = {ids: row for row, ids in enumerate(unique)}
-        self._rows = torch.tensor([[index[ids] for ids in fact_prompts] for fact_prompts in prompts])
+        self._rows = torch.tensor([[index[ids] for ids in fact_prompts] for fact_prompts in prompts], device="cpu")
         """Row of each request's prompts among the unique ones, [fact, prefix]; the bare prompt's comes last."""
         # Prompts that are equal up to the subject are run once, and the bare ones can be run alone.
         self._bare = _batches(model, bare, batch_size)

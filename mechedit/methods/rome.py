@@ -68,7 +68,7 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
     keys = KeyExtractor(model, task.requests, [*prefixes, BARE], batch_size=config.batch_size).keys(layer)
     factor, earlier = moment_factor(task.moments[layer], keys.device), task.previous.get(layer)
     targets, starts, updates = [], [], []
-    total = torch.zeros(model.d_key, model.d_model, dtype=torch.float64)
+    total = torch.zeros(model.d_key, model.d_model, dtype=torch.float64, device="cpu")
     originals = copy_weights(model, [layer])
     with restoring(model, [layer]):
         for index, request in enumerate(tqdm(task.requests, desc=task.method, unit="fact", leave=None)):

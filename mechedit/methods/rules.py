@@ -81,13 +81,14 @@ class InNullSpace:
         if isinstance(moment, SecondMoment):
             space = moment.null_space(self.threshold)
         else:
-            space = null_space(torch.as_tensor(moment).to(keys.device), self.threshold)
+            space = null_space(moment_matrix(moment).to(keys.device), self.threshold)
         return null_space_update(keys, residuals, space, weight=self.weight, previous=earlier)
 
 
 def moment_matrix(moment: SecondMoment | Tensor) -> Float[Tensor, "d_mlp d_mlp"]:
     """E[k kᵀ] as a matrix."""
-    return moment.matrix if isinstance(moment, SecondMoment) else torch.as_tensor(moment)
+    matrix = moment.matrix if isinstance(moment, SecondMoment) else moment
+    return matrix if isinstance(matrix, Tensor) else torch.as_tensor(matrix, device="cpu")
 
 
 def moment_factor(moment: SecondMoment | Tensor, device: torch.device) -> Factor:
@@ -96,4 +97,4 @@ def moment_factor(moment: SecondMoment | Tensor, device: torch.device) -> Factor
     Raises:
         InputError: the moment is singular.
     """
-    return moment.factor if isinstance(moment, SecondMoment) else factorize(torch.as_tensor(moment).to(device))
+    return moment.factor if isinstance(moment, SecondMoment) else factorize(moment_matrix(moment).to(device))

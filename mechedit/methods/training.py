@@ -123,7 +123,7 @@ def train(
     ):
         for _ in range(steps):
             total = 0.0
-            for batch in torch.randperm(len(rows), generator=generator).split(batch_size):
+            for batch in torch.randperm(len(rows), generator=generator, device="cpu").split(batch_size):
                 with torch.enable_grad():
                     loss = _loss(model, rows, block_inputs, batch.tolist(), layers[0])[0].mean()
                 total += _finite(loss, len(losses)) * len(batch)

@@ -189,5 +189,5 @@ def _logits(hf: Any) -> Tensor:
     """Logits of a row of random ids."""
     embedding = hf.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(embedding), (1, _WIDTH), generator=generator).to(embedding.device)
+    ids = torch.randint(len(embedding), (1, _WIDTH), generator=generator, device="cpu").to(embedding.device)
     return hf(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits

@@ -60,13 +60,13 @@ def ordinary_ids(hf: Any, rows: int, width: int) -> Int[Tensor, "row width"]:
     """Random ids of text: no placeholder of images or sound, for which a model expects more input."""
     config = hf.config
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(hf.get_input_embeddings().weight.shape[0], (rows, width), generator=generator)
+    ids = torch.randint(hf.get_input_embeddings().weight.shape[0], (rows, width), generator=generator, device="cpu")
     if config.get_text_config() is config:
         return ids
     fields = config.to_dict()
     special = [value for name, value in fields.items() if name.endswith(("_token_id", "_token_index"))]
-    placeholders = torch.tensor([value for value in special if isinstance(value, int)], dtype=torch.long)
-    ordinary = torch.arange(len(hf.get_input_embeddings().weight))
+    placeholders = torch.tensor([value for value in special if isinstance(value, int)], dtype=torch.long, device="cpu")
+    ordinary = torch.arange(len(hf.get_input_embeddings().weight), device="cpu")
     ordinary = ordinary[~torch.isin(ordinary, placeholders)]
     return torch.where(torch.isin(ids, placeholders), ordinary[ids % len(ordinary)], ids)
 
@@ -168,10 +168,10 @@ def _recorded_calls(model: Any, ids: Int[Tensor, "row width"]) -> dict[str, list
 def _states(value: Any) -> Tensor:
     """A module's output if it holds states [row, width, channel], also with rows one after another; else nothing."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
     if value.ndim == 2 and len(value) == 2 * _WIDTH:
         return value.unflatten(0, (2, _WIDTH))
-    return value if value.ndim == 3 and tuple(value.shape[:2]) == (2, _WIDTH) else torch.empty(0)
+    return value if value.ndim == 3 and tuple(value.shape[:2]) == (2, _WIDTH) else torch.empty(0, device="cpu")
 
 
 def _input_states(call: _Call) -> Tensor:
@@ -317,7 +317,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _treats_positions_alike(module: nn.Module, call: _Call) -> bool:
     """Whether permuting the positions of a module's inputs permutes its output."""
-    order = torch.arange(_WIDTH - 1, -1, -1)
+    order = torch.arange(_WIDTH - 1, -1, -1, device="cpu")
 
     def permuted(value: Any) -> Any:
         return _states(value)[:, order].reshape(value.shape) if len(_states(value)) else value

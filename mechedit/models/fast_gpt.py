@@ -110,7 +110,7 @@ def _embed(model: Any, tokens: Tokens, kv_cache: KVCache | None) -> Float[Tensor
     start = tokens.ids.new_zeros(1) if kv_cache is None else tokens.ids.new_full((1,), kv_cache.length)
     if kv_cache is not None and kv_cache.lengths is not None:
         start = kv_cache.lengths
-    positions = start[:, None] + torch.arange(tokens.ids.shape[1])
+    positions = start[:, None] + torch.arange(tokens.ids.shape[1], device=tokens.ids.device)
     at = positions.clamp(max=model.config.max_position_embeddings - 1)
     return model.transformer.wte(tokens.ids) + model.transformer.wpe(at)
 
@@ -153,15 +153,17 @@ class AttentionMasks:
         """0 where a query sees a key, −∞ where not."""
         if window not in self.by_window:
             cached = self.cached_positions(window)
-            distance = torch.arange(cached, cached + self.n_queries)[:, None] - torch.arange(cached + self.n_queries)
+            distance = torch.arange(cached, cached + self.n_queries, device="cpu")[:, None] - torch.arange(
+                cached + self.n_queries, device="cpu"
+            )
             hidden = ((distance < 0) if window is None else (distance < 0) | (distance >= window))[None]
             if self.kv_cache is not None and self.kv_cache.lengths is not None:
-                distance_to_end = torch.arange(cached, 0, -1)
+                distance_to_end = torch.arange(cached, 0, -1, device="cpu")
                 empty = functional.pad(distance_to_end > self.kv_cache.lengths[:, None], (0, self.n_queries))
                 hidden = hidden | empty[:, None]
-            self.by_window[window] = torch.zeros(hidden.shape, dtype=torch.float32).masked_fill(hidden, -math.inf)[
-                :, None
-            ]
+            self.by_window[window] = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).masked_fill(
+                hidden, -math.inf
+            )[:, None]
         return self.by_window[window]
 
 
@@ -303,7 +305,7 @@ def _select_queries(
 def _among_kept(write: Write, positions: Int[Tensor, " kept"], width: int) -> Write:
     """A write with its columns counted among the kept positions; the others are left out."""
     index_of = positions.new_full((width,), -1)
-    index_of[positions] = torch.arange(len(positions))
+    index_of[positions] = torch.arange(len(positions), device=positions.device)
     columns = index_of[write.columns]
     inside = columns >= 0
     return Write(write.rows[inside], columns[inside], write.value[inside], write.add)

@@ -44,7 +44,7 @@ def _starts(cache: KVCache | None, rows: int, device: torch.device) -> Int[Tenso
     """Cached positions of each row."""
     if cache is None:
         return torch.zeros(rows, dtype=torch.long, device=device)
-    lengths = torch.full((rows,), cache.length) if cache.lengths is None else cache.lengths
+    lengths = torch.full((rows,), cache.length, device=device) if cache.lengths is None else cache.lengths
     return lengths.to(device)
 
 

@@ -71,7 +71,7 @@ def check_checkpoint(hf: Any, tokenizer: Any, folder: Path, text: str | None = N
         if report[kind]:
             raise _lossy(f"{len(report[kind])} weights are {kind.split('_')[0]}, such as {sorted(report[kind])[0]!r}")
     _check_weights(hf, reloaded)
-    ids = torch.tensor([tokenizer(text or _TEXT)["input_ids"] or [0]])
+    ids = torch.tensor([tokenizer(text or _TEXT)["input_ids"] or [0]], device="cpu")
     expected, actual = logits_of(hf, ids), logits_of(reloaded, ids)
     error = float((actual - expected).norm() / expected.norm())
     if not error <= (2e-3 if reloaded.dtype == hf.dtype in (torch.float32, torch.float64) else 5e-2):

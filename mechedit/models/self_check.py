@@ -140,7 +140,7 @@ def _check_writes(model: Model, tokens: Tokens, clean: Run) -> None:
     keyed = writable_layers(model)
     if keyed:
         checked.insert(2, (key_part(model.module), max(keyed, key=lambda layer: float(outputs[layer]))))
-    rows = torch.zeros(len(checked) + 3, dtype=torch.long)
+    rows = torch.zeros(len(checked) + 3, dtype=torch.long, device="cpu")
     batch = tokens.rows(rows)
     patches = []
     for row, (part, layer) in enumerate(checked):
@@ -197,8 +197,8 @@ def _prefixes_hold(model: Model, tokens: Tokens, clean: Run) -> bool:
         resume = Resume(last, clean[Site(last - 1, "resid")][:, start:])
         run = model.run(rest, kv_cache=cache.take(rows, start, last, last), resume=resume)
         runs.append((run.logits, clean.logits[:, start:]))
-    ends = torch.tensor([width // 3, width - width // 3])
-    at = ends[:, None] + torch.arange(width // 3)
+    ends = torch.tensor([width // 3, width - width // 3], device="cpu")
+    at = ends[:, None] + torch.arange(width // 3, device="cpu")
     rest = Tokens(tokens.ids.gather(1, at), torch.ones_like(at))
     cache = model.run(tokens, use_cache=True).kv_cache
     run = model.run(rest, read=visited, kv_cache=cache.before(ends.to(model.device)))
@@ -208,8 +208,8 @@ def _prefixes_hold(model: Model, tokens: Tokens, clean: Run) -> bool:
 
 def _row_patch(site: Site, value: Tensor, row: int, batch: int, start: int = 0) -> Patch:
     """Write `value` [pos, width] at one row's positions from `start` on."""
-    positions = torch.full((batch, len(value)), -1)
-    positions[row] = torch.arange(start, start + len(value))
+    positions = torch.full((batch, len(value)), -1, device="cpu")
+    positions[row] = torch.arange(start, start + len(value), device="cpu")
     return Patch(site, positions, value.expand(batch, *value.shape))
 
 

@@ -152,4 +152,4 @@ def weighted_sums(words: Int[Tensor, " word"]) -> Int[Tensor, " sum"]:
 def _factors(device: torch.device) -> Tensor:
     """The odd factors kⱼ."""
     generator = torch.Generator().manual_seed(12)
-    return (2 * torch.randint(-(2**62), 2**62, (_ROW,), generator=generator) + 1).to(device)
+    return (2 * torch.randint(-(2**62), 2**62, (_ROW,), generator=generator, device="cpu") + 1).to(device)

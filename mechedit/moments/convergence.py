@@ -130,7 +130,7 @@ def identity_update(
     """(λM + K Kᵀ)⁻¹ K: the ridge update for residuals I. None if M, over too few tokens, makes the system singular."""
     keys = keys.to(matrix)
     try:
-        return ridge_update(keys, torch.eye(keys.shape[1]).to(matrix), matrix, weight).left
+        return ridge_update(keys, torch.eye(keys.shape[1], device="cpu").to(matrix), matrix, weight).left
     except InputError:
         return None
 
@@ -141,14 +141,18 @@ def draw_keys(
 ) -> dict[int, Float[Tensor, "d_mlp key"]]:
     """Keys at random tokens of a chunk, at most one per text."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(chunk.sequences), generator=generator).tolist()
+    order = torch.randperm(len(chunk.sequences), generator=generator, device="cpu").tolist()
     sequences = [chunk.sequences[i] for i in order[:count]]
-    ends = [int(torch.randint(min(len(ids), MAX_CONTEXT), (), generator=generator)) + 1 for ids in sequences]
+    ends = [
+        int(torch.randint(min(len(ids), MAX_CONTEXT), (), generator=generator, device="cpu")) + 1 for ids in sequences
+    ]
     tokens = pad([ids[:end] for ids, end in zip(sequences, ends, strict=True)], model.tokenizer, model.device)
     sites = {layer: model.key_site(layer) for layer in layers}
     run = model.run(tokens, read=list(sites.values()), stop_after=max(layers))
-    index = torch.arange(len(sequences))
-    return {layer: run[site][index, torch.tensor(ends) - 1].double().T.cpu() for layer, site in sites.items()}
+    index = torch.arange(len(sequences), device="cpu")
+    return {
+        layer: run[site][index, torch.tensor(ends, device="cpu") - 1].double().T.cpu() for layer, site in sites.items()
+    }
 
 
 def _relative_change(before: Tensor | None, after: Tensor | None) -> float:

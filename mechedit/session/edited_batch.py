@@ -135,7 +135,7 @@ def active_keys(
         exclude: ids of requests whose keys are left out.
     """
     ids = {request.id for request in active_requests(batches)} - set(exclude)
-    masks = [torch.tensor([request.id in ids for request in batch.requests]) for batch in batches]
+    masks = [torch.tensor([request.id in ids for request in batch.requests], device="cpu") for batch in batches]
     return {
         layer: torch.cat([batch.keys[layer][:, mask] for batch, mask in zip(batches, masks, strict=True)], 1)
         for layer in (batches[0].keys if ids else ())

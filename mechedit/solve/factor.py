@@ -149,7 +149,9 @@ def _sketch_matrix(rows: int, device: torch.device) -> Float[Tensor, "probe rows
     if rows <= SKETCH_ROWS:
         return torch.eye(rows, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(SKETCH_ROWS, rows, dtype=torch.float64, generator=generator) / SKETCH_ROWS**0.5).to(device)
+    return (
+        torch.randn(SKETCH_ROWS, rows, dtype=torch.float64, generator=generator, device="cpu") / SKETCH_ROWS**0.5
+    ).to(device)
 
 
 def estimate_one_norm(product: Callable[[Tensor], Tensor], like: Float[Tensor, "n m"]) -> float:

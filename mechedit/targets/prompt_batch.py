@@ -178,14 +178,14 @@ def _scored_windows(
 ) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:
     """As many consecutive positions of each row as any prompt has scored ones, its own among them, and their labels."""
     count = max(len(prompt.scored) for prompt in prompts)
-    positions = torch.arange(count).repeat(len(prompts), 1)
+    positions = torch.arange(count, device="cpu").repeat(len(prompts), 1)
     labels = torch.full_like(positions, NOT_SCORED)
     for row, prompt in enumerate(prompts):
         first = prompt.scored[0] - prompt.subject
         begin = min(first, width - count)
         positions[row] += begin
-        at = torch.arange(len(prompt.scored)) + first - begin
-        labels[row, at] = torch.tensor(prompt.labels or (DIVERGENCE,))
+        at = torch.arange(len(prompt.scored), device="cpu") + first - begin
+        labels[row, at] = torch.tensor(prompt.labels or (DIVERGENCE,), device="cpu")
     return positions, labels
 
 

@@ -127,8 +127,8 @@ def draw_noise(
     own_seed = fact_seed(seed, fact.id)
     generator = torch.Generator().manual_seed(own_seed)
     if corruption.distribution == "uniform":
-        return (2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1) * 3**0.5
-    normal = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return (2 * torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") - 1) * 3**0.5
+    normal = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     if corruption.distribution == "multivariate":
         return correlate(normal, statistics)
     if corruption.distribution == "student":
@@ -163,7 +163,7 @@ def checked_noise(
             f"explicit noise came with the corruption {corruption.distribution!r}, expected gaussian or "
             f"multivariate: explicit draws are standard-normal"
         )
-    draws = torch.as_tensor(np.asarray(noise(fact, *shape)), dtype=torch.float32)
+    draws = torch.as_tensor(np.asarray(noise(fact, *shape)), dtype=torch.float32, device="cpu")
     if draws.shape != shape or not draws.isfinite().all():
         raise InputError(
             f"noise for fact {fact.id!r} has shape {tuple(draws.shape)}, expected finite draws of shape "

@@ -272,8 +272,12 @@ def _severed_outputs(
         per_fact = [sever.at(traced.roles) if sever.module != "nothing" else () for traced in facts]
         slots = max(map(len, per_fact))
         padded = [[*positions, *[-1] * (slots - len(positions))] for positions in per_fact]
-        positions = torch.tensor(padded, dtype=torch.long).view(len(facts), slots).repeat_interleave(config.samples, 0)
-        rows = torch.arange(len(positions))[:, None]
+        positions = (
+            torch.tensor(padded, dtype=torch.long, device="cpu")
+            .view(len(facts), slots)
+            .repeat_interleave(config.samples, 0)
+        )
+        rows = torch.arange(len(positions), device="cpu")[:, None]
         layers = sever.through(n_layers) if slots else ()
         outputs = {site: corrupted[site] for site in (Site(layer, PART_OF_KIND[sever.module]) for layer in layers)}
         severed[sever.label] = SeveredOutputs(

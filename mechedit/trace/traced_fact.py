@@ -66,7 +66,7 @@ def tokenize_fact(model: Model, fact: Fact) -> TracedFact:
     """
     tokenizer = model.tokenizer
     prompt, object_ids = complete_fact(tokenizer, fact.template, fact.subject, fact.object, fact.joint)
-    check_ids(torch.tensor(object_ids), model.vocab_size, tokenizer)
+    check_ids(torch.tensor(object_ids, device="cpu"), model.vocab_size, tokenizer)
     ids = (*prompt.ids, *object_ids[:-1])
     if len(ids) > model.max_positions:
         raise InputError(
