@@ -32,8 +32,17 @@ from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
 from mechedit.provenance import ModelIdentity, value_hash
 from mechedit.run_folder import RunFolder
-from mechedit.selection import SelectConfig, Selection, select_layers, subject_effects
-from mechedit.sweep import Sweep, SweepConfig, Window, decide_layers, held_out, sweep_windows, validate_selection
+from mechedit.selection import SelectConfig, Selection, moving_width, select_layers, subject_effects
+from mechedit.sweep import (
+    Sweep,
+    SweepConfig,
+    Window,
+    decide_layers,
+    held_out,
+    short_sweep,
+    sweep_windows,
+    validate_selection,
+)
 from mechedit.tables import read_table, where
 from mechedit.trace import TraceConfig
 from mechedit.trace.folder import TRACE, trace_to_folder
@@ -134,6 +143,30 @@ def validate_step(
     decided = decide_layers(selection, validation, swept, gap, sweep.by)
     decided.save(folder.path / "selection.json")
     return decided
+
+
+def settle_step(
+    folder: RunFolder,
+    model: Model,
+    selection: Selection,
+    requests: Sequence[EditRequest],
+    texts: str | Path,
+    method: str,
+    config: MethodConfig,
+    reading: MomentsConfig,
+    *,
+    seed: int,
+) -> Selection:
+    """Let edits decide where resamples of the facts give other layers than all facts: a short sweep (`short_sweep`).
+
+    Its windows are the ranges that resamples and other rules give, and the depth in steps; its requests are about
+    subjects that were not traced. What it writes, and its errors, are those of `validate_step`.
+    """
+    ranges = [selection.layers, *(candidate.layers for candidate in selection.candidates)]
+    width = moving_width(model.n_layers, SelectConfig(**selection.settings))
+    windows = tuple(short_sweep([*ranges, *selection.alternatives.values()], model.n_layers, width))
+    sweep = SweepConfig(by="sweep", windows=windows, seed=seed)
+    return validate_step(folder, model, selection, requests, texts, sweep, method, config, reading)
 
 
 def check_traced(folder: RunFolder, model: Model) -> None:
@@ -296,5 +329,4 @@ def write_summary(
     folder: RunFolder, scores: Scores | None, selection: Selection | None, edit: Edit | None = None
 ) -> dict[str, Any]:
     """Write and return summary.json; see `write_summary_file`."""
-    layers = None if selection is None else selection.layers
-    return write_summary_file(folder.path / "summary.json", scores, layers, edit)
+    return write_summary_file(folder.path / "summary.json", scores, selection and selection.short, edit)

@@ -187,6 +187,8 @@ def selection_section(path: Path) -> dict[str, Any]:
             "n_facts": None,
             "reason": None,
             "stability": None,
+            "state": None,
+            "candidates": [],
             "provenance": {},
             "evidence": [],
             "published": [],

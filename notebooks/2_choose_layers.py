@@ -86,10 +86,12 @@ evidence[["gap", "gap_low", "gap_high", "contribution", "membership"]].round(3)
 # %% [markdown]
 # `gap_low` and `gap_high` are 95% bootstrap intervals over facts. `membership` is the share of bootstrap resamples of
 # the facts in which the rule takes that layer: near 1 inside and near 0 outside, the choice does not hang on which
-# facts happened to be traced. `stability` is the share of resamples that give exactly this range:
+# facts happened to be traced. `agreement` is the share of resamples whose range overlaps this one by 80% or more,
+# `stability` the share of those that give exactly this range; `state` is `settled` from an agreement of 80% on:
 
 # %%
-print(f"stability {selection.stability:.2f}, early site: p = {selection.early_site['p']:.4f}")
+print(f"{selection.state}: agreement {selection.agreement:.2f}, stability {selection.stability:.2f}")
+print(f"early site: p = {selection.early_site['p']:.4f}")
 
 # %% [markdown]
 # All of it in one figure. The rows at its foot are ranges: the chosen one, those of the other rules, and published ones
@@ -99,8 +101,8 @@ print(f"stability {selection.stability:.2f}, early site: p = {selection.early_si
 draw(partial(plot_selection, selection.plain()), height=2.7)
 
 # %% [markdown]
-# A stability well below 1, as with so few facts, says where the doubt is: look for layers whose membership is neither
-# near 0 nor near 1. More facts settle them.
+# An agreement well below 1 says that there is doubt, and membership where it is: look for layers whose membership is
+# neither near 0 nor near 1. More facts settle them.
 #
 # ## Other rules, other people
 #
@@ -110,7 +112,9 @@ draw(partial(plot_selection, selection.plain()), height=2.7)
 # trace, and is left out here.
 
 # %%
-pd.DataFrame({name: vars(rule) for name, rule in selection.rules.items()}).T[["layers", "stability", "modal"]]
+pd.DataFrame({name: vars(rule) for name, rule in selection.rules.items()}).T[
+    ["layers", "agreement", "stability", "modal"]
+]
 
 # %% [markdown]
 # What others edit in GPT-2 XL and Llama 3 8B, with the source. Such ranges are there to compare with: most were chosen

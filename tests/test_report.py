@@ -189,6 +189,17 @@ def test_no_early_site_is_said(tmp_path):
     assert "no early site" in text
 
 
+def test_an_unsettled_choice_is_said_with_the_likeliest_ranges(tmp_path):
+    write_run(tmp_path)
+    _, text, _ = read(write_report(tmp_path))
+    assert "unsettled" not in text
+    selection = read_json(tmp_path / "selection.json")
+    write_json(tmp_path / "selection.json", selection | {"state": "unsettled"})
+    _, text, _ = read(write_report(tmp_path))
+    assert "The choice is unsettled : trace more facts" in text
+    assert "the share of resamples that give them: 2–5 (94%); 2–4 (3%)." in text
+
+
 def test_published_ranges_are_shown_beside_the_chosen_one(tmp_path):
     write_run(tmp_path)
     entry = {"model": "gpt2-xl", "method": "MEMIT", "layers": [13, 14, 15, 16, 17], "source": "a file", "note": "x"}

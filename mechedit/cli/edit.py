@@ -52,7 +52,7 @@ def edit_command(options: EditOptions) -> int:
     if options.out.exists() and not options.overwrite:
         raise InputError(f"the file {str(options.out)!r} exists; choose another --out, or pass --overwrite")
     writable_folder(options.out.parent)
-    requests = options.read_requests(options.requests, options.conflicts)
+    requests = options.read_named_requests(options.conflicts)
     layers = _layers(options)
     model = options.load_model()
     requests = options.in_turns(model, requests)

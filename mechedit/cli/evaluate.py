@@ -41,7 +41,7 @@ def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> 
     same folder).
     """
     folder = options.run_folder()
-    requests = options.read_requests(options.requests, options.conflicts)
+    requests = options.read_named_requests(options.conflicts)
     references = None if options.references is None else load_references(options.references, requests)
     texts = [] if options.texts is None else first_texts(load_texts(options.texts), options.max_texts)
     edit = None if options.edit is None else Edit.load(options.edit)

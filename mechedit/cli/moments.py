@@ -70,9 +70,11 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
     say(str(plan_moments(model, layers, settings, convergence=options.convergence)))
     if shard is None:
         convergence = curve if options.convergence else None
-        moments = pipeline.moments_step(folder, model, options.texts, layers, settings, convergence)
+        moments = pipeline.moments_step(folder, model, options.suited_texts, layers, settings, convergence)
         return _finish(options, moments, model)
-    files = collect_shard(model, options.texts, layers, shard, options.out, settings, overwrite=options.overwrite)
+    files = collect_shard(
+        model, options.suited_texts, layers, shard, options.out, settings, overwrite=options.overwrite
+    )
     say(f"part {shard[0]}/{shard[1]} is finished; when all are: mechedit moments --merge --out {options.out}")
     options.print_summary({"parts": {layer: str(file) for layer, file in files.items()}})
     return 0

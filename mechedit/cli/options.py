@@ -11,6 +11,7 @@ from mechedit.chat import Prompted, prompted
 from mechedit.cli.app import print_json, say
 from mechedit.cli.parsing import load_quietly, method_config
 from mechedit.data import Conflicts, EditRequest, Fact, read_edit_requests, read_facts
+from mechedit.errors import InputError
 from mechedit.methods import MethodConfig
 from mechedit.models import Model
 from mechedit.run_folder import RunFolder
@@ -21,6 +22,17 @@ ALL_SEVERED = {"sever": ("nothing", "mlp", "attn")}
 
 EVALUATION_OPTIONS = ("generation_prompts", "generation_tokens", "stop_words", "seed")
 """Fields of `EvaluationConfig` that `run` and `evaluate` take."""
+
+TINY_DATA = {"facts": "known", "requests": "tiny", "texts": "tiny"}
+"""Data that ship with the tiny model; what they speak of is invented, so that no other model knows it."""
+PUBLISHED_DATA = {"facts": "known_1000", "requests": "multi_counterfact", "texts": "wikitext"}
+"""Data on the real world, downloaded once, for all other models."""
+
+
+def suited_data(model: str | None) -> dict[str, str]:
+    """Names of the facts, requests and texts that suit a model where none are named."""
+    return TINY_DATA if model in (None, "tiny") else PUBLISHED_DATA
+
 
 RULE_NOTE = {"rule": f"Rule that chooses the layers: {', '.join(RULES)}."}
 
@@ -75,7 +87,7 @@ class RunFolderOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
+class ReadingOptions(ModelOptions):
     """How facts and requests are read."""
 
     joint: str | None = None
@@ -89,14 +101,16 @@ class ReadingOptions:
         """The facts or requests, in the tokenizer's chat template if --chat says so."""
         return prompted(model.tokenizer, records, chat=self.chat)
 
-    def read_facts(self, source: str) -> list[Fact]:
-        """Read facts, and say in a line what was read."""
+    def read_facts(self, source: str | None) -> list[Fact]:
+        """Read facts, by default those that suit the model, and say in a line what was read."""
+        source = source or suited_data(self.model)["facts"]
         reading = read_facts(source, joint=self.joint, strict=self.strict)
         say(f"read {reading.summary}")
         return reading.records
 
-    def read_requests(self, source: str, conflicts: Conflicts = "refuse") -> list[EditRequest]:
-        """Read requests, and say in a line what was read."""
+    def read_requests(self, source: str | None, conflicts: Conflicts = "refuse") -> list[EditRequest]:
+        """Read requests, by default those that suit the model, and say in a line what was read."""
+        source = source or suited_data(self.model)["requests"]
         reading = read_edit_requests(source, conflicts=conflicts, joint=self.joint, strict=self.strict)
         say(f"read {reading.summary}")
         return reading.records
@@ -106,8 +120,9 @@ class ReadingOptions:
 class FactsOptions(ReadingOptions):
     """The facts to trace."""
 
-    facts: str = "known"
-    """known (ships with the package), known_1000, or a file of facts."""
+    facts: str | None = None
+    """known (ships with the package), known_1000, or a file of facts; by default known with the tiny model, and
+    known_1000 with others."""
     max_facts: int | None = None
     """Trace a seeded sample of this many facts."""
 
@@ -116,16 +131,35 @@ class FactsOptions(ReadingOptions):
 class RequestsOption(ReadingOptions):
     """The requests to edit with."""
 
-    requests: str = "tiny"
-    """tiny (ships with the package), counterfact, multi_counterfact, zsre, or a file of edit requests."""
+    requests: str | None = None
+    """tiny (ships with the package), counterfact, multi_counterfact, zsre, or a file of edit requests; by default tiny
+    with the tiny model, and multi_counterfact where others take a sample."""
+
+    def read_named_requests(self, conflicts: Conflicts) -> list[EditRequest]:
+        """Read the requests, all of which a command takes; with other models than the tiny one they must be named.
+
+        Raises:
+            InputError: they are not.
+        """
+        if self.requests is None and suited_data(self.model) is not TINY_DATA:
+            raise InputError(
+                f"no requests are named for {self.model!r}; expected --requests, such as a file of yours or counterfact"
+            )
+        return self.read_requests(self.requests, conflicts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextsOption:
+class TextsOption(ModelOptions):
     """The texts for second moments."""
 
-    texts: str = "tiny"
-    """tiny, a .txt or .jsonl file, or a datasets name."""
+    texts: str | None = None
+    """tiny, a .txt or .jsonl file, or a datasets name; by default tiny with the tiny model, and wikitext with
+    others."""
+
+    @property
+    def suited_texts(self) -> str:
+        """The texts, by default those that suit the model."""
+        return self.texts or suited_data(self.model)["texts"]
 
 
 @dataclass(frozen=True, kw_only=True)

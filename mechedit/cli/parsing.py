@@ -8,11 +8,11 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from transformers.utils import logging
 
-from mechedit.data import Fact
+from mechedit.data import EditRequest, Fact
 from mechedit.errors import InputError, check_at_least, check_choice
 from mechedit.methods import METHODS, MethodConfig, recommended
 from mechedit.models import Model, load_model
@@ -97,13 +97,20 @@ def first_texts(texts: Sequence[str], count: int) -> list[str]:
     return list(itertools.islice((text for text in texts if text.strip()), count))
 
 
-def sampled(facts: list[Fact], count: int | None, seed: int) -> list[Fact]:
-    """A seeded sample in the file's order."""
-    if count is None or count >= len(facts):
-        return facts
-    check_at_least("--max-facts", count, 1)
-    chosen = set(random.Random(seed).sample(range(len(facts)), count))
-    return [fact for i, fact in enumerate(facts) if i in chosen]
+Record = TypeVar("Record", Fact, EditRequest)
+
+
+def sampled(records: list[Record], count: int | None, seed: int, option: str = "--max-facts") -> list[Record]:
+    """A seeded sample in the file's order.
+
+    Raises:
+        InputError: none are wanted.
+    """
+    if count is None or count >= len(records):
+        return records
+    check_at_least(option, count, 1)
+    chosen = set(random.Random(seed).sample(range(len(records)), count))
+    return [record for i, record in enumerate(records) if i in chosen]
 
 
 def load_quietly(name: str, backend: str, device: str | None, dtype: str | None, merge_adapter: bool = False) -> Model:

@@ -35,6 +35,10 @@ class RunOptions(FactsOptions, RequestsOption, TextsOption, MethodOptions, RunFo
 
     max_facts: int | None = 100
     """Trace a seeded sample of this many facts."""
+    max_requests: int | None = 100
+    """Edit with a seeded sample of this many requests."""
+    accept_unsettled: bool = False
+    """Edit the selected layers though resamples of the facts do not agree on them; else held-out edits decide."""
     layers: str | None = None
     """Layers to edit, such as 3-8 or 3,5,7, in place of those selected."""
 
@@ -45,11 +49,16 @@ class RunOptions(FactsOptions, RequestsOption, TextsOption, MethodOptions, RunFo
     evaluation=options_of(EvaluationConfig, only=EVALUATION_OPTIONS, defaults={"generation_prompts": 2}),
 )
 def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, evaluation: EvaluationConfig) -> int:
-    """All the steps: trace, select, moments, edit, evaluate, then figures and the report."""
+    """All the steps: trace, select, moments, edit, evaluate, then figures and the report.
+
+    Where resamples of the facts do not agree on the layers, windows of layers are edited with requests about other
+    subjects, and the best-scoring is taken. It ends with 3 where there is no early site, or where no window can be
+    told from the unedited model.
+    """
     # Whatever can be refused is refused before the long steps.
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
-    requests = options.read_requests(options.requests)
+    requests = sampled(options.read_requests(options.requests), options.max_requests, options.seed, "--max-requests")
     layers = None if options.layers is None else parse_layers(options.layers)
     model = options.load_model()
     facts, requests = options.in_turns(model, facts), options.in_turns(model, requests)
@@ -60,13 +69,31 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     pipeline.trace_step(folder, model, facts, trace)
     selection = pipeline.select_step(folder, select)
     say(selection.reason)
-    layers = layers or list(selection.layers)
+    unsettled = selection.state == "unsettled" and not options.accept_unsettled
+    if unsettled and not layers:
+        say("the choice is unsettled: a short sweep of edits decides")
+        selection = pipeline.settle_step(
+            folder,
+            model,
+            selection,
+            requests,
+            options.suited_texts,
+            options.method,
+            config,
+            MomentsConfig(),
+            seed=options.seed,
+        )
+        say(selection.reason)
+        unsettled = selection.state == "unsettled"
+    layers = layers or ([] if unsettled else list(selection.layers))
     if not layers:
         pipeline.write_summary(folder, None, selection)
         _draw(folder)
         return 3
     moments = (
-        pipeline.moments_step(folder, model, options.texts, layers, MomentsConfig()) if config.preserves_keys else {}
+        pipeline.moments_step(folder, model, options.suited_texts, layers, MomentsConfig())
+        if config.preserves_keys
+        else {}
     )
     edit = pipeline.edit_step(folder, model, requests, layers, moments, options.method, config)
     say_unconverged(edit)

@@ -27,6 +27,8 @@ class SelectOptions(RequestsOption, TextsOption, MethodOptions):
     """Folder that `mechedit trace` wrote."""
     validate: bool = False
     """Sweep windows of layers with held-out edits."""
+    accept_unsettled: bool = False
+    """Take the layers though resamples of the facts do not agree on them; else the command then exits with 3."""
     model: str | None = None
     """Model to sweep: tiny, a hub name or a folder; by default the one that was traced."""
 
@@ -34,7 +36,7 @@ class SelectOptions(RequestsOption, TextsOption, MethodOptions):
 @command(
     select=options_of(
         SelectConfig,
-        without=("metric", "resamples", "confidence", "min_facts"),
+        without=("metric", "resamples", "overlap", "agreement", "confidence", "min_facts"),
         notes={**RULE_NOTE, "width": "Layers that moving-average takes, and layers per window that is swept."},
     ),
     sweep=options_of(
@@ -49,9 +51,15 @@ def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepCon
 
     With --validate, or --by sweep or both, windows of layers are edited with requests about other subjects and
     scored, beside what the trace says of them: sweep.parquet and its figure, and a verdict in selection.json.
+
+    It ends with 3 where there is no early site, or where the choice is unsettled: resamples of the facts give other
+    layers too often.
     """
     folder = RunFolder(existing_folder(options.directory), options.overwrite)
     sweeping = options.validate or sweep.by != "trace"
+    if sweeping:
+        traced = pipeline.traced_model(folder)
+        options = replace(options, model=options.model or traced["model"], dtype=options.dtype or traced["dtype"])
     requests = options.read_requests(options.requests) if sweeping else []
     selection = pipeline.select_step(folder, select)
     summary = {}
@@ -60,8 +68,9 @@ def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepCon
         summary["validation"] = selection.validation
     run_figures(folder.path)
     say(selection.reason)
-    options.print_summary({"selection": {"layers": list(selection.layers), **summary}})
-    return 0 if selection.layers else 3
+    options.print_summary({"selection": {**selection.short, **summary}})
+    accepted = selection.state == "settled" or (selection.state == "unsettled" and options.accept_unsettled)
+    return 0 if accepted else 3
 
 
 def _validate(
@@ -73,13 +82,11 @@ def _validate(
     moments: MomentsConfig,
 ) -> Selection:
     """Sweep the traced model and say how its edits agree with the trace."""
-    traced = pipeline.traced_model(folder)
-    options = replace(options, model=options.model or traced["model"], dtype=options.dtype or traced["dtype"])
     model = options.load_model()
     requests = options.in_turns(model, requests)
     config = options.method_config(model)
     validated = pipeline.validate_step(
-        folder, model, selection, requests, options.texts, sweep, options.method, config, moments
+        folder, model, selection, requests, options.suited_texts, sweep, options.method, config, moments
     )
     for line in dict.fromkeys([*validated.validation["warnings"], validated.validation["verdict"]]):
         say(line)

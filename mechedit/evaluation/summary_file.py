@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ from mechedit.provenance import value_hash
 
 
 def write_summary_file(
-    path: Path, scores: Scores | None, layers: Sequence[int] | None, edit: Edit | None = None
+    path: Path, scores: Scores | None, selection: Mapping[str, Any] | None, edit: Edit | None = None
 ) -> dict[str, Any]:
-    """Write and return the summary: selected layers, each state's measures with intervals, protocol and counts.
+    """Write and return the summary: what was selected, each state's measures with intervals, protocol and counts.
 
     Args:
         path: path of the file.
         scores: scores of all states; None when nothing was evaluated.
-        layers: selected layers; None when there was no selection.
+        selection: the selected layers and whether they are settled; None when there was no selection.
         edit: the edit that was evaluated.
     """
     summary: dict[str, Any] = {}
-    if layers is not None:
-        summary["selection"] = {"layers": list(layers)}
+    if selection is not None:
+        summary["selection"] = dict(selection)
     if scores is not None:
         summary |= {state: scores.summary(state) for state in scores.states}
         summary |= {"protocol": {**scores.protocol, "edit": _edit_record(edit)}, "counts": scores.counts}

@@ -11,16 +11,19 @@ from mechedit.selection.config import SelectConfig
 from mechedit.selection.curves import subject_effects
 from mechedit.selection.evidence import LayerEvidence
 from mechedit.selection.published_ranges import PublishedRange, published_ranges
-from mechedit.selection.rules import RULES
-from mechedit.selection.select import RuleSelection, Selection, select_layers
+from mechedit.selection.rules import RULES, moving_width
+from mechedit.selection.select import Candidate, RuleSelection, Selection, State, select_layers
 
 __all__ = [
     "RULES",
+    "Candidate",
     "LayerEvidence",
     "PublishedRange",
     "RuleSelection",
     "SelectConfig",
     "Selection",
+    "State",
+    "moving_width",
     "published_ranges",
     "select_layers",
     "subject_effects",

@@ -35,12 +35,29 @@ class BootstrapSelections:
         """Share of resamples that give exactly `layers`."""
         return self.counts[self.layers] / self.counts.total()
 
+    def agreement(self, overlap: float | int) -> float:
+        """Share of resamples whose range overlaps `layers` by at least `overlap` (intersection over union)."""
+        agreeing = [
+            count for layers, count in self.counts.items() if intersection_over_union(layers, self.layers) >= overlap
+        ]
+        return sum(agreeing) / self.counts.total()
+
+    def candidates(self, most: int = 5) -> list[tuple[Layers, float]]:
+        """The ranges that resamples give most often, with their shares, the likeliest first."""
+        return [(layers, count / self.counts.total()) for layers, count in self.counts.most_common(most)]
+
     def membership(self, n_layers: int) -> list[float]:
         """Share of resamples whose range holds each layer."""
         resamples: Float[np.ndarray, " layer"] = np.zeros(n_layers)
         for layers, count in self.counts.items():
             resamples[list(layers)] += count
         return (resamples / self.counts.total()).tolist()
+
+
+def intersection_over_union(first: Layers, second: Layers) -> float:
+    """Layers that two ranges have in common, over those that either has; 1 for two empty ranges."""
+    union = set(first) | set(second)
+    return len(set(first) & set(second)) / len(union) if union else 1.0
 
 
 def resampled_curves(subject: SubjectEffects, config: SelectConfig) -> dict[str, ResampledCurves]:

@@ -29,6 +29,10 @@ class SelectConfig:
     """Metric of the effects; None means probability, or the only metric traced."""
     resamples: int = 1000
     """Bootstrap resamples of the facts, and random signs in the test for an early site."""
+    overlap: float | int = 0.8
+    """Overlap (intersection over union) from which on a resample's range counts as agreeing with the selected one."""
+    agreement: float | int = 0.8
+    """Share of resamples that must agree for the selection to be settled."""
     confidence: float | int = 0.95
     """Coverage of the intervals, and one minus the level of the test for an early site."""
     min_facts: int = 10
@@ -38,8 +42,9 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         check_choice("the rule", self.rule, get_args(Rule))
-        if self.share != 1:
-            check_fraction("share", self.share, "choose a number above 0 and up to 1")
+        for name in ("share", "overlap", "agreement"):
+            if getattr(self, name) != 1:
+                check_fraction(name, getattr(self, name), "choose a number above 0 and up to 1")
         check_fraction("confidence", self.confidence)
         for name in ("min_width", "max_width", "width", "resamples", "min_facts"):
             value = getattr(self, name)

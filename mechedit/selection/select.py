@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from mechedit.errors import InputError
 from mechedit.files import read_json, write_json
-from mechedit.selection.bootstrap import bootstrap_selections, resampled_curves
+from mechedit.selection.bootstrap import BootstrapSelections, bootstrap_selections, resampled_curves
 from mechedit.selection.config import SelectConfig
 from mechedit.selection.curves import SubjectEffects, subject_effects
 from mechedit.selection.early_site import EarlySite, early_site
@@ -19,6 +19,8 @@ from mechedit.selection.evidence import LayerEvidence, evidence_of_records, evid
 from mechedit.selection.published_ranges import PublishedRange, published_ranges
 from mechedit.selection.rules import Layers, moving_width
 
+State = Literal["settled", "unsettled", "no early site"]
+"""Whether other such facts would select the same layers, by the bootstrap; or that there is nothing to select."""
 UNIT_NAMES = {"log_probability": "nats", "logit_difference": "logits"}
 """Units of metrics in reasons; others are called by their own name."""
 
@@ -33,8 +35,20 @@ class RuleSelection:
     """The range that resamples give most often."""
     stability: float
     """Share of resamples that give exactly `layers`."""
+    agreement: float
+    """Share of resamples whose range overlaps `layers` by at least `SelectConfig.overlap`."""
     membership: tuple[float, ...]
     """Share of resamples whose range holds each layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A range that resamples of the facts give."""
+
+    layers: tuple[int, ...]
+    """The range; empty where a resample gives none."""
+    share: float
+    """Share of resamples that give exactly this range: its probability, were other such facts traced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +65,17 @@ class Selection:
     """Evidence for each layer, in units of `metric`."""
     alternatives: dict[str, list[int]]
     """The range of every other rule."""
+    state: State
+    """`settled`; `unsettled`, when other facts of this kind might well select other layers; or `no early site`."""
     stability: float
     """Share of bootstrap resamples that give exactly `layers`."""
+    agreement: float
+    """Share of bootstrap resamples whose range overlaps `layers` by at least `SelectConfig.overlap`; the selection is
+    settled when it is at least `SelectConfig.agreement`."""
     modal: tuple[int, ...]
     """The range that resamples give most often."""
+    candidates: tuple[Candidate, ...]
+    """The ranges that resamples give most often, the likeliest first."""
     reason: str
     """Why these layers, in a sentence."""
     rules: dict[str, RuleSelection] = field(default_factory=dict)
@@ -71,6 +92,11 @@ class Selection:
     """The `SelectConfig`."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Model that was traced."""
+
+    @property
+    def short(self) -> dict[str, Any]:
+        """The layers and whether they are settled, for summaries."""
+        return {"layers": list(self.layers), "state": self.state}
 
     def plain(self) -> dict[str, Any]:
         """The content of `selection.json`."""
@@ -93,6 +119,11 @@ class Selection:
                 raise TypeError(f"it holds a {type(content).__name__}")
             for name in ("layers", "modal"):
                 content[name] = _layers(content[name], name)
+            _add_agreement(content)
+            content["candidates"] = tuple(
+                Candidate(**{**entry, "layers": _layers(entry["layers"], "candidates")})
+                for entry in content["candidates"]
+            )
             content["evidence"] = evidence_of_records(content["evidence"])
             content["rules"] = {name: _rule_selection(rule) for name, rule in content.get("rules", {}).items()}
             content["published"] = tuple(
@@ -118,7 +149,8 @@ def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: Sel
 
     Returns:
         The range of the rule, with the evidence of each layer, the ranges of the other rules, and how stable all of
-        them are under resampling of the facts. It is empty when the facts show no early site.
+        them are under resampling of the facts; `state` says whether the range is settled. It is empty when the facts
+        show no early site.
 
     Raises:
         InputError: unknown rule; effects missing, duplicated, not finite or of several models; too few facts.
@@ -136,6 +168,7 @@ def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: Sel
     site = early_site(subject, config)
     selections = bootstrap_selections(subject, resampled, config, site.found)
     selected = selections[config.rule]
+    state = state_of(selected, config)
     model = effects.attrs.get("provenance", {})
     return Selection(
         layers=selected.layers,
@@ -143,14 +176,18 @@ def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: Sel
         n_facts=len(subject.facts),
         evidence=layer_evidence(subject, resampled, selected, config),
         alternatives={name: list(rival.layers) for name, rival in selections.items() if name != config.rule},
+        state=state,
         stability=selected.stability,
+        agreement=selected.agreement(config.overlap),
         modal=selected.modal,
-        reason=reason(subject, selected.layers, site, config),
+        candidates=tuple(Candidate(layers=layers, share=share) for layers, share in selected.candidates()),
+        reason=reason(subject, selected.layers, site, config) + support(selected, config),
         rules={
             name: RuleSelection(
                 layers=of_rule.layers,
                 modal=of_rule.modal,
                 stability=of_rule.stability,
+                agreement=of_rule.agreement(config.overlap),
                 membership=tuple(of_rule.membership(subject.n_layers)),
             )
             for name, of_rule in selections.items()
@@ -161,6 +198,32 @@ def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: Sel
         settings=asdict(config),
         provenance=model,
     )
+
+
+def state_of(selected: BootstrapSelections, config: SelectConfig) -> State:
+    """Whether the resamples agree on the range of a rule."""
+    if not selected.layers:
+        return "no early site"
+    return "settled" if selected.agreement(config.overlap) >= config.agreement else "unsettled"
+
+
+def support(selected: BootstrapSelections, config: SelectConfig) -> str:
+    """How far resamples of the facts agree on the range of a rule; where they do not, what they give instead."""
+    if not selected.layers:
+        return ""
+    agreement, stability = f"{selected.agreement(config.overlap):.0%}", f"{selected.stability:.0%}"
+    text = f"; {agreement} of resamples of the facts agree ({stability} give just these layers)"
+    if state_of(selected, config) == "settled":
+        return text
+    rivals = ", ".join(f"{layers_in_words(layers)} ({share:.0%})" for layers, share in selected.candidates(3))
+    return f"{text}, so that it is unsettled: the likeliest are {rivals}"
+
+
+def layers_in_words(layers: Layers) -> str:
+    """A range of layers for readers."""
+    if not layers:
+        return "no layers"
+    return f"layers {layers[0]}–{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
 
 
 def reason(subject: SubjectEffects, layers: Layers, site: EarlySite, config: SelectConfig) -> str:
@@ -188,14 +251,22 @@ def reason(subject: SubjectEffects, layers: Layers, site: EarlySite, config: Sel
         "mlp-window": "restored by the window of MLP outputs with the largest effect",
         "moving-average": f"the {len(layers)} layers with the highest mean contribution, {portion} of it in all",
     }[config.rule]
-    span = f"layers {first}–{last}" if len(layers) > 1 else f"layer {first}"
     # More than half of all layers does not localize anything.
     wide = 2 * len(layers) > len(gap) and "; so wide a range says that the contribution is spread over the depth"
-    return f"{span}: {text}{wide or ''}{doubt}"
+    return f"{layers_in_words(layers)}: {text}{wide or ''}{doubt}"
 
 
 def _amount(value: float, metric: str) -> str:
     return f"{100 * value:.2f}%" if metric == "probability" else f"{value:.3g} {UNIT_NAMES.get(metric, metric)}"
+
+
+def _add_agreement(content: dict[str, Any]) -> None:
+    """Say whether a selection is settled where its file does not, by the share of just these layers: it is a bound."""
+    settled = "settled" if content["stability"] >= SelectConfig.agreement else "unsettled"
+    content.setdefault("state", settled if content["layers"] else "no early site")
+    content.setdefault("candidates", [{"layers": list(content["layers"]), "share": content["stability"]}])
+    for entry in (content, *content.get("rules", {}).values()):
+        entry.setdefault("agreement", entry["stability"])
 
 
 def _rule_selection(content: Mapping[str, Any]) -> RuleSelection:

@@ -7,7 +7,7 @@ it with the trace's range.
 from mechedit.sweep.decision import decide_layers
 from mechedit.sweep.sweep import Sweep, sweep_windows
 from mechedit.sweep.validation import Validation, choose_window, validate_selection, windows_near_best
-from mechedit.sweep.windows import HeldOut, SweepConfig, Window, held_out, windows_of
+from mechedit.sweep.windows import HeldOut, SweepConfig, Window, held_out, short_sweep, windows_of
 
 __all__ = [
     "HeldOut",
@@ -18,6 +18,7 @@ __all__ = [
     "choose_window",
     "decide_layers",
     "held_out",
+    "short_sweep",
     "sweep_windows",
     "validate_selection",
     "windows_near_best",

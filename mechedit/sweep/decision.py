@@ -18,7 +18,8 @@ def decide_layers(
 ) -> Selection:
     """The selection with its validation, and with the layers that `by` chooses (`mechedit.sweep.choose_window`).
 
-    Without an early site, `both` follows the trace and selects nothing.
+    Without an early site, `both` follows the trace and selects nothing. Layers that edits chose are settled when edits
+    of them are reliably better than no edit; how far resamples agree on the trace's range stays in `agreement`.
 
     Args:
         selection: from the trace.
@@ -37,4 +38,16 @@ def decide_layers(
         f"with the largest contribution in the trace",
     }
     decided = replace(validation, by=by, layers=layers, stability=stability)
-    return replace(selection, layers=layers, reason=reasons[by], stability=stability, validation=plain_copy(decided))
+    unedited = sweep.before[sweep.score]["mean"]
+    edited = next(record for record in validation.windows if record["layers"] == window.layers)
+    improves = edited["low"] > unedited
+    score = f"{edited['score']:.1f} [{edited['low']:.1f}, {edited['high']:.1f}]"
+    doubt = f"; but {score} is not reliably above the unedited model's {unedited:.1f}, so that it is unsettled"
+    return replace(
+        selection,
+        layers=layers,
+        state="settled" if improves else "unsettled",
+        reason=reasons[by] + ("" if improves else doubt),
+        stability=stability,
+        validation=plain_copy(decided),
+    )

@@ -46,6 +46,19 @@ def windows_of(n_layers: int, *widths: int) -> list[Window]:
     return [Window(start, start + width - 1) for width in sorted(set(widths)) for start in range(n_layers - width + 1)]
 
 
+def short_sweep(ranges: Iterable[Sequence[int]], n_layers: int, width: int) -> list[Window]:
+    """The windows that decide between ranges which tracing could not: the ranges, and the depth in steps of `width`.
+
+    Args:
+        ranges: consecutive layers, ascending; those of more than twice the `width` and empty ones are left out.
+        n_layers: the model's depth.
+        width: of the windows that cover the depth, side by side from layer 0.
+    """
+    candidates = [Window(layers[0], layers[-1]) for layers in ranges if 0 < len(layers) <= 2 * width]
+    steps = [Window(start, start + width - 1) for start in range(0, n_layers - width + 1, width)]
+    return check_windows([*candidates, *steps], n_layers)
+
+
 def check_windows(windows: Iterable[tuple[int, int]], n_layers: int) -> list[Window]:
     """The windows, each once, ordered by last layer, so that those with the same last layer share the search for z.
 

@@ -34,12 +34,12 @@ FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", 
 
 COMMON = "model backend device dtype merge-adapter seed overwrite json config"
 OPTIONS = {
-    "run": "facts requests joint strict chat texts out layers method rule max-facts samples set "
-    "generation-prompts generation-tokens stop-words",
+    "run": "facts requests joint strict chat texts out layers method rule max-facts max-requests samples set "
+    "generation-prompts generation-tokens stop-words accept-unsettled",
     "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
     "metrics memory max-facts",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
-    "joint strict chat texts tokens max-length method set",
+    "joint strict chat texts tokens max-length method set accept-unsettled",
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
     "edit": "requests joint strict chat out show layers selection moments method set conflicts",
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
@@ -97,7 +97,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["select", ".", "--validate", "--windows", "5-3"], "the windows '5-3' run backwards"),
         (["select", ".", "--validate", "--windows", "all"], "the windows 'all' cannot be read"),
         (["select", ".", "--validate", "--validate-requests", "1"], "requests is 1, expected at least 2"),
-        (["select", ".", "--validate", "--requests", "/no/such"], "/no/such"),
+        (["select", ".", "--validate", "--requests", "/no/such"], "says which model was traced"),
         (["run", "--method", "magic"], "the method is 'magic', expected one of memit"),
         (["run", "--rule", "by-eye"], "rule is 'by-eye', expected one of contribution"),
         (["run", "--layers", "8-3"], "run backwards"),
@@ -131,7 +131,28 @@ def test_bad_input_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, argumen
 
 
 def test_an_unknown_model_is_named(capsys, tmp_path):
-    assert "no-such-model" in complaint(capsys, "trace", "--model", tmp_path / "no-such-model", "--out", tmp_path)
+    arguments = ["--model", tmp_path / "no-such-model", "--facts", "known", "--out", tmp_path]
+    assert "no-such-model" in complaint(capsys, "trace", *arguments)
+
+
+@pytest.mark.parametrize(("model", "name"), [("tiny", "known"), ("/no/such/model", "known_1000")])
+def test_where_no_facts_are_named_they_suit_the_model(capsys, monkeypatch, tmp_path, model, name):
+    asked = []
+
+    def refuse(source: str, **options: object) -> None:
+        asked.append(source)
+        raise me.InputError("enough")
+
+    monkeypatch.setattr("mechedit.cli.options.read_facts", refuse)
+    assert "enough" in complaint(capsys, "trace", "--model", model, "--out", tmp_path)
+    assert asked == [name]
+
+
+def test_whole_data_sets_are_not_edited_into_other_models_unasked(capsys, tmp_path):
+    arguments = ["edit", "--model", "/no/such/model", "--layers", "1", "--out", tmp_path / "edit.safetensors"]
+    assert "no requests are named for '/no/such/model'" in complaint(capsys, *arguments)
+    arguments = ["evaluate", "--model", "/no/such/model", "--out", tmp_path]
+    assert "no requests are named for '/no/such/model'" in complaint(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +500,9 @@ def test_select_validates_by_editing_and_chooses_by_it(traced, tmp_path, small_i
     assert "Do edits agree?" in (folder / "report.html").read_text()
 
     before = (folder / "sweep.parquet").stat().st_mtime_ns
-    assert call("select", folder, "--by", "sweep", "--windows", "2-3,3", *small_inputs) == 0
+    by_sweep = ["select", folder, "--by", "sweep", "--windows", "2-3,3", *small_inputs]
+    assert call(*by_sweep) == 3, "three requests do not settle it"
+    assert call(*by_sweep, "--accept-unsettled") == 0
     assert (folder / "sweep.parquet").stat().st_mtime_ns == before, "the same sweep is read, not made again"
     selection = read_json(folder / "selection.json")
     assert selection["layers"] == selection["validation"]["best"]["layers"] == selection["validation"]["layers"]
@@ -490,6 +513,26 @@ def test_select_validates_by_editing_and_chooses_by_it(traced, tmp_path, small_i
     message = complaint(capsys, "select", folder, "--validate", "--windows", "2-3,3", *other_settings)
     assert "the sweep in" in message
     assert "settings.steps = 4, expected 5" in message
+
+
+def test_run_lets_edits_decide_where_the_facts_do_not(tmp_path, capsys):
+    requests, texts = tmp_path / "requests.json", tmp_path / "texts.txt"
+    requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:3]))
+    texts.write_text("\n".join(me.load_texts("tiny")[:200]))
+    small = ["--max-facts", 12, "--samples", 2, "--requests", requests, "--texts", texts, "--generation-prompts", 1]
+    folder = tmp_path / "run"
+    run = ["run", *small, "--set", "steps=3", "--out", folder]
+    code = call(*run)
+    assert "the choice is unsettled: a short sweep of edits decides" in capsys.readouterr().err
+    selection = me.Selection.load(folder / "selection.json")
+    assert selection.validation["by"] == "sweep"
+    assert list(selection.layers) == selection.validation["best"]["layers"]
+    assert code == (0 if selection.state == "settled" else 3)
+    assert (folder / "edit.safetensors").exists() == (code == 0)
+    assert call(*run, "--accept-unsettled", "--overwrite") == 0
+    accepted = me.Selection.load(folder / "selection.json")
+    assert (accepted.state, accepted.validation) == ("unsettled", {})
+    assert me.Edit.load(folder / "edit.safetensors").layers == list(accepted.layers)
 
 
 def test_only_the_traced_model_is_swept(traced, tmp_path, small_inputs, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from mechedit import InputError, SelectConfig, Selection, select_layers
 from mechedit.files import read_json, write_json
 from mechedit.selection import RULES, bootstrap, published_ranges, subject_effects
-from mechedit.selection.bootstrap import bootstrap_selections, resampled_curves
+from mechedit.selection.bootstrap import BootstrapSelections, bootstrap_selections, resampled_curves
 from mechedit.selection.config import Rule
 from mechedit.selection.curves import MeanCurves, SubjectEffects, contribution, window_spans
 from mechedit.selection.early_site import early_site, skewness_corrected_t
@@ -29,6 +30,7 @@ from mechedit.selection.rules import (
     moving_width,
     within_bounds,
 )
+from mechedit.selection.select import state_of
 from mechedit.statistics import bootstrap_means, percentile_interval
 from mechedit.trace import window_span
 
@@ -283,6 +285,45 @@ def test_an_uncertain_range_says_so():
     sure = select_layers(effects_of(PLANTED, spread=0.1))
     unsure = select_layers(effects_of(PLANTED, spread=8, facts=15))
     assert unsure.stability < sure.stability == 1.0
+    assert (sure.state, sure.agreement) == ("settled", 1.0)
+    assert "100% of resamples of the facts agree" in sure.reason
+    assert unsure.state == "unsettled"
+    assert unsure.agreement < 0.8
+    first = unsure.candidates[0]
+    assert "so that it is unsettled: the likeliest are" in unsure.reason
+    assert f"({first.share:.0%})" in unsure.reason
+
+
+def test_agreement_is_the_share_of_resamples_that_overlap_by_four_fifths():
+    counts = Counter({(2, 3, 4, 5, 6): 50, (2, 3, 4, 5): 20, (3, 4, 5, 6, 7): 20, (): 10})
+    selections = BootstrapSelections(layers=(2, 3, 4, 5, 6), counts=counts)
+    assert selections.agreement(0.8) == 0.7, "4 of 5 layers in common are enough, 4 of 6 are not"
+    assert selections.agreement(1.0) == selections.stability == 0.5
+    assert selections.candidates(2) == [((2, 3, 4, 5, 6), 0.5), ((2, 3, 4, 5), 0.2)]
+
+
+def test_facts_whose_effects_are_permuted_over_layers_settle_nothing():
+    draw = np.random.default_rng(3)
+    gaps = PLANTED + draw.normal(0, 1, (40, 8))
+    permuted = np.stack([draw.permutation(gap) for gap in gaps])
+    states = []
+    for subject in map(subject_of, (gaps, permuted)):
+        selections = bootstrap_selections(subject, resampled_curves(subject, QUICK), QUICK, has_site=True)
+        states.append(state_of(selections["contribution"], QUICK))
+    assert states == ["settled", "unsettled"]
+
+
+def test_a_file_from_before_agreement_is_read_by_its_stability(tmp_path):
+    selection = select_layers(effects_of(PLANTED, spread=8, facts=15))
+    content = selection.plain()
+    for entry in (content, *content["rules"].values()):
+        del entry["agreement"]
+    del content["state"], content["candidates"]
+    write_json(tmp_path / "selection.json", content)
+    old = Selection.load(tmp_path / "selection.json")
+    assert (old.state, old.agreement) == ("unsettled", selection.stability)
+    selection.save(tmp_path / "selection.json")
+    assert Selection.load(tmp_path / "selection.json") == selection
 
 
 @pytest.mark.parametrize(("facts", "least"), [(40, 0.91), (10, 0.85)])

@@ -18,6 +18,7 @@ from mechedit import (
     InputError,
     MemitConfig,
     Neighbor,
+    Selection,
     collect_moments,
     edited,
     evaluate,
@@ -31,7 +32,9 @@ from mechedit.sweep import (
     SweepConfig,
     Window,
     choose_window,
+    decide_layers,
     held_out,
+    short_sweep,
     sweep_windows,
     validate_selection,
     windows_near_best,
@@ -444,3 +447,31 @@ def test_the_figure_shows_every_window_and_marks_the_choice(tmp_path):
     assert [line.get_ydata()[0] for line in unsaved.lines if line.get_label() == "unedited"] == [12.5]
     with pytest.raises(InputError, match="no evidence for layers"):
         sweep_figure(table, {"evidence": evidence[:5]})
+
+
+def test_a_short_sweep_covers_the_depth_and_the_ranges_that_resamples_give():
+    windows = short_sweep([(7, 8, 9), (), (4, 5), tuple(range(12))], n_layers=14, width=4)
+    assert set(windows) == {Window(0, 3), Window(4, 7), Window(8, 11), Window(4, 5), Window(7, 9)}
+    assert short_sweep([], n_layers=3, width=1) == [Window(0, 0), Window(1, 1), Window(2, 2)]
+
+
+@pytest.mark.parametrize(("level", "state"), [(97.0, "settled"), (3.0, "unsettled")])
+def test_layers_that_a_sweep_chose_are_settled_when_edits_of_them_change_the_model(level, state):
+    unedited = {"S": {"mean": 5.0, "low": 2.0, "high": 8.0, "n": 40}}
+    swept = dataclasses.replace(planted({window: level - window.first / 10 for window in BY_TRACE}), before=unedited)
+    selection = Selection(
+        layers=OWN,
+        rule="contribution",
+        n_facts=12,
+        evidence=(),
+        alternatives={},
+        state="unsettled",
+        stability=0.2,
+        agreement=0.4,
+        modal=OWN,
+        candidates=(),
+        reason="",
+    )
+    decided = decide_layers(selection, validate_selection(swept, gaps(), OWN), swept, gaps(), "sweep")
+    assert (decided.state, decided.agreement) == (state, selection.agreement)
+    assert ("is not reliably above" in decided.reason) == (state == "unsettled")
