@@ -1,20 +1,21 @@
 """Time editing against the published schedule, side by side, and assert that both give the same numbers.
 
-    python -m benchmarks.edit [--shape tiny gpt2] [--only STEP ...] [--share 0.1] [--edits 1000]
+    python -m benchmarks.edit [--shape tiny gpt2 ...] [--only STEP ...] [--json PATH]
 
-The published schedule is that of `published.py`. Shapes: `tiny` is the model that ships; `gpt2` (12 layers,
-d 768) and `gptj` (28 layers, d 4096) have random weights. Steps:
+The published schedule is that of `published.py`; shapes are those of `shapes.py`. Steps:
 
-- targets: z for 64 facts with six prefixes, 24 updates each (the threshold is 0, so that none stops early);
-- moments: E[k kᵀ] of five layers over running text;
-- keys: those of 64 facts at five layers, and the states at the last of them before and after each layer;
+- targets: z of many facts with six prefixes (the threshold is 0, so that none stops early);
+- moments, late moments: E[k kᵀ] of five layers from a sixth and from half of the depth, over running text;
+- keys: those of many facts at five layers, and the states at the last of them before and after each layer;
 - solve: 100 facts, with the factor of the moment at hand, as all batches but a layer's first have it;
-- weights: the whole writing of 8 facts, for equality;
+- weights: the whole writing of 8 facts, for equality (where blocks norm no MLP's output, which the published code does
+  not know);
 - growth: seconds against facts, layers and d_mlp, with the exponent of a power law fitted to them;
 - edits: many edits of the model end to end, with made-up subjects, in the settings that ship with it but for λ.
 
-Each line has the seconds of both (the published targets and keys on a drawn share of the facts, ours before and after
-it), their ratio, the largest relative difference, and the memory each took beyond what was there.
+Each line has the seconds of both (the published targets on a drawn part of the facts), their ratio, that of the
+operations, the rate of the necessary ones, the largest relative difference, and the memory each took beyond what was
+there. Ours runs between two halves of the published work.
 """
 
 from __future__ import annotations
@@ -23,17 +24,23 @@ import argparse
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import mechedit as me
-from benchmarks.machine import Peak, Result, load, timed
+from benchmarks.command import add_arguments, print_all
+from benchmarks.facts import requests_of
+from benchmarks.machine import Peak, matrix_rate, timed
+from benchmarks.measurement import Measurement
+from benchmarks.necessary_work import Work, keys_work, moments_work, targets_work
 from benchmarks.published import ROWS, PublishedEditing, solve
+from benchmarks.shapes import Amounts, TimedModel, shipped
+from benchmarks.side_by_side import SideBySide, side_by_side
 from benchmarks.synthetic_requests import synthetic_requests
 from mechedit.evaluation import score_targets
 from mechedit.methods import KeyExtractor, Ridge, UpdateRule, prefix_mean
@@ -42,213 +49,247 @@ from mechedit.models import Site
 from mechedit.prompt_tokens import make_prefixes
 from mechedit.solve import Update, factorize, ridge_update
 
-Other = TypeVar("Other")
 WEIGHT = 15_000.0
 SETTINGS = me.MemitConfig(convention="memit-2022", threshold=0.0, covariance_weight=WEIGHT)
 """Settings of the published code, but for the threshold."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Where a model is edited and how much text its moments are timed on."""
-
-    layers: tuple[int, ...]
-    target: int
-    """Where z is searched for: the last layer of the range."""
-    texts: int
-
-
-SHAPES = {
-    "tiny": Shape((1, 2, 3, 4, 5), 4, 2000),
-    "gpt2": Shape((3, 4, 5, 6, 7), 7, 100),
-    "gptj": Shape((4, 5, 6, 7, 8), 8, 1000),
-}
-GOALS = {"cpu": dict(targets=8, moments=4, keys=3, solve=20), "cuda": dict(targets=30, moments=4, keys=10, solve=20)}
-"""Goals: how many times faster than the published schedule."""
-
-
-FULL_PASS = ROWS // 6
-"""Facts that fill a forward pass of the published schedule with their prompts."""
+KNOWN_FACTS = 200
+"""Facts that ship, of which it is counted how many an edit leaves known."""
+TOLERANCE = 1e-4
+"""Largest relative difference in float32."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """Model, requests and texts that all steps on one model share."""
 
-    model: me.Model
-    layers: list[int]
-    target: int
-    requests: list[me.EditRequest]
-    texts: list[str]
-    published: PublishedEditing
-    arguments: argparse.Namespace
+    timed: TimedModel
+    tolerance: float = TOLERANCE
+    layer: int | None = None
+    """Layer of z, in place of the shape's."""
+
+    @property
+    def model(self) -> me.Model:
+        """The model."""
+        return self.timed.model
+
+    @property
+    def amounts(self) -> Amounts:
+        """How much of each step is timed."""
+        return self.timed.shape.amounts
 
     @property
     def device(self) -> str:
         """Device of the model."""
-        return self.arguments.device
+        return self.timed.device
 
     @property
+    def layers(self) -> list[int]:
+        """The layers that are edited."""
+        return list(self.timed.early)
+
+    @property
+    def target(self) -> int:
+        """Layer of z."""
+        return self.timed.target if self.layer is None else self.layer
+
+    @functools.cached_property
+    def requests(self) -> list[me.EditRequest]:
+        """The facts."""
+        return requests_of(self.timed, self.amounts.facts)
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """Running text."""
+        return list(me.load_texts("tiny"))[: self.amounts.texts]
+
+    @functools.cached_property
     def prefixes(self) -> Sequence[str]:
-        """Context templates, six of them."""
-        return self.published.prefixes
+        """Context templates, six of them, generated by the model itself where it has learned anything."""
+        return make_prefixes(shipped() if self.timed.weights == "random" else self.model)
 
-    @property
-    def tolerance(self) -> float:
-        """Largest relative difference that is accepted."""
-        return self.arguments.tolerance
+    @functools.cached_property
+    def published(self) -> PublishedEditing:
+        """The published schedule, with the parts of the model found."""
+        published = PublishedEditing(self.model, self.prefixes)
+        _ = published.plain.final_norm
+        return published
 
     @functools.cached_property
     def moments(self) -> dict[int, me.SecondMoment]:
-        """Second moments of all layers, on the text that they are timed on."""
+        """Second moments of the edited layers, on the text that they are timed on."""
         return me.collect_moments(self.model, self.texts, self.layers)
 
-    def drawn(self, least: int) -> list[int]:
-        """Indices of the facts that the published schedule takes: a share, or at least `least`."""
-        total = len(self.requests)
-        count = min(total, max(least, round(self.arguments.share * total)))
-        return sorted(np.random.default_rng(0).choice(total, count, replace=False).tolist())
+    def drawn_layers(self, layers: Sequence[int]) -> list[int]:
+        """The layers of a range that the published schedule runs: evenly spaced, one alone in the middle."""
+        count = min(self.amounts.layers_drawn, len(layers))
+        ends = np.linspace(0, len(layers) - 1, count) if count > 1 else [(len(layers) - 1) / 2]
+        return [layers[round(end)] for end in ends]
 
+    def warm_up(self) -> None:
+        """Run what happens once, such as hashing the weights, on neither side's time."""
+        self.model.provenance()
+        keys_and_states(self, self.requests[:1], self.layers)
 
-@dataclass(frozen=True)
-class EditComparison(Generic[Result, Other]):
-    """Both schedules' results, seconds and GiB."""
-
-    fast: Result
-    slow: Other
-    seconds: tuple[float, float]
-    """Seconds of ours, before and after the published one."""
-    published: float
-    memory: tuple[float, float]
-    """GiB of the published one and of ours."""
-
-    def report(self, step: str, what: str, error: float, setting: Setting) -> None:
-        """Print the line and assert equality."""
-        ratio = self.published / statistics.mean(self.seconds)
-        goal = GOALS["cuda" if setting.device.startswith("cuda") else "cpu"].get(step)
-        goal = None if step == "solve" and setting.model.d_mlp < 3072 else goal
-        print(
-            f"{step}, {what}: published {self.published:.4g} s, mechedit {self.seconds[0]:.4g} and "
-            f"{self.seconds[1]:.4g} s (before and after it): {ratio:.1f}x{f' (goal {goal}x)' if goal else ''}; "
-            f"largest difference {error:.1e}; {self.memory[0]:.2f} and {self.memory[1]:.2f} GiB",
-            flush=True,
+    def measurement(
+        self,
+        step: str,
+        what: str,
+        comparison: SideBySide[Any, Any],
+        difference: float,
+        work: Work | None = None,
+    ) -> Measurement:
+        """A line of the results."""
+        rate = (
+            None if work is None else work.necessary / comparison.seconds / matrix_rate(self.device, self.timed.dtype)
         )
-        assert error < setting.tolerance, f"the schedules differ by {error}"
+        return Measurement(
+            shape=self.timed.name,
+            about=self.timed.about,
+            step=step,
+            what=what,
+            unit="s",
+            published=comparison.published_seconds,
+            mechedit=comparison.seconds,
+            difference=difference,
+            tolerance=self.tolerance,
+            quotient=None if work is None else work.quotient,
+            rate=rate,
+            memory=comparison.memory,
+            device=self.device,
+            dtype=self.timed.dtype,
+            threads=torch.get_num_threads(),
+        )
 
 
-def side_by_side(
-    fast: Callable[[], Result], slow: Callable[[], Other], device: str, *, drawn_part: float = 1.0, runs: int = 1
-) -> EditComparison[Result, Other]:
-    """Ours, the published one on a share of the work, and ours again; medians of `runs` runs of each."""
-    ours, before, taken = timed_median(fast, device, runs)
-    theirs, published, took = timed_median(slow, device, runs)
-    after = timed_median(fast, device, runs)[1]
-    return EditComparison(ours, theirs, (before, after), published / drawn_part, (took, taken))
+def target_config(updates: int) -> me.TargetConfig:
+    """Settings of a search with so many updates."""
+    return dataclasses.replace(SETTINGS.targets, steps=updates + 1)
 
 
-def timed_median(make: Callable[[], Result], device: str, runs: int = 1) -> tuple[Result, float, float]:
-    """A result, the median of its seconds and the GiB it takes."""
-    peak = Peak(device)
-    results, seconds = zip(*(timed(make, device) for _ in range(runs)), strict=True)
-    return results[-1], statistics.median(seconds), peak.taken()
-
-
-def targets(setting: Setting) -> None:
-    """z, the published one for a drawn share of the facts."""
-    config, facts, drawn = SETTINGS.targets, setting.requests, setting.drawn(1)
+def targets(setting: Setting) -> Measurement:
+    """z, the published one for a few drawn facts."""
+    facts, layer, config = setting.requests, setting.target, target_config(setting.amounts.updates)
+    drawn = sorted(np.random.default_rng(0).choice(len(facts), min(setting.amounts.drawn, len(facts)), replace=False))
 
     def ours(requests: Sequence[me.EditRequest] = facts) -> me.Targets:
-        return me.find_targets(setting.model, requests, setting.target, setting.prefixes, config)
+        return me.find_targets(setting.model, requests, layer, setting.prefixes, config)
 
-    def theirs() -> list[tuple[Tensor, Tensor]]:
-        return [setting.published.target(facts[fact], setting.target, config) for fact in drawn]
+    def theirs(fact: int) -> tuple[Tensor, Tensor]:
+        return setting.published.target(facts[fact], layer, config)
 
     ours(facts[:1])
-    comparison = side_by_side(ours, theirs, setting.device, drawn_part=len(drawn) / len(facts))
-    deltas = comparison.fast.z - comparison.fast.initial
-    published_deltas = torch.stack([z - initial for initial, z in comparison.slow])
-    errors = [relative_difference(deltas[fact], delta) for fact, delta in zip(drawn, published_deltas, strict=True)]
-    before, after = (comparison.fast.losses.query(f"step == {step}").nll.mean() for step in (0, config.updates))
-    what = (
-        f"{len(facts)} facts x {len(setting.prefixes)} prefixes, layer {setting.target}, published {len(drawn)} "
-        f"of them (mean -log P {before:.2f} -> {after:.2f}, median difference {statistics.median(errors):.1e})"
+    work = targets_work(setting.model, facts, layer, setting.prefixes, config)
+    drawn_work = targets_work(setting.model, [facts[fact] for fact in drawn], layer, setting.prefixes, config)
+    comparison = side_by_side(
+        ours,
+        [functools.partial(theirs, fact) for fact in drawn],
+        setting.device,
+        # Facts differ in length: what was drawn counts by its operations.
+        drawn_part=drawn_work.published / work.published,
     )
-    comparison.report("targets", what, max(errors), setting)
+    deltas = comparison.ours.z - comparison.ours.initial
+    errors = [
+        relative_difference(deltas[fact], z - initial)
+        for fact, (initial, z) in zip(drawn, comparison.published, strict=True)
+    ]
+    before, after = (comparison.ours.losses.query(f"step == {step}").nll.mean() for step in (0, config.updates))
     assert after < before, "the search finds nothing, so equality says nothing"
+    what = (
+        f"{len(facts)} facts × {len(setting.prefixes)} prefixes, layer {layer}, {config.updates} updates, "
+        f"{len(drawn)} published"
+    )
+    return setting.measurement("targets", what, comparison, max(errors), work)
 
 
-def moments(setting: Setting) -> None:
-    """E[k kᵀ] of all layers."""
+def moments(setting: Setting, *, late: bool = False) -> Measurement:
+    """E[k kᵀ] of five layers."""
+    layers = list(setting.timed.late if late else setting.timed.early)
 
     def ours() -> dict[int, Tensor]:
-        moments = me.collect_moments(setting.model, setting.texts, setting.layers)
-        return {layer: moment.matrix for layer, moment in moments.items()}
+        collected = me.collect_moments(setting.model, setting.texts, layers)
+        return {layer: moment.matrix for layer, moment in collected.items()}
 
-    def theirs() -> dict[int, Tensor]:
-        full_passes = setting.arguments.whole
-        return {
-            layer: setting.published.moment(setting.texts, layer, full_passes=full_passes) for layer in setting.layers
-        }
-
-    comparison = side_by_side(ours, theirs, setting.device)
-    error = max(relative_difference(comparison.fast[layer], comparison.slow[layer]) for layer in setting.layers)
-    passes = "whole passes" if setting.arguments.whole else "passes that end at their layer"
-    comparison.report(
-        "moments",
-        f"layers {setting.layers}, {len(setting.texts)} texts, published in {passes}",
-        error,
-        setting,
-    )
-    first, second = (comparison.fast[layer] for layer in setting.layers[:2])
+    setting.warm_up()
+    drawn = setting.drawn_layers(layers)
+    work, drawn_work = moments_work(setting.model, setting.texts, layers), published_moments(setting, drawn)
+    parts = [functools.partial(setting.published.moment, setting.texts, layer) for layer in drawn]
+    comparison = side_by_side(ours, parts, setting.device, drawn_part=drawn_work / work.published)
+    pairs = zip(drawn, comparison.published, strict=True)
+    error = max(relative_difference(comparison.ours[layer], published) for layer, published in pairs)
+    first, second = (comparison.ours[layer] for layer in layers[:2])
     assert relative_difference(first, second) > 10 * error, "the layers' moments are alike, so equality says nothing"
+    what = (
+        f"layers {layers[0]}–{layers[-1]}, {len(setting.texts)} texts, {len(drawn)} of {len(layers)} layers published"
+    )
+    return setting.measurement("late moments" if late else "moments", what, comparison, error, work)
 
 
-def keys(setting: Setting) -> None:
+def published_moments(setting: Setting, layers: Sequence[int]) -> float:
+    """Operations of the published schedule for the moments of some layers."""
+    return moments_work(setting.model, setting.texts, layers).published
+
+
+def late_moments(setting: Setting) -> Measurement:
+    """E[k kᵀ] of five layers from half of the depth."""
+    return moments(setting, late=True)
+
+
+def keys(setting: Setting) -> Measurement:
     """Keys at all layers and states at the last, as the writing asks for them."""
-    last, drawn = setting.layers[-1], setting.drawn(FULL_PASS)
-    facts = [setting.requests[fact] for fact in drawn]
+    layers, facts, last = setting.layers, setting.requests, setting.layers[-1]
+    drawn, drawn_layers = facts[: setting.amounts.keys_drawn], setting.drawn_layers(layers)
 
-    def theirs() -> list[tuple[Tensor, Tensor]]:
-        return [(setting.published.keys(facts, at), setting.published.states(facts, last)) for at in setting.layers]
+    def theirs(layer: int) -> tuple[Tensor, Tensor]:
+        return setting.published.keys(drawn, layer), setting.published.states(drawn, last)
 
-    drawn_part = len(drawn) / len(setting.requests)
+    setting.warm_up()
+    work = keys_work(setting.model, facts, layers, setting.prefixes, ROWS)
+    drawn_work = keys_work(setting.model, drawn, drawn_layers, setting.prefixes, ROWS)
     comparison = side_by_side(
-        lambda: keys_and_states(setting, setting.layers), theirs, setting.device, drawn_part=drawn_part
+        lambda: keys_and_states(setting, facts, layers),
+        [functools.partial(theirs, layer) for layer in drawn_layers],
+        setting.device,
+        drawn_part=drawn_work.published / work.published,
     )
+    by_layer = dict(zip(layers, comparison.ours, strict=True))
     error = max(
-        max(relative_difference(key.T[drawn], published_keys), relative_difference(state[drawn], published_states))
-        for (key, state), (published_keys, published_states) in zip(comparison.fast, comparison.slow, strict=True)
+        relative_difference(ours, published)
+        for layer, (published_key, published_state) in zip(drawn_layers, comparison.published, strict=True)
+        for ours, published in (
+            (by_layer[layer][0].T[: len(drawn)], published_key),
+            (by_layer[layer][1][: len(drawn)], published_state),
+        )
     )
-    prompts = f"{len(setting.requests)} facts x {len(setting.prefixes)}"
-    what = f"{prompts}, layers {setting.layers}, published {len(drawn)} of them"
-    comparison.report("keys", what, error, setting)
+    prompts = f"{len(facts)} facts × {len(setting.prefixes)} prefixes"
+    what = f"{prompts}, layers {layers[0]}–{layers[-1]}, {len(drawn)} facts at {len(drawn_layers)} layers published"
+    return setting.measurement("keys", what, comparison, error, work)
 
 
-def keys_and_states(setting: Setting, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+def keys_and_states(
+    setting: Setting, facts: Sequence[me.EditRequest], layers: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
     """Each layer's keys and the last one's states after it; the states before the first are asked for as well."""
-    prompts, last = KeyExtractor(setting.model, setting.requests, setting.prefixes), Site(layers[-1], "resid")
+    prompts, last = KeyExtractor(setting.model, facts, setting.prefixes), Site(layers[-1], "resid")
     prompts.advance_(layers[0])
     prompts.states([last])
     return [(prefix_mean(prompts.keys(layer), "memit-2022"), prompts.states([last])[last]) for layer in layers]
 
 
-def solving(setting: Setting) -> None:
+def solving(setting: Setting) -> Measurement:
     """One layer's ΔW."""
-    width, facts = setting.model.d_mlp, 100
+    width, facts, runs = setting.model.d_mlp, 100, 7
     moment, keys, residuals = made_system(width, setting.model.d_model, facts, setting.device)
     factor = factorize(moment.double())
     comparison = side_by_side(
-        lambda: ridge_update(keys, residuals, factor, WEIGHT).delta.T,
-        lambda: solve(moment, keys, residuals, WEIGHT),
+        lambda: [ridge_update(keys, residuals, factor, WEIGHT).delta.T for _ in range(runs)][-1],
+        [functools.partial(solve, moment, keys, residuals, WEIGHT)] * runs,
         setting.device,
-        runs=7,
     )
-    comparison.report(
-        "solve",
-        f"{facts} facts, d_mlp {width}, medians of 7",
-        relative_difference(comparison.fast, comparison.slow),
-        setting,
+    error = relative_difference(comparison.ours, comparison.published[-1])
+    per_run = dataclasses.replace(
+        comparison, seconds=comparison.seconds / runs, published_seconds=comparison.published_seconds / runs
     )
+    return setting.measurement("solve", f"{facts} facts, d_mlp {width}, mean of {runs}", per_run, error)
 
 
 def made_system(width: int, height: int, facts: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,28 +301,31 @@ def made_system(width: int, height: int, facts: int, device: str) -> tuple[Tenso
     return old @ old.T / old.shape[1], new, torch.randn(height, facts, generator=generator, device=device)
 
 
-def weights(setting: Setting) -> None:
+def weights(setting: Setting) -> Measurement | None:
     """The writing of some facts into the range, everything the published code does after the search for z."""
+    if any(setting.model.family.parts(layer).mlp_norm for layer in setting.layers):
+        return None
     layers, requests = [layer for layer in setting.layers if layer <= setting.target], setting.requests[:8]
-    targets = me.find_targets(setting.model, requests, setting.target, setting.prefixes, SETTINGS.targets)
+    config = target_config(setting.amounts.updates)
+    z = me.find_targets(setting.model, requests, setting.target, setting.prefixes, config)
     narrow = {layer: setting.moments[layer].matrix.float() for layer in layers}
     rule = Ridge(moments=setting.moments, weight=WEIGHT)
 
     def ours() -> dict[int, Tensor]:
-        edit = spread(setting.model, requests, targets, layers, rule, config=SETTINGS.spread).edit
+        edit = spread(setting.model, requests, z, layers, rule, config=SETTINGS.spread).edit
         return {layer: edit.delta(layer) for layer in layers}
 
-    comparison = side_by_side(
-        ours, lambda: setting.published.edit(requests, targets.z, layers, narrow, WEIGHT), setting.device
-    )
-    error = max(relative_difference(comparison.fast[layer], comparison.slow[layer]) for layer in layers)
-    comparison.report("weights", f"{len(requests)} facts into layers {layers}", error, setting)
+    ours()
+    theirs = functools.partial(setting.published.edit, requests, z.z, layers, narrow, WEIGHT)
+    comparison = side_by_side(ours, [theirs], setting.device)
+    error = max(relative_difference(comparison.ours[layer], comparison.published[0][layer]) for layer in layers)
+    return setting.measurement("weights", f"{len(requests)} facts into layers {layers}", comparison, error)
 
 
 def growth(setting: Setting) -> None:
-    """How seconds grow, in ours."""
-    config = dataclasses.replace(SETTINGS.targets, steps=4)
-    many = synthetic_requests(128, setting.model.name == "tiny")
+    """Print how seconds grow, in ours."""
+    config = target_config(3)
+    many = synthetic_requests(128, setting.timed.knows_almanac)
 
     def searched(facts: int) -> None:
         me.find_targets(setting.model, many[:facts], setting.target, setting.prefixes, config)
@@ -291,7 +335,7 @@ def growth(setting: Setting) -> None:
     fitted(
         "keys against layers",
         [1, 3, 5],
-        lambda layers: keys_and_states(setting, setting.layers[:layers]),
+        lambda layers: keys_and_states(setting, setting.requests, setting.layers[:layers]),
         setting.device,
     )
     systems = {}
@@ -303,7 +347,7 @@ def growth(setting: Setting) -> None:
 
 def fitted(what: str, sizes: Sequence[int], make: Callable[[int], object], device: str, runs: int = 1) -> None:
     """Print the seconds for each size and the exponent of the power law nearest to them in logarithms."""
-    seconds = [timed_median(lambda size=size: make(size), device, runs)[1] for size in sizes]
+    seconds = [statistics.median(timed(lambda size=size: make(size), device)[1] for _ in range(runs)) for size in sizes]
     exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
     listing = ", ".join(f"{size}: {value:.4g} s" for size, value in zip(sizes, seconds, strict=True))
     print(f"growth, {what}: {listing}; exponent {exponent:.2f}", flush=True)
@@ -324,37 +368,75 @@ class TimedRule:
         return update
 
 
-def edits(setting: Setting) -> None:
-    """Many edits end to end, as `memit` makes them in the settings that ship with the model, but for λ."""
-    model, almanac = setting.model, setting.model.name == "tiny"
+@dataclass(frozen=True, kw_only=True)
+class BulkEdit:
+    """Many edits end to end: seconds of their parts, and what they did."""
+
+    facts: int
+    targets: float
+    keys: float
+    solving: float
+    dense: bool
+    """Whether the solve was of the dense sum, because there are as many facts as d_mlp."""
+    written: tuple[float, float]
+    """Share of requests whose new object is the greedy answer, before and after."""
+    known: tuple[float, float]
+    """Share of the facts that ship whose object is the greedy answer, before and after."""
+    memory: float
+    """GiB taken."""
+
+    @property
+    def seconds(self) -> float:
+        """Of everything."""
+        return self.targets + self.keys + self.solving
+
+    def minutes_for(self, facts: int, solving: float) -> float:
+        """Extrapolated to so many facts: searches and keys in proportion, the solve as measured by itself."""
+        return ((self.targets + self.keys) * facts / self.facts + solving) / 60
+
+
+def edit_in_bulk(setting: Setting, facts: int) -> BulkEdit:
+    """Make many edits, as `memit` does in the settings that ship with the model, but for λ."""
+    model, almanac = setting.model, setting.timed.knows_almanac
     config = me.recommended("memit", model)
     assert isinstance(config, me.MemitConfig)
     layers = [layer for layer in setting.layers if layer <= setting.target]
-    requests = synthetic_requests(setting.arguments.edits, almanac)
+    requests = synthetic_requests(facts, almanac)
     # The λ that ships with the tiny model was chosen on a hundred requests; more of them would outweigh the old keys.
     weight = config.covariance_weight * (max(1.0, len(requests) / 100) if almanac else 1.0)
     rule = TimedRule(Ridge(moments=setting.moments, weight=weight), setting.device)
     peak = Peak(setting.device)
-    targets, searching = timed(
+    z, searching = timed(
         lambda: me.find_targets(model, requests, setting.target, setting.prefixes, config.targets), setting.device
     )
-    result, writing = timed(
-        lambda: spread(model, requests, targets, layers, rule, config=config.spread), setting.device
-    )
+    result, writing = timed(lambda: spread(model, requests, z, layers, rule, config=config.spread), setting.device)
     taken = peak.taken()
     edited_prompts = [(request.text, request.target_new) for request in requests]
-    known = [(fact.text, fact.object) for fact in me.load_facts("known")]
+    known = [(fact.text, fact.object) for fact in me.load_facts("known")[:KNOWN_FACTS]]
     before = known_share(model, edited_prompts), known_share(model, known)
     with me.edited(model, result.edit):
         after = known_share(model, edited_prompts), known_share(model, known)
-    way = "of the dense sum" if len(requests) >= model.d_mlp else "with the kept factor"
-    rest = searching + writing - rule.seconds
+    return BulkEdit(
+        facts=facts,
+        targets=searching,
+        keys=writing - rule.seconds,
+        solving=rule.seconds,
+        dense=len(requests) >= model.d_mlp,
+        written=(before[0], after[0]),
+        known=(before[1], after[1]),
+        memory=taken,
+    )
+
+
+def edits(setting: Setting, facts: int = 1000) -> None:
+    """Print many edits end to end."""
+    bulk = edit_in_bulk(setting, facts)
     print(
-        f"edits, {len(requests)} facts into layers {layers}, weight {weight:g}: targets {searching:.1f} s "
-        f"({len(targets.unconverged)} not converged), keys and states {writing - rule.seconds:.1f} s, solve "
-        f"{rule.seconds:.1f} s ({way}); without the solve that is {rest / len(requests) * 10_000 / 60:.1f} minutes for "
-        f"10,000 facts; the new object is the greedy answer for {before[0]:.1%} before and {after[0]:.1%} after, "
-        f"that of the facts that ship for {before[1]:.1%} and {after[1]:.1%}; {taken:.2f} GiB",
+        f"edits, {facts} facts: targets {bulk.targets:.1f} s, keys and states {bulk.keys:.1f} s, solve "
+        f"{bulk.solving:.1f} s ({'of the dense sum' if bulk.dense else 'with the kept factor'}); without the solve "
+        f"that is {bulk.minutes_for(10_000, 0):.1f} minutes for 10,000 facts; the new object is the greedy answer for "
+        f"{bulk.written[0]:.1%} before and {bulk.written[1]:.1%} after, that of the facts that ship for "
+        f"{bulk.known[0]:.1%} and {bulk.known[1]:.1%}; {bulk.memory:.2f} GiB",
         flush=True,
     )
 
@@ -370,62 +452,39 @@ def relative_difference(ours: Tensor, published: Tensor) -> float:
     return float((ours.double() - published.double()).norm() / published.double().norm())
 
 
-STEPS = {
+STEPS: dict[str, Callable[[Setting], Measurement | None]] = {
     "targets": targets,
     "moments": moments,
+    "late moments": late_moments,
     "keys": keys,
     "solve": solving,
     "weights": weights,
     "growth": growth,
     "edits": edits,
 }
+COMPARED = ("targets", "moments", "late moments", "keys", "solve", "weights")
+"""Steps that are compared with the published schedule."""
+
+
+def edit_measurements(
+    timed_model: TimedModel, steps: Sequence[str] = COMPARED, tolerance: float = TOLERANCE
+) -> Iterator[Measurement]:
+    """Run steps on a model, and yield a line for each that has any."""
+    setting = Setting(timed_model, tolerance)
+    for step in steps:
+        measurement = STEPS[step](setting) if timed_model.runs(step) else None
+        if measurement is not None:
+            yield measurement
 
 
 def main() -> None:
-    """All steps on every shape."""
+    """Steps on shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["tiny", "gpt2"], choices=list(SHAPES))
-    parser.add_argument("--only", nargs="+", default=list(STEPS), choices=list(STEPS), help="steps, by default all")
-    parser.add_argument("--layers", type=int, nargs="+", help="whose moments and keys are timed")
-    parser.add_argument("--target", type=int, help="layer of z, the last that is edited")
-    parser.add_argument("--facts", type=int, default=64)
-    parser.add_argument("--texts", type=int, help="how many the moments are timed on")
-    parser.add_argument("--whole", action="store_true", help="published moments by passes that do not end at a layer")
-    parser.add_argument("--share", type=float, default=0.1, help="part of the facts, drawn, that the published z take")
-    parser.add_argument("--edits", type=int, default=1000, help="facts edited end to end (not on gpt2)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference")
+    add_arguments(parser)
+    parser.add_argument("--only", nargs="+", default=list(COMPARED), choices=list(STEPS), help="steps")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest relative difference")
     arguments = parser.parse_args()
-    for name in arguments.shape:
-        setting = make_setting(name, arguments)
-        print(
-            f"{name}: {setting.model.n_layers} layers, d {setting.model.d_model}, layers {setting.layers}, z at "
-            f"{setting.target}, {torch.get_num_threads()} threads",
-            flush=True,
-        )
-        for step in arguments.only:
-            if (name, step) != ("gpt2", "edits"):
-                STEPS[step](setting)
-
-
-def make_setting(name: str, arguments: argparse.Namespace) -> Setting:
-    """The model of a shape, its requests and its texts."""
-    model, shape = load(name, arguments.device, arguments.dtype), SHAPES[name]
-    model.hf.requires_grad_(False)
-    almanac = name == "tiny"
-    layers = arguments.layers or list(shape.layers)
-    return Setting(
-        model=model,
-        layers=layers,
-        target=shape.target if arguments.target is None else arguments.target,
-        requests=me.load_requests("tiny")[: arguments.facts]
-        if almanac
-        else synthetic_requests(arguments.facts, almanac),
-        texts=list(me.load_texts("tiny"))[: arguments.texts or shape.texts],
-        published=PublishedEditing(model, make_prefixes(me.load_model("tiny"))),
-        arguments=arguments,
-    )
+    print_all(arguments, lambda timed_model: edit_measurements(timed_model, arguments.only, arguments.tolerance))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,23 @@
-"""Models to time, the clock, the memory taken, and the machine's own speed."""
+"""The clock, the memory taken, and the machine's own speed."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
-
-import mechedit as me
 
 Result = TypeVar("Result")
 
 
-def load(shape: str, device: str, dtype: str) -> me.Model:
-    """The model that ships, or one of the papers' shapes with random weights and its tokenizer."""
-    tiny = me.load_model("tiny", device=device, dtype=dtype)
-    if shape == "tiny":
-        return tiny
-    torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            hf = GPT2LMHeadModel(GPT2Config()) if shape == "gpt2" else GPTJForCausalLM(GPTJConfig())
-        finally:
-            torch.set_default_dtype(torch.float32)
-    return me.load_model(hf.eval(), tokenizer=tiny.tokenizer)
-
-
-def matrix_rate(device: str, dtype: str, size: int = 2048, seconds: float = 2.0) -> float:
-    """Operations per second of large square matrix products."""
+@functools.lru_cache
+def matrix_rate(device: str, dtype: str, seconds: float = 2.0) -> float:
+    """Operations per second of large square matrix products; measured once."""
+    size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     torch.matmul(a, b)
     wait(device)

@@ -1,6 +1,7 @@
 """MEMIT by the published schedule, on plain transformers with torch hooks, for comparison and nothing else.
 
-It does what the code published with the paper (github.com/kmeng01/memit) does, in our words, and costs what that costs:
+It does what the code published with the paper (github.com/kmeng01/memit) does, in our words, on any family, and costs
+what that costs:
 
 - the search for z takes a fact at a time: 25 forward passes of all its rows, padded together, over all layers and with
   all logits; the loss unembeds the last block's states a second time; 24 backward passes through both;
@@ -8,7 +9,8 @@ It does what the code published with the paper (github.com/kmeng01/memit) does, 
 - keys take full forward passes of all prompts for each layer, states at the last layer full passes of the bare prompts;
 - each layer solves a dense, unsymmetric system in float64, with a moment kept in float32.
 
-Texts are tokenized by the same functions as ours, so that both see the same tokens.
+Texts are tokenized by the same functions as ours, so that both see the same tokens. Modules are where `model.family`
+says (`plain_model`); special tokens are not counted in the moments, as in ours.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,13 +26,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mechedit as me
+from benchmarks.plain_model import PlainModel, first_item, hooks
 from mechedit.batching import pad
-from mechedit.prompt_tokens import BARE, continuation_ids, prefixed_prompts, tokenize_prompt
+from mechedit.data import fill
+from mechedit.models import Site
+from mechedit.prompt_tokens import BARE, completed_prompts, encode_documents, prefixed_prompts, tokenize_prompt
 
 ROWS = 128
 """Prompts in one forward pass for keys and states."""
 TEXTS = 100
 """Texts that are sorted by length together."""
+BATCH_LENGTH = 2048
+"""A batch of texts has three times as many tokens as the model takes, or as this where it takes more."""
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -43,39 +51,33 @@ class PublishedEditing:
     model: me.Model
     prefixes: Sequence[str]
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The blocks."""
-        return self.model.hf.transformer.h
-
-    def projection(self, layer: int) -> nn.Module:
-        """The MLP's second matrix."""
-        mlp: Any = self.blocks[layer].mlp
-        return mlp.fc_out if hasattr(mlp, "fc_out") else mlp.c_proj
+    @cached_property
+    def plain(self) -> PlainModel:
+        """The transformers model by its parts."""
+        return PlainModel(self.model)
 
     def target(self, request: me.EditRequest, layer: int, config: me.TargetConfig) -> tuple[Tensor, Tensor]:
         """One fact's h and z."""
-        hf, device = self.model.hf, self.model.device
-        object_ids = continuation_ids(self.model.tokenizer, request.target_new)
-        prompts = prefixed_prompts(self.model, request, self.prefixes)
-        kl_tokens = tokenize_prompt(self.model.tokenizer, config.kl_prompt, request.subject)
+        hf, device, blocks = self.plain.hf, self.model.device, self.plain.blocks
+        completed = completed_prompts(self.model, request, self.prefixes)
+        kl_tokens = tokenize_prompt(self.model.tokenizer, fill(request.turn, config.kl_prompt), request.subject)
         tokens = pad(
-            [[*prompt.ids, *object_ids[:-1]] for prompt in prompts] + [kl_tokens.ids], self.model.tokenizer, device
+            [[*prompt.ids, *object_ids[:-1]] for prompt, object_ids in completed] + [kl_tokens.ids],
+            self.model.tokenizer,
+            device,
         )
-        positions = [prompt.last_subject for prompt in prompts] + [kl_tokens.last_subject]
+        positions = [prompt.last_subject for prompt, _ in completed] + [kl_tokens.last_subject]
         labels = torch.full_like(tokens.ids[:-1], -100)
-        for row, prompt in enumerate(prompts):
+        for row, (prompt, object_ids) in enumerate(completed):
             labels[row, len(prompt.ids) - 1 :][: len(object_ids)] = torch.tensor(object_ids, device=device)
-        inputs = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
-        norm, weight = hf.transformer.ln_f, hf.lm_head.weight.T
-        bias = hf.lm_head.bias if hf.lm_head.bias is not None else weight.new_zeros(weight.shape[1])
+        inputs = {"input_ids": tokens.ids, "attention_mask": tokens.mask, "use_cache": False}
         delta = torch.zeros(self.model.d_model, device=device, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=config.lr)
         initial, before, last = torch.zeros(0), torch.zeros(0), torch.zeros(0)
 
         def add(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal initial
-            states = _states(output)
+            states = first_item(output)
             if not len(initial):
                 initial = states[0, positions[0]].detach().clone()
             for row, position in enumerate(positions):
@@ -83,17 +85,17 @@ class PublishedEditing:
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal last
-            last = _states(output)
+            last = first_item(output)
 
         for step in range(config.steps):
             optimizer.zero_grad()
-            with _hooks((self.blocks[layer], add), (self.blocks[-1], keep)):
+            with hooks((blocks[layer], add), (blocks[-1], keep)):
                 logits = hf(**inputs).logits
             now = logits[-1, positions[-1]][None].log_softmax(1)
             before = before if len(before) else now.detach().clone()
-            log_probs = (norm(last[: len(prompts)]) @ weight + bias).log_softmax(2)
+            log_probs = self.plain.logits(last[: len(completed)]).log_softmax(2)
             picked = log_probs.gather(2, labels.clamp(min=0)[..., None]).squeeze(2) * (labels != -100)
-            nll = (-picked.sum(1) / len(object_ids)).mean()
+            nll = (-picked.sum(1) / (labels != -100).sum(1)).mean()
             drift = config.kl_weight * functional.kl_div(before, now, log_target=True, reduction="batchmean")
             loss = nll + drift + config.weight_decay * (delta.norm() / initial.norm() ** 2)
             if loss.item() < config.threshold or step == config.steps - 1:
@@ -117,28 +119,31 @@ class PublishedEditing:
             if not full_passes:
                 raise _Stopped
 
-        with _hooks((self.projection(layer), stop)):
+        special = torch.tensor(self.model.tokenizer.all_special_ids or [-1], device=self.model.device)
+        length = min(self.model.max_positions, BATCH_LENGTH)
+        with hooks((self.plain.module(Site(layer, "mlp_key")), stop)):
             for start in range(0, len(texts), TEXTS):
-                rows = self.model.tokenizer(
-                    list(texts[start : start + TEXTS]), truncation=True, max_length=self.model.max_positions
-                )["input_ids"]
-                for batch in _packed(rows, 3 * self.model.max_positions):
+                rows = encode_documents(self.model.tokenizer, texts[start : start + TEXTS], self.model.max_positions)
+                for batch in _packed(rows, 3 * length):
                     tokens = pad(batch, self.model.tokenizer, self.model.device)
                     with contextlib.suppress(_Stopped):
-                        self.model.hf(input_ids=tokens.ids, attention_mask=tokens.mask)
-                    batch_keys = keys.flatten(0, 1)[tokens.mask.flatten().nonzero()[:, 0]].float()
+                        self.plain.hf(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False)
+                    counted = tokens.mask.bool() & ~torch.isin(tokens.ids, special)
+                    batch_keys = keys.flatten(0, 1)[counted.flatten().nonzero()[:, 0]].float()
                     total = batch_keys.T.mm(batch_keys) if not count else total.add_(batch_keys.T.mm(batch_keys))
                     count += len(batch_keys)
         return total / count
 
     def keys(self, requests: Sequence[me.EditRequest], layer: int) -> Tensor:
         """The layer's key of each fact, [fact, d_mlp]: the mean of the bare prompt's and of the mean of the others."""
-        rows = self._at(self.projection(layer), requests, self.prefixes, lambda inputs, output: inputs[0])
+        rows = self._at(
+            self.plain.module(Site(layer, "mlp_key")), requests, self.prefixes, lambda inputs, output: inputs[0]
+        )
         return (rows[:, 0] + rows[:, 1:].mean(1)) / 2
 
     def states(self, requests: Sequence[me.EditRequest], layer: int) -> Tensor:
         """The state after the layer at each bare prompt, [fact, d_model]."""
-        return self._at(self.blocks[layer], requests, [BARE], lambda inputs, output: _states(output))[:, 0]
+        return self._at(self.plain.blocks[layer], requests, [BARE], lambda inputs, output: first_item(output))[:, 0]
 
     @torch.no_grad()
     def _at(
@@ -156,11 +161,11 @@ class PublishedEditing:
             nonlocal values
             values = part(inputs, output)
 
-        with _hooks((module, keep)):
+        with hooks((module, keep)):
             for start in range(0, len(prompts), ROWS):
                 batch = prompts[start : start + ROWS]
                 tokens = pad([prompt.ids for prompt in batch], self.model.tokenizer, self.model.device)
-                self.model.hf(input_ids=tokens.ids, attention_mask=tokens.mask)
+                self.plain.hf(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False)
                 rows += [values[row, prompt.last_subject] for row, prompt in enumerate(batch)]
         return torch.stack(rows).unflatten(0, (len(requests), len(prefixes)))
 
@@ -193,10 +198,6 @@ def solve(moment: Tensor, keys: Tensor, residuals: Tensor, weight: float) -> Ten
     return (residuals @ adjusted.T).float()
 
 
-def _states(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _packed(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
     """Longest first; a batch is full once another row would take it beyond `most` tokens."""
     batch: list[Sequence[int]] = []
@@ -209,13 +210,3 @@ def _packed(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[
         batch.append(row)
     if batch:
         yield batch
-
-
-@contextlib.contextmanager
-def _hooks(*hooks: tuple[nn.Module, Callable[..., None]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,101 @@
+"""The results as a page of the documentation.
+
+    python -m benchmarks.page
+
+Writes `docs/reference/speed.md` from `results.json` beside this file, which `python -m benchmarks --json` fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measurement import MOMENTS_GOAL, RATE_GOAL, RATIO_GOALS
+from benchmarks.results import Result, read_results
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "speed.md"
+
+
+def page(results: Sequence[Result]) -> str:
+    """The page."""
+    goals = RATIO_GOALS["cpu"]
+    judged = [result.measurement for result in results if result.measurement.reached is not None]
+    reached = sum(bool(measurement.reached) for measurement in judged)
+    rows = "\n".join(map(_row, results))
+    models = "\n".join(f"| `{shape}` | {about} |" for shape, about in _models(results).items())
+    origins = "\n".join(
+        dict.fromkeys(f"- `{result.command}` at {result.commit}, {result.machine}" for result in results)
+    )
+    return f"""# Speed
+
+Each step beside the published schedule: what the code published with ROME and MEMIT does, in plain transformers with
+hooks, on any family (`benchmarks/published.py`, `benchmarks/published_tracing.py`). Both run in one process, ours
+between two halves of the published work, and give the same numbers: the table has the largest relative difference.
+
+- The published *search for z* takes a fact at a time, with full passes forward and backward and the logits of all
+  positions, twice; its *moments* take a pass over the text for each layer, which ends at that layer; its *keys* take
+  full passes of all prompts for each layer; its *trace* takes one pass of eleven rows for each cell.
+- *Operations* is the quotient of the multiplications and additions that the published schedule computes and of those
+  that are necessary for the same numbers (`benchmarks/necessary_work.py`): what can be won by computing no more than
+  that, at the same rate. *Rate* is that of the necessary ones, as a share of the machine's rate on large matrices.
+- Goals: targets {goals["targets"]:g}×; keys {goals["keys"]:g}×; a trace {goals["trace"]:g}× or {RATE_GOAL:.0%} of the
+  rate; moments {MOMENTS_GOAL} of the quotient of operations. {reached} of {len(judged)} are reached.
+
+Where the published schedule ran a drawn part of the work, its time is extrapolated by the operations. Memory is what
+each took beyond what was there, in GiB: published, mechedit.
+
+| model | |
+|---|---|
+{models}
+
+| model | step | amount | published | mechedit | ratio | operations | rate | goal | difference | GiB |
+|---|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+Measured by:
+
+{origins}
+
+A moment of GPT-J's shape has 16,384² entries in float64 and needs as many tokens of text, so it is measured on a GPU
+alone; the published writing does not know the norms behind Gemma's MLPs, so there is no line for it. `python -m
+benchmarks` runs all steps on all shapes in twenty minutes on two cores, `python -m benchmarks.checkpoints` three of
+them on more facts of pretrained models, and `python -m benchmarks.gpu` those that want a GPU.
+"""
+
+
+def write_page(results: Sequence[Result], path: Path = PAGE) -> Path:
+    """Write the page and return where it is."""
+    path.write_text(page(results))
+    return path
+
+
+def _models(results: Sequence[Result]) -> dict[str, str]:
+    return {result.measurement.shape: result.measurement.about for result in results}
+
+
+def _row(result: Result) -> str:
+    line = result.measurement
+    verdict = "" if line.reached is None else f"{line.goal}: {'reached' if line.reached else '**missed**'}"
+    columns = (
+        f"`{line.shape}`",
+        f"{line.step}{'' if line.device == 'cpu' else f', {line.device}, {line.dtype}'}",
+        line.what,
+        f"{line.published:.3g} {line.unit}",
+        f"{line.mechedit:.3g}",
+        f"{line.ratio:.1f}",
+        "" if line.quotient is None else f"{line.quotient:.1f}",
+        "" if line.rate is None else f"{line.rate:.0%}",
+        verdict,
+        f"{line.difference:.1e}",
+        f"{line.memory[0]:.2f}, {line.memory[1]:.2f}",
+    )
+    return f"| {' | '.join(columns)} |"
+
+
+def main() -> None:
+    """Write the page."""
+    print(f"wrote {write_page(read_results())}")
+
+
+if __name__ == "__main__":
+    main()

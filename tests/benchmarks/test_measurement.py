@@ -1,0 +1,69 @@
+"""Whether a goal is reached, and that results are stored with where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.measurement import Measurement, summary
+from benchmarks.results import add_results, read_results
+
+LINE = Measurement(
+    shape="llama", about="a model", step="targets", what="12 facts", unit="s", published=80.0, mechedit=10.0,
+    difference=1e-6, tolerance=1e-4, quotient=4.0, rate=0.5, memory=(1.0, 0.5), device="cpu", dtype="float32",
+    threads=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "reached"),
+    [
+        ({}, True),
+        ({"published": 79.0}, False),
+        ({"device": "cuda"}, False),
+        ({"device": "cuda", "published": 300.0}, True),
+        ({"step": "keys", "published": 50.0}, True),
+        ({"step": "keys", "published": 49.0}, False),
+        ({"step": "trace", "published": 60.0}, True),
+        ({"step": "trace", "published": 59.0}, False),
+        ({"step": "trace", "published": 59.0, "rate": 0.8}, True),
+        ({"step": "severed trio", "published": 20.0, "rate": 0.79}, False),
+        ({"step": "targets", "published": 59.0, "rate": 0.9}, False),
+        ({"step": "moments", "published": 36.0}, True),
+        ({"step": "moments", "published": 35.0}, False),
+        ({"step": "late moments", "published": 35.0, "quotient": 3.8}, True),
+        ({"step": "moments", "quotient": None}, None),
+        ({"step": "solve"}, None),
+    ],
+)
+def test_a_goal_is_reached_by_ratio_rate_or_quotient(changes: dict[str, object], reached: bool | None) -> None:
+    assert dataclasses.replace(LINE, **changes).reached is reached
+
+
+@pytest.mark.parametrize("difference", [1e-3, math.nan, math.inf])
+def test_no_goal_is_reached_with_other_numbers(difference: float) -> None:
+    line = dataclasses.replace(LINE, difference=difference)
+    assert not line.equal
+    assert line.reached is False
+    assert "NOT EQUAL" in summary([line])
+
+
+def test_the_summary_counts_goals() -> None:
+    missed = dataclasses.replace(LINE, step="keys", published=20.0)
+    lines = summary([LINE, missed, dataclasses.replace(LINE, step="solve")]).splitlines()
+    assert lines[-1] == "1 of 2 goals reached"
+    assert [line.split()[0] for line in lines[:-1]] == ["reached", "MISSED"]
+
+
+def test_a_new_result_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    add_results([LINE, dataclasses.replace(LINE, step="keys")], path)
+    newer = dataclasses.replace(LINE, published=90.0)
+    on_gpu = dataclasses.replace(LINE, device="cuda")
+    add_results([newer, on_gpu], path)
+    results = read_results(path)
+    assert [result.measurement for result in results] == [newer, dataclasses.replace(LINE, step="keys"), on_gpu]
+    assert all(result.commit and result.command and result.machine for result in results)
