@@ -67,7 +67,8 @@ def run_on(device: str, folder: Path, *, facts: int, samples: int, requests: int
     request_file.write_text(json.dumps([request.plain() for request in me.load_requests("tiny")[:requests]]))
     text_file.write_text("\n".join(list(me.load_texts("tiny"))[:texts]))
     arguments = ["run", "--model", "tiny", "--device", device, "--dtype", "float32", "--max-facts", str(facts)]
-    arguments += ["--samples", str(samples)]
+    # The edited layers are given, because few facts may not settle them; the selection is compared all the same.
+    arguments += ["--samples", str(samples), "--layers", "2-4"]
     arguments += ["--requests", str(request_file), "--texts", str(text_file), "--generation-prompts", "1"]
     try:
         mechedit_command([*arguments, "--out", str(folder / "run")])
