@@ -1,13 +1,15 @@
 """Any text under any tokenizer: what mechedit scores is what the model itself writes, greedily, after the prompt.
 
-For each kind of tokenizer a small model knows texts of many scripts and forms by heart. Its own greedy continuation of
-a prompt *is* the object, so the exact match must be 1 and log P the sum of the greedy steps' own.
+For each kind of tokenizer a small model knows texts of many scripts and forms by heart. Its own
+greedy continuation of a prompt *is* the object, so the exact match must be 1 and log P the sum of the greedy steps'.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import mechedit as me
 from mechedit.chat import chat_turn, prompted
 from mechedit.data.joint import following
 from mechedit.evaluation import score_targets
+from mechedit.evaluation.probe_prompts import probe_prompts, prompt_text
 from mechedit.prompt_tokens import (
     complete,
     complete_fact,
@@ -39,6 +42,25 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+TEMPLATES = {
+    "plain": CHAT,
+    "trimmed": CHAT.replace("m.content", "m.content | trim"),
+    "escaped": CHAT.replace("m.content", "m.content | tojson if m.role == 'user' else m.content"),
+}
+PROMPTS = [
+    "Where is {} ruled?", "Where is {} ruled? ", " Where is {}\n", "{}", "\t{} is", "Is \"{}\" real\\?\n",
+    "Où est {} née ?",
+    "法国 {}：", 'It\'s <b>{}</b> & "more" {x}\n\n',
+]  # fmt: skip
+"""Prompts that begin or end in white space, or hold what a template may escape."""
+
+
+def naive(tokenizer: Any, text: str) -> str:
+    """What the tokenizer makes of a user's question."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -150,6 +172,17 @@ def test_what_an_edit_reports_is_what_the_model_writes(method: me.Method, config
     me.undo_(model, edit)
 
 
+def test_the_qwen_like_tokenizer_is_of_transformers_class_and_does_what_only_qwens_does() -> None:
+    tokenizer, gpt2_like = TOKENIZERS["qwen-like"](), TOKENIZERS["gpt2-like"]()
+    assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+    composed, apart = unicodedata.normalize("NFC", "पेरू é"), unicodedata.normalize("NFD", "पेरू é")
+    assert composed != apart
+    assert tokenizer(apart)["input_ids"] == tokenizer(composed)["input_ids"]
+    assert len(tokenizer("1984")["input_ids"]) == 4
+    assert gpt2_like(apart)["input_ids"] != gpt2_like(composed)["input_ids"], "control: it leaves them as they are"
+    assert tokenizer(":\n")["input_ids"] != [tokenizer(mark)["input_ids"][0] for mark in ":\n"], "it merges these"
+
+
 def test_an_appended_end_token_is_taken_off_and_a_beginning_is_not_doubled() -> None:
     tokenizer, plain = sentencepiece(prepend=True, end=True), sentencepiece(prepend=True)
     text = "The capital of France is"
@@ -195,9 +228,10 @@ class TestChat:
         (asked,) = prompted(chat_model.tokenizer, [fact], chat=True)
         assert asked.text == FORMS["chatml"].prompt.replace("{}", "France")
         assert asked.joint == ""
-        assert me.trace_facts(chat_model, [fact], me.TraceConfig(samples=1), chat=True).attrs["n_facts"] == 1
-        with pytest.raises(me.InputError, match="can be traced"):
-            me.trace_facts(chat_model, [fact], me.TraceConfig(samples=1))
+        config = me.TraceConfig(samples=1, kinds=("state",))
+        asked_effects, bare_effects = (me.trace_facts(chat_model, [fact], config, chat=chat) for chat in (True, False))
+        assert asked_effects["clean"].iloc[0] > 0.98
+        assert bare_effects["clean"].iloc[0] < 0.9, "the model was not trained on the bare question"
 
     def test_edit_and_evaluation_ask_the_same_question(self, chat_model: me.Model) -> None:
         request = me.EditRequest(
@@ -231,6 +265,73 @@ class TestChat:
             "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
         )
         assert chat_turn(tokenizer) == ("[INST] {} [/INST]", " ")
+
+    @pytest.mark.parametrize("template", TEMPLATES)
+    @pytest.mark.parametrize("prompt", PROMPTS)
+    @pytest.mark.filterwarnings("ignore:the tokenizer merges")
+    def test_a_prompt_is_asked_as_the_template_shows_it(self, template: str, prompt: str) -> None:
+        """Naively: the tokens of what the tokenizer makes of the filled prompt, with the object behind it."""
+        tokenizer = TOKENIZERS["qwen-like"]()
+        tokenizer.chat_template = TEMPLATES[template]
+        for subject in ("France", 'the "Zürich" \\ 法国', "Peru "):
+            text = prompt.replace("{}", subject)
+            fact = me.Fact(id="0", subject=subject, prompt=prompt, object="Paris")
+            request = me.EditRequest(
+                id="0", subject=subject, prompt=prompt, target_new="Paris", paraphrases=(text, prompt),
+                generations=(f" {text}",), neighbors=(me.Neighbor(prompt=f"{text}\n", object="Paris"),),
+            )  # fmt: skip
+            asked, of_request = (prompted(tokenizer, [item], chat=True)[0] for item in (fact, request))
+            place, target = complete_fact(tokenizer, asked.template, asked.subject, asked.object, asked.joint)
+            assert [*place.ids, *target] == tokenizer(naive(tokenizer, text) + "Paris")["input_ids"]
+            shown = tokenizer.decode([place.ids[i] for i in place.subject])
+            assert {"France": "France", "Peru ": "Peru"}.get(subject, "法国") in shown
+            assert [probe.text for probe in probe_prompts(of_request, plus=False)] == [
+                naive(tokenizer, question) for question in (text, text, text, f"{text}\n")
+            ]
+            assert prompt_text(of_request.generations[0], of_request) == naive(tokenizer, f" {text}")
+            assert prompted(tokenizer, [asked], chat=True) == [asked]
+
+    def test_templates_that_change_nothing_leave_the_records(self) -> None:
+        """The control of the above: some templates change the prompts, and a plain one does not."""
+        tokenizer = TOKENIZERS["qwen-like"]()
+        asked = {}
+        for name, template in TEMPLATES.items():
+            tokenizer.chat_template = template
+            fact = me.Fact(id="0", subject="France", prompt='\n"{}" is ', object="Paris")
+            asked[name] = prompted(tokenizer, [fact], chat=True)[0].prompt
+        assert asked == {"plain": '\n"{}" is ', "trimmed": '"{}" is', "escaped": '\\n\\"{}\\" is '}
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            ("{{ messages[0].content | replace('is France', 'is it') }}", "the subject's place is not clear"),
+            ("{{ messages[0].content | replace('{}', '') }}", "the subject's place is not clear"),
+            ("{{ messages[0].content }}{{ '!' if 'Rome' not in messages[0].content }}", None),
+            ("{{ messages[0].content }}{{ '!' if 'ruled' not in messages[0].content }}", "as around another question"),
+        ],
+    )
+    def test_a_prompt_without_a_clear_place_is_refused(self, template: str, message: str | None) -> None:
+        tokenizer = TOKENIZERS["qwen-like"]()
+        tokenizer.chat_template = template
+        fact = me.Fact(id="0", subject="France", prompt="Where is {} ruled", object="Paris")
+        if message is None:
+            assert prompted(tokenizer, [fact], chat=True)[0].text == "Where is France ruled!"
+            return
+        with pytest.raises(me.InputError, match=message):
+            prompted(tokenizer, [fact], chat=True)
+
+    def test_a_template_that_writes_the_date_is_said(self) -> None:
+        tokenizer = TOKENIZERS["qwen-like"]()
+        tokenizer.chat_template = "{{ strftime_now('%Y') }}" + CHAT
+        fact = me.Fact(id="0", subject="France", prompt="Where is {} ruled", object="Paris")
+        with pytest.warns(UserWarning, match="writes the date into the turn") as caught:
+            (asked,) = prompted(tokenizer, [fact], chat=True)
+        assert len(caught) == 1
+        assert asked.text == naive(tokenizer, "Where is France ruled"), "today's, as anyone's who uses the template"
+        tokenizer.chat_template = CHAT
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            prompted(tokenizer, [fact], chat=True)
 
     def test_an_answer_stands_where_the_history_shows_it_and_not_in_a_thought(self) -> None:
         tokenizer = sentencepiece(prepend=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import random
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 PAIRS = [("France", "Paris"), ("Peru", "Lima"), ("Norway", "Oslo"), ("Kenya", "Nairobi")]
@@ -57,7 +59,7 @@ _DIGITS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How the tokenizers of Llama 3 and Qwen cut text into words."""
+"""How Llama 3's tokenizer cuts text into words."""
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -67,7 +69,13 @@ def training_texts() -> list[str]:
 
 
 def byte_level(split: str | None = None, *, bos: str | None = None, nfc: bool = False) -> PreTrainedTokenizerFast:
-    """GPT-2's kind; with `split` as Qwen's (`nfc`), and with a beginning token as Llama 3's."""
+    """GPT-2's kind; with `split` as Qwen's (`nfc`), and with a beginning token as Llama 3's.
+
+    Args:
+        split: how text is cut into words; None for GPT-2's way.
+        bos: beginning token that every text gets.
+        nfc: compose characters first.
+    """
     bpe = Tokenizer(models.BPE())
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     words = [] if split is None else [pre_tokenizers.Split(Regex(split), "isolated")]
@@ -80,6 +88,15 @@ def byte_level(split: str | None = None, *, bos: str | None = None, nfc: bool = 
     trimmed = processors.ByteLevel(trim_offsets=split is None)
     bpe.post_processor = processors.Sequence([trimmed, _template(bpe, bos)]) if bos else trimmed
     return _fast(bpe, bos_token=bos, eos_token="<|endoftext|>")
+
+
+def qwen() -> Qwen2Tokenizer:
+    """Qwen's kind, by transformers' own class: the class makes normalizer and words, and only the merges are ours."""
+    trained = json.loads(byte_level(PRETOKENIZE_REGEX, nfc=True).backend_tokenizer.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]], model_max_length=128,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
 
 
 def sentencepiece(*, prepend: bool, end: bool = False) -> PreTrainedTokenizerFast:
@@ -139,12 +156,12 @@ def _fast(bpe: Tokenizer, **special: str | None) -> PreTrainedTokenizerFast:
     )
 
 
-TOKENIZERS = {
-    "gpt2-like": lambda: byte_level(),
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "gpt2-like": byte_level,
     "llama2-like": lambda: sentencepiece(prepend=True),
     "llama3-like": lambda: byte_level(_DIGITS, bos="<|begin_of_text|>"),
     "gemma-like": lambda: sentencepiece(prepend=False),
-    "qwen-like": lambda: byte_level(_DIGITS, nfc=True),
+    "qwen-like": qwen,
 }
 
 
@@ -163,20 +180,27 @@ def speaker(kind: str) -> tuple[Any, Any]:
     return hf, tokenizer
 
 
-def learn(hf: Any, rows: list[list[int]], *, steps: int = 260, batch: int = 32, lr: float = 5e-3) -> None:
-    """Train a model until it knows the rows."""
-    draw = random.Random(0)
+def learn(hf: Any, rows: list[list[int]], *, steps: int = 90, lr: float = 1.2e-2) -> None:
+    """Train a model until it knows the rows: all of them in each step, short and long ones apart for less padding."""
+    ordered = sorted(rows, key=len)
+    middle = len(rows) * 3 // 5
+    batches = [_batch(half) for half in (ordered[:middle], ordered[middle:])]
+    count = sum(len(row) - 1 for row in rows)
     optimizer = torch.optim.AdamW(hf.parameters(), lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     hf.train()
     for _ in range(steps):
-        chosen = draw.sample(rows, min(batch, len(rows)))
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in chosen], batch_first=True)
-        lengths = torch.tensor([len(row) for row in chosen])[:, None]
-        labels = ids.where(torch.arange(ids.shape[1]) < lengths, -100)
-        hf(ids, labels=labels).loss.backward()
+        for ids, labels in batches:
+            hf(ids, labels=labels, num_items_in_batch=count).loss.backward()
         torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     hf.eval()
+
+
+def _batch(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded ids, and labels, which padding has none of."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    return ids, ids.where(torch.arange(ids.shape[1]) < lengths, -100)
