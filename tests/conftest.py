@@ -10,7 +10,8 @@ Fixtures for all test files:
 - `neo_model`: GPT-Neo with local and global attention, on both backends.
 - `family_model`: every family on both backends.
 
-The last four are made once per session; their weights are put back after each test, so tests may edit them.
+The last four are made once per session, on TransformerLens without the fast engine, on nnsight with it; their weights
+are put back after each test, so tests may edit them.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ def _made(make_model: Callable[..., Any]) -> Callable[[str, str], Any]:
     def get(family: str, backend: str) -> Any:
         if (family, backend) not in models_by_name:
             models_by_name[family, backend] = make_model(family, backend)
+            if backend == "transformer_lens":
+                # The other backend's models run in the fast engine.
+                models_by_name[family, backend].fast_engine.prepare("off")
         return models_by_name[family, backend]
 
     return get

@@ -2,10 +2,10 @@
 
 The interface is `Model` (`protocol`), with its `sites` and `kv_cache`; `loading` makes one and `self_check` tests it.
 Behind it, `backend` holds weight-sharing copies of the transformers model (`shared_copy`), whose parts (`family`) are
-in the table of `families` or measured by `discovery`; what cannot be used is `unsupported`. A run is a `plan`, carried
-out by the first engine that can: `fast_gpt`, or one of `engines`, which the two backends complete; where a prefix
-cannot be cut off, it is `run_again`. Nothing outside this package imports transformer_lens or nnsight, or names a
-transformers class.
+in the table of `families` or measured by `discovery`; what cannot be used is `unsupported`. A run is a `run_plan`,
+carried out by the first engine that can: `fast_engine`, in the way that `engine_check` settles when a model is loaded,
+or one of `engines`, which the two backends complete; where a prefix cannot be cut off, it is `run_again`. Nothing
+outside this package imports transformer_lens or nnsight, or names a transformers class.
 """
 
 from mechedit.models.families import loader_of

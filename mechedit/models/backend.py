@@ -1,7 +1,7 @@
 """The model that both backends implement: weight-sharing copies, the engines that run them, and the edited matrices.
 
-`Model.run` makes a plan (`plan`) and hands it to the first engine that can run it: the fast one of GPT-2 and GPT-Neo
-(`fast_gpt`), the unhooked copy's own forward, or the backend's hooks (`engines`).
+`Model.run` makes a plan (`plan`) and hands it to the first engine that can run it: the fast one (`fast_engine`), the
+unhooked copy's own forward, or the backend's hooks (`engines`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mechedit.models.adapters import logits_with_adapter
 from mechedit.models.display import html_summary, summary
 from mechedit.models.engines import HookedEngine, UnhookedEngine, max_positions, takes
 from mechedit.models.families import attention_window, family_of
-from mechedit.models.fast_gpt import FastGptEngine
+from mechedit.models.fast_engine import FastEngine
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
 from mechedit.models.readout import Readout, WholeReadout, find_readout
@@ -75,12 +75,15 @@ class BackendModel:
         # After wrapping, because a backend may have made parameters of its own.
         self.hooked_copy.requires_grad_(False)
         self._engines: tuple[Engine, ...] = (hooked,)
+        self.fast_engine: FastEngine | None = None
+        """The fast engine, once `engine_check` has found a way of its own that gives the model's numbers."""
         if interchangeable:
             if attention is not None:
                 chosen = self.hooked_copy.config._attn_implementation
                 self.unhooked_copy.config._attn_implementation = chosen
             unhooked = UnhookedEngine(self.unhooked_copy, self.family)
-            self._engines = (FastGptEngine(self.unhooked_copy), unhooked, hooked)
+            self.fast_engine = FastEngine(self.unhooked_copy, self.family)
+            self._engines = (self.fast_engine, unhooked, hooked)
         self.n_layers = len(hf.get_submodule(self.family.blocks))
         self.n_heads: int = _n_heads(hf.config.get_text_config())
         self.vocab_size: int = hf.get_input_embeddings().weight.shape[0]

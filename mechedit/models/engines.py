@@ -134,7 +134,7 @@ def call_arguments(plan: RunPlan, model: Any) -> dict[str, Any]:
         positions = cache.lengths[:, None] + torch.arange(plan.tokens.ids.shape[1], device=cache.lengths.device)
         arguments["position_ids"] = positions.clamp(max=max_positions(model.config) - 1).to(mask.device)
     if cache is not None or plan.use_cache:
-        arguments["past_key_values"] = _transformers_cache(cache)
+        arguments["past_key_values"] = transformers_cache(cache)
     return arguments
 
 
@@ -160,14 +160,17 @@ def at_kept_positions(plan: RunPlan, arguments: dict[str, Any], states: Tensor) 
 
 def computed_cache(plan: RunPlan, arguments: dict[str, Any]) -> KVCache | None:
     """The cache that a call has filled, if the plan asks for it."""
-    if not plan.use_cache:
-        return None
-    layers = tuple((layer.keys, layer.values) for layer in arguments["past_key_values"].layers)
+    return kv_cache_of(arguments["past_key_values"], plan) if plan.use_cache else None
+
+
+def kv_cache_of(cache: DynamicCache, plan: RunPlan) -> KVCache:
+    """The keys and values that a plan's run has put into a transformers cache."""
+    layers: Any = tuple((layer.keys, layer.values) for layer in cache.layers)
     count = plan.tokens.ids.shape[1]
     return KVCache(layers, None if plan.kv_cache is None else plan.kv_cache.lengths_with(count))
 
 
-def _transformers_cache(kv_cache: KVCache | None) -> DynamicCache:
+def transformers_cache(kv_cache: KVCache | None) -> DynamicCache:
     """A transformers cache that starts with the keys and values of `kv_cache`, without copying them."""
     # Without a config every layer keeps all positions, also those with a sliding window.
     cache = DynamicCache()

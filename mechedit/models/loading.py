@@ -15,6 +15,7 @@ import torch
 from mechedit.errors import InputError, check_choice
 from mechedit.models import adapters
 from mechedit.models.backend import BackendModel
+from mechedit.models.engine_check import settle_fast_engine
 from mechedit.models.families import auto_class, check_config, check_loadable
 from mechedit.models.forward_hooks import user_hooks
 from mechedit.models.gguf import dequantized, gguf_file
@@ -112,6 +113,7 @@ def load_model(
     try:
         model = _wrap(hf, tokenizer, name, backend)
         self_check(model)
+        settle_fast_engine(model)
         model = model.writing(module)
     except Exception as error:
         # A hook may make the model's own code or a backend fail with any error.

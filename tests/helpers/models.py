@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -191,6 +192,17 @@ class CountedProducts(TorchDispatchMode):
                 self.calls[layer] += 1
                 self.tokens[layer] += matrices[-2].shape[:-1].numel()
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_fast_engine(model: Any) -> Iterator[None]:
+    """Let the backend and the unhooked copy run a model."""
+    way = model.fast_engine.way
+    model.fast_engine.prepare("off")
+    try:
+        yield
+    finally:
+        model.fast_engine.prepare(way)
 
 
 def hook_state(module: Any) -> list[tuple[int, int, Any]]:
