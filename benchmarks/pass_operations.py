@@ -11,7 +11,6 @@ from functools import cached_property
 
 import mechedit as me
 from benchmarks.operations import block_multiply_adds
-from mechedit.models import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class Operations:
         """One entry a block."""
         config, entries = self.model.hf.config.get_text_config(), []
         for layer in range(self.model.n_layers):
-            heads_width = self.model.width(Site(layer, "attn_key"))
+            heads_width = len(self.model.writing("attn").projection(layer))
             kv_heads = getattr(config, "num_key_value_heads", None) or self.model.n_heads
             entries.append(
                 BlockOperations(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import mechedit as me
@@ -88,7 +89,9 @@ def difference(first: Path, second: Path) -> RunDifference:
     columns = ("score", "corrupted", "clean")
     return RunDifference(
         layers=(selections[0].layers, selections[1].layers),
-        effects=max(float((joined[name] - joined[f"{name}_second"]).abs().max()) for name in columns),
+        effects=max(
+            float(np.abs(joined[name].to_numpy() - joined[f"{name}_second"].to_numpy()).max()) for name in columns
+        ),
         magnitudes=_means_difference(folders, MAGNITUDES),
         rates=_means_difference(folders, RATES),
     )

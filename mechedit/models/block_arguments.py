@@ -179,10 +179,10 @@ def _is(value: Any, cache: Any) -> bool:
 
 
 def _visited_embedding(module: Any, step: SiteStep, plan: RunPlan, values: dict[Site, Tensor]) -> Forwards:
-    compute, shape = module.forward, tuple(plan.tokens.ids.shape)
+    compute, (rows, width) = module.forward, plan.tokens.ids.shape
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return step.on_module(compute(*args, **kwargs), shape, values)
+        return step.on_module(compute(*args, **kwargs), (rows, width), values)
 
     return {module: forward}
 

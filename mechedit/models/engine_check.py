@@ -19,7 +19,7 @@ from torch import Tensor
 from mechedit.models.discovery import ordinary_ids
 from mechedit.models.fast_engine import Way
 from mechedit.models.protocol import Patch, Resume, Tokens
-from mechedit.models.sites import PARTS, Site
+from mechedit.models.sites import PARTS, Part, Site
 
 SWITCH = "MECHEDIT_ENGINE"
 """Environment variable: `plain` leaves the fast engine off, `modules` computes blocks by their own modules."""
@@ -95,9 +95,8 @@ def probe(model: Any) -> list[Tensor]:
         # Other tokens behind the same mask: what is remembered of a batch must not depend on its tokens.
         rolled = model.run(Tokens(ids.roll(1, 0), tokens.mask))
         read = [Site(middle, part) for part in PARTS if part not in ("embed", *_without_matrix(model, middle))]
-        patches = [
-            _patch(model, Site(middle, part), width, add) for part, add in (("attn_out", False), ("mlp_out", True))
-        ]
+        written: tuple[tuple[Part, bool], ...] = (("attn_out", False), ("mlp_out", True))
+        patches = [_patch(model, Site(middle, part), width, add) for part, add in written]
         visited = model.run(tokens, patches, read, logits_to_keep=torch.tensor([width - 1, 0]))
     results = [unpatched.logits[real], rolled.logits[real], visited.logits[[0, 2]]]
     results += [run[site][real] for run, sites in ((unpatched, resids), (visited, read)) for site in sites]

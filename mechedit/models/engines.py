@@ -163,7 +163,7 @@ def computed_cache(plan: RunPlan, arguments: dict[str, Any]) -> KVCache | None:
     return kv_cache_of(arguments["past_key_values"], plan) if plan.use_cache else None
 
 
-def kv_cache_of(cache: DynamicCache, plan: RunPlan) -> KVCache:
+def kv_cache_of(cache: Any, plan: RunPlan) -> KVCache:
     """The keys and values that a plan's run has put into a transformers cache."""
     layers: Any = tuple((layer.keys, layer.values) for layer in cache.layers)
     count = plan.tokens.ids.shape[1]

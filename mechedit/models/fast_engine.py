@@ -131,7 +131,8 @@ class FastEngine:
             if part == "resid":
                 continue
             module = self.model.get_submodule(self.family.path(step.site))
-            compute, ends = forwards.get(module, module.forward), step.site == plan.exit_site
+            compute = forwards.get(module) or module.forward
+            ends = step.site == plan.exit_site
             visit = _visited_input if part in ("attn_key", "mlp_key") else _visited_output
             forwards[module] = visit(compute, step, tuple(plan.tokens.ids.shape), values, ends)
         return forwards

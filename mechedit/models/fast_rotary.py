@@ -52,7 +52,8 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The turn by the opposite angle."""
-        return _turned(grad, *ctx.saved_tensors, ctx.interleaved, 1), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, ctx.interleaved, 1), None, None, None
 
 
 def _turned(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Part = Literal["embed", "attn_key", "attn_out", "mlp_key", "mlp_out", "resid"]
-PARTS: tuple[str, ...] = get_args(Part)
+PARTS: tuple[Part, ...] = get_args(Part)
 """In forward order within a block; `embed` precedes every block."""
 Module = Literal["mlp", "attn"]
 """The module that an edit is written into: the MLPs' second matrices, or attention's output projections."""

@@ -223,7 +223,8 @@ def layers_in_words(layers: Layers) -> str:
     """A range of layers for readers."""
     if not layers:
         return "no layers"
-    return f"layers {layers[0]}–{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+    first, last = min(layers), max(layers)
+    return f"layers {first}–{last}" if first < last else f"layer {first}"
 
 
 def reason(subject: SubjectEffects, layers: Layers, site: EarlySite, config: SelectConfig) -> str:
