@@ -30,7 +30,8 @@ def page(results: Sequence[Result]) -> str:
 
 Each step beside the published schedule: what the code published with ROME and MEMIT does, in plain transformers with
 hooks, on any family (`benchmarks/published.py`, `benchmarks/published_tracing.py`). Both run in one process, ours
-between two halves of the published work, and give the same numbers: the table has the largest relative difference.
+between two halves of the published work, and give the same numbers: the table has the largest relative difference. A z
+that differs by more than the tolerance is held against the published search in float64.
 
 - The published *search for z* takes a fact at a time, with full passes forward and backward and the logits of all
   positions, twice; its *moments* take a pass over the text for each layer, which ends at that layer; its *keys* take

@@ -76,6 +76,9 @@ class Letters:
         self.front = self.all_special_ids = [] if bos is None else [bos]
 
     def __call__(self, text, *, add_special_tokens=True, return_offsets_mapping=False):
+        if not isinstance(text, str):
+            encoded = [self(entry, add_special_tokens=add_special_tokens) for entry in text]
+            return {key: [entry[key] for entry in encoded] for key in ("input_ids", "offset_mapping")}
         front = self.front if add_special_tokens else []
         digits = {index: int(letter) for index, letter in enumerate(text) if letter.isdigit()}
         spans = [(0, 0)] * len(front) + [(index, index + 1) for index in digits]
