@@ -59,8 +59,8 @@ Measured by:
 
 A moment of GPT-J's shape has 16,384² entries in float64 and needs as many tokens of text, so it is measured on a GPU
 alone; the published writing does not know the norms behind Gemma's MLPs, so there is no line for it. `python -m
-benchmarks` runs all steps on all shapes in twenty minutes on two cores, `python -m benchmarks.checkpoints` three of
-them on more facts of pretrained models, and `python -m benchmarks.gpu` those that want a GPU.
+benchmarks --shape tiny gpt2 llama gemma3 qwen2 gptj` runs all steps on all shapes, `python -m benchmarks.checkpoints`
+three of them on more facts of pretrained models, and `python -m benchmarks.gpu` those that want a GPU.
 """
 
 

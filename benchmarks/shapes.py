@@ -2,7 +2,8 @@
 
 A shape is the model that ships, a pretrained checkpoint where `analyses.real_models` has made it, or a model of that
 size with random weights, scaled so that states and logits spread. Layers are five from a sixth of the depth, where
-papers edit, and five from half of it. Amounts are such that all steps on a shape take about three minutes on two cores.
+papers edit, and five from half of it. Amounts are such that all steps on a shape take
+minutes on two cores.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measurement import Measurement, summary
-from benchmarks.results import add_results, read_results
+from benchmarks.page import PAGE, page
+from benchmarks.results import RESULTS, add_results, read_results
 
 LINE = Measurement(
     shape="llama", about="a model", step="targets", what="12 facts", unit="s", published=80.0, mechedit=10.0,
@@ -67,3 +68,12 @@ def test_a_new_result_takes_the_place_of_the_old(tmp_path: Path) -> None:
     results = read_results(path)
     assert [result.measurement for result in results] == [newer, dataclasses.replace(LINE, step="keys"), on_gpu]
     assert all(result.commit and result.command and result.machine for result in results)
+
+
+def test_the_page_is_made_from_the_results() -> None:
+    results = read_results()
+    assert results, f"{RESULTS} holds the results"
+    assert PAGE.read_text(encoding="utf-8") == page(results)
+    # Control: a number that changes is seen on the page.
+    line = dataclasses.replace(results[0].measurement, published=12345.0)
+    assert page([dataclasses.replace(results[0], measurement=line), *results[1:]]) != page(results)
