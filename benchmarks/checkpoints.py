@@ -6,7 +6,7 @@
 - targets on Gemma 3 270M: 8 facts × 6 prefixes, layer 9, 5 updates;
 - trace on SmolLM2-135M: all tokens of 4 facts, single states and windows of MLPs and attention.
 
-About seven minutes on two cores. The checkpoints are those of `analyses.real_models.make`; where one is not there, its
+The checkpoints are those of `analyses.real_models.make`; where one is not there, its
 shape with random weights takes its place, and the line says so.
 """
 

@@ -1,4 +1,4 @@
-"""Everything that is to be known on a GPU, in one run of at most nine minutes on an H100.
+"""Everything that is to be known on a GPU, in one run. It has not been run on one yet.
 
     python -m benchmarks.gpu [--json PATH] [--out DIR]
     python -m benchmarks.gpu --device cpu --shape small --dtype float32 --edits 8   (without a GPU: that it runs)

@@ -60,7 +60,8 @@ Measured by:
 A moment of GPT-J's shape has 16,384² entries in float64 and needs as many tokens of text, so it is measured on a GPU
 alone; the published writing does not know the norms behind Gemma's MLPs, so there is no line for it. `python -m
 benchmarks --shape tiny gpt2 llama gemma3 qwen2 gptj` runs all steps on all shapes, `python -m benchmarks.checkpoints`
-three of them on more facts of pretrained models, and `python -m benchmarks.gpu` those that want a GPU.
+three of them on more facts of pretrained models, and `python -m benchmarks.gpu` those that want a GPU. Steps and shapes
+without a line have not been measured: a run was ended after seven minutes a shape.
 """
 
 

@@ -12,7 +12,7 @@ from mechedit.models.families import loader_of
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.loading import load_model, transformers_model
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
-from mechedit.models.readout import CleanLogits, Readout, TokenScores, WholeReadout
+from mechedit.models.readout import CleanLogits, Readout, TokenScores, WholeReadout, log_probabilities
 from mechedit.models.sites import EMBED, MODULES, Module, Part, Site, out_part
 from mechedit.models.unsupported import UnsupportedModelError
 from mechedit.models.weights_hash import DTYPES
@@ -37,6 +37,7 @@ __all__ = [
     "WholeReadout",
     "load_model",
     "loader_of",
+    "log_probabilities",
     "out_part",
     "transformers_model",
 ]

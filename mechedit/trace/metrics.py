@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit.errors import InputError
+from mechedit.models import log_probabilities
 
 NORMALIZED = "normalized_"
 """Prefix of a metric's name: the recovered part of the total effect, (score − corrupted) / (clean − corrupted)."""
@@ -43,9 +44,8 @@ class MetricInputs:
     @property
     def log_probability(self) -> Float[Tensor, " row"]:
         """Σ log p(oᵢ | prompt, o<ᵢ), in nats."""
-        # Over a large vocabulary, log_softmax in float32 is off by 1e-4 on a CPU, and logsumexp by 1e-6.
-        logits = self.logits.float()
-        return (logits.gather(2, self.objects[:, :, None])[:, :, 0] - logits.logsumexp(-1)).sum(1)
+        log_probs = log_probabilities(self.logits.float())
+        return log_probs.gather(2, self.objects[:, :, None])[:, :, 0].sum(1)
 
 
 Metric = Callable[[MetricInputs], Float[Tensor, " row"]]
@@ -71,7 +71,7 @@ def logit_difference(inputs: MetricInputs) -> Float[Tensor, " row"]:
 
 def kl(inputs: MetricInputs) -> Float[Tensor, " row"]:
     """KL(clean ‖ run) of the next-token distribution after the prompt, in nats: 0 when everything is restored."""
-    clean, run = (logits[:, 0].float().log_softmax(-1) for logits in (inputs.clean, inputs.logits))
+    clean, run = (log_probabilities(logits[:, 0].float()) for logits in (inputs.clean, inputs.logits))
     return (clean.exp() * (clean - run)).sum(-1)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechedit.batching import pad
-from mechedit.models import CleanLogits, Readout, WholeReadout
+from mechedit.models import CleanLogits, Readout, WholeReadout, log_probabilities
 from mechedit.models.readout import CHUNK, LogitMap, find_readout
+from mechedit.trace import MetricInputs
 
 D_MODEL, VOCAB = 16, 301
 
@@ -158,3 +159,24 @@ def test_a_map_that_is_not_known_is_read_from_whole_logits(make_model: Any) -> N
     assert isinstance(find_readout(head, config, states, head(states)), Readout)
     assert isinstance(find_readout(head, config, states, head(states) ** 3), WholeReadout)
     assert isinstance(find_readout(nn.Identity(), config, states, states), WholeReadout)
+
+
+def test_log_probabilities_over_a_large_vocabulary_are_exact() -> None:
+    """Of likely tokens too, whose log P is a small difference of large numbers."""
+    logits = torch.randn(50, 50_259, generator=torch.Generator().manual_seed(0)) - 2
+    logits[:, 7] += 16
+    exact = logits.double().log_softmax(-1)[:, 7]
+    assert (exact.exp() > 0.9).any(), "the token is likely"
+    readout, states = WholeReadout(), logits
+    inputs = MetricInputs(
+        logits=logits[:, None], clean_runs=logits[:1, None], facts=torch.zeros(50, dtype=torch.long),
+        objects=torch.full((50, 1), 7), foils=torch.zeros(50, dtype=torch.long),
+    )  # fmt: skip
+    for result in (
+        log_probabilities(logits)[:, 7],
+        readout.score(states, torch.full((50,), 7)).log_prob,
+        inputs.log_probability,
+    ):
+        assert float((result - exact).abs().max()) < 1e-5
+    # Control: rounding of one part in ten thousand would be seen.
+    assert float((logits.softmax(-1)[:, 7].log() + 1e-4 - exact).abs().max()) > 1e-5
