@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -142,36 +143,49 @@ class ArgumentRecorder:
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         blocks = blocks_of(self.model, self.family)
         arguments = call_arguments(plan, self.model)
-        cache = arguments.get("past_key_values")
-        by_layer: list[dict[str, Any]] = []
-        first: list[Tensor] = []
-
-        def record(block: Any) -> Callable[..., Any]:
-            # A backend or accelerate may have put another forward on the instance.
-            signature = inspect.signature(type(block).forward)
-            kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
-            others = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                bound = signature.bind(block, *args, **kwargs).arguments
-                _, hidden_name, *names = bound
-                hidden, entries = bound[hidden_name], {name: bound[name] for name in names}
-                entries |= entries.pop(others, {})
-                first.append(hidden)
-                by_layer.append({name: _CACHE if _is(value, cache) else value for name, value in entries.items()})
-                if only_first or len(by_layer) == len(blocks):
-                    raise RunStopped
-                return (hidden, *[None] * (self.family.tuple_items - 1)) if self.family.tuple_items else hidden
-
-            return forward
-
-        forwards: Forwards = {block: record(block) for block in blocks}
+        # The hidden states at the first block are all that a batch whose arguments are there still needs.
+        blocks = blocks[:1] if only_first else blocks
+        calls = _BlockCalls(len(blocks), self.family.tuple_items, arguments.get("past_key_values"))
+        forwards: Forwards = {block: partial(calls.record, block) for block in blocks}
         step = next((step for step in plan.steps if step.site == EMBED), None)
         if step is not None:
             forwards |= _visited_embedding(self.model.get_submodule(self.family.embedding), step, plan, values)
         with replace_forwards(forwards), contextlib.suppress(RunStopped):
             self.model(**arguments)
-        return first[0], by_layer
+        return calls.hidden[0], calls.by_layer
+
+
+@dataclass(frozen=True, eq=False)
+class _BlockCalls:
+    """The calls of a copy's blocks in one run, which ends with the last of them."""
+
+    n_blocks: int
+    tuple_items: int
+    cache: Any
+    by_layer: list[dict[str, Any]] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+
+    def record(self, block: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Stand for a block's forward, and return the states as they came."""
+        signature, variable = _forward_signature(type(block))
+        bound = signature.bind(block, *args, **kwargs).arguments
+        _, hidden_name, *names = bound
+        hidden, entries = bound[hidden_name], {name: bound[name] for name in names}
+        entries |= entries.pop(variable, {})
+        self.hidden.append(hidden)
+        self.by_layer.append({name: _CACHE if _is(value, self.cache) else value for name, value in entries.items()})
+        if len(self.by_layer) == self.n_blocks:
+            raise RunStopped
+        return (hidden, *[None] * (self.tuple_items - 1)) if self.tuple_items else hidden
+
+
+@cache
+def _forward_signature(block_type: type) -> tuple[inspect.Signature, str]:
+    """Signature of a block's own forward, and the name of its variable keyword arguments."""
+    # A backend or accelerate may have put another forward on the instance.
+    signature = inspect.signature(block_type.forward)  # type: ignore[attr-defined]
+    kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+    return signature, kinds.get(inspect.Parameter.VAR_KEYWORD, "")
 
 
 def _is(value: Any, cache: Any) -> bool:
