@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from fontTools import subset
 from helpers.models import BACKENDS, SENTENCES, SHAPES, VOCAB, random_hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -31,6 +32,9 @@ from mechedit.models import load_model
 
 # One thread: models this small only lose by waiting for a second, above all on a busy machine.
 torch.set_num_threads(1)
+
+# matplotlib lays text out itself: fonts in PDF files need no tables for it, and to cut these takes most of the time.
+subset.Options._drop_tables_default = [*subset.Options._drop_tables_default, "GSUB", "GPOS", "GDEF"]
 
 
 @pytest.fixture(scope="session")

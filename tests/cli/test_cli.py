@@ -20,6 +20,7 @@ import pytest
 import torch
 import typer
 from helpers.edits import random_edit
+from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -50,6 +51,10 @@ OPTIONS = {
 """The options of every command beside the common ones; `report` has no model."""
 
 
+TRACE = ["trace", "--max-facts", 12, "--samples", 3, "--roles", "subject_last,last"]
+"""A small trace, of the two roles that a selection reads."""
+
+
 def call(*arguments: object) -> int:
     with pytest.raises(SystemExit) as leaving:
         main([str(argument) for argument in arguments])
@@ -67,8 +72,14 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small trace of the tiny model, by the command itself."""
     folder = tmp_path_factory.mktemp("traced") / "run"
-    assert call("trace", "--max-facts", 12, "--samples", 3, "--out", folder) == 0
+    assert call(*TRACE, "--out", folder) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def unwritten_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn, and their files left empty; not those of `traced`, which is made before."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
 
 
 @pytest.mark.parametrize(
@@ -238,16 +249,15 @@ def test_trace_takes_what_a_trace_can_vary(tmp_path):
 def test_a_step_is_reused_and_other_settings_are_refused(traced, capsys):
     effects = traced / "effects.parquet"
     before = effects.stat().st_mtime_ns
-    assert call("trace", "--max-facts", 12, "--samples", 3, "--out", traced) == 0
+    assert call(*TRACE, "--out", traced) == 0
     assert effects.stat().st_mtime_ns == before
-    message = complaint(capsys, "trace", "--max-facts", 12, "--samples", 4, "--out", traced)
+    message = complaint(capsys, *TRACE, "--samples", 4, "--out", traced)
     assert "settings.samples = 3, expected 4" in message
     assert effects.stat().st_mtime_ns == before
 
 
 def test_both_backends_give_the_same_effects(traced, tmp_path):
-    arguments = ["--max-facts", 12, "--samples", 3, "--backend", "nnsight", "--out", tmp_path]
-    assert call("trace", *arguments) == 0
+    assert call(*TRACE, "--backend", "nnsight", "--out", tmp_path) == 0
     first, second = (pd.read_parquet(folder / "effects.parquet") for folder in (traced, tmp_path))
     assert (first["score"] - second["score"]).abs().max() < 1e-5
     assert first["effect"].abs().max() > 0.1

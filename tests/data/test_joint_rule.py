@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mechedit as me
 from mechedit.data.joint import following, joint_of
-from mechedit.prompt_tokens import complete
+from mechedit.prompt_tokens import complete_pairs
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -61,19 +61,18 @@ def test_blanks_are_taken_off_and_line_breaks_kept() -> None:
     assert following("它是", "巴黎", joint=" ") == " 巴黎"
 
 
-def test_published_facts_have_the_tokens_that_they_had() -> None:
+def test_published_facts_have_the_tokens_that_they_had(counterfact_short: list[me.EditRequest]) -> None:
     """Under GPT-2's tokenizer an English object has the tokens of ` object` by itself, as in the published code."""
     if not DATA.is_dir():
         pytest.skip("the published facts are not here; users do not have them either")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(DATA / "gpt2_tokenizer.json"))
-    with pytest.warns(UserWarning, match="left out"):
-        requests = me.load_requests(DATA / "counterfact_short_5000.json", conflicts="first")
-    facts = me.load_facts(DATA / "known_1000.json")
+    facts, requests = me.load_facts(DATA / "known_1000.json"), counterfact_short
     pairs = [(fact.text, fact.object) for fact in facts]
     pairs += [(request.text, request.target_new) for request in requests]
     assert len(facts) == 1209
     assert len(requests) > 4_900
     texts = sorted({text.strip() for _, text in pairs})
     alone = dict(zip(texts, tokenizer([" " + text for text in texts])["input_ids"], strict=True))
-    for prompt, text in pairs:
-        assert complete(tokenizer, prompt, following(prompt, text)).target == alone[text.strip()]
+    completions = complete_pairs(tokenizer, [(prompt, following(prompt, text)) for prompt, text in pairs])
+    for (_, text), completion in zip(pairs, completions, strict=True):
+        assert completion.target == alone[text.strip()]

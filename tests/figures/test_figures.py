@@ -377,8 +377,9 @@ def test_every_metric_has_its_figures():
 
 def test_figures_of_a_file_are_those_of_its_effects(tmp_path):
     EFFECTS.to_parquet(tmp_path / "effects.parquet", row_group_size=100)
+    expected = trace_figures(EFFECTS)
     for name, figure in trace_figures(tmp_path / "effects.parquet").items():
-        for one, other in zip(figure.axes, trace_figures(EFFECTS)[name].axes, strict=True):
+        for one, other in zip(figure.axes, expected[name].axes, strict=True):
             assert bars(one) == bars(other)
             assert lines_of(one) == lines_of(other)
             for first, second in zip(one.images, other.images, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +46,39 @@ def padded_by_it(tokenizer: Any) -> Any:
     return more
 
 
-@pytest.mark.parametrize(
-    "addition", [{"additional_special_tokens": ["<image_soft_token>"]}, {"pad_token": "[PAD]"}], ids=["image", "pad"]
-)
-def test_ordinary_text_goes_through_every_step(backend: str, addition: dict[str, Any]) -> None:
-    """With the numbers that the tokenizer without the token gives."""
+ADDITIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "image": {"additional_special_tokens": ["<image_soft_token>"]},
+    "pad": {"pad_token": "[PAD]"},
+}
+"""What is added to the tokenizer alone."""
+
+
+@cache
+def every_step(backend: str, addition: str) -> tuple[list[torch.Tensor], tuple[str, ...]]:
+    """Numbers of every step on the tiny model, and its prefixes."""
     facts, requests = load_facts("known")[:2], load_requests("tiny")[:2]
-    results: list[Any] = []
-    for added in ({}, addition):
-        model = load_model("tiny", device="cpu")
-        tokenizer = copy.deepcopy(model.tokenizer)
-        tokenizer.add_special_tokens(added)
-        assert (len(tokenizer) > model.vocab_size) == bool(added)
-        model = load_model(transformers_model(model), tokenizer=tokenizer, backend=backend)
-        before = weights(model)
-        effects = trace_facts(model, facts, TraceConfig(samples=1, kinds=("state",)))
-        moments = collect_moments(model, load_texts("tiny")[:20], layers=[2])
-        edit = METHODS["ft"](model, requests, [2])
-        with edited(model, edit):
-            scores = evaluate(
-                model, requests, EvaluationConfig(generation_tokens=5, generation_prompts=1, resamples=10)
-            )
-        assert identical(model, before)
-        assert float(edit.delta(2).norm()) > 0.01
-        values = [effects["score"], moments[2].matrix, edit.delta(2), scores.table["value"]]
-        results.append(([torch.as_tensor(value) for value in values], make_prefixes(model)))
-    (expected, prefixes), (values, more_prefixes) = results
+    model = load_model("tiny", device="cpu")
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.add_special_tokens(ADDITIONS[addition])
+    assert (len(tokenizer) > model.vocab_size) == (addition != "none")
+    model = load_model(transformers_model(model), tokenizer=tokenizer, backend=backend)
+    before = weights(model)
+    effects = trace_facts(model, facts, TraceConfig(samples=1, kinds=("state",)))
+    moments = collect_moments(model, load_texts("tiny")[:20], layers=[2])
+    edit = METHODS["ft"](model, requests, [2])
+    with edited(model, edit):
+        scores = evaluate(model, requests, EvaluationConfig(generation_tokens=5, generation_prompts=1, resamples=10))
+    assert identical(model, before)
+    assert float(edit.delta(2).norm()) > 0.01
+    values = [effects["score"], moments[2].matrix, edit.delta(2), scores.table["value"]]
+    return [torch.as_tensor(value) for value in values], make_prefixes(model)
+
+
+@pytest.mark.parametrize("addition", [name for name in ADDITIONS if name != "none"])
+def test_ordinary_text_goes_through_every_step(backend: str, addition: str) -> None:
+    """With the numbers that the tokenizer without the token gives."""
+    (expected, prefixes), (values, more_prefixes) = every_step(backend, "none"), every_step(backend, addition)
     assert prefixes == more_prefixes
     for value, number in zip(values, expected, strict=True):
         torch.testing.assert_close(value, number, rtol=1e-3, atol=1e-5)

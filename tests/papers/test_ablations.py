@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -18,9 +19,9 @@ SMALL = ["--quick", "--count", "4", "--layers", "2-3"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(papers_folder: Callable[[], Path]) -> Path:
     """One folder for all three, as a reader would have; the ranges come first, whichever test runs here."""
-    out = tmp_path_factory.mktemp("papers")
+    out = papers_folder()
     ablate_layers.main([*SMALL, "--out", str(out)])
     return out
 

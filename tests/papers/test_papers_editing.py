@@ -28,9 +28,9 @@ def arguments(out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
+def out(papers_folder) -> Path:
     """One folder for all scripts, as for a reader."""
-    return tmp_path_factory.mktemp("papers")
+    return papers_folder()
 
 
 @pytest.fixture(scope="module")

@@ -154,8 +154,8 @@ def test_the_differences_interval_holds_what_varies_and_nothing_else():
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("papers")
+def out(papers_folder):
+    return papers_folder()
 
 
 def check_files(out, name: str, *more: str) -> pd.DataFrame:

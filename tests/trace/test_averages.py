@@ -193,12 +193,14 @@ def test_only_role_means_are_held():
 
     frame_bytes = next(frames()).memory_usage(deep=True).sum()
     living.clear()
+    gc.freeze()  # what was there before need not be looked through for every frame
     tracemalloc.start()
     try:
         table = average_effects(frames(), resamples=100)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+        gc.unfreeze()
     assert len(living) == facts
     assert len(table) == layers
     assert peak < 6 * frame_bytes < 0.2 * facts * frame_bytes  # some copies of one frame, far from all of them
