@@ -19,7 +19,7 @@ from mechedit.batching import batches_of, pad
 from mechedit.data.joint import following
 from mechedit.errors import InputError
 from mechedit.evaluation.config import Likelihood
-from mechedit.models import Model, Site
+from mechedit.models import Model, Readout, Site, WholeReadout
 from mechedit.models.vocabulary import check_ids
 from mechedit.prompt_tokens import Completion, complete_pairs
 
@@ -154,13 +154,15 @@ def _score_chunk(
     # The logits at position p predict token p + 1, and only those of the objects' tokens are needed.
     positions = torch.arange(first - 1, tokens.ids.shape[1] - 1, device=model.device)
     last = Site(model.n_layers - 1, "resid")
-    run = model.run(tokens, read=[last] if state_rows else [], logits_to_keep=positions)
-    logits, states = run.logits, torch.empty(0, model.d_model, dtype=torch.float32, device="cpu")
+    readout = model.readout()
+    run = model.run(tokens, read=[last] if state_rows else [], logits_to_keep=positions, unembed=not readout.chunked)
+    outputs = run.head_inputs if readout.chunked else run.logits
+    states = torch.empty(0, model.d_model, dtype=torch.float32, device="cpu")
     if state_rows:
         states = run[last][list(state_rows), [rows[index].start - 1 for index in state_rows]].cpu()
     starts = torch.tensor([row.start for row in rows], device=model.device)[:, None]
     inside = (positions + 1 >= starts) & (positions + 1 < tokens.lengths[:, None])
-    log_probs, hits = _target_log_probs(logits, tokens.ids[:, positions + 1], inside)
+    log_probs, hits = _target_log_probs(readout, outputs, tokens.ids[:, positions + 1], inside)
     scores = [
         TargetScore(log_prob=log_prob, tokens=len(row.completion.target), hits=row_hits)
         for row, log_prob, row_hits in zip(rows, log_probs.tolist(), hits.tolist(), strict=True)
@@ -175,12 +177,20 @@ def _score_chunk(
 
 
 def _target_log_probs(
-    logits: Float[Tensor, "batch position vocab"],
+    readout: Readout | WholeReadout,
+    outputs: Float[Tensor, "batch position width"],
     targets: Int[Tensor, "batch position"],
     inside: Bool[Tensor, "batch position"],
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Sum of the targets' log-probabilities `inside` each object, and how many of these targets are the argmax."""
-    logits = logits.float()
-    log_probs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
-    hits = (logits.argmax(-1) == targets) & inside
-    return log_probs.where(inside, log_probs.new_zeros(())).sum(1), hits.sum(1)
+    outputs, labels = outputs[inside.to(outputs.device)], targets[inside]
+    scores = readout.score(outputs, labels)
+    log_prob, hits = scores.log_prob.to(inside.device), (scores.log_prob > scores.runner_up).to(inside.device)
+    ties = (scores.log_prob == scores.runner_up).nonzero()[:, 0]
+    if len(ties):
+        # Of tokens that are equally likely, greedy decoding writes the first.
+        hits[ties.to(hits.device)] = (readout.logits(outputs[ties]).argmax(-1).to(labels.device) == labels[ties]).to(
+            hits
+        )
+    zeros = log_prob.new_zeros(inside.shape)
+    return zeros.masked_scatter(inside, log_prob).sum(1), zeros.long().masked_scatter(inside, hits.long()).sum(1)

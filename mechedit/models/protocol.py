@@ -292,9 +292,10 @@ class Model(Protocol):
     def readout(self) -> Readout | WholeReadout:
         """What reads log-probabilities and divergences off `Run.head_inputs` without all logits in memory.
 
-        Held against the model's own logits when it is first called; where they do not agree it takes `Run.logits`.
+        Held against the model's own logits when it is first called; where they do not agree it takes `Run.logits`, and
+        so it does for a model that defines none.
         """
-        ...
+        return WholeReadout()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The transformers model's parameters, with the names that its checkpoints use."""
