@@ -116,18 +116,18 @@ def batches_of(items: Rows, size: int) -> Iterator[Rows]:
 def run_in_halves(batches: Iterable[Rows], run: Callable[[Rows], Result]) -> Iterator[Result]:
     """Run each of the batches; one that the device's memory does not hold is run in halves."""
     for batch in batches:
+        halves: tuple[Any, ...] = ()
         try:
             result = run(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            result = None
-        # Outside the handler, which keeps alive the memory that the failed run allocated.
-        if result is None:
             middle = len(batch) // 2
-            yield from run_in_halves((batch[:middle], batch[middle:]), run)
+            halves = batch[:middle], batch[middle:]
         else:
             yield result
+        # Outside the handler, which keeps alive the memory that the failed run allocated.
+        yield from run_in_halves(halves, run)
 
 
 def pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: Any = "cpu") -> Tokens:

@@ -59,6 +59,12 @@ def test_a_batch_that_does_not_fit_is_run_in_halves(capacity: int) -> None:
     assert (len(attempts) == 2) == (capacity >= 7), "a batch that fits is run once"
 
 
+def test_a_run_that_returns_nothing_is_not_repeated() -> None:
+    runs: list[list[int]] = []
+    assert list(run_in_halves([[1, 2], [3]], runs.append)) == [None, None]
+    assert runs == [[1, 2], [3]]
+
+
 def test_one_item_that_does_not_fit_is_an_error() -> None:
     def run(batch: list[int]) -> None:
         raise torch.OutOfMemoryError

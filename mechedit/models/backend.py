@@ -167,6 +167,11 @@ class BackendModel:
             return run_again(plan, self._carry_out, self.n_layers)
         return self._carry_out(plan)
 
+    @property
+    def runs_at_once(self) -> bool:
+        """Whether several threads may call `run` at once; see `mechedit.models.protocol.Model.runs_at_once`."""
+        return self.fast_engine is not None and self.fast_engine.runs_at_once and self.keeps_keys
+
     def _carry_out(self, plan: RunPlan) -> Run:
         """Run the plan in the first engine that can."""
         return next(engine for engine in self._engines if engine.can_run(plan)).run(plan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -107,9 +108,15 @@ class ArgumentRecorder:
     def __init__(self, model: Any, family: Family) -> None:
         self.model, self.family = model, family
         self._recorded: OrderedDict[Hashable, tuple[BlockArguments, Any]] = OrderedDict()
+        self.lock = threading.RLock()
+        """Is taken while forwards of the copy's modules are replaced, and while what was recorded is looked up."""
 
     def begin(self, plan: RunPlan, values: dict[Site, Tensor]) -> tuple[Tensor, BlockArguments]:
         """The residual with which the run begins, and the blocks' arguments; a step at the embedding is carried out."""
+        with self.lock:
+            return self._begin(plan, values)
+
+    def _begin(self, plan: RunPlan, values: dict[Site, Tensor]) -> tuple[Tensor, BlockArguments]:
         key = self._key(plan)
         entry = self._recorded.get(key)
         if entry is not None:

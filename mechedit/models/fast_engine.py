@@ -59,13 +59,22 @@ class FastEngine:
         self.way = way
         return True
 
+    @property
+    def runs_at_once(self) -> bool:
+        """Whether several threads may run at once: none replaces the forward of a module that another calls."""
+        return self.way == "operations" and self._is_in_one_place
+
+    @property
+    def _is_in_one_place(self) -> bool:
+        devices = {next(block.parameters()).device for block in blocks_of(self.model, self.family)}
+        devices.add(self.model.get_input_embeddings().weight.device)
+        return len(devices) == 1 and devices.pop().type != "meta"
+
     def can_run(self, plan: RunPlan) -> bool:
         """Whether the model's weights are in one place, and the cache that is asked for has all layers."""
         if self.way == "off" or (plan.use_cache and plan.resume is not None):
             return False
-        devices = {next(block.parameters()).device for block in blocks_of(self.model, self.family)}
-        devices.add(self.model.get_input_embeddings().weight.device)
-        return len(devices) == 1 and devices.pop().type != "meta"
+        return self._is_in_one_place
 
     def run(self, plan: RunPlan) -> Run:
         """One forward pass, up to the plan's exit site when there is one."""
@@ -160,7 +169,7 @@ class FastEngine:
         if not unembed:
             forwards |= end_before_head(self.model, None, head_inputs)
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        with replace_forwards(forwards), contextlib.suppress(RunStopped):
+        with self._arguments.lock, replace_forwards(forwards), contextlib.suppress(RunStopped):
             return self.model(input_ids=ids, use_cache=False).logits, head_inputs
         return None, head_inputs
 

@@ -50,6 +50,11 @@ class KVCache:
         shape = (len(index), length)
         return KVCache(self._map(lambda states: states[:, :, :length].index_select(0, index), shape, used), lengths)
 
+    def since(self, first: int) -> KVCache:
+        """The same for a run that resumes at `first`; see `take` for the other layers."""
+        rows, used = len(self.layers[0][0]), range(first, len(self.layers))
+        return KVCache(self._map(lambda states: states, (rows, self.length), used), self.lengths)
+
     def before(self, ends: Int[Tensor, " batch"], first: int = 0) -> KVCache:
         """Each row's positions before its own end, counted from its first one, for a run that resumes at `first`.
 

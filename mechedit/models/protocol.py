@@ -161,6 +161,11 @@ class Model(Protocol):
     blocks keep a state (hybrid stacks), a run behind a prefix computes it again, with the same result."""
 
     @property
+    def runs_at_once(self) -> bool:
+        """Whether several threads may call `run` at once; else runs replace forwards of modules that they share."""
+        ...
+
+    @property
     def device(self) -> device:
         """Device of the weights (of the token embedding, when they are spread)."""
         ...

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.batching import run_in_halves
 from mechedit.data import EditRequest
 from mechedit.models import Model
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.prompt_batch import PromptBatch, edited_scores, run_clean
 from mechedit.targets.search_prompts import search_batches, search_prompts
+from mechedit.workers import run_batches
 
 TERMS = ("loss", "nll", "kl", "decay", "probability")
 """Columns of `LossTerms.values`: the loss, its three terms as weighted in it, and P(object), mean over templates."""
@@ -70,7 +70,8 @@ class Objective:
         nll, probability = point.new_zeros(2, len(self.group))
         margin = torch.full_like(nll, torch.inf)
         kl, total_gradient, batches = point.new_zeros(self.n_groups), torch.zeros_like(delta), []
-        for batch, terms, batch_gradient in run_in_halves(self.batches, lambda batch: self._of_batch(batch, point)):
+        evaluated = run_batches(self.model, self.batches, lambda batch: self._of_batch(batch, point))
+        for batch, terms, batch_gradient in evaluated:
             batches.append(batch)
             nll.index_add_(0, batch.fact, batch.weight * terms.nll)
             probability.index_add_(0, batch.fact, batch.weight * terms.probability)
@@ -158,7 +159,9 @@ def prepare_objective(
     initial = torch.zeros(shape, device=model.device, dtype=torch.float32)
     batches = []
     batched_prompts = search_batches(model, prompts, config.pass_tokens, max(1, model.n_layers - layer - 1))
-    for batch, bare, states in run_in_halves(batched_prompts, lambda rows: run_clean(model, rows, layer, config)):
+    # The largest first: see `run_batches`.
+    batched_prompts = sorted(batched_prompts, key=lambda rows: -len(rows) * rows[-1].width)
+    for batch, bare, states in run_batches(model, batched_prompts, lambda rows: run_clean(model, rows, layer, config)):
         batches.append(batch)
         initial[batch.fact[bare]] = states
     return Objective(

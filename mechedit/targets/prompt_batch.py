@@ -125,7 +125,7 @@ def run_clean(
     Returns:
         The batch, which of its rows stand behind the first context template, and the clean states h of those rows.
     """
-    device, readout = model.device, model.readout()
+    device = model.device
     sites = [Site(layer, part) for part in config.parts(model.module)]
     width = max(prompt.width for prompt in prompts)
     spans = block_spans(model, layer, config, width)
@@ -135,42 +135,34 @@ def run_clean(
         for values in zip(*((prompt.subject, prompt.fact) for prompt in prompts), strict=True)
     )
     scored, labels = (values.to(device) for values in _scored_windows(prompts, width))
-    is_kl = (labels == DIVERGENCE).any(1)
-    start_cache, start_lengths = shared_start_cache(model, prompts)
-    cut = torch.tensor(start_lengths, device=device)
-    with_kl = bool(is_kl.any())
-    # Of KL prompts alone is the clean distribution asked for; in other rows any position does.
-    at = (scored * (labels == DIVERGENCE)).sum(1) + subject - cut
+    tokens = pad([prompt.ids[prompt.subject :] for prompt in prompts], model.tokenizer, device)
+    kv_cache = _cache_before_subjects(model, prompts, subject)
+    # What comes after depends on δ; of KL prompts alone is the clean distribution asked for.
+    end = max(site.layer for site in [*sites, *filter(None, input_sites)])
+    end_site = Site(end, "resid")
     run = model.run(
-        pad([p.ids[length:] for p, length in zip(prompts, start_lengths, strict=True)], model.tokenizer, device),
-        read=[*sites, *filter(None, input_sites)],
-        logits_to_keep=at[:, None] if with_kl else 0,
-        stop_after=None if with_kl else model.n_layers - 1,
-        kv_cache=start_cache,
-        use_cache=True,
-        unembed=not readout.chunked,
+        tokens,
+        read=list(dict.fromkeys([*sites, *filter(None, input_sites), end_site])),
+        stop_after=end,
+        kv_cache=kv_cache,
     )
-    clean = None
-    if with_kl:
-        states = run.head_inputs if readout.chunked else run.logits
-        clean = CleanLogits(readout.logits(states[is_kl.to(states.device), 0]))
+    reached = Resume(end + 1, run[end_site]) if end + 1 < model.n_layers else None
+    is_kl = labels == DIVERGENCE
     batch = PromptBatch(
-        tokens=pad([prompt.ids[prompt.subject :] for prompt in prompts], model.tokenizer, device),
-        kv_cache=run.kv_cache.before(subject, spans[0].first) if subject.any() else None,
+        tokens=tokens,
+        kv_cache=None if kv_cache is None else kv_cache.since(spans[0].first),
         spans=spans,
         span_inputs=tuple(
-            None if site is None else _from(subject - cut, run[site], span.reach)
-            for site, span in zip(input_sites, spans, strict=True)
+            None if site is None else run[site][:, : span.reach] for site, span in zip(input_sites, spans, strict=True)
         ),
         scored=scored,
         labels=labels,
-        clean=clean,
+        clean=_clean_logits(model, tokens, kv_cache, reached, (scored * is_kl).sum(1), is_kl.any(1)),
         fact=fact,
         weight=torch.tensor([prompt.weight for prompt in prompts], dtype=torch.float32, device=device),
     )
     bare = torch.tensor([prompt.template == 0 for prompt in prompts], device=device)
-    states = [_from(subject - cut, run[site], 1)[bare, 0].float() for site in sites]
-    return batch, bare, torch.stack(states, 1)
+    return batch, bare, torch.stack([run[site][bare.to(run[site].device), 0].float().to(device) for site in sites], 1)
 
 
 def _scored_windows(
@@ -189,13 +181,44 @@ def _scored_windows(
     return positions, labels
 
 
-def _from(
-    starts: Int[Tensor, " row"], states: Float[Tensor, "row pos d_model"], width: int
-) -> Float[Tensor, "row width d_model"]:
-    """The states of `width` positions from each row's start on; beyond the end the last one is repeated."""
-    positions = starts[:, None] + torch.arange(width, device=starts.device)
-    rows = torch.arange(len(starts), device=starts.device)[:, None]
-    return states[rows, positions.clamp(max=states.shape[1] - 1)]
+def _cache_before_subjects(
+    model: Model, prompts: Sequence[SearchPrompt], subject: Int[Tensor, " row"]
+) -> KVCache | None:
+    """The KV cache of each prompt's tokens before the subject's last one; None where no prompt has any."""
+    if not subject.any():
+        return None
+    cache, lengths = shared_start_cache(model, prompts)
+    rows = [list(p.ids[length : p.subject]) for p, length in zip(prompts, lengths, strict=True)]
+    if any(rows):
+        # A row of no tokens cannot be run; the token that stands in its place is not kept.
+        tokens = pad([ids or [prompts[0].ids[0]] for ids in rows], model.tokenizer, model.device)
+        cache = model.run(tokens, stop_after=model.n_layers - 1, kv_cache=cache, use_cache=True).kv_cache
+    assert cache is not None, "some tokens come before the subject's last one"
+    return cache.before(subject)
+
+
+def _clean_logits(
+    model: Model,
+    tokens: Tokens,
+    kv_cache: KVCache | None,
+    reached: Resume | None,
+    at: Int[Tensor, " row"],
+    is_kl: Bool[Tensor, " row"],
+) -> CleanLogits | None:
+    """Logits of the KL prompts at the positions `at`, from the block that the clean run has reached, or from none."""
+    if not is_kl.any():
+        return None
+    readout, rows = model.readout(), is_kl.nonzero()[:, 0]
+    resume = None if reached is None else Resume(reached.layer, reached.resid[rows.to(reached.resid.device)])
+    run = model.run(
+        tokens.rows(rows),
+        resume=resume,
+        logits_to_keep=at[rows, None],
+        kv_cache=None if kv_cache is None else kv_cache.take(rows, kv_cache.length, resume.layer if resume else 0),
+        unembed=not readout.chunked,
+    )
+    states = run.head_inputs if readout.chunked else run.logits
+    return CleanLogits(readout.logits(states[:, 0]))
 
 
 def shared_start_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[KVCache | None, list[int]]:

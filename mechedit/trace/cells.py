@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import pandas as pd
-import torch
 
-from mechedit.batching import padding_budget, run_in_halves
+from mechedit.batching import padding_budget
 from mechedit.models import Model
 from mechedit.trace.columns import COLUMNS
 from mechedit.trace.config import TraceConfig
@@ -21,6 +20,7 @@ from mechedit.trace.memory import max_batch_rows
 from mechedit.trace.restore import Cell, restore_cells
 from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
 from mechedit.trace.traced_fact import TracedFact, restored_positions
+from mechedit.workers import n_workers, run_batches
 
 
 def trace_group(
@@ -43,9 +43,9 @@ def trace_group(
     """
     runs = run_clean_and_corrupted(model, facts, std, config, noise, statistics)
     cells = all_cells(runs)
-    scores: dict[Cell, dict[str, float]] = {}
-    for cell_batch in _cell_batches([cell for cell in cells if _can_change(runs, cell)], runs):
-        scores |= score_cells(runs, cell_batch)
+    batches = list(_cell_batches([cell for cell in cells if _can_change(runs, cell)], runs))
+    scored = run_batches(model, batches, lambda batch: score_cells(runs, batch))
+    scores = {cell: means for part in scored for cell, means in part.items()}
     corrupted = [{name: values[f].item() for name, values in runs.corrupted_scores.items()} for f in range(len(facts))]
     rows = [row for cell in cells for row in _rows(runs, cell, scores.get(cell, corrupted[cell.fact]), corrupted)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -105,7 +105,9 @@ def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]
     A row whose cell lies after the batch's first position computes the tokens between them in vain.
     """
     model = runs.model
-    max_cells = max(1, max_batch_rows(model, runs.facts[0], runs.config) // runs.samples)
+    # What runs at once is in memory at once.
+    max_rows = max_batch_rows(model, runs.facts[0], runs.config) // n_workers(model)
+    max_cells = max(1, max_rows // runs.samples)
     allowance = model.n_layers * padding_budget(model)
     batch: list[Cell] = []
     by_position = groupby(sorted(cells, key=lambda cell: (cell.position, cell)), lambda cell: cell.position)
@@ -128,9 +130,8 @@ def _split(cells: Sequence[Cell], max_cells: int) -> Iterator[list[Cell]]:
 
 
 def score_cells(runs: TraceRuns, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
-    """Mean scores over samples of each cell; halves the batch when the device's memory does not hold it."""
-    parts = list(run_in_halves([cells], lambda part: restore_cells(runs, part)))
-    means = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    """Mean scores over samples of each cell."""
+    means = restore_cells(runs, cells)
     return {cell: {name: values[i].item() for name, values in means.items()} for i, cell in enumerate(cells)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -85,6 +86,8 @@ class TraceRuns:
         default_factory=dict, init=False, repr=False
     )
     """Cache of `window_states`, by kind, severing and layer."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    """Is taken by the thread that computes window states, which others wait for."""
 
     @property
     def samples(self) -> int:
@@ -137,9 +140,10 @@ class TraceRuns:
         cells of all positions.
         """
         key = kind, sever, layer
-        if key not in self._window_states:
-            self._window_states[key] = self._run_window_start(kind, sever, layer)
-        return self._window_states[key]
+        with self._lock:
+            if key not in self._window_states:
+                self._window_states[key] = self._run_window_start(kind, sever, layer)
+            return self._window_states[key]
 
     def _run_window_start(self, kind: str, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
         """Run one block of the corrupted run with a module's clean output at every restored position."""

@@ -20,7 +20,7 @@ from mechedit.prompt_tokens import continuation_ids, prefixed_prompts, tokenize_
 from mechedit.targets import TargetConfig, Targets, find_targets
 from mechedit.targets.cache import TargetCache
 from mechedit.targets.prompt_batch import block_spans, shared_start_cache
-from mechedit.targets.search_prompts import search_batches, search_prompts
+from mechedit.targets.search_prompts import KL_PROMPT, search_batches, search_prompts
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
 REQUESTS = [
@@ -168,7 +168,15 @@ def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
     for hook in handles:
         hook.remove()
     batches = list(search_batches(lively, prompts, config.pass_tokens, lively.n_layers - 1))
-    assert [len(runs) for runs in sizes] == [len(batches), *[len(batches) * (1 + 7)] * 2]
+    before = sum(any(prompt.subject for prompt in batch) for batch in batches)
+    with_kl = sum(any(prompt.template == KL_PROMPT for prompt in batch) for batch in batches)
+    # The clean run: tokens before the subjects' last ones, those from there on up to δ, the KL prompts' to the end.
+    assert [len(runs) for runs in sizes] == [before + len(batches), *[before + with_kl + 7 * len(batches)] * 2]
+    ended = sum(
+        sum(prompt.template != KL_PROMPT for prompt in batch) * max(prompt.width for prompt in batch)
+        for batch in batches
+    )
+    assert sum(sizes[0]) - sum(sizes[1][: -7 * len(batches)]) == ended * lively.d_model > 0
     rerun = sum(len(batch) * max(prompt.width for prompt in batch) for batch in batches) * lively.d_model
     assert sum(sizes[1][-len(batches) :]) == rerun
     assert rerun < 0.7 * sum(len(prompt.ids) for prompt in prompts) * lively.d_model

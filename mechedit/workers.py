@@ -1,0 +1,71 @@
+"""Passes that do not depend on each other, several at once on a CPU, with a part of its cores each.
+
+Where a few hundred tokens meet a matrix, cores that compute one product together spend much of their time waiting for
+each other at its end; cores that compute passes of their own do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from mechedit.batching import Result, Rows, run_in_halves
+from mechedit.models import Model
+
+MOST = 4
+"""Most passes at once: between the operations of a pass runs Python, in one thread at a time."""
+
+
+def n_workers(model: Model) -> int:
+    """How many passes run at once: as many as the CPU has threads for, up to `MOST`.
+
+    One on other devices, and where runs replace the forwards of modules that they share (`Model.runs_at_once`).
+    """
+    return min(torch.get_num_threads(), MOST) if model.device.type == "cpu" and model.runs_at_once else 1
+
+
+def run_batches(model: Model, batches: Iterable[Rows], run: Callable[[Rows], Result]) -> Iterator[Result]:
+    """Run each of the batches, in halves where the device's memory does not hold it.
+
+    Args:
+        model: the model that is run.
+        batches: do not depend on each other; the largest first keep all cores busy to the end.
+        run: runs a batch, in whichever thread.
+
+    Returns:
+        The results in the order of the batches, whichever ended first.
+    """
+    batches = list(batches)
+    workers = min(n_workers(model), len(batches))
+    if workers <= 1:
+        yield from run_in_halves(batches, run)
+        return
+    is_grad, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def run_here(batch: Rows) -> list[Result]:
+        # A thread begins with torch's defaults.
+        with torch.inference_mode(is_inference), torch.set_grad_enabled(is_grad):
+            return list(run_in_halves([batch], run))
+
+    per_worker = torch.get_num_threads() // workers
+    with _threads(per_worker):
+        pool = ThreadPoolExecutor(workers, "mechedit", torch.set_num_threads, (per_worker,))
+        try:
+            for future in [pool.submit(run_here, batch) for batch in batches]:
+                yield from future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads for an operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

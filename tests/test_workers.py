@@ -1,0 +1,156 @@
+"""Passes that run at once give what passes in turn give, and leave no trace of their threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechedit as me
+from mechedit.models import load_model
+from mechedit.models.engine_check import SWITCH
+from mechedit.workers import MOST, n_workers, run_batches
+
+PATIENCE = 20.0
+"""Seconds after which a thread that waits for another gives up."""
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> me.Model:
+    model = me.load_model("tiny", device="cpu")
+    assert model.runs_at_once
+    return model
+
+
+def test_two_passes_run_at_once_in_one_thread_each(model: me.Model) -> None:
+    both = threading.Barrier(2)
+
+    def run(batch: list[int]) -> tuple[list[int], int]:
+        both.wait(PATIENCE)  # breaks unless another batch waits as well
+        return [item + 1 for item in batch], torch.get_num_threads()
+
+    assert list(run_batches(model, [[1], [2, 3], [4], [5]], run)) == [([2], 1), ([3, 4], 1), ([5], 1), ([6], 1)]
+    assert torch.get_num_threads() == 2
+
+
+def test_passes_of_one_thread_run_in_turn(model: me.Model) -> None:
+    torch.set_num_threads(1)
+    threads = list(run_batches(model, [[1], [2]], lambda batch: threading.current_thread()))
+    assert threads == [threading.current_thread()] * 2
+
+
+def test_there_are_no_more_workers_than_threads_and_most(model: me.Model) -> None:
+    assert n_workers(model) == 2
+    torch.set_num_threads(MOST + 1)
+    assert n_workers(model) == MOST
+
+
+def test_a_model_whose_modules_are_replaced_runs_in_turn(
+    monkeypatch: pytest.MonkeyPatch, make_hf: Any, tokenizer: Any
+) -> None:
+    monkeypatch.setenv(SWITCH, "modules")
+    model: Any = load_model(make_hf("gpt2"), tokenizer=tokenizer, backend="nnsight")
+    assert model.fast_engine.way == "modules"
+    assert not model.runs_at_once
+    assert n_workers(model) == 1
+    assert model.fast_engine.prepare("operations")
+    assert n_workers(model) == 2, "its operations run at once"
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+@pytest.mark.parametrize("is_grad", [False, True])
+def test_a_pass_runs_in_the_modes_of_its_caller(model: me.Model, is_inference: bool, is_grad: bool) -> None:
+    with torch.inference_mode(is_inference), torch.set_grad_enabled(is_grad):
+        modes = run_batches(
+            model, [[1], [2]], lambda batch: (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+        )
+        assert set(modes) == {(is_inference, is_grad)}
+
+
+def test_batches_are_run_in_halves_where_they_do_not_fit(model: me.Model) -> None:
+    def run(batch: list[int]) -> list[int]:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError
+        return batch
+
+    assert list(run_batches(model, [[1, 2], [3]], run)) == [[1], [2], [3]]
+
+
+def test_an_error_ends_all(model: me.Model) -> None:
+    begun: list[int] = []
+
+    def run(batch: list[int]) -> None:
+        begun.extend(batch)
+        raise me.InputError(f"batch {batch} is refused")
+
+    with pytest.raises(me.InputError, match=r"\[0\]"):
+        list(run_batches(model, [[number] for number in range(50)], run))
+    assert len(begun) < 50, "what has not begun never does"
+    assert torch.get_num_threads() == 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mechedit")]
+
+
+def test_results_that_nobody_takes_leave_the_threads_as_they_were(model: me.Model) -> None:
+    results = run_batches(model, [[1], [2], [3]], lambda batch: batch)
+    assert next(results) == [1]
+    assert torch.get_num_threads() == 1
+    results.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.get_num_threads() == 2
+
+
+def test_a_search_gives_the_same_z_by_two_workers(model: me.Model) -> None:
+    requests, config = me.load_requests("tiny")[:6], me.TargetConfig(steps=4)
+
+    def searched(threads: int) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        targets = me.find_targets(model, requests, 4, ["{}", "So, it is said. {}", "Also, {}"], config)
+        assert not torch.equal(targets.z, targets.initial)
+        return targets.z
+
+    expected = searched(1)
+    for _ in range(2):
+        torch.testing.assert_close(searched(2), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_trace_gives_the_same_numbers_by_two_workers(model: me.Model) -> None:
+    facts = me.load_facts("known")[:2]
+    config = me.TraceConfig(
+        samples=2, kinds=("state", "mlp"), sever=("nothing", "attn"), roles=("subject_last", "last")
+    )
+
+    def scores(threads: int) -> np.ndarray:
+        torch.set_num_threads(threads)
+        return me.trace_facts(model, facts, config)["score"].to_numpy()
+
+    expected = scores(1)
+    assert np.ptp(expected) > 0.1, "cells differ"
+    np.testing.assert_allclose(scores(2), expected, atol=2e-6)
+
+
+def test_what_is_recorded_of_a_batch_is_recorded_once_by_many_threads(model: Any) -> None:
+    """Runs on new batches replace forwards while others run; none sees another's."""
+    encoded = [model.tokenizer("The capital of France is Paris, and so on.")["input_ids"][: 3 + n] for n in range(6)]
+    batches = [torch.tensor([ids]) for ids in encoded]
+
+    def logits(batch: torch.Tensor) -> torch.Tensor:
+        return model.run(me.models.Tokens(batch, torch.ones_like(batch))).logits
+
+    torch.set_num_threads(1)
+    expected = [logits(batch) for batch in batches]
+    torch.set_num_threads(4)
+    for _ in range(5):
+        model.fast_engine._arguments.clear()
+        for result, right in zip(run_batches(model, batches, logits), expected, strict=True):
+            torch.testing.assert_close(result, right, atol=1e-5, rtol=1e-5)
