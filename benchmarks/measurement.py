@@ -17,6 +17,8 @@ RATE_GOAL = 0.8
 MOMENTS_STEPS = ("moments", "late moments")
 MOMENTS_GOAL = 0.9
 """Share of the quotient of both schedules' operations that the ratio of these steps must have."""
+MOMENTS_RATE = 2 / 3
+"""Share of the machine's rate that they must have as well: one and a half times the time of the necessary products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,9 @@ class Measurement:
         ratio = self._ratio_goal
         if ratio is None:
             return ""
-        words = f"{MOMENTS_GOAL} × quotient = {ratio:.2g}x" if self.step in MOMENTS_STEPS else f"{ratio:.2g}x"
-        return f"{words} or {RATE_GOAL:.0%} of the rate" if self.step in RATE_STEPS else words
+        if self.step in MOMENTS_STEPS:
+            return f"{MOMENTS_GOAL} × quotient = {ratio:.2g}x and {MOMENTS_RATE:.0%} of the rate"
+        return f"{ratio:.2g}x or {RATE_GOAL:.0%} of the rate" if self.step in RATE_STEPS else f"{ratio:.2g}x"
 
     @property
     def reached(self) -> bool | None:
@@ -72,8 +75,19 @@ class Measurement:
         ratio = self._ratio_goal
         if ratio is None:
             return None
-        at_rate = self.step in RATE_STEPS and self.rate is not None and self.rate >= RATE_GOAL
-        return self.equal and (self.ratio >= ratio or at_rate)
+        rate = 0.0 if self.rate is None else self.rate
+        if self.step in MOMENTS_STEPS:
+            return self.equal and self.ratio >= ratio and rate >= MOMENTS_RATE
+        return self.equal and (self.ratio >= ratio or (self.step in RATE_STEPS and rate >= RATE_GOAL))
+
+    @property
+    def rate_for_goal(self) -> float | None:
+        """The share of the machine's rate at which the necessary operations would reach the goal's ratio.
+
+        Above 1 the goal is out of reach on this machine: the published schedule's own rate leaves no room for it.
+        """
+        ratio = self._ratio_goal
+        return None if ratio is None or self.rate is None else self.rate * ratio / self.ratio
 
     @property
     def _ratio_goal(self) -> float | None:

@@ -33,15 +33,26 @@ LINE = Measurement(
         ({"step": "trace", "published": 59.0, "rate": 0.8}, True),
         ({"step": "severed trio", "published": 20.0, "rate": 0.79}, False),
         ({"step": "targets", "published": 59.0, "rate": 0.9}, False),
-        ({"step": "moments", "published": 36.0}, True),
-        ({"step": "moments", "published": 35.0}, False),
-        ({"step": "late moments", "published": 35.0, "quotient": 3.8}, True),
+        ({"step": "moments", "published": 36.0, "rate": 0.7}, True),
+        ({"step": "moments", "published": 36.0, "rate": 0.6}, False),
+        ({"step": "moments", "published": 35.0, "rate": 0.7}, False),
+        ({"step": "late moments", "published": 35.0, "quotient": 3.8, "rate": 0.7}, True),
         ({"step": "moments", "quotient": None}, None),
         ({"step": "solve"}, None),
     ],
 )
 def test_a_goal_is_reached_by_ratio_rate_or_quotient(changes: dict[str, object], reached: bool | None) -> None:
     assert dataclasses.replace(LINE, **changes).reached is reached
+
+
+def test_the_rate_for_a_goal_is_that_at_which_it_is_reached() -> None:
+    missed = dataclasses.replace(LINE, published=40.0)
+    assert missed.reached is False
+    assert missed.rate_for_goal == pytest.approx(1.0)
+    faster = dataclasses.replace(missed, mechedit=missed.mechedit / 2, rate=missed.rate_for_goal)
+    assert faster.ratio == 8.0
+    assert faster.reached
+    assert dataclasses.replace(LINE, step="solve").rate_for_goal is None
 
 
 @pytest.mark.parametrize("difference", [1e-3, math.nan, math.inf])
