@@ -22,7 +22,7 @@ from mechedit.models import Model
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.prompt_batch import PromptBatch, edited_scores, run_clean
 from mechedit.targets.search_prompts import search_batches, search_prompts
-from mechedit.workers import run_batches
+from mechedit.workers import n_workers, run_batches
 
 TERMS = ("loss", "nll", "kl", "decay", "probability")
 """Columns of `LossTerms.values`: the loss, its three terms as weighted in it, and P(object), mean over templates."""
@@ -158,7 +158,8 @@ def prepare_objective(
     shape = (len(requests), len(config.parts(model.module)), model.d_model)
     initial = torch.zeros(shape, device=model.device, dtype=torch.float32)
     batches = []
-    batched_prompts = search_batches(model, prompts, config.pass_tokens, max(1, model.n_layers - layer - 1))
+    blocks = max(1, model.n_layers - layer - 1)
+    batched_prompts = search_batches(model, prompts, config.pass_tokens, blocks, n_workers(model))
     # The largest first: see `run_batches`.
     batched_prompts = sorted(batched_prompts, key=lambda rows: -len(rows) * rows[-1].width)
     for batch, bare, states in run_batches(model, batched_prompts, lambda rows: run_clean(model, rows, layer, config)):

@@ -19,6 +19,8 @@ from mechedit.targets.config import TargetConfig
 
 KL_PROMPT = -1
 """Stands in place of a context template's index in KL prompts."""
+LEAST_TOKENS = 160
+"""Tokens below which a pass is not cut for the sake of workers: the products of one core would become slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ def _kl_prompt(model: Model, request: EditRequest, fact: int, config: TargetConf
 
 
 def search_batches(
-    model: Model, prompts: Sequence[SearchPrompt], pass_tokens: int, blocks: int | None = None
+    model: Model, prompts: Sequence[SearchPrompt], pass_tokens: int, blocks: int | None = None, workers: int = 1
 ) -> Iterator[list[SearchPrompt]]:
     """Group prompts that run together: those of like width, in the passes that take least time in all.
 
@@ -97,6 +99,7 @@ def search_batches(
         prompts: in any order.
         pass_tokens: most tokens in one forward pass, padding included.
         blocks: number of blocks that run; by default all.
+        workers: passes that run at once: a pass is cut for them, so that they need no more memory than it would alone.
     """
     cost, rows = PassCost.of(model, blocks or model.n_layers), sorted(prompts, key=lambda prompt: prompt.width)
     scored = [0, *accumulate(len(prompt.scored) for prompt in rows)]
@@ -118,7 +121,9 @@ def search_batches(
         groups.append(rows[begin:end])
         end = begin
     for group in reversed(groups):
-        yield from batches_of(group, max(1, pass_tokens // group[-1].width))
+        width = group[-1].width
+        size = min(pass_tokens // width, max(-(-len(group) // workers), -(-LEAST_TOKENS // width)))
+        yield from batches_of(group, max(1, size))
 
 
 def check_length(model: Model, request: EditRequest, ids: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mechedit.prompt_tokens import continuation_ids, prefixed_prompts, tokenize_
 from mechedit.targets import TargetConfig, Targets, find_targets
 from mechedit.targets.cache import TargetCache
 from mechedit.targets.prompt_batch import block_spans, shared_start_cache
-from mechedit.targets.search_prompts import KL_PROMPT, search_batches, search_prompts
+from mechedit.targets.search_prompts import KL_PROMPT, LEAST_TOKENS, search_batches, search_prompts
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
 REQUESTS = [
@@ -236,6 +237,20 @@ def test_a_shared_start_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPat
     # The shared tokens matter.
     elsewhere = find_targets(model, REQUESTS, 1, ["{}", "Another thing. {}", *PREFIXES[2:]], config)
     assert distance(elsewhere.z - elsewhere.initial, separate.z - separate.initial) > 1e-2
+
+
+def test_passes_are_cut_for_workers_where_they_are_long(lively: Any) -> None:
+    prompts = search_prompts(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, BRISK)
+    few, many = prompts, [prompt for prompt in prompts for _ in range(40)]
+
+    def tokens(prompts: list[Any], workers: int) -> list[int]:
+        batches = list(search_batches(lively, prompts, BRISK.pass_tokens, workers=workers))
+        assert sorted(map(id, itertools.chain(*batches))) == sorted(map(id, prompts)), "each is in one batch"
+        return [len(batch) * batch[-1].width for batch in batches]
+
+    assert tokens(few, 2) == tokens(few, 1), "each of them is short"
+    assert max(tokens(many, 2)) < 0.6 * max(tokens(many, 1))
+    assert len(tokens(many, 100)) <= 1 + sum(tokens(many, 1)) / LEAST_TOKENS
 
 
 def test_batches_that_do_not_fit_are_halved(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:
