@@ -13,7 +13,7 @@ test: .venv/ready-dev
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m analyses.real_models.make smollm2 --optional
-	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 	$(MAKE) docs
 
 docs: .venv/ready-dev

@@ -20,7 +20,7 @@ SAME = RunDifference(layers=((2, 3), (2, 3)), effects=1e-6, magnitudes=1e-5, rat
 
 def test_every_part_runs(tmp_path: Path) -> None:
     options = "--device cpu --shape small --dtype float32 --facts 2 --updates 2 --edits 3 --texts 20"
-    run_options = "--run-facts 10 --run-samples 2 --run-requests 2"
+    run_options = "--run-facts 10 --run-samples 1 --run-requests 2"
     files = ["--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]
     # A process of its own, as a person starts it: types are not checked there, which would take most of the time.
     command = [sys.executable, "-m", "benchmarks.gpu", *options.split(), *run_options.split(), *files]

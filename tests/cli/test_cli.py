@@ -29,7 +29,7 @@ from mechedit.cli import main, parse_layers, parse_windows
 from mechedit.cli.app import app, plain_warnings
 from mechedit.cli.command import command
 from mechedit.data import tiny_data
-from mechedit.files import read_json
+from mechedit.files import read_json, write_json
 
 FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", "object": "teal"}
 
@@ -53,6 +53,10 @@ OPTIONS = {
 
 TRACE = ["trace", "--max-facts", 12, "--samples", 3, "--roles", "subject_last,last"]
 """A small trace, of the two roles that a selection reads."""
+
+
+SHORT_TEXTS = ["--generation-prompts", 1, "--generation-tokens", 10]
+"""Free text of an evaluation, of which it otherwise takes most of the time."""
 
 
 def call(*arguments: object) -> int:
@@ -264,7 +268,7 @@ def test_both_backends_give_the_same_effects(traced, tmp_path):
 
 
 def test_a_config_file_gives_values_and_the_command_line_wins(tmp_path, capsys):
-    (tmp_path / "options.yaml").write_text("samples: 2\nmax-facts: 3\n")
+    (tmp_path / "options.yaml").write_text("samples: 2\nmax-facts: 3\nroles: [subject_last]\n")
     arguments = ["--config", tmp_path / "options.yaml", "--max-facts", 4, "--out", tmp_path / "run"]
     assert call("trace", *arguments) == 0
     assert pd.read_parquet(tmp_path / "run" / "effects.parquet")["samples"].unique().tolist() == [2]
@@ -311,7 +315,7 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     model = me.load_model("tiny")
     untouched = model.weights_hash()
     scores = tmp_path / "scores"
-    evaluate = ["--requests", requests, "--texts", texts, "--max-texts", 5, "--out", scores, "--json"]
+    evaluate = ["--requests", requests, "--texts", texts, "--max-texts", 5, "--out", scores, "--json", *SHORT_TEXTS]
     assert call("evaluate", *evaluate, "--edit", edit) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary == read_json(scores / "summary.json")
@@ -529,20 +533,26 @@ def test_run_lets_edits_decide_where_the_facts_do_not(tmp_path, capsys):
     requests, texts = tmp_path / "requests.json", tmp_path / "texts.txt"
     requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:3]))
     texts.write_text("\n".join(me.load_texts("tiny")[:200]))
-    small = ["--max-facts", 12, "--samples", 2, "--requests", requests, "--texts", texts, "--generation-prompts", 1]
-    folder = tmp_path / "run"
-    run = ["run", *small, "--set", "steps=3", "--out", folder]
-    code = call(*run)
+    run = ["run", "--max-facts", 12, "--samples", 2, "--requests", requests, "--texts", texts, *SHORT_TEXTS]
+    run += ["--set", "steps=3"]
+    folder, accepting = tmp_path / "run", tmp_path / "accepting"
+    code = call(*run, "--out", folder)
     assert "the choice is unsettled: a short sweep of edits decides" in capsys.readouterr().err
     selection = me.Selection.load(folder / "selection.json")
     assert selection.validation["by"] == "sweep"
     assert list(selection.layers) == selection.validation["best"]["layers"]
     assert code == (0 if selection.state == "settled" else 3)
     assert (folder / "edit.safetensors").exists() == (code == 0)
-    assert call(*run, "--accept-unsettled", "--overwrite") == 0
-    accepted = me.Selection.load(folder / "selection.json")
+    # The same trace, and nothing of what came after.
+    accepting.mkdir()
+    for name in ("effects.parquet", "facts.parquet"):
+        shutil.copy(folder / name, accepting)
+    config = read_json(folder / "config.json")
+    write_json(accepting / "config.json", {**config, "steps": {"trace": config["steps"]["trace"]}})
+    assert call(*run, "--out", accepting, "--accept-unsettled") == 0
+    accepted = me.Selection.load(accepting / "selection.json")
     assert (accepted.state, accepted.validation) == ("unsettled", {})
-    assert me.Edit.load(folder / "edit.safetensors").layers == list(accepted.layers)
+    assert me.Edit.load(accepting / "edit.safetensors").layers == list(accepted.layers)
 
 
 def test_only_the_traced_model_is_swept(traced, tmp_path, small_inputs, capsys):

@@ -30,7 +30,7 @@ def words(model: me.Model, ids: list[int]) -> tuple[list[int], float]:
     written: list[int] = []
     steps: list[float] = []
     for _ in range(STEPS):
-        log_probs = model.hf(torch.tensor([[*ids, *written]])).logits[0, -1].double().log_softmax(-1)
+        log_probs = model.hf(torch.tensor([[*ids, *written]]), logits_to_keep=1).logits[0, -1].double().log_softmax(-1)
         written.append(int(log_probs.argmax()))
         steps.append(log_probs.max().item())
     # A character whose bytes are not all written is no text yet.
