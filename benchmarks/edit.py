@@ -50,6 +50,8 @@ from mechedit.prompt_tokens import make_prefixes
 from mechedit.solve import Update, factorize, ridge_update
 
 WEIGHT = 15_000.0
+TINY_WEIGHT = 100.0
+LEARNING_RATE = 0.5
 SETTINGS = me.MemitConfig(convention="memit-2022", threshold=0.0, covariance_weight=WEIGHT)
 """Settings of the published code, but for the threshold."""
 KNOWN_FACTS = 200
@@ -404,12 +406,13 @@ class BulkEdit:
 def edit_in_bulk(setting: Setting, facts: int) -> BulkEdit:
     """Make many edits, as `memit` does in the settings that ship with the model, but for λ."""
     model, almanac = setting.model, setting.timed.knows_almanac
-    config = me.recommended("memit", model)
-    assert isinstance(config, me.MemitConfig)
+    recommended = me.recommended("memit", model)
+    assert isinstance(recommended, me.MemitConfig)
+    config = dataclasses.replace(recommended, lr=LEARNING_RATE)
     layers = [layer for layer in setting.layers if layer <= setting.target]
     requests = synthetic_requests(facts, almanac)
-    # The λ that ships with the tiny model was chosen on a hundred requests; more of them would outweigh the old keys.
-    weight = config.covariance_weight * (max(1.0, len(requests) / 100) if almanac else 1.0)
+    # This λ was chosen for the tiny model on a hundred requests; more of them would outweigh the old keys.
+    weight = TINY_WEIGHT * max(1.0, len(requests) / 100) if almanac else WEIGHT
     rule = TimedRule(Ridge(moments=setting.moments, weight=weight), setting.device)
     peak = Peak(setting.device)
     z, searching = timed(

@@ -82,6 +82,7 @@ class PublishedEditing:
             labels[row, len(prompt.ids) - 1 :][: len(object_ids)] = torch.tensor(object_ids, device=device)
         inputs = {"input_ids": tokens.ids, "attention_mask": tokens.mask, "use_cache": False}
         delta = torch.zeros(self.model.d_model, device=device, requires_grad=True)
+        assert config.lr is not None, "the published code has an absolute learning rate"
         optimizer = torch.optim.Adam([delta], lr=config.lr)
         initial, before, last = torch.zeros(0), torch.zeros(0), torch.zeros(0)
 

@@ -23,18 +23,20 @@ RECORDED = ("mechedit", "model", "backend")
 ALGORITHMS = {
     "trace": 2,
     "moments": 1,
-    "targets": 2,
-    "edit": 2,
-    "sweep": 2,
+    "targets": 3,
+    "edit": 3,
+    "sweep": 3,
     "baseline": 2,
     "baseline_zsre": 2,
     "evaluate": 2,
-    "session": 2,
+    "session": 3,
 }
 """Number of each artifact's algorithm. Raise one by hand when a change of the code changes that artifact's numbers:
 results of another number are not reused. Results without a number are of algorithm 1.
 
-2: an object's tokens are those that it has behind its prompt, not behind a space."""
+2: an object's tokens are those that it has behind its prompt, not behind a space.
+3: the learning rate of the search for z and λ are in relative units by default, and a search has converged when the
+object is the likeliest answer."""
 DEFAULTS: dict[str, Any] = {"module": "mlp", "algorithm": 1}
 """Values assumed where an older artifact lacks the field."""
 CAST_HASHES = "weights_hash_as"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,15 @@ def edit_section(path: Path) -> dict[str, Any]:
     """The edit's manifest."""
     manifest = read_header(path, "manifest")
     return {
-        **{"method": "?", "layers": [], "requests": [], "residuals": [], "unconverged": [], "settings": {}},
+        **{
+            "method": "?",
+            "layers": [],
+            "requests": [],
+            "residuals": [],
+            "unconverged": [],
+            "probability": [],
+            "settings": {},
+        },
         **manifest,
         "span": span(manifest.get("layers", [])),
         "size": path.stat().st_size,
@@ -337,5 +346,5 @@ def _template() -> Any:
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "span": span}
+    environment.filters |= {"number": number, "span": span, "median": statistics.median}
     return environment.get_template("report.html")

@@ -2,13 +2,15 @@
 
     python -m analyses.papers.ablate_lambda [--model M] [--requests R] [--layers 3-8] [--decades 3] [--quick]
 
-λ runs over decades on both sides of the model's own. z does not depend on it, so all edits share one search.
+λ runs over decades on both sides of the model's own, in its unit: of one new fact (`covariance_weight`), or of the
+facts' median kᵀM⁻¹k (`relative_covariance_weight`). z does not depend on it, so all edits share one search.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -30,33 +32,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="memit")
     parser.add_argument("--decades", type=float, default=3.0, help="of λ, on each side of the model's own (default 3)")
     experiment = open_experiment("ablate_lambda", parser, arguments)
-    default = default_weight(experiment)
+    name, default = weight_setting(experiment)
     scores = [experiment.scored(None, experiment.requests).assign(model="unedited")]
     scores += [
-        experiment.scored(variant(experiment, weight), experiment.requests).assign(weight=weight, model="edited")
+        experiment.scored(variant(experiment, {name: weight}), experiment.requests).assign(
+            weight=weight, model="edited"
+        )
         for weight in weights(experiment, default)
     ]
     table = pd.concat(scores, ignore_index=True)
     experiment.write(table, format_table(table), figure(table, default))
 
 
-def default_weight(experiment: Experiment) -> float:
-    """The model's λ.
+def weight_setting(experiment: Experiment) -> tuple[str, float]:
+    """The model's λ: the setting that holds it, which is its unit, and its value.
 
     Raises:
         InputError: the method has none.
     """
     settings = dataclasses.asdict(experiment.config(variant(experiment)))
-    if "covariance_weight" not in settings:
-        raise InputError(
-            f"the method {experiment.arguments.method!r} has no λ, expected one such as memit; choose another"
-        )
-    return float(settings["covariance_weight"])
+    for name in ("covariance_weight", "relative_covariance_weight"):
+        if settings.get(name) is not None:
+            return name, float(settings[name])
+    raise InputError(f"the method {experiment.arguments.method!r} has no λ, expected one such as memit; choose another")
 
 
-def variant(experiment: Experiment, weight: float | None = None) -> Variant:
-    """The method with this λ."""
-    settings = {} if weight is None else {"covariance_weight": f"{weight:g}"}
+def variant(experiment: Experiment, weight: Mapping[str, float] = MappingProxyType({})) -> Variant:
+    """The method with this λ, by its setting; by default the model's own."""
+    settings = {name: f"{value:g}" for name, value in weight.items()}
     return Variant(method=experiment.arguments.method, layers=tuple(experiment.layers), settings=settings)
 
 

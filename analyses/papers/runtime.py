@@ -44,7 +44,7 @@ from analyses.common.variants import Variant, by_name
 from benchmarks.machine import wait
 from mechedit.data import EditRequest
 from mechedit.figures import PAGE_WIDTH, legend_above, line_styles, number_axis, paper_style
-from mechedit.methods import METHODS, MemitConfig, Ridge, UpdateRule
+from mechedit.methods import METHODS, MemitConfig, UpdateRule
 from mechedit.methods.spread import spread
 from mechedit.moments import MomentsConfig, collect_moments
 from mechedit.solve import Update
@@ -168,9 +168,7 @@ def stage_seconds(experiment: Experiment, variant: Variant, requests: Sequence[E
     model, config, clock = experiment.model, experiment.config(variant), Clock(device=str(experiment.model.device))
     assert isinstance(config, MemitConfig)
     layers, layer = list(variant.layers), config.target_layer(variant.layers)
-    rule = TimedRule(
-        rule=Ridge(moments=experiment.moments(layers), weight=config.covariance_weight, previous={}), clock=clock
-    )
+    rule = TimedRule(rule=config.rule(experiment.moments(layers), {}), clock=clock)
     with clock.running("total"):
         targets = clock.take("search", lambda: find_targets(model, requests, layer, config=config.targets))
         clock.take("write", lambda: spread(model, requests, targets, layers, rule, config=config.spread))

@@ -108,7 +108,7 @@ def first(edit: Edit, count: int) -> Edit:
         layer: Factors(left=layer_factors.left[:, :count], right=layer_factors.right[:count])
         for layer, layer_factors in edit.factors.items()
     }
-    of_all_requests = ("residuals", "left", "facts", "unconverged")
+    of_all_requests = ("residuals", "left", "facts", "unconverged", "probability")
     manifest = {name: value for name, value in edit.manifest.items() if name not in of_all_requests}
     return Edit(factors=factors, manifest={**manifest, "requests": list(edit.manifest["requests"])[:count]})
 

@@ -59,7 +59,7 @@ class Choice:
 
 
 CHOICES = {
-    "smollm2": Choice(layers=(2, 3, 4, 5, 6), config=me.MemitConfig(covariance_weight=300.0, steps=20)),
+    "smollm2": Choice(layers=(2, 3, 4, 5, 6), config=me.MemitConfig(covariance_weight=300.0, lr=0.5, steps=20)),
     "gemma3": Choice(layers=(5, 6, 7, 8, 9), config=me.MemitConfig(covariance_weight=100.0, lr=2.0)),
 }
 

@@ -26,6 +26,8 @@ from mechedit.files import atomic
 from mechedit.methods import recommended
 from mechedit.prompt_tokens import make_prefixes
 
+LEARNING_RATE = 0.5
+"""Absolute, as published."""
 MARGINS = (None, 0.0, 1.0, 2.0, 4.0)
 """Margins in nats; None is off."""
 MEASURES = ("ES", "PS", "NS", "exact_match")
@@ -71,7 +73,7 @@ def rows(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
     for margin in options.margins:
         if ("off" if margin is None else f"{margin:g}") in set(table["margin"]):
             continue
-        settings = {"covariance_weight": options.covariance_weight, "margin": margin}
+        settings = {"covariance_weight": options.covariance_weight, "lr": LEARNING_RATE, "margin": margin}
         config: Any = replace(recommended("memit", model), **settings)
         row = measure(model, requests, layers, moments, prefixes, config)
         table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)

@@ -127,7 +127,7 @@ def check_edit(model: me.Model) -> None:
     layers = writable_layers(model)
     request = me.EditRequest(id="r", subject=fact.subject, prompt=fact.prompt, target_new=_unlikely(before))
     moments = {layer: torch.eye(model.d_key, dtype=torch.float64) for layer in layers}
-    config = me.MemitConfig(steps=20, covariance_weight=0.01)
+    config = me.MemitConfig(steps=20, lr=0.5, covariance_weight=0.01)
     edit = me.memit(model, [request], layers, moments=moments, prefixes=["{}"], config=config)
     assert model.weights_hash() == weights, "making an edit leaves the model alone"
     me.apply_(model, edit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def describe_edit(edit: Edit, model: Model | None = None) -> dict[str, Any]:
         "changed_settings": _changed(manifest),
         **trained,
         "unconverged": list(manifest.get("unconverged", [])),
+        "probability": list(manifest.get("probability", [])),
         "requests": [{"id": name, "fact": text} for name, text in zip(ids, texts, strict=True)],
         "layers": rows,
     }
@@ -79,7 +81,7 @@ def format_description(path: Path, description: Mapping[str, Any]) -> str:
     if training:
         lines.append(f"training  {_training(training)}")
     if description["unconverged"]:
-        text = _unconverged(description["unconverged"], trained=bool(training))
+        text = _unconverged(description, [request["id"] for request in description["requests"]])
         head = " " * 10 if training else "search    "
         lines += textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * 10)
     lines += ["", *_table(description["layers"])]
@@ -89,16 +91,29 @@ def format_description(path: Path, description: Mapping[str, Any]) -> str:
 
 
 def say_unconverged(edit: Edit) -> None:
-    """Name the requests whose search for z did not converge, or whose new object was not learned."""
+    """Name the requests whose new object is not the likeliest answer, with z written or after the training."""
     if edit.manifest.get("unconverged"):
-        say(_unconverged(edit.manifest["unconverged"], trained="training" in edit.manifest))
+        say(_unconverged(edit.manifest, edit.manifest.get("requests", [])))
 
 
-def _unconverged(ids: Sequence[str], *, trained: bool) -> str:
+def _unconverged(record: Mapping[str, Any], requests: Sequence[str]) -> str:
+    """How many new objects are not the answer, how likely they are, what may help, and which they are.
+
+    Args:
+        record: a manifest or its description.
+        requests: ids of all requests.
+    """
+    ids = record["unconverged"]
     listed = ", ".join(ids[:_LISTED]) + (", …" if len(ids) > _LISTED else "")
-    if trained:
+    if record.get("training"):
         return f"{len(ids)} new objects are not yet the answer (more steps or a larger lr may help): {listed}"
-    return f"{len(ids)} targets did not converge (more steps or a larger clamp may help): {listed}"
+    probability = dict(zip(requests, record.get("probability") or [], strict=False))
+    values = [probability[name] for name in ids if probability.get(name) is not None]
+    median = f", median P {statistics.median(values):.2f}" if values else ""
+    return (
+        f"{len(ids)} of {len(requests)} new objects are not the likeliest answer at their z{median} (more steps, a "
+        f"larger clamp or another relative_lr may help): {listed}"
+    )
 
 
 def _training(record: Mapping[str, Any]) -> str:

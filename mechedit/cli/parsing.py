@@ -144,12 +144,14 @@ def method_config(method: str, model: Model, seed: int, settings: list[str] | No
 
 
 def _read(value: str, hint: Any, setting: str) -> Any:
-    """A setting's value as its type is annotated; `float | int` takes numbers, a Literal its strings.
+    """A setting's value as its type is annotated; `float | int` takes numbers, a Literal its strings, `None` none.
 
     Raises:
         InputError: it cannot be read so.
     """
     kinds = get_args(hint) or (hint,)
+    if type(None) in kinds and value.lower() == "none":
+        return None
     if bool in kinds:
         kind, read = "bool (true or false)", {"true": True, "false": False}.__getitem__
         value = value.lower()

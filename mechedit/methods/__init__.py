@@ -18,7 +18,7 @@ from mechedit.methods.method import EditTask, Method, edit_method, spread_over_l
 from mechedit.methods.pmet import PmetConfig, pmet
 from mechedit.methods.rome import RomeConfig, rome
 from mechedit.methods.rules import Ridge
-from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadConfig, SpreadMethodConfig
+from mechedit.methods.settings import MethodConfig, RidgeConfig, SearchConfig, SpreadConfig, SpreadMethodConfig
 from mechedit.methods.spread import SpreadResult, UpdateRule, edit_keys
 from mechedit.models import Model
 
@@ -36,6 +36,7 @@ __all__ = [
     "MethodConfig",
     "PmetConfig",
     "Ridge",
+    "RidgeConfig",
     "RomeConfig",
     "SearchConfig",
     "SpreadConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,22 @@ def edit_manifest(
         "facts": [f"{request.text} → {request.target_new}" for request in requests],
         "prefixes": list(prefixes),
         **search,
+    }
+
+
+def search_record(*targets: Targets) -> dict[str, list[Any]]:
+    """The fields on how the search ended.
+
+    `unconverged` holds the ids of requests whose object is not the likeliest answer with z written; `probability`
+    P(object) there for each request, the mean over prefixes, and None where that is not finite.
+
+    Args:
+        targets: of all requests, in order.
+    """
+    probability = [value for part in targets for value in part.summary["probability"].tolist()]
+    return {
+        "unconverged": [name for part in targets for name in part.unconverged],
+        "probability": [value if math.isfinite(value) else None for value in probability],
     }
 
 

@@ -5,22 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mechedit.edit import Edit
-from mechedit.errors import check_positive
 from mechedit.methods.method import EditTask, edit_method, spread_over_layers, targets_for
-from mechedit.methods.rules import Ridge
-from mechedit.methods.settings import SpreadMethodConfig
+from mechedit.methods.settings import RidgeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemitConfig(SpreadMethodConfig):
-    """Settings of MEMIT; the defaults are those of the published code for GPT-J."""
-
-    covariance_weight: float | int = 15_000.0
-    """λ: how much the old keys count, in units of one new fact."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("covariance_weight", self.covariance_weight)
+class MemitConfig(RidgeConfig):
+    """Settings of MEMIT; the defaults are the published code's for GPT-J, but for λ and the learning rate."""
 
 
 @edit_method(MemitConfig)
@@ -43,5 +34,4 @@ def memit(task: EditTask[MemitConfig]) -> Edit:
         ...     scores = me.evaluate(model, requests)
     """
     targets = targets_for(task)
-    rule = Ridge(moments=task.moments, weight=task.config.covariance_weight, previous=task.previous)
-    return spread_over_layers(task, targets, rule)
+    return spread_over_layers(task, targets, task.config.rule(task.moments, task.previous))

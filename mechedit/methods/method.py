@@ -28,6 +28,7 @@ from mechedit.data import EditRequest
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.methods.checks import check_input, check_target_settings
+from mechedit.methods.manifest import search_record
 from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig, checkpoint_settings
 from mechedit.methods.spread import UpdateRule, spread
@@ -75,7 +76,8 @@ class Method(Generic[Config]):
     config: type[Config]
     """Class of its settings."""
     algorithm: Algorithm[Config]
-    """Makes the edit; the manifest of what it returns holds `unconverged`, the ids of facts that were not learned."""
+    """Makes the edit; the manifest of what it returns holds `unconverged`, the ids of facts whose new object is not the
+    likeliest answer: with z written, or after the training."""
 
     def __post_init__(self) -> None:
         signature = inspect.signature(self.__call__)
@@ -126,7 +128,7 @@ class Method(Generic[Config]):
                 Fine-tuning, which preserves no old keys, does not use them.
             prefixes: templates with one {} for the whole prompt; the default is the bare prompt and five short
                 texts that the model generates (`make_prefixes`), and the bare prompt alone for fine-tuning.
-            config: settings; the default is what ships with the checkpoint (`recommended`), else the published ones.
+            config: settings; the default is what ships with the checkpoint (`recommended`), else those of its class.
             targets: z already found for these requests at the layer `config.target_layer(layers)`, with the settings
                 `config.targets` and with `prefixes` where they are given; ranges with the same last layer share them.
             previous: for each layer the keys of earlier edits of this model, [d_mlp, earlier facts], which are
@@ -224,4 +226,4 @@ def spread_over_layers(task: EditTask[SpreadMethodConfig], targets: Targets, rul
         InputError: targets of another layer or of other weights; and what the rule refuses.
     """
     edit = spread(task.model, task.requests, targets, task.layers, rule, config=task.config.spread).edit
-    return dataclasses.replace(edit, manifest={**edit.manifest, "unconverged": list(targets.unconverged)})
+    return dataclasses.replace(edit, manifest={**edit.manifest, **search_record(targets)})

@@ -6,33 +6,27 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mechedit.edit import Edit
-from mechedit.errors import check_positive
 from mechedit.methods.method import EditTask, edit_method, spread_over_layers, targets_for
-from mechedit.methods.rules import Ridge
-from mechedit.methods.settings import SpreadMethodConfig, Strategy
+from mechedit.methods.settings import RidgeConfig, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class PmetConfig(SpreadMethodConfig):
-    """Settings of PMET; the defaults are those of the published code for GPT-J."""
+class PmetConfig(RidgeConfig):
+    """Settings of PMET; the defaults are the published code's for GPT-J, but for λ and the learning rate."""
 
     steps: int = 30
     """Most steps of the search for z."""
-    lr: float | int = 0.2
-    """Learning rate of Adam, in units of the MLP's output."""
+    relative_lr: float | int = 0.2
+    """Adam's learning rate in units of ‖h‖/√d_model, where h is the MLP's output; not used where `lr` is set."""
     kl_weight: float | int = 1.0
     """Weight of the KL term, which keeps the subject's other meaning."""
-    covariance_weight: float | int = 6_000.0
-    """λ: how much the old keys count, in units of one new fact."""
     strategy: Strategy = "sqrt"
     """How the residual is spread over the layers (`uniform`, `sqrt`, `forward-replay` or `last`); PMET gives layer l
     1/√(L − l + 1) of it."""
 
+    published_lr: ClassVar[float] = 0.2
+    published_covariance_weight: ClassVar[float] = 6_000.0
     search: ClassVar[dict[str, Any]] = {"part": "mlp_out", "attention": True}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("covariance_weight", self.covariance_weight)
 
 
 @edit_method(PmetConfig)
@@ -44,5 +38,4 @@ def pmet(task: EditTask[PmetConfig]) -> Edit:
     of the residual.
     """
     targets = targets_for(task)
-    rule = Ridge(moments=task.moments, weight=task.config.covariance_weight, previous=task.previous)
-    return spread_over_layers(task, targets, rule)
+    return spread_over_layers(task, targets, task.config.rule(task.moments, task.previous))

@@ -15,7 +15,7 @@ from mechedit.edit import Edit, Factors, add_, copy_weights, restore_, restoring
 from mechedit.errors import InputError, check_choice
 from mechedit.methods.checks import check_target_settings, check_target_weights, check_targets
 from mechedit.methods.keys import KeyExtractor, prefix_mean
-from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm, relative_residuals
+from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm, relative_residuals, search_record
 from mechedit.methods.method import EditTask, edit_method
 from mechedit.methods.rules import moment_factor
 from mechedit.methods.settings import SearchConfig
@@ -28,10 +28,12 @@ from mechedit.targets import Targets, find_targets
 
 @dataclass(frozen=True, kw_only=True)
 class RomeConfig(SearchConfig):
-    """Settings of ROME; the defaults are those of the published code for GPT-J."""
+    """Settings of ROME; the defaults are the published code's for GPT-J, but for the learning rate."""
 
     steps: int = 20
     """Most steps of the search for z."""
+    relative_lr: float | int = 0.5
+    """Adam's learning rate in units of ‖h‖/√d_model, where h is the MLP's output; not used where `lr` is set."""
     clamp: float | int = 4.0
     """Largest ‖δ‖, in units of ‖h‖, where h is the MLP's output."""
     keys: Literal["prefixes", "published"] = "prefixes"
@@ -91,7 +93,7 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
         **edit_manifest(provenance, [layer], task.requests, targets[0], prefixes),
         "residuals": [layer_record(layer, updates, before=1.0, after=after, own=after)],
         "left": relative_residuals(end, start),
-        "unconverged": [name for target in targets for name in target.unconverged],
+        **search_record(*targets),
     }
     return Edit(factors={layer: _sum_of_updates(updates)}, manifest=manifest)
 

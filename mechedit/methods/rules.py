@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechedit.moments import SecondMoment
 from mechedit.solve import Factor, Update, equality_update, factorize, null_space, null_space_update, ridge_update
+from mechedit.solve.checks import to_float64
 
 Moments = Mapping[int, SecondMoment | Tensor]
 """E[k kᵀ] by layer, as collected or as a bare matrix [d_mlp, d_mlp]."""
@@ -28,7 +29,9 @@ class Ridge:
 
     moments: Moments
     weight: float | int
-    """λ: how much the old keys count, in units of one new fact."""
+    """λ: how much the old keys count, in units of one new fact; or c, in units of `key_strength`."""
+    relative: bool = False
+    """Whether the weight is c, so that λ = c · `key_strength` of the new keys at each layer."""
     previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
@@ -36,9 +39,12 @@ class Ridge:
         moment, earlier = self.moments[layer], self.previous.get(layer)
         columns = keys.shape[1] + (0 if earlier is None else earlier.shape[1])
         # A factor that is kept with the moment saves the cubic work; with as many facts as keys are wide it does not.
-        use_factor = isinstance(moment, SecondMoment) and columns < len(keys)
+        use_factor = self.relative or (isinstance(moment, SecondMoment) and columns < len(keys))
         factor_or_matrix = moment_factor(moment, keys.device) if use_factor else moment_matrix(moment)
-        return ridge_update(keys, residuals, factor_or_matrix, self.weight, previous=earlier)
+        weight = self.weight
+        if isinstance(factor_or_matrix, Factor) and self.relative:
+            weight = weight * key_strength(keys, factor_or_matrix)
+        return ridge_update(keys, residuals, factor_or_matrix, weight, previous=earlier)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +89,16 @@ class InNullSpace:
         else:
             space = null_space(moment_matrix(moment).to(keys.device), self.threshold)
         return null_space_update(keys, residuals, space, weight=self.weight, previous=earlier)
+
+
+def key_strength(keys: Float[Tensor, "d_mlp fact"], factor: Factor) -> float:
+    """The median over facts of kᵀM⁻¹k, with M = E[k kᵀ]: the λ at which half of a typical fact would be written.
+
+    Alone, or with keys orthogonal in M⁻¹, a fact is written to kᵀM⁻¹k / (λ + kᵀM⁻¹k) by `Ridge`. The strength has the
+    mean d_mlp for keys drawn like the text's, and does not change when all keys are multiplied by a number.
+    """
+    columns = to_float64(keys).to(factor.matrix.device)
+    return float((columns * factor.solve(columns)).sum(0).median())
 
 
 def moment_matrix(moment: SecondMoment | Tensor) -> Float[Tensor, "d_mlp d_mlp"]:

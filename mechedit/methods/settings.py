@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from mechedit.errors import InputError, check_choice, check_positive
 from mechedit.files import read_json
+from mechedit.methods.rules import EarlierKeys, Moments, Ridge
 from mechedit.models import Model
 from mechedit.prompt_tokens import make_prefixes
-from mechedit.targets import Convention, TargetConfig, TargetSettings
+from mechedit.targets import Convention, TargetConfig, TargetSettings, check_one_unit
 
 Strategy = Literal["uniform", "sqrt", "forward-replay", "last"]
 STRATEGIES = ("uniform", "sqrt", "forward-replay", "last")
@@ -56,6 +57,8 @@ class SearchConfig(MethodConfig, TargetSettings):
     def targets(self) -> TargetConfig:
         """The settings of the search for z."""
         chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(TargetSettings)}
+        if self.lr is not None:
+            del chosen["relative_lr"]
         return TargetConfig(**chosen, **self.search)
 
     def target_layer(self, layers: Sequence[int]) -> int:
@@ -123,6 +126,45 @@ class SpreadMethodConfig(SearchConfig):
     def target_layer(self, layers: Sequence[int]) -> int:
         """The layer of a range at which the method searches for z."""
         return self.spread.target_layer(layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RidgeConfig(SpreadMethodConfig):
+    """Settings of a method that solves MEMIT's Eq. 14, ΔW = R Kᵀ (λ E[k kᵀ] + K Kᵀ)⁻¹.
+
+    By default λ is `relative_covariance_weight` times the batch's median kᵀM⁻¹k at each layer, with M = E[k kᵀ]. A fact
+    whose key is orthogonal in M⁻¹ to the others is written to kᵀM⁻¹k / (λ + kᵀM⁻¹k), which is then about
+    1 / (1 + `relative_covariance_weight`) for any model, layer, scale of the keys and number of facts.
+    """
+
+    relative_covariance_weight: float | int = 0.1
+    """λ, how much the old keys count, in units of the batch's median kᵀM⁻¹k; not used where `covariance_weight` is
+    set."""
+    covariance_weight: float | int | None = None
+    """λ in units of one new fact, in place of `relative_covariance_weight`; None for the latter. `memit-2022` sets the
+    published one."""
+
+    published_covariance_weight: ClassVar[float] = 15_000.0
+    """`covariance_weight` of the published code."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.convention == "memit-2022" and self.covariance_weight is None:
+            object.__setattr__(self, "covariance_weight", self.published_covariance_weight)
+        check_positive("relative_covariance_weight", self.relative_covariance_weight)
+        check_positive("covariance_weight", self.covariance_weight, optional=True)
+        check_one_unit(self, absolute="covariance_weight", relative="relative_covariance_weight")
+
+    def rule(self, moments: Moments, previous: EarlierKeys) -> Ridge:
+        """The update rule with this λ.
+
+        Args:
+            moments: E[k kᵀ] by layer.
+            previous: keys of earlier edits by layer.
+        """
+        relative = self.covariance_weight is None
+        weight = self.relative_covariance_weight if self.covariance_weight is None else self.covariance_weight
+        return Ridge(moments=moments, weight=weight, relative=relative, previous=previous)
 
 
 Config = TypeVar("Config", bound=MethodConfig)

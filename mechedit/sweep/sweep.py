@@ -42,8 +42,8 @@ class Sweep:
 
     cases: pd.DataFrame
     """One row per window, request and measure: `first, last, case, measure, value` (percent, averaged over the
-    request's prompts). Besides the measures of `evaluate`: `converged`, 100 where the search for z converged, and
-    `left`, the part of ‖z − h‖ that the edit left unwritten."""
+    request's prompts). Besides the measures of `evaluate`: `converged`, 100 where the new object is the
+    likeliest answer with z written, and `left`, the part of ‖z − h‖ that the edit left unwritten."""
     before: Summary
     """The unedited model's measures on the same requests."""
     failed: Mapping[Window, str]
@@ -318,7 +318,7 @@ def _case_scores(model: Model, requests: Sequence[EditRequest], config: Evaluati
 
 
 def _written(edit: Edit, requests: Sequence[EditRequest]) -> pd.DataFrame:
-    """Whether the search for z converged and how much of it was left unwritten, by request, in percent."""
+    """Whether the object is the likeliest answer at its z, and how much was left unwritten, in percent by request."""
     unconverged = set(edit.manifest.get("unconverged", ()))
     rows = [(request.id, "converged", 100.0 * (request.id not in unconverged)) for request in requests]
     residuals = zip(requests, edit.manifest.get("left", ()), strict=False)

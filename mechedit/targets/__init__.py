@@ -7,9 +7,9 @@ Requests go in, `Targets` come out. For each fact, z = h + δ, where Adam finds 
 δ is added at one layer and kept within a ball of radius clamp·‖h‖. All that δ cannot change is computed once.
 """
 
-from mechedit.targets.config import Convention, TargetConfig, TargetSettings
+from mechedit.targets.config import Convention, TargetConfig, TargetSettings, check_one_unit
 from mechedit.targets.search import find_targets
 from mechedit.targets.search_prompts import check_length
 from mechedit.targets.targets import Targets
 
-__all__ = ["Convention", "TargetConfig", "TargetSettings", "Targets", "check_length", "find_targets"]
+__all__ = ["Convention", "TargetConfig", "TargetSettings", "Targets", "check_length", "check_one_unit", "find_targets"]

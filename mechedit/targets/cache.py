@@ -20,6 +20,8 @@ from mechedit.provenance import ModelIdentity, numbered, value_hash
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import TERMS
 
+NOT_FINITE = "not finite"
+"""Why a search stopped whose loss was not finite."""
 METADATA_KEY = "targets"
 """Metadata entry of a file that holds its header."""
 
@@ -36,6 +38,11 @@ class TargetResult:
     """`TERMS` at every step."""
     stopped: str
     """Why the search ended."""
+
+    @property
+    def converged(self) -> bool:
+        """Whether the object is the likeliest answer behind all prefixes, every one of its tokens, with z written."""
+        return self.stopped != NOT_FINITE and float(self.terms[-1, TERMS.index("margin")]) > 0
 
     @property
     def norm_ratio(self) -> float:
@@ -82,6 +89,8 @@ class TargetCache:
             name: value
             for name, value in dataclasses.asdict(config).items()
             if name not in ("batch_size", "pass_tokens", "seed")
+            # Only one of the learning rates is used.
+            and name != ("lr" if config.lr is None else "relative_lr")
             # Without a margin, results keep the key that they had before there was one.
             and not (name == "margin" and value is None)
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mechedit.data import check_template
 from mechedit.errors import InputError, check_at_least, check_choice, check_positive
@@ -21,13 +21,20 @@ class TargetSettings:
     when its whole loss falls below `threshold`, decays with weight_decay·‖δ‖/‖h‖², takes the KL term at the
     subject's last token, and gives every fact a δ of its own. The default makes `steps` updates, stops when
     the likelihood term alone falls below `threshold`, decays with weight_decay·(‖δ‖/‖h‖)², and takes the KL term
-    at the end of its prompt.
+    at the end of its prompt. Adam's learning rate is then the published one, `lr`, where none is set.
+
+    By default Adam's learning rate is `relative_lr`·‖h‖/√d_model: a step moves δ by about `relative_lr`·‖h‖, whatever
+    the scale of the residual stream, which differs a thousandfold between models and grows with depth.
     """
 
     steps: int = 25
     """Most steps of the search for z."""
-    lr: float | int = 0.5
-    """Adam's learning rate, in units of the residual stream."""
+    relative_lr: float | int = 0.2
+    """Adam's learning rate in units of ‖h‖/√d_model, so that a step moves δ by about `relative_lr`·‖h‖; not used where
+    `lr` is set."""
+    lr: float | int | None = None
+    """Adam's learning rate in units of the activation, in place of `relative_lr`; None for the latter. `memit-2022`
+    sets the published one."""
     clamp: float | int = 0.75
     """Largest ‖δ‖, in units of ‖h‖."""
     weight_decay: float | int = 0.5
@@ -37,7 +44,7 @@ class TargetSettings:
     kl_prompt: str = "{} is a"
     """Prompt of the KL term, with one {} for the subject."""
     threshold: float | int = 0.05
-    """Nats below which a fact has converged."""
+    """Nats of the likelihood term below which the search for a fact ends."""
     margin: float | int | None = None
     """Nats by which every token of the object must be likelier than any other token, behind all prefixes, for the
     search to stop as well; None to go on until `threshold`."""
@@ -51,15 +58,41 @@ class TargetSettings:
     batch_size: int = 64
     """Facts searched together (each takes one row per prefix and one for the KL term)."""
 
+    published_lr: ClassVar[float] = 0.5
+    """`lr` of the published code."""
+
     def __post_init__(self) -> None:
         check_choice("convention", self.convention, ("default", "memit-2022"))
         check_template(self.kl_prompt, "kl_prompt")
-        for name in ("steps", "batch_size", "lr", "clamp"):
+        if self.convention == "memit-2022" and self.lr is None:
+            object.__setattr__(self, "lr", self.published_lr)
+        for name in ("steps", "batch_size", "relative_lr", "clamp"):
             check_positive(name, getattr(self, name))
+        check_positive("lr", self.lr, optional=True)
+        check_one_unit(self, absolute="lr", relative="relative_lr")
         for name in ("weight_decay", "kl_weight"):
             check_at_least(name, getattr(self, name), 0)
         if self.margin is not None:
             check_at_least("margin", self.margin, 0)
+
+
+def check_one_unit(config: TargetSettings, *, absolute: str, relative: str) -> None:
+    """Refuse a number that is given both in absolute and in relative units: only one of them would be used.
+
+    Args:
+        config: settings, in which the absolute one may be None.
+        absolute: name of the setting that takes the other's place where it is set.
+        relative: name of the other, which must then have its default.
+
+    Raises:
+        InputError: both are set.
+    """
+    value, relative_value = getattr(config, absolute), getattr(config, relative)
+    if value is not None and relative_value != getattr(type(config), relative):
+        raise InputError(
+            f"{absolute} is {value!r} and {relative} is {relative_value!r}, expected one of the two; leave {relative} "
+            f"out, or set {absolute} to None (the convention memit-2022 sets it)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +116,11 @@ class TargetConfig(TargetSettings):
             raise InputError(
                 'attention is on with part "resid", expected part "mlp_out"; set part or turn attention off'
             )
+
+    @property
+    def learning_rate(self) -> float:
+        """Adam's learning rate: `lr` where it is set, else `relative_lr`, which is in units of ‖h‖/√d_model."""
+        return self.relative_lr if self.lr is None else self.lr
 
     @property
     def updates(self) -> int:

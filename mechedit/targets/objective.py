@@ -24,8 +24,9 @@ from mechedit.targets.prompt_batch import PromptBatch, edited_scores, run_clean
 from mechedit.targets.search_prompts import search_batches, search_prompts
 from mechedit.workers import n_workers, run_batches
 
-TERMS = ("loss", "nll", "kl", "decay", "probability")
-"""Columns of `LossTerms.values`: the loss, its three terms as weighted in it, and P(object), mean over templates."""
+TERMS = ("loss", "nll", "kl", "decay", "probability", "margin")
+"""Columns of `LossTerms.values`: the loss, its three terms as weighted in it, P(object), mean over templates, and the
+margin: nats by which the object's tokens are likelier than any other token, the least of all prompts and tokens."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -51,10 +52,21 @@ class Objective:
         return int(self.group.max()) + 1
 
     @property
+    def state_norm(self) -> Float[Tensor, "group part"]:
+        """‖h‖ of each group, the smallest among its facts."""
+        norms = self.initial.norm(dim=2)
+        return torch.stack([norms[self.group == group].amin(0) for group in range(self.n_groups)])
+
+    @property
     def radius(self) -> Float[Tensor, "group part"]:
-        """Radius clamp·‖h‖ of each group's ball, the smallest among its facts."""
-        radii = self.config.clamp * self.initial.norm(dim=2)
-        return torch.stack([radii[self.group == group].amin(0) for group in range(self.n_groups)])
+        """Radius clamp·‖h‖ of each group's ball."""
+        return self.config.clamp * self.state_norm
+
+    @property
+    def unit(self) -> Float[Tensor, "group part"]:
+        """The unit of each group's learning rate: 1 for `lr`, ‖h‖/√d_model for `relative_lr`."""
+        norm = self.state_norm
+        return norm / self.model.d_model**0.5 if self.config.lr is None else torch.ones_like(norm)
 
     def loss_terms(self, delta: Float[Tensor, "group part d_model"], *, gradient: bool) -> LossTerms:
         """Evaluate Eq. 16 for every fact at its group's δ.
@@ -84,8 +96,8 @@ class Objective:
             total_gradient += torch.autograd.grad((self.fact_weight * decay).sum(), point)[0]
         weighted_kl = self.config.kl_weight * kl[self.group]
         decay = decay.detach()
-        values = torch.stack([nll + weighted_kl + decay, nll, weighted_kl, decay, probability], 1)
-        return LossTerms(values=values, gradient=total_gradient.detach(), margin=margin)
+        values = torch.stack([nll + weighted_kl + decay, nll, weighted_kl, decay, probability, margin], 1)
+        return LossTerms(values=values, gradient=total_gradient.detach())
 
     def drop_groups(self, stopped: Bool[Tensor, " group"]) -> None:
         """Run the prompts of these groups no more."""
@@ -122,10 +134,12 @@ class LossTerms:
 
     values: Float[Tensor, "fact term"]
     """`TERMS` of each fact; without meaning for facts that were dropped."""
-    margin: Float[Tensor, " fact"]
-    """Nats by which the object's tokens are likelier than any other token, the least of all prompts and tokens."""
     gradient: Float[Tensor, "group part d_model"]
     """Gradient of the sum of the groups' mean losses with respect to δ; zero where it was not asked for."""
+
+    def __getitem__(self, term: str) -> Float[Tensor, " fact"]:
+        """A column of `values`, by its name in `TERMS`."""
+        return self.values[:, TERMS.index(term)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,4 +1,4 @@
-"""The search for z: Adam on the δ of all facts of a batch at once, each dropped when it has converged."""
+"""The search for z: Adam on the δ of all facts of a batch at once, each dropped when its search ends."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.prompt_tokens import check_prefixes, make_prefixes, one_spelling
 from mechedit.provenance import value_hash
-from mechedit.targets.cache import TargetCache, TargetResult
+from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.objective import TERMS, LossTerms, Objective, prepare_objective
+from mechedit.targets.objective import LossTerms, Objective, prepare_objective
 from mechedit.targets.search_prompts import search_prompts
 from mechedit.targets.targets import Targets
 
 SubjectGroup = Sequence[EditRequest]
 """Requests that share one δ."""
-NOT_FINITE = "not finite"
 
 
 @torch.inference_mode(False)
@@ -70,7 +69,7 @@ def find_targets(
         >>> targets = me.find_targets(model, requests, layer=5, config=config)
         >>> targets.z.shape == (len(requests), model.d_model)
         True
-        >>> targets.summary[["id", "probability", "updates", "stopped"]]  # how each search ended
+        >>> targets.summary[["id", "converged", "probability", "updates", "stopped"]]  # how each search ended
     """
     config = config or TargetConfig()
     spelled = one_spelling(model.tokenizer, requests)
@@ -140,22 +139,25 @@ def search_groups(
 ) -> list[list[TargetResult]]:
     """Minimize the loss of every group by Adam, within its ball; a group is dropped when it stops.
 
+    Adam moves δ in units of `Objective.unit`: with ‖h‖/√d_model the whole course scales with the activations.
+
     Returns:
         The result of every fact, by group.
     """
     objective = prepare_objective(model, groups, layer, prefixes, config)
-    radius = objective.radius
-    delta = objective.initial.new_zeros(objective.n_groups, *objective.initial.shape[1:]).requires_grad_()
-    optimizer = torch.optim.Adam([delta], lr=config.lr)
-    states, history = [_GroupState(delta=delta.detach()[group]) for group in range(objective.n_groups)], []
+    radius, unit = objective.radius, objective.unit[..., None]
+    scaled_delta = objective.initial.new_zeros(objective.n_groups, *objective.initial.shape[1:]).requires_grad_()
+    optimizer = torch.optim.Adam([scaled_delta], lr=config.learning_rate)
+    states, history = [_GroupState(delta=scaled_delta.detach()[group]) for group in range(objective.n_groups)], []
     for step in range(config.updates + 1):
         last = step == config.updates
+        delta = scaled_delta.detach() * unit
         loss = objective.loss_terms(delta, gradient=not last)
         history.append(loss.values)
         for group, reason in enumerate(_stop_reasons(objective, loss, last=last)):
             if reason and not states[group].stopped:
                 # Without a finite loss z stays h.
-                final = torch.zeros_like(delta[group]) if reason == NOT_FINITE else delta.detach()[group].clone()
+                final = torch.zeros_like(delta[group]) if reason == NOT_FINITE else delta[group]
                 states[group] = _GroupState(delta=final, stopped=reason, step=step)
                 bar.update(len(groups[group]))
         stopped = torch.tensor([bool(state.stopped) for state in states], device=model.device)
@@ -163,10 +165,11 @@ def search_groups(
             break
         objective.drop_groups(stopped)
         # Adam works number by number: a δ that has stopped does not disturb the others.
-        delta.grad = loss.gradient.where(~stopped[:, None, None], 0)
+        scaled_delta.grad = loss.gradient.where(~stopped[:, None, None], 0) * unit
         optimizer.step()
         with torch.no_grad():
-            delta.mul_((radius / delta.norm(dim=2)).clamp(max=1)[..., None])
+            norm = (scaled_delta * unit).norm(dim=2)
+            scaled_delta.mul_((radius / norm).clamp(max=1)[..., None])
     return _results(objective, groups, states, torch.stack(history, 1).cpu())
 
 
@@ -185,16 +188,15 @@ class _GroupState:
 def _stop_reasons(objective: Objective, terms: LossTerms, *, last: bool) -> list[str]:
     """Why each group stops at this step; empty where it goes on."""
     config = objective.config
-    loss, nll = terms.values[:, TERMS.index("loss")], terms.values[:, TERMS.index("nll")]
-    criterion = loss if config.convention == "memit-2022" else nll
-    finite = objective.groups_where_all(loss.isfinite())
-    converged = objective.groups_where_all(criterion < config.threshold)
+    criterion = terms["loss" if config.convention == "memit-2022" else "nll"]
+    finite = objective.groups_where_all(terms["loss"].isfinite())
+    below = objective.groups_where_all(criterion < config.threshold)
     ahead = [False] * objective.n_groups
     if config.margin is not None:
-        ahead = objective.groups_where_all(terms.margin > config.margin)
+        ahead = objective.groups_where_all(terms["margin"] > config.margin)
     return [
-        NOT_FINITE if not flags[0] else "converged" if flags[1] else "margin" if flags[2] else "steps" if last else ""
-        for flags in zip(finite, converged, ahead, strict=True)
+        NOT_FINITE if not flags[0] else "threshold" if flags[1] else "margin" if flags[2] else "steps" if last else ""
+        for flags in zip(finite, below, ahead, strict=True)
     ]
 
 
@@ -236,6 +238,7 @@ def _targets(
         summary=summary.assign(
             norm_ratio=[result.norm_ratio for result in results.values()],
             stopped=[result.stopped for result in results.values()],
+            converged=[result.converged for result in results.values()],
         ),
         provenance=provenance,
     )

@@ -30,15 +30,16 @@ class Targets:
     prefixes: tuple[str, ...]
     """Context templates with one {} for the whole prompt."""
     losses: pd.DataFrame
-    """One row per fact and step: `id, step, loss, nll, kl, decay, probability`. At step 0, δ is 0."""
+    """One row per fact and step: `id, step, loss, nll, kl, decay, probability, margin`. At step 0, δ is 0."""
     summary: pd.DataFrame
     """One row per fact, evaluated at the z that is returned: `id, loss, nll, kl, decay, probability` (of the
-    whole object, mean over prefixes), `updates, norm_ratio` (‖δ‖/‖h‖), `stopped` (`converged`, `margin`,
-    `steps`, or `not finite`: such a fact keeps z = h)."""
+    whole object, mean over prefixes), `margin` (nats by which every token of the object is likelier than any other,
+    behind all prefixes), `updates, norm_ratio` (‖δ‖/‖h‖), `stopped` (`threshold`, `margin`, `steps`, or `not finite`:
+    such a fact keeps z = h), `converged` (whether `margin` is above 0: the object is what the model says)."""
     provenance: Mapping[str, Any]
     """Model, settings and a hash of the requests."""
 
     @property
     def unconverged(self) -> tuple[str, ...]:
-        """Ids of the facts whose search ended for lack of steps or at a loss that is not finite."""
-        return tuple(self.summary.id[~self.summary.stopped.isin(["converged", "margin"])])
+        """Ids of the facts whose object is not the likeliest answer with z written, behind some prefix."""
+        return tuple(self.summary.id[~self.summary.converged])

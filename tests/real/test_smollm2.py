@@ -30,7 +30,7 @@ FACTS = [
 ]
 REQUEST = me.EditRequest(id="1", subject="The Eiffel Tower", prompt=PROMPT, target_new="Rome", target_true="Paris")
 LAYERS = [2, 3, 4, 5, 6]
-CONFIG = me.MemitConfig(covariance_weight=300.0, steps=20)
+CONFIG = me.MemitConfig(covariance_weight=300.0, lr=0.5, steps=20)
 WRITE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

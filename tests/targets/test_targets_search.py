@@ -49,7 +49,6 @@ def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig
     block = model.hf.transformer.h[layer]
     modules = {"resid": block, "mlp_out": block.mlp, "attn_out": block.attn}
     deltas = {part: torch.zeros(model.d_model, requires_grad=True) for part in config.parts("mlp")}
-    optimizer = torch.optim.Adam(list(deltas.values()), lr=config.lr)
 
     def run(ids: list[int], at: int, states: dict[str, Tensor] | None = None) -> Tensor:
         def hook(part: str) -> Callable[..., Any]:
@@ -75,6 +74,9 @@ def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig
     for states, fact_prompts in zip(initial, prompts, strict=True):
         run(list(fact_prompts[0].ids), fact_prompts[0].last_subject, states)
     clean = run(list(kl.ids), kl.last_subject)[-1].detach()
+    norms = {part: min(float(states[part].norm()) for states in initial) for part in deltas}
+    rates = {part: config.lr or config.relative_lr * norm / model.d_model**0.5 for part, norm in norms.items()}
+    optimizer = torch.optim.Adam([{"params": [delta], "lr": rates[part]} for part, delta in deltas.items()])
     for _ in range(config.updates):
         loss = torch.zeros(())
         for states, fact_prompts, ids in zip(initial, prompts, objects, strict=True):
@@ -90,27 +92,29 @@ def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig
             delta.grad = gradient
         optimizer.step()
         for part, delta in deltas.items():
-            limit = config.clamp * min(states[part].norm() for states in initial)
             with torch.no_grad():
-                delta.mul_((limit / delta.norm()).clamp(max=1))
+                delta.mul_((config.clamp * norms[part] / delta.norm()).clamp(max=1))
     return deltas[config.part].detach()
 
 
 @pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("rate", [{"lr": 0.5}, {"relative_lr": 0.3}])
 @pytest.mark.parametrize("parts", [{}, {"part": "mlp_out"}, {"part": "mlp_out", "attention": True}])
-def test_agrees_with_a_naive_search(small_model: Any, layer: int, parts: dict[str, Any]) -> None:
-    config = TargetConfig(steps=5, threshold=1e-9, clamp=2.0, **parts)
+def test_agrees_with_a_naive_search(
+    small_model: Any, layer: int, parts: dict[str, Any], rate: dict[str, float]
+) -> None:
+    config = TargetConfig(steps=5, threshold=1e-9, clamp=2.0, **parts, **rate)
     targets = find_targets(small_model, REQUESTS, layer, PREFIXES, config)
     deltas = targets.z - targets.initial
     blum = [REQUESTS[1], REQUESTS[3]]
     for fact, group in ((0, REQUESTS[:1]), (1, blum), (3, blum)):
         assert distance(deltas[fact], naive(small_model, group, layer, config)) < 1e-3
-        assert deltas[fact].norm() > 0.5
+        assert targets.summary["norm_ratio"][fact] > 0.3
     assert targets.part == config.part
 
 
 def test_z_is_a_state_of_its_part(small_model: Any) -> None:
-    free: dict[str, Any] = {"steps": 4, "clamp": 1e6, "weight_decay": 0}
+    free: dict[str, Any] = {"steps": 4, "lr": 0.5, "clamp": 1e6, "weight_decay": 0}
     resid, mlp_out = (
         find_targets(small_model, REQUESTS, 1, PREFIXES, TargetConfig(part=part, **free))
         for part in ("resid", "mlp_out")
@@ -385,7 +389,7 @@ def test_a_fact_leaves_when_its_object_is_ahead_by_the_margin(lively: Any, conve
     stopping = find_targets(lively, REQUESTS, 1, PREFIXES, dataclasses.replace(config, margin=1.0))
     ahead = stopping.summary[stopping.summary.stopped == "margin"]
     assert len(ahead) >= 2
-    assert stopping.unconverged == tuple(stopping.summary.id[stopping.summary.stopped == "steps"])
+    assert not set(ahead.id) & set(stopping.unconverged)
     for row in ahead.itertuples():
         request = next(request for request in REQUESTS if request.id == row.id)
         margins = {}
@@ -465,3 +469,26 @@ def test_bad_settings_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=match):
             TargetConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_search_has_converged_when_the_object_is_the_likeliest_answer(lively: Any) -> None:
+    """However it stopped: a loose threshold ends searches early, and a tight one does not end those that are done."""
+    early, late = (
+        find_targets(
+            lively, REQUESTS, 1, PREFIXES, dataclasses.replace(BRISK, joint=False, threshold=threshold, steps=15)
+        )
+        for threshold in (3.5, -1.0)
+    )
+    assert set(late.summary.stopped) == {"steps"}
+    assert "threshold" in set(early.summary.stopped)
+    for targets in (early, late):
+        margins = [
+            least_margin(lively, request, 1, z - h)
+            for request, z, h in zip(REQUESTS, targets.z, targets.initial, strict=True)
+        ]
+        assert targets.summary["margin"].tolist() == pytest.approx(margins, abs=1e-3)
+        assert targets.summary["converged"].tolist() == [margin > 0 for margin in margins]
+        assert targets.unconverged == tuple(targets.summary.id[[margin <= 0 for margin in margins]])
+    # Both kinds of fact are there, and how a search stopped does not say of which kind a fact is.
+    assert late.summary["converged"].any()
+    assert not early.summary.loc[early.summary.stopped == "threshold", "converged"].all()
