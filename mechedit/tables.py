@@ -26,8 +26,13 @@ def read_table(path: str | Path, **equal: Any) -> pd.DataFrame:
         return pd.read_parquet(path, filters=[(column, "==", value) for column, value in equal.items()] or None)
 
 
-def iter_table(path: str | Path, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[pd.DataFrame]:
     """Read some columns of a parquet file in pieces small enough for memory, each with the file's attrs.
+
+    Args:
+        path: of the file.
+        columns: that it must have.
+        optional: read where the file has them.
 
     Raises:
         InputError: as `read_table`; or the file lacks a column.
@@ -39,7 +44,8 @@ def iter_table(path: str | Path, columns: Sequence[str]) -> Iterator[pd.DataFram
                 f"check the path"
             )
         attrs = json.loads((file.schema_arrow.metadata or {}).get(b"PANDAS_ATTRS", b"{}"))
-        for batch in file.iter_batches(columns=list(columns)):
+        present = [column for column in optional if column in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=[*columns, *present]):
             frame = batch.to_pandas()
             frame.attrs = attrs
             yield frame

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mechedit as me
-from mechedit.models import load_model
+from mechedit.models import Tokens, load_model
 from mechedit.models.engine_check import SWITCH
 from mechedit.workers import MOST, n_workers, run_batches
 
@@ -145,7 +145,7 @@ def test_what_is_recorded_of_a_batch_is_recorded_once_by_many_threads(model: Any
     batches = [torch.tensor([ids]) for ids in encoded]
 
     def logits(batch: torch.Tensor) -> torch.Tensor:
-        return model.run(me.models.Tokens(batch, torch.ones_like(batch))).logits
+        return model.run(Tokens(batch, torch.ones_like(batch))).logits
 
     torch.set_num_threads(1)
     expected = [logits(batch) for batch in batches]

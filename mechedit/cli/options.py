@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mechedit.methods import MethodConfig
 from mechedit.models import Model
 from mechedit.run_folder import RunFolder
 from mechedit.selection import RULES
+from mechedit.trace import Agreement, Approximation, TraceConfig
 
 ALL_SEVERED = {"sever": ("nothing", "mlp", "attn")}
 """`run` and `trace` sever both modules, where `TraceConfig` alone severs none."""
@@ -125,6 +126,26 @@ class FactsOptions(ReadingOptions):
     known_1000 with others."""
     max_facts: int | None = None
     """Trace a seeded sample of this many facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApproximateOption:
+    """Whether the trace is approximate."""
+
+    approximate: bool = False
+    """Estimate effects from gradients, trace some cells exactly, and refuse where the two disagree."""
+
+    def trace_config(self, trace: TraceConfig, approximation: Approximation | None = None) -> TraceConfig:
+        """The settings of the trace, with those of the approximation where it is asked for."""
+        return replace(trace, approximation=(approximation or Approximation()) if self.approximate else None)
+
+
+def say_agreement(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Say how well an approximate trace agrees with exact effects, and return the records."""
+    records = attrs.get("agreement", [])
+    for record in records:
+        say(f"approximate: {Agreement(**record).in_words()}")
+    return records
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,13 @@ from mechedit.cli.options import (
     ALL_SEVERED,
     EVALUATION_OPTIONS,
     RULE_NOTE,
+    ApproximateOption,
     FactsOptions,
     MethodOptions,
     RequestsOption,
     RunFolderOptions,
     TextsOption,
+    say_agreement,
 )
 from mechedit.cli.parsing import parse_layers, require_layers, sampled
 from mechedit.evaluation import EvaluationConfig
@@ -30,7 +32,7 @@ from mechedit.trace import TraceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(FactsOptions, RequestsOption, TextsOption, MethodOptions, RunFolderOptions):
+class RunOptions(ApproximateOption, FactsOptions, RequestsOption, TextsOption, MethodOptions, RunFolderOptions):
     """Facts, requests, texts, model, method and folder."""
 
     max_facts: int | None = 100
@@ -66,7 +68,7 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     if layers:
         require_layers(layers, model.n_layers)
 
-    pipeline.trace_step(folder, model, facts, trace)
+    say_agreement(pipeline.trace_step(folder, model, facts, options.trace_config(trace)))
     selection = pipeline.select_step(folder, select)
     say(selection.reason)
     unsettled = selection.state == "unsettled" and not options.accept_unsettled

@@ -17,6 +17,7 @@ from mechedit.errors import InputError
 from mechedit.selection.config import SelectConfig
 from mechedit.tables import where
 from mechedit.trace import Sever, window_span, with_present_metric_names
+from mechedit.trace.averages import corrected_effects
 from mechedit.trace.metrics import metric_name
 
 LayerCurve = Float[np.ndarray, " layer"]
@@ -175,6 +176,7 @@ def _subject_rows(effects: pd.DataFrame, config: SelectConfig) -> pd.DataFrame:
             f"{'choose one of these' if metrics else 'trace the subject_last role'}"
         )
     rows = where(rows, metric=metric)
+    rows = rows.assign(effect=corrected_effects(rows))
     return rows.assign(effect=-rows["effect"]) if metric.startswith("kl") else rows
 
 

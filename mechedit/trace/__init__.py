@@ -8,9 +8,10 @@ elsewhere, to its value in the corrupted run of the same noise sample, so that t
 those modules.
 """
 
+from mechedit.trace.agreement import Agreement
+from mechedit.trace.approximation import Approximation
 from mechedit.trace.averages import average_effects, clearest_fact, total_effects
-from mechedit.trace.cells import window_span
-from mechedit.trace.columns import with_present_metric_names
+from mechedit.trace.columns import APPROXIMATE_COLUMNS, with_present_metric_names
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import Corruption, EmbeddingStatistics, embedding_statistics, embedding_std
 from mechedit.trace.effects import Effects, read_effects
@@ -20,13 +21,17 @@ from mechedit.trace.runs import run_clean_and_corrupted
 from mechedit.trace.severing import Sever, sever_in_words
 from mechedit.trace.trace import TracePlan, plan_trace, trace_facts
 from mechedit.trace.traced_fact import tokenize_fact
+from mechedit.trace.windows import window_span
 
 __all__ = [
+    "APPROXIMATE_COLUMNS",
     "KIND_LABELS",
     "METRICS",
     "ROLES",
     "ROLE_LABELS",
     "SEVER_LABELS",
+    "Agreement",
+    "Approximation",
     "Corruption",
     "Effects",
     "EmbeddingStatistics",

@@ -55,7 +55,8 @@ def average_effects(effects: Source, *, resamples: int = 2000, confidence: float
 
     AIE = mean over facts of (mean over the role's tokens of the effect): a long subject counts no more than a
     short one, and a one-token subject counts as `subject_last` only. Intervals are percentile bootstraps over
-    facts, with the same draws of facts for every cell. Nothing is clipped.
+    facts, with the same draws of facts for every cell. Nothing is clipped. Averages of an approximate trace are
+    corrected at the subject's last token (`corrected_effects`), and elsewhere as good as its estimates.
 
     Args:
         effects: tidy effects, in memory or in files; an iterator is consumed.
@@ -160,6 +161,24 @@ def role_means(effects: Source) -> RoleMeans:
     return sums.means()
 
 
+def corrected_effects(effects: pd.DataFrame) -> Float[np.ndarray, " row"]:
+    """Effects whose averages over facts are those of exact effects, on average over draws.
+
+    Of an exact trace these are the effects. Of an approximate one, where cells were drawn with probability π,
+
+        estimate + (effect − estimate) / π  of a cell that was traced exactly, else the estimate,
+
+    the difference estimator of a finite population's mean (Särndal, Swensson & Wretman 1992, §6.3), whose spread over
+    facts is also that of the drawn cells' misses, so that intervals need no correction of their own. Single values
+    mean nothing. Where `chance` is NaN, nothing is corrected.
+    """
+    effect = effects["effect"].to_numpy(dtype=float)
+    if not {"estimate", "chance"} <= set(effects):
+        return effect
+    weight = np.nan_to_num(1 / effects["chance"].to_numpy(dtype=float) - 1)
+    return effect + weight * (effect - effects["estimate"].to_numpy(dtype=float))
+
+
 class _Sums:
     """Sums and counts of effects by fact and cell, accumulated frame by frame."""
 
@@ -177,7 +196,7 @@ class _Sums:
         cells = _numbers(self.cells, keys)[groups.ngroup().to_numpy()]
         codes, facts = pd.factorize(frame["fact"])
         facts = _numbers(self.facts, facts)[codes]
-        effect = frame["effect"].to_numpy(dtype=float)
+        effect = corrected_effects(frame)
         present = ~np.isnan(effect)
         pairs, pair_of_row = np.unique(np.stack([facts, cells], axis=1), axis=0, return_inverse=True)
         sums = np.bincount(pair_of_row.ravel(), np.where(present, effect, 0.0), len(pairs))
@@ -222,7 +241,7 @@ def _frames(effects: Source, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
         _check_columns(effects, columns)
         return iter([with_present_metric_names(effects)])
     if isinstance(effects, str | Path):
-        return map(with_present_metric_names, iter_table(effects, columns))
+        return map(with_present_metric_names, iter_table(effects, columns, ("estimate", "chance")))
     # A generator expression would keep its frame while the next one is read.
     return itertools.chain.from_iterable(map(partial(_frames, columns=columns), effects))
 

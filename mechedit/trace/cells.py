@@ -20,6 +20,7 @@ from mechedit.trace.memory import max_batch_rows
 from mechedit.trace.restore import Cell, restore_cells
 from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
 from mechedit.trace.traced_fact import TracedFact, restored_positions
+from mechedit.trace.windows import window_span
 from mechedit.workers import n_workers, run_batches
 
 
@@ -43,60 +44,55 @@ def trace_group(
     """
     runs = run_clean_and_corrupted(model, facts, std, config, noise, statistics)
     cells = all_cells(runs)
-    batches = list(_cell_batches([cell for cell in cells if _can_change(runs, cell)], runs))
-    scored = run_batches(model, batches, lambda batch: score_cells(runs, batch))
-    scores = {cell: means for part in scored for cell, means in part.items()}
-    corrupted = [{name: values[f].item() for name, values in runs.corrupted_scores.items()} for f in range(len(facts))]
-    rows = [row for cell in cells for row in _rows(runs, cell, scores.get(cell, corrupted[cell.fact]), corrupted)]
+    scores = trace_cells(
+        runs, [cell for cell in cells if can_change(facts[cell.fact], cell.position, cell.first, model.n_layers)]
+    )
+    corrupted = corrupted_scores(runs)
+    rows = [row for cell in cells for row in cell_rows(runs, cell, scores.get(cell, corrupted[cell.fact]), corrupted)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def corrupted_scores(runs: TraceRuns) -> list[dict[str, float]]:
+    """Each fact's scores in the corrupted run, by metric: means over samples."""
+    by_metric = {name: values.tolist() for name, values in runs.corrupted_scores.items()}
+    return [{name: values[f] for name, values in by_metric.items()} for f in range(len(runs.facts))]
+
+
+def trace_cells(runs: TraceRuns, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
+    """Mean scores over samples of cells, which are restored in batches."""
+    batches = list(_cell_batches(cells, runs))
+    scored = run_batches(runs.model, batches, lambda batch: score_cells(runs, batch))
+    return {cell: means for part in scored for cell, means in part.items()}
 
 
 def all_cells(runs: TraceRuns) -> list[Cell]:
     """Every cell that the settings ask for."""
-    config, n_layers = runs.config, runs.model.n_layers
     positions = [
-        (f, position) for f, traced in enumerate(runs.facts) for position in restored_positions(traced, config)
+        (f, position) for f, traced in enumerate(runs.facts) for position in restored_positions(traced, runs.config)
     ]
-    spans = {
-        (kind, layer): window_span(kind, layer, n_layers, config.window)
-        for kind in config.kinds
-        for layer in range(n_layers)
-    }
     return [
-        Cell(kind, str(sever), layer, f, position, span.start, span.stop)
-        for kind in config.kinds
-        for sever in config.sever
-        for layer in range(n_layers)
-        for span in [spans[kind, layer]]
+        Cell(kind, sever, layer, f, position, span.start, span.stop)
+        for kind, sever, layer, span in restored_spans(runs.config, runs.model.n_layers)
         for f, position in positions
     ]
 
 
-def _can_change(runs: TraceRuns, cell: Cell) -> bool:
-    """Whether restoring a cell can change the score.
+def restored_spans(config: TraceConfig, n_layers: int) -> list[tuple[str, str, int, range]]:
+    """Kind, severing and layer of the cells at a position, and the layers that they restore."""
+    return [
+        (kind, str(sever), layer, window_span(kind, layer, n_layers, config.window))
+        for kind in config.kinds
+        for sever in config.sever
+        for layer in range(n_layers)
+    ]
+
+
+def can_change(traced: TracedFact, position: int, first: int, n_layers: int) -> bool:
+    """Whether restoring layers from `first` on can change the score.
 
     What precedes the subject was never corrupted, and after the last block only the positions that are read count.
     """
-    traced, last = runs.facts[cell.fact], runs.model.n_layers - 1
-    return cell.position >= traced.subject.start and (cell.first < last or cell.position >= traced.prompt_length - 1)
-
-
-def window_span(kind: str, layer: int, n_layers: int, width: int | None) -> range:
-    """Layers restored by the cell at `layer`: itself for a state, else a centered window cut at the edges.
-
-    The published code restores l − w/2 … l + w/2 − 1; so does this. The effects hold the number of layers left
-    after the cut.
-    """
-    if kind == "state":
-        return range(layer, layer + 1)
-    width = width or default_window(n_layers)
-    start = layer - width // 2
-    return range(max(0, start), min(n_layers, start + width))
-
-
-def default_window(n_layers: int) -> int:
-    """10 layers from 28 up (the papers' choice), scaled to depth below, at least 1."""
-    return 10 if n_layers >= 28 else max(1, round(10 * n_layers / 28))
+    return position >= traced.subject.start and (first < n_layers - 1 or position >= traced.prompt_length - 1)
 
 
 def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]]:
@@ -135,7 +131,7 @@ def score_cells(runs: TraceRuns, cells: Sequence[Cell]) -> dict[Cell, dict[str, 
     return {cell: {name: values[i].item() for name, values in means.items()} for i, cell in enumerate(cells)}
 
 
-def _rows(
+def cell_rows(
     runs: TraceRuns, cell: Cell, score: dict[str, float], corrupted: Sequence[dict[str, float]]
 ) -> Iterator[tuple[object, ...]]:
     """The rows of one cell in the effects, one per metric."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from mechedit.errors import InputError, check_at_least, check_choice, check_positive
 from mechedit.models import Part
+from mechedit.trace.approximation import Approximation
 from mechedit.trace.corruption import Corruption
 from mechedit.trace.labels import ROLES
 from mechedit.trace.metrics import Metric, find_metric, metric_name
@@ -46,6 +47,8 @@ class TraceConfig:
     """Most rows in one forward pass; limits memory and changes nothing else."""
     memory: float | int | None = None
     """Most GiB that a trace may take beside the weights (an estimate); None means no limit but `batch_rows`."""
+    approximation: Approximation | None = None
+    """Estimate effects from gradients, and trace exactly only what this says; None means to trace all cells."""
 
     def __post_init__(self) -> None:
         severings = [Sever.parse(sever) if isinstance(sever, str) else sever for sever in self.sever]
@@ -81,5 +84,7 @@ class TraceConfig:
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON holds them; a function is written as its name."""
-        settings = asdict(self)
-        return {**settings, "metrics": [metric_name(metric) for metric in self.metrics]}
+        settings = {**asdict(self), "metrics": [metric_name(metric) for metric in self.metrics]}
+        if self.approximation is None:
+            del settings["approximation"]  # exact traces keep the settings that they had before there were others
+        return settings

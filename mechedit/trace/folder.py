@@ -28,10 +28,16 @@ def trace_to_folder(model: Model, facts: Sequence[Fact], config: TraceConfig, fo
     trace_parts/ until the end, so that an interrupted trace resumes after them.
 
     Returns:
-        What `DataFrame.attrs` of the effects holds: settings, provenance, `n_facts` and `dropped`.
+        What `DataFrame.attrs` of the effects holds: settings, provenance, `n_facts`, `dropped`, and of an approximate
+        trace `agreement`.
+
+    Raises:
+        InputError: estimates do not rank cells as exact effects do.
     """
     plans = trace_plans(model, facts, config, folder / "trace_parts")
-    attrs = {**plans[0].attrs, "config": config.plain()}
+    # An approximate trace is refused before anything is written; what this pass traced lies in trace_parts/.
+    agreement = [record for plan in plans for record in plan.agreement(plan).get("agreement", [])]
+    attrs = {**plans[0].attrs, "config": config.plain(), **({"agreement": agreement} if agreement else {})}
     write_parquet_parts(folder / "effects.parquet", itertools.chain.from_iterable(plans), attrs)
     write_parquet(folder / "facts.parquet", facts_frame(facts, folder / "effects.parquet", attrs["dropped"]))
     shutil.rmtree(folder / "trace_parts", ignore_errors=True)

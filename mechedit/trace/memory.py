@@ -8,6 +8,11 @@ from mechedit.models import Model
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.traced_fact import TracedFact
 
+GRADIENT_GIB = 1.0
+"""GiB for the rows of a backward pass where a trace has no limit; more rows at once are hardly faster."""
+GRADIENT_COPIES = 24
+"""Activations of a block that a backward pass keeps, and their gradients, in multiples of d_model."""
+
 
 def group_row_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> int:
     """Bytes kept per row of the corrupted run: states, keys, values, severed outputs, and states of windows."""
@@ -26,6 +31,20 @@ def batch_row_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> in
     logits = len(traced.object_ids) * model.vocab_size * (size + 3 * 4)
     patched = (len(config.sever) + len(config.kinds)) * model.d_model * size
     return cached + block + logits + patched
+
+
+def gradient_row_bytes(model: Model, traced: TracedFact) -> int:
+    """Bytes needed per row of a forward pass whose activations a backward pass reads again, and for its gradients."""
+    tokens, size = len(traced.ids), model.dtype.itemsize
+    block = tokens * size * (GRADIENT_COPIES * model.d_model + MLP_COPIES * model.d_mlp + 3 * model.n_heads * tokens)
+    logits = len(traced.object_ids) * model.vocab_size * (2 * size + 4 * 4)
+    return model.n_layers * block + logits
+
+
+def max_gradient_rows(model: Model, traced: TracedFact, config: TraceConfig) -> int:
+    """Most rows of one backward pass: what half of `memory` holds, without a limit `GRADIENT_GIB`; at least one."""
+    gib = GRADIENT_GIB if config.memory is None else config.memory / 2
+    return max(1, min(config.batch_rows, int(gib * GIB // gradient_row_bytes(model, traced))))
 
 
 def max_batch_rows(model: Model, traced: TracedFact, config: TraceConfig) -> int:

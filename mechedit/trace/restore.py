@@ -154,12 +154,15 @@ def _states_after_joining(batch: CellBatch, layer: int) -> Float[Tensor, "row po
 
 def _restored_states(batch: CellBatch, layer: int) -> Float[Tensor, "row d_model"]:
     """The restored position's state after the block at which rows join."""
-    runs = batch.runs
-    states = runs.clean[Site(layer, "resid")][batch.fact, batch.position]
-    for kind, sever in dict.fromkeys((cell.kind, cell.sever) for cell in batch.cells if cell.kind != "state"):
+    runs, site = batch.runs, Site(layer, "resid")
+    states = runs.corrupted[site][batch.corrupted_row, batch.position]
+    for kind, sever in dict.fromkeys((cell.kind, cell.sever) for cell in batch.cells):
         mask = batch.row_mask([(cell.kind, cell.sever) == (kind, sever) for cell in batch.cells])
-        positions = batch.position[mask] - runs.restored_span.start
-        states[mask] = runs.window_states(kind, sever, layer)[batch.corrupted_row[mask], positions]
+        if kind == "state":
+            states[mask] = runs.clean[site][batch.fact[mask], batch.position[mask]]
+        else:
+            positions = batch.position[mask] - runs.restored_span.start
+            states[mask] = runs.window_states(kind, sever, layer)[batch.corrupted_row[mask], positions]
     return states
 
 
@@ -170,7 +173,7 @@ def _last_block(batch: CellBatch, last: int, resid: Float[Tensor, "joined pos d_
     if joining.cells:
         is_joining = batch.row_mask([cell.first == last for cell in batch.cells])
         where = batch.position.where(is_joining, -1 + start) - start
-        value = runs.clean[Site(last, "resid")].new_zeros(len(where), 1, runs.model.d_model)
+        value = runs.corrupted[Site(last, "resid")].new_zeros(len(where), 1, runs.model.d_model)
         value[-len(joining.corrupted_row) :, 0] = _restored_states(joining, last)
         patches.append(Patch(Site(last, "resid"), where[:, None], value))
         if last > 0:

@@ -191,12 +191,19 @@ def metric_values(
     config: TraceConfig,
 ) -> MetricValues:
     """Every metric of a run's rows, before normalization; row i belongs to the fact `group[facts[i]]`."""
-    objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)
-    inputs = MetricInputs(
-        logits=run.logits, clean_runs=clean.logits, facts=facts, objects=objects[facts], foils=foils[facts]
-    )
+    inputs = metric_inputs(run, clean, facts, group, foils)
     metrics = {metric_name(metric).removeprefix(NORMALIZED): metric for metric in config.metrics}
     return {name: find_metric(metric)(inputs) for name, metric in metrics.items()}
+
+
+def metric_inputs(
+    run: Run, clean: Run, facts: Int[Tensor, " row"], group: Sequence[TracedFact], foils: Int[Tensor, " fact"]
+) -> MetricInputs:
+    """What metrics of a run's rows read; row i belongs to the fact `group[facts[i]]`."""
+    objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)
+    return MetricInputs(
+        logits=run.logits, clean_runs=clean.logits, facts=facts, objects=objects[facts], foils=foils[facts]
+    )
 
 
 def run_clean_and_corrupted(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from mechedit.data import Fact, check_unique_ids
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.provenance import ModelIdentity, numbered
+from mechedit.trace.agreement import agreement_records, check_agreement, measure_agreement
+from mechedit.trace.approximate import approximate_group, draw_for
 from mechedit.trace.cells import trace_group
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
@@ -43,7 +45,8 @@ def trace_facts(
     IE = P*,clean h(o) − P*(o) (MEMIT §3.1), with P the joint probability of the object's tokens, or another of
     `config.metrics`. Columns are `mechedit.trace.effects.COLUMNS`; `effect = score − corrupted`, in the metric's
     units, never clipped. Only facts that the model completes with the object (greedy, every token) are traced;
-    `frame.attrs` holds the settings, provenance, `n_facts` and `dropped`, a list of [id, reason].
+    `frame.attrs` holds the settings, provenance, `n_facts` and `dropped`, a list of [id, reason]; with
+    `config.approximation` also `agreement`, and the frame has the columns of `mechedit.trace.APPROXIMATE_COLUMNS`.
 
     Args:
         model: any `Model`.
@@ -58,7 +61,8 @@ def trace_facts(
 
     Raises:
         ValueError: `parts` with explicit `noise`, whose draws no file name can tell apart.
-        InputError: no facts, none that the model knows, noise of the wrong shape, or scores that are not finite.
+        InputError: no facts, none that the model knows, noise of the wrong shape, scores that are not finite, or
+            estimates that do not rank cells as exact effects do (`config.approximation`).
 
     Example:
         >>> model, facts = me.load_model("tiny"), me.load_facts("known")
@@ -67,10 +71,12 @@ def trace_facts(
     """
     facts = prompted(model.tokenizer, facts, chat=chat, joint=joint)
     plan = plan_trace(model, facts, config, noise=noise, statistics=statistics, parts=parts)
-    frame = pd.concat(list(plan), ignore_index=True)
+    frames = list(plan)
+    agreement = plan.agreement(frames)
+    frame = pd.concat(frames, ignore_index=True)
     order = {traced.fact.id: i for i, traced in enumerate(plan.facts)}
     frame = frame.sort_values("fact", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
-    frame.attrs = {**plan.attrs}
+    frame.attrs = {**plan.attrs, **agreement}
     return Effects(frame)
 
 
@@ -78,7 +84,8 @@ def trace_facts(
 class TracePlan:
     """A trace that is ready to run; iterate over it for the effects of one group of facts after another.
 
-    A thousand facts need no more memory than one group.
+    A thousand facts need no more memory than one group. Effects of an approximate trace may be used once `agreement`
+    has looked at them.
     """
 
     model: Model
@@ -108,15 +115,43 @@ class TracePlan:
             "provenance": self.provenance,
         }
 
+    def agreement(self, frames: Iterable[pd.DataFrame]) -> dict[str, Any]:
+        """How well estimates agree with exact effects, as the entry `agreement` of attrs; empty for an exact trace.
+
+        Args:
+            frames: what iterating over the plan gives.
+
+        Raises:
+            InputError: the rank correlation is below the bound in a kind and severing.
+        """
+        approximation = self.config.approximation
+        if approximation is None:
+            return {}
+        agreements = measure_agreement(frames)
+        check_agreement(agreements, approximation)
+        return {"agreement": agreement_records(agreements)}
+
     def __iter__(self) -> Iterator[pd.DataFrame]:
+        approximation = self.config.approximation
+        if approximation is not None:
+            # What was estimated and traced does not depend on how well the two must agree.
+            approximation = replace(approximation, least_correlation=0)
+        settings = replace(self.config, approximation=approximation).plain()
+        drawn = {} if approximation is None else draw_for(self.facts, self.config, self.model.n_layers)
         model = ModelIdentity.of(self.provenance).record
-        key = numbered("trace", {"settings": self.config.plain(), "std": self.std, "model": model})
+        key = numbered("trace", {"settings": settings, "std": self.std, "model": model})
         with tqdm(total=len(self.facts), desc="tracing facts", unit="fact") as progress:
             for group in self.groups():
                 with torch.no_grad():
-                    make = partial(trace_group, self.model, group, self.std, self.config, self.noise, self.statistics)
+                    arguments = (self.model, group, self.std, self.config, self.noise, self.statistics)
                     facts = [{**traced.fact.plain(), "replacements": traced.replacements} for traced in group]
-                    yield Cache(self.parts).get({**key, "facts": facts}, make, PARQUET)
+                    key["facts"] = facts
+                    if self.config.approximation is None:
+                        make = partial(trace_group, *arguments)
+                    else:
+                        make = partial(approximate_group, *arguments, drawn)
+                        key["drawn"] = [drawn[traced.fact.id].plain() for traced in group]
+                    yield Cache(self.parts).get(key, make, PARQUET)
                 progress.update(len(group))
 
     def groups(self) -> Iterator[list[TracedFact]]:

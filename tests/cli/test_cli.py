@@ -37,9 +37,9 @@ FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", 
 COMMON = "model backend device dtype merge-adapter seed overwrite json config"
 OPTIONS = {
     "run": "facts requests joint strict chat texts out layers method rule max-facts max-requests samples set "
-    "generation-prompts generation-tokens stop-words accept-unsettled",
+    "generation-prompts generation-tokens stop-words accept-unsettled approximate",
     "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
-    "metrics memory max-facts",
+    "metrics memory max-facts approximate points largest exact-cells exact-facts least-correlation",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
     "joint strict chat texts tokens max-length method set accept-unsettled",
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
@@ -249,6 +249,23 @@ def test_trace_takes_what_a_trace_can_vary(tmp_path):
     assert effects["corrupted"].nunique() > 1
     same = effects[effects["metric"] == "probability"].reset_index(drop=True)
     assert (same["corrupted"] - plain["corrupted"]).abs().max() > 1e-3
+
+
+def test_an_approximate_trace_says_how_well_it_agrees_or_is_refused(tmp_path, capsys):
+    few = ["--max-facts", 8, "--samples", 2, "--kinds", "state", "--sever", "nothing", "--approximate"]
+    few += ["--exact-cells", 20, "--exact-facts", 2, "--out", tmp_path]
+    message = complaint(capsys, "trace", *few, "--least-correlation", 0.9999)
+    assert "estimates do not stand for exact effects here (single state" in message
+    assert "trace state without approximation" in message
+    assert not (tmp_path / "effects.parquet").exists()
+    assert call("trace", *few, "--least-correlation", 0, "--json") == 0
+    captured = capsys.readouterr()
+    (record,) = json.loads(captured.out)["agreement"]
+    assert record["cells"] == 20
+    assert f"rank correlation {record['correlation']:.3f} on 20 cells" in captured.err
+    effects = pd.read_parquet(tmp_path / "effects.parquet")
+    assert 20 <= effects["exact"].sum() < len(effects)
+    assert (effects["estimate"] != effects["effect"])[effects["drawn"]].any()
 
 
 def test_a_step_is_reused_and_other_settings_are_refused(traced, capsys):

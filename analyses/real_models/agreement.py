@@ -1,0 +1,133 @@
+"""Hold approximate effects against exact ones, and their times against each other.
+
+    python -m analyses.real_models.agreement MODEL [--facts known_1000] [--count 30] [--cells 100] [--points 1,2]
+    python -m analyses.real_models.agreement MODEL --time 3
+
+MODEL is smollm2, gemma3, tiny, or a folder. The first form prints a row per kind, severing and number of gradient
+points, on cells drawn from all facts; states are also traced with modules severed, at the subject's last token. The
+second form traces a few facts both ways in turn, all tokens, layers and kinds, and prints seconds per fact, as they are
+in a trace of a thousand facts: cells that are drawn are a fixed number, and their share of a fact is added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+import mechedit as me
+from analyses.real_models.make import REAL_MODELS, make
+from mechedit.statistics import spearman
+from mechedit.trace import Approximation, TracePlan, plan_trace
+from mechedit.trace.approximate import approximate_group, draw_for, key_of
+from mechedit.trace.approximation import DrawnCells
+from mechedit.trace.attribution import estimate_cells
+from mechedit.trace.cells import all_cells, can_change, corrupted_scores, trace_cells, trace_group
+from mechedit.trace.runs import run_clean_and_corrupted
+
+KINDS = ("state", "mlp", "attn")
+GROUPS = [(kind, "nothing") for kind in KINDS]
+OF_FACTS = 1000
+"""Facts of the trace whose times are told."""
+
+
+def known(model: me.Model, source: str, count: int, config: me.TraceConfig) -> TracePlan:
+    """A plan for some known facts, the first of a seeded order."""
+    facts = me.load_facts(source)
+    random.Random(0).shuffle(facts)
+    plan = plan_trace(model, facts[: 8 * count], config)  # small models know one fact in five
+    return dataclasses.replace(plan, facts=plan.facts[:count])
+
+
+@torch.no_grad()
+def agreement(plan: TracePlan, points: tuple[int, ...]) -> Iterator[str]:
+    """Rows of the table: estimates with each number of points against the same exact effects."""
+    config, model = plan.config, plan.model
+    drawn = draw_for(plan.facts, config, model.n_layers)
+    pairs: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for group in plan.groups():
+        runs = run_clean_and_corrupted(model, group, plan.std, config, None, plan.statistics)
+        changing = [
+            cell for cell in all_cells(runs) if can_change(group[cell.fact], cell.position, cell.first, model.n_layers)
+        ]
+        cells = [cell for cell in changing if key_of(cell) in drawn[group[cell.fact].fact.id].cells]
+        exact, corrupted = trace_cells(runs, cells), corrupted_scores(runs)
+        for number in points:
+            estimates = estimate_cells(runs, cells, number)
+            for cell in cells:
+                base = corrupted[cell.fact]["probability"]
+                pair = (estimates[cell]["probability"] - base, exact[cell]["probability"] - base)
+                pairs.setdefault((cell.kind, cell.sever, number), []).append(pair)
+    for (kind, sever, number), values in pairs.items():
+        estimate, effect = np.array(values).T
+        miss = 100 * np.abs(estimate - effect)
+        correlation = spearman(estimate[None], effect[None])[0]
+        yield (
+            f"| {kind} | {sever} | {number} | {len(values)} | {correlation:.2f} | {100 * np.abs(effect).mean():.2f} | "
+            f"{miss.mean():.2f} | {miss.max():.1f} |"
+        )
+
+
+def seconds_per_fact(plan: TracePlan) -> str:
+    """Exact and approximate traces of the same facts in turn."""
+    approximation = plan.config.approximation
+    assert approximation is not None
+    nothing = DrawnCells(cells=frozenset(), fact=False, cell_chances=dict.fromkeys(GROUPS, 0.0), fact_chance=0.0)
+    exact = approximate = cells = 0.0
+    for traced in plan.facts:
+        arguments = (plan.model, [traced], plan.std, plan.config, None, plan.statistics)
+        start = time.monotonic()
+        cells += len(trace_group(*arguments))
+        middle = time.monotonic()
+        approximate_group(*arguments, {traced.fact.id: nothing})
+        exact, approximate = exact + middle - start, approximate + time.monotonic() - middle
+    at_last_token = len(GROUPS) * plan.model.n_layers
+    drawn = (len(GROUPS) * approximation.exact_cells + at_last_token * approximation.exact_facts) / OF_FACTS
+    count = len(plan.facts)
+    total = approximate / count + drawn * exact / cells
+    of_drawn = total - approximate / count
+    return (
+        f"{count} facts of {cells / count:.0f} cells, {plan.config.samples} samples, points {approximation.points}, "
+        f"exact {exact / count:.2f} s a fact, approximate {approximate / count:.2f} s and {of_drawn:.2f} s for drawn "
+        f"cells, ratio {exact / count / total:.0f}"
+    )
+
+
+def main() -> int:
+    """Print the table, or the times."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--facts", default="known_1000", help="known, known_1000, or a file of facts")
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--cells", type=int, default=100)
+    parser.add_argument("--points", default="1,2")
+    parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--time", type=int, default=0, help="trace so many facts both ways")
+    options = parser.parse_args()
+    model = me.load_model(make(options.model) if options.model in REAL_MODELS else options.model, device="cpu")
+    points = tuple(map(int, options.points.split(",")))
+    if options.time:
+        for number in points:
+            approximation = Approximation(points=number, least_correlation=0)
+            config = me.TraceConfig(kinds=KINDS, samples=options.samples, approximation=approximation)
+            print(seconds_per_fact(known(model, options.facts, options.time, config)), flush=True)
+        return 0
+    unsevered = me.TraceConfig(
+        kinds=KINDS, samples=options.samples, approximation=Approximation(exact_cells=options.cells)
+    )
+    severed = dataclasses.replace(unsevered, kinds=("state",), sever=("mlp", "attn"), roles=("subject_last",))
+    print("| kind | severed | points | cells | rank correlation | mean effect, % | mean miss, % | largest miss, % |")
+    print("|---|---|---|---|---|---|---|---|")
+    for config in (unsevered, severed):
+        for row in agreement(known(model, options.facts, options.count, config), points):
+            print(row, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

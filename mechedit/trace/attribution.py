@@ -1,0 +1,249 @@
+"""Attribution patching: the effects of all cells at once, to first order, from one backward pass per severing.
+
+Restoring an activation moves it from its corrupted value a* to its clean value a. To first order a metric m moves by
+
+    δ = (a − a*) · ∂m/∂a*,   with the gradient taken in the corrupted run (Nanda 2023; Kramár et al. 2024),
+
+so that one backward pass gives δ of every state, MLP output and attention output at every layer and position. With
+more `points`, the mean is taken over gradients at subjects on the way from corrupted to clean (Hanna et al. 2024).
+
+- A severed module is constant, and the gradient stops there, as the effect of a restored state does.
+- A window is several restorations at once: δ = Σ (aₗ − aₗ*) · gₗ over its layers. While it restores MLP outputs at a
+  token, later MLPs of the window no longer answer to earlier ones there; so gₗ leaves out paths through them. It is
+  the gradient at the window's last MLP output, plus what attention passes on between: the gradient at the state before
+  a block minus that at its attention's output. (Attention of a token to itself is taken as in the corrupted run. Where
+  attention and MLP are parallel, this is the plain gradient.) Attention windows take the plain gradient.
+- A probability saturates, and the line does not. So it is drawn for the log-odds, and bent there: P of a restored cell
+  is σ(logit P* + T tanh(δ / T)) per noise sample, T = max(1, |logit P_clean − logit P*|). To first order this is the
+  same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from mechedit.batching import batches_of, run_in_halves
+from mechedit.models import EMBED, Part, Patch, Run, Site, Tokens
+from mechedit.trace.config import PART_OF_KIND
+from mechedit.trace.memory import max_gradient_rows
+from mechedit.trace.metrics import NORMALIZED, Metric, MetricInputs, find_metric, metric_name
+from mechedit.trace.restore import Cell
+from mechedit.trace.runs import TraceRuns, metric_inputs, slice_patch
+from mechedit.trace.windows import window_span
+
+CellScores = dict[tuple[str, str], Float[Tensor, "row layer pos"]]
+"""Metric and kind → the score that each row is estimated to have once the cell at a layer and position is restored."""
+Activations = Mapping[Site, Float[Tensor, "row pos d_model"]]
+"""Activations, or gradients at them, at the positions of `restored_span`."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale on which a metric is taken to move along a straight line, and the way back from it."""
+
+    value: Metric
+    score: Callable[[Tensor], Tensor]
+    bounded: bool
+    """Whether the line is bent, so that a restored cell moves the value little further than to the clean run's."""
+
+    def moved(
+        self, corrupted: Float[Tensor, " row"], clean: Float[Tensor, " row"], change: Float[Tensor, "row layer pos"]
+    ) -> Float[Tensor, "row layer pos"]:
+        """Scores after a first-order change of the value."""
+        if self.bounded:
+            most = (clean - corrupted).abs().clamp(min=1)[:, None, None]
+            change = most * torch.tanh(change / most)
+        return self.score(corrupted[:, None, None] + change)
+
+
+def log_odds(inputs: MetricInputs) -> Float[Tensor, " row"]:
+    """Log-odds log P − log(1 − P) of the object; finite where P rounds to 1."""
+    log_probability = inputs.log_probability
+    return log_probability - torch.log(-torch.expm1(log_probability.clamp(max=-1e-6)))
+
+
+SCALES: Mapping[str, Scale] = {
+    "probability": Scale(log_odds, torch.sigmoid, bounded=True),
+    "log_probability": Scale(log_odds, functional.logsigmoid, bounded=True),
+}
+"""Scales of metrics that saturate; others are taken to move along a straight line themselves."""
+
+
+def estimate_cells(runs: TraceRuns, cells: Sequence[Cell], points: int = 1) -> dict[Cell, dict[str, float]]:
+    """Estimated scores of cells, by metric: means over noise samples.
+
+    Args:
+        runs: the clean and corrupted runs of the cells' facts.
+        cells: any cells of theirs, from their subjects on.
+        points: gradients that are averaged, from the corrupted subject on in steps of 1 / points to the clean one.
+    """
+    estimates: dict[Cell, dict[str, float]] = {}
+    start = runs.restored_span.start
+    for sever in dict.fromkeys(cell.sever for cell in cells):
+        scores = _scores_of_rows(runs, sever, points)
+        means = {key: rows.unflatten(0, (-1, runs.samples)).mean(1).tolist() for key, rows in scores.items()}
+        names = list(dict.fromkeys(name for name, _ in means))
+        estimates |= {
+            cell: {name: means[name, cell.kind][cell.fact][cell.layer][cell.position - start] for name in names}
+            for cell in cells
+            if cell.sever == sever
+        }
+    return estimates
+
+
+def _scores_of_rows(runs: TraceRuns, sever: str, points: int) -> CellScores:
+    """Estimated scores of all rows of the corrupted run, in as many passes as memory asks for."""
+    all_rows = torch.arange(len(runs.tokens.ids), device=runs.model.device)
+    batches = batches_of(all_rows, max_gradient_rows(runs.model, runs.facts[0], runs.config))
+
+    def estimated(rows: Int[Tensor, " row"]) -> CellScores:
+        per_point = [_Gradients(runs, sever, rows, point / points) for point in range(points)]
+        scores = [gradients.scores(corrupted=per_point[0]) for gradients in per_point]
+        return {key: torch.stack([at_point[key] for at_point in scores]).mean(0) for key in scores[0]}
+
+    parts = list(run_in_halves(batches, estimated))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+class _Gradients:
+    """Rows of the corrupted run, or of one part of the way to the clean run, with the gradients at their activations.
+
+    Zeros that are added to every activation receive its gradient, whatever an engine does with it afterwards.
+    """
+
+    def __init__(self, runs: TraceRuns, sever: str, rows: Int[Tensor, " row"], part: float) -> None:
+        self.runs, self.facts = runs, rows // runs.samples
+        span, width, device = runs.restored_span, runs.model.d_model, rows.device
+        zeros = {
+            site: torch.zeros(len(rows), len(span), width, dtype=runs.model.dtype, device=device, requires_grad=True)
+            for site in self._sites()
+        }
+        with torch.enable_grad():
+            run, start = _run(runs, sever, rows, part, zeros)
+            inputs = metric_inputs(run, runs.clean, self.facts, runs.facts, runs.foils)
+            values = {scale.value: scale.value(inputs) for scale in self.scales.values()}
+            sums = {value: of_rows.sum() for value, of_rows in values.items()}
+        self.values = {value: of_rows.detach() for value, of_rows in values.items()}
+        """Each scale's values of the rows."""
+        self.activations = {site: run[site].detach()[:, span.start - start : span.stop - start] for site in zeros}
+        self.gradients = {
+            value: dict(zip(zeros, torch.autograd.grad(total, list(zeros.values()), retain_graph=True), strict=True))
+            for value, total in sums.items()
+        }
+        """Each scale's gradients at the sites."""
+
+    @property
+    def scales(self) -> dict[str, Scale]:
+        """Every metric before normalization, with its scale."""
+        metrics = {metric_name(metric).removeprefix(NORMALIZED): metric for metric in self.runs.config.metrics}
+        return {
+            name: SCALES.get(name) or Scale(find_metric(metric), lambda value: value, bounded=False)
+            for name, metric in metrics.items()
+        }
+
+    def _sites(self) -> list[Site]:
+        """Sites whose gradients are needed: those that are restored, and for windows of MLPs all that they reach."""
+        kinds = self.runs.config.kinds
+        parts: list[Part] = [PART_OF_KIND[kind] for kind in kinds]
+        if "mlp" in kinds:
+            parts = ["attn_out", "mlp_out", "resid"]
+        return [Site(layer, part) for layer in range(self.runs.model.n_layers) for part in dict.fromkeys(parts)]
+
+    def scores(self, corrupted: _Gradients) -> CellScores:
+        """Estimated scores of every cell, from these gradients and the activations and values of the corrupted run."""
+        clean_facts = torch.arange(len(self.runs.facts), device=self.facts.device)
+        clean = metric_inputs(self.runs.clean, self.runs.clean, clean_facts, self.runs.facts, self.runs.foils)
+        scores: CellScores = {}
+        for kind in self.runs.config.kinds:
+            differences = self._differences(kind, corrupted)
+            for name, scale in self.scales.items():
+                change = self._changes(kind, differences, self.gradients[scale.value])
+                scores[name, kind] = scale.moved(corrupted.values[scale.value], scale.value(clean)[self.facts], change)
+        return scores
+
+    def _differences(self, kind: str, corrupted: _Gradients) -> list[Float[Tensor, "row pos d_model"]]:
+        """The difference a − a* of every layer."""
+        span = self.runs.restored_span
+        sites = [Site(layer, PART_OF_KIND[kind]) for layer in range(self.runs.model.n_layers)]
+        return [
+            self.runs.clean[site][self.facts, span.start : span.stop].float() - corrupted.activations[site].float()
+            for site in sites
+        ]
+
+    def _changes(
+        self, kind: str, differences: Sequence[Float[Tensor, "row pos d_model"]], gradients: Activations
+    ) -> Float[Tensor, "row layer pos"]:
+        """δ of the cells at every layer."""
+        n_layers = self.runs.model.n_layers
+        spans = [window_span(kind, layer, n_layers, self.runs.config.window) for layer in range(n_layers)]
+        plain = [gradients[Site(layer, PART_OF_KIND[kind])].float() for layer in range(n_layers)]
+        if kind != "mlp":
+            by_layer = _running_sums([(a * g).sum(-1) for a, g in zip(differences, plain, strict=True)])
+            return torch.stack([by_layer[span.stop] - by_layer[span.start] for span in spans], dim=1)
+        attention = _attention_sums(gradients, n_layers)
+        # g of layer l in a window that ends with layer e is plain[e] + attention[e] − attention[l].
+        total = _running_sums(differences)
+        passed = _running_sums([(a * c).sum(-1) for a, c in zip(differences, attention, strict=True)])
+        return torch.stack(
+            [
+                ((total[span.stop] - total[span.start]) * (plain[span[-1]] + attention[span[-1]])).sum(-1)
+                - (passed[span.stop] - passed[span.start])
+                for span in spans
+            ],
+            dim=1,
+        )
+
+
+def _attention_sums(gradients: Activations, n_layers: int) -> list[Float[Tensor, "row pos d_model"]]:
+    """What attention in the layers up to each one adds to the gradient as it is passed down; nothing in layer 0."""
+    before = [gradients[Site(layer, "resid")].float() for layer in range(n_layers)]
+    after = [gradients[Site(layer, "attn_out")].float() for layer in range(n_layers)]
+    return _running_sums([state - output for state, output in zip(before[:-1], after[1:], strict=True)], before[0])
+
+
+def _running_sums(terms: Sequence[Tensor], like: Tensor | None = None) -> list[Tensor]:
+    """0, t₀, t₀ + t₁, …: one more than there are terms."""
+    sums = [torch.zeros_like(terms[0] if like is None else like)]
+    for term in terms:
+        sums.append(sums[-1] + term)
+    return sums
+
+
+def _run(runs: TraceRuns, sever: str, rows: Int[Tensor, " row"], part: float, zeros: Activations) -> tuple[Run, int]:
+    """Rows of the corrupted run with a severing's constants, plus the zeros; and the position that is its first.
+
+    Args:
+        runs: the group's runs.
+        sever: label of the severing.
+        rows: rows of the corrupted run.
+        part: of the way from the corrupted embeddings to the clean ones.
+        zeros: added to the activations at the restored positions.
+    """
+    span, width = runs.restored_span, runs.tokens.ids.shape[1]
+    # What precedes the restored positions is that of the corrupted run, unless the subject is changed.
+    start = min(span.start, *(traced.subject.start for traced in runs.facts)) if part else span.start
+    corruption = slice_patch(runs.corruption, rows, start)
+    if part:
+        facts = rows // runs.samples
+        clean = runs.clean[EMBED][facts[:, None], runs.corruption.positions[rows].clamp(min=0)]
+        corruption = replace(corruption, value=torch.lerp(corruption.value, clean.to(corruption.value), part))
+    positions = (torch.arange(span.start, span.stop, device=rows.device) - start).repeat(len(rows), 1)
+    severed = [
+        patch
+        for layer in range(runs.model.n_layers)
+        for patch in runs.severed[sever].patches(rows, layer, range(start, width), start=start)
+    ]
+    run = runs.model.run(
+        Tokens(runs.tokens.ids[rows, start:], runs.tokens.mask[rows, start:]),
+        [corruption, *severed, *(Patch(site, positions, value, add=True) for site, value in zeros.items())],
+        list(zeros),
+        logits_to_keep=runs.read_at - start,
+        kv_cache=runs.kv_cache.take(rows, start) if start else None,
+    )
+    return run, start
