@@ -43,6 +43,20 @@ def check_at_least(
         raise InputError(f"{name} is {value!r}, expected at least {least:g}; {hint}")
 
 
+def read_whole(name: str, text: str, most: int) -> int:
+    """Read a whole number of at most `most` from its decimal digits.
+
+    The digits are counted before they are read: Python refuses numbers of over 4,300 digits.
+
+    Raises:
+        InputError: it is larger, or no whole number.
+    """
+    digits = text.strip().lstrip("0")
+    if not text.strip().isdecimal() or len(digits) > len(str(most)) or int(digits or 0) > most:
+        raise InputError(f"{name} is {text:.40}, expected a whole number from 0 to {most:,}; choose another")
+    return int(digits or 0)
+
+
 def check_fraction(name: str, value: object, hint: str = "choose a number such as 0.95") -> None:
     """Raise InputError unless `value` is a number between 0 and 1, neither of them included."""
     if not (_is_number(value) and 0 < value < 1):
@@ -72,6 +86,14 @@ def count_not_finite(value: Tensor) -> int:
     """Count the entries that are NaN or infinite."""
     # One pass: a sum is not finite where a term is not. Finite terms may add up to infinity, so that is no proof.
     return 0 if math.isfinite(float(value.sum())) else int((~torch.isfinite(value)).sum())
+
+
+def brief(value: object) -> str:
+    """A value for a message, cut short; a number of more than 4,300 digits cannot be written out."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -82,13 +82,30 @@ def atomic_folder(folder: str | Path, *, replaces: str | None = None) -> Iterato
         shutil.rmtree(temporary.with_name(temporary.name + ".old"), ignore_errors=True)
 
 
+def checked_path(path: str | Path) -> Path:
+    """The path, unless no file system could hold it.
+
+    Raises:
+        InputError: it is too long, or has a null character in it.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{str(path)!r:.80} cannot be a path ({reason}); expected that of a file or folder: check it"
+        ) from error
+    return Path(path)
+
+
 def writable_folder(folder: str | Path) -> Path:
     """Make `folder` when absent and return it.
 
     Raises:
         InputError: it is a file, or cannot be made or written to.
     """
-    folder = Path(folder)
+    folder = checked_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -151,7 +168,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         InputError: there is no such file, it is a folder, or its encoding is another one.
     """
-    path = Path(path)
+    path = checked_path(path)
     try:
         content = path.read_bytes()
         text = content.decode(_encoding(content)).removeprefix("\ufeff")

@@ -7,14 +7,12 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from mechedit.cli.config_file import config_defaults
 from mechedit.errors import InputError
-from mechedit.files import read_text
 from mechedit.provenance import VERSION
 
 app = typer.Typer(
@@ -30,13 +28,17 @@ app = typer.Typer(
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
+_LONGEST = 1000
+"""Characters of an error's line at most, which may hold all of a prompt."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = typer.main.get_command(app)
     try:
         with plain_warnings():
-            defaults = _config_defaults(command, arguments)
+            defaults = config_defaults(command, arguments)
             code = command.main(args=arguments, prog_name="mechedit", standalone_mode=False, default_map=defaults)
     except UsageError as error:
         sys.exit(_complain(error.format_message()))  # type: ignore[attr-defined]
@@ -67,36 +69,11 @@ def plain_warnings() -> Iterator[None]:
 
 
 def _complain(message: str) -> int:
-    print("mechedit: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > _LONGEST:  # what was found comes first, what to do last
+        line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+    print("mechedit: " + line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     return 2
-
-
-def _config_defaults(group: Any, arguments: list[str]) -> dict[str, Any]:
-    """Defaults for the command's options from the file that --config names; the command line wins.
-
-    Raises:
-        InputError: the file is not there, is neither YAML nor JSON, or names an option the command lacks.
-    """
-    path = next((after for word, after in pairwise([*arguments, ""]) if word == "--config"), None)
-    path = next((word.partition("=")[2] for word in arguments if word.startswith("--config=")), path)
-    name = next((word for word in arguments if word in group.commands), None)
-    if path is None or name is None:
-        return {}
-    try:
-        content = yaml.safe_load(read_text(path)) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{path!r} is neither YAML nor JSON ({error}); fix the file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path!r} holds a {type(content).__name__}, expected option names with values")
-    # --max-facts is the parameter max_facts.
-    options = {
-        spelling.lstrip("-"): parameter.name for parameter in group.commands[name].params for spelling in parameter.opts
-    }
-    values = {str(key).lstrip("-").replace("_", "-"): value for key, value in content.items()}
-    for key in values:
-        if key not in options:
-            raise InputError(f"{path!r} names the option {key!r}, expected some of {', '.join(sorted(options))}")
-    return {name: {options[key]: value for key, value in values.items()}}
 
 
 def _print_version(requested: bool | None) -> None:

@@ -23,7 +23,8 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 
 import typer
 
-from mechedit.cli.parsing import parse_names, parse_windows
+from mechedit.bounds import check_numbers
+from mechedit.cli.parsing import parse_names, parse_windows, read_path
 from mechedit.sweep import Window
 
 POSITIONAL: Final = "positional"
@@ -123,7 +124,9 @@ class OptionSet:
             InputError: a value cannot be read, or the dataclass refuses it.
         """
         read = {name: self._read(name, values[self.option_name(name)]) for name in self.exposed}
-        return self.kind(**{**self.defaults, **read})
+        built = self.kind(**{**self.defaults, **read})
+        check_numbers(built)
+        return built
 
     def option_name(self, name: str) -> str:
         """The option of a field, as a parameter of the command."""
@@ -138,15 +141,20 @@ class OptionSet:
         """A field as the parameter that typer reads."""
         hint, option, note = self.hints[name], self.option_name(name), self._help(name)
         if get_origin(hint) is Annotated and POSITIONAL in get_args(hint):
-            declared: Any = typer.Argument(help=note)
+            declared: Any = typer.Argument(help=note, **self._parser(name))
         else:
-            declared = typer.Option("--" + option.replace("_", "-"), help=note)
+            declared = typer.Option("--" + option.replace("_", "-"), help=note, **self._parser(name))
         return inspect.Parameter(
             option,
             inspect.Parameter.KEYWORD_ONLY,
             default=self._default(name),
             annotation=Annotated[self._option_type(name), declared],
         )
+
+    def _parser(self, name: str) -> dict[str, Any]:
+        """The reader of a path, of which typer would take an empty text for the current folder."""
+        is_path = Path in (*_alternatives(self.hints[name]), *get_args(self.hints[name]))
+        return {"parser": read_path, "metavar": "PATH"} if is_path else {}
 
     def _default(self, name: str) -> Any:
         declared = self.kind.__dataclass_fields__[name]

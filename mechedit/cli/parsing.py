@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import typer
 from transformers.utils import logging
 
 from mechedit.data import EditRequest, Fact
-from mechedit.errors import InputError, check_at_least, check_choice
+from mechedit.errors import InputError, check_at_least, check_choice, read_whole
+from mechedit.files import checked_path
 from mechedit.methods import METHODS, MethodConfig, recommended
-from mechedit.models import Model, load_model
+from mechedit.models import Model, load_model, read_layer_range
 from mechedit.sweep import Window
 
 
@@ -23,11 +25,13 @@ def parse_layers(text: str) -> list[int]:
     """Layers as people write them: `3-8`, `3,5,7`, `3-5,8`.
 
     Raises:
-        InputError: anything else, a range that runs backwards, or a layer named twice.
+        InputError: anything else, a range that runs backwards, a layer that no model has, or a layer named twice.
     """
-    layers = [layer for first, last in _ranges(text, "layers") for layer in range(first, last + 1)]
-    if len(set(layers)) < len(layers):
-        raise InputError(f"the layers {text!r} name a layer twice, expected each once")
+    layers: set[int] = set()
+    for span in _ranges(text, "layers"):
+        if not layers.isdisjoint(span):
+            raise InputError(f"the layers {text!r:.80} name a layer twice, expected each once")
+        layers.update(span)
     return sorted(layers)
 
 
@@ -42,19 +46,12 @@ def parse_windows(text: str) -> list[Window]:
     Raises:
         InputError: anything else, or a window that runs backwards.
     """
-    return [Window(*ends) for ends in _ranges(text, "windows")]
+    return [Window(span[0], span[-1]) for span in _ranges(text, "windows")]
 
 
-def _ranges(text: str, what: str) -> Iterator[tuple[int, int]]:
-    """First and last of each range between commas."""
-    for part in text.split(","):
-        ends = part.strip().split("-")
-        if not 1 <= len(ends) <= 2 or not all(end.strip().isdecimal() for end in ends):
-            raise InputError(f"the {what} {text!r} cannot be read, expected such as 3-8 or 3,5,7")
-        first, last = int(ends[0]), int(ends[-1])
-        if last < first:
-            raise InputError(f"the {what} {text!r} run backwards, expected the lower one first, such as {last}-{first}")
-        yield first, last
+def _ranges(text: str, what: str) -> Iterator[range]:
+    """The ranges between commas."""
+    return (read_layer_range(part, f"the {what} {text!r:.80}") for part in text.split(","))
 
 
 def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, int] | None:
@@ -71,12 +68,27 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, 
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
         raise InputError(f"the shard {text!r} cannot be read, expected such as 0/4, the first of four")
-    return int(index), int(count)
+    most = 1_000_000
+    return read_whole("the shard's number", index, most), read_whole("the number of shards", count, most)
+
+
+def read_path(text: str | Path) -> Path:
+    """A path as an option or argument gives it.
+
+    Raises:
+        BadParameter: it is empty, and so would be the current folder; too long; or has a null character in it.
+    """
+    if text == "":
+        raise typer.BadParameter("it is empty, expected a path; give . for the current folder")
+    try:
+        return checked_path(text)
+    except InputError as error:  # a ValueError, in whose place typer would put a message of its own
+        raise typer.BadParameter(str(error)) from error
 
 
 def existing_folder(path: Path) -> Path:
     """Refuse a folder that is not there."""
-    if not path.is_dir():
+    if not checked_path(path).is_dir():
         raise InputError(f"there is no folder {str(path)!r}; expected one that mechedit wrote: check the path")
     return path
 

@@ -19,6 +19,7 @@ from mechedit.data.scored_prompts import RecordRequests
 from mechedit.data.summary import describe_facts, describe_requests
 from mechedit.data.tables import is_table, read_table
 from mechedit.errors import InputError, check_choice
+from mechedit.files import checked_path
 
 Conflicts = Literal["refuse", "first"]
 Joined = TypeVar("Joined", Fact, EditRequest, Neighbor)
@@ -178,7 +179,7 @@ def _find_file(source: str | Path, kind: DatasetKind, tiny_files: dict[str, str]
         return tiny_data(tiny_files[str(source)])
     if downloaded := dataset_files(source, kind, cache):
         return downloaded[0]
-    if not Path(source).exists():
+    if not checked_path(source).exists():
         raise missing_source_error(source, kind, list(tiny_files))
     return Path(source)
 

@@ -10,7 +10,7 @@ from typing import Any
 from mechedit.data.json_files import read_records
 from mechedit.data.loading import tiny_data
 from mechedit.errors import InputError
-from mechedit.files import read_text
+from mechedit.files import checked_path, read_text
 
 DEFAULT_CONFIGURATIONS = {
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
@@ -32,7 +32,7 @@ def load_texts(source: str | Path) -> Sequence[str]:
     Raises:
         InputError: no such file or data set, or no text in it.
     """
-    path = tiny_data("texts.txt") if str(source) == "tiny" else Path(source)
+    path = tiny_data("texts.txt") if str(source) == "tiny" else checked_path(source)
     if path.suffix == ".txt":
         texts = read_text(path).split("\n")
     elif path.suffix in (".jsonl", ".json"):

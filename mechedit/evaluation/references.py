@@ -19,6 +19,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
 from mechedit.errors import InputError
 from mechedit.evaluation.probe_prompts import ScoreRow
+from mechedit.files import checked_path
 from mechedit.provenance import value_hash
 
 Key = tuple[str, str]
@@ -114,7 +115,7 @@ def load_references(
     Raises:
         InputError: a file that is not there or holds something else; or no texts for any of the requests.
     """
-    folder = Path(source)
+    folder = checked_path(source)
     snippets = load_snippets(folder / SNIPPETS if folder.is_dir() else source, cache=cache)
     texts = texts_by_object(snippets, requests)
     if not texts:

@@ -10,6 +10,7 @@ outside this package imports transformer_lens or nnsight, or names a transformer
 
 from mechedit.models.families import loader_of
 from mechedit.models.kv_cache import KVCache
+from mechedit.models.layer_ranges import MOST_LAYERS, read_layer_range
 from mechedit.models.loading import load_model, transformers_model
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
 from mechedit.models.readout import CleanLogits, Readout, TokenScores, WholeReadout, log_probabilities
@@ -21,6 +22,7 @@ __all__ = [
     "DTYPES",
     "EMBED",
     "MODULES",
+    "MOST_LAYERS",
     "CleanLogits",
     "KVCache",
     "Model",
@@ -39,5 +41,6 @@ __all__ = [
     "loader_of",
     "log_probabilities",
     "out_part",
+    "read_layer_range",
     "transformers_model",
 ]

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from mechedit.cache import cache_folder
 from mechedit.errors import InputError
-from mechedit.files import atomic_folder, writable_folder, write_json
+from mechedit.files import atomic_folder, checked_path, writable_folder, write_json
 from mechedit.provenance import value_hash
 
 _MARK = "gguf.json"
@@ -31,7 +31,7 @@ def gguf_file(source: str | Path) -> Path | None:
     Raises:
         InputError: a folder holds several of them and no other weights.
     """
-    path = Path(source).expanduser()
+    path = checked_path(Path(source).expanduser())
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path
     if not path.is_dir() or any(next(path.glob(pattern), None) for pattern in _WEIGHTS):

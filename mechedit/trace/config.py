@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from mechedit.bounds import check_numbers
 from mechedit.errors import InputError, check_at_least, check_choice, check_positive
-from mechedit.models import Part
+from mechedit.models import MOST_LAYERS, Part
 from mechedit.trace.approximation import Approximation
 from mechedit.trace.corruption import Corruption
 from mechedit.trace.labels import ROLES
@@ -55,6 +56,9 @@ class TraceConfig:
         object.__setattr__(self, "sever", tuple(sever.label for sever in severings))
         if isinstance(self.corruption, str):
             object.__setattr__(self, "corruption", Corruption(distribution=self.corruption))
+        check_numbers(self, samples=100_000, window=MOST_LAYERS)
+        check_positive("noise", self.noise, "choose a number such as 3")
+        check_positive("noise_std", self.noise_std, optional=True)
         for metric in self.metrics:
             find_metric(metric)
         metrics = [metric_name(metric) if isinstance(metric, str) else metric for metric in self.metrics]

@@ -9,10 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, read_whole
+from mechedit.models import read_layer_range
 from mechedit.trace.labels import ROLES, SEVER_LABELS
 
 MODULES = ("nothing", "mlp", "attn")
+_MOST_POSITIONS = 100_000_000
 _FORM = re.compile(r"(?P<module>[a-z]+)(@(?P<layers>[0-9+\-]+))?(:(?P<places>[a-z_0-9+\-]+))?")
 _EXPECTED = "expected nothing, mlp or attn, such as mlp, mlp@3, mlp@2-4+7 or attn:last"
 _PLACE_WORDS = {
@@ -61,9 +63,9 @@ class Sever:
             raise InputError(f"sever holds {label!r}, {_EXPECTED}")
         try:
             layers = None if match["layers"] is None else _layers(match["layers"])
-        except ValueError as error:
-            raise InputError(f"sever holds {label!r}: its layers cannot be read, {_EXPECTED}") from error
-        places = [_place(word) for word in (match["places"] or "subject_last").split("+")]
+            places = [_place(word) for word in (match["places"] or "subject_last").split("+")]
+        except InputError as error:
+            raise InputError(f"sever holds {label!r:.80}: {error}; {_EXPECTED}") from error
         return Sever(module=match["module"], layers=layers, places=tuple(places))
 
     @staticmethod
@@ -131,18 +133,13 @@ def sever_in_words(label: str) -> str:
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    layers: set[int] = set()
-    for span in text.split("+"):
-        first, *rest = (int(end) for end in span.split("-"))
-        (last,) = rest or (first,)
-        if last < first:
-            raise ValueError(f"{span} runs backwards")
-        layers |= set(range(first, last + 1))
-    return tuple(sorted(layers))
+    return tuple(sorted({layer for span in text.split("+") for layer in read_layer_range(span, repr(text))}))
 
 
 def _place(word: str) -> str | int:
-    return int(word) if re.fullmatch(r"-?[0-9]+", word) else word
+    if not re.fullmatch(r"-?[0-9]+", word):
+        return word
+    return (-1 if word.startswith("-") else 1) * read_whole("a position", word.removeprefix("-"), _MOST_POSITIONS)
 
 
 def _place_words(role_or_position: str | int) -> str:
@@ -153,8 +150,9 @@ def _place_words(role_or_position: str | int) -> str:
 
 
 def _spans(layers: Sequence[int], dash: str) -> list[str]:
-    starts = [layer for layer in layers if layer - 1 not in layers]
-    ends = [layer for layer in layers if layer + 1 not in layers]
+    present = set(layers)
+    starts = [layer for layer in layers if layer - 1 not in present]
+    ends = [layer for layer in layers if layer + 1 not in present]
     return [str(a) if a == b else f"{a}{dash}{b}" for a, b in zip(starts, ends, strict=True)]
 
 

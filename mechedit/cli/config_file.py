@@ -1,0 +1,77 @@
+"""The file that --config names: option names with values, as YAML or JSON."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from mechedit.errors import InputError, brief
+from mechedit.files import read_text
+
+_HINT = "expected text, a number, true or false: fix it, or leave the option out for its default"
+
+
+def config_defaults(group: Any, arguments: list[str]) -> dict[str, Any]:
+    """Defaults for the command's options from the file that --config names; the command line wins.
+
+    Raises:
+        InputError: the file is not there, is neither YAML nor JSON, names an option the command lacks or one twice, or
+            gives a value of another kind.
+    """
+    path = next((after for word, after in pairwise([*arguments, ""]) if word == "--config"), None)
+    path = next((word.partition("=")[2] for word in arguments if word.startswith("--config=")), path)
+    name = next((word for word in arguments if word in group.commands), None)
+    if path is None or name is None:
+        return {}
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path!r} holds a {type(content).__name__}, expected option names with values")
+    # --max-facts is the parameter max_facts.
+    options = {
+        spelling.lstrip("-"): parameter for parameter in group.commands[name].params for spelling in parameter.opts
+    }
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        option = str(key).lstrip("-").replace("_", "-")
+        if option not in options:
+            raise InputError(f"{path!r} names the option {option!r:.80}, expected some of {', '.join(sorted(options))}")
+        if options[option].name in values:
+            raise InputError(f"{path!r} gives the option {option!r} twice, expected it once; drop one")
+        is_list = getattr(options[option], "multiple", False) and isinstance(value, list)
+        for item in value if is_list else [value]:
+            if not isinstance(item, str | int | float):
+                raise InputError(f"{path!r}: the option {option!r} is {brief(item)}, {_HINT}")
+        values[options[option].name] = value
+    return {name: values}
+
+
+def read_yaml(path: str) -> Any:
+    """Read a YAML file, of which JSON is a part; an empty one is an empty object.
+
+    Raises:
+        InputError: there is no such file, or it is not YAML: the message names the line where YAML knows it. Also a key
+            given twice, nesting too deep, a date that does not exist, or a number of thousands of digits.
+    """
+    text = read_text(path)
+    try:
+        content = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{path!r} is neither YAML nor JSON ({reason}); fix the file") from error
+    return {} if content is None else content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's own reader takes the last of two values for one key."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Read an object whose keys are all different."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r:.80} is given twice", problem_mark=node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)

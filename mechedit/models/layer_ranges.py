@@ -1,0 +1,29 @@
+"""Ranges of layers as people write them, `3-8` or `3`, read without making a list of their layers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mechedit.errors import InputError, read_whole
+
+MOST_LAYERS: Final = 10_000
+"""More layers than any model has: a range up to here may become a list before the model is known."""
+
+
+def read_layer_range(text: str, what: str) -> range:
+    """Read one layer, `3`, or a range with both its ends, `3-8`.
+
+    Args:
+        text: to read.
+        what: names the whole text in messages, such as `the layers '3-8,10'`.
+
+    Raises:
+        InputError: anything else, a range that runs backwards, or a layer that no model has.
+    """
+    ends = text.strip().split("-")
+    if not 1 <= len(ends) <= 2 or not all(end.strip().isdecimal() for end in ends):
+        raise InputError(f"{what} cannot be read, expected such as 3-8 or 3,5,7")
+    first, last = (read_whole(f"a layer of {what}", end, MOST_LAYERS - 1) for end in (ends[0], ends[-1]))
+    if last < first:
+        raise InputError(f"{what} run backwards, expected the lower one first, such as {last}-{first}")
+    return range(first, last + 1)

@@ -1,0 +1,109 @@
+"""Sizes from the command line are checked before anything of that size is made."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mechedit import InputError, Sever, TraceConfig, load_facts
+from mechedit.cli import main, parse_layers, parse_windows
+from mechedit.cli.parsing import parse_shard
+from mechedit.files import checked_path
+
+DIGITS = "9" * 5000
+"""More digits than Python reads."""
+
+
+@contextlib.contextmanager
+def limited_memory() -> Iterator[None]:
+    """Let the process take half a GiB more, so that what is too large is a MemoryError and not the machine's end."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def refuse_model(*arguments: object) -> None:
+    raise InputError("the model was asked for")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--layers", "1-999999999"], "expected a whole number from 0 to 9,999"),
+        (["moments", "--layers", DIGITS], "expected a whole number from 0 to 9,999"),
+        (["moments", "--layers", f"1-{DIGITS}"], "expected a whole number from 0 to 9,999"),
+        (["moments", "--layers", "0-9000," * 1000 + "1"], "name a layer twice"),
+        (["moments", "--layers", "1", "--shard", f"0/{DIGITS}"], "the number of shards is 999"),
+        (["trace", "--sever", "mlp@1-99999999999"], "expected a whole number from 0 to 9,999"),
+        (["trace", "--sever", f"mlp@{DIGITS}"], "expected a whole number from 0 to 9,999"),
+        (["trace", "--sever", f"mlp:-{DIGITS}"], "a position is 999"),
+        (["trace", "--samples", "1000000000"], "samples is 1000000000, expected a whole number"),
+        (["trace", "--kinds", "s" * 100_000], "an entry of kinds is"),
+        (["select", ".", "--validate", "--windows", "1-99999999999"], "expected a whole number from 0 to 9,999"),
+        (["trace", "--out", ""], "it is empty, expected a path"),
+        *(
+            ([*arguments, path], "cannot be a path")
+            for path in ("p" * 5000, "a\0b")
+            for arguments in (
+                ["trace", "--facts"],
+                ["trace", "--out"],
+                ["trace", "--config"],
+                ["select"],
+                ["report"],
+                ["edit", "--show"],
+                ["edit", "--layers", "1", "--requests"],
+                ["edit", "--layers", "1", "--moments"],
+                ["edit", "--selection"],
+                ["evaluate", "--texts"],
+                ["evaluate", "--references"],
+                ["apply", "--edit", "edit.safetensors", "--out"],
+            )
+        ),
+    ],
+)
+def test_an_absurd_size_is_refused_in_a_short_line_before_it_is_made(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", refuse_model)
+    with limited_memory(), pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mechedit:")]
+    assert leaving.value.code == 2
+    assert message in line
+    assert len(line) < 1100
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_models_may_have_is_read():
+    """The control: bounds refuse nothing that there could be."""
+    assert parse_layers("3-5,0300") == [3, 4, 5, 300]
+    assert parse_windows("0-9999")[0].layers == list(range(10_000))
+    assert Sever.parse("mlp@2-4+7:-2").label == "mlp@2-4+7:-2"
+    assert len(Sever.parse("mlp@0-9999").label) < 20
+    assert parse_shard("3/4096", {}) == (3, 4096)
+    assert TraceConfig(samples=1000).samples == 1000
+    assert str(checked_path("new/folder")) == "new/folder"
+
+
+def test_a_path_that_no_file_system_holds_is_refused_by_loaders():
+    for path in ("p" * 5000, "a\0b"):
+        with pytest.raises(InputError, match=r"cannot be a path|cannot read the file"):
+            load_facts(path)
+
+
+def test_what_is_too_large_is_noticed():
+    """The control: the limit is one that a list of so many layers would break."""
+    if sys.platform.startswith("linux"):
+        with limited_memory(), pytest.raises(MemoryError):
+            list(range(10**9))
