@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from mechedit.bounds import check_numbers
 from mechedit.errors import InputError, check_at_least, check_choice, check_fraction
 
 Likelihood = Literal["joint", "normalized"]
@@ -46,6 +47,7 @@ class EvaluationConfig:
     """Coverage of the intervals, between 0 and 1."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, resamples=1_000_000, generation_tokens=1_000_000, answer_tokens=1_000_000)
         if isinstance(self.stop_words, str) or not all(self.stop_words):
             raise InputError(
                 f"stop_words is {self.stop_words!r}, expected a list of texts that are not empty, such as ['.']; leave "

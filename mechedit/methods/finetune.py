@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mechedit.bounds import check_numbers
 from mechedit.edit import Edit
 from mechedit.errors import check_at_least, check_positive
 from mechedit.methods.manifest import edit_manifest
@@ -46,6 +47,7 @@ class FineTuneConfig(MethodConfig):
     preserves_keys: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("steps", "batch_size", "lr"):
             check_positive(name, getattr(self, name))
         check_at_least("stop_loss", self.stop_loss, 0, "choose 0 (never stop early) or more")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from mechedit.bounds import check_numbers
 from mechedit.errors import InputError, check_choice, check_positive
 from mechedit.files import read_json
 from mechedit.methods.rules import EarlierKeys, Moments, Ridge
@@ -90,6 +91,7 @@ class SpreadConfig:
     """Prompts per forward pass."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("convention", self.convention, ("default", "memit-2022"))
         check_positive("batch_size", self.batch_size)

@@ -151,6 +151,7 @@ class BackendModel:
         """One forward pass; see `mechedit.models.protocol.Model.run`."""
         if self._lacks_rows:
             tokens = Tokens(padded_with_rows(tokens.ids, tokens.mask, self.vocab_size, self.tokenizer), tokens.mask)
+        self._check_length(tokens.mask)
         plan = plan_run(
             self,
             tokens,
@@ -171,6 +172,21 @@ class BackendModel:
     def runs_at_once(self) -> bool:
         """Whether several threads may call `run` at once; see `mechedit.models.protocol.Model.runs_at_once`."""
         return self.fast_engine is not None and self.fast_engine.runs_at_once and self.keeps_keys
+
+    def _check_length(self, mask: Int[Tensor, "batch pos"]) -> None:
+        """Refuse a row of more tokens than the model has positions for, whose embedding would be looked up in vain.
+
+        Raises:
+            InputError: says how many tokens it has.
+        """
+        if mask.shape[1] <= self.max_positions:
+            return
+        longest = int((mask != 0).sum(1).max())
+        if longest > self.max_positions:
+            raise InputError(
+                f"a text has {longest} tokens, expected at most {self.max_positions}, all that {self.name!r} can take: "
+                f"shorten it"
+            )
 
     def _carry_out(self, plan: RunPlan) -> Run:
         """Run the plan in the first engine that can."""

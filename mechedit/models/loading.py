@@ -254,6 +254,11 @@ def _location(source: str | Path) -> str:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
+    if str(device).partition(":")[0] == "meta":
+        raise InputError(
+            "the device is 'meta', which holds no numbers; expected cpu or an accelerator of this machine: choose "
+            "another with --device"
+        )
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mechedit.bounds import check_numbers
 from mechedit.errors import check_at_least, check_positive
 from mechedit.models import Model
 
@@ -29,6 +30,7 @@ class MomentsConfig:
     """Seconds between two checkpoints, at least."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_at_least("max_length", self.max_length, 1)
         check_at_least("tokens", self.tokens, 1, optional=True)
         check_at_least("batch_tokens", self.batch_tokens, 1)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.batching import pad
+from mechedit.bounds import check_numbers
 from mechedit.errors import InputError, check_at_least, check_positive
 from mechedit.models import Model
 from mechedit.moments.accumulator import MomentAccumulator
@@ -43,6 +44,7 @@ class Convergence:
     """Random seed of that draw."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, drawn=1_000_000)
         check_positive("the weight of the convergence curve", self.weight)
         check_at_least("drawn", self.drawn, 1)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mechedit.bounds import check_numbers
 from mechedit.errors import InputError, check_at_least, check_choice, check_fraction
 
 Rule = Literal["contribution", "gap-peak", "mlp-window", "moving-average"]
@@ -41,6 +42,7 @@ class SelectConfig:
     """Seed of the resamples and of the random signs."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, resamples=1_000_000, width=10_000, min_width=10_000, max_width=10_000)
         check_choice("the rule", self.rule, get_args(Rule))
         for name in ("share", "overlap", "agreement"):
             if getattr(self, name) != 1:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mechedit.bounds import check_numbers
 from mechedit.errors import check_positive
 from mechedit.session.metrics import HistoryEntry
 
@@ -30,6 +31,7 @@ class StopRule:
     """Highest weight norm of any edited layer, in multiples of the unedited layer's."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, value in dataclasses.asdict(self).items():
             check_positive(name, value, "choose a larger number, or None for no such limit", optional=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+from mechedit.bounds import check_numbers
 from mechedit.data import EditRequest
 from mechedit.errors import InputError, check_at_least, check_choice
 
@@ -95,6 +96,8 @@ class SweepConfig:
     """Seed of the sample of requests and of the bootstrap."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, width=10_000)
+        check_at_least("width", self.width, 1, optional=True)
         check_choice("by", self.by, get_args(By))
         check_at_least("requests", self.requests, 2, "choose more, as fewer give no interval")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from mechedit.bounds import check_numbers
 from mechedit.data import check_template
 from mechedit.errors import InputError, check_at_least, check_choice, check_positive
 from mechedit.models import Module, Part, out_part
@@ -62,6 +63,7 @@ class TargetSettings:
     """`lr` of the published code."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_choice("convention", self.convention, ("default", "memit-2022"))
         check_template(self.kl_prompt, "kl_prompt")
         if self.convention == "memit-2022" and self.lr is None:

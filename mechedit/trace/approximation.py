@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mechedit.bounds import check_numbers
 from mechedit.errors import check_at_least, check_fraction
 
 CellKey = tuple[str, str, int, int]
@@ -37,6 +38,7 @@ class Approximation:
     """Rank correlation below which the trace is refused, in any kind and severing; 0 refuses nothing."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, points=1_000_000)
         check_at_least("points", self.points, 1)
         check_at_least("largest", self.largest, 0)
         check_at_least("exact_cells", self.exact_cells, 20, "with fewer a rank correlation says little")

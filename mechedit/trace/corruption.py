@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.bounds import check_numbers
 from mechedit.data import Fact
 from mechedit.errors import InputError, check_at_least, check_choice
 from mechedit.models import EMBED, Model, Tokens
@@ -47,6 +48,7 @@ class Corruption:
     """Tokens after the subject that are corrupted too."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, extra_tokens=1_000_000)
         check_choice("the corruption", self.distribution, get_args(Distribution))
         if self.degrees <= 2:
             raise InputError(f"degrees is {self.degrees}, expected more than 2: with less there is no variance")
