@@ -73,8 +73,13 @@ def trace_step(folder: RunFolder, model: Model, facts: Sequence[Fact], config: T
     return folder.step("trace", stamp, partial(trace_to_folder, model, facts, config, folder.path), TRACE)
 
 
-def select_step(folder: RunFolder, config: SelectConfig) -> Selection:
+def select_step(folder: RunFolder, config: SelectConfig, *, save: bool = True) -> Selection:
     """Select layers from the folder's effects and write selection.json.
+
+    Args:
+        folder: in which facts were traced.
+        config: the rule and its settings.
+        save: whether to write at once; not where `validate_step` follows, which may refuse, and then writes.
 
     Raises:
         InputError: the folder holds no effects, or not those that selection needs.
@@ -85,7 +90,8 @@ def select_step(folder: RunFolder, config: SelectConfig) -> Selection:
             f"{str(folder.path)!r} holds no effects.parquet, expected a folder that `mechedit trace` wrote; trace first"
         )
     selection = select_layers(read_table(file, role="subject_last"), config=config)
-    selection.save(folder.path / "selection.json")
+    if save:
+        selection.save(folder.path / "selection.json")
     return selection
 
 
@@ -123,7 +129,7 @@ def validate_step(
 ) -> Selection:
     """Sweep windows of layers with held-out edits, compare them with the selection, and choose by `sweep.by`.
 
-    Writes sweep.parquet and sweep_cases.parquet, and selection.json again, with `validation` in it. Finished
+    Writes sweep.parquet and sweep_cases.parquet, and at the end selection.json, with `validation` in it. Finished
     windows are kept in sweep_parts/, so that other windows can be added without editing those again.
 
     Raises:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 from mechedit import pipeline
 from mechedit.cli.app import say
 from mechedit.cli.command import POSITIONAL, command, options_of
-from mechedit.cli.options import RULE_NOTE, MethodOptions, RequestsOption, TextsOption
+from mechedit.cli.options import RULE_NOTE, MethodOptions, ModelOptions, RequestsOption, TextsOption
 from mechedit.cli.parsing import existing_folder
-from mechedit.data import EditRequest
+from mechedit.errors import InputError
 from mechedit.figures import run_figures
 from mechedit.moments import MomentsConfig
 from mechedit.run_folder import RunFolder
@@ -33,6 +33,11 @@ class SelectOptions(RequestsOption, TextsOption, MethodOptions):
     """Model to sweep: tiny, a hub name or a folder; by default the one that was traced."""
 
 
+_RENAMED = {"requests": "validate_requests"}
+_ALWAYS_READ = ("directory", "validate", "accept_unsettled", "by")
+"""Fields that the command reads also without a sweep, beside those of a model and of a selection."""
+
+
 @command(
     select=options_of(
         SelectConfig,
@@ -41,7 +46,7 @@ class SelectOptions(RequestsOption, TextsOption, MethodOptions):
     ),
     sweep=options_of(
         SweepConfig,
-        rename={"requests": "validate_requests"},
+        rename=_RENAMED,
         notes={"windows": "Windows to sweep, such as 1-4,2-5; by default all that are as wide as the selected range."},
     ),
     moments=options_of(MomentsConfig, only=("tokens", "max_length")),
@@ -60,11 +65,12 @@ def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepCon
     if sweeping:
         traced = pipeline.traced_model(folder)
         options = replace(options, model=options.model or traced["model"], dtype=options.dtype or traced["dtype"])
-    requests = options.read_requests(options.requests) if sweeping else []
-    selection = pipeline.select_step(folder, select)
+    else:
+        _refuse_idle(options, sweep, moments)
+    selection = pipeline.select_step(folder, select, save=not sweeping)
     summary = {}
     if sweeping:
-        selection = _validate(folder, selection, requests, options, sweep, moments)
+        selection = _validate(folder, selection, options, sweep, moments)
         summary["validation"] = selection.validation
     run_figures(folder.path)
     say(selection.reason)
@@ -73,15 +79,33 @@ def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepCon
     return 0 if accepted else 3
 
 
+def _refuse_idle(options: SelectOptions, *settings: SweepConfig | MomentsConfig) -> None:
+    """Refuse options that only a sweep reads, where there is none.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    shared = {field.name for kind in (ModelOptions, SelectConfig) for field in fields(kind)}
+    for chosen in (options, *settings):
+        names = [field.name for field in fields(chosen) if field.name not in {*shared, *_ALWAYS_READ}]
+        changed = [name for name in names if getattr(chosen, name) != getattr(type(chosen), name)]
+        if changed:
+            option = _RENAMED.get(changed[0], changed[0]) if isinstance(chosen, SweepConfig) else changed[0]
+            raise InputError(
+                f"--{option.replace('_', '-')} is for the sweep of edits, expected a sweep; add --validate, or --by "
+                f"sweep or both, or leave it out"
+            )
+
+
 def _validate(
     folder: RunFolder,
     selection: Selection,
-    requests: list[EditRequest],
     options: SelectOptions,
     sweep: SweepConfig,
     moments: MomentsConfig,
 ) -> Selection:
     """Sweep the traced model and say how its edits agree with the trace."""
+    requests = options.read_requests(options.requests)
     model = options.load_model()
     requests = options.in_turns(model, requests)
     config = options.method_config(model)

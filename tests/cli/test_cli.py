@@ -548,6 +548,50 @@ def test_select_validates_by_editing_and_chooses_by_it(traced, tmp_path, small_i
     assert "settings.steps = 4, expected 5" in message
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ["--method", "zzz"],
+        ["--set", "zzz=1"],
+        ["--windows", "2-30"],
+        ["--dtype", "bfloat16"],
+        ["--requests", "/no/such/file"],
+        ["--texts", "/no/such/file.txt"],
+    ],
+)
+def test_a_refused_validation_leaves_the_selection_as_it_was(traced, tmp_path, capsys, small_inputs, refused):
+    folder = tmp_path / "run"
+    shutil.copytree(traced, folder)
+    (folder / "selection.json").write_text("a validated selection")
+    complaint(capsys, "select", folder, "--validate", *small_inputs, *refused)
+    assert (folder / "selection.json").read_text() == "a validated selection"
+    assert call("select", folder, "--accept-unsettled") == 0  # the control: one that is not refused replaces it
+    assert me.Selection.load(folder / "selection.json").layers
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        ["--windows", "1-2"],
+        ["--validate-requests", "3"],
+        ["--requests", "requests.json"],
+        ["--texts", "tiny"],
+        ["--tokens", "2000"],
+        ["--max-length", "20"],
+        ["--method", "rome"],
+        ["--set", "steps=3"],
+        ["--chat"],
+        ["--strict"],
+    ],
+)
+def test_an_option_that_does_nothing_is_refused(traced, tmp_path, capsys, idle):
+    folder = tmp_path / "run"
+    shutil.copytree(traced, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert f"{idle[0]} is for the sweep of edits" in complaint(capsys, "select", folder, *idle)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
 def test_run_lets_edits_decide_where_the_facts_do_not(tmp_path, capsys):
     requests, texts = tmp_path / "requests.json", tmp_path / "texts.txt"
     requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:3]))
