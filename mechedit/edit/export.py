@@ -24,9 +24,11 @@ from mechedit.edit.weights import HALF, projection_parameter, rounded_sum
 from mechedit.errors import InputError, check_choice, check_finite
 from mechedit.files import atomic_folder, write_json
 from mechedit.models import DTYPES, MODULES, Model
+from mechedit.models.saving import is_checkpoint_file
 
 MANIFEST = "mechedit.json"
 """File name of the edit's manifest in an export's folder."""
+_ADAPTER_FILES = (MANIFEST, "adapter_model.safetensors", "adapter_config.json")
 MOST_ROUNDING = 0.1
 """Largest change of an edit's effect by rounding, relative to the effect, that goes without a warning."""
 
@@ -54,7 +56,7 @@ def export(
         model: that the edit was made for.
         edit: to write.
         folder: absent or empty.
-        overwrite: replace an earlier export in `folder`, but nothing else.
+        overwrite: replace an earlier export in `folder`; with anything else beside it, that is refused.
         dtype: of the written weights, such as float32; by default the checkpoint's.
 
     Warns:
@@ -66,6 +68,8 @@ def export(
             dtype, or one that does not hold the weights; what was read back is not the edited model.
     """
     target, text = _dtype(dtype, model), _edited_prompt(edit)
+    if overwrite:
+        _check_replaceable(folder, model)
     with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary, contextlib.ExitStack() as stack:
         check_model(model, edit)
         rounded = _rounded(model, edit, target)
@@ -77,6 +81,29 @@ def export(
             _warn_of_rounding(unedited, exact, _last_logits(model, text), target)
         model.save_pretrained(temporary, dtype=target, text=text)
         write_json(temporary / MANIFEST, dict(edit.manifest))
+
+
+def _check_replaceable(folder: str | Path, model: Model) -> None:
+    """Refuse an earlier export's folder that also holds what no export writes: it would go with the export.
+
+    Raises:
+        InputError: names what would be lost.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return
+    present = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    others = [
+        str(path)
+        for path in present
+        if str(path) not in _ADAPTER_FILES and not is_checkpoint_file(path, model.tokenizer)
+    ]
+    if others:
+        raise InputError(
+            f"{str(folder)!r} holds {', '.join(map(repr, others[:3]))}{' and more' if len(others) > 3 else ''} beside "
+            f"an earlier export, expected nothing else in a folder that is replaced: move it away, or choose another "
+            f"folder"
+        )
 
 
 def _dtype(dtype: str | torch.dtype | None, model: Model) -> torch.dtype:
@@ -172,12 +199,14 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
         model: that the edit was made for.
         edit: to write.
         folder: absent or empty.
-        overwrite: replace an earlier export in `folder`, but nothing else.
+        overwrite: replace an earlier export in `folder`; with anything else beside it, that is refused.
 
     Raises:
         InputError: the edit was made for other weights, or a layer has rank 0; the folder is not empty, or cannot be
             created; what was read back is not the edit.
     """
+    if overwrite:
+        _check_replaceable(folder, model)
     with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary:
         check_model(model, edit)
         full_rank = min(model.d_key, model.d_model)

@@ -7,6 +7,7 @@ byte, wherever what is in memory is what these files say. A source in several fi
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Names of the files in which transformers looks for a tokenizer and its chat template."""
+_MODEL_FILES = re.compile(
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
 _INDEX = "model.safetensors.index.json"
 _INDICES = (_INDEX, "pytorch_model.bin.index.json")
 _TEXT = "The Eiffel Tower is in the city of"
@@ -49,6 +53,14 @@ def save_checkpoint(hf: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -
     if generation is not None:
         shutil.copyfile(generation, folder / "generation_config.json")
     _write_tokenizer(tokenizer, folder)
+
+
+def is_checkpoint_file(path: Path, tokenizer: Any) -> bool:
+    """Whether `save_checkpoint` writes such a file, given its path in the folder."""
+    if path.parent.name == "additional_chat_templates":
+        return path.suffix == ".jinja"
+    names = {*TOKENIZER_FILES, *(getattr(tokenizer, "vocab_files_names", None) or {}).values()}
+    return len(path.parts) == 1 and (path.name in names or _MODEL_FILES.fullmatch(path.name) is not None)
 
 
 def check_checkpoint(hf: Any, tokenizer: Any, folder: Path, text: str | None = None) -> None:

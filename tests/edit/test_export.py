@@ -240,3 +240,18 @@ def test_rounding_that_takes_the_effect_is_said(source: Path, tmp_path: Path) ->
     with pytest.warns(UserWarning, match=r"in torch.bfloat16 rounding changes what the edit does .* by \d+%"):
         export(model, small, tmp_path / "small")
     assert logits(load_model(tmp_path / "small", device="cpu")).isfinite().all()
+
+
+@pytest.mark.parametrize("write", [export, export_lora])
+@pytest.mark.parametrize("extra", ["thesis.txt", "notes/plan.md", ".hidden", "model.safetensors.bak"])
+def test_only_an_export_is_replaced(lens_model: Any, tmp_path: Path, write: Any, extra: str) -> None:
+    out, edit = tmp_path / "out", random_edit(lens_model)
+    for _ in range(2):  # the control: the second replaces the first
+        write(lens_model, edit, out, overwrite=True)
+    (out / extra).parent.mkdir(exist_ok=True)
+    (out / extra).write_text("a year's work")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=f"holds '{extra}' beside an earlier export"):
+        write(lens_model, edit, out, overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
