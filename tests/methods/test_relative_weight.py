@@ -153,8 +153,9 @@ def test_the_published_code_keeps_its_absolute_weight() -> None:
 
 @pytest.mark.parametrize("name", ["covariance_weight", "relative_covariance_weight"])
 def test_a_weight_is_positive(name: str) -> None:
-    with pytest.raises(InputError, match=f"{name} is -1, expected a number above 0"):
-        MemitConfig(**{name: -1})
+    for value, message in ((-1, "expected a number of at least 0 and at most"), (0, "expected a number above 0")):
+        with pytest.raises(InputError, match=f"{name} is {value}, {message}"):
+            MemitConfig(**{name: value})
 
 
 def test_a_weight_in_two_units_is_refused() -> None:

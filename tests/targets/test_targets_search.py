@@ -463,9 +463,9 @@ def test_the_margin_is_part_of_the_key_when_there_is_one() -> None:
 def test_bad_settings_are_refused() -> None:
     for wrong, match in (
         ({"attention": True}, 'attention is on with part "resid"'),
-        ({"margin": -0.5}, "margin is -0.5, expected at least 0"),
+        ({"margin": -0.5}, "margin is -0.5, expected a number of at least 0 and at most"),
         ({"pass_tokens": 0}, "pass_tokens is 0"),
-        ({"kl_weight": -1}, "kl_weight is -1, expected at least 0; choose"),
+        ({"kl_weight": -1}, "kl_weight is -1, expected a number of at least 0 and at most"),
     ):
         with pytest.raises(InputError, match=match):
             TargetConfig(**wrong)  # type: ignore[arg-type]
