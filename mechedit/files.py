@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 
 
 @contextlib.contextmanager
@@ -153,13 +153,56 @@ def read_json(path: str | Path) -> Any:
         InputError: there is no such file, or it is not JSON (the message names the line).
     """
     path = Path(path)
+    return parse_json(read_text(path), repr(str(path)), "fix the file or make it again")
+
+
+def read_object(path: str | Path, *objects: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: path of the file.
+        objects: names of fields that hold objects themselves, where they are there and not null.
+
+    Raises:
+        InputError: as `read_json`, or the file or one of these fields holds something else.
+    """
+    content = read_json(path)
+    _check_object(content, repr(str(path)))
+    for name in objects:
+        if content.get(name) is not None:
+            _check_object(content[name], f"{name!r} in {str(path)!r}")
+    return content
+
+
+def parse_json(text: str, what: str, remedy: str) -> Any:
+    """Read JSON.
+
+    Args:
+        text: to read.
+        what: names the file or its part in messages.
+        remedy: what to do about text that is not JSON.
+
+    Raises:
+        InputError: it is not JSON (the message names the place), is nested too deep, or holds a number of thousands of
+            digits.
+    """
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{str(path)!r} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
-            f"fix the file or make it again"
+            f"{what} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; {remedy}"
         ) from error
+    except RecursionError as error:
+        raise InputError(f"{what} holds lists or objects in each other, deeper than can be read; {remedy}") from error
+    except ValueError as error:  # Python reads no whole number of more than 4,300 digits
+        raise InputError(f"{what} holds a number of thousands of digits; {remedy}") from error
+
+
+def _check_object(content: Any, what: str) -> None:
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{what} is {brief(content)}, expected a JSON object; fix the file, or remove it and make it again"
+        )
 
 
 def read_text(path: str | Path) -> str:
@@ -243,14 +286,16 @@ def read_tensors(path: str | Path, key: str, *, mapped: bool = False) -> tuple[d
         return tensors, _header(reader, path, key)
 
 
-def read_header(path: str | Path, key: str) -> Any:
-    """Read only the header that `write_tensors` wrote.
+def read_header(path: str | Path, key: str) -> dict[str, Any]:
+    """Read only the header that `write_tensors` wrote, an object.
 
     Raises:
-        InputError: as `read_tensors`.
+        InputError: as `read_tensors`, or the header is no object.
     """
     with _open_tensors(path) as reader:
-        return _header(reader, path, key)
+        header = _header(reader, path, key)
+    _check_object(header, f"the {key} in the header of {str(path)!r}")
+    return header
 
 
 @contextlib.contextmanager
@@ -275,9 +320,4 @@ def _header(reader: Any, path: str | Path, key: str) -> Any:
         raise InputError(
             f"{str(path)!r} has no {key!r} in its header; expected a file that mechedit wrote: check the path"
         )
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"the {key} in the header of {str(path)!r} is not JSON ({error}); make the file again"
-        ) from error
+    return parse_json(text, f"the {key} in the header of {str(path)!r}", "make the file again")

@@ -20,8 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mechedit.errors import InputError
 from mechedit.evaluation import MEASURES, Scores
-from mechedit.files import atomic, read_header, read_json
+from mechedit.files import atomic, read_header, read_object
 from mechedit.provenance import VERSION, file_hash
+from mechedit.run_folder import read_stamps
 from mechedit.tables import read_table, where
 from mechedit.trace import average_effects, clearest_fact, total_effects
 
@@ -77,7 +78,7 @@ def contents(folder: Path) -> dict[str, Any]:
         "evaluation": _if_present(folder / "summary.json", evaluation_section),
         "examples": _if_present(folder / "scores.json", examples_section),
     }
-    steps = read_json(folder / "config.json").get("steps", {}) if (folder / "config.json").is_file() else {}
+    steps = read_stamps(folder)
     return {
         **sections,
         "figures": {path.stem: inlined(path) for path in sorted(folder.glob("figures/*.png"))},
@@ -178,8 +179,8 @@ def _fact_summary(fact: str, facts: pd.DataFrame) -> dict[str, str]:
 
 def selection_section(path: Path) -> dict[str, Any]:
     """The content of selection.json, with the layers in words."""
-    selection = read_json(path)
-    if not isinstance(selection, dict) or "layers" not in selection:
+    selection = read_object(path, "alternatives", "validation", "provenance")
+    if not isinstance(selection.get("layers"), list):
         raise InputError(f"{str(path)!r} is not a selection, expected what `mechedit select` wrote: select again")
     alternatives = selection.get("alternatives") or {}
     return {
@@ -242,7 +243,7 @@ def edit_section(path: Path) -> dict[str, Any]:
 
 def evaluation_section(path: Path) -> dict[str, Any] | None:
     """The measures of each state, in the order of `MEASURES`; None when nothing was evaluated."""
-    summary = read_json(path)
+    summary = read_object(path, "before", "after", "now")
     states = [state for state in ("before", "after", "now") if summary.get(state)]
     explained = {name: measure for name, measure in MEASURES.items() if measure.meaning}
     measures = [measure for name, measure in explained.items() if any(name in summary[state] for state in states)]

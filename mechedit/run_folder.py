@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.cache import Cache, Codec, Value
-from mechedit.files import plain_copy, read_json, writable_folder, write_json
+from mechedit.errors import InputError, brief
+from mechedit.files import plain_copy, read_object, writable_folder, write_json
 from mechedit.provenance import ALGORITHMS, DEFAULTS, RECORDED, VERSION, check_provenance
 
 
@@ -67,8 +68,7 @@ class RunFolder:
 
     def stamps(self) -> dict[str, Any]:
         """The finished steps and what went into them."""
-        file = self.path / "config.json"
-        return read_json(file).get("steps", {}) if file.is_file() else {}
+        return read_stamps(self.path)
 
     def _made_from(self, name: str, stamp: Mapping[str, Any]) -> bool:
         """Whether a step has the stamp; one with another stamp is refused, unless it may be overwritten."""
@@ -83,6 +83,29 @@ class RunFolder:
 
     def _write(self, stamps: Mapping[str, Any]) -> None:
         write_json(self.path / "config.json", {"mechedit": VERSION, "steps": dict(stamps)})
+
+
+def read_stamps(folder: Path) -> dict[str, Any]:
+    """The finished steps of a folder and what went into them, by config.json; none without that file.
+
+    Raises:
+        InputError: config.json is not JSON, or it, its steps or one of them is no object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    steps = read_object(file, "steps").get("steps") or {}
+    for name, stamp in steps.items():
+        parts = {name: stamp}
+        if isinstance(stamp, dict):
+            parts |= {f"{name}.{part}": stamp.get(part, {}) for part in ("model", "settings")}
+        for part, value in parts.items():
+            if not isinstance(value, dict):
+                raise InputError(
+                    f"the step {part!r} in {str(file)!r} is {brief(value)}, expected an object; remove the file, and "
+                    f"make the steps again"
+                )
+    return steps
 
 
 def _deciding(stamp: Mapping[str, Any]) -> dict[str, Any]:

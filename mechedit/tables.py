@@ -10,10 +10,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
+from mechedit.files import parse_json
+
+NUMERIC = frozenset(
+    ("layer", "position", "score", "corrupted", "clean", "effect", "samples", "value", "first", "last", "mean", "low",
+     "high")
+)  # fmt: skip
+"""Columns that hold numbers in every table in which they stand."""
 
 
 def read_table(path: str | Path, **equal: Any) -> pd.DataFrame:
@@ -23,6 +31,7 @@ def read_table(path: str | Path, **equal: Any) -> pd.DataFrame:
         InputError: there is no such file, or it is not parquet or was cut short.
     """
     with _readable(path):
+        _check_schema(ParquetFile(path).schema_arrow, path)
         return pd.read_parquet(path, filters=[(column, "==", value) for column, value in equal.items()] or None)
 
 
@@ -43,6 +52,7 @@ def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str]
                 f"the table {str(path)!r} lacks {', '.join(missing)}; expected the columns {', '.join(columns)}: "
                 f"check the path"
             )
+        _check_schema(file.schema_arrow, path)
         attrs = json.loads((file.schema_arrow.metadata or {}).get(b"PANDAS_ATTRS", b"{}"))
         present = [column for column in optional if column in file.schema_arrow.names]
         for batch in file.iter_batches(columns=[*columns, *present]):
@@ -52,11 +62,36 @@ def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str]
             del frame, batch  # before the next ones are read
 
 
+def _check_schema(schema: pa.Schema, path: str | Path) -> None:
+    """Refuse text in a column of numbers, and attributes that are no object.
+
+    Raises:
+        InputError: names the column or the attributes.
+    """
+    attrs = parse_json(
+        (schema.metadata or {}).get(b"PANDAS_ATTRS", b"{}").decode(),
+        f"the attributes of {str(path)!r}",
+        "make the table again",
+    )
+    if not isinstance(attrs, dict):
+        raise InputError(
+            f"the attributes of the table {str(path)!r} are {brief(attrs)}, expected an object; make it again"
+        )
+    for name in NUMERIC.intersection(schema.names):
+        kind = schema.field(name).type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+            raise InputError(
+                f"the column {name!r} of the table {str(path)!r} holds {kind}, expected numbers; make the table again"
+            )
+
+
 @contextlib.contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ArrowException) as error:
+    except InputError:
+        raise
+    except (OSError, ArrowException, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"cannot read the table {str(path)!r} ({str(error).partition(chr(10))[0]}); expected a parquet "
             f"file that mechedit wrote: make it again"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.errors import InputError
-from mechedit.files import read_text
+from mechedit.files import parse_json, read_text
 
 WRAPPERS = ("data", "records", "requests", "facts", "edits", "examples", "items", "rows", "train", "test", "validation")
 """Fields under which files keep the list of their records."""
@@ -31,13 +31,36 @@ def read_records(path: Path) -> list[tuple[dict[str, Any], str]]:
         InputError: no such file; not JSON (the message names the line); a record that is not a JSON object; two lists.
     """
     text = read_text(path)
-    pairs = _read_list(text, path) if text.lstrip().startswith("[") else list(_read_objects(text, path))
+    try:
+        pairs = _read_list(text, path) if text.lstrip().startswith("[") else list(_read_objects(text, path))
+    except InputError:
+        raise
+    except (RecursionError, ValueError):
+        pairs = [(parse_json(text, repr(str(path)), "fix the file"), repr(str(path)))]
     if len(pairs) == 1 and isinstance(pairs[0][0], dict):
         pairs = _unwrapped(pairs[0][0], pairs[0][1], path)
+    escapes = "\\ud" in text.lower()  # only escapes can name half a character
     for record, location in pairs:
         if not isinstance(record, dict):
             raise InputError(f"{location} is a {type(record).__name__}, expected a JSON object; fix that record")
+        if escapes:
+            _check_characters(record, location)
     return pairs
+
+
+def _check_characters(record: dict[str, Any], location: str) -> None:
+    """Refuse a record with half of a surrogate pair, which no file and no tokenizer takes.
+
+    Raises:
+        InputError: names the record.
+    """
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{location} holds {error.object[error.start : error.end]!r}, half of a surrogate pair; expected whole "
+            f"characters: fix its encoding"
+        ) from error
 
 
 def _read_list(text: str, path: Path) -> list[Located]:

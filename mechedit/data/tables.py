@@ -82,8 +82,17 @@ def _read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
                 f"{location} has a stray quote: {text!r}; expected cells without quotes, or in a pair of double quotes "
                 f'with each inner one doubled, such as "the ""big"" one": fix that line'
             )
-        (cells,) = csv.reader([text], strict=True, skipinitialspace=True, delimiter=separator)
-        yield location, cells
+        yield location, _cells(text, separator)
+
+
+def _cells(line: str, separator: str) -> list[str]:
+    """The cells of a line, however long they are."""
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(line)))
+    try:
+        (cells,) = csv.reader([line], strict=True, skipinitialspace=True, delimiter=separator)
+    finally:
+        csv.field_size_limit(limit)
+    return cells
 
 
 def _separator_name(path: Path) -> str:

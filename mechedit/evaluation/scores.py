@@ -20,7 +20,7 @@ from mechedit.errors import InputError, check_choice
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.measures import COUNTERFACT, TEXT_MEASURES, ZSRE, definitions
 from mechedit.evaluation.summary import Summary, summarize_cases, summarize_texts
-from mechedit.files import read_json, write_json, write_parquet
+from mechedit.files import read_object, write_json, write_parquet
 from mechedit.provenance import VERSION, ModelIdentity, check_provenance
 from mechedit.tables import read_table, where
 
@@ -177,7 +177,7 @@ class Scores:
             InputError: a file is missing or holds something else.
         """
         folder = Path(folder)
-        about = read_json(folder / "scores.json")
+        about = read_object(folder / "scores.json", "config", "provenance")
         try:
             return Scores(
                 table=read_table(folder / "scores.parquet"),

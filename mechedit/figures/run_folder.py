@@ -14,7 +14,7 @@ from mechedit.figures.selection import plot_selection
 from mechedit.figures.style import draw, save_figure
 from mechedit.figures.sweep import sweep_figure
 from mechedit.figures.trace_figures import trace_figures
-from mechedit.files import read_json
+from mechedit.files import read_object
 from mechedit.tables import read_table
 
 
@@ -35,7 +35,10 @@ def run_figures(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}, expected one that mechedit wrote: check the path")
     figures: dict[str, Figure] = {}
-    selection, summary = (_optional_json(folder / name) for name in ("selection.json", "summary.json"))
+    selection, summary = (
+        _optional_json(folder / name, *objects)
+        for name, *objects in (("selection.json", "validation"), ("summary.json", "before", "after", "now"))
+    )
     if (folder / "effects.parquet").is_file():
         figures |= trace_figures(folder / "effects.parquet", selection.get("layers"))
     if selection.get("evidence"):
@@ -48,5 +51,5 @@ def run_figures(folder: str | Path) -> list[Path]:
     return [path for name, figure in figures.items() for path in save_figure(figure, folder / "figures", name)]
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _optional_json(path: Path, *objects: str) -> dict[str, Any]:
+    return read_object(path, *objects) if path.is_file() else {}

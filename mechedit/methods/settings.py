@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from mechedit.bounds import check_numbers
 from mechedit.errors import InputError, check_choice, check_positive
-from mechedit.files import read_json
+from mechedit.files import read_object
 from mechedit.methods.rules import EarlierKeys, Moments, Ridge
 from mechedit.models import Model
 from mechedit.prompt_tokens import make_prefixes
@@ -176,11 +176,11 @@ def checkpoint_settings(kind: type[Config], method: str, model: Model) -> Config
     """The method's settings as the model's checkpoint recommends them; without a recommendation, the defaults.
 
     Raises:
-        InputError: the file names a setting that the method lacks.
+        InputError: the file holds no object, names a setting that the method lacks, or gives one a bad value.
     """
     file = Path(model.checkpoint) / "editing.json"
-    settings = read_json(file).get(method, {}) if file.is_file() else {}
+    settings = (read_object(file, method).get(method) or {}) if file.is_file() else {}
     try:
         return kind(**settings)
-    except TypeError as error:
+    except (TypeError, InputError) as error:
         raise InputError(f"{str(file)!r} does not fit the method {method!r}: {error}; fix the file") from error

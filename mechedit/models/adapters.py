@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechedit.errors import InputError
-from mechedit.files import read_json
+from mechedit.files import read_object
 from mechedit.models.shared_copy import share_parameters
 
 _WIDTH = 8
@@ -133,7 +133,7 @@ def base_of(location: str) -> str:
     """
     path = adapter_config(location)
     assert path is not None, location
-    base = read_json(path).get("base_model_name_or_path")
+    base = read_object(path).get("base_model_name_or_path")
     if not base:
         raise InputError(
             f"the adapter {location!r} does not name its base model (base_model_name_or_path in "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.errors import InputError
-from mechedit.files import read_json, write_json
+from mechedit.files import read_object, write_json
 from mechedit.provenance import VERSION, check_provenance
 from mechedit.session.edited_batch import EditedBatch
 from mechedit.session.metrics import HistoryEntry
@@ -49,7 +49,7 @@ class SessionFolder:
                     f"another folder, or remove the batches"
                 )
             return None
-        content = read_json(file)
+        content = read_object(file, "made_with")
         try:
             return dict(content["made_with"]), tuple(HistoryEntry(*entry) for entry in content["unedited"])
         except (KeyError, TypeError, ValueError) as error:

@@ -1,0 +1,154 @@
+"""Damaged files are refused by name, whatever they hold; nothing ends in a traceback."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mechedit import InputError, MemitConfig, Selection, load_facts, load_requests, load_texts, recommended
+from mechedit.evaluation import Scores
+from mechedit.figures import run_figures
+from mechedit.files import read_header, read_json, read_object, write_json, write_tensors
+from mechedit.report import write_report
+from mechedit.run_folder import RunFolder
+from mechedit.tables import read_table
+
+DIGITS = "9" * 5000
+"""More digits than Python reads."""
+REQUEST = {"id": "1", "subject": "Rome", "prompt": "{} is in", "target_new": "France"}
+NO_JSON = {
+    "nested": '{"a": ' + "[" * 100_000,
+    "closed": '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "digits": '{"a": ' + DIGITS + "}",
+    "cut": '{"a": [1, 2',
+}
+NO_OBJECT = ("null", "[]", "5", '"text"', "true")
+
+
+@pytest.mark.parametrize("content", NO_JSON.values(), ids=NO_JSON)
+def test_what_is_no_json_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "file.json"
+    file.write_text(content)
+    for read in (read_json, load_facts, load_requests, load_texts, Selection.load):
+        with pytest.raises(InputError, match=r"file\.json"):
+            read(file)
+
+
+@pytest.mark.parametrize("content", NO_OBJECT)
+def test_a_file_without_an_object_is_refused(tmp_path: Path, content: str) -> None:
+    names = ("file.json", "config.json", "summary.json", "scores.json", "selection.json")
+    for name in names:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=r"file\.json' is .*expected a JSON object"):
+        read_object(tmp_path / "file.json")
+    with pytest.raises(InputError, match=r"config\.json' is .*expected a JSON object"):
+        RunFolder(tmp_path).stamps()
+    with pytest.raises(InputError, match=r"selection\.json.*expected"):
+        Selection.load(tmp_path / "selection.json")
+    with pytest.raises(InputError, match=r"scores\.json' is .*expected a JSON object"):
+        Scores.load(tmp_path)
+    for write in (write_report, run_figures):
+        with pytest.raises(InputError, match=r"\.json' is .*expected a JSON object"):
+            write(tmp_path)
+    for name in names[1:]:
+        (tmp_path / name).unlink()
+    (tmp_path / "summary.json").write_text("{}")  # the control: an object is read
+    assert RunFolder(tmp_path).stamps() == {}
+    assert run_figures(tmp_path) == []
+    assert write_report(tmp_path).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", {"before": []}, "'before' in .*summary.json' is "),
+        ("selection.json", {"layers": [1], "validation": [1]}, "'validation' in .*selection.json' is "),
+        ("config.json", {"steps": [1]}, "'steps' in .*config.json' is "),
+        ("config.json", {"steps": {"trace": None}}, "the step 'trace' in .*config.json' is None"),
+        ("config.json", {"steps": {"trace": {"model": 5}}}, "the step 'trace.model' in .*config.json' is 5"),
+    ],
+)
+def test_a_part_that_is_no_object_is_refused(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    write_json(tmp_path / name, content)
+    with pytest.raises(InputError, match=message):
+        write_report(tmp_path)
+    write_json(tmp_path / name, {"layers": [1]} if name == "selection.json" else {})
+    assert write_report(tmp_path).is_file()
+
+
+@pytest.mark.parametrize("content", [*NO_OBJECT, '{"memit": []}', '{"memit": 3}', '{"memit": {"lr": null, "x": 1}}'])
+def test_settings_that_ship_with_a_checkpoint_are_checked(
+    lens_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    monkeypatch.setattr(type(lens_model), "checkpoint", str(tmp_path))
+    (tmp_path / "editing.json").write_text('{"memit": {"steps": 7}}')
+    assert recommended("memit", lens_model) == MemitConfig(steps=7)
+    for text in (content, '{"memit": {"steps": -1}}', '{"memit": {"steps": "seven"}}', '{"memit": {"clamp": NaN}}'):
+        (tmp_path / "editing.json").write_text(text)
+        with pytest.raises(InputError, match=r"editing\.json"):
+            recommended("memit", lens_model)
+
+
+@pytest.mark.parametrize("header", [None, [], 5, "text"])
+def test_a_header_that_is_no_object_is_refused(tmp_path: Path, header: Any) -> None:
+    write_tensors(tmp_path / "file.safetensors", {"x": torch.ones(1)}, "about", header)
+    with pytest.raises(InputError, match=r"the about in the header of .* is .*expected a JSON object"):
+        read_header(tmp_path / "file.safetensors", "about")
+    write_tensors(tmp_path / "file.safetensors", {"x": torch.ones(1)}, "about", {"a": 1})
+    assert read_header(tmp_path / "file.safetensors", "about") == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["id", "prompt", "relation", "paraphrases", "neighbors", "unread"])
+def test_half_a_character_is_refused_by_the_loader(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "file.json"
+    values = {"paraphrases": ["Rome\ud83d is in"], "neighbors": [{"prompt": "Paris\ud83d is in", "object": "France"}]}
+    record = {**REQUEST, ("_unread" if name == "unread" else name): values.get(name, "{} \ud83d is in")}
+    for text in (json.dumps([record]), json.dumps(record)):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"file\.json', (record|line) 1 holds .*half of a surrogate pair"):
+            load_requests(file)
+    file.write_text(json.dumps([{**REQUEST, "target_new": "\U0001f600"}]))  # the control: a whole pair of escapes
+    assert "\\ud83d" in file.read_text()
+    assert load_requests(file)[0].target_new == "\U0001f600"
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_long_cells_are_read(tmp_path: Path, quote: str) -> None:
+    file, prompt = tmp_path / "file.csv", "a " * 100_000 + "{} is"
+    file.write_text(f"subject,prompt,target_new\nRome,{quote}{prompt}{quote},Ohio\n")
+    limit = csv.field_size_limit()
+    assert len(prompt) > limit  # the control: csv would refuse it
+    assert load_requests(file)[0].prompt == prompt
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("name", ["layer", "effect", "value", "mean"])
+def test_text_in_a_column_of_numbers_is_refused(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "effects.parquet"
+    pd.DataFrame({"fact": ["a", "b"], name: ["1", "text"]}).to_parquet(file)
+    with pytest.raises(InputError, match=f"the column {name!r} of the table .*effects.parquet"):
+        read_table(file)
+    frame = pd.DataFrame({"fact": ["a", "b"], name: [1, 2]})
+    frame.to_parquet(file)
+    pd.testing.assert_frame_equal(read_table(file), frame)
+
+
+@pytest.mark.parametrize("attrs", ["null", "[]", "5", "not JSON", "[" * 100_000])
+def test_attributes_that_are_no_object_are_refused(tmp_path: Path, attrs: str) -> None:
+    file = tmp_path / "effects.parquet"
+    frame = pd.DataFrame({"layer": [1, 2]})
+    frame.attrs = {"a": 1}
+    frame.to_parquet(file)
+    assert read_table(file).attrs == {"a": 1}
+    table = pq.read_table(file)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"PANDAS_ATTRS": attrs.encode()}), file)
+    with pytest.raises(InputError, match=r"effects\.parquet"):
+        read_table(file)
