@@ -35,7 +35,7 @@ def check_numbers(settings: Any, **largest: int) -> None:
         if optional and value is None:
             continue
         most = largest.get(name, LARGEST_WHOLE if integral else LARGEST)
-        kind = Integral if integral else Real
+        kind: Any = Integral if integral else Real
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value <= most:
             raise InputError(
                 f"{name} is {brief(value)}, expected a {'whole ' if integral else ''}number of at least 0 and at most "

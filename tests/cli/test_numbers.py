@@ -32,7 +32,7 @@ FIELDS = [(kind, name) for kind in sorted(SETTINGS, key=lambda kind: kind.__name
 NUMBERS = [
     (command.name, "--" + name.replace("_", "-"), "1e31" if float in {hint, *get_args(hint)} else str(2**64))
     for command in app.registered_commands
-    for name, parameter in inspect.signature(command.callback).parameters.items()
+    for name, parameter in inspect.signature(command.callback).parameters.items()  # type: ignore[arg-type]
     for hint in get_args(parameter.annotation)[:1]
     if {int, float} & {hint, *get_args(hint)}
 ]
@@ -65,7 +65,7 @@ def test_the_fields_are_all_there():
 def test_no_noise_is_refused():
     for name in ("noise", "noise_std"):
         with pytest.raises(me.InputError, match=f"{name} is 0"):
-            me.TraceConfig(**{name: 0})
+            me.TraceConfig(**{name: 0})  # type: ignore[arg-type]
 
 
 def refuse_model(*arguments: object) -> None:
