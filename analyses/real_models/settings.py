@@ -44,6 +44,7 @@ from mechedit.methods.spread import spread
 from mechedit.provenance import ModelIdentity
 from mechedit.solve import Update
 from mechedit.statistics import harmonic_mean
+from mechedit.tables import where
 
 JSON: Codec[dict[str, Any]] = Codec(read=read_json, write=write_json, suffix=".json")
 MEASURES = ("ES", "PS", "NS")
@@ -228,7 +229,7 @@ def _curve(
     rows: pd.DataFrame, rule: str, factor: Callable[[pd.DataFrame], Any], score: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log₁₀ of a rule's constant, ascending, and the scores there."""
-    rows = rows[rows["relative"] == (rule == RELATIVE)]
+    rows = where(rows, relative=rule == RELATIVE)
     constants = np.log10(rows["value"] / factor(rows)).to_numpy(dtype=float)
     order = constants.argsort()
     return constants[order], rows[score].to_numpy(dtype=float)[order]
