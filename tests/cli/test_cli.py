@@ -286,7 +286,7 @@ def test_both_backends_give_the_same_effects(traced, tmp_path):
 
 
 def test_a_config_file_gives_values_and_the_command_line_wins(tmp_path, capsys):
-    (tmp_path / "options.yaml").write_text("samples: 2\nmax-facts: 3\nroles: [subject_last]\n")
+    (tmp_path / "options.yaml").write_text("samples: 2\nmax-facts: 3\nroles: subject_last\n")
     arguments = ["--config", tmp_path / "options.yaml", "--max-facts", 4, "--out", tmp_path / "run"]
     assert call("trace", *arguments) == 0
     assert pd.read_parquet(tmp_path / "run" / "effects.parquet")["samples"].unique().tolist() == [2]

@@ -151,7 +151,7 @@ def test_one_layer_is_the_ten_line_computation(family_model: Any) -> None:
 def test_where_the_mlp_does_not_see_it_the_goal_is_reached(family_model: Any) -> None:
     """In parallel blocks the residual moves by just what attention's output does."""
     model = family_model.writing("attn")
-    targets = find_targets(model, REQUESTS, 1, ["{}"], TargetConfig(steps=3))
+    targets = find_targets(model, REQUESTS, 1, ["{}"], TargetConfig(steps=3, lr=0.5))
     edit = spread(model, REQUESTS, targets, [1], Ridge(moments=moments(model), weight=1e-9)).edit
     with edited(model, edit):
         torch.testing.assert_close(states(model, 1), targets.z, atol=1e-4, rtol=1e-4)

@@ -62,7 +62,7 @@ REQUESTS = [
     )
     for name, subject in (("a", "Danielle Darrieux"), ("b", "Leon Blum"), ("c", "Toko Yasuda"))
 ]
-CONFIG = MemitConfig(steps=6, clamp=4.0, covariance_weight=10)
+CONFIG = MemitConfig(steps=6, lr=0.5, clamp=4.0, covariance_weight=10)
 QUICK = EvaluationConfig(generation_tokens=0, answer_tokens=0, resamples=100)
 WINDOWS = [(0, 1), (1, 1), (0, 0)]
 """Not the last layer: what it writes at the subject reaches no later token."""

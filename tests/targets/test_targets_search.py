@@ -383,7 +383,7 @@ def least_margin(model: Any, request: EditRequest, layer: int, delta: Tensor) ->
 
 @pytest.mark.parametrize("convention", ["default", "memit-2022"])
 def test_a_fact_leaves_when_its_object_is_ahead_by_the_margin(lively: Any, convention: Any) -> None:
-    config = dataclasses.replace(BRISK, joint=False, convention=convention, threshold=-1.0, steps=15)
+    config = dataclasses.replace(BRISK, joint=False, convention=convention, threshold=0.0, steps=15)
     free = find_targets(lively, REQUESTS, 1, PREFIXES, config)
     assert set(free.summary.stopped) == {"steps"}
     stopping = find_targets(lively, REQUESTS, 1, PREFIXES, dataclasses.replace(config, margin=1.0))
@@ -406,7 +406,7 @@ def test_a_fact_leaves_when_its_object_is_ahead_by_the_margin(lively: Any, conve
 
 
 def test_facts_that_share_wait_for_the_margin_of_all(lively: Any) -> None:
-    config = dataclasses.replace(BRISK, threshold=-1.0, margin=0.5)
+    config = dataclasses.replace(BRISK, threshold=0.0, margin=0.5)
     row = find_targets(lively, REQUESTS, 1, PREFIXES, config).summary.set_index("id")
     assert row.loc["b"].updates == row.loc["d"].updates
     alone = [find_targets(lively, [REQUESTS[fact]], 1, PREFIXES, config).summary.updates[0] for fact in (1, 3)]
@@ -477,7 +477,7 @@ def test_a_search_has_converged_when_the_object_is_the_likeliest_answer(lively: 
         find_targets(
             lively, REQUESTS, 1, PREFIXES, dataclasses.replace(BRISK, joint=False, threshold=threshold, steps=15)
         )
-        for threshold in (3.5, -1.0)
+        for threshold in (3.5, 0.0)
     )
     assert set(late.summary.stopped) == {"steps"}
     assert "threshold" in set(early.summary.stopped)
