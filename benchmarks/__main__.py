@@ -2,7 +2,7 @@
 
     python -m benchmarks [--shape tiny gpt2 ...] [--json PATH]
 
-All steps of `benchmarks.edit` and `benchmarks.trace`; more than seven minutes for SmolLM2 on two cores. With `--json
+All steps of `benchmarks.edit` and `benchmarks.trace`; about nine minutes for SmolLM2 on two cores. With `--json
 benchmarks/results.json` the results take their places in the file from which `python -m benchmarks.page` writes the
 documentation's page.
 """

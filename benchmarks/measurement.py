@@ -82,12 +82,14 @@ class Measurement:
 
     @property
     def rate_for_goal(self) -> float | None:
-        """The share of the machine's rate at which the necessary operations would reach the goal's ratio.
+        """The share of the machine's rate at which the necessary operations would reach the goal.
 
         Above 1 the goal is out of reach on this machine: the published schedule's own rate leaves no room for it.
         """
         ratio = self._ratio_goal
-        return None if ratio is None or self.rate is None else self.rate * ratio / self.ratio
+        if ratio is None or self.rate is None:
+            return None
+        return max(self.rate * ratio / self.ratio, MOMENTS_RATE if self.step in MOMENTS_STEPS else 0)
 
     @property
     def _ratio_goal(self) -> float | None:

@@ -44,7 +44,7 @@ that differs by more than the tolerance is held against the published search in 
 - Goals: targets {goals["targets"]:g}×; keys {goals["keys"]:g}×; a trace {goals["trace"]:g}× or {RATE_GOAL:.0%} of the
   rate; moments {MOMENTS_GOAL} of the quotient of operations, and {MOMENTS_RATE:.0%} of the rate. {reached} of
   {len(judged)} are reached. Where one is missed, the table says at which share of the rate the necessary operations
-  would reach its ratio.
+  would reach it.
 
 Where the published schedule ran a drawn part of the work, its time is extrapolated by the operations. Memory is what
 each took beyond what was there, in GiB: published, mechedit.
@@ -65,7 +65,7 @@ A moment of GPT-J's shape has 16,384² entries in float64 and needs as many toke
 alone; the published writing does not know the norms behind Gemma's MLPs, so there is no line for it. `python -m
 benchmarks --shape tiny gpt2 llama gemma3 qwen2 gptj` runs all steps on all shapes, `python -m benchmarks.checkpoints`
 three of them on more facts of pretrained models, and `python -m benchmarks.gpu` those that want a GPU. Steps and shapes
-without a line have not been measured: a run was ended after seven minutes a shape.
+without a line have not been measured.
 """
 
 
@@ -99,6 +99,8 @@ def _row(result: Result) -> str:
 
 
 def _missed(line: Measurement) -> str:
+    if not line.equal:
+        return f"**missed**: the numbers differ by more than {line.tolerance:.0e}"
     needed = line.rate_for_goal
     return "**missed**" if needed is None else f"**missed**, at {needed:.0%} of the rate"
 

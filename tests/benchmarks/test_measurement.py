@@ -53,6 +53,7 @@ def test_the_rate_for_a_goal_is_that_at_which_it_is_reached() -> None:
     assert faster.ratio == 8.0
     assert faster.reached
     assert dataclasses.replace(LINE, step="solve").rate_for_goal is None
+    assert dataclasses.replace(LINE, step="moments", rate=0.5).rate_for_goal == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("difference", [1e-3, math.nan, math.inf])
