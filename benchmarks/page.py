@@ -43,8 +43,9 @@ that differs by more than the tolerance is held against the published search in 
   (`mechedit/workers.py`), whose products do not wait for another core.
 - Goals: targets {goals["targets"]:g}×; keys {goals["keys"]:g}×; a trace {goals["trace"]:g}× or {RATE_GOAL:.0%} of the
   rate; moments {MOMENTS_GOAL} of the quotient of operations, and {MOMENTS_RATE:.0%} of the rate. {reached} of
-  {len(judged)} are reached. Where one is missed, the table says at which share of the rate the necessary operations
-  would reach it.
+  {len(judged)} are reached. Where one is missed, the table says in brackets at which share of the rate the necessary
+  operations would reach it; *unequal* is a line whose numbers differ by more than 1e-4, or a trace's by more than 1e-5
+  of its largest score: it reaches no goal, whatever its ratio.
 
 Where the published schedule ran a drawn part of the work, its time is extrapolated by the operations. Memory is what
 each took beyond what was there, in GiB: published, mechedit.
@@ -81,7 +82,7 @@ def _models(results: Sequence[Result]) -> dict[str, str]:
 
 def _row(result: Result) -> str:
     line = result.measurement
-    verdict = "" if line.reached is None else f"{line.goal}: {'reached' if line.reached else _missed(line)}"
+    verdict = "" if line.reached is None else "reached" if line.reached else _missed(line)
     columns = (
         f"`{line.shape}`",
         f"{line.step}{'' if line.device == 'cpu' else f', {line.device}, {line.dtype}'}",
@@ -100,9 +101,9 @@ def _row(result: Result) -> str:
 
 def _missed(line: Measurement) -> str:
     if not line.equal:
-        return f"**missed**: the numbers differ by more than {line.tolerance:.0e}"
+        return "**unequal**"
     needed = line.rate_for_goal
-    return "**missed**" if needed is None else f"**missed**, at {needed:.0%} of the rate"
+    return "**missed**" if needed is None else f"**missed** ({needed:.0%})"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Passes that do not depend on each other, several at once on a CPU, with a part of its cores each.
 
-Where a few hundred tokens meet a matrix, cores that compute one product together spend much of their time waiting for
-each other at its end; cores that compute passes of their own do not.
+Cores that compute one product together wait for each other at its end, and all but one are idle while Python runs
+between two operations; cores that compute passes of their own are not.
 """
 
 from __future__ import annotations
