@@ -13,6 +13,7 @@ from typing import Any
 from mechedit.cli.app import say
 from mechedit.edit import Edit, summarize
 from mechedit.methods import METHODS
+from mechedit.methods.plausibility import WARNINGS
 from mechedit.models import Model
 
 _WIDTH = 100
@@ -56,6 +57,7 @@ def describe_edit(edit: Edit, model: Model | None = None) -> dict[str, Any]:
         **trained,
         "unconverged": list(manifest.get("unconverged", [])),
         "probability": list(manifest.get("probability", [])),
+        "warnings": list(manifest.get(WARNINGS, [])),
         "requests": [{"id": name, "fact": text} for name, text in zip(ids, texts, strict=True)],
         "layers": rows,
     }
@@ -84,6 +86,8 @@ def format_description(path: Path, description: Mapping[str, Any]) -> str:
         text = _unconverged(description, [request["id"] for request in description["requests"]])
         head = " " * 10 if training else "search    "
         lines += textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * 10)
+    for warning in description["warnings"]:
+        lines += textwrap.wrap(f"warning   {warning}", _WIDTH, subsequent_indent=" " * 10)
     lines += ["", *_table(description["layers"])]
     if requests:
         lines += ["", *_requests(requests)]

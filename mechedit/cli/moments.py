@@ -94,5 +94,9 @@ def _finish(options: MomentsOptions, moments: Mapping[int, SecondMoment], model:
     if options.npz is not None and model is not None:
         for moment in moments.values():
             say(f"wrote {write_npz(moment, model, options.npz)}")
-    options.print_summary({"moments": {layer: moment.count for layer, moment in moments.items()}})
+    conditionings = {layer: moment.conditioning for layer, moment in moments.items()}
+    for conditioning in conditionings.values():
+        say(conditioning.in_words())
+    ranks = {layer: {"rank": item.rank, "of": item.width} for layer, item in conditionings.items()}
+    options.print_summary({"moments": {layer: moment.count for layer, moment in moments.items()}, "directions": ranks})
     return 0

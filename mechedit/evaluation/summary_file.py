@@ -28,19 +28,21 @@ def write_summary_file(
         summary["selection"] = dict(selection)
     if scores is not None:
         summary |= {state: scores.summary(state) for state in scores.states}
-        summary |= {"protocol": {**scores.protocol, "edit": _edit_record(edit)}, "counts": scores.counts}
+        summary |= {"protocol": {**scores.protocol, "edit": edit_record(edit)}, "counts": scores.counts}
     summary = plain_copy(summary)
     write_json(path, summary)
     return summary
 
 
-def _edit_record(edit: Edit | None) -> dict[str, Any] | None:
-    """The method, layers and number of requests of an edit, and a hash of its manifest."""
+def edit_record(edit: Edit | None) -> dict[str, Any] | None:
+    """The method, layers and number of requests of an edit, a hash of its manifest, and its warnings if it has any."""
     if edit is None:
         return None
+    warnings = {"warnings": list(edit.manifest["warnings"])} if "warnings" in edit.manifest else {}
     return {
         "method": edit.manifest.get("method"),
         "layers": edit.layers,
         "requests": len(edit.manifest.get("requests", ())),
         "manifest_hash": value_hash(dict(edit.manifest)),
+        **warnings,
     }

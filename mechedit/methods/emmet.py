@@ -8,11 +8,11 @@ from mechedit.edit import Edit
 from mechedit.errors import check_at_least
 from mechedit.methods.method import EditTask, edit_method, spread_over_layers, targets_for
 from mechedit.methods.rules import Equality
-from mechedit.methods.settings import SpreadMethodConfig
+from mechedit.methods.settings import DampedConfig, SpreadMethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmmetConfig(SpreadMethodConfig):
+class EmmetConfig(DampedConfig, SpreadMethodConfig):
     """Settings of EMMET; the defaults are those of the published code for GPT-J, which edits a single layer."""
 
     slack: float | int = 0.1
@@ -35,5 +35,7 @@ def emmet(task: EditTask[EmmetConfig]) -> Edit:
     exactly when the slack α is 0, or as nearly as α > 0 allows.
     """
     targets = targets_for(task)
-    rule = Equality(moments=task.moments, relaxation=task.config.slack, previous=task.previous)
+    rule = Equality(
+        moments=task.moments, relaxation=task.config.slack, damping=task.config.damping, previous=task.previous
+    )
     return spread_over_layers(task, targets, rule)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.methods.checks import check_input, check_target_settings
 from mechedit.methods.manifest import search_record
+from mechedit.methods.plausibility import WARNINGS, edit_warnings
 from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig, checkpoint_settings
 from mechedit.methods.spread import UpdateRule, spread
@@ -140,7 +142,9 @@ class Method(Generic[Config]):
                 decide.
 
         Returns:
-            The edit. Its manifest holds what was asked for and how well it was written: see `spread`.
+            The edit. Its manifest holds what was asked for and how well it was written: see `spread`; and under
+            `warnings`, which are also Python's, updates that are larger than their weights (‖ΔW‖ > ‖W‖, Frobenius) and
+            linear systems with a condition number above 1e12.
 
         Raises:
             InputError: conflicting requests; layers not ascending or not in the model; moments that are absent,
@@ -163,6 +167,10 @@ class Method(Generic[Config]):
         manifest = {
             "method": self.name, **edit.manifest, "model": made_for, "settings": dataclasses.asdict(config),
         }  # fmt: skip
+        if lines := edit_warnings(edit, model, config):
+            manifest[WARNINGS] = lines
+            for line in lines:
+                warnings.warn(line, stacklevel=3)  # above torch's decorator
         return dataclasses.replace(edit, manifest=manifest)
 
     def recommended(self, model: Model) -> Config:

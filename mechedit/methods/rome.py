@@ -17,8 +17,8 @@ from mechedit.methods.checks import check_target_settings, check_target_weights,
 from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm, relative_residuals, search_record
 from mechedit.methods.method import EditTask, edit_method
-from mechedit.methods.rules import moment_factor
-from mechedit.methods.settings import SearchConfig
+from mechedit.methods.rules import damped_moment, moment_factor
+from mechedit.methods.settings import DampedConfig
 from mechedit.methods.spread import change_before_norm
 from mechedit.models import Model
 from mechedit.prompt_tokens import BARE, check_prefixes, make_prefixes
@@ -27,7 +27,7 @@ from mechedit.targets import Targets, find_targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class RomeConfig(SearchConfig):
+class RomeConfig(DampedConfig):
     """Settings of ROME; the defaults are the published code's for GPT-J, but for the learning rate."""
 
     steps: int = 20
@@ -68,7 +68,8 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
     prefixes, provenance = _prefixes_and_provenance(task, layer)
     # One layer's keys do not depend on its own down-projection: they stay as they are while it is edited.
     keys = KeyExtractor(model, task.requests, [*prefixes, BARE], batch_size=config.batch_size).keys(layer)
-    factor, earlier = moment_factor(task.moments[layer], keys.device), task.previous.get(layer)
+    factor = moment_factor(damped_moment(task.moments[layer], config.damping), keys.device)
+    earlier = task.previous.get(layer)
     targets, starts, updates = [], [], []
     total = torch.zeros(model.d_key, model.d_model, dtype=torch.float64, device="cpu")
     originals = copy_weights(model, [layer])

@@ -14,7 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.moments import SecondMoment
-from mechedit.solve import Factor, Update, equality_update, factorize, null_space, null_space_update, ridge_update
+from mechedit.solve import (
+    Factor,
+    Update,
+    damped,
+    equality_update,
+    factorize,
+    null_space,
+    null_space_update,
+    ridge_update,
+)
 from mechedit.solve.checks import to_float64
 
 Moments = Mapping[int, SecondMoment | Tensor]
@@ -28,6 +37,8 @@ class Ridge:
     """Least squares over old and new keys (MEMIT Eq. 14): ΔW = R Kᵀ (λ E[k kᵀ] + K Kᵀ)⁻¹."""
 
     moments: Moments
+    damping: float | int = 0.0
+    """δ: E[k kᵀ] + δ · (tr E[k kᵀ] / d_mlp) · I stands in place of E[k kᵀ]."""
     weight: float | int
     """λ: how much the old keys count, in units of one new fact; or c, in units of `key_strength`."""
     relative: bool = False
@@ -36,7 +47,7 @@ class Ridge:
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
         """See `ridge_update`."""
-        moment, earlier = self.moments[layer], self.previous.get(layer)
+        moment, earlier = damped_moment(self.moments[layer], self.damping), self.previous.get(layer)
         columns = keys.shape[1] + (0 if earlier is None else earlier.shape[1])
         # A factor that is kept with the moment saves the cubic work; with as many facts as keys are wide it does not.
         use_factor = self.relative or (isinstance(moment, SecondMoment) and columns < len(keys))
@@ -59,6 +70,8 @@ class Equality:
     moments: Moments
     relaxation: float | int = 0.0
     """α: how far a value may be missed, in units of the old keys' mean; 0 asks for equality."""
+    damping: float | int = 0.0
+    """δ: M + δ · (tr M / d_mlp) · I stands in place of M."""
     previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
@@ -66,7 +79,8 @@ class Equality:
         unique, index = torch.unique(keys, dim=1, return_inverse=True)
         counts = torch.bincount(index, minlength=unique.shape[1])
         sums = residuals.new_zeros(len(residuals), unique.shape[1]).index_add_(1, index, residuals)
-        factor, earlier = moment_factor(self.moments[layer], keys.device), self.previous.get(layer)
+        moment, earlier = damped_moment(self.moments[layer], self.damping), self.previous.get(layer)
+        factor = moment_factor(moment, keys.device)
         return equality_update(unique, sums / counts, factor, relaxation=self.relaxation, previous=earlier)
 
 
@@ -99,6 +113,11 @@ def key_strength(keys: Float[Tensor, "d_mlp fact"], factor: Factor) -> float:
     """
     columns = to_float64(keys).to(factor.matrix.device)
     return float((columns * factor.solve(columns)).sum(0).median())
+
+
+def damped_moment(moment: SecondMoment | Tensor, damping: float | int) -> SecondMoment | Tensor:
+    """E[k kᵀ] + δ · (tr E[k kᵀ] / d_mlp) · I; the moment itself where δ is 0."""
+    return moment.damped(damping) if isinstance(moment, SecondMoment) else damped(moment_matrix(moment), damping)
 
 
 def moment_matrix(moment: SecondMoment | Tensor) -> Float[Tensor, "d_mlp d_mlp"]:

@@ -68,6 +68,15 @@ class SearchConfig(MethodConfig, TargetSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DampedConfig(SearchConfig):
+    """Settings of a method that solves with M = E[k kᵀ], which may be singular."""
+
+    damping: float | int = 0.0
+    """δ: M + δ · (tr M / d_mlp) · I stands in place of M = E[k kᵀ], δ in units of M's mean eigenvalue; 0, the default,
+    leaves M as it is. Helps where M is singular, which no weight does; 1e-4 is a first choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpreadConfig:
     """How the residual z − h is spread over the layers.
 
@@ -131,7 +140,7 @@ class SpreadMethodConfig(SearchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RidgeConfig(SpreadMethodConfig):
+class RidgeConfig(DampedConfig, SpreadMethodConfig):
     """Settings of a method that solves MEMIT's Eq. 14, ΔW = R Kᵀ (λ E[k kᵀ] + K Kᵀ)⁻¹.
 
     By default λ is `relative_covariance_weight` times the batch's median kᵀM⁻¹k at each layer, with M = E[k kᵀ]. A fact
@@ -166,7 +175,7 @@ class RidgeConfig(SpreadMethodConfig):
         """
         relative = self.covariance_weight is None
         weight = self.relative_covariance_weight if self.covariance_weight is None else self.covariance_weight
-        return Ridge(moments=moments, weight=weight, relative=relative, previous=previous)
+        return Ridge(moments=moments, weight=weight, relative=relative, damping=self.damping, previous=previous)
 
 
 Config = TypeVar("Config", bound=MethodConfig)

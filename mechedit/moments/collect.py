@@ -68,7 +68,7 @@ def collect_moments(
             # Layers that do not fit in memory together need not lie there together at the end.
             mapped = len(collection.plan.passes) > 1
             moments[layer] = collection.folder.finish(checkpoints.pop(layer), mapped=mapped)
-            warn_if_singular(moments[layer])
+            warn_if_singular(moments[layer].conditioning)
     return {layer: moments[layer] for layer in collection.layers}
 
 

@@ -1,19 +1,115 @@
-"""Warns where a second moment is so close to singular that what is solved with it means little."""
+"""How far a second moment is from singular: how many directions of the keys the text has shown, and what that needs."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechedit.errors import InputError
-from mechedit.moments.second_moment import SecondMoment, singularity_warning
 from mechedit.solve import factorize
+from mechedit.solve.checks import symmetrized
+
+MOST_CONDITION = 1e9
+"""Condition number (in the 1-norm) above which a moment counts as nearly singular. Over 38,000 tokens it is between 9e3
+and 7e7 for the layers of SmolLM2-135M and Gemma 3 270M, and for those of the tiny model whose MLPs do anything."""
+SEEN = torch.finfo(torch.float32).eps
+"""Eigenvalue of a nearly singular moment, as a fraction of the largest, below which a direction counts as never seen:
+k kᵀ is computed in float32, and smaller eigenvalues are its rounding."""
+TOKENS_PER_DIMENSION = 100
+"""Tokens per dimension of the keys that a moment should be collected over."""
 
 
-def warn_if_singular(moment: SecondMoment) -> None:
-    """Warn when a moment is singular or nearly so; its factor is not kept, which would take as much memory again."""
-    try:
-        condition = factorize(moment.matrix).condition
-    except InputError:
-        condition = float("inf")
-    if text := singularity_warning(moment, condition):
-        warnings.warn(text, stacklevel=3)
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What can be said of a second moment before anything is solved with it."""
+
+    layer: int
+    """Index of the layer, 0-based."""
+    width: int
+    """Directions of the keys, d_mlp."""
+    rank: int
+    """Directions that the text has shown: all of them up to a condition of `MOST_CONDITION`, else the eigenvalues above
+    `SEEN` of the largest."""
+    tokens: int
+    """Tokens in the mean."""
+    condition: float
+    """κ₁ of the matrix; infinite where it is singular to within rounding."""
+
+    @property
+    def tokens_needed(self) -> int:
+        """Tokens that the moment should be collected over: `TOKENS_PER_DIMENSION` for each dimension."""
+        return TOKENS_PER_DIMENSION * self.width
+
+    @property
+    def warning(self) -> str | None:
+        """What is wrong with the moment, and what to do; None where it is fine."""
+        if self.condition <= MOST_CONDITION:
+            return None
+        degree = (
+            f"nearly singular (condition about {self.condition:.1e})" if math.isfinite(self.condition) else "singular"
+        )
+        return (
+            f"the second moment of layer {self.layer} is {degree}: {self.width - self.rank} of the {self.width} "
+            f"dimensions of its keys were never seen in {self.tokens:,} tokens ({self._need}). An update solved with "
+            f"it fails, or is far larger than it needs to be, whatever the weight. Collect over more and more varied "
+            f"text, edit other layers, set the method's damping (such as 1e-4), or use alphaedit, which keeps to the "
+            f"dimensions that the text does not use"
+        )
+
+    def in_words(self) -> str:
+        """The rank and the number of tokens on one line."""
+        degree = f"condition about {self.condition:.1e}" if math.isfinite(self.condition) else "singular"
+        line = (
+            f"layer {self.layer}: {self.rank} of {self.width} directions of the keys seen in {self.tokens:,} tokens, "
+            f"{degree}"
+        )
+        unseen = self.width - self.rank
+        return f"{line}; {unseen} never seen ({self._need})" if unseen else f"{line} ({self._need})"
+
+    @property
+    def _need(self) -> str:
+        """How many tokens it takes, held against those there are."""
+        needed, enough = f"100 · d_mlp = {self.tokens_needed:,}", self.tokens >= self.tokens_needed
+        if self.rank == self.width:
+            return f"{needed} suffice" if enough else f"better {needed}"
+        if enough:
+            return f"more than the {needed} that are needed, so that more text of this kind shows no others"
+        return f"{needed} tokens are needed"
+
+
+def measure_conditioning(
+    matrix: Float[Tensor, "d_mlp d_mlp"], layer: int, tokens: int, condition: float | None = None
+) -> Conditioning:
+    """Condition and rank of a second moment; its factor is not kept, which would take as much memory again.
+
+    Args:
+        matrix: E[k kᵀ].
+        layer: whose it is.
+        tokens: over which it is the mean.
+        condition: κ₁, where it is known.
+    """
+    if condition is None:
+        try:
+            condition = factorize(matrix).condition
+        except InputError:
+            condition = math.inf
+    width = len(matrix)
+    rank = width if condition <= MOST_CONDITION else _rank(matrix)
+    return Conditioning(layer=layer, width=width, rank=rank, tokens=tokens, condition=condition)
+
+
+def warn_if_singular(conditioning: Conditioning) -> None:
+    """Warn of a moment that is singular or nearly so."""
+    if conditioning.warning:
+        warnings.warn(conditioning.warning, stacklevel=3)
+
+
+def _rank(matrix: Float[Tensor, "d_mlp d_mlp"]) -> int:
+    """Eigenvalues above `SEEN` of the largest."""
+    values = torch.linalg.eigvalsh(symmetrized(matrix, "the second moment"))
+    return int((values > SEEN * values[-1]).sum())

@@ -57,7 +57,7 @@ def merge_moments(
     moments = {}
     for layer in layers_to_merge:
         moments[layer] = _merge_layer(folder, layer, world_sizes[layer])
-        warn_if_singular(moments[layer])
+        warn_if_singular(moments[layer].conditioning)
     return moments
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
 from mechedit.models import Model
+from mechedit.moments.conditioning import Conditioning, measure_conditioning, warn_if_singular
 from mechedit.provenance import ALGORITHMS, MAKE_AGAIN, ModelIdentity, check_provenance
-from mechedit.solve import Factor, NullSpace, factorize, null_space
+from mechedit.solve import Factor, NullSpace, damped, factorize, null_space
 
 METADATA_KEY = "provenance"
 """Key of the provenance in the file's metadata."""
@@ -26,9 +26,6 @@ INPUT_FIELDS = ("algorithm", "texts", "max_length", "tokens", "layer")
 """Fields of the provenance that decide a moment besides the model."""
 REPLACE = "choose another --out, or pass --overwrite to replace it"
 """What to do about a file of another provenance in the folder for results."""
-MOST_CONDITION = 1e9
-"""Condition number (in the 1-norm) above which a moment counts as nearly singular. Over 38,000 tokens it is between 9e3
-and 7e7 for the layers of SmolLM2-135M and Gemma 3 270M, and for those of the tiny model whose MLPs do anything."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,15 +50,35 @@ class SecondMoment:
     def factor(self) -> Factor:
         """Cholesky factor of the matrix, computed once for all methods and settings that solve with this moment.
 
-        Warns when the matrix is nearly singular (`MOST_CONDITION`).
+        Warns when the matrix is nearly singular (`mechedit.moments.conditioning`).
 
         Raises:
             InputError: it is not positive definite.
         """
         factor = factorize(self.matrix, name=f"the second moment of layer {self.layer}")
-        if text := singularity_warning(self, factor.condition):
-            warnings.warn(text, stacklevel=2)
+        warn_if_singular(measure_conditioning(self.matrix, self.layer, self.count, factor.condition))
         return factor
+
+    @functools.cached_property
+    def conditioning(self) -> Conditioning:
+        """How many directions of the keys the text has shown, and the condition number; the factor is not kept."""
+        return measure_conditioning(self.matrix, self.layer, self.count)
+
+    def damped(self, damping: float | int) -> SecondMoment:
+        """The moment with `damping` · (tr M / d_mlp) · I added, made once per damping; itself where that is 0.
+
+        Raises:
+            InputError: as `mechedit.solve.damped`.
+        """
+        if not damping:
+            return self
+        if damping not in self._damped:
+            self._damped[damping] = replace(self, matrix=damped(self.matrix, damping))
+        return self._damped[damping]
+
+    @functools.cached_property
+    def _damped(self) -> dict[float | int, SecondMoment]:
+        return {}
 
     def null_space(self, threshold: float | int) -> NullSpace:
         """Directions that old keys hardly use (`mechedit.solve.null_space`), computed once per threshold.
@@ -81,24 +98,6 @@ class SecondMoment:
         """Write `folder`/moments/layer_L.safetensors, atomically."""
         path = moment_path(folder, self.layer)
         write_tensors(path, {"matrix": self.matrix}, METADATA_KEY, dict(self.provenance))
-
-
-def singularity_warning(moment: SecondMoment, condition: float) -> str | None:
-    """What to say about a moment of this condition number; None where it is fine.
-
-    Args:
-        moment: the moment.
-        condition: κ₁ of its matrix, infinite where it is singular to within rounding.
-    """
-    if condition <= MOST_CONDITION:
-        return None
-    degree = "singular" if condition == float("inf") else f"nearly singular (condition about {condition:.1e})"
-    return (
-        f"the second moment of layer {moment.layer} is {degree}: {moment.count} tokens gave keys that hardly use some "
-        f"of their {len(moment.matrix)} dimensions. An update solved with it fails, or is far larger than it needs to "
-        f"be. Collect over more and more varied text, edit other layers, or use alphaedit, which keeps to the "
-        f"dimensions that the text does not use"
-    )
 
 
 def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> SecondMoment:

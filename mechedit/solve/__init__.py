@@ -14,6 +14,7 @@ the constraint on each column:
 - `null_space_update` (AlphaEdit): the projection onto the directions that old keys hardly use in place of M⁻¹, and
   the ridge as D.
 
+`damped` adds a multiple of the identity to an M that is singular.
 `factorize` does the cubic work once per M; each solution after it costs O(d_mlp² · facts).
 
 Example:
@@ -24,6 +25,7 @@ Example:
     torch.Size([96, 32])
 """
 
+from mechedit.solve.damping import damped
 from mechedit.solve.equality import equality_update
 from mechedit.solve.factor import Factor, Precision, factorize
 from mechedit.solve.null_space import NullSpace, null_space, null_space_update
@@ -35,6 +37,7 @@ __all__ = [
     "NullSpace",
     "Precision",
     "Update",
+    "damped",
     "equality_update",
     "factorize",
     "null_space",

@@ -195,6 +195,6 @@ def _breakdown(matrix: Float[Tensor, "n n"], sound_rows: int, name: str) -> str:
         f"{name} is not positive definite (its Cholesky factor breaks down at {sound_rows + 1} of {len(matrix)}); "
         f"{dead_units}either the moments come from too few tokens, or units are dead, or the weight is zero, or the "
         f"matrix is not a second moment. Collect moments over more and more varied text, or edit other layers; a "
-        f"larger weight does not help, unless it is zero. AlphaEdit, which keeps to the null space of the moments, "
-        f"needs no such factor"
+        f"larger weight does not help, unless it is zero. Damping (such as damping=1e-4) makes any second moment "
+        f"positive definite; AlphaEdit, which keeps to the null space of the moments, needs no such factor"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 import mechedit as me
+from mechedit.cli import main
 from mechedit.errors import InputError
+from mechedit.moments.conditioning import MOST_CONDITION, measure_conditioning
 from mechedit.moments.key_energy import TEXTS
-from mechedit.moments.second_moment import MOST_CONDITION
 
 REPEATED = ["Miles Davis plays the trumpet in Seattle."] * 20
 """Tokens enough, but always the same few keys."""
 REQUEST = me.EditRequest(id="1", subject="Miles Davis", prompt="{} plays the", target_new="guitar")
-REMEDY = "Collect over more and more varied text, edit other layers, or use alphaedit"
+REMEDY = "Collect over more and more varied text, edit other layers, set the method's damping .*, or use alphaedit"
 
 
 def test_uniform_text_is_warned_of_and_varied_text_is_not(lens_model: Any) -> None:
@@ -25,11 +27,32 @@ def test_uniform_text_is_warned_of_and_varied_text_is_not(lens_model: Any) -> No
         warnings.simplefilter("error")
         varied = me.collect_moments(lens_model, [f"{n} {text}" for n in range(9) for text in TEXTS], [1])[1]
     assert varied.factor.condition < MOST_CONDITION
-    with pytest.warns(UserWarning, match=f"the second moment of layer 1 is singular: .* 96 dimensions.*{REMEDY}"):
+    with pytest.warns(
+        UserWarning, match=f"the second moment of layer 1 is singular: .* 96 dimensions .*never seen.*{REMEDY}"
+    ):
         uniform = me.collect_moments(lens_model, REPEATED, [1])[1]
     # Products are float32's, so that what is zero is so to seven digits.
     assert torch.linalg.matrix_rank(uniform.matrix, rtol=1e-6) < uniform.matrix.shape[0] < uniform.count
     assert torch.linalg.matrix_rank(varied.matrix, rtol=1e-6) == varied.matrix.shape[0]
+
+
+def test_directions_that_no_key_has_are_counted_and_the_tokens_that_are_needed() -> None:
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn(50, 4_000, generator=draw)
+    seen_by_all = measure_conditioning((keys @ keys.T).double() / 4_000, layer=3, tokens=4_000)
+    assert (seen_by_all.rank, seen_by_all.warning) == (50, None)
+    assert "layer 3: 50 of 50 directions of the keys seen in 4,000 tokens" in seen_by_all.in_words()
+    assert "better 100 · d_mlp = 5,000" in seen_by_all.in_words()
+    keys = torch.randn(50, 30, generator=draw) @ torch.randn(30, 4_000, generator=draw)
+    subspace = (keys @ keys.T).double() / 4_000
+    for tokens, need in ((4_000, "5,000 tokens are needed"), (6_000, "more text of this kind shows no others")):
+        in_subspace = measure_conditioning(subspace, layer=3, tokens=tokens)
+        assert in_subspace.rank == 30
+        assert "20 never seen" in in_subspace.in_words()
+        assert need in in_subspace.in_words()
+        assert in_subspace.warning is not None
+        assert f"20 of the 50 dimensions of its keys were never seen in {tokens:,} tokens" in in_subspace.warning
+        assert need in in_subspace.warning
 
 
 def test_parts_that_merge_to_a_singular_moment_are_warned_of(lens_model: Any, tmp_path: Path) -> None:
@@ -75,3 +98,19 @@ def test_files_of_other_settings_name_the_option_that_replaces_them(lens_model: 
     with pytest.raises(InputError, match=r"made with texts = .*pass --overwrite"):
         me.merge_moments(tmp_path)
     assert me.merge_moments(tmp_path, overwrite=True)[1].count > len(TEXTS)
+
+
+def test_the_command_says_at_its_end_what_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Miles Davis plays the trumpet in Seattle.\n\n" * 100)
+    arguments = ["moments", "--layers", "1", "--texts", str(texts), "--out", str(tmp_path), "--json"]
+    for _ in range(2):  # collected, and then read from their file
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments)
+        captured = capsys.readouterr()
+        assert exit_info.value.code == 0
+        (line,) = [line for line in captured.err.splitlines() if line.startswith("layer 1: ")]
+        directions = json.loads(captured.out)["directions"]["1"]
+        assert directions["rank"] < directions["of"] == 768
+        assert f"{directions['rank']} of 768 directions of the keys seen" in line
+        assert f"{768 - directions['rank']} never seen (100 · d_mlp = 76,800 tokens are needed)" in line

@@ -1,0 +1,69 @@
+"""Whether an edit is plausible: updates smaller than their weights, from systems that are not nearly singular."""
+
+from __future__ import annotations
+
+from mechedit.edit import Edit
+from mechedit.edit.combine import orthogonal_factors
+from mechedit.methods.settings import DampedConfig, MethodConfig
+from mechedit.models import Model
+
+MOST_CONDITION = 1e12
+"""Condition number of a layer's linear system above which at most four of float64's sixteen digits are left."""
+WARNINGS = "warnings"
+"""Field of the manifest that holds the warnings, absent where there are none."""
+
+
+def edit_warnings(edit: Edit, model: Model, config: MethodConfig) -> list[str]:
+    """What is implausible about an edit, with numbers, and what to do: a line for size and one for condition.
+
+    Args:
+        edit: just made; its manifest's `residuals` has the condition number of each layer's system.
+        model: as it was before the edit.
+        config: settings of the method, which decide what helps.
+    """
+    remedy = _remedy(config)
+    larger, singular = _larger_updates(edit, model), _singular_systems(edit)
+    warnings = []
+    if larger:
+        warnings.append(
+            f"the update is larger than the weights it is added to ({'; '.join(larger)}), which changes most of "
+            f"what the model says; {remedy}"
+        )
+    if singular:
+        warnings.append(
+            f"the linear system is nearly singular ({'; '.join(singular)}; above {MOST_CONDITION:.0e} its solution is "
+            f"largely rounding); {remedy}"
+        )
+    return warnings
+
+
+def _larger_updates(edit: Edit, model: Model) -> list[str]:
+    """A phrase for each layer with ‖ΔW‖ > ‖W‖ (Frobenius)."""
+    phrases = []
+    for layer in edit.layers:
+        norm = float(orthogonal_factors(edit.factors[layer])[1].norm())
+        weight = float(model.projection(layer).double().norm())
+        if not norm <= weight:
+            phrases.append(f"layer {layer}: ‖ΔW‖ = {norm:.3g}, ‖W‖ = {weight:.3g}")
+    return phrases
+
+
+def _singular_systems(edit: Edit) -> list[str]:
+    """A phrase for each layer whose system has a condition number above `MOST_CONDITION`."""
+    records = [record for record in edit.manifest.get("residuals", ()) if "condition" in record]
+    return [
+        f"layer {record['layer']}: condition about {record['condition']:.1e}"
+        for record in records
+        if not record["condition"] <= MOST_CONDITION
+    ]
+
+
+def _remedy(config: MethodConfig) -> str:
+    if not config.preserves_keys:
+        return "choose fewer steps or a smaller lr"
+    damping = (
+        ""
+        if not isinstance(config, DampedConfig)
+        else ("set damping (such as 1e-4), " if not config.damping else f"raise damping (now {config.damping:g}), ")
+    )
+    return f"collect moments over more and more varied text, {damping}or edit other layers"
