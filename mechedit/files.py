@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,32 +23,35 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechedit.errors import InputError, brief
+from mechedit.temporary_names import sweep, sweep_once, temporary_name
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
+    """Yield a temporary path; on success fsync what was written there and rename it to `path`, else remove it.
+
+    The temporary path has the name of `path`, in a hidden folder beside it whose name says which process writes there
+    (`mechedit.temporary_names`): what writers leave beside their files is removed with it.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be made or written to, or the disk does not take the file.
     """
     path = Path(path)
     writable_folder(path.parent)
-    # The suffix stays, because writers such as matplotlib choose their format by it.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
+    sweep_once(path.parent)
+    folder = path.parent / temporary_name(path.stem)
     try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; results get the permissions any other new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        with _writing(path):
+            folder.mkdir(mode=0o700)
+            temporary = folder / path.name
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            # Some writers make files private; results get the permissions any other new file would have.
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -54,32 +59,85 @@ def atomic_folder(folder: str | Path, *, replaces: str | None = None) -> Iterato
     """Yield a temporary folder beside `folder`; on success rename it to `folder`, else remove it.
 
     Args:
-        folder: path of the folder that appears on success.
+        folder: path of the folder that appears on success; where it is a link, the folder that the link leads to.
         replaces: name of a file that marks a folder as replaceable; a folder without it is never replaced.
 
     Raises:
-        InputError: `folder` exists and is not an empty folder, or cannot be made.
+        InputError: `folder` exists and is not an empty folder, or cannot be made; the disk does not take its files.
     """
-    folder = Path(folder)
+    folder = checked_path(folder).resolve()
     replaced = replaces is not None and (folder / replaces).is_file()
     if folder.exists() and not replaced and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
             f"{str(folder)!r} exists already, expected a new or an empty folder; choose another or remove it"
         )
     writable_folder(folder.parent)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    sweep([folder.parent])
+    temporary = folder.parent / temporary_name(folder.name)
     try:
-        yield temporary
-        # mkdtemp makes folders private; results get the permissions any other new folder would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if replaced:
-            folder.rename(temporary.with_name(temporary.name + ".old"))
-        temporary.replace(folder)
+        with _writing(folder):
+            temporary.mkdir(mode=0o700)
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            if replaced:
+                folder.rename(temporary.with_name(temporary.name + ".old"))
+            temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(temporary.with_name(temporary.name + ".old"), ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the errors of a disk that does not take a file, whichever library writes it, into an InputError.
+
+    Raises:
+        InputError: names the path and the reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise InputError(
+            f"cannot write {str(path)!r} ({reason}), and left nothing of it there; free space, or choose another "
+            f"folder, and run the same again, which goes on from what is finished"
+        ) from error
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Why the operating system did not read or write a file; None for an error of another kind.
+
+    Libraries in Rust tell the error's number only in their message, and those that clean up after it raise another one.
+    """
+    reasons: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, InputError):
+        number = seen.errno if isinstance(seen, OSError) else None
+        if number is None and (match := _RUST_ERROR.search(str(seen))):
+            number = int(match[1])
+        if number in _DISK_ERRORS:
+            reasons.append(os.strerror(number))
+        elif number is None and isinstance(seen, OSError) and "writ" in str(seen):  # Pillow, NumPy
+            reasons.append(str(seen))
+        seen = seen.__cause__ or seen.__context__
+    return reasons[-1] if reasons else None
+
+
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_DISK_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY,
+     errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EMFILE,
+     errno.ENFILE, errno.EXDEV, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMLINK, errno.ETXTBSY)
+)  # fmt: skip
+"""Errors that say something about a disk or a folder, and nothing about a program."""
 
 
 def checked_path(path: str | Path) -> Path:

@@ -31,7 +31,7 @@ from mechedit.methods import METHODS, MethodConfig
 from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
 from mechedit.provenance import ModelIdentity, value_hash
-from mechedit.run_folder import RunFolder
+from mechedit.run_folder import RunFolder, sweep_run_folder
 from mechedit.selection import SelectConfig, Selection, moving_width, select_layers, subject_effects
 from mechedit.sweep import (
     Sweep,
@@ -84,6 +84,7 @@ def select_step(folder: RunFolder, config: SelectConfig, *, save: bool = True) -
     Raises:
         InputError: the folder holds no effects, or not those that selection needs.
     """
+    sweep_run_folder(folder.path)
     file = folder.path / "effects.parquet"
     if not file.is_file():
         raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mechedit.errors import InputError
 from mechedit.evaluation import MEASURES, Scores
 from mechedit.files import atomic, read_header, read_object
 from mechedit.provenance import VERSION, file_hash
-from mechedit.run_folder import read_stamps
+from mechedit.run_folder import read_stamps, sweep_run_folder
 from mechedit.tables import read_table, where
 from mechedit.trace import average_effects, clearest_fact, total_effects
 
@@ -62,6 +62,7 @@ def write_report(folder: str | Path) -> Path:
             f"the folder {str(folder)!r} holds no results, expected some of {', '.join(SOURCES)}: "
             f"pass a folder that mechedit wrote"
         )
+    sweep_run_folder(folder)
     page = _template().render(contents(folder))
     with atomic(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -81,13 +82,13 @@ def contents(folder: Path) -> dict[str, Any]:
     steps = read_stamps(folder)
     return {
         **sections,
-        "figures": {path.stem: inlined(path) for path in sorted(folder.glob("figures/*.png"))},
+        "figures": {path.stem: inlined(path) for path in _visible(folder.glob("figures/*.png"))},
         "model": model_card(sections, steps),
         "command": reproducing_command(steps, sections),
         "steps": json.dumps(steps, indent=2, ensure_ascii=False) if steps else None,
         "files": [
             {"name": path.name, "size": path.stat().st_size, "hash": file_hash(path)}
-            for path in sorted(folder.iterdir())
+            for path in _visible(folder.iterdir())
             if path.suffix in (".parquet", ".json", ".safetensors")
         ],
         "version": VERSION,
@@ -335,6 +336,11 @@ def number(value: float | None, digits: int = 1) -> str:
         return "–"
     text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else text.lstrip("-")
+
+
+def _visible(paths: Iterable[Path]) -> list[Path]:
+    """The files among these, in order, without hidden ones: those are not finished."""
+    return sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
 
 
 def _if_present(path: Path, section: Any) -> Any:

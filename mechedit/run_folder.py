@@ -17,6 +17,15 @@ from mechedit.cache import Cache, Codec, Value
 from mechedit.errors import InputError, brief
 from mechedit.files import plain_copy, read_object, writable_folder, write_json
 from mechedit.provenance import ALGORITHMS, DEFAULTS, RECORDED, VERSION, check_provenance
+from mechedit.temporary_names import sweep
+
+_FOLDERS = (".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts")
+"""Folders of a run folder in which files are written."""
+
+
+def sweep_run_folder(folder: str | Path) -> None:
+    """Remove what killed processes left half-written in a run folder; what a living one writes stays."""
+    sweep(Path(folder) / name for name in _FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class RunFolder:
         Raises:
             InputError: the folder holds this step made from other input, and `overwrite` is off.
         """
+        sweep_run_folder(self.path)
         path, stamp = self.path / at, plain_copy({"algorithm": ALGORITHMS[name], **stamp})
         if codec.finished(path) and self._made_from(name, stamp):
             return codec.read(path)

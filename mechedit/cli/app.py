@@ -13,6 +13,7 @@ import typer
 
 from mechedit.cli.config_file import config_defaults
 from mechedit.errors import InputError
+from mechedit.files import disk_error
 from mechedit.provenance import VERSION
 
 app = typer.Typer(
@@ -46,6 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_complain(str(error)))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        file = getattr(error, "filename", None)
+        about = f"{str(file)!r} cannot be read or written" if file else "a file cannot be read or written"
+        sys.exit(_complain(f"{about} ({reason}); check the disk and the path, and run the same command again"))
     if code == 130:  # typer may have turned the interrupt into this code
         say("mechedit: interrupted; the same command goes on from what is finished")
     sys.exit(code or 0)

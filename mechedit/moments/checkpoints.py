@@ -22,6 +22,7 @@ from mechedit.moments.chunks import START, Rank, TextPosition
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
 from mechedit.moments.second_moment import METADATA_KEY, check_header
 from mechedit.provenance import check_provenance
+from mechedit.temporary_names import sweep
 
 PROGRESS_FIELDS = ("share", "place", "done", "read")
 """Fields of a checkpoint's header that say how far it has come, and not what it is of."""
@@ -139,7 +140,9 @@ def check_checkpoint(
 
 
 def remove_temporary_files(folder: str | Path, layer: int, rank: Rank) -> None:
-    """Remove the temporary file of a process that was killed while it wrote a checkpoint."""
+    """Remove what a process left that was killed while it wrote a checkpoint, also by names without a process."""
     path = checkpoint_path(folder, layer, rank)
+    sweep([path.parent, path.parent.parent])
     for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def is_published(source: str | Path) -> bool:
     path = Path(source)
     if path.suffix == ".npz":
         return True
-    return path.is_dir() and not (path / "moments").is_dir() and any(path.rglob("*.npz"))
+    return path.is_dir() and not (path / "moments").is_dir() and any(_npz_files(path))
 
 
 def npz_path(source: str | Path, layer: int, model: Model) -> Path:
@@ -83,14 +83,21 @@ def npz_path(source: str | Path, layer: int, model: Model) -> Path:
     return path
 
 
+def _npz_files(folder: Path) -> Iterator[Path]:
+    """The .npz files in a folder at any depth, without those that are still being written, in hidden folders."""
+    for path in folder.rglob("*.npz"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
 def _file_in(folder: Path, layer: int, module: str) -> Path:
-    files = [path for path in sorted(folder.rglob("*.npz")) if _layer_in(path) == layer]
+    files = [path for path in sorted(_npz_files(folder)) if _layer_in(path) == layer]
     of_module = [path for path in files if (name := _MODULE.match(path.name)) and name["module"] == module]
     candidates = of_module or files
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        layers = sorted({number for path in folder.rglob("*.npz") if (number := _layer_in(path)) is not None})
+        layers = sorted({number for path in _npz_files(folder) if (number := _layer_in(path)) is not None})
         raise InputError(
             f"the folder {str(folder)!r} holds moments of the layers {layers}, expected layer {layer}, in a file such "
             f"as {module}_float32_mom2_{SAMPLES}.npz; choose other layers, or collect it with mechedit moments"

@@ -12,6 +12,7 @@ from mechedit.files import read_object, write_json
 from mechedit.provenance import VERSION, check_provenance
 from mechedit.session.edited_batch import EditedBatch
 from mechedit.session.metrics import HistoryEntry
+from mechedit.temporary_names import sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,10 @@ class SessionFolder:
         """
         if self.path is None:
             return ()
+        sweep([self.path, self.path / "batches", self.path / "targets"])
         for temporary in (self.path / "batches").glob(".*.safetensors"):
-            temporary.unlink()
+            if temporary.is_file():  # by a name without a process
+                temporary.unlink()
         batches: list[EditedBatch] = []
         for number, file in enumerate(self._batch_files(), 1):
             batch = EditedBatch.load(file)
