@@ -22,7 +22,7 @@ from mechedit.data import EditRequest, check_template, fill
 from mechedit.data.characters import visible
 from mechedit.data.joint import following
 from mechedit.errors import InputError
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.models.vocabulary import check_ids
 
 BARE = "{}"
@@ -298,6 +298,7 @@ def _holding(spans: Sequence[tuple[int, int]], start: int, end: int, text: str, 
     return range(positions[0], positions[-1] + 1)
 
 
+@exclusive
 def make_prefixes(
     model: Model,
     *,

@@ -7,6 +7,7 @@ between two operations; cores that compute passes of their own are not.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,7 +55,8 @@ def run_batches(model: Model, batches: Iterable[Rows], run: Callable[[Rows], Res
     with _threads(per_worker):
         pool = ThreadPoolExecutor(workers, "mechedit", torch.set_num_threads, (per_worker,))
         try:
-            for future in [pool.submit(run_here, batch) for batch in batches]:
+            # In the caller's context, so that the model knows the workers for those who hold it (`Model.exclusive`).
+            for future in [pool.submit(contextvars.copy_context().run, run_here, batch) for batch in batches]:
                 yield from future.result()
         finally:
             pool.shutdown(cancel_futures=True)

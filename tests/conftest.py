@@ -22,8 +22,7 @@ from typing import Any
 import pytest
 import torch
 from fontTools import subset
-from helpers.models import BACKENDS, SENTENCES, SHAPES, VOCAB, random_hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from helpers.models import BACKENDS, SHAPES, random_hf, small_tokenizer
 from transformers import (
     PreTrainedTokenizerFast,
 )
@@ -39,20 +38,7 @@ subset.Options._drop_tables_default = [*subset.Options._drop_tables_default, "GS
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>", model_max_length=64
-    )
+    return small_tokenizer()
 
 
 @pytest.fixture(params=list(SHAPES))

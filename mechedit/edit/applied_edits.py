@@ -85,24 +85,55 @@ def exact_weights(model: Model, layer: int) -> tuple[Float[Tensor, "d_mlp d_mode
     return (model.projection(layer) if base is None else base), edits
 
 
+@dataclass(kw_only=True, eq=False)
+class Snapshot:
+    """The weights that a block puts back when it is left."""
+
+    module: str
+    """The module that the model writes into."""
+    originals: dict[int, Float[Tensor, "d_mlp d_model"]]
+    """The down-projections by layer."""
+    applied: tuple[AppliedEdit, ...]
+    """The edits that were applied."""
+
+    def inherit(self, outer: Snapshot) -> None:
+        """Put back what an outer block would have, which was left before this one."""
+        self.applied = outer.applied
+        if self.module == outer.module:
+            self.originals |= {layer: weight for layer, weight in outer.originals.items() if layer in self.originals}
+
+
 @contextlib.contextmanager
 def restoring(model: Model, layers: Sequence[int]) -> Iterator[None]:
-    """On leaving, put the down-projections of `layers` back bit for bit, whatever was done to them."""
-    originals, applied = copy_weights(model, layers), applied_edits(model)
-    try:
-        yield
-    finally:
-        restore_(model, originals)
-        set_applied_edits_(model, applied)
+    """On leaving, put the down-projections of `layers` back bit for bit, whatever was done to them.
+
+    Nobody else uses the model within the block.
+
+    Raises:
+        InputError: as `Model.exclusive`; on leaving, another such block that began later has not ended yet. All weights
+            are what they were when both have ended.
+    """
+    with model.exclusive() as region:
+        snapshot = Snapshot(module=model.module, originals=copy_weights(model, layers), applied=applied_edits(model))
+        region.snapshot = snapshot
+        try:
+            yield
+        finally:
+            region.settle()
+            restore_(model, snapshot.originals)
+            set_applied_edits_(model, snapshot.applied)
+            for later in region.inner:
+                if later.snapshot is not None:
+                    later.snapshot.inherit(snapshot)
 
 
 @contextlib.contextmanager
 def transaction(model: Model, layers: Sequence[int]) -> Iterator[Mapping[int, Float[Tensor, "d_mlp d_model"]]]:
     """Yield copies of `layers`; when the block fails or is interrupted, the weights and the applied edits are put back.
 
-    When it succeeds, all changes stay.
+    When it succeeds, all changes stay. Nobody else uses the model within the block.
     """
-    with contextlib.ExitStack() as on_failure:
+    with model.exclusive(), contextlib.ExitStack() as on_failure:
         applied, originals = applied_edits(model), copy_weights(model, layers)
         on_failure.callback(set_applied_edits_, model, applied)
         on_failure.callback(restore_, model, originals)

@@ -26,7 +26,7 @@ from mechedit.edit.applied_edits import (
 from mechedit.edit.edit import Edit, check_factors, has_same_factors
 from mechedit.edit.weights import digest, rounded_sum
 from mechedit.errors import InputError
-from mechedit.models import DTYPES, Model
+from mechedit.models import DTYPES, Model, exclusive
 from mechedit.provenance import CAST_HASHES
 
 
@@ -38,11 +38,15 @@ def edited(model: Model, edit: Edit) -> Iterator[Model]:
         >>> with me.edited(model, edit):
         ...     scores = me.evaluate(model, requests)
 
+    Nobody else uses the model within the block: other threads wait until it has ended, and see it unedited.
+
     Raises:
-        InputError: the edit was made for other weights, or some weights would exceed the range of their dtype.
+        InputError: the edit was made for other weights, or some weights would exceed the range of their dtype; another
+            task of this thread uses the model (`Model.exclusive`).
     """
-    check_model(model, edit)
-    with restoring(model, edit.layers):
+    with model.exclusive(), contextlib.ExitStack() as stack:
+        check_model(model, edit)
+        stack.enter_context(restoring(model, edit.layers))
         for layer in edit.layers:
             add_(model, layer, edit.delta(layer))
         model.temporary_edits += 1
@@ -52,6 +56,7 @@ def edited(model: Model, edit: Edit) -> Iterator[Model]:
             model.temporary_edits -= 1
 
 
+@exclusive
 def apply_(model: Model, edit: Edit) -> None:
     """Apply `edit` until `undo_`. One copy of each edited layer's original weights is kept beside the model.
 
@@ -76,6 +81,7 @@ def apply_(model: Model, edit: Edit) -> None:
         set_applied_edits_(model, (*applied_edits(model), entry))
 
 
+@exclusive
 def undo_(model: Model, edit: Edit) -> None:
     """Take back the edit that was applied last: the weights come back bit for bit.
 

@@ -23,7 +23,7 @@ from mechedit.edit.edit import Edit, Factors
 from mechedit.edit.weights import HALF, projection_parameter, rounded_sum
 from mechedit.errors import InputError, check_choice, check_finite
 from mechedit.files import atomic_folder, write_json
-from mechedit.models import DTYPES, MODULES, Model
+from mechedit.models import DTYPES, MODULES, Model, exclusive
 from mechedit.models.saving import is_checkpoint_file
 
 MANIFEST = "mechedit.json"
@@ -33,6 +33,7 @@ MOST_ROUNDING = 0.1
 """Largest change of an edit's effect by rounding, relative to the effect, that goes without a warning."""
 
 
+@exclusive
 def export(
     model: Model,
     edit: Edit,
@@ -186,6 +187,7 @@ def _warn_of_rounding(
         )
 
 
+@exclusive
 def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write `edit` as a LoRA adapter in float32: adapter_model.safetensors, adapter_config.json and the manifest.
 

@@ -26,12 +26,13 @@ from mechedit.evaluation.probe_prompts import NEIGHBORS, ProbePrompt, ScoreRow, 
 from mechedit.evaluation.references import References, reference_scores
 from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
 from mechedit.files import plain_copy
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.provenance import value_hash
 
 DEFAULTS = EvaluationConfig()
 
 
+@exclusive
 def evaluate(
     model: Model,
     requests: Sequence[EditRequest],
@@ -86,6 +87,7 @@ def evaluate(
     return evaluation.scores(state, answers, list(drift))
 
 
+@exclusive
 def measure_baseline(
     model: Model,
     requests: Sequence[EditRequest],

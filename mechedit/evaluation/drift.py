@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechedit.batching import batches_of
 from mechedit.evaluation.probe_prompts import Kind, ProbePrompt, ScoreRow
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 
 DIVERGENCE: Mapping[Kind, str] = {"neighborhood": "KL", "neighborhood_plus": "KL+"}
 AGREEMENT: Mapping[Kind, str] = {"neighborhood": "top1", "neighborhood_plus": "top1+"}
@@ -23,6 +23,7 @@ States = Mapping[str, Float[Tensor, " d_model"]]
 """Residual state after the last block at each prompt's last token."""
 
 
+@exclusive
 def drift_rows(
     model: Model, probes: Sequence[ProbePrompt], before: States, after: States, *, batch_size: int = 64
 ) -> Iterator[ScoreRow]:

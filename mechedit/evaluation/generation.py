@@ -20,10 +20,11 @@ from tqdm import tqdm
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EntropyForm
 from mechedit.evaluation.generation_plan import plan_generation
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.prompt_tokens import encode_texts
 
 
+@exclusive
 def generate(
     model: Model,
     prompts: Sequence[str],

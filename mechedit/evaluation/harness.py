@@ -14,11 +14,12 @@ from typing import Any
 import pandas as pd
 
 from mechedit.errors import InputError
-from mechedit.models import Model, transformers_model
+from mechedit.models import Model, exclusive, transformers_model
 
 COLUMNS = ("task", "metric", "value", "stderr", "n")
 
 
+@exclusive
 def general_ability(
     model: Model,
     tasks: Sequence[str | Mapping[str, Any]],

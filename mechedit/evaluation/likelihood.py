@@ -19,7 +19,7 @@ from mechedit.batching import batches_of, pad
 from mechedit.data.joint import following
 from mechedit.errors import InputError
 from mechedit.evaluation.config import Likelihood
-from mechedit.models import Model, Readout, Site, WholeReadout
+from mechedit.models import Model, Readout, Site, WholeReadout, exclusive
 from mechedit.models.vocabulary import check_ids
 from mechedit.prompt_tokens import Completion, complete_pairs
 
@@ -84,6 +84,7 @@ class Answers:
     """Residual state after the last block at each prompt's last token, on the CPU."""
 
 
+@exclusive
 def score_targets(
     model: Model, pairs: Iterable[tuple[str, str]], *, joint: str | None = None, batch_size: int = 64
 ) -> dict[tuple[str, str], TargetScore]:
@@ -104,6 +105,7 @@ def score_targets(
     return {pair: scores[text] for pair, text in joined.items()}
 
 
+@exclusive
 def score_pairs(
     model: Model, pairs: Iterable[Pair], *, state_prompts: Collection[str] = (), batch_size: int = 64
 ) -> Answers:

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from mechedit.batching import length_batches, pad, padding_budget
 from mechedit.errors import InputError, check_at_least
-from mechedit.models import Model, Tokens
+from mechedit.models import Model, Tokens, exclusive
 from mechedit.prompt_tokens import encode_documents
 
 
+@exclusive
 def perplexity(model: Model, texts: Sequence[str], *, max_length: int = 1024, batch_tokens: int = 4096) -> float:
     """Measure exp(mean of −log P(token | the text before it)) over every token of `texts` but each text's first.
 
@@ -37,6 +38,7 @@ def perplexity(model: Model, texts: Sequence[str], *, max_length: int = 1024, ba
     return float(np.exp(losses.sum() / tokens.sum()))
 
 
+@exclusive
 def text_losses(
     model: Model, texts: Sequence[str], *, max_length: int = 1024, batch_tokens: int = 4096
 ) -> tuple[Float[np.ndarray, " text"], Int[np.ndarray, " text"]]:

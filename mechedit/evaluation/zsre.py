@@ -18,7 +18,7 @@ from mechedit.evaluation.likelihood import Pair, TargetScore, score_pairs
 from mechedit.evaluation.probe_prompts import ProbePrompt, ScoreRow, probe_prompts
 from mechedit.evaluation.scores import ANSWER_COLUMNS, TABLE_COLUMNS, Scores
 from mechedit.files import plain_copy
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 
 DEFAULTS = EvaluationConfig()
 
@@ -30,6 +30,7 @@ EXACT: Mapping[str, str] = {
 }
 
 
+@exclusive
 def evaluate_zsre(
     model: Model,
     requests: Sequence[EditRequest],

@@ -34,7 +34,7 @@ from mechedit.methods.plausibility import WARNINGS, edit_warnings
 from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig, checkpoint_settings
 from mechedit.methods.spread import UpdateRule, spread
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.provenance import CAST_HASHES
 from mechedit.targets import Targets, find_targets
 
@@ -105,6 +105,7 @@ class Method(Generic[Config]):
 
     # Searches need gradients, whatever mode the caller is in.
     @torch.inference_mode(False)
+    @exclusive
     def __call__(
         self,
         model: Model,
@@ -170,7 +171,7 @@ class Method(Generic[Config]):
         if lines := edit_warnings(edit, model, config):
             manifest[WARNINGS] = lines
             for line in lines:
-                warnings.warn(line, stacklevel=3)  # above torch's decorator
+                warnings.warn(line, stacklevel=4)  # above the decorators
         return dataclasses.replace(edit, manifest=manifest)
 
     def recommended(self, model: Model) -> Config:

@@ -25,7 +25,7 @@ from mechedit.methods.checks import check_layers, check_target_weights, check_ta
 from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm, relative_residuals
 from mechedit.methods.settings import SpreadConfig
-from mechedit.models import Model, Site
+from mechedit.models import Model, Site, exclusive
 from mechedit.prompt_tokens import check_prefixes
 from mechedit.solve import Update
 from mechedit.targets import Targets
@@ -50,6 +50,7 @@ class SpreadResult:
     since a layer's keys do not depend on its own down-projection: a later edit has to preserve them (`previous`)."""
 
 
+@exclusive
 def spread(
     model: Model,
     requests: Sequence[EditRequest],
@@ -123,6 +124,7 @@ def spread(
     return SpreadResult(edit=Edit(factors=factors, manifest=manifest), keys=keys)
 
 
+@exclusive
 def edit_keys(model: Model, requests: Sequence[EditRequest], edit: Edit) -> dict[int, Float[Tensor, "d_mlp fact"]]:
     """The keys that `edit` was fitted at, [d_mlp, fact] for each of its layers, computed again.
 

@@ -4,7 +4,8 @@ The interface is `Model` (`protocol`), with its `sites` and `kv_cache`; `loading
 Behind it, `backend` holds weight-sharing copies of the transformers model (`shared_copy`), whose parts (`family`) are
 in the table of `families` or measured by `discovery`; what cannot be used is `unsupported`. A run is a `run_plan`,
 carried out by the first engine that can: `fast_engine`, in the way that `engine_check` settles when a model is loaded,
-or one of `engines`, which the two backends complete; where a prefix cannot be cut off, it is `run_again`. Nothing
+or one of `engines`, which the two backends complete; where a prefix cannot be cut off, it is `run_again`. Who may
+use a model now is up to its `model_lock`. Nothing
 outside this package imports transformer_lens or nnsight, or names a transformers class.
 """
 
@@ -12,6 +13,7 @@ from mechedit.models.families import loader_of
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.layer_ranges import MOST_LAYERS, read_layer_range
 from mechedit.models.loading import load_model, transformers_model
+from mechedit.models.model_lock import exclusive
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
 from mechedit.models.readout import CleanLogits, Readout, TokenScores, WholeReadout, log_probabilities
 from mechedit.models.sites import EMBED, MODULES, Module, Part, Site, out_part
@@ -37,6 +39,7 @@ __all__ = [
     "Tokens",
     "UnsupportedModelError",
     "WholeReadout",
+    "exclusive",
     "load_model",
     "loader_of",
     "log_probabilities",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,6 +24,7 @@ from mechedit.models.engines import HookedEngine, UnhookedEngine, max_positions,
 from mechedit.models.families import attention_window, family_of
 from mechedit.models.fast_engine import FastEngine
 from mechedit.models.kv_cache import KVCache
+from mechedit.models.model_lock import ModelLock, Region, exclusive_method
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
 from mechedit.models.readout import Readout, WholeReadout, find_readout
 from mechedit.models.run_again import run_again
@@ -43,6 +45,7 @@ _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EDIT_LOG = "_mechedit_applied"
 _TEMPORARY_EDITS = "_mechedit_temporary_edits"
 _CHECKPOINT_DTYPE = "_mechedit_checkpoint_dtype"
+_LOCK = "_mechedit_lock"
 
 
 class BackendModel:
@@ -67,6 +70,8 @@ class BackendModel:
         self.name = name
         self.family = family_of(hf)
         self._weights_hash = WeightsHash()
+        # In one step, as two threads may make models around the same weights.
+        self._lock: ModelLock = vars(hf).setdefault(_LOCK, ModelLock())
         self.unhooked_copy, self.hooked_copy = (with_fast_gelu(share_parameters(hf)) for _ in range(2))
         attention = getattr(hf.config, "_attn_implementation", None)
         # Other kinds of attention expect another mask than the one that the hooked copy makes.
@@ -135,6 +140,10 @@ class BackendModel:
     def temporary_edits(self, count: int) -> None:
         setattr(self.hf, _TEMPORARY_EDITS, count)
 
+    def exclusive(self) -> AbstractContextManager[Region]:
+        """Nobody else uses the model within the block; see `mechedit.models.protocol.Model.exclusive`."""
+        return self._lock.exclusive()
+
     def run(
         self,
         tokens: Tokens,
@@ -164,9 +173,10 @@ class BackendModel:
             use_cache=use_cache,
             unembed=unembed,
         )
-        if not self.keeps_keys and (plan.use_cache or plan.kv_cache is not None):
-            return run_again(plan, self._carry_out, self.n_layers)
-        return self._carry_out(plan)
+        with self._lock.running(lambda: self.runs_at_once):
+            if not self.keeps_keys and (plan.use_cache or plan.kv_cache is not None):
+                return run_again(plan, self._carry_out, self.n_layers)
+            return self._carry_out(plan)
 
     @property
     def runs_at_once(self) -> bool:
@@ -193,6 +203,7 @@ class BackendModel:
         return next(engine for engine in self._engines if engine.can_run(plan)).run(plan)
 
     @torch.no_grad()
+    @exclusive_method
     def next_logits(
         self,
         ids: Int[Tensor, "batch pos"],
@@ -290,6 +301,7 @@ class BackendModel:
         )
 
     @torch.no_grad()
+    @exclusive_method
     def module_output(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
         """The edited module's addition to the residual stream at these keys: keys · W + b, after any post-norm."""
         return self.output_gain(layer, keys) * self._raw_output(layer, keys)
@@ -318,6 +330,7 @@ class BackendModel:
         return out if bias is None else out + bias.to(out)
 
     @torch.no_grad()
+    @exclusive_method
     def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:
         """Next-token logits of residuals after the last block: final norm, unembedding and logit caps, as in `run`."""
         states = resid[:, None].to(self.device, self.dtype)
@@ -326,19 +339,24 @@ class BackendModel:
             ids = torch.zeros(len(states), 1, dtype=torch.long, device=self.device)
             return self.unhooked_copy(input_ids=ids, use_cache=False).logits[:, 0]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def readout(self) -> Readout | WholeReadout:
         """What reads log-probabilities off `Run.head_inputs`; see `mechedit.models.protocol.Model.readout`."""
-        head = self.unhooked_copy.get_output_embeddings()
-        if self._readout is None and type(head) is not nn.Linear:
-            self._readout = WholeReadout()
         if self._readout is None:
-            ids = torch.arange(min(4, self.vocab_size), device=self.device)[None]
-            tokens = Tokens(ids, torch.ones_like(ids))
-            states, logits = self.run(tokens, unembed=False).head_inputs[0], self.run(tokens).logits[0]
-            self._readout = find_readout(head, self.hf.config, states, logits)
+            self._readout = self._find_readout()
         return self._readout
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @exclusive_method
+    def _find_readout(self) -> Readout | WholeReadout:
+        """The readout, held against the model's own logits."""
+        head = self.unhooked_copy.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return WholeReadout()
+        ids = torch.arange(min(4, self.vocab_size), device=self.device)[None]
+        tokens = Tokens(ids, torch.ones_like(ids))
+        states, logits = self.run(tokens, unembed=False).head_inputs[0], self.run(tokens).logits[0]
+        return find_readout(head, self.hf.config, states, logits)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The transformers model's parameters, with the names that its checkpoints use."""
@@ -353,15 +371,18 @@ class BackendModel:
     def checkpoint_dtype(self, dtype: torch.dtype | None) -> None:
         setattr(self.hf, _CHECKPOINT_DTYPE, dtype)
 
+    @exclusive_method
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, text: str | None = None) -> None:
         """Write a transformers checkpoint and read it back; see `mechedit.models.protocol.Model.save_pretrained`."""
         save_checkpoint(self.hf, self.tokenizer, Path(folder), dtype or self.dtype)
         check_checkpoint(self.hf, self.tokenizer, Path(folder), text)
 
+    @exclusive_method
     def logits_with_adapter(self, folder: str | Path, ids: Int[Tensor, "1 pos"]) -> Float[Tensor, "1 pos vocab"] | None:
         """Logits with an adapter of PEFT on the model; see `mechedit.models.protocol.Model.logits_with_adapter`."""
         return logits_with_adapter(self.hf, Path(folder), ids)
 
+    @exclusive_method
     def weights_hash(self, *, blocks: bool = True) -> str:
         """SHA-256 over the parameters as they are now: all of them, or only those outside the blocks."""
         parameters = {
@@ -371,6 +392,7 @@ class BackendModel:
         }
         return self._weights_hash.of(parameters)
 
+    @exclusive_method
     def cast_hashes(self, dtypes: Collection[str] | None = None) -> dict[str, str]:
         """Hashes of the weights as they are now, rounded to other dtypes; see `Model.cast_hashes`."""
         names = [name for name in dtypes or DTYPES if DTYPES[name] != self.dtype]

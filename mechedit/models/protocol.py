@@ -7,6 +7,7 @@ the search for z are all patches. Both backends satisfy `Model` and give the sam
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -194,6 +195,21 @@ class Model(Protocol):
     @property
     def checkpoint(self) -> str:
         """Hub name or folder that the weights were loaded from; empty for a model made in memory."""
+        ...
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        """Nobody else uses the model, or another model around the same weights, within the block.
+
+        Other threads wait until it has ended; blocks of one thread may lie in each other. All public calls open one
+        while they run, and `edited` and sessions until they end. See `mechedit.models.model_lock`.
+
+        Example:
+            >>> with model.exclusive():  # no other thread edits the model between the two
+            ...     scores, perplexity = me.evaluate(model, requests), me.perplexity(model, texts)
+
+        Raises:
+            InputError: another task of this thread uses the model, or a thread that itself only waits.
+        """
         ...
 
     def run(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mechedit.data import check_texts, load_texts, texts_hash
 from mechedit.errors import InputError
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.moments.checkpoints import Checkpoint
 from mechedit.moments.chunks import SINGLE_PROCESS, Rank
 from mechedit.moments.conditioning import warn_if_singular
@@ -21,6 +21,7 @@ from mechedit.moments.text_pass import TextPass
 from mechedit.provenance import ALGORITHMS
 
 
+@exclusive
 def collect_moments(
     model: Model,
     texts: Sequence[str] | str | Path,
@@ -72,6 +73,7 @@ def collect_moments(
     return {layer: moments[layer] for layer in collection.layers}
 
 
+@exclusive
 def collect_shard(
     model: Model,
     texts: Sequence[str] | str | Path,

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.moments.key_reader import KeyReader
 from mechedit.prompt_tokens import encode_documents
 
@@ -73,6 +73,7 @@ class EnergyMatch:
         return {"correlation": round(self.correlation, 4), "ratio": round(self.ratio, 4)}
 
 
+@exclusive
 @torch.no_grad()
 def measured_energies(
     model: Model, layers: Sequence[int], texts: Sequence[str] = TEXTS
@@ -97,6 +98,7 @@ def energy_match(predicted: Float[Tensor, " d_mlp"], measured: Float[Tensor, " d
     return EnergyMatch(correlation=correlation, ratio=float((logs[1] - logs[0]).median().exp()))
 
 
+@exclusive
 def check_energies(
     predicted: Mapping[int, Float[Tensor, " d_mlp"]], model: Model, names: Mapping[int, str], texts: Sequence[str]
 ) -> dict[int, EnergyMatch]:

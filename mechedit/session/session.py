@@ -24,7 +24,7 @@ from mechedit.edit.weights import uninterrupted
 from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import QUICK, EvaluationConfig
 from mechedit.methods import MethodConfig, check_layers, moment_matrices
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
 from mechedit.prompt_tokens import check_prefixes, one_spelling
 from mechedit.session.batch_editor import BatchEditor, check_rule, check_settings
@@ -75,6 +75,7 @@ class EditSession:
     key preserved) until a later request *overrides* it with another object.
     """
 
+    @exclusive
     def __init__(
         self,
         model: Model,
@@ -154,6 +155,7 @@ class EditSession:
         if self._restore is not None:
             raise InputError("the session is open already, expected one `with` block at a time; leave the other first")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._editor.model.exclusive())
             self._editor.check_weights(self._editor.base["weights_hash"])
             stack.enter_context(restoring(self._editor.model, self._editor.layers))
             if self._accepted:

@@ -22,7 +22,7 @@ from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import PERCENT, QUICK, EvaluationConfig, Summary, evaluate, summarize_cases
 from mechedit.files import write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, moment_matrices, recommended
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
 from mechedit.provenance import ModelIdentity, determining, numbered, value_hash
 from mechedit.statistics import bootstrap_means, harmonic_mean
@@ -152,6 +152,7 @@ class Sweep:
         return where(self.cases, first=window.first, last=window.last)
 
 
+@exclusive
 def sweep_windows(
     model: Model,
     requests: Sequence[EditRequest],

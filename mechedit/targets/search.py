@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mechedit.data import EditRequest, check_requests
 from mechedit.errors import InputError
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.prompt_tokens import check_prefixes, make_prefixes, one_spelling
 from mechedit.provenance import value_hash
 from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult
@@ -29,6 +29,7 @@ SubjectGroup = Sequence[EditRequest]
 """Requests that share one δ."""
 
 
+@exclusive
 @torch.inference_mode(False)
 def find_targets(
     model: Model,

@@ -16,7 +16,7 @@ from torch import Tensor
 from mechedit.bounds import check_numbers
 from mechedit.data import Fact
 from mechedit.errors import InputError, check_at_least, check_choice
-from mechedit.models import EMBED, Model, Tokens
+from mechedit.models import EMBED, Model, Tokens, exclusive
 from mechedit.prompt_tokens import continuation_ids
 
 Distribution = Literal["gaussian", "multivariate", "student", "uniform", "tokens"]
@@ -73,6 +73,7 @@ def embedding_std(model: Model, subjects: Sequence[str]) -> float:
     return embedding_statistics(model, subjects).std
 
 
+@exclusive
 @torch.no_grad()
 def embedding_statistics(
     model: Model, subjects: Sequence[str], *, covariance_root: bool = False

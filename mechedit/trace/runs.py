@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.models import EMBED, KVCache, Model, Part, Patch, Resume, Run, Site, Tokens
+from mechedit.models import EMBED, KVCache, Model, Part, Patch, Resume, Run, Site, Tokens, exclusive
 from mechedit.trace.config import PART_OF_KIND, TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, checked_noise, draw_noise
 from mechedit.trace.metrics import NORMALIZED, MetricInputs, find_metric, metric_name
@@ -206,6 +206,7 @@ def metric_inputs(
     )
 
 
+@exclusive
 def run_clean_and_corrupted(
     model: Model,
     facts: list[TracedFact],

@@ -17,7 +17,7 @@ from mechedit.cache import PARQUET, Cache
 from mechedit.chat import prompted
 from mechedit.data import Fact, check_unique_ids
 from mechedit.errors import InputError
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.provenance import ModelIdentity, numbered
 from mechedit.trace.agreement import agreement_records, check_agreement, measure_agreement
 from mechedit.trace.approximate import approximate_group, draw_for
@@ -29,6 +29,7 @@ from mechedit.trace.memory import max_group_rows
 from mechedit.trace.traced_fact import Dropped, TracedFact, known_facts, with_replacements, with_roles
 
 
+@exclusive
 def trace_facts(
     model: Model,
     facts: Sequence[Fact],
@@ -142,7 +143,7 @@ class TracePlan:
         key = numbered("trace", {"settings": settings, "std": self.std, "model": model})
         with tqdm(total=len(self.facts), desc="tracing facts", unit="fact") as progress:
             for group in self.groups():
-                with torch.no_grad():
+                with torch.no_grad(), self.model.exclusive():
                     arguments = (self.model, group, self.std, self.config, self.noise, self.statistics)
                     facts = [{**traced.fact.plain(), "replacements": traced.replacements} for traced in group]
                     key["facts"] = facts
@@ -151,7 +152,8 @@ class TracePlan:
                     else:
                         make = partial(approximate_group, *arguments, drawn)
                         key["drawn"] = [drawn[traced.fact.id].plain() for traced in group]
-                    yield Cache(self.parts).get(key, make, PARQUET)
+                    frame = Cache(self.parts).get(key, make, PARQUET)
+                yield frame
                 progress.update(len(group))
 
     def groups(self) -> Iterator[list[TracedFact]]:
@@ -161,6 +163,7 @@ class TracePlan:
             yield from batches_of(same_shape, size)
 
 
+@exclusive
 @torch.no_grad()
 def plan_trace(
     model: Model,

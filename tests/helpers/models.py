@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
     MistralForCausalLM,
     Olmo2ForCausalLM,
     Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
@@ -43,6 +45,24 @@ SENTENCES = (
     "Apple A5 was created by Apple, and Windows Media Player was created by Microsoft.",
     "Anaal Nathrakh, that was created in Birmingham, is a band from England.",
 )
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with offsets, pad and eos, behaves like any fast transformers tokenizer."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>", model_max_length=64
+    )
 
 
 def _gpt2(**changes: Any) -> nn.Module:
