@@ -23,20 +23,22 @@ RECORDED = ("mechedit", "model", "backend")
 ALGORITHMS = {
     "trace": 2,
     "moments": 1,
-    "targets": 3,
-    "edit": 3,
-    "sweep": 3,
+    "targets": 4,
+    "edit": 4,
+    "sweep": 4,
     "baseline": 2,
     "baseline_zsre": 2,
     "evaluate": 2,
-    "session": 3,
+    "session": 4,
 }
 """Number of each artifact's algorithm. Raise one by hand when a change of the code changes that artifact's numbers:
 results of another number are not reused. Results without a number are of algorithm 1.
 
 2: an object's tokens are those that it has behind its prompt, not behind a space.
 3: the learning rate of the search for z and λ are in relative units by default, and a search has converged when the
-object is the likeliest answer."""
+object is the likeliest answer.
+4: the unit of the learning rate is a typical coordinate, and what is written through a norm is the nearest output that
+it can give."""
 DEFAULTS: dict[str, Any] = {"module": "mlp", "algorithm": 1}
 """Values assumed where an older artifact lacks the field."""
 CAST_HASHES = "weights_hash_as"

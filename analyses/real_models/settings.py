@@ -5,9 +5,9 @@
     python -m analyses.real_models.settings table --out DIR
 
 MODEL is tiny, smollm2, gemma3 or a folder. `rates` searches for z at the last of the layers with each learning rate, in
-units of ‖h‖/√d_model, and with the published one, and counts the objects that become the likeliest answer. `weights`
-searches once and writes what it found with each λ, for each number of facts; with one, as many single edits as
-`--singles` are scored together. `table` holds rules for λ against each other: c; c · facts; c · d_mlp; c · the facts'
+units of the typical |hᵢ|, and with the published one, and counts the objects that become the likeliest answer.
+`weights` searches once and writes what it found with each λ, for each number of facts; with one, as many single edits
+as `--singles` are scored together. `table` holds rules for λ against each other: c; c · facts; c · d_mlp; c · the facts'
 median kᵀM⁻¹k. All results are kept in DIR, so that what was interrupted goes on; `table` reads what is there.
 """
 
@@ -284,7 +284,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def rate(text: str) -> float | None:
-    """A learning rate in units of ‖h‖/√d_model, or `published`."""
+    """A learning rate in units of the typical |hᵢ|, or `published`."""
     return None if text == "published" else float(text)
 
 

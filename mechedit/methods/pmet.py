@@ -17,7 +17,7 @@ class PmetConfig(RidgeConfig):
     steps: int = 30
     """Most steps of the search for z."""
     relative_lr: float | int = 0.2
-    """Adam's learning rate in units of ‖h‖/√d_model, where h is the MLP's output; not used where `lr` is set."""
+    """Adam's learning rate in units of the typical |hᵢ|, where h is the MLP's output; not used where `lr` is set."""
     kl_weight: float | int = 1.0
     """Weight of the KL term, which keeps the subject's other meaning."""
     strategy: Strategy = "sqrt"

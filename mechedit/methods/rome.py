@@ -17,9 +17,9 @@ from mechedit.methods.checks import check_target_settings, check_target_weights,
 from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm, relative_residuals, search_record
 from mechedit.methods.method import EditTask, edit_method
+from mechedit.methods.post_norm import change_before_norm
 from mechedit.methods.rules import damped_moment, moment_factor
 from mechedit.methods.settings import DampedConfig
-from mechedit.methods.spread import change_before_norm
 from mechedit.models import Model
 from mechedit.prompt_tokens import BARE, check_prefixes, make_prefixes
 from mechedit.solve import Factor, Update, equality_update
@@ -33,7 +33,7 @@ class RomeConfig(DampedConfig):
     steps: int = 20
     """Most steps of the search for z."""
     relative_lr: float | int = 0.5
-    """Adam's learning rate in units of ‖h‖/√d_model, where h is the MLP's output; not used where `lr` is set."""
+    """Adam's learning rate in units of the typical |hᵢ|, where h is the MLP's output; not used where `lr` is set."""
     clamp: float | int = 4.0
     """Largest ‖δ‖, in units of ‖h‖, where h is the MLP's output."""
     keys: Literal["prefixes", "published"] = "prefixes"

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from mechedit.errors import InputError
 from mechedit.methods.checks import check_layers, check_target_weights, check_targets
 from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm, relative_residuals
+from mechedit.methods.post_norm import change_before_norm
 from mechedit.methods.settings import SpreadConfig
 from mechedit.models import Model, Site, exclusive
 from mechedit.prompt_tokens import check_prefixes
@@ -168,18 +168,6 @@ def share_divisor(layers: Sequence[int], index: int, config: SpreadConfig) -> fl
     published = config.convention == "memit-2022"
     count = len(layers) - index if published else layers[-1] - layers[index] + 1
     return math.sqrt(count) if config.strategy == "sqrt" else float(count)
-
-
-def change_before_norm(
-    model: Model, layer: int, keys: Float[Tensor, "fact prefix d_mlp"], change: Float[Tensor, "fact d_model"]
-) -> Float[Tensor, "fact d_model"]:
-    """The change of the projection's output that moves the output of the edited module by `change`.
-
-    They are the same unless a norm lies between: y = g∘x/rms(x) becomes parallel to y + r when x moves by r·rms(x)/g
-    (the length of y/g is fixed by the norm). rms(x)/g is taken as the mean over the prefixes' keys.
-    """
-    gain = model.output_gain(layer, keys).mean(1)
-    return torch.where(gain == 0, 0, change.to(gain) / gain)
 
 
 def _residuals(

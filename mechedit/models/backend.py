@@ -315,10 +315,24 @@ class BackendModel:
             return keys.new_full((*keys.shape[:-1], self.d_model), scale)
         raw = self._raw_output(layer, keys)
         norm = blocks_of(self.hf, self.family)[layer].get_submodule(after)
-        direction = norm(torch.ones(self.d_model, device=raw.device, dtype=self.dtype)).to(raw)
+        direction = self._norm_weight(norm, raw)
         # The norm's own output tells its scale, whatever it adds to rms(x) under the root.
         unit, out = direction * raw, norm(raw.to(self.dtype)).to(raw)
         return scale * direction * (out * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
+
+    @torch.no_grad()
+    def norm_gain(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """The norm's g where the edited module adds g ⊙ x / rms(x) of its projection's output x; None without one."""
+        parts = self.family.parts(layer)
+        after = parts.norm_after(self.module)
+        if after is None:
+            return None
+        norm = blocks_of(self.hf, self.family)[layer].get_submodule(after)
+        return parts.scale(self.module) * self._norm_weight(norm, self.projection(layer).float())
+
+    def _norm_weight(self, norm: nn.Module, like: Tensor) -> Float[Tensor, " d_model"]:
+        """What a norm makes of ones, whose rms is 1."""
+        return norm(torch.ones(self.d_model, device=like.device, dtype=self.dtype)).to(like)
 
     def _raw_output(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
         weight = self.projection(layer)

@@ -130,8 +130,8 @@ class Resume:
 class Model(Protocol):
     """A causal language model with named sites, as `mechedit.load_model` returns it.
 
-    `module`, `projection`, `module_output`, `output_gain`, `key_site` and `d_key` speak of the edited module: the MLP,
-    or attention after `writing("attn")`.
+    `module`, `projection`, `module_output`, `output_gain`, `norm_gain`, `key_site` and `d_key` speak of the edited
+    module: the MLP, or attention after `writing("attn")`.
     """
 
     name: str
@@ -304,6 +304,10 @@ class Model(Protocol):
 
     def output_gain(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
         """`module_output` in units of the projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
+        ...
+
+    def norm_gain(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """The norm's g where the edited module adds g ⊙ x / rms(x) of its projection's output x; None without one."""
         ...
 
     def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocab"]:

@@ -24,15 +24,16 @@ class TargetSettings:
     the likelihood term alone falls below `threshold`, decays with weight_decay·(‖δ‖/‖h‖)², and takes the KL term
     at the end of its prompt. Adam's learning rate is then the published one, `lr`, where none is set.
 
-    By default Adam's learning rate is `relative_lr`·‖h‖/√d_model: a step moves δ by about `relative_lr`·‖h‖, whatever
-    the scale of the residual stream, which differs a thousandfold between models and grows with depth.
+    By default Adam's learning rate is `relative_lr` times the typical |hᵢ| (`Objective.unit`): a step moves every
+    coordinate by about that part of it, whatever the scale of the residual stream, which differs a thousandfold between
+    models and grows with depth.
     """
 
     steps: int = 25
     """Most steps of the search for z."""
     relative_lr: float | int = 0.2
-    """Adam's learning rate in units of ‖h‖/√d_model, so that a step moves δ by about `relative_lr`·‖h‖; not used where
-    `lr` is set."""
+    """Adam's learning rate in units of the typical |hᵢ|, the median over coordinates over 0.6745 (‖h‖/√d_model where h
+    is normal), which a few massive coordinates do not change; not used where `lr` is set."""
     lr: float | int | None = None
     """Adam's learning rate in units of the activation, in place of `relative_lr`; None for the latter. `memit-2022`
     sets the published one."""
@@ -121,7 +122,7 @@ class TargetConfig(TargetSettings):
 
     @property
     def learning_rate(self) -> float:
-        """Adam's learning rate: `lr` where it is set, else `relative_lr`, which is in units of ‖h‖/√d_model."""
+        """Adam's learning rate: `lr` where it is set, else `relative_lr`, which is in units of the typical |hᵢ|."""
         return self.relative_lr if self.lr is None else self.lr
 
     @property

@@ -27,6 +27,8 @@ from mechedit.workers import n_workers, run_batches
 TERMS = ("loss", "nll", "kl", "decay", "probability", "margin")
 """Columns of `LossTerms.values`: the loss, its three terms as weighted in it, P(object), mean over templates, and the
 margin: nats by which the object's tokens are likelier than any other token, the least of all prompts and tokens."""
+_NORMAL_MEDIAN = 0.6745
+"""Median of |x| for a standard normal x."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -64,9 +66,18 @@ class Objective:
 
     @property
     def unit(self) -> Float[Tensor, "group part"]:
-        """The unit of each group's learning rate: 1 for `lr`, ‖h‖/√d_model for `relative_lr`."""
-        norm = self.state_norm
-        return norm / self.model.d_model**0.5 if self.config.lr is None else torch.ones_like(norm)
+        """The unit of each group's learning rate: 1 for `lr`, the typical |hᵢ| for `relative_lr`.
+
+        That is the median over coordinates over that of a standard normal variable: ‖h‖/√d_model, were h normal. In
+        pretrained models a few coordinates can be a hundred times larger than the rest (massive activations; Sun et
+        al., 2024) and make up most of ‖h‖, which says nothing of how far the others may move.
+        """
+        if self.config.lr is not None:
+            return torch.ones_like(self.state_norm)
+        typical = self.initial.abs().median(dim=2).values / _NORMAL_MEDIAN
+        # A state with more zeros than not has a length all the same.
+        typical = torch.where(typical > 0, typical, self.initial.norm(dim=2) / self.model.d_model**0.5)
+        return torch.stack([typical[self.group == group].amin(0) for group in range(self.n_groups)])
 
     def loss_terms(self, delta: Float[Tensor, "group part d_model"], *, gradient: bool) -> LossTerms:
         """Evaluate Eq. 16 for every fact at its group's δ.

@@ -140,7 +140,7 @@ def search_groups(
 ) -> list[list[TargetResult]]:
     """Minimize the loss of every group by Adam, within its ball; a group is dropped when it stops.
 
-    Adam moves δ in units of `Objective.unit`: with ‖h‖/√d_model the whole course scales with the activations.
+    Adam moves δ in units of `Objective.unit`: with the typical |hᵢ| the whole course scales with the activations.
 
     Returns:
         The result of every fact, by group.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.spreading import PREFIXES, REQUESTS
+from torch import Tensor
 
 from mechedit.errors import InputError
 from mechedit.methods import AlphaEditConfig, EmmetConfig, MemitConfig, PmetConfig, RomeConfig
@@ -32,6 +33,11 @@ def models(make_model: Any) -> tuple[Any, Any]:
 
 def search(model: Any, **changes: Any) -> Targets:
     return find_targets(model, REQUESTS, LAYER, PREFIXES, dataclasses.replace(CONFIG, **changes))
+
+
+def typical(states: Tensor) -> Tensor:
+    """The size of a typical coordinate of each state: half are smaller than 0.6745 of it, as of a normal variable."""
+    return states.abs().sort(dim=1).values[:, (states.shape[1] - 1) // 2] / 0.6745
 
 
 def mismatch(original: Targets, scaled: Targets) -> float:
@@ -59,7 +65,9 @@ def test_a_first_step_is_as_long_as_the_settings_say(models: tuple[Any, Any]) ->
     """Adam's first step has length lr in every coordinate."""
     model = models[0]
     relative = search(model, steps=1, relative_lr=0.03)
-    assert relative.summary["norm_ratio"].tolist() == pytest.approx([0.03] * len(REQUESTS), rel=1e-3)
+    lengths = (relative.z - relative.initial).norm(dim=1)
+    steps = 0.03 * typical(relative.initial) * model.d_model**0.5
+    assert lengths.tolist() == pytest.approx(steps.tolist(), rel=1e-3)
     absolute = search(model, steps=1, lr=0.03)
     lengths = (absolute.z - absolute.initial).norm(dim=1)
     assert lengths.tolist() == pytest.approx([0.03 * model.d_model**0.5] * len(REQUESTS), rel=1e-3)
@@ -69,9 +77,21 @@ def test_facts_that_share_a_delta_share_the_smallest_unit(models: tuple[Any, Any
     model = models[0]
     pair = [REQUESTS[0], dataclasses.replace(REQUESTS[0], id="x", prompt="They say that {} likes", target_new="guitar")]
     targets = find_targets(model, pair, LAYER, PREFIXES, dataclasses.replace(CONFIG, steps=1))
-    lengths, norms = (targets.z - targets.initial).norm(dim=1), targets.initial.norm(dim=1)
-    assert lengths.tolist() == pytest.approx([CONFIG.relative_lr * float(norms.min())] * 2, rel=1e-3)
-    assert float(norms.max()) > 1.001 * float(norms.min()), "else the smallest is not told from the other"
+    lengths, units = (targets.z - targets.initial).norm(dim=1), typical(targets.initial) * model.d_model**0.5
+    assert lengths.tolist() == pytest.approx([CONFIG.relative_lr * float(units.min())] * 2, rel=1e-3)
+    assert float(units.max()) > 1.001 * float(units.min()), "else the smallest is not told from the other"
+
+
+def test_a_massive_coordinate_does_not_lengthen_the_steps(make_model: Any) -> None:
+    """One coordinate that is far larger than all others makes up most of ‖h‖, and carries nothing of a fact."""
+    plain, massive = (make_model("llama", initializer_range=0.1) for _ in range(2))
+    with torch.no_grad():
+        massive.hf.model.embed_tokens.weight[:, 5] += 500 * float(plain.hf.model.embed_tokens.weight.abs().mean())
+    searches = [search(model, steps=1) for model in (plain, massive)]
+    norms = [float(targets.initial.norm(dim=1).mean()) for targets in searches]
+    steps = [float((targets.z - targets.initial).norm(dim=1).mean()) for targets in searches]
+    assert norms[1] > 20 * norms[0]
+    assert steps[1] < 3 * steps[0]
 
 
 def test_the_published_code_keeps_its_absolute_learning_rate(models: tuple[Any, Any]) -> None:
