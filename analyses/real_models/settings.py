@@ -7,8 +7,8 @@
 MODEL is tiny, smollm2, gemma3 or a folder. `rates` searches for z at the last of the layers with each learning rate, in
 units of the typical |hᵢ|, and with the published one, and counts the objects that become the likeliest answer.
 `weights` searches once and writes what it found with each λ, for each number of facts; with one, as many single edits
-as `--singles` are scored together. `table` holds rules for λ against each other: c; c · facts; c · d_mlp; c · the facts'
-median kᵀM⁻¹k. All results are kept in DIR, so that what was interrupted goes on; `table` reads what is there.
+as `--singles` are scored together. `table` holds rules for λ against each other: c; c · facts; c · d_mlp; c · the
+facts' median kᵀM⁻¹k. All results are kept in DIR, so that what was interrupted goes on; `table` reads what is there.
 """
 
 from __future__ import annotations

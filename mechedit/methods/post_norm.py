@@ -26,42 +26,46 @@ def change_before_norm(
     if norm is None:
         gain = gain.mean(1)
         return torch.where(gain == 0, 0, change.to(gain) / gain)
-    outputs = model.module_output(layer, keys)
-    nearest = nearest_output(outputs + change.to(outputs)[:, None], norm)
-    # x/rms(x) and rms(x), by the coordinate that the norm passes best; what it does not pass at all stays as it is.
-    seen, best = norm != 0, int(norm.abs().argmax())
-    unit = torch.where(seen, outputs / norm.where(seen, 1), 0)
-    aim = torch.where(seen, nearest / norm.where(seen, 1), 0)
-    return ((aim - unit) * (norm[best] / gain[..., best : best + 1])).mean(1)
+    # What the norm does not pass at all stays as it is, and so does the length of what it passes.
+    passed = norm != 0
+    norm, gain, outputs = norm[passed], gain[..., passed], model.module_output(layer, keys)[..., passed]
+    unit = outputs / norm
+    nearest = nearest_output(outputs + change.to(outputs)[:, None, passed], norm, unit.norm(dim=-1))
+    best = int(norm.abs().argmax())
+    before_norm = change.new_zeros(*change.shape).to(unit)
+    before_norm[:, passed] = ((nearest / norm - unit) * (norm[best] / gain[..., best])[..., None]).mean(1)
+    return before_norm
 
 
-def nearest_output(points: Float[Tensor, "*batch d_model"], gain: Float[Tensor, " d_model"]) -> Tensor:
-    """The output y = g ⊙ n with ‖n‖ = √d_model that is nearest to each point.
+def nearest_output(
+    points: Float[Tensor, "*batch coordinate"], gain: Float[Tensor, " coordinate"], length: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch coordinate"]:
+    """The output y = g ⊙ n with a given ‖n‖ that is nearest to each point.
 
-    Where the derivative of ‖g ⊙ n − t‖² − μ(d_model − ‖n‖²) vanishes, nᵢ = gᵢtᵢ/(gᵢ² + μ); the least distance has the μ
+    Where the derivative of ‖g ⊙ n − t‖² + μ(‖n‖² − length²) vanishes, nᵢ = gᵢtᵢ/(gᵢ² + μ); the least distance has the μ
     above −min gᵢ² (Moré and Sorensen, 1983), and ‖n‖ falls in μ there, so that it is found by bisection.
 
     Args:
         points: t.
-        gain: g, not all zero.
+        gain: g, no coordinate zero.
+        length: ‖n‖, above zero; √d_model after a norm that passes all coordinates.
 
     Returns:
-        Points [*batch, d_model] of the ellipsoid, in the points' dtype.
+        Points of the ellipsoids, in the points' dtype.
     """
-    weight, squared = gain.double() * points.double(), gain.double().square()
-    above, length = squared - squared.min(), points.shape[-1] ** 0.5
-    low, high = torch.zeros_like(weight[..., :1]), weight.norm(dim=-1, keepdim=True) / length
+    weight, squared, size = gain.double() * points.double(), gain.double().square(), length.double()[..., None]
+    above = squared - squared.min()
+    low, high = torch.zeros_like(size), weight.norm(dim=-1, keepdim=True) / size
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        long = (weight / (above + middle)).norm(dim=-1, keepdim=True) > length
+        long = (weight / (above + middle)).norm(dim=-1, keepdim=True) > size
         low, high = torch.where(long, middle, low), torch.where(long, high, middle)
     nearest = weight / (above + high).clamp_min(torch.finfo(torch.float64).tiny)
     # Where t has nothing along the coordinate of least gain, n need not be long enough without it.
-    lack = (length**2 - nearest.square().sum(-1)).clamp_min(0).sqrt()
+    lack = (size.square() - nearest.square().sum(-1, keepdim=True)).clamp_min(0).sqrt()[..., 0]
     least = int(squared.argmin())
-    nearest[..., least] += torch.where(nearest[..., least] < 0, -1, 1) * lack.where(lack > 1e-6 * length, 0)
-    nearest *= length / nearest.norm(dim=-1, keepdim=True)
-    return (gain.double() * nearest).to(points)
+    nearest[..., least] += torch.where(nearest[..., least] < 0, -lack, lack).where(lack > 1e-6 * size[..., 0], 0)
+    return (gain.double() * nearest * size / nearest.norm(dim=-1, keepdim=True)).to(points)
 
 
 _HALVINGS = 100

@@ -75,7 +75,8 @@ def naive(model: Any, facts: list[EditRequest], layer: int, config: TargetConfig
         run(list(fact_prompts[0].ids), fact_prompts[0].last_subject, states)
     clean = run(list(kl.ids), kl.last_subject)[-1].detach()
     norms = {part: min(float(states[part].norm()) for states in initial) for part in deltas}
-    rates = {part: config.lr or config.relative_lr * norm / model.d_model**0.5 for part, norm in norms.items()}
+    typical = {part: min(float(states[part].abs().median()) for states in initial) / 0.6745 for part in deltas}
+    rates = {part: config.lr or config.relative_lr * typical[part] for part in deltas}
     optimizer = torch.optim.Adam([{"params": [delta], "lr": rates[part]} for part, delta in deltas.items()])
     for _ in range(config.updates):
         loss = torch.zeros(())
