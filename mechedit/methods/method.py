@@ -144,8 +144,8 @@ class Method(Generic[Config]):
 
         Returns:
             The edit. Its manifest holds what was asked for and how well it was written: see `spread`; and under
-            `warnings`, which are also Python's, updates that are larger than their weights (‖ΔW‖ > ‖W‖, Frobenius) and
-            linear systems with a condition number above 1e12.
+            `warnings`, which are also Python's, updates that are larger than their weights (‖ΔW‖ > ‖W‖, Frobenius),
+            linear systems with a condition number above 1e12, and residuals more than half of which is left.
 
         Raises:
             InputError: conflicting requests; layers not ascending or not in the model; moments that are absent,

@@ -1,6 +1,8 @@
-"""Whether an edit is plausible: updates smaller than their weights, from systems that are not nearly singular."""
+"""Whether an edit is plausible: updates smaller than their weights, sound systems, and residuals that were reached."""
 
 from __future__ import annotations
+
+import statistics
 
 from mechedit.edit import Edit
 from mechedit.edit.combine import orthogonal_factors
@@ -9,12 +11,14 @@ from mechedit.models import Model
 
 MOST_CONDITION = 1e12
 """Condition number of a layer's linear system above which at most four of float64's sixteen digits are left."""
+MOST_LEFT = 0.5
+"""Part of the residuals, in the median over facts, of which no more may be left unwritten."""
 WARNINGS = "warnings"
 """Field of the manifest that holds the warnings, absent where there are none."""
 
 
 def edit_warnings(edit: Edit, model: Model, config: MethodConfig) -> list[str]:
-    """What is implausible about an edit, with numbers, and what to do: a line for size and one for condition.
+    """What is implausible about an edit, with numbers, and what to do: a line each for size, condition and reach.
 
     Args:
         edit: just made; its manifest's `residuals` has the condition number of each layer's system.
@@ -34,7 +38,7 @@ def edit_warnings(edit: Edit, model: Model, config: MethodConfig) -> list[str]:
             f"the linear system is nearly singular ({'; '.join(singular)}; above {MOST_CONDITION:.0e} its solution is "
             f"largely rounding); {remedy}"
         )
-    return warnings
+    return [*warnings, *_unreached(edit)]
 
 
 def _larger_updates(edit: Edit, model: Model) -> list[str]:
@@ -55,6 +59,18 @@ def _singular_systems(edit: Edit) -> list[str]:
         f"layer {record['layer']}: condition about {record['condition']:.1e}"
         for record in records
         if not record["condition"] <= MOST_CONDITION
+    ]
+
+
+def _unreached(edit: Edit) -> list[str]:
+    """A line where more than `MOST_LEFT` of the residuals is left, with what is left after each layer."""
+    left = statistics.median(edit.manifest.get("left") or [0.0])
+    if left <= MOST_LEFT:
+        return []
+    layers = ", ".join(f"{record['layer']}: {record['after']:.0%}" for record in edit.manifest["residuals"])
+    return [
+        f"of half of the facts {left:.0%} or more of the residual is not written (left after each layer: {layers}), so "
+        f"that the model may not say what was asked for; give old keys less weight, or edit other layers"
     ]
 
 

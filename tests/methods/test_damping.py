@@ -1,4 +1,4 @@
-"""Damping, and the warnings of edits that are larger than their weights or from nearly singular systems."""
+"""Damping, and the warnings of edits: larger than their weights, from nearly singular systems, or hardly written."""
 
 from __future__ import annotations
 
@@ -129,6 +129,19 @@ def test_a_system_of_a_large_condition_is_warned_of_with_its_number(lens_model: 
     damped_edit = edit_with("memit", lens_model, nearly, 1e-6)
     assert not any("condition about" in line for line in damped_edit.manifest.get("warnings", []))
     assert json.dumps(edit.manifest["warnings"])
+
+
+def test_residuals_that_are_hardly_written_are_warned_of_layer_by_layer(lens_model: Any, moment: Any) -> None:
+    with pytest.warns(UserWarning, match=r"of half of the facts \d+% or more .*left after each layer: 1: \d+%\), so"):
+        edit = edit_with("memit", lens_model, moment, relative_covariance_weight=50.0)
+    (line,) = edit.manifest["warnings"]
+    assert f"1: {edit.manifest['residuals'][0]['after']:.0%})" in line
+    assert min(edit.manifest["left"]) > 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = edit_with("memit", lens_model, moment, relative_covariance_weight=0.01, clamp=0.1)
+    assert "warnings" not in written.manifest
+    assert max(written.manifest["left"]) < 0.5
 
 
 def test_a_solution_that_overflows_is_not_told_to_raise_the_weight() -> None:
