@@ -22,6 +22,7 @@ from mechedit.cli.options import (
     say_agreement,
 )
 from mechedit.cli.parsing import parse_layers, require_layers, sampled
+from mechedit.data import Conflicts
 from mechedit.evaluation import EvaluationConfig
 from mechedit.figures import run_figures
 from mechedit.moments import MomentsConfig
@@ -39,6 +40,9 @@ class RunOptions(ApproximateOption, FactsOptions, RequestsOption, TextsOption, M
     """Trace a seeded sample of this many facts."""
     max_requests: int | None = 100
     """Edit with a seeded sample of this many requests."""
+    conflicts: Conflicts = "first"
+    """Requests for different objects of one subject and relation, of which a sample is drawn: refuse, or keep the
+    first."""
     accept_unsettled: bool = False
     """Edit the selected layers though resamples of the facts do not agree on them; else held-out edits decide."""
     layers: str | None = None
@@ -60,7 +64,8 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     # Whatever can be refused is refused before the long steps.
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
-    requests = sampled(options.read_requests(options.requests), options.max_requests, options.seed, "--max-requests")
+    requests = options.read_requests(options.requests, options.conflicts)
+    requests = sampled(requests, options.max_requests, options.seed, "--max-requests")
     layers = None if options.layers is None else parse_layers(options.layers)
     model = options.load_model()
     facts, requests = options.in_turns(model, facts), options.in_turns(model, requests)

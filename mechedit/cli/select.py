@@ -11,6 +11,7 @@ from mechedit.cli.app import say
 from mechedit.cli.command import POSITIONAL, command, options_of
 from mechedit.cli.options import RULE_NOTE, MethodOptions, ModelOptions, RequestsOption, TextsOption
 from mechedit.cli.parsing import existing_folder
+from mechedit.data import Conflicts
 from mechedit.errors import InputError
 from mechedit.figures import run_figures
 from mechedit.moments import MomentsConfig
@@ -27,6 +28,9 @@ class SelectOptions(RequestsOption, TextsOption, MethodOptions):
     """Folder that `mechedit trace` wrote."""
     validate: bool = False
     """Sweep windows of layers with held-out edits."""
+    conflicts: Conflicts = "first"
+    """Requests for different objects of one subject and relation, of which a sample is drawn: refuse, or keep the
+    first."""
     accept_unsettled: bool = False
     """Take the layers though resamples of the facts do not agree on them; else the command then exits with 3."""
     model: str | None = None
@@ -105,7 +109,7 @@ def _validate(
     moments: MomentsConfig,
 ) -> Selection:
     """Sweep the traced model and say how its edits agree with the trace."""
-    requests = options.read_requests(options.requests)
+    requests = options.read_requests(options.requests, options.conflicts)
     model = options.load_model()
     requests = options.in_turns(model, requests)
     config = options.method_config(model)

@@ -37,11 +37,11 @@ FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", 
 COMMON = "model backend device dtype merge-adapter seed overwrite json config"
 OPTIONS = {
     "run": "facts requests joint strict chat texts out layers method rule max-facts max-requests samples set "
-    "generation-prompts generation-tokens stop-words accept-unsettled approximate",
+    "generation-prompts generation-tokens stop-words accept-unsettled approximate conflicts",
     "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
     "metrics memory max-facts approximate points largest exact-cells exact-facts least-correlation",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
-    "joint strict chat texts tokens max-length method set accept-unsettled",
+    "joint strict chat texts tokens max-length method set accept-unsettled conflicts",
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
     "edit": "requests joint strict chat out show layers selection moments method set conflicts",
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
@@ -193,8 +193,11 @@ def test_conflicting_requests_are_refused(capsys, tmp_path):
     request = {"id": "a", "subject": "iPod Touch", "prompt": "{} has the color", "target_new": "teal"}
     file = tmp_path / "requests.jsonl"
     file.write_text(json.dumps(request) + "\n" + json.dumps({**request, "id": "b", "target_new": "amber"}))
-    message = complaint(capsys, "run", "--requests", file, "--out", tmp_path / "run")
+    message = complaint(capsys, "run", "--requests", file, "--conflicts", "refuse", "--out", tmp_path / "run")
     assert "requests 'a' and 'b' conflict" in message
+    # A run takes a sample of the requests: by default it goes on without what it cannot write, and says so.
+    message = complaint(capsys, "run", "--requests", file, "--layers", "99", "--out", tmp_path / "run")
+    assert "layer 99 is not in the model" in message
 
 
 def test_a_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
