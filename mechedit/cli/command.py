@@ -143,7 +143,7 @@ class OptionSet:
         if get_origin(hint) is Annotated and POSITIONAL in get_args(hint):
             declared: Any = typer.Argument(help=note, **self._parser(name))
         else:
-            declared = typer.Option("--" + option.replace("_", "-"), help=note, **self._parser(name))
+            declared = typer.Option("--" + option.rstrip("_").replace("_", "-"), help=note, **self._parser(name))
         return inspect.Parameter(
             option,
             inspect.Parameter.KEYWORD_ONLY,

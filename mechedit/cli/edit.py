@@ -12,13 +12,15 @@ from mechedit.cli.command import command
 from mechedit.cli.describe import describe_edit, format_description, say_unconverged
 from mechedit.cli.options import MethodOptions, RequestsOption
 from mechedit.cli.parsing import parse_layers, require_layers
-from mechedit.data import Conflicts
+from mechedit.data import Conflicts, EditRequest, revised
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.files import writable_folder
-from mechedit.methods import METHODS
+from mechedit.methods import METHODS, MethodConfig, SearchConfig
+from mechedit.models import Model
 from mechedit.moments import is_published, load_moments
 from mechedit.selection import Selection
+from mechedit.targets import regrouped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,10 @@ class EditOptions(RequestsOption, MethodOptions):
     moments: Path = Path("run")
     """Folder that `mechedit moments` wrote; or published moments: a .npz file, its path with {} for the layer's number,
     or a folder of them."""
+    without: tuple[str, ...] = ()
+    """Ids of requests to leave out: makes the edit that there would have been without them, from the known targets."""
+    with_: str | None = None
+    """A file of further requests: makes the edit that there would have been with them, from the known targets."""
     conflicts: Conflicts = "refuse"
     """Requests for different objects of one subject and relation: refuse, or keep the first."""
 
@@ -53,11 +59,16 @@ def edit_command(options: EditOptions) -> int:
         raise InputError(f"the file {str(options.out)!r} exists; choose another --out, or pass --overwrite")
     writable_folder(options.out.parent)
     requests = options.read_named_requests(options.conflicts)
+    added = options.read_requests(options.with_, options.conflicts) if options.with_ is not None else []
+    revised(requests, without=options.without, added=added)
     layers = _layers(options)
     model = options.load_model()
+    added = options.in_turns(model, added)
     requests = options.in_turns(model, requests)
     require_layers(layers, model.n_layers)
     config = options.method_config(model)
+    if options.without or added:
+        requests = _revised(options, model, requests, added, config)
     moments = load_moments(options.moments, layers, model) if config.preserves_keys else {}
     targets = (options.out.parent if is_published(options.moments) else options.moments) / "targets"
     edit = METHODS[options.method](model, requests, layers, moments, config=config, cache=targets)
@@ -66,6 +77,19 @@ def edit_command(options: EditOptions) -> int:
     say_unconverged(edit)
     options.print_summary({"edit": str(options.out), "layers": layers, "requests": len(requests)})
     return 0
+
+
+def _revised(
+    options: EditOptions, model: Model, requests: list[EditRequest], added: list[EditRequest], config: MethodConfig
+) -> list[EditRequest]:
+    """The requests to write; says which known targets are of no use, since those who shared them are others now."""
+    remaining = revised(requests, without=options.without, added=added)
+    say(f"{len(options.without)} requests are left out and {len(added)} are added: {len(remaining)} in all")
+    if isinstance(config, SearchConfig) and config.shares_targets:
+        again = regrouped(model.tokenizer, requests, remaining, config.targets)
+        if again:
+            say(f"searched for again, since they share a subject with one of those: {', '.join(again)}")
+    return remaining
 
 
 def _show(path: Path, options: EditOptions) -> int:

@@ -18,6 +18,7 @@ from mechedit.data.loading import (
 )
 from mechedit.data.published_data import PUBLISHED_DATASETS
 from mechedit.data.reference_texts import Snippets, WordWeights, load_snippets, load_word_weights, texts_by_object
+from mechedit.data.revision import revised
 from mechedit.data.summary import describe_facts, describe_requests
 from mechedit.data.texts import check_texts, load_texts, texts_hash
 
@@ -47,6 +48,7 @@ __all__ = [
     "read_edit_requests",
     "read_facts",
     "read_records",
+    "revised",
     "texts_by_object",
     "texts_hash",
     "tiny_data",

@@ -10,6 +10,16 @@ Requests go in, `Targets` come out. For each fact, z = h + δ, where Adam finds 
 from mechedit.targets.config import Convention, TargetConfig, TargetSettings, check_one_unit
 from mechedit.targets.search import find_targets
 from mechedit.targets.search_prompts import check_length
+from mechedit.targets.subject_groups import regrouped
 from mechedit.targets.targets import Targets
 
-__all__ = ["Convention", "TargetConfig", "TargetSettings", "Targets", "check_length", "check_one_unit", "find_targets"]
+__all__ = [
+    "Convention",
+    "TargetConfig",
+    "TargetSettings",
+    "Targets",
+    "check_length",
+    "check_one_unit",
+    "find_targets",
+    "regrouped",
+]

@@ -23,10 +23,8 @@ from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import LossTerms, Objective, prepare_objective
 from mechedit.targets.search_prompts import search_prompts
+from mechedit.targets.subject_groups import SubjectGroup, subject_groups
 from mechedit.targets.targets import Targets
-
-SubjectGroup = Sequence[EditRequest]
-"""Requests that share one δ."""
 
 
 @exclusive
@@ -73,8 +71,7 @@ def find_targets(
         >>> targets.summary[["id", "converged", "probability", "updates", "stopped"]]  # how each search ended
     """
     config = config or TargetConfig()
-    spelled = one_spelling(model.tokenizer, requests)
-    check_requests(spelled)
+    check_requests(one_spelling(model.tokenizer, requests))
     config.parts(model.module)
     if not 0 <= layer < model.n_layers:
         raise InputError(
@@ -85,7 +82,7 @@ def find_targets(
     search_prompts(model, requests, range(len(requests)), prefixes, config)
     provenance = model.provenance()
     target_cache = TargetCache.at(cache, provenance, layer, prefixes, config)
-    groups = _subject_groups(requests, [request.subject for request in spelled], config)
+    groups = subject_groups(model.tokenizer, requests, config)
     results = target_cache.read(groups)
     with tqdm(total=len(requests), desc="targets z", unit="fact", leave=None) as bar:
         bar.update(sum(map(len, results.values())))
@@ -105,16 +102,6 @@ def find_targets(
     }
     in_order = {request.id: by_id[request.id] for request in requests}
     return _targets(model, in_order, layer, prefixes, config, provenance)
-
-
-def _subject_groups(
-    requests: Sequence[EditRequest], subjects: Sequence[str], config: TargetConfig
-) -> list[SubjectGroup]:
-    """Group requests that share one δ, in the order of each group's first request."""
-    groups: dict[str, list[EditRequest]] = {}
-    for request, subject in zip(requests, subjects, strict=True):
-        groups.setdefault(subject if config.joins_subjects else request.id, []).append(request)
-    return list(groups.values())
 
 
 def _batched(groups: Sequence[SubjectGroup], size: int) -> Iterator[list[SubjectGroup]]:

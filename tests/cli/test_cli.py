@@ -20,13 +20,14 @@ import pandas as pd
 import pytest
 import torch
 import typer
+from helpers.commands import call, complaint
 from helpers.edits import random_edit
 from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import mechedit as me
-from mechedit.cli import main, parse_layers, parse_windows
+from mechedit.cli import parse_layers, parse_windows
 from mechedit.cli.app import app, plain_warnings
 from mechedit.cli.command import command
 from mechedit.data import tiny_data
@@ -43,7 +44,7 @@ OPTIONS = {
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
     "joint strict chat texts tokens max-length method set accept-unsettled conflicts",
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
-    "edit": "requests joint strict chat out show layers selection moments method set conflicts",
+    "edit": "requests joint strict chat out show layers selection moments method set conflicts without with",
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
     "stop-words protocol references conflicts",
     "apply": "edit out format",
@@ -58,19 +59,6 @@ TRACE = ["trace", "--max-facts", 12, "--samples", 3, "--roles", "subject_last,la
 
 SHORT_TEXTS = ["--generation-prompts", 1, "--generation-tokens", 10]
 """Free text of an evaluation, of which it otherwise takes most of the time."""
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as leaving:
-        main([str(argument) for argument in arguments])
-    return int(leaving.value.code or 0)
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert call(*arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mechedit:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,109 @@
+"""An edit without some of its facts, or with others: the one that would have been made, from the known targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.commands import call, complaint
+
+import mechedit as me
+import mechedit.targets.search
+
+FACTS = [
+    {"id": request.id, "subject": request.subject, "prompt": request.prompt, "target_new": request.target_new}
+    for request in me.load_requests("tiny")[:3]
+]
+SHARED = {**FACTS[1], "id": "shared", "prompt": "{} has the color", "target_new": "teal"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Moments of one layer, and files of requests, two of which share their subject."""
+    path = tmp_path_factory.mktemp("revised")
+    (path / "texts.txt").write_text("\n".join(me.load_texts("tiny")[:200]))
+    assert call("moments", "--texts", path / "texts.txt", "--layers", "3-4", "--out", path) == 0
+    return path
+
+
+@pytest.fixture
+def edit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[me.Edit, list[str]]]:
+    """Makes an edit from the command line; returns it, and the ids of the facts that were searched for."""
+
+    def make(requests: list[dict[str, Any]], *options: object) -> tuple[me.Edit, list[str]]:
+        (folder / "requests.json").write_text(json.dumps(requests))
+        searched: list[str] = []
+        search = mechedit.targets.search.search_groups
+
+        def counted(model: Any, groups: Any, *rest: Any) -> Any:
+            searched.extend(request.id for group in groups for request in group)
+            return search(model, groups, *rest)
+
+        monkeypatch.setattr(mechedit.targets.search, "search_groups", counted)
+        out = folder / "edit.safetensors"
+        common = ["--requests", folder / "requests.json", "--moments", folder, "--layers", "3-4", "--out", out]
+        settings = ["--set", "steps=3", "--set", "relative_covariance_weight=0.1", "--set", "covariance_weight=none"]
+        assert call("edit", *common, *settings, "--overwrite", *options) == 0
+        monkeypatch.setattr(mechedit.targets.search, "search_groups", search)
+        return me.Edit.load(out), searched
+
+    return make
+
+
+def same(one: me.Edit, two: me.Edit) -> bool:
+    return one.layers == two.layers and all(torch.equal(one.delta(layer), two.delta(layer)) for layer in one.layers)
+
+
+def test_without_a_fact_it_is_the_edit_of_the_others(edit: Any) -> None:
+    whole, searched = edit(FACTS)
+    assert len(searched) in (0, 3), "found here, or by a test before"
+    names = whole.manifest["requests"]
+    revoked, searched = edit(FACTS, "--without", names[0])
+    assert searched == []
+    anew, _ = edit(FACTS[1:])
+    assert same(revoked, anew)
+    assert revoked.manifest["requests"] == names[1:]
+    # λ follows the facts that are left, and so do the updates of those.
+    assert not same(revoked, whole)
+
+
+def test_who_shared_a_subject_with_it_is_searched_for_again_and_named(edit: Any, capsys: Any) -> None:
+    requests = [*FACTS, SHARED]
+    whole, _ = edit(requests)
+    names = whole.manifest["requests"]
+    capsys.readouterr()
+    revoked, searched = edit(requests, "--without", names[3])
+    said = "".join(capsys.readouterr())
+    assert "1 requests are left out and 0 are added: 3 in all" in said
+    assert f"searched for again, since they share a subject with one of those: {names[1]}" in said
+    # Its own target was found where this file's facts were written without the other; else just it is searched for.
+    assert searched in ([], [names[1]])
+    assert same(revoked, edit(FACTS)[0])
+
+
+def test_with_further_facts_only_those_are_searched_for(edit: Any, folder: Path) -> None:
+    edit(FACTS[:2])
+    more = {**FACTS[2], "target_new": FACTS[2]["target_new"]}
+    (folder / "more.json").write_text(json.dumps([more]))
+    extended, searched = edit(FACTS[:2], "--with", folder / "more.json", "--set", "clamp=0.6")
+    assert len(searched) == 3, "other settings, so that nothing is known"
+    assert same(extended, edit(FACTS, "--set", "clamp=0.6")[0])
+    _, searched = edit(FACTS[:2], "--with", folder / "more.json", "--set", "clamp=0.6")
+    assert searched == []
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [("nonesuch", "no request has the id 'nonesuch', expected ids of the 3 requests"), ("*", "all 3 requests are")],
+)
+def test_ids_that_cannot_be_left_out(edit: Any, folder: Path, capsys: Any, left_out: str, message: str) -> None:
+    whole, _ = edit(FACTS)
+    named = ",".join(whole.manifest["requests"]) if left_out == "*" else left_out
+    before = (folder / "edit.safetensors").read_bytes()
+    arguments = ["--requests", folder / "requests.json", "--moments", folder, "--layers", "3-4", "--overwrite"]
+    assert message in complaint(capsys, "edit", *arguments, "--without", named, "--out", folder / "edit.safetensors")
+    assert (folder / "edit.safetensors").read_bytes() == before
