@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import pandas as pd
 from platformdirs import user_cache_dir
 
-from mechedit.files import write_parquet
+from mechedit.files import read_parquet, write_parquet
 from mechedit.provenance import value_hash
 
 Value = TypeVar("Value")
@@ -56,7 +56,7 @@ def codec_of(kind: Any, suffix: str = "", files: tuple[str, ...] = ()) -> Codec[
     return Codec(read=kind.load, write=lambda path, value: value.save(path), suffix=suffix, files=files)
 
 
-PARQUET: Codec[pd.DataFrame] = Codec(read=pd.read_parquet, write=write_parquet, suffix=".parquet")
+PARQUET: Codec[pd.DataFrame] = Codec(read=read_parquet, write=write_parquet, suffix=".parquet")
 """Tables with their attrs."""
 
 

@@ -22,6 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechedit.checksums import (
+    CONTENT,
+    HEADER,
+    checks_content,
+    content_checksum,
+    header_checksum,
+    tensor_checksums,
+)
 from mechedit.errors import InputError, brief
 from mechedit.temporary_names import sweep, sweep_once, temporary_name
 
@@ -41,7 +49,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     sweep_once(path.parent)
     folder = path.parent / temporary_name(path.stem)
     try:
-        with _writing(path):
+        with writing(path):
             folder.mkdir(mode=0o700)
             temporary = folder / path.name
             yield temporary
@@ -75,7 +83,7 @@ def atomic_folder(folder: str | Path, *, replaces: str | None = None) -> Iterato
     sweep([folder.parent])
     temporary = folder.parent / temporary_name(folder.name)
     try:
-        with _writing(folder):
+        with writing(folder):
             temporary.mkdir(mode=0o700)
             yield temporary
             temporary.chmod(0o777 & ~_umask())
@@ -94,7 +102,7 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn the errors of a disk that does not take a file, whichever library writes it, into an InputError.
 
     Raises:
@@ -183,9 +191,33 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def write_parquet(path: str | Path, frame: pd.DataFrame) -> None:
-    """Write a frame with its attrs, atomically."""
+    """Write a frame with its attrs, atomically, and with a checksum of each page."""
     with atomic(path) as temporary:
-        frame.to_parquet(temporary, index=False)
+        frame.to_parquet(temporary, index=False, write_page_checksum=True)
+
+
+def read_parquet(path: str | Path, **options: Any) -> pd.DataFrame:
+    """Read a frame with its attrs; `options` are those of `pyarrow.parquet.read_table`.
+
+    Raises:
+        InputError: there is no such file; it is not parquet, was cut short or is damaged.
+    """
+    with parquet_errors(path):
+        return pd.read_parquet(path, page_checksum_verification=True, **options)
+
+
+@contextlib.contextmanager
+def parquet_errors(path: str | Path) -> Iterator[None]:
+    """Turn the errors of reading a parquet file into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"cannot read the table {str(path)!r} ({str(error).partition(chr(10))[0]}); expected a parquet "
+            f"file that mechedit wrote: remove it, and make it again"
+        ) from error
 
 
 def write_parquet_parts(path: str | Path, frames: Iterable[pd.DataFrame], attrs: Mapping[str, Any]) -> None:
@@ -200,7 +232,7 @@ def write_parquet_parts(path: str | Path, frames: Iterable[pd.DataFrame], attrs:
             if writer is None:
                 metadata = {b"PANDAS_ATTRS": json.dumps(dict(attrs)).encode(), **(table.schema.metadata or {})}
                 schema = table.schema.with_metadata(metadata)
-                writer = stack.enter_context(pq.ParquetWriter(temporary, schema))
+                writer = stack.enter_context(pq.ParquetWriter(temporary, schema, write_page_checksum=True))
             writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
 
 
@@ -318,9 +350,15 @@ def plain_copy(value: Any) -> Any:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
-    """Write tensors as safetensors, with `header` as JSON under `key` in the file's metadata, atomically."""
-    text = json.dumps(header, default=plain, allow_nan=False, ensure_ascii=False)
+    """Write tensors as safetensors, with `header` as JSON under `key` in the file's metadata, atomically.
+
+    A header that is an object also holds the file's checksums (`mechedit.checksums`), which no reader returns.
+    """
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(header, default=plain, allow_nan=False, ensure_ascii=False)
+    if isinstance(header, Mapping):
+        fields = json.loads(text)
+        text = json.dumps({**fields, **tensor_checksums(on_cpu, fields)}, ensure_ascii=False)
     with atomic(path) as temporary:
         save_file(on_cpu, temporary, metadata={key: text})
 
@@ -335,13 +373,15 @@ def read_tensors(path: str | Path, key: str, *, mapped: bool = False) -> tuple[d
             over.
 
     Raises:
-        InputError: there is no such file; it is not safetensors or cut short; it lacks the header.
+        InputError: there is no such file; it is not safetensors or cut short; it lacks the header; it is not as it was
+            written.
     """
     with _open_tensors(path) as reader:
         # Cloned, since safetensors maps the file: were it overwritten, reading it would end the process.
         tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         tensors = tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
-        return tensors, _header(reader, path, key)
+        header = _header(reader, path, key)
+        return tensors, _checked(header, tensors, path, key, content=not mapped)
 
 
 def read_header(path: str | Path, key: str) -> dict[str, Any]:
@@ -352,8 +392,42 @@ def read_header(path: str | Path, key: str) -> dict[str, Any]:
     """
     with _open_tensors(path) as reader:
         header = _header(reader, path, key)
-    _check_object(header, f"the {key} in the header of {str(path)!r}")
-    return header
+        _check_object(header, f"the {key} in the header of {str(path)!r}")
+        # Mapped, so that only names, dtypes and shapes are read.
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        return _checked(header, tensors, path, key, content=False)
+
+
+_REMEDIES = {
+    "manifest": "make the edit again with mechedit edit, or copy it again",
+    "provenance": "remove it, and collect it again with mechedit moments",
+    "targets": "remove it, and the same command finds these targets again",
+    "batch": "the batches are not as the session left them: remove it and all later ones, and write them again",
+}
+"""How a file is made again, by the key of its header."""
+
+
+def _checked(header: Any, tensors: Mapping[str, Tensor], path: str | Path, key: str, *, content: bool) -> Any:
+    """The header without its checksums, once the file was held against them; older files have none.
+
+    Raises:
+        InputError: the file is not as it was written.
+    """
+    if not isinstance(header, dict) or not {HEADER, CONTENT} & header.keys():
+        return header
+    fields = {name: value for name, value in header.items() if name not in (HEADER, CONTENT)}
+    outer, size = header_checksum(tensors, fields), sum(tensor.nbytes for tensor in tensors.values())
+    intact = {
+        "header": outer == header.get(HEADER),
+        "content": not (content and checks_content(size)) or content_checksum(tensors, outer) == header.get(CONTENT),
+    }
+    for part, holds in intact.items():
+        if not holds:
+            raise InputError(
+                f"{str(path)!r} is not as it was written (its {part} does not match its SHA-256), expected an "
+                f"undamaged file; {_REMEDIES.get(key, 'remove it, and make it again')}"
+            )
+    return fields
 
 
 @contextlib.contextmanager

@@ -26,12 +26,14 @@ from mechedit.evaluation import (
     evaluate_zsre,
     measure_baseline,
 )
+from mechedit.evaluation.baseline import FILE as STATES_FILE
+from mechedit.evaluation.scores import SCORE_FILES
 from mechedit.evaluation.summary_file import write_summary_file
 from mechedit.methods import METHODS, MethodConfig
 from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
 from mechedit.provenance import ModelIdentity, value_hash
-from mechedit.run_folder import RunFolder, sweep_run_folder
+from mechedit.run_folder import RunFolder, check_step, sweep_run_folder
 from mechedit.selection import SelectConfig, Selection, moving_width, select_layers, subject_effects
 from mechedit.sweep import (
     Sweep,
@@ -52,8 +54,8 @@ Protocol = Literal["counterfact", "zsre"]
 
 SWEEP: Codec[Sweep] = codec_of(Sweep, files=("sweep.parquet", "sweep_cases.parquet"))
 EDIT: Codec[Edit] = codec_of(Edit, suffix=".safetensors")
-SCORES: Codec[Scores] = codec_of(Scores, files=("scores.parquet",))
-BASELINE: Codec[Baseline] = codec_of(Baseline, files=("scores.parquet",))
+SCORES: Codec[Scores] = codec_of(Scores, files=SCORE_FILES)
+BASELINE: Codec[Baseline] = codec_of(Baseline, files=(*SCORE_FILES, STATES_FILE))
 
 
 def trace_step(folder: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def select_step(folder: RunFolder, config: SelectConfig, *, save: bool = True) -
         save: whether to write at once; not where `validate_step` follows, which may refuse, and then writes.
 
     Raises:
-        InputError: the folder holds no effects, or not those that selection needs.
+        InputError: the folder holds no effects, not those that selection needs, or damaged ones.
     """
     sweep_run_folder(folder.path)
     file = folder.path / "effects.parquet"
@@ -90,6 +92,7 @@ def select_step(folder: RunFolder, config: SelectConfig, *, save: bool = True) -
         raise InputError(
             f"{str(folder.path)!r} holds no effects.parquet, expected a folder that `mechedit trace` wrote; trace first"
         )
+    check_step(folder.path, "trace")
     selection = select_layers(read_table(file, role="subject_last"), config=config)
     if save:
         selection.save(folder.path / "selection.json")
@@ -137,6 +140,7 @@ def validate_step(
         InputError: another model than was traced; a folder without facts.parquet; and as `sweep_windows`.
     """
     check_traced(folder, model)
+    check_step(folder.path, "trace")
     facts = read_table(folder.path / "facts.parquet")
     sample = held_out(requests, set(where(facts, traced=True)["subject"]), sweep.requests, sweep.seed)
     windows = sweep.swept(selection.layers, model.n_layers)

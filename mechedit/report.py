@@ -22,7 +22,7 @@ from mechedit.errors import InputError
 from mechedit.evaluation import MEASURES, Scores
 from mechedit.files import atomic, read_header, read_object
 from mechedit.provenance import VERSION, file_hash
-from mechedit.run_folder import read_stamps, sweep_run_folder
+from mechedit.run_folder import check_step, read_stamps, sweep_run_folder
 from mechedit.tables import read_table, where
 from mechedit.trace import average_effects, clearest_fact, total_effects
 
@@ -52,7 +52,8 @@ def write_report(folder: str | Path) -> Path:
     """Write `folder`/report.html from the results and figures that lie there, and return its path.
 
     Raises:
-        InputError: no such folder, nothing in it that mechedit wrote, or a file that cannot be read.
+        InputError: no such folder, nothing in it that mechedit wrote, or a file that cannot be read or is not as its
+            step wrote it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -63,6 +64,8 @@ def write_report(folder: str | Path) -> Path:
             f"pass a folder that mechedit wrote"
         )
     sweep_run_folder(folder)
+    # An edit holds its own checksums: it may be another one than the folder's step made.
+    check_step(folder, "trace", "sweep", "evaluate")
     page = _template().render(contents(folder))
     with atomic(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -4,6 +4,9 @@
 the input, settings). A step with the same stamp is read from its files; another stamp is an error, unless the step may
 be overwritten. A stamp is written after the step's files, so an interrupted step is made again. Stamps from before
 there were algorithm numbers count as of algorithm 1.
+
+A stamp also holds the size and the SHA-256 of each of the step's files, which are held against it before they are read.
+Stamps from before there were checksums have none, and their files are read unchecked.
 """
 
 from __future__ import annotations
@@ -14,9 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.cache import Cache, Codec, Value
+from mechedit.checksums import checks_content
 from mechedit.errors import InputError, brief
 from mechedit.files import plain_copy, read_object, writable_folder, write_json
-from mechedit.provenance import ALGORITHMS, DEFAULTS, RECORDED, VERSION, check_provenance
+from mechedit.locks import locked
+from mechedit.provenance import (
+    ALGORITHMS,
+    DEFAULTS,
+    RECORDED,
+    VERSION,
+    check_provenance,
+    file_hash,
+    value_hash,
+)
 from mechedit.temporary_names import sweep
 
 _FOLDERS = (".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts")
@@ -58,18 +71,28 @@ class RunFolder:
             at: where in the folder: a file, or a folder for the codec's files.
 
         Raises:
-            InputError: the folder holds this step made from other input, and `overwrite` is off.
+            InputError: the folder holds this step made from other input, or a file of it is not as it was written, and
+                `overwrite` is off; another process is making it from other input.
         """
         sweep_run_folder(self.path)
-        path, stamp = self.path / at, plain_copy({"algorithm": ALGORITHMS[name], **stamp})
-        if codec.finished(path) and self._made_from(name, stamp):
+        stamp = plain_copy({"algorithm": ALGORITHMS[name], **stamp})
+        what, made_with = f"the {name} in {str(self.path)!r}", value_hash([name, at, _deciding(stamp)])
+        with locked(self.path / name, what, made_with=made_with):
+            return self._read_or_make(name, stamp, make, codec, at)
+
+    def _read_or_make(
+        self, name: str, stamp: Mapping[str, Any], make: Callable[[], Value], codec: Codec[Value], at: str
+    ) -> Value:
+        path = self.path / at
+        if codec.finished(path) and self._made_from(name, stamp) and self._is_intact(name):
             return codec.read(path)
         # Without its stamp a half-replaced result cannot be mistaken for a whole one.
-        self._write({step: recorded for step, recorded in self.stamps().items() if step != name})
+        self._replace_stamp(name, None)
         value = make()
         if codec.write is not None:
             codec.write(path, value)
-        self._write({**self.stamps(), name: stamp})
+        files = [str(Path(at) / file) for file in codec.files] or [at]
+        self._replace_stamp(name, {**stamp, "files": {file: _record(self.path / file) for file in files}})
         return value
 
     def cache(self, name: str) -> Cache:
@@ -91,8 +114,70 @@ class RunFolder:
             check_provenance(recorded, expected, what, "choose another --out, or pass --overwrite")
         return recorded == expected
 
-    def _write(self, stamps: Mapping[str, Any]) -> None:
-        write_json(self.path / "config.json", {"mechedit": VERSION, "steps": dict(stamps)})
+    def _is_intact(self, name: str) -> bool:
+        """Whether the files of a step are as they were written; others are refused, unless they may be overwritten."""
+        try:
+            check_step(self.path, name)
+        except InputError:
+            if not self.overwrite:
+                raise
+            return False
+        return True
+
+    def _replace_stamp(self, name: str, stamp: Mapping[str, Any] | None) -> None:
+        """Put a stamp after those of the other steps, which other processes may write meanwhile, or remove it."""
+        file = self.path / "config.json"
+        with locked(file, repr(str(file)), wait=True):
+            stamps = {step: recorded for step, recorded in self.stamps().items() if step != name}
+            if stamp is not None:
+                stamps[name] = dict(stamp)
+            write_json(file, {"mechedit": VERSION, "steps": stamps})
+
+
+def check_step(folder: str | Path, *steps: str) -> None:
+    """Hold the files of some steps against the checksums in their stamps; files without one are not checked.
+
+    Args:
+        folder: a run folder.
+        *steps: names of steps; those that the folder does not have are passed over.
+
+    Raises:
+        InputError: names the file that is not as its step wrote it, and says how to make it again.
+    """
+    folder, stamps = Path(folder), read_stamps(Path(folder))
+    for step in steps:
+        for name, record in stamps.get(step, {}).get("files", {}).items():
+            _check_file(folder / name, record, step)
+
+
+def _check_file(path: Path, record: Any, step: str) -> None:
+    expected = record if isinstance(record, dict) else {}
+    if not path.is_file():
+        return  # a step without its files is made again
+    size = path.stat().st_size
+    if size != expected.get("size"):
+        problem = f"it has {size} bytes, expected {brief(expected.get('size'))}"
+    elif checks_content(size) and (actual := file_hash(path)) != expected.get("sha256"):
+        problem = f"its SHA-256 is {actual[:16]}…, expected {brief(str(expected.get('sha256'))[:16])}…"
+    else:
+        return
+    raise InputError(
+        f"{str(path)!r} is not as the {step} wrote it ({problem}): it was damaged or changed; remove it, or pass "
+        f"--overwrite, and {_COMMANDS.get(step, 'the same command')} makes it again"
+    )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """The size and checksum of a file, as a stamp holds them."""
+    return {"size": path.stat().st_size, "sha256": file_hash(path)}
+
+
+_COMMANDS = {
+    **{name: f"mechedit {name}" for name in ("trace", "edit", "evaluate")},
+    **dict.fromkeys(("baseline", "baseline_zsre"), "mechedit evaluate"),
+    "sweep": "mechedit select --validate",
+}
+"""What makes the files of a step."""
 
 
 def read_stamps(folder: Path) -> dict[str, Any]:
@@ -108,7 +193,7 @@ def read_stamps(folder: Path) -> dict[str, Any]:
     for name, stamp in steps.items():
         parts = {name: stamp}
         if isinstance(stamp, dict):
-            parts |= {f"{name}.{part}": stamp.get(part, {}) for part in ("model", "settings")}
+            parts |= {f"{name}.{part}": stamp.get(part, {}) for part in ("model", "settings", "files")}
         for part, value in parts.items():
             if not isinstance(value, dict):
                 raise InputError(
@@ -121,7 +206,8 @@ def read_stamps(folder: Path) -> dict[str, Any]:
 def _deciding(stamp: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a stamp that decide whether its step may be reused, by dotted names; see `RECORDED`."""
     recorded = {f"model.{name}" for name in RECORDED}
-    deciding = {name: value for name, value in _flat(stamp).items() if name not in recorded}
+    inputs = {name: value for name, value in stamp.items() if name != "files"}
+    deciding = {name: value for name, value in _flat(inputs).items() if name not in recorded}
     return {"algorithm": DEFAULTS["algorithm"], "model.module": DEFAULTS["module"], **deciding}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
 from mechedit.errors import InputError, brief
-from mechedit.files import parse_json
+from mechedit.files import parquet_errors, parse_json, read_parquet
 
 NUMERIC = frozenset(
     ("layer", "position", "score", "corrupted", "clean", "effect", "samples", "value", "first", "last", "mean", "low",
@@ -30,9 +28,9 @@ def read_table(path: str | Path, **equal: Any) -> pd.DataFrame:
     Raises:
         InputError: there is no such file, or it is not parquet or was cut short.
     """
-    with _readable(path):
+    with parquet_errors(path):
         _check_schema(ParquetFile(path).schema_arrow, path)
-        return pd.read_parquet(path, filters=[(column, "==", value) for column, value in equal.items()] or None)
+        return read_parquet(path, filters=[(column, "==", value) for column, value in equal.items()] or None)
 
 
 def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[pd.DataFrame]:
@@ -46,7 +44,7 @@ def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str]
     Raises:
         InputError: as `read_table`; or the file lacks a column.
     """
-    with _readable(path), ParquetFile(path) as file:
+    with parquet_errors(path), ParquetFile(path, page_checksum_verification=True) as file:
         if missing := [column for column in columns if column not in file.schema_arrow.names]:
             raise InputError(
                 f"the table {str(path)!r} lacks {', '.join(missing)}; expected the columns {', '.join(columns)}: "
@@ -83,19 +81,6 @@ def _check_schema(schema: pa.Schema, path: str | Path) -> None:
             raise InputError(
                 f"the column {name!r} of the table {str(path)!r} holds {kind}, expected numbers; make the table again"
             )
-
-
-@contextlib.contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ArrowException, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"cannot read the table {str(path)!r} ({str(error).partition(chr(10))[0]}); expected a parquet "
-            f"file that mechedit wrote: make it again"
-        ) from error
 
 
 def where(frame: pd.DataFrame, **equal: Any) -> pd.DataFrame:

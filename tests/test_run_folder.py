@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def test_a_step_is_made_once_and_its_stamp_says_all_that_went_in(tmp_path: Path)
         "algorithm": ALGORITHMS["trace"],
         **STAMP,
         "settings": {"samples": 3, "roles": ["subject_last"]},
+        "files": {"number.json": {"size": 2, "sha256": hashlib.sha256(b"1\n").hexdigest()}},
     }
 
 

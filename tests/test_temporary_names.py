@@ -162,7 +162,7 @@ def kill_in_write(path: Path) -> None:
 
 
 def test_what_a_kill_leaves_is_removed_by_the_next_writer(tmp_path: Path) -> None:
-    child = multiprocessing.get_context("spawn").Process(target=kill_in_write, args=(tmp_path / "effects.parquet",))
+    child = multiprocessing.get_context("fork").Process(target=kill_in_write, args=(tmp_path / "effects.parquet",))
     child.start()
     child.join()
     assert child.exitcode == -9

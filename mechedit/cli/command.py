@@ -24,6 +24,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import typer
 
 from mechedit.bounds import check_numbers
+from mechedit.checksums import verify_contents
 from mechedit.cli.parsing import parse_names, parse_windows, read_path
 from mechedit.sweep import Window
 
@@ -58,7 +59,9 @@ def command(**option_sets: OptionSet) -> Callable[[Callable[..., int]], Callable
         sets = {name: option_sets.get(name) or options_of(hint) for name, hint in hints.items()}
 
         def run(**values: Any) -> int:
-            return function(**{name: option_set.build(values) for name, option_set in sets.items()})
+            arguments = {name: option_set.build(values) for name, option_set in sets.items()}
+            with verify_contents(bool(values.get("verify"))):
+                return function(**arguments)
 
         run.__doc__ = function.__doc__
         run.__signature__ = inspect.Signature(_parameters(list(sets.values())))  # type: ignore[attr-defined]

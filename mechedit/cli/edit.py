@@ -15,7 +15,7 @@ from mechedit.cli.parsing import parse_layers, require_layers
 from mechedit.data import Conflicts, EditRequest, revised
 from mechedit.edit import Edit
 from mechedit.errors import InputError
-from mechedit.files import writable_folder
+from mechedit.locks import locked
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.moments import is_published, load_moments
@@ -55,9 +55,14 @@ def edit_command(options: EditOptions) -> int:
         return _show(options.show, options)
     if (options.layers is None) == (options.selection is None):
         raise InputError("give the layers either by --layers or by --selection, and not by both")
+    with locked(options.out, f"the edit {str(options.out)!r}"):
+        return _make(options)
+
+
+def _make(options: EditOptions) -> int:
+    """Make and write the edit."""
     if options.out.exists() and not options.overwrite:
         raise InputError(f"the file {str(options.out)!r} exists; choose another --out, or pass --overwrite")
-    writable_folder(options.out.parent)
     requests = options.read_named_requests(options.conflicts)
     added = options.read_requests(options.with_, options.conflicts) if options.with_ is not None else []
     revised(requests, without=options.without, added=added)

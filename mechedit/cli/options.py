@@ -52,7 +52,15 @@ class JsonOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(JsonOption):
+class VerifyOption(JsonOption):
+    """Whether large files are read for their checksums."""
+
+    verify: bool = False
+    """Check the contents of files of 256 MB and more too, which takes a while; those of smaller ones always are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(VerifyOption):
     """The model, how it is run, and what is drawn at random."""
 
     model: str | None = "tiny"
@@ -68,7 +76,7 @@ class ModelOptions(JsonOption):
     seed: int = 0
     """Seed of everything that is drawn at random."""
     overwrite: bool = False
-    """Replace results that were made with other settings."""
+    """Replace results that were made with other settings, or are damaged."""
 
     def load_model(self) -> Model:
         """Load the model, without the loading bars of libraries."""

@@ -8,14 +8,14 @@ from typing import Annotated
 
 from mechedit.cli.app import say
 from mechedit.cli.command import POSITIONAL, command
-from mechedit.cli.options import JsonOption
+from mechedit.cli.options import VerifyOption
 from mechedit.cli.parsing import existing_folder
 from mechedit.figures import run_figures
 from mechedit.report import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions(JsonOption):
+class ReportOptions(VerifyOption):
     """The folder."""
 
     directory: Annotated[Path, POSITIONAL]

@@ -80,11 +80,18 @@ class Edit:
         """Read what `save` wrote.
 
         Raises:
-            InputError: the file is absent, cut short or not an edit; its factors do not fit each other or are not
-                finite; its manifest does not say which weights the edit is for.
+            InputError: the file is absent, cut short, damaged or not an edit; its factors do not fit each other or are
+                not finite; its manifest does not say which weights the edit is for, or names a layer that is not there.
         """
         tensors, manifest = read_tensors(path, METADATA_KEY)
         edit = cls(factors=_factors(tensors, path), manifest=_manifest(manifest, path))
+        layers = edit.manifest.get("layers")
+        missing = [layer for layer in layers if layer not in edit.factors] if isinstance(layers, list) else []
+        if missing:
+            raise InputError(
+                f"{str(path)!r} holds the layers {edit.layers} and lacks {missing}, which its manifest names; expected "
+                f"all of them: make the edit again with mechedit edit, or copy it again"
+            )
         check_factors(edit)
         return edit
 

@@ -22,7 +22,8 @@ from mechedit.edit.combine import truncate
 from mechedit.edit.edit import Edit, Factors
 from mechedit.edit.weights import HALF, projection_parameter, rounded_sum
 from mechedit.errors import InputError, check_choice, check_finite
-from mechedit.files import atomic_folder, write_json
+from mechedit.files import atomic_folder, checked_path, write_json
+from mechedit.locks import locked
 from mechedit.models import DTYPES, MODULES, Model, exclusive
 from mechedit.models.saving import is_checkpoint_file
 
@@ -71,7 +72,7 @@ def export(
     target, text = _dtype(dtype, model), _edited_prompt(edit)
     if overwrite:
         _check_replaceable(folder, model)
-    with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary, contextlib.ExitStack() as stack:
+    with _only_export(folder, overwrite) as temporary, contextlib.ExitStack() as stack:
         check_model(model, edit)
         rounded = _rounded(model, edit, target)
         unedited = _last_logits(model, text) if rounded else None
@@ -82,6 +83,17 @@ def export(
             _warn_of_rounding(unedited, exact, _last_logits(model, text), target)
         model.save_pretrained(temporary, dtype=target, text=text)
         write_json(temporary / MANIFEST, dict(edit.manifest))
+
+
+@contextlib.contextmanager
+def _only_export(folder: str | Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder`, which no other process writes meanwhile."""
+    folder = checked_path(folder).resolve()
+    with (
+        locked(folder, f"the export {str(folder)!r}"),
+        atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary,
+    ):
+        yield temporary
 
 
 def _check_replaceable(folder: str | Path, model: Model) -> None:
@@ -209,7 +221,7 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
     """
     if overwrite:
         _check_replaceable(folder, model)
-    with atomic_folder(folder, replaces=MANIFEST if overwrite else None) as temporary:
+    with _only_export(folder, overwrite) as temporary:
         check_model(model, edit)
         full_rank = min(model.d_key, model.d_model)
         if max(factors.rank for factors in edit.factors.values()) > full_rank:

@@ -27,6 +27,8 @@ from mechedit.tables import read_table, where
 TABLE_COLUMNS = ("case", "measure", "kind", "prompt", "value", "state")
 ANSWER_COLUMNS = ("case", "kind", "prompt", "question", "expected", "answer", "state")
 
+SCORE_FILES = ("scores.parquet", "answers.parquet", "scores.json")
+"""The files of scores in their folder."""
 SAME_INPUT = ("outer_hash", "requests", "texts", "references")
 """Fields of a state's provenance that no edit changes: the model outside its blocks, and the input."""
 

@@ -15,6 +15,7 @@ from mechedit.figures.style import draw, save_figure
 from mechedit.figures.sweep import sweep_figure
 from mechedit.figures.trace_figures import trace_figures
 from mechedit.files import read_object
+from mechedit.run_folder import check_step
 from mechedit.tables import read_table
 
 
@@ -29,11 +30,12 @@ def run_figures(folder: str | Path) -> list[Path]:
         The files written.
 
     Raises:
-        InputError: there is no such folder, or it cannot be written to.
+        InputError: there is no such folder, it cannot be written to, or a table is not as its step wrote it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}, expected one that mechedit wrote: check the path")
+    check_step(folder, "trace", "sweep")
     figures: dict[str, Figure] = {}
     selection, summary = (
         _optional_json(folder / name, *objects)

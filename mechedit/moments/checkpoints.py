@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
+from mechedit.locks import locked
 from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.chunks import START, Rank, TextPosition
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
@@ -118,6 +119,22 @@ def _load_tracker(
 def checkpoints_folder(folder: str | Path) -> Path:
     """Folder of the checkpoints in a results folder."""
     return Path(folder) / "moments" / "parts"
+
+
+def shard_lock(
+    folder: str | Path, layer: int, rank: Rank, *, made_with: str | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """The lock of one layer's and process's checkpoint, and of the moment where that is the only process.
+
+    Args:
+        folder: results folder.
+        layer: layer of the sum.
+        rank: process whose chunks are summed.
+        made_with: hash of the model, the text and the settings.
+    """
+    name = f"moments_layer_{layer}.shard_{rank.index}_of_{rank.world_size}"
+    what = f"the shard {rank.index}/{rank.world_size} of" if rank.world_size > 1 else "the second moment of"
+    return locked(Path(folder) / name, f"{what} layer {layer} in {str(folder)!r}", made_with=made_with)
 
 
 def checkpoint_path(folder: str | Path, layer: int, rank: Rank) -> Path:

@@ -59,17 +59,18 @@ def collect_moments(
 
     Raises:
         InputError: a layer that the model does not have; too few tokens, or keys that overflow; too little memory;
-            files in `out` of another provenance.
+            files in `out` of another provenance; another process that collects the same there from other input.
     """
     collection = _prepare(model, texts, layers, config, out, SINGLE_PROCESS, overwrite, convergence)
-    moments = collection.folder.finished(collection.layers)
-    for pass_layers in collection.plan.passes:
-        checkpoints = collection.sum_keys(pass_layers, finished=moments)
-        for layer in sorted(checkpoints):
-            # Layers that do not fit in memory together need not lie there together at the end.
-            mapped = len(collection.plan.passes) > 1
-            moments[layer] = collection.folder.finish(checkpoints.pop(layer), mapped=mapped)
-            warn_if_singular(moments[layer].conditioning)
+    with collection.folder.locked(collection.layers):
+        moments = collection.folder.finished(collection.layers)
+        for pass_layers in collection.plan.passes:
+            checkpoints = collection.sum_keys(pass_layers, finished=moments)
+            for layer in sorted(checkpoints):
+                # Layers that do not fit in memory together need not lie there together at the end.
+                mapped = len(collection.plan.passes) > 1
+                moments[layer] = collection.folder.finish(checkpoints.pop(layer), mapped=mapped)
+                warn_if_singular(moments[layer].conditioning)
     return {layer: moments[layer] for layer in collection.layers}
 
 
@@ -103,10 +104,11 @@ def collect_shard(
     """
     collection = _prepare(model, texts, layers, config, out, Rank.of(*shard), overwrite, None)
     paths: dict[int, Path] = {}
-    for pass_layers in collection.plan.passes:
-        checkpoints = collection.sum_keys(pass_layers)
-        for layer in sorted(checkpoints):
-            paths[layer] = checkpoints.pop(layer).save(Path(out))
+    with collection.folder.locked(collection.layers):
+        for pass_layers in collection.plan.passes:
+            checkpoints = collection.sum_keys(pass_layers)
+            for layer in sorted(checkpoints):
+                paths[layer] = checkpoints.pop(layer).save(Path(out))
     return paths
 
 

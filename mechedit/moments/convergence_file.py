@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from mechedit.files import write_parquet
+from mechedit.locks import locked
 from mechedit.tables import read_table, where
 
 
@@ -31,6 +32,10 @@ class ConvergenceFile:
 
     def save(self, curve: pd.DataFrame, layer: int) -> None:
         """Add the curve of one layer to the file, or replace it there."""
+        with locked(curve_path(self.folder), repr(str(curve_path(self.folder))), wait=True):
+            self._replace(curve, layer)
+
+    def _replace(self, curve: pd.DataFrame, layer: int) -> None:
         curves = self._read()
         others = [] if curves is None else [curves.loc[curves["layer"] != layer, :]]
         frame = pd.concat([*others, curve]).sort_values(by=["layer", "tokens"], ignore_index=True)

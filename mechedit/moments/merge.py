@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from mechedit.moments.checkpoints import (
     checkpoint_path,
     checkpoints_folder,
     load_checkpoint,
+    shard_lock,
 )
-from mechedit.moments.chunks import Rank
+from mechedit.moments.chunks import SINGLE_PROCESS, Rank
 from mechedit.moments.conditioning import warn_if_singular
 from mechedit.moments.second_moment import METADATA_KEY, REPLACE, SecondMoment, check_header, moment_path
 
@@ -47,6 +49,21 @@ def merge_moments(
             f"{str(checkpoints_folder(folder))!r} holds shards of the layers {sorted(world_sizes)}, expected "
             f"{'some' if layers is None else layers_to_merge}; collect them with mechedit moments --shard I/N"
         )
+    with contextlib.ExitStack() as stack:
+        for layer in layers_to_merge:
+            for rank in (SINGLE_PROCESS, *_ranks(world_sizes[layer])):
+                stack.enter_context(shard_lock(folder, layer, rank))
+        return _merge(folder, layers_to_merge, world_sizes, overwrite)
+
+
+def _ranks(world_size: int) -> list[Rank]:
+    return [Rank(index, world_size) for index in range(world_size)]
+
+
+def _merge(
+    folder: str | Path, layers_to_merge: Sequence[int], world_sizes: Mapping[int, int], overwrite: bool
+) -> dict[int, SecondMoment]:
+    """Add up the sums of some layers, which no other process changes meanwhile."""
     # All is checked before anything is written.
     headers = {layer: _checked_header(folder, layer, world_sizes[layer]) for layer in layers_to_merge}
     for layer in layers_to_merge:
@@ -63,7 +80,7 @@ def merge_moments(
 
 def _merge_layer(folder: str | Path, layer: int, world_size: int) -> SecondMoment:
     """Add one layer's sums, write its moment, and remove the sums' files."""
-    first, *others = [Rank(index, world_size) for index in range(world_size)]
+    first, *others = _ranks(world_size)
     merged = load_checkpoint(checkpoint_path(folder, layer, first), "cpu")
     for rank in others:
         checkpoint = load_checkpoint(checkpoint_path(folder, layer, rank), "cpu")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from mechedit.moments.checkpoints import (
     checkpoint_path,
     load_checkpoint,
     remove_temporary_files,
+    shard_lock,
 )
 from mechedit.moments.chunks import Rank
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.convergence_file import ConvergenceFile
 from mechedit.moments.second_moment import METADATA_KEY, REPLACE, SecondMoment, check_header, load_moment, moment_path
-from mechedit.provenance import determining, numbered
+from mechedit.provenance import determining, numbered, value_hash
 
 CHECKPOINT_TIME_FRACTION = 0.02
 """Fraction of the time at most that is spent on writing checkpoints."""
@@ -45,6 +47,20 @@ class MomentsFolder:
     """Seconds between checkpoints at least."""
     _last_save: float = field(default_factory=lambda: time.monotonic())
     _save_seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def locked(self, layers: Iterable[int]) -> Iterator[None]:
+        """Be the only process that collects this shard of these layers here until the block ends.
+
+        Raises:
+            InputError: another process does, from other text or with another model.
+        """
+        with contextlib.ExitStack() as stack:
+            for layer in sorted(set(layers)) if self.path is not None else ():
+                stack.enter_context(
+                    shard_lock(self.path, layer, self.rank, made_with=value_hash(determining(self.provenance)))
+                )
+            yield
 
     def finished(self, layers: Iterable[int]) -> dict[int, SecondMoment]:
         """The moments in the folder with this provenance, and with their curve if one is measured.

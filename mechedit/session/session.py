@@ -150,12 +150,13 @@ class EditSession:
 
         Raises:
             InputError: the session is open already; the model is not the unedited one, or does not become what it was
-                when the last batch was written.
+                when the last batch was written; another process writes to the folder, or has done so.
         """
         if self._restore is not None:
             raise InputError("the session is open already, expected one `with` block at a time; leave the other first")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._editor.model.exclusive())
+            stack.enter_context(self._folder.locked(len(self._batches)))
             self._editor.check_weights(self._editor.base["weights_hash"])
             stack.enter_context(restoring(self._editor.model, self._editor.layers))
             if self._accepted:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mechedit.errors import InputError
 from mechedit.files import read_object, write_json
-from mechedit.provenance import VERSION, check_provenance
+from mechedit.locks import locked
+from mechedit.provenance import VERSION, check_provenance, value_hash
 from mechedit.session.edited_batch import EditedBatch
 from mechedit.session.metrics import HistoryEntry
 from mechedit.temporary_names import sweep
@@ -32,9 +34,19 @@ class SessionFolder:
         Args:
             settings: all that determines the session's results, except its batches.
             unedited: numbers measured on the unedited model.
+
+        Raises:
+            InputError: another process has begun a session with other settings there.
         """
-        if self.path is not None:
-            content = {"mechedit": VERSION, "made_with": settings, "unedited": unedited}
+        if self.path is None:
+            return
+        with locked(self.path / "session.json", f"the session in {str(self.path)!r}", wait=True):
+            # Another process may have begun one meanwhile.
+            if (saved := self.load_settings()) is not None:
+                self.check_settings(saved[0], settings)
+                return
+            # Settings need no checksum: they are held against those that are given.
+            content = {"mechedit": VERSION, "made_with": settings, "unedited": unedited, "sha256": value_hash(unedited)}
             write_json(self.path / "session.json", content)
 
     def load_settings(self) -> tuple[dict[str, Any], tuple[HistoryEntry, ...]] | None:
@@ -51,6 +63,12 @@ class SessionFolder:
                 )
             return None
         content = read_object(file, "made_with")
+        checksum = content.get("sha256")  # older sessions have none
+        if checksum is not None and checksum != value_hash(content.get("unedited")):
+            raise InputError(
+                f"{str(file)!r} is not as it was written (it does not match its SHA-256), expected an undamaged file; "
+                f"copy it again, or choose another folder and write the batches again"
+            )
         try:
             return dict(content["made_with"]), tuple(HistoryEntry(*entry) for entry in content["unedited"])
         except (KeyError, TypeError, ValueError) as error:
@@ -67,6 +85,28 @@ class SessionFolder:
         """
         what, remedy = f"the session in {str(self.path)!r}", "go on with that, or choose another folder"
         check_provenance(saved, settings, what, remedy=remedy)
+
+    @contextlib.contextmanager
+    def locked(self, n_batches: int) -> Iterator[None]:
+        """Be the only process that writes batches until the block ends.
+
+        Args:
+            n_batches: number of batches that were read.
+
+        Raises:
+            InputError: another process writes batches, or has done so since they were read.
+        """
+        if self.path is None:
+            yield
+            return
+        what = f"the session in {str(self.path)!r}"
+        with locked(self.path / "session", what):
+            if len(self._batch_files()) != n_batches:
+                raise InputError(
+                    f"{what} has {len(self._batch_files())} batches, expected the {n_batches} that it had when it was "
+                    f"read: another process wrote to it; create the session again"
+                )
+            yield
 
     def load_batches(self, weights_hash: str) -> tuple[EditedBatch, ...]:
         """Read the finished batches, oldest first; temporary files of a killed process are removed.

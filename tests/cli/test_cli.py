@@ -35,7 +35,7 @@ from mechedit.files import read_json, write_json
 
 FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", "object": "teal"}
 
-COMMON = "model backend device dtype merge-adapter seed overwrite json config"
+COMMON = "model backend device dtype merge-adapter seed overwrite verify json config"
 OPTIONS = {
     "run": "facts requests joint strict chat texts out layers method rule max-facts max-requests samples set "
     "generation-prompts generation-tokens stop-words accept-unsettled approximate conflicts",
@@ -48,7 +48,7 @@ OPTIONS = {
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
     "stop-words protocol references conflicts",
     "apply": "edit out format",
-    "report": "DIRECTORY json config",
+    "report": "DIRECTORY verify json config",
 }
 """The options of every command beside the common ones; `report` has no model."""
 
