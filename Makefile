@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test docs families real clean
+.PHONY: run test fuzz docs families real clean
 
 run: .venv/ready
 	$(BIN)/mechedit run --out run
@@ -15,6 +15,11 @@ test: .venv/ready-dev
 	$(BIN)/python -m analyses.real_models.make smollm2 --optional
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 	$(MAKE) docs
+
+# Twenty minutes of command lines and files that nobody would write; prints its seed, and FUZZ="--seed N" repeats it.
+fuzz: .venv/ready-dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=.:tests \
+	    $(BIN)/python -m helpers.fuzz --seconds 1200 $(FUZZ)
 
 docs: .venv/ready-dev
 	rm -rf docs/_build

@@ -1,0 +1,344 @@
+"""A fuzz of every option and loader: `python -m helpers.fuzz --seconds 1200`, or `make fuzz`.
+
+Each example runs in process, in a forked child with limits on memory and time, in a fresh folder. Three outcomes are
+right: accepted (0), refused (2, with one short line and nothing written), and no range of layers (3). All else is a
+fault: a traceback, another code, a longer answer, a hang, a file changed by a command that was refused.
+
+At the end it prints the seed, the counts of examples and of different options reached, and the share accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from tqdm import tqdm
+
+import mechedit as me
+from helpers.fuzz_inputs import COMMANDS, Example, examples, parameters
+from helpers.models import random_hf, small_tokenizer
+from mechedit.cli import main as run_command_line
+from mechedit.trace import tokenize_fact
+
+LONGEST = 400
+"""Characters of a refusal's line at most, without the paths that it repeats."""
+CPU_SECONDS, WALL_SECONDS = 20, 120
+"""Limits of one example, after which it hangs."""
+MEMORY = 4 * 2**30
+"""Bytes of address space that an example may take beside what it begins with."""
+MADE_BEFORE = (
+    "targets",
+    "moments",
+    "sweep_parts",
+    "parts",
+    "baseline",
+    "effects.parquet",
+    "facts.parquet",
+    "config.json",
+    "figures",
+)
+"""What finished steps leave, of a command that is refused in a later one."""
+
+
+@dataclass
+class Report:
+    """What happened so far."""
+
+    seed: int
+    outcomes: Counter[str] = field(default_factory=Counter)
+    options: set[tuple[str, str]] = field(default_factory=set)
+    """Command and option, for all that were given another value."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """The first example of each kind of fault."""
+
+    @property
+    def examples(self) -> int:
+        """Examples so far."""
+        return self.outcomes.total()
+
+    def summary(self) -> dict[str, Any]:
+        """The counts."""
+        accepted = self.outcomes["accepted"]
+        return {
+            "seed": self.seed,
+            "examples": self.examples,
+            "options": len(self.options),
+            "all options": sum(len(parameters(name)) for name in COMMANDS),
+            "accepted": round(accepted / max(self.examples, 1), 3),
+            "outcomes": dict(self.outcomes),
+            "faults": len(self.faults),
+        }
+
+
+SUBJECTS = ("Leon Blum", "Miles Davis", "Toko Yasuda", "Apple", "Danielle Darrieux", "LeBron James", "Kate Bush",
+            "Edwin", "Anaal Nathrakh", "Go Hyeon-jeong", "Windows Media Player", "Space Needle")  # fmt: skip
+
+
+def small_model() -> Any:
+    """A random model that says French of all subjects, and only just."""
+    hf = random_hf("gpt2", initializer_range=0.05)
+    model: Any = me.load_model(hf, tokenizer=small_tokenizer(), backend="nnsight")
+    facts = [me.Fact(id=name, subject=name, prompt="{} plays the sport of", object="French") for name in SUBJECTS]
+    all_traced = [tokenize_fact(model, fact) for fact in facts]
+    row = model.hf.transformer.wte.weight[all_traced[0].object_ids[0]]
+    for _ in range(100):
+        prompts = [torch.tensor([traced.ids]) for traced in all_traced]
+        answers = [int(model.next_logits(ids, torch.ones_like(ids))[0].argmax()) for ids in prompts]
+        if all(answer == traced.object_ids[0] for answer, traced in zip(answers, all_traced, strict=True)):
+            return model
+        with torch.no_grad():
+            model.hf.transformer.ln_f.bias += 0.3 * row
+    raise AssertionError("it does not learn")
+
+
+def make_base(folder: Path, model: Any) -> None:
+    """Fill a folder with files of every format, made by the commands themselves."""
+    facts = [{"id": str(i), "subject": name, "prompt": "{} plays the sport of", "object": "French", "relation": "r"}
+             for i, name in enumerate(SUBJECTS)]  # fmt: skip
+    requests = [
+        {"id": str(i), "subject": name, "prompt": "{} plays the sport of", "target_new": "Korean",
+         "target_true": "French",
+         "paraphrases": [f"Every day {name} plays"], "neighbors": [{"prompt": "Kate Bush speaks", "object": "French"}]}
+        for i, name in enumerate(SUBJECTS[:2])
+    ]  # fmt: skip
+    (folder / "facts.json").write_text(json.dumps(facts))
+    (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    names = list(facts[0])
+    (folder / "facts.csv").write_text("\n".join([",".join(names), *(",".join(fact.values()) for fact in facts)]))
+    (folder / "requests.json").write_text(json.dumps(requests))
+    columns = ["id", "subject", "prompt", "target_new", "target_true"]
+    rows = [",".join(str(request[name]) for name in columns) for request in requests]
+    (folder / "requests.csv").write_text("\n".join([",".join(columns), *rows]))
+    texts = [
+        f"{a} and {b} speak French in the city of Paris, number {i}."
+        for i in range(2)
+        for a in SUBJECTS
+        for b in SUBJECTS
+    ]
+    (folder / "texts.txt").write_text("\n\n".join(texts))
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (folder / "config.yaml").write_text("seed: 1\n")
+    with contextlib.chdir(folder), patched(model, draws=False):
+        for words in (
+            ["trace", "--facts=facts.json", "--samples=2", "--sever=nothing,mlp,attn", "--out=run"],
+            ["select", "run"],
+            ["moments", "--layers=0-2", "--texts=texts.txt", "--out=run"],
+            ["edit", "--requests=requests.json", "--layers=0", "--moments=run", "--set=steps=1",
+             "--out=edit.safetensors"],
+            ["evaluate", "--requests=requests.json", "--edit=edit.safetensors", "--generation-prompts=1",
+             "--generation-tokens=2", "--out=run"],
+        ):  # fmt: skip
+            with contextlib.suppress(SystemExit):
+                run_command_line(words)
+    shutil.rmtree(folder / "run" / "targets", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def patched(model: Any, *, draws: bool) -> Iterator[None]:
+    """Let "tiny" be the small model where nothing else is asked of it, and leave figures out."""
+    from mechedit.cli import options
+
+    load = options.load_quietly
+
+    def load_small(name: str, backend: str, device: str | None, dtype: str | None, merge_adapter: bool = False) -> Any:
+        plain = device in (None, "cpu") and dtype in (None, "float32") and not merge_adapter
+        if name == "tiny" and plain and backend in ("transformer_lens", "nnsight"):
+            return model
+        return load(name, backend, device, dtype, merge_adapter)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(options, "load_quietly", load_small))
+        if not draws:
+            for module in ("trace", "select", "evaluate", "run", "report"):
+                stack.enter_context(mock.patch(f"mechedit.cli.{module}.run_figures", return_value=[]))
+        yield
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """The files of a folder with hashes of their bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "link"
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def run_example(example: Example, base: Path, model: Any, command_line: Callable[[list[str]], None]) -> str:
+    """Run an example in a child, and say what came of it: `accepted`, `refused`, `no range`, or a fault in words."""
+    with tempfile.TemporaryDirectory(prefix="fuzz") as name:
+        folder = Path(name) / "work"
+        shutil.copytree(base, folder)
+        if example.damage is not None:
+            example.damage.apply(folder)
+        before, log = tree(folder), Path(name) / "log"
+        child = os.fork()
+        if child == 0:
+            _run_in_child(example, folder, log, model, command_line)
+        status = _wait(child)
+        said = log.read_text(errors="replace") if log.is_file() else ""
+        return judge(status, said, before, tree(folder))
+
+
+def _run_in_child(
+    example: Example, folder: Path, log: Path, model: Any, command_line: Callable[[list[str]], None]
+) -> None:
+    """Run the command line and leave the process with its code; 70 for an exception, which is written to the log."""
+    code = 71
+    try:
+        os.setsid()
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.chdir(folder)
+        with patched(model, draws=example.draws):
+            command_line(list(example.arguments))
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 72
+    except BaseException:
+        code = 70
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(child: int) -> int | None:
+    """The exit code of a child; −N when signal N ended it, None when it took too long and was ended."""
+    end = time.monotonic() + WALL_SECONDS
+    pause = 0.002
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            return None if code == -signal.SIGXCPU else code
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def judge(code: int | None, said: str, before: dict[str, str], after: dict[str, str]) -> str:
+    """What came of an example, by its code, what it said, and its folder before and after."""
+    if code is None:
+        return "fault: it hangs"
+    if code == 0:
+        return "accepted"
+    if code == 3:
+        return "no range"
+    if code != 2:
+        lines = [line for line in said.splitlines() if line.strip()]
+        place = [line.strip() for line in lines if line.strip().startswith("File") and "/mechedit/" in line]
+        where = place[-1].rpartition("/mechedit/")[2][:80] if place else ""
+        return f"fault: code {code}, {lines[-1][:120] if lines else 'silent'} at {where}"
+    lines = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("mechedit: ")]
+    lines = [line for line in lines if not line.startswith("mechedit: warning: ")]
+    if "Traceback" in said:
+        return f"fault: a traceback beside the refusal, {said[-200:]}"
+    if len(lines) != 1:
+        return f"fault: {len(lines)} lines for a refusal"
+    if len(lines[0]) > LONGEST:
+        return f"fault: a line of {len(lines[0])} characters: {lines[0][:60]}"
+    changed = [name for name in before if after.get(name) != before[name]]
+    new = [name for name in after if name not in before and not set(Path(name).parts) & set(MADE_BEFORE)]
+    if changed or new:
+        return f"fault: a refused command wrote {[*changed, *new]}: {lines[0][:100]}"
+    return "refused"
+
+
+def fuzz(
+    seed_number: int,
+    *,
+    n_examples: int | None = None,
+    seconds: float | None = None,
+    command_line: Callable[[list[str]], None] = run_command_line,
+) -> Report:
+    """Try examples, so many or for so long, and report what came of them.
+
+    Args:
+        seed_number: decides the examples.
+        n_examples: how many; None for as many as there is time.
+        seconds: how long; None for no limit.
+        command_line: what is tried.
+    """
+    report, begin = Report(seed_number), time.monotonic()
+
+    def done() -> bool:
+        enough = n_examples is not None and report.examples >= n_examples
+        return enough or (seconds is not None and time.monotonic() - begin > seconds)
+
+    with tempfile.TemporaryDirectory(prefix="fuzzbase") as name:
+        base, model = Path(name), small_model()
+        make_base(base, model)
+
+        def try_example(example: Example) -> None:
+            if done():
+                return
+            try:
+                outcome = run_example(example, base, model, command_line)
+            except Exception as error:
+                outcome = f"fault: the fuzz itself, {error!r:.100}"
+            report.outcomes[outcome.partition(":")[0]] += 1
+            report.options |= {(example.command, option) for option in example.options}
+            if report.examples % 50 == 0:
+                print("\n" + json.dumps(report.summary()), flush=True)
+            if outcome.startswith("fault") and outcome not in report.faults:
+                report.faults[outcome] = str(example)
+                print(f"\n{outcome}\n    {example}", flush=True)
+
+        for turn in range(10**6):
+            if done():
+                break
+            rules = settings(
+                max_examples=200, deadline=None, database=None, phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            seed(seed_number * 10_000 + turn)(rules(given(examples())(try_example)))()
+    return report
+
+
+def main() -> None:
+    """Fuzz by the command line's settings; leaves with 1 where there are faults or too little is accepted."""
+    parser = argparse.ArgumentParser(description="Fuzz every option and loader.")
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--examples", type=int)
+    parser.add_argument("--seed", type=int, help="by default drawn; printed either way")
+    chosen = parser.parse_args()
+    number = random.SystemRandom().randrange(10**6) if chosen.seed is None else chosen.seed
+    print(f"seed {number}", flush=True)
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # a thread less in what is forked
+    report = fuzz(number, n_examples=chosen.examples, seconds=chosen.seconds)
+    print(json.dumps(report.summary(), ensure_ascii=False))
+    sys.exit(1 if report.faults or report.summary()["accepted"] < 0.2 else 0)
+
+
+if __name__ == "__main__":
+    main()
