@@ -6,11 +6,13 @@ it once and reuses it when nothing that determines it has changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import pandas as pd
 
 from mechedit.cache import Codec, codec_of
 from mechedit.data import EditRequest, Fact
@@ -35,6 +37,7 @@ from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_m
 from mechedit.provenance import ModelIdentity, value_hash
 from mechedit.run_folder import RunFolder, check_step, sweep_run_folder
 from mechedit.selection import SelectConfig, Selection, moving_width, select_layers, subject_effects
+from mechedit.selection.select import layers_in_words
 from mechedit.sweep import (
     Sweep,
     SweepConfig,
@@ -46,7 +49,7 @@ from mechedit.sweep import (
     validate_selection,
 )
 from mechedit.tables import read_table, where
-from mechedit.trace import TraceConfig
+from mechedit.trace import TraceConfig, UntilSettled, Verdict, trace_until_settled
 from mechedit.trace.folder import TRACE, trace_to_folder
 
 Protocol = Literal["counterfact", "zsre"]
@@ -58,8 +61,12 @@ SCORES: Codec[Scores] = codec_of(Scores, files=SCORE_FILES)
 BASELINE: Codec[Baseline] = codec_of(Baseline, files=(*SCORE_FILES, STATES_FILE))
 
 
-def trace_step(folder: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig) -> dict[str, Any]:
+def trace_step(
+    folder: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig, *, least: int = 1
+) -> dict[str, Any]:
     """Trace every kind whole, and single states at the subject's last token with modules severed.
+
+    The model must know `least` of the facts.
 
     Writes effects.parquet (the cells, a group of facts after another) and facts.parquet (each fact, whether it was
     traced, and why not).
@@ -72,7 +79,58 @@ def trace_step(folder: RunFolder, model: Model, facts: Sequence[Fact], config: T
         "facts": value_hash([fact.plain() for fact in facts]),
         "settings": config.plain(),
     }
-    return folder.step("trace", stamp, partial(trace_to_folder, model, facts, config, folder.path), TRACE)
+    make = partial(trace_to_folder, model, facts, config, folder.path, least=least)
+    return folder.step("trace", stamp, make, TRACE)
+
+
+def trace_until_settled_step(
+    folder: RunFolder,
+    model: Model,
+    facts: Sequence[Fact],
+    config: TraceConfig,
+    until: UntilSettled,
+    select: SelectConfig,
+    notify: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """As `trace_step`, facts in random order until the selection settles, or all are traced, or time is up.
+
+    Returns:
+        As `trace_step`, with `rounds` (facts, layers, state, agreement and stability after each one) and `stopped`.
+
+    Raises:
+        InputError: fewer known facts than a selection needs; and as `trace_until_settled`.
+    """
+    stamp = {
+        "model": model.provenance(),
+        "facts": value_hash([fact.plain() for fact in facts]),
+        "settings": config.plain(),
+        "until": {**asdict(until), "select": asdict(select)},
+    }
+
+    def judge(effects: pd.DataFrame) -> Verdict:
+        selection = select_layers(effects, config=select)
+        shares = {"agreement": selection.agreement, "stability": selection.stability}
+        return Verdict(settled=selection.state == "settled", record={**selection.short, **shares})
+
+    make = partial(
+        trace_until_settled,
+        model,
+        facts,
+        config,
+        until,
+        judge,
+        folder.path,
+        least=select.min_facts,
+        notify=lambda record: notify(round_in_words(record)),
+    )
+    return folder.step("trace", stamp, make, TRACE)
+
+
+def round_in_words(record: Mapping[str, Any]) -> str:
+    """What a selection made of the facts so far, with the shares of resamples that agree and that give just this."""
+    layers = layers_in_words(tuple(record["layers"]))
+    shares = f"{record['agreement']:.0%} of resamples agree, {record['stability']:.0%} give just these layers"
+    return f"{record['facts']} facts: {layers}, {record['state']} ({shares})"
 
 
 def select_step(folder: RunFolder, config: SelectConfig, *, save: bool = True) -> Selection:
@@ -237,11 +295,15 @@ def edit_step(
     method: str,
     config: MethodConfig,
     file: str = "edit.safetensors",
+    sourced: Callable[[Edit], Edit] = lambda edit: edit,
 ) -> Edit:
-    """Make the edit with a named method; the model is left as it was."""
+    """Make the edit with a named method; the model is left as it was.
+
+    `sourced` notes in its manifest where its settings come from.
+    """
     stamp = {**_edit_stamp(model, requests, moments, method, config), "layers": list(layers)}
     make = partial(METHODS[method], model, requests, layers, moments, config=config, cache=folder.path / "targets")
-    return folder.step("edit", stamp, make, EDIT, at=file)
+    return folder.step("edit", stamp, lambda: sourced(make()), EDIT, at=file)
 
 
 def _edit_stamp(

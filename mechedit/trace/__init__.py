@@ -21,6 +21,7 @@ from mechedit.trace.runs import run_clean_and_corrupted
 from mechedit.trace.severing import Sever, sever_in_words
 from mechedit.trace.trace import TracePlan, plan_trace, trace_facts
 from mechedit.trace.traced_fact import tokenize_fact
+from mechedit.trace.until_settled import UntilSettled, Verdict, trace_until_settled
 from mechedit.trace.windows import window_span
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "Sever",
     "TraceConfig",
     "TracePlan",
+    "UntilSettled",
+    "Verdict",
     "average_effects",
     "clearest_fact",
     "embedding_statistics",
@@ -51,6 +54,7 @@ __all__ = [
     "tokenize_fact",
     "total_effects",
     "trace_facts",
+    "trace_until_settled",
     "unit_of",
     "window_span",
     "with_present_metric_names",

@@ -17,12 +17,22 @@ from mechedit.models import Model
 from mechedit.tables import where
 from mechedit.trace.averages import fact_totals, main_metric
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.corruption import embedding_statistics
+from mechedit.trace.corruption import EmbeddingStatistics, embedding_statistics
 from mechedit.trace.trace import TracePlan, plan_trace
+from mechedit.trace.traced_fact import require_known
 
 
-def trace_to_folder(model: Model, facts: Sequence[Fact], config: TraceConfig, folder: Path) -> dict[str, Any]:
+def trace_to_folder(
+    model: Model, facts: Sequence[Fact], config: TraceConfig, folder: Path, *, least: int = 1
+) -> dict[str, Any]:
     """Trace facts, and write the effects of one group of facts after another.
+
+    Args:
+        model: any `Model`.
+        facts: to trace.
+        config: of the trace.
+        folder: for the files.
+        least: fewest facts that the model must know.
 
     Single states are also traced with modules severed, but only at the subject's last token. Finished groups lie in
     trace_parts/ until the end, so that an interrupted trace resumes after them.
@@ -32,9 +42,10 @@ def trace_to_folder(model: Model, facts: Sequence[Fact], config: TraceConfig, fo
         trace `agreement`.
 
     Raises:
-        InputError: estimates do not rank cells as exact effects do.
+        InputError: estimates do not rank cells as exact effects do; fewer known facts than `least`.
     """
     plans = trace_plans(model, facts, config, folder / "trace_parts")
+    require_known(len(plans[0].facts), len(facts), plans[0].dropped, least)
     # An approximate trace is refused before anything is written; what this pass traced lies in trace_parts/.
     agreement = [record for plan in plans for record in plan.agreement(plan).get("agreement", [])]
     attrs = {**plans[0].attrs, "config": config.plain(), **({"agreement": agreement} if agreement else {})}
@@ -44,10 +55,26 @@ def trace_to_folder(model: Model, facts: Sequence[Fact], config: TraceConfig, fo
     return attrs
 
 
-def trace_plans(model: Model, facts: Sequence[Fact], config: TraceConfig, parts: Path) -> list[TracePlan]:
-    """The trace with nothing severed, and that with modules severed where there are any to sever."""
-    correlated = config.corrupted_by.distribution == "multivariate"
-    statistics = embedding_statistics(model, [fact.subject for fact in facts], covariance_root=correlated)
+def trace_plans(
+    model: Model,
+    facts: Sequence[Fact],
+    config: TraceConfig,
+    parts: Path,
+    *,
+    statistics: EmbeddingStatistics | None = None,
+) -> list[TracePlan]:
+    """The trace with nothing severed, and that with modules severed where there are any to sever.
+
+    Args:
+        model: any `Model`.
+        facts: to trace.
+        config: of the trace.
+        parts: folder for finished groups.
+        statistics: of the subjects' embeddings; by default measured on these facts' subjects.
+    """
+    if statistics is None:
+        correlated = config.corrupted_by.distribution == "multivariate"
+        statistics = embedding_statistics(model, [fact.subject for fact in facts], covariance_root=correlated)
     severed = tuple(sever for sever in config.sever if sever != "nothing")
     settings = [_changed(config, sever=("nothing",))]
     if severed:

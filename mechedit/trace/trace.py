@@ -26,7 +26,7 @@ from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
 from mechedit.trace.effects import Effects
 from mechedit.trace.memory import max_group_rows
-from mechedit.trace.traced_fact import Dropped, TracedFact, known_facts, with_replacements, with_roles
+from mechedit.trace.traced_fact import Dropped, TracedFact, known_facts, require_known, with_replacements, with_roles
 
 
 @exclusive
@@ -200,11 +200,7 @@ def plan_trace(
     if known and distribution == "tokens":
         known, irreplaceable = with_replacements(model, known, facts, config)
         dropped = [*dropped, *irreplaceable]
-    if not known:
-        raise InputError(
-            f"none of the {len(facts)} facts can be traced, expected some that the model completes with their object "
-            f"(first: {dropped[0][0]!r}: {dropped[0][1]}); check that the facts suit the model"
-        )
+    require_known(len(known), len(facts), dropped, 1)
     plan = TracePlan(
         model=model,
         facts=known,

@@ -126,6 +126,28 @@ def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], 
     return known, dropped
 
 
+def require_known(known: int, facts: int, dropped: Sequence[Dropped], least: int) -> None:
+    """Refuse to go on with fewer facts than a trace needs.
+
+    Args:
+        known: number of facts that can be traced.
+        facts: number of all facts.
+        dropped: the others, with the reasons.
+        least: fewest that are needed.
+
+    Raises:
+        InputError: says how many of how many can be traced, and why five others cannot.
+    """
+    if known >= least:
+        return
+    reasons = "; ".join(f"{name!r}: {reason}" for name, reason in dropped[:5])
+    raise InputError(
+        f"{known or 'none'} of the {facts} facts can be traced, expected at least {least} that the model completes "
+        f"with their object (not so {reasons}{'; …' if len(dropped) > 5 else ''}); check that the facts suit the "
+        f"model, or give more"
+    )
+
+
 def with_roles(known: Sequence[TracedFact], config: TraceConfig) -> tuple[list[TracedFact], list[Dropped]]:
     """Split facts into those with a token of a role that is restored, and (id, reason) of the others."""
     if config.roles is None:
