@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: run test fuzz docs families real clean
 
 run: .venv/ready
-	$(BIN)/mechedit run --out run
+	$(BIN)/mechedit run --no-tuned --out run
 
 test: .venv/ready-dev
 	$(BIN)/ruff format --check .

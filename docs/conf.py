@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ from sphinx.ext import napoleon
 from sphinx.ext.napoleon import GoogleDocstring
 
 import mechedit
+
+# The pages show what a reader sees, whatever settings were tuned on this machine.
+os.environ["MECHEDIT_TUNED"] = os.path.join(os.devnull, "tuned")
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"

@@ -65,6 +65,7 @@ from mechedit.session import EditSession, StopRule
 from mechedit.sweep import Sweep, SweepConfig, Validation, sweep_windows, windows_of
 from mechedit.targets import TargetConfig, Targets, find_targets
 from mechedit.trace import Corruption, Sever, TraceConfig, average_effects, plan_trace, total_effects, trace_facts
+from mechedit.tuning import TuneConfig, Tuned, tune
 
 __version__ = VERSION
 
@@ -108,6 +109,8 @@ __all__ = [
     "Targets",
     "Tokens",
     "TraceConfig",
+    "TuneConfig",
+    "Tuned",
     "Validation",
     "__version__",
     "alphaedit",
@@ -154,6 +157,7 @@ __all__ = [
     "total_effects",
     "trace_facts",
     "truncate",
+    "tune",
     "undo_",
     "verify_contents",
     "windows_of",

@@ -305,14 +305,16 @@ def make_prefixes(
     seed: int = 0,
     starts: Sequence[str] = ("The", "Therefore", "Because", "I", "You"),
     length: int = 10,
+    count: int = 5,
 ) -> tuple[str, ...]:
     """Context templates: the bare prompt, and short texts that the model generates, joined as `text. {}`.
 
     Each text begins with one of `starts` and has `length` tokens in all, each drawn from the five likeliest as in
-    the published code; here the draws depend on `seed` alone.
+    the published code; here the draws depend on `seed` alone. There are `count` texts; where these are more than
+    `starts`, starts take turns.
     """
     generator = torch.Generator().manual_seed(seed)
-    texts = [_generate(model, start, length, generator) for start in starts]
+    texts = [_generate(model, starts[i % len(starts)], length, generator) for i in range(count)]
     return (BARE, *(f"{text}. {BARE}" for text in texts))
 
 

@@ -16,6 +16,7 @@ are put back after each test, so tests may edit them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ from transformers import (
 )
 
 from mechedit.models import load_model
+
+# Settings that the user tuned for a model would change what is tested.
+os.environ["MECHEDIT_TUNED"] = os.path.join(os.devnull, "tuned")
 
 # One thread: models this small only lose by waiting for a second, above all on a busy machine.
 torch.set_num_threads(1)

@@ -41,6 +41,7 @@ def options(
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-tuned", action="store_true", help="leave settings out that mechedit tune chose")
     parser.add_argument("--overwrite", action="store_true", help="replace results of other inputs in the folder")
     parser.set_defaults(full_count=count, quick_count=quick_count)
     return parser

@@ -21,7 +21,6 @@ from analyses.common.printing import score_frame
 from analyses.common.variants import SINGLE, Variant
 from mechedit import pipeline
 from mechedit.cache import PARQUET
-from mechedit.cli import method_config
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
@@ -56,9 +55,9 @@ class Experiment(Inputs):
         return variants
 
     def config(self, variant: Variant) -> MethodConfig:
-        """The settings that ship with the model, with the variant's changes."""
+        """The settings tuned for the model or shipped with it, with the variant's changes."""
         changes = [f"{name}={value}" for name, value in variant.settings.items()]
-        return method_config(variant.method, self.model, self.seed, changes)
+        return self.recommended(variant.method, changes).config
 
     def edit(self, variant: Variant, requests: Sequence[EditRequest]) -> Edit:
         """Make one edit; its targets are cached in the folder, so that other edits may share them."""

@@ -15,9 +15,10 @@ from typing import Any
 from analyses.common.counterfacts import counterfacts
 from mechedit import pipeline
 from mechedit.cli import parse_layers
-from mechedit.cli.parsing import load_quietly, sampled
+from mechedit.cli.parsing import load_quietly, method_settings, sampled
 from mechedit.data import EditRequest, Fact, load_facts, load_requests
 from mechedit.errors import InputError
+from mechedit.methods import MethodConfig, Recommendation
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment
 from mechedit.run_folder import RunFolder
@@ -85,13 +86,15 @@ class Inputs:
 
     @cached_property
     def layers(self) -> list[int]:
-        """The layers of `--layers`; without it, those that the trace of this model selects.
+        """The layers of `--layers`; without it, those tuned for MEMIT, else those that the trace of this model selects.
 
         Raises:
             InputError: the trace finds no early site.
         """
         if self.arguments.layers:
             return parse_layers(self.arguments.layers)
+        if (tuned := self.recommended("memit").layers) is not None:
+            return list(tuned)
         self.trace()
         selection = self.select()
         if not selection.layers:
@@ -102,6 +105,26 @@ class Inputs:
     def selection_folder(self) -> RunFolder:
         """Folder of the trace that selects layers, apart from larger traces."""
         return RunFolder.at(self.out / "selection", overwrite=self.arguments.overwrite)
+
+    def recommended(self, method: str, changes: Sequence[str] = ()) -> Recommendation[MethodConfig]:
+        """The settings of a method for the model, and where they come from; a tuned.json is named at its first use.
+
+        Args:
+            method: name of the method.
+            changes: name=value of settings in place of those.
+        """
+        tuned = not getattr(self.arguments, "no_tuned", False)
+        settings = method_settings(method, self.model, self.seed, list(changes), tuned=tuned)
+        for source in settings.sources:
+            if source.name == "tuned.json" and source.hash not in self._named:
+                self._named.add(source.hash)
+                print(f"settings of {method}: {source.in_words()}")
+        return settings
+
+    @cached_property
+    def _named(self) -> set[str]:
+        """Hashes of the tuned settings that were named."""
+        return set()
 
     def trace(self) -> dict[str, Any]:
         """Trace the subject's last token for the selection, in `selection/`; made once for all scripts."""

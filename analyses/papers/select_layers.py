@@ -27,7 +27,7 @@ from mechedit.errors import InputError
 from mechedit.evaluation import Summary
 from mechedit.figures import run_figures
 from mechedit.files import atomic
-from mechedit.methods import recommended
+from mechedit.methods import METHODS
 from mechedit.moments import MomentsConfig
 from mechedit.provenance import VERSION, file_hash
 from mechedit.report import span, write_report
@@ -56,9 +56,11 @@ def main() -> int:
     sweep = SweepConfig(by=options.by, width=options.width, requests=size["requests"], seed=options.seed)
     if selection.layers or options.width:
         reading = MomentsConfig(tokens=options.tokens or size["tokens"])
-        config = recommended("memit", model)
+        settings = METHODS["memit"].recommendation(model, tuned=not options.no_tuned)
+        for source in settings.sources:
+            print(f"settings of memit: {source.in_words()}")
         selection = pipeline.validate_step(
-            run, model, selection, requests, options.texts, sweep, "memit", config, reading
+            run, model, selection, requests, options.texts, sweep, "memit", settings.config, reading
         )
         print(selection.validation["verdict"])
     run_figures(run.path)
@@ -86,6 +88,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-tuned", action="store_true", help="leave settings out that mechedit tune chose")
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mechedit.cli.app import say
 from mechedit.edit import Edit, summarize
-from mechedit.methods import METHODS
+from mechedit.methods import METHODS, SETTINGS_FROM
 from mechedit.methods.plausibility import WARNINGS
 from mechedit.models import Model
 
@@ -54,6 +54,7 @@ def describe_edit(edit: Edit, model: Model | None = None) -> dict[str, Any]:
         "parts": [part.get("method") for part in manifest.get("parts", [])],
         "settings": manifest.get("settings", {}),
         "changed_settings": _changed(manifest),
+        "settings_from": list(manifest.get(SETTINGS_FROM) or ()),
         **trained,
         "unconverged": list(manifest.get("unconverged", [])),
         "probability": list(manifest.get("probability", [])),
@@ -79,6 +80,9 @@ def format_description(path: Path, description: Mapping[str, Any]) -> str:
     if description["settings"]:
         text = ", ".join(f"{name} = {value!r}" for name, value in changed.items()) or "the defaults"
         lines += textwrap.wrap(f"settings  {text}", _WIDTH, subsequent_indent=" " * 10)
+    for source in description["settings_from"]:
+        text = f"{', '.join(source['settings'])} by {source['source']} ({source['hash'][:12]})"
+        lines += textwrap.wrap(text, _WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 10)
     training = description.get("training")
     if training:
         lines.append(f"training  {_training(training)}")

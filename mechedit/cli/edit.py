@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -16,10 +16,11 @@ from mechedit.data import Conflicts, EditRequest, revised
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.locks import locked
-from mechedit.methods import METHODS, MethodConfig, SearchConfig
+from mechedit.methods import METHODS, MethodConfig, Recommendation, SearchConfig, SettingsSource, with_sources
 from mechedit.models import Model
 from mechedit.moments import is_published, load_moments
-from mechedit.selection import Selection
+from mechedit.provenance import value_hash
+from mechedit.selection import Selection, published_ranges
 from mechedit.targets import regrouped
 
 
@@ -34,7 +35,7 @@ class EditOptions(RequestsOption, MethodOptions):
     model: str | None = None
     """tiny (by default), a hub name or a folder."""
     layers: str | None = None
-    """Layers, such as 3-8 or 3,5,7."""
+    """Layers, such as 3-8 or 3,5,7; by default those tuned for the model, else published for its name."""
     selection: Path | None = None
     """A selection.json, in place of --layers."""
     moments: Path = Path("run")
@@ -53,7 +54,7 @@ def edit_command(options: EditOptions) -> int:
     """Make an edit file from requests; the model is not changed. With --show, print what an edit file changes."""
     if options.show is not None:
         return _show(options.show, options)
-    if (options.layers is None) == (options.selection is None):
+    if options.layers is not None and options.selection is not None:
         raise InputError("give the layers either by --layers or by --selection, and not by both")
     with locked(options.out, f"the edit {str(options.out)!r}"):
         return _make(options)
@@ -66,17 +67,21 @@ def _make(options: EditOptions) -> int:
     requests = options.read_named_requests(options.conflicts)
     added = options.read_requests(options.with_, options.conflicts) if options.with_ is not None else []
     revised(requests, without=options.without, added=added)
-    layers = _layers(options)
+    chosen = _layers(options)
     model = options.load_model()
     added = options.in_turns(model, added)
     requests = options.in_turns(model, requests)
+    settings = options.method_settings(model)
+    if not chosen and settings.layers is None:
+        settings = _with_published_layers(settings, options.method, model)
+    config, layers = settings.config, chosen or list(settings.layers or ())
     require_layers(layers, model.n_layers)
-    config = options.method_config(model)
     if options.without or added:
         requests = _revised(options, model, requests, added, config)
     moments = load_moments(options.moments, layers, model) if config.preserves_keys else {}
     targets = (options.out.parent if is_published(options.moments) else options.moments) / "targets"
     edit = METHODS[options.method](model, requests, layers, moments, config=config, cache=targets)
+    edit = with_sources(edit, settings, layers=not chosen)
     edit.save(options.out)
     say(f"wrote {options.out}: {len(requests)} requests in layers {layers}")
     say_unconverged(edit)
@@ -108,10 +113,30 @@ def _show(path: Path, options: EditOptions) -> int:
 
 
 def _layers(options: EditOptions) -> list[int]:
-    """The layers that --layers or --selection gives."""
+    """The layers that --layers or --selection gives; none without both."""
     if options.selection is None:
-        return parse_layers(options.layers or "")
+        return [] if options.layers is None else parse_layers(options.layers)
     layers = list(Selection.load(options.selection).layers)
     if not layers:
         raise InputError(f"{str(options.selection)!r} selects no layers; give them by --layers")
     return layers
+
+
+def _with_published_layers(
+    settings: Recommendation[MethodConfig], method: str, model: Model
+) -> Recommendation[MethodConfig]:
+    """The settings with the layers that were published for a model of this name and method; no others are known.
+
+    Raises:
+        InputError: there are none.
+    """
+    ranges = [entry for entry in published_ranges(model.name) if entry.method.lower() == method]
+    if not ranges:
+        raise InputError(
+            "no layers are given, and none were tuned for this model or published for its name; give them either by "
+            "--layers or by --selection, or tune them first (mechedit tune)"
+        )
+    content = value_hash([ranges[0].model, ranges[0].method, ranges[0].layers, ranges[0].source])
+    source = SettingsSource(name="published", hash=content, file=ranges[0].source, settings=("layers",))
+    say(f"settings of {method}: {source.in_words()}; they were published for {ranges[0].model}, and not tried here")
+    return replace(settings, layers=ranges[0].layers, sources=(*settings.sources, source))

@@ -9,10 +9,10 @@ from typing import Any
 
 from mechedit.chat import Prompted, prompted
 from mechedit.cli.app import print_json, say
-from mechedit.cli.parsing import load_quietly, method_config
+from mechedit.cli.parsing import load_quietly, method_settings
 from mechedit.data import Conflicts, EditRequest, Fact, read_edit_requests, read_facts
 from mechedit.errors import InputError
-from mechedit.methods import MethodConfig
+from mechedit.methods import MethodConfig, Recommendation
 from mechedit.models import Model
 from mechedit.run_folder import RunFolder
 from mechedit.selection import RULES
@@ -148,6 +148,22 @@ class ApproximateOption:
         return replace(trace, approximation=(approximation or Approximation()) if self.approximate else None)
 
 
+STOPPED = {
+    "settled": "the selection is settled",
+    "facts": "there are no more",
+    "minutes": "the time is up, and the selection is not settled",
+}
+"""Why a trace ended, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinutesOption:
+    """How long facts are traced where that ends when the selection settles."""
+
+    minutes: float | int | None = None
+    """Minutes after which no more facts are traced, where that otherwise ends when the selection settles."""
+
+
 def say_agreement(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Say how well an approximate trace agrees with exact effects, and return the records."""
     records = attrs.get("agreement", [])
@@ -199,7 +215,26 @@ class MethodOptions(ModelOptions):
     """Editing method: memit, rome or another of `mechedit.methods.METHODS`."""
     set: list[str] | None = None
     """A setting of the method, name=value; may be repeated."""
+    tuned: Path | None = None
+    """A tuned.json of this model; by default that beside its checkpoint, else that in the folder of tuned settings."""
+    no_tuned: bool = False
+    """Leave tuned settings out."""
 
-    def method_config(self, model: Model) -> MethodConfig:
-        """The method's settings for this model: its recommended ones, then the seed, then those of --set."""
-        return method_config(self.method, model, self.seed, self.set)
+    def method_settings(self, model: Model) -> Recommendation[MethodConfig]:
+        """The method's settings for this model: its recommended ones, then the seed, then those of --set.
+
+        A line says which files they come from.
+
+        Raises:
+            InputError: --tuned and --no-tuned; and what `Method.recommendation` refuses.
+        """
+        if self.tuned is not None and self.no_tuned:
+            raise InputError("both --tuned and --no-tuned are there, expected one of them; leave the other out")
+        settings = method_settings(self.method, model, self.seed, self.set, tuned=not self.no_tuned, file=self.tuned)
+        for source in settings.sources:
+            say(f"settings of {self.method}: {source.in_words()}")
+        return settings
+
+    def untuned(self, model: Model) -> MethodConfig:
+        """The same without settings that were tuned before."""
+        return method_settings(self.method, model, self.seed, self.set, tuned=False).config

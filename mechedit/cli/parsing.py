@@ -16,7 +16,7 @@ from transformers.utils import logging
 from mechedit.data import EditRequest, Fact
 from mechedit.errors import InputError, check_at_least, check_choice, read_whole
 from mechedit.files import checked_path
-from mechedit.methods import METHODS, MethodConfig, recommended
+from mechedit.methods import METHODS, MethodConfig, Recommendation
 from mechedit.models import Model, load_model, read_layer_range
 from mechedit.sweep import Window
 
@@ -142,9 +142,32 @@ def quiet() -> Iterator[None]:
 
 
 def method_config(method: str, model: Model, seed: int, settings: list[str] | None) -> MethodConfig:
-    """The method's settings: those that ship with the model, then the seed, then --set name=value."""
+    """The method's settings: those recommended for the model, then the seed, then --set name=value."""
+    return method_settings(method, model, seed, settings).config
+
+
+def method_settings(
+    method: str,
+    model: Model,
+    seed: int,
+    settings: list[str] | None,
+    *,
+    tuned: bool = True,
+    file: Path | None = None,
+) -> Recommendation[MethodConfig]:
+    """As `method_config`, with the layers that were tuned, and with where all of them come from.
+
+    Args:
+        method: name of the method.
+        model: for which they are.
+        seed: of the settings.
+        settings: name=value of each setting that the user chose.
+        tuned: whether to look for tuned settings.
+        file: of tuned settings, in place of those found beside the checkpoint or in the folder of tuned settings.
+    """
     check_choice("the method", method, METHODS)
-    config = recommended(method, model)
+    recommended = METHODS[method].recommendation(model, tuned=tuned, file=file)
+    config = recommended.config
     hints = {field.name: get_type_hints(type(config))[field.name] for field in dataclasses.fields(config)}
     changes: dict[str, Any] = {"seed": seed}
     for setting in settings or ():
@@ -152,7 +175,7 @@ def method_config(method: str, model: Model, seed: int, settings: list[str] | No
         if not equals or name not in hints:
             raise InputError(f"--set {setting!r} cannot be read, expected name=value with one of {', '.join(hints)}")
         changes[name] = _read(value, hints[name], setting)
-    return dataclasses.replace(config, **changes)
+    return recommended.changed(changes)
 
 
 def _read(value: str, hint: Any, setting: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mechedit import pipeline
@@ -13,27 +14,36 @@ from mechedit.cli.options import (
     ALL_SEVERED,
     EVALUATION_OPTIONS,
     RULE_NOTE,
+    STOPPED,
+    TINY_DATA,
     ApproximateOption,
     FactsOptions,
     MethodOptions,
+    MinutesOption,
     RequestsOption,
     RunFolderOptions,
     TextsOption,
     say_agreement,
+    suited_data,
 )
 from mechedit.cli.parsing import parse_layers, require_layers, sampled
-from mechedit.data import Conflicts
+from mechedit.data import Conflicts, Fact
+from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig
 from mechedit.figures import run_figures
+from mechedit.methods import with_sources
+from mechedit.models import Model
 from mechedit.moments import MomentsConfig
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig
-from mechedit.trace import TraceConfig
+from mechedit.trace import TraceConfig, UntilSettled
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ApproximateOption, FactsOptions, RequestsOption, TextsOption, MethodOptions, RunFolderOptions):
+class RunOptions(
+    MinutesOption, ApproximateOption, FactsOptions, RequestsOption, TextsOption, MethodOptions, RunFolderOptions
+):
     """Facts, requests, texts, model, method and folder."""
 
     max_facts: int | None = 100
@@ -43,10 +53,13 @@ class RunOptions(ApproximateOption, FactsOptions, RequestsOption, TextsOption, M
     conflicts: Conflicts = "first"
     """Requests for different objects of one subject and relation, of which a sample is drawn: refuse, or keep the
     first."""
+    all_facts: bool = False
+    """Trace all facts of the sample, also where the selection has settled before; so it is with the tiny model and with
+    --approximate."""
     accept_unsettled: bool = False
     """Edit the selected layers though resamples of the facts do not agree on them; else held-out edits decide."""
     layers: str | None = None
-    """Layers to edit, such as 3-8 or 3,5,7, in place of those selected."""
+    """Layers to edit, such as 3-8 or 3,5,7, in place of those tuned or selected."""
 
 
 @command(
@@ -59,7 +72,8 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
 
     Where resamples of the facts do not agree on the layers, windows of layers are edited with requests about other
     subjects, and the best-scoring is taken. It ends with 3 where there is no early site, or where no window can be
-    told from the unedited model.
+    told from the unedited model. Layers that were tuned for the model (`mechedit tune`) are edited whatever the trace
+    selects.
     """
     # Whatever can be refused is refused before the long steps.
     folder = options.run_folder()
@@ -69,11 +83,13 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     layers = None if options.layers is None else parse_layers(options.layers)
     model = options.load_model()
     facts, requests = options.in_turns(model, facts), options.in_turns(model, requests)
-    config = options.method_config(model)
+    settings = options.method_settings(model)
+    config, from_tuning = settings.config, not layers and settings.layers is not None
+    layers = layers or (None if settings.layers is None else list(settings.layers))
     if layers:
         require_layers(layers, model.n_layers)
 
-    say_agreement(pipeline.trace_step(folder, model, facts, options.trace_config(trace)))
+    _trace(folder, model, facts, options, trace, select)
     selection = pipeline.select_step(folder, select)
     say(selection.reason)
     unsettled = selection.state == "unsettled" and not options.accept_unsettled
@@ -102,7 +118,8 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
         if config.preserves_keys
         else {}
     )
-    edit = pipeline.edit_step(folder, model, requests, layers, moments, options.method, config)
+    sourced = partial(with_sources, recommended=settings, layers=from_tuning)
+    edit = pipeline.edit_step(folder, model, requests, layers, moments, options.method, config, sourced=sourced)
     say_unconverged(edit)
     scores = pipeline.evaluate_step(folder, model, requests, edit, evaluation)
     summary = pipeline.write_summary(folder, scores, selection, edit)
@@ -115,3 +132,21 @@ def _draw(folder: RunFolder) -> Path:
     """Draw the folder's figures and write its report."""
     run_figures(folder.path)
     return write_report(folder.path)
+
+
+def _trace(
+    folder: RunFolder, model: Model, facts: list[Fact], options: RunOptions, trace: TraceConfig, select: SelectConfig
+) -> None:
+    """Trace the facts: of other models than the tiny one until the selection settles."""
+    config = options.trace_config(trace)
+    if options.all_facts or options.approximate or suited_data(options.model) is TINY_DATA:
+        if options.minutes is not None:
+            raise InputError(
+                "--minutes is for a trace that ends when the selection settles, and all facts are traced here; leave "
+                "it out, or leave --all-facts and --approximate out"
+            )
+        say_agreement(pipeline.trace_step(folder, model, facts, config, least=select.min_facts))
+        return
+    until = UntilSettled(minutes=options.minutes)
+    traced = pipeline.trace_until_settled_step(folder, model, facts, config, until, select, say)
+    say(f"traced {traced['n_facts']} facts: {STOPPED[traced['stopped']]}")

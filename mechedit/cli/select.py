@@ -112,7 +112,7 @@ def _validate(
     requests = options.read_requests(options.requests, options.conflicts)
     model = options.load_model()
     requests = options.in_turns(model, requests)
-    config = options.method_config(model)
+    config = options.method_settings(model).config
     validated = pipeline.validate_step(
         folder, model, selection, requests, options.suited_texts, sweep, options.method, config, moments
     )

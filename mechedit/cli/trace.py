@@ -5,16 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mechedit import pipeline
+from mechedit.cli.app import say
 from mechedit.cli.command import command, options_of
-from mechedit.cli.options import ALL_SEVERED, ApproximateOption, FactsOptions, RunFolderOptions, say_agreement
+from mechedit.cli.options import (
+    ALL_SEVERED,
+    STOPPED,
+    ApproximateOption,
+    FactsOptions,
+    MinutesOption,
+    RunFolderOptions,
+    say_agreement,
+)
 from mechedit.cli.parsing import sampled
+from mechedit.errors import InputError
 from mechedit.figures import run_figures
-from mechedit.trace import Approximation, Corruption, TraceConfig
+from mechedit.selection import SelectConfig
+from mechedit.trace import Approximation, Corruption, TraceConfig, UntilSettled
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceOptions(ApproximateOption, FactsOptions, RunFolderOptions):
+class TraceOptions(MinutesOption, ApproximateOption, FactsOptions, RunFolderOptions):
     """Facts, model and folder."""
+
+    until_settled: bool = False
+    """Trace facts in random order only until the selection of layers settles: resamples of the facts agree on them."""
 
 
 @command(
@@ -42,13 +56,27 @@ def trace_command(
     With --approximate, effects are estimated from gradients, and traced exactly only for the cells of the largest
     estimates and for drawn ones, which say how far the estimates can be trusted.
     """
+    if options.minutes is not None and not options.until_settled:
+        raise InputError(
+            "--minutes is for a trace that ends when the selection settles, expected --until-settled; add it, or leave "
+            "--minutes out"
+        )
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
     model = options.load_model()
     config = options.trace_config(replace(trace, corruption=corruption), approximation)
-    traced = pipeline.trace_step(folder, model, options.in_turns(model, facts), config)
+    facts = options.in_turns(model, facts)
+    if options.until_settled:
+        until = UntilSettled(minutes=options.minutes)
+        select = SelectConfig(seed=options.seed)
+        traced = pipeline.trace_until_settled_step(folder, model, facts, config, until, select, say)
+    else:
+        traced = pipeline.trace_step(folder, model, facts, config)
     agreement = say_agreement(traced)
     run_figures(folder.path)
     summary = {"facts": traced["n_facts"], "dropped": len(traced["dropped"])}
+    if options.until_settled:
+        say(f"stopped after {traced['n_facts']} facts: {STOPPED[traced['stopped']]}")
+        summary["stopped"] = traced["stopped"]
     options.print_summary({**summary, "agreement": agreement} if agreement else summary)
     return 0

@@ -37,6 +37,7 @@ from mechedit.figures.trace_comparisons import comparison_figure, comparison_lin
 from mechedit.figures.trace_curves import lines_figure, plot_lines
 from mechedit.figures.trace_figures import trace_figures
 from mechedit.figures.trace_heatmaps import fact_figure, plot_fact, plot_role_grid, roles_figure, shared_norm
+from mechedit.figures.tuning import plot_tuned_setting, plot_tuned_windows, tuning_figures
 from mechedit.trace import clearest_fact
 
 __all__ = [
@@ -72,6 +73,8 @@ __all__ = [
     "plot_selection",
     "plot_severed",
     "plot_sweep",
+    "plot_tuned_setting",
+    "plot_tuned_windows",
     "plot_window_contribution",
     "roles_figure",
     "run_figures",
@@ -82,4 +85,5 @@ __all__ = [
     "shared_norm",
     "sweep_figure",
     "trace_figures",
+    "tuning_figures",
 ]

@@ -16,14 +16,18 @@ from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.memit import MemitConfig, memit
 from mechedit.methods.method import EditTask, Method, edit_method, spread_over_layers, targets_for
 from mechedit.methods.pmet import PmetConfig, pmet
+from mechedit.methods.recommendation import SETTINGS_FROM, Recommendation, SettingsSource, with_sources
 from mechedit.methods.rome import RomeConfig, rome
 from mechedit.methods.rules import Ridge
 from mechedit.methods.settings import MethodConfig, RidgeConfig, SearchConfig, SpreadConfig, SpreadMethodConfig
 from mechedit.methods.spread import SpreadResult, UpdateRule, edit_keys
+from mechedit.methods.tuned_settings import TUNED_FILE, TunedSettings, tuned_folder, tuned_folder_of, write_tuned
 from mechedit.models import Model
 
 __all__ = [
     "METHODS",
+    "SETTINGS_FROM",
+    "TUNED_FILE",
     "AlphaEditConfig",
     "EditTask",
     "EmmetConfig",
@@ -35,13 +39,16 @@ __all__ = [
     "Method",
     "MethodConfig",
     "PmetConfig",
+    "Recommendation",
     "Ridge",
     "RidgeConfig",
     "RomeConfig",
     "SearchConfig",
+    "SettingsSource",
     "SpreadConfig",
     "SpreadMethodConfig",
     "SpreadResult",
+    "TunedSettings",
     "UpdateRule",
     "alphaedit",
     "check_layers",
@@ -59,6 +66,10 @@ __all__ = [
     "rome",
     "spread_over_layers",
     "targets_for",
+    "tuned_folder",
+    "tuned_folder_of",
+    "with_sources",
+    "write_tuned",
 ]
 
 METHODS: Mapping[str, Method[Any]] = {
@@ -71,6 +82,6 @@ def recommended(method: str, model: Model) -> MethodConfig:
     """The settings that a method, given by name, uses for this model when it is passed none.
 
     Raises:
-        InputError: the checkpoint's `editing.json` names a setting that the method lacks.
+        InputError: the checkpoint's `editing.json` or its tuned settings name a setting that the method lacks.
     """
     return METHODS[method].recommended(model)

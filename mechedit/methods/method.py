@@ -31,8 +31,9 @@ from mechedit.errors import InputError
 from mechedit.methods.checks import check_input, check_target_settings
 from mechedit.methods.manifest import search_record
 from mechedit.methods.plausibility import WARNINGS, edit_warnings
+from mechedit.methods.recommendation import SETTINGS_FROM, Recommendation, recommendation
 from mechedit.methods.rules import EarlierKeys, Moments
-from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig, checkpoint_settings
+from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig
 from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Model, exclusive
 from mechedit.provenance import CAST_HASHES
@@ -131,7 +132,8 @@ class Method(Generic[Config]):
                 Fine-tuning, which preserves no old keys, does not use them.
             prefixes: templates with one {} for the whole prompt; the default is the bare prompt and five short
                 texts that the model generates (`make_prefixes`), and the bare prompt alone for fine-tuning.
-            config: settings; the default is what ships with the checkpoint (`recommended`), else those of its class.
+            config: settings; the default is what was tuned for the model, or ships with the checkpoint
+                (`recommended`), else those of its class.
             targets: z already found for these requests at the layer `config.target_layer(layers)`, with the settings
                 `config.targets` and with `prefixes` where they are given; ranges with the same last layer share them.
             previous: for each layer the keys of earlier edits of this model, [d_mlp, earlier facts], which are
@@ -153,7 +155,10 @@ class Method(Generic[Config]):
                 settings, prefixes or weights; targets or earlier keys that the method would ignore; settings of
                 another method.
         """
-        config = config or self.recommended(model)
+        sources = None
+        if config is None:
+            recommended = self.recommendation(model)
+            config, sources = recommended.config, recommended.record
         self._check_arguments(config, targets, previous)
         moments, previous = moments or {}, previous or {}
         requests = prompted(model.tokenizer, requests, chat=chat, joint=joint)
@@ -172,15 +177,32 @@ class Method(Generic[Config]):
             manifest[WARNINGS] = lines
             for line in lines:
                 warnings.warn(line, stacklevel=4)  # above the decorators
+        if sources is not None:
+            manifest[SETTINGS_FROM] = sources
         return dataclasses.replace(edit, manifest=manifest)
 
     def recommended(self, model: Model) -> Config:
-        """The settings that ship with the model's checkpoint; without any, the defaults.
+        """The settings tuned for the model, and those that ship with its checkpoint; without any, the defaults.
 
         Raises:
-            InputError: the checkpoint's file names a setting that the method lacks.
+            InputError: a file of them is damaged, or names a setting that the method lacks.
         """
-        return checkpoint_settings(self.config, self.name, model)
+        return self.recommendation(model).config
+
+    def recommendation(
+        self, model: Model, *, tuned: bool = True, file: str | Path | None = None
+    ) -> Recommendation[Config]:
+        """The same with the layers that were tuned, and with where they come from; see `recommendation`.
+
+        Args:
+            model: for which they are.
+            tuned: whether to look for tuned settings.
+            file: of tuned settings, in place of those found beside the checkpoint or in the folder of tuned settings.
+
+        Raises:
+            InputError: as `recommended`; `file` is of another model or method.
+        """
+        return recommendation(self.config, self.name, model, tuned=tuned, file=file)
 
     def _check_arguments(self, config: Config, targets: Targets | None, previous: EarlierKeys | None) -> None:
         """Refuse settings of another method, and what would be ignored although the caller counts on it."""

@@ -21,7 +21,7 @@ from mechedit.methods.post_norm import change_before_norm
 from mechedit.methods.rules import damped_moment, moment_factor
 from mechedit.methods.settings import DampedConfig
 from mechedit.models import Model
-from mechedit.prompt_tokens import BARE, check_prefixes, make_prefixes
+from mechedit.prompt_tokens import BARE, check_prefixes
 from mechedit.solve import Factor, Update, equality_update
 from mechedit.targets import Targets, find_targets
 
@@ -117,7 +117,7 @@ def _prefixes_and_provenance(task: EditTask[RomeConfig], layer: int) -> tuple[tu
         InputError: targets of other requests, layer, settings, prefixes or weights.
     """
     if task.targets is None:
-        prefixes = check_prefixes(task.prefixes or make_prefixes(task.model, seed=task.config.seed))
+        prefixes = check_prefixes(task.prefixes or task.config.default_prefixes(task.model))
         return prefixes, task.model.provenance()
     check_target_settings(task.targets, task.requests, task.prefixes, task.config.targets)
     check_targets(task.targets, task.requests, layer, task.model)

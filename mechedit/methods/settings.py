@@ -1,19 +1,14 @@
-"""Settings that all methods have in common, and those that ship with a checkpoint.
-
-`editing.json` beside a checkpoint's weights holds a section for each method.
-"""
+"""Settings that all methods have in common."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from mechedit.bounds import check_numbers
-from mechedit.errors import InputError, check_choice, check_positive
-from mechedit.files import read_object
+from mechedit.errors import check_choice, check_positive
 from mechedit.methods.rules import EarlierKeys, Moments, Ridge
 from mechedit.models import Model
 from mechedit.prompt_tokens import make_prefixes
@@ -65,6 +60,10 @@ class SearchConfig(MethodConfig, TargetSettings):
     def target_layer(self, layers: Sequence[int]) -> int:
         """The layer of a range at which the method searches for z."""
         return layers[-1]
+
+    def default_prefixes(self, model: Model) -> tuple[str, ...]:
+        """The bare prompt, and `generated_prefixes` texts that the model generates."""
+        return make_prefixes(model, seed=self.seed, count=self.generated_prefixes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,20 +175,3 @@ class RidgeConfig(DampedConfig, SpreadMethodConfig):
         relative = self.covariance_weight is None
         weight = self.relative_covariance_weight if self.covariance_weight is None else self.covariance_weight
         return Ridge(moments=moments, weight=weight, relative=relative, damping=self.damping, previous=previous)
-
-
-Config = TypeVar("Config", bound=MethodConfig)
-
-
-def checkpoint_settings(kind: type[Config], method: str, model: Model) -> Config:
-    """The method's settings as the model's checkpoint recommends them; without a recommendation, the defaults.
-
-    Raises:
-        InputError: the file holds no object, names a setting that the method lacks, or gives one a bad value.
-    """
-    file = Path(model.checkpoint) / "editing.json"
-    settings = (read_object(file, method).get(method) or {}) if file.is_file() else {}
-    try:
-        return kind(**settings)
-    except (TypeError, InputError) as error:
-        raise InputError(f"{str(file)!r} does not fit the method {method!r}: {error}; fix the file") from error

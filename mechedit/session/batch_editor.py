@@ -18,7 +18,7 @@ from mechedit.edit.weights import digest
 from mechedit.errors import InputError, check_choice
 from mechedit.evaluation import EvaluationConfig, perplexity
 from mechedit.files import plain_copy
-from mechedit.methods import METHODS, MethodConfig, edit_keys, recommended
+from mechedit.methods import METHODS, SETTINGS_FROM, MethodConfig, edit_keys
 from mechedit.models import Model
 from mechedit.provenance import ALGORITHMS, ModelIdentity, value_hash
 from mechedit.session.edited_batch import EditedBatch
@@ -36,6 +36,8 @@ class BatchEditor:
     """Second moments of the unedited model, as matrices: methods refuse a `SecondMoment` of other weights."""
     method: str
     config: MethodConfig
+    settings_from: list[dict[str, Any]] | None
+    """The files that `config` comes from, as a manifest holds them; None where the caller chose it."""
     prefixes: tuple[str, ...]
     texts: Sequence[str] | None
     rule: StopRule
@@ -119,6 +121,8 @@ class BatchEditor:
             "prefixes": list(self.prefixes),
             "superseded": [request_id for batch in batches for request_id in batch.overridden],
         }
+        if self.settings_from is not None:
+            fields[SETTINGS_FROM] = self.settings_from
         return dataclasses.replace(merged, manifest={**merged.manifest, **fields})
 
     def model_entries(self) -> list[HistoryEntry]:
@@ -143,20 +147,23 @@ class BatchEditor:
             )
 
 
-def check_settings(config: MethodConfig | None, method: str, model: Model) -> MethodConfig:
-    """The method's settings; by default the recommended ones for the model.
+def check_settings(
+    config: MethodConfig | None, method: str, model: Model
+) -> tuple[MethodConfig, list[dict[str, Any]] | None]:
+    """The method's settings, by default the recommended ones for the model; and then the files that they come from.
 
     Raises:
         InputError: an unknown method, or the settings of another.
     """
     check_choice("the method", method, METHODS)
-    default = recommended(method, model)
+    recommended = METHODS[method].recommendation(model)
+    default = recommended.config
     if config is not None and type(config) is not type(default):
         raise InputError(
             f"the settings are a {type(config).__name__}, expected a {type(default).__name__} for the method "
             f"{method!r}; pass that"
         )
-    return config or default
+    return (default, recommended.record) if config is None else (config, None)
 
 
 def check_rule(rule: StopRule | None, texts: Sequence[str] | None) -> StopRule:

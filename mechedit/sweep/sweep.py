@@ -248,10 +248,12 @@ class _SweepJob:
         }
 
     def key(self, window: Window | None) -> dict[str, Any]:
-        """All that determines what is measured in a window; None is the unedited model."""
+        """All that determines what is measured in a window; None is the unedited model, the same for all settings."""
         layers = [] if window is None or not self.config.preserves_keys else window.layers
+        unedited = {"method": None, "settings": None} if window is None else {}
         key = {
             **self.provenance,
+            **unedited,
             "model": ModelIdentity.of(self.provenance["model"]).record,
             "evaluation": self.evaluation.plain(),
             "window": window,

@@ -84,11 +84,11 @@ class TargetCache:
             prefixes: context templates.
             config: settings of the search.
         """
-        # These change which prompts run together, but no fact's loss; `seed` changes the prefixes, which are given.
+        # The first two change which prompts run together, but no fact's loss; the others the prefixes, which are given.
         settings = {
             name: value
             for name, value in dataclasses.asdict(config).items()
-            if name not in ("batch_size", "pass_tokens", "seed")
+            if name not in ("batch_size", "pass_tokens", "seed", "generated_prefixes")
             # Only one of the learning rates is used.
             and name != ("lr" if config.lr is None else "relative_lr")
             # Without a margin, results keep the key that they had before there was one.

@@ -55,6 +55,8 @@ class TargetSettings:
     2025)."""
     convention: Convention = "default"
     """`memit-2022` follows the published code of MEMIT to the letter; `default` follows the paper."""
+    generated_prefixes: int = 5
+    """Short texts that the model generates, behind each of which a prompt is seen, besides the bare prompt."""
     seed: int = 0
     """Seed of generated prefixes."""
     batch_size: int = 64
@@ -64,7 +66,7 @@ class TargetSettings:
     """`lr` of the published code."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_numbers(self, generated_prefixes=1000)
         check_choice("convention", self.convention, ("default", "memit-2022"))
         check_template(self.kl_prompt, "kl_prompt")
         if self.convention == "memit-2022" and self.lr is None:

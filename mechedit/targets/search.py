@@ -77,7 +77,7 @@ def find_targets(
         raise InputError(
             f"the layer is {layer}, expected one of 0 … {model.n_layers - 1} of {model.name!r}; choose another"
         )
-    prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed))
+    prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed, count=config.generated_prefixes))
     # Whatever can be refused is refused before the long search.
     search_prompts(model, requests, range(len(requests)), prefixes, config)
     provenance = model.provenance()

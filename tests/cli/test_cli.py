@@ -38,13 +38,18 @@ FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", 
 COMMON = "model backend device dtype merge-adapter seed overwrite verify json config"
 OPTIONS = {
     "run": "facts requests joint strict chat texts out layers method rule max-facts max-requests samples set "
-    "generation-prompts generation-tokens stop-words accept-unsettled approximate conflicts",
+    "generation-prompts generation-tokens stop-words accept-unsettled approximate conflicts tuned no-tuned all-facts "
+    "minutes",
     "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
-    "metrics memory max-facts approximate points largest exact-cells exact-facts least-correlation",
+    "metrics memory max-facts approximate points largest exact-cells exact-facts least-correlation until-settled "
+    "minutes",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
-    "joint strict chat texts tokens max-length method set accept-unsettled conflicts",
+    "joint strict chat texts tokens max-length method set tuned no-tuned accept-unsettled conflicts",
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
-    "edit": "requests joint strict chat out show layers selection moments method set conflicts without with",
+    "tune": "MODEL requests joint strict chat texts tokens max-length method set out moments trace minutes edits "
+    "windows width facts",
+    "edit": "requests joint strict chat out show layers selection moments method set tuned no-tuned conflicts "
+    "without with",
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
     "stop-words protocol references conflicts",
     "apply": "edit out format",
@@ -624,7 +629,8 @@ def test_only_the_traced_model_is_swept(traced, tmp_path, small_inputs, capsys):
 def test_every_command_has_the_options_of_the_contract(name: str):
     parameters = typer.main.get_command(app).commands[name].params
     spellings = [spelling for parameter in parameters for spelling in parameter.opts]
-    expected = OPTIONS[name].split() + ([] if name == "report" else COMMON.split())
+    common = [] if name == "report" else [option for option in COMMON.split() if name != "tune" or option != "model"]
+    expected = OPTIONS[name].split() + common
     assert sorted(spellings) == sorted(option.lower() if option.isupper() else f"--{option}" for option in expected)
 
 

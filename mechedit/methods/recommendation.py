@@ -1,0 +1,176 @@
+"""The settings of a method for a model, and where they come from.
+
+In this order, the first that names a setting wins: what the user says, `tuned.json` beside the checkpoint, `tuned.json`
+in the folder of tuned settings, `editing.json` beside the checkpoint, the method's defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mechedit.edit import Edit
+from mechedit.errors import InputError
+from mechedit.files import read_object
+from mechedit.methods.settings import MethodConfig
+from mechedit.methods.tuned_settings import TunedSettings, tuned_settings
+from mechedit.models import Model
+from mechedit.provenance import file_hash
+
+Config = TypeVar("Config", bound=MethodConfig)
+SETTINGS_FROM = "settings_from"
+"""Where an edit's manifest says which files its settings come from, the strongest first; absent where its caller chose
+all of them."""
+UNITS = {"lr": "relative_lr", "covariance_weight": "relative_covariance_weight"}
+"""Settings in absolute units, and those that say the same in relative ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsSource:
+    """Where some settings come from."""
+
+    name: str
+    """`tuned.json`, `editing.json` or `published`."""
+    hash: str
+    """Hash of what it says."""
+    file: str
+    """Path of the file, or the publication; not recorded, since it decides nothing."""
+    settings: tuple[str, ...]
+    """Names of what was taken from it, `layers` among them where it names these."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a manifest holds."""
+        return {"source": self.name, "hash": self.hash, "settings": list(self.settings)}
+
+    def in_words(self) -> str:
+        """The file, the beginning of its hash, and what comes from it."""
+        return f"{', '.join(self.settings) or 'nothing'} from {self.file} ({self.hash[:12]})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation(Generic[Config]):
+    """The settings of a method for a model where its user says nothing."""
+
+    config: Config
+    """The settings."""
+    layers: tuple[int, ...] | None
+    """The layers to edit; None where no source names any."""
+    sources: tuple[SettingsSource, ...]
+    """Where they come from, the strongest first; what no source names has the method's default."""
+
+    @property
+    def record(self) -> list[dict[str, Any]]:
+        """The sources as a manifest holds them."""
+        return [source.record for source in self.sources]
+
+    def changed(self, changes: Mapping[str, Any]) -> Recommendation[Config]:
+        """The recommendation with settings that its user chose; one in either unit replaces that in the other.
+
+        Raises:
+            InputError: a bad value, or one that does not fit the others.
+        """
+        kind = type(self.config)
+        defaults = asdict(kind())
+        weaker = {name: value for name, value in asdict(self.config).items() if value != defaults[name]}
+        sources = tuple(
+            replace(source, settings=tuple(name for name in source.settings if name not in changes))
+            for source in self.sources
+        )
+        return replace(self, config=kind(**with_settings(weaker, changes)), sources=sources)
+
+
+def recommendation(
+    kind: type[Config], method: str, model: Model, *, tuned: bool = True, file: str | Path | None = None
+) -> Recommendation[Config]:
+    """The settings of a method for a model, by the order of the module's docstring.
+
+    Args:
+        kind: class of the settings.
+        method: name of the method.
+        model: for which they are.
+        tuned: whether to look for tuned settings.
+        file: of tuned settings, in place of those beside the checkpoint and in the folder of tuned settings.
+
+    Raises:
+        InputError: a file is damaged, names a setting that the method lacks, or gives one a bad value; `file` is of
+            another model or method.
+    """
+    editing = _editing_file(method, model)
+    sources, parts, layers = [], [], None
+    if editing is not None:
+        path, settings = editing
+        parts.append((path, settings))
+        sources.append(_source("editing.json", path, file_hash(path), settings))
+    from_tuning = _tuned(method, model, tuned, file)
+    if from_tuning is not None:
+        layers = from_tuning.layers
+        parts.append((from_tuning.file, from_tuning.settings))
+        names = {"layers": layers, **from_tuning.settings}
+        sources.insert(0, _source("tuned.json", from_tuning.file, from_tuning.hash, names))
+    merged: Mapping[str, Any] = {}
+    config = kind()
+    for path, settings in parts:
+        merged = with_settings(merged, settings)
+        try:
+            config = kind(**merged)
+        except (TypeError, InputError) as error:
+            raise InputError(f"{str(path)!r} does not fit the method {method!r}: {error}; fix the file") from error
+    return Recommendation(config=config, layers=layers, sources=tuple(sources))
+
+
+def with_settings(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of a stronger source, which replace the weaker one's.
+
+    A setting in one unit also replaces the same in the other unit, and the published convention, which has absolute
+    units of its own, those in relative units.
+    """
+    replaced = {absolute for absolute, relative in UNITS.items() if stronger.get(relative) is not None}
+    replaced |= {relative for absolute, relative in UNITS.items() if stronger.get(absolute) is not None}
+    if stronger.get("convention") == "memit-2022":
+        replaced |= set(UNITS.values())
+    return {**{name: value for name, value in weaker.items() if name not in replaced}, **stronger}
+
+
+def _tuned(method: str, model: Model, tuned: bool, file: str | Path | None) -> TunedSettings | None:
+    if file is None:
+        return tuned_settings(method, model) if tuned else None
+    loaded = TunedSettings.load(file, method)
+    loaded.require(model)
+    return loaded
+
+
+def _editing_file(method: str, model: Model) -> tuple[Path, Mapping[str, Any]] | None:
+    """The checkpoint's `editing.json` and its section for the method; None without a section.
+
+    Raises:
+        InputError: it holds no object.
+    """
+    path = Path(model.checkpoint) / "editing.json"
+    if not model.checkpoint or not path.is_file():
+        return None
+    settings = read_object(path, method).get(method)
+    return (path, settings) if settings else None
+
+
+def _source(name: str, path: Path, content_hash: str, settings: Mapping[str, Any]) -> SettingsSource:
+    names = tuple(setting for setting, value in settings.items() if value is not None)
+    return SettingsSource(name=name, hash=content_hash, file=str(path), settings=names)
+
+
+def with_sources(edit: Edit, recommended: Recommendation[Any], *, layers: bool) -> Edit:
+    """The edit, its manifest with the files that its settings come from.
+
+    Args:
+        edit: made with these settings.
+        recommended: the settings.
+        layers: whether the layers were taken from them, too.
+    """
+    records = recommended.record
+    if not layers:
+        records = [
+            {**record, "settings": [name for name in record["settings"] if name != "layers"]} for record in records
+        ]
+    return replace(edit, manifest={**edit.manifest, SETTINGS_FROM: records})

@@ -1,0 +1,54 @@
+"""What an interrupted search for settings needs to go on alike: the edits that minutes became, and what trials took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from mechedit.files import read_object, write_json
+from mechedit.provenance import value_hash
+from mechedit.tuning.plan import Speed
+
+
+@dataclass
+class Ledger:
+    """Seconds by trial, and the speed that was measured first, in a file."""
+
+    file: Path
+    speed: Speed | None = None
+    """The speed by which minutes became edits; None before it is measured."""
+    seconds: dict[str, float | int] = field(default_factory=dict)
+    """Time per trial, over all calls that worked on it."""
+
+    @staticmethod
+    def at(folder: Path, key: Mapping[str, Any]) -> Ledger:
+        """The ledger of a search in a folder; a new one where there is none.
+
+        Args:
+            folder: folder of the search.
+            key: all that determines the search.
+        """
+        file = folder / "ledger" / f"{value_hash(key)[:32]}.json"
+        if not file.is_file():
+            return Ledger(file)
+        content = read_object(file, "seconds", "speed")
+        speed = content.get("speed")
+        return Ledger(file, None if speed is None else Speed(**speed), dict(content["seconds"]))
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time that a block takes to a trial's, also where it is interrupted."""
+        begin = monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + monotonic() - begin
+            self.save()
+
+    def save(self) -> None:
+        """Write the file."""
+        write_json(self.file, {"speed": self.speed, "seconds": self.seconds})

@@ -1,0 +1,433 @@
+"""Layers and settings of a method for a model, chosen by editing with held-out facts under a budget.
+
+1. Windows by successive halving: end layers spread over the depth are tried with few facts, the better half with twice
+   as many, and so on; then the layers beside the best end, and other widths.
+2. λ on the best window, which costs no search for z.
+3. The settings of the search, one after another, on the best window alone; then λ again.
+
+A window is the best-scoring; a setting is changed where most resamples of the facts prefer the other value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from mechedit.data import EditRequest, check_requests
+from mechedit.errors import InputError
+from mechedit.evaluation import QUICK, EvaluationConfig, Summary
+from mechedit.methods import METHODS, MethodConfig
+from mechedit.models import Model, exclusive
+from mechedit.moments import SecondMoment
+from mechedit.provenance import ModelIdentity, determining, value_hash
+from mechedit.sweep import Sweep, Window, sweep_windows
+from mechedit.temporary_names import sweep
+from mechedit.tuning.alternatives import (
+    WEIGHT,
+    Changes,
+    alternatives,
+    changed,
+    screening_weights,
+    settable,
+    unit_of,
+    weights,
+    wider_weight,
+)
+from mechedit.tuning.config import MINUTES, TuneConfig
+from mechedit.tuning.ends import end_warnings, value_of
+from mechedit.tuning.inputs import check_method, end_layers, is_fixed, searched_names, tuned_windows, tuning_facts
+from mechedit.tuning.ledger import Ledger
+from mechedit.tuning.plan import Plan, Speed, make_plan, plan_for_seconds
+from mechedit.tuning.trial import Trial, best_of, preferred, trials_of
+from mechedit.tuning.tuned import Tuned
+
+Notify = Callable[[str], object]
+EQUAL = 1e-4
+"""Points between the highest and lowest objective below which nothing but rounding tells windows apart."""
+TRIED_FACTS = 6
+"""Facts by which the speed is measured."""
+
+
+@exclusive
+def tune(
+    model: Model,
+    requests: Sequence[EditRequest],
+    moments: Mapping[int, SecondMoment],
+    *,
+    method: str = "memit",
+    config: MethodConfig | None = None,
+    tuning: TuneConfig | None = None,
+    candidates: Sequence[tuple[int, int]] = (),
+    folder: str | Path | None = None,
+    notify: Notify = lambda line: None,
+) -> Tuned:
+    """Choose layers and settings of a method for a model by editing with held-out facts; see the module's docstring.
+
+    With a budget in edits, the result depends on the arguments alone, however often the search was interrupted. Minutes
+    become a number of edits by the speed of the first ones, which is kept in `folder`: from then on it is the same. The
+    model is left as it was, bit for bit.
+
+    Args:
+        model: unedited.
+        requests: facts to edit with, about subjects that will not be used to judge the result; those with paraphrases
+            and neighbors, without which S has no data. One per subject is taken.
+        moments: E[k kᵀ] by layer; windows lie within these layers.
+        method: one of `METHODS` that searches for z on the unedited model.
+        config: settings to begin with; by default those that ship with the model (`recommended`, untuned).
+        tuning: the budget, and windows to try.
+        candidates: windows to try besides those spread over the depth, such as those of a trace.
+        folder: for targets and finished trials, so that an interrupted search goes on.
+        notify: told what the search will take, and what each step chose.
+
+    Raises:
+        InputError: an unknown method, or one that cannot be tuned; windows that do not fit into the model or the
+            moments; too few facts; a budget too small to start; scores that are equal for all windows.
+
+    Example:
+        >>> tuned = me.tune(model, requests, moments, tuning=me.TuneConfig(edits=400), folder="tune")
+        >>> tuned.save("tuned.json", model)
+        >>> edit = me.memit(model, others, tuned.layers, moments, config=tuned.config)
+    """
+    tuning = tuning or TuneConfig()
+    check_method(method)
+    base: Any = config or METHODS[method].recommendation(model, tuned=False).config
+    facts = tuning_facts(requests, tuning)
+    check_requests(facts)
+    windows = tuned_windows(model, list(moments), tuning, candidates)
+    if folder is not None:
+        sweep(Path(folder) / name for name in ("parts", "targets", "ledger"))
+    with contextlib.ExitStack() as stack:
+        search = _Search(
+            model=model, facts=facts, moments=moments, method=method, base=base, tuning=tuning, windows=windows,
+            candidates=[Window(*ends) for ends in candidates], notify=notify,
+            folder=Path(folder or stack.enter_context(TemporaryDirectory())),
+        )  # fmt: skip
+        return search.run()
+
+
+@dataclass(kw_only=True, eq=False)
+class _Search:
+    """A search for settings: its arguments, and what it has tried."""
+
+    model: Model
+    facts: list[EditRequest]
+    moments: Mapping[int, SecondMoment]
+    method: str
+    base: Any
+    tuning: TuneConfig
+    windows: list[Window]
+    candidates: list[Window]
+    folder: Path
+    notify: Notify
+    trials: list[Trial] = field(default_factory=list)
+    searched: set[tuple[Any, ...]] = field(default_factory=set)
+    """Searches for z that trials needed: layer, settings and number of the fact."""
+    unedited: Summary | None = None
+    """Scores of the unedited model on the facts of the last trial."""
+
+    def run(self) -> Tuned:
+        """The stages, one after another."""
+        plan = self.plan()
+        self.notify(f"tuning {self.method} with up to {plan.facts} facts: {plan.in_words()}")
+        window = self.choose_window(plan)
+        window, changes = self.choose_width(plan, window)
+        (trial,) = self.try_settings("windows", plan, window, changes)
+        current = self.choose_weight(plan, trial)
+        before = current.changes
+        for name in plan.searched:
+            current = self.choose_setting(plan, current, name)
+        if current.changes != before:
+            current = self.choose_weight(plan, current)
+        for warning in (warnings := end_warnings(self.base, self.trials, current, self.ends(), plan.searched)):
+            self.notify(f"warning: {warning}")
+        return self.tuned(plan, current, warnings)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What earlier calls of the same search took."""
+        return Ledger.at(self.folder, self.key)
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """All that determines the search, but for its budget."""
+        return {
+            "model": ModelIdentity.of(self.model.provenance()).record,
+            "requests": value_hash([request.plain() for request in self.facts]),
+            "method": self.method,
+            "settings": dataclasses.asdict(self.base),
+            "windows": self.windows,
+            "tuning": dataclasses.asdict(dataclasses.replace(self.tuning, minutes=None, edits=None)),
+            "moments": value_hash(
+                {layer: determining(getattr(moment, "provenance", {})) for layer, moment in self.moments.items()}
+            ),
+        }
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """How trials are scored."""
+        return dataclasses.replace(QUICK, seed=self.tuning.seed, batch_size=self.base.batch_size)
+
+    def ends(self) -> list[int]:
+        """Layers at which the windows search for z, ascending."""
+        return end_layers(self.base, self.windows)
+
+    def end(self, window: Window) -> int:
+        """The layer at which z is searched for."""
+        return self.base.target_layer(window.layers)
+
+    def plan(self) -> Plan:
+        """How the budget is dealt out."""
+        arguments = (len(self.ends()), len(self.facts), searched_names(self.base))
+        fixed = is_fixed(self.tuning)
+        if self.tuning.edits is not None:
+            return make_plan(self.tuning.edits, *arguments, fixed=fixed)
+        speed = self.speed()
+        plan = plan_for_seconds(60 * (self.tuning.minutes or MINUTES), speed, *arguments, fixed=fixed)
+        self.notify(
+            f"{speed.edit:.2g} seconds per edit, and {speed.trial:.2g} per trial with {speed.fact:.2g} per fact in it: "
+            f"at most some {plan.seconds(speed) / 60:.2g} minutes; --edits {plan.edits} gives the same"
+        )
+        return plan
+
+    def speed(self) -> Speed:
+        """How long an edit and a trial take, measured once on the middle window and then kept."""
+        if self.ledger.speed is None:
+            middle = self.windows[len(self.windows) // 2]
+            few, many = 1, min(TRIED_FACTS, len(self.facts))
+            # The first call also sets up what all share; a call with another λ searches for nothing.
+            calls = [(few, {}), (few, self.another_weight()), (many, {}), (many, self.another_weight())]
+            for facts, changes in calls:
+                with self.ledger.timed(f"speed {dict(changes)} {facts}"):
+                    self.sweep([middle], changes, facts)
+            _, scored_few, searched, scored_many = (
+                self.ledger.seconds[f"speed {dict(changes)} {facts}"] for facts, changes in calls
+            )
+            per_fact = max(scored_many - scored_few, 0.0) / (many - few)
+            per_edit = max(searched - scored_many, 0.1 * searched) / (many - few)
+            self.ledger.speed = Speed(edit=per_edit, trial=max(scored_few - per_fact, 0.0), fact=per_fact)
+            self.ledger.save()
+        return self.ledger.speed
+
+    def another_weight(self) -> Changes:
+        """Settings that share the search for z with those of the config."""
+        return next(iter([*screening_weights(self.base)[1:], *weights(self.base)]), {})
+
+    def sweep(self, windows: Sequence[Window], changes: Changes, facts: int) -> Sweep:
+        """Edit windows with some settings and the first facts; finished ones are read."""
+        return sweep_windows(
+            self.model,
+            self.facts[:facts],
+            self.moments,
+            windows,
+            method=self.method,
+            config=changed(self.base, changes),
+            evaluation=self.evaluation,
+            parts=self.folder / "parts",
+            cache=self.folder / "targets",
+        )
+
+    def measure(self, stage: str, windows: Sequence[Window], changes: Changes, facts: int) -> list[Trial]:
+        """Trials of some windows with one choice of settings; those that cannot be edited so are left out.
+
+        Raises:
+            InputError: it is the first trial, and none of its windows can be edited.
+        """
+        spans = ",".join(f"{window.first}-{window.last}" for window in windows)
+        name = f"{stage} {spans} {dict(changes)} {facts}"
+        try:
+            with self.ledger.timed(name):
+                scored = self.sweep(windows, changes, facts)
+        except InputError as error:  # a small λ may leave a system singular, which must not end the search
+            if not self.trials:
+                raise
+            self.notify(f"left out: {error}")
+            return []
+        before = len(self.searched)
+        settings = value_hash(
+            {key: value for key, value in changes.items() if key not in (WEIGHT, "covariance_weight")}
+        )
+        self.searched |= {(self.end(window), settings, fact) for window in scored.windows for fact in range(facts)}
+        trials = trials_of(scored, stage, changes, facts, len(self.searched) - before, self.ledger.seconds[name])
+        self.unedited = scored.before
+        self.trials += trials
+        return trials
+
+    def choose_window(self, plan: Plan) -> Window:
+        """The best window, by successive halving over end layers, and then beside the best."""
+        ends = self.spread(plan.rungs[0].ends)
+        ranked: list[int] = []
+        trials: list[Trial] = []
+        for index, rung in enumerate(plan.rungs):
+            ends = sorted(ends if not ranked else ranked[: rung.ends])
+            trials = self.try_ends(ends, rung.facts)
+            if index == 0:
+                check_not_equal(trials)
+            ranked = self.rank(trials)
+        if plan.neighbors:
+            beside = self.beside(ranked[0], plan.neighbors)
+            trials += self.try_ends(beside, plan.facts) if beside else []
+        best = best_of(trials)
+        self.notify(f"best of {len({trial.window for trial in self.trials})} windows: {best.window}, {in_words(best)}")
+        return best.window
+
+    def spread(self, count: int) -> list[int]:
+        """End layers spread evenly over those of the windows, the candidates' in place of the nearest to them."""
+        ends = self.ends()
+        spread = [ends[index] for index in np.unique(np.linspace(0, len(ends) - 1, count).round().astype(int))]
+        candidate_ends = [self.end(window) for window in self.candidates if window in self.windows]
+        for end in dict.fromkeys(candidate_ends):
+            free = [index for index, layer in enumerate(spread) if layer not in candidate_ends]
+            if free and end not in spread:
+                spread[min(free, key=lambda index: (abs(spread[index] - end), index))] = end
+        return sorted(spread)
+
+    def try_ends(self, ends: Sequence[int], facts: int) -> list[Trial]:
+        """Trials of all windows with these ends, with each λ of the screening."""
+        windows = [window for window in self.windows if self.end(window) in ends]
+        return [
+            trial
+            for changes in screening_weights(self.base)
+            for trial in self.measure("windows", windows, changes, facts)
+        ]
+
+    def rank(self, trials: Sequence[Trial]) -> list[int]:
+        """End layers by the objective of their best trial, the best first."""
+        best: dict[int, float] = {}
+        for trial in trials:
+            best[self.end(trial.window)] = max(best.get(self.end(trial.window), -np.inf), trial.objective)
+        return sorted(best, key=lambda end: (-best[end], end))
+
+    def beside(self, end: int, count: int) -> list[int]:
+        """End layers halfway to the next that were tried, at most `count`."""
+        tried, ends = {self.end(trial.window) for trial in self.trials}, self.ends()
+        below = max((tried_end for tried_end in tried if tried_end < end), default=ends[0])
+        above = min((tried_end for tried_end in tried if tried_end > end), default=ends[-1])
+        halfway = [(end + below) // 2, (end + above + 1) // 2]
+        return sorted({layer for layer in halfway if layer in ends and layer not in tried})[:count]
+
+    def choose_width(self, plan: Plan, window: Window) -> tuple[Window, Changes]:
+        """The best window among those that end like the best; with its λ."""
+        windows = [window]
+        if self.tuning.windows is None and self.base.target_layer([0, 1]) == 1:
+            widths = sorted({1, max(1, window.width // 2), window.width - 1, window.width + 1, window.width + 2})
+            windows += [
+                Window(window.last - width + 1, window.last) for width in widths if 0 < width <= window.last + 1
+            ]
+            windows = [narrow for narrow in windows if set(narrow.layers) <= set(self.moments)]
+        of_window = [trial for trial in self.trials if trial.window == window and trial.facts == plan.facts]
+        current = best_of(of_window)
+        rivals = [rival for rival in dict.fromkeys(windows) if rival != window]
+        if rivals:
+            trials = self.measure("widths", rivals, current.changes, plan.facts)
+            current = preferred(current, trials)
+            self.notify(f"best of {len(rivals) + 1} widths: {current.window}, {in_words(current)}")
+        return current.window, current.changes
+
+    def choose_weight(self, plan: Plan, current: Trial) -> Trial:
+        """The best λ on a window; values beyond the ends of the grid are tried while the best lies there."""
+        if not settable(self.base, WEIGHT):
+            return current
+        rest = {name: value for name, value in current.changes.items() if name not in (WEIGHT, "covariance_weight")}
+        choices = [rest, *({**rest, **change} for change in weights(self.base))]
+        trials = [current]
+        for changes in choices:
+            if changes != dict(current.changes):
+                trials += self.try_settings(WEIGHT, plan, current.window, changes)
+        for _ in range(2):
+            best = best_of(trials)
+            weight = weight_of(best.changes)
+            values = sorted(value for trial in trials if (value := weight_of(trial.changes)) is not None)
+            if weight is None or weight not in (values[0], values[-1]):
+                break
+            wider = wider_weight(self.base, self.weight_change(best.changes), larger=weight == values[-1])
+            trials += self.try_settings(WEIGHT, plan, current.window, {**rest, **wider})
+        current = preferred(current, trials)
+        self.notify(f"best of {len(trials)} λ: {value_of(self.base, current, WEIGHT)}, {in_words(current)}")
+        return current
+
+    def choose_setting(self, plan: Plan, current: Trial, name: str) -> Trial:
+        """The current trial, or one with another value of a setting of the search where that is preferred."""
+        rivals = [
+            trial
+            for change in alternatives(self.base, name)
+            for trial in self.try_settings(name, plan, current.window, {**current.changes, **change})
+        ]
+        best = preferred(current, rivals)
+        self.notify(f"best of {len(rivals) + 1} {name}: {value_of(self.base, best, name)}, {in_words(best)}")
+        return best
+
+    def try_settings(self, stage: str, plan: Plan, window: Window, changes: Changes) -> list[Trial]:
+        """The trial of a window and settings with all facts, as a list that is empty where these cannot be edited.
+
+        One that was made before is not repeated.
+        """
+        for trial in self.trials:
+            if (trial.window, dict(trial.changes), trial.facts) == (window, dict(changes), plan.facts):
+                return [trial]
+        return self.measure(stage, [window], changes, plan.facts)
+
+    def weight_change(self, changes: Changes) -> Changes:
+        """The part of some changes that sets λ."""
+        return {name: value for name, value in changes.items() if name in (WEIGHT, "covariance_weight")}
+
+    def tuned(self, plan: Plan, chosen: Trial, warnings: Sequence[str]) -> Tuned:
+        """The result, with all that was tried."""
+        config = changed(self.base, chosen.changes)
+        names = [name for name in (WEIGHT, *plan.searched) if settable(config, name)]
+        own_config = METHODS[self.method].recommendation(self.model, tuned=False).config
+        settings = {
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name != "seed" and value != getattr(own_config, name)
+        } | {unit_of(config, name): getattr(config, unit_of(config, name)) for name in names}
+        record = {
+            "layers": chosen.window.layers,
+            "settings": {name: value for name, value in settings.items() if value is not None},
+            "begun_with": {unit_of(self.base, name): getattr(self.base, unit_of(self.base, name)) for name in names},
+            "chosen": chosen.plain(),
+            "unedited": self.unedited,
+            "seed": self.tuning.seed,
+            "budget": {"edits": plan.edits, "minutes": None if self.tuning.edits else self.tuning.minutes or MINUTES},
+            "plan": {**dataclasses.asdict(plan), "in_words": plan.in_words()},
+            "made_with": {name: value for name, value in self.key.items() if name not in ("model", "windows")},
+            "requests": [request.id for request in self.facts[: plan.facts]],
+            "trials": [trial.plain() for trial in self.trials],
+            "edits": len(self.searched),
+            "warnings": list(warnings),
+            "seconds": sum(self.ledger.seconds.values()),
+        }
+        return Tuned(method=self.method, layers=tuple(chosen.window.layers), config=config, record=record)
+
+
+def weight_of(changes: Changes) -> float | int | None:
+    """The λ that some changes set; None where they leave it as it was."""
+    return next((changes[name] for name in (WEIGHT, "covariance_weight") if name in changes), None)
+
+
+def check_not_equal(trials: Sequence[Trial]) -> None:
+    """Refuse to choose among windows that all score the same.
+
+    Raises:
+        InputError: they do.
+    """
+    objectives = [trial.objective for trial in trials]
+    if len({trial.window for trial in trials}) > 1 and max(objectives) - min(objectives) < EQUAL:
+        raise InputError(
+            f"all {len(trials)} trials of windows score the same ({in_words(trials[0])}), so that nothing tells them "
+            f"apart; expected scores that differ: give more or harder requests (with paraphrases and neighbors), or "
+            f"settings with which edits do something (--set)"
+        )
+
+
+def in_words(trial: Trial) -> str:
+    """A trial's score and exact match."""
+    exact = trial.scores["exact_match"]
+    return f"score {trial.scores['score']:.1f}" + ("" if exact is None else f", exact match {exact:.0f}")
