@@ -14,6 +14,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+_BRIEF = 80
+"""Characters of a value that a message shows."""
+
 
 class InputError(ValueError):
     """Bad input: the message says what was found, what was expected and what to do.
@@ -26,13 +29,13 @@ def check_choice(name: str, value: object, choices: Iterable[str], hint: str = "
     """Raise InputError unless `value` is one of `choices`."""
     legal = list(choices)
     if value not in legal:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(legal)}; {hint}")
+        raise InputError(f"{name} is {brief(value)}, expected one of {', '.join(legal)}; {hint}")
 
 
 def check_positive(name: str, value: object, hint: str = "choose a larger number", *, optional: bool = False) -> None:
     """Raise InputError unless `value` is a number above 0 (infinity is, NaN is not), or None where it is `optional`."""
     if not (optional and value is None) and not (_is_number(value) and value > 0):
-        raise InputError(f"{name} is {value!r}, expected a number above 0; {hint}")
+        raise InputError(f"{name} is {brief(value)}, expected a number above 0; {hint}")
 
 
 def check_at_least(
@@ -40,7 +43,7 @@ def check_at_least(
 ) -> None:
     """Raise InputError unless `value` is a number of at least `least`, or None where it is `optional`."""
     if not (optional and value is None) and not (_is_number(value) and value >= least):
-        raise InputError(f"{name} is {value!r}, expected at least {least:g}; {hint}")
+        raise InputError(f"{name} is {brief(value)}, expected at least {least:g}; {hint}")
 
 
 def read_whole(name: str, text: str, most: int) -> int:
@@ -60,7 +63,7 @@ def read_whole(name: str, text: str, most: int) -> int:
 def check_fraction(name: str, value: object, hint: str = "choose a number such as 0.95") -> None:
     """Raise InputError unless `value` is a number between 0 and 1, neither of them included."""
     if not (_is_number(value) and 0 < value < 1):
-        raise InputError(f"{name} is {value!r}, expected a number between 0 and 1; {hint}")
+        raise InputError(f"{name} is {brief(value)}, expected a number between 0 and 1; {hint}")
 
 
 def check_finite(name: str, value: Tensor | float | int) -> None:
@@ -91,9 +94,16 @@ def count_not_finite(value: Tensor) -> int:
 def brief(value: object) -> str:
     """A value for a message, cut short; a number of more than 4,300 digits cannot be written out."""
     try:
-        return f"{value!r:.80}"
+        text = repr(value)
     except ValueError:
         return "a number of thousands of digits"
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]} …"
+
+
+def brief_list(names: Iterable[object]) -> str:
+    """Names between commas for a message, cut short; "nothing" where there are none."""
+    text = ", ".join(map(str, names)) or "nothing"
+    return text if len(text) <= 3 * _BRIEF else f"{text[: 3 * _BRIEF]} …"
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -6,18 +6,23 @@ import codecs
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +37,8 @@ from mechedit.checksums import (
 )
 from mechedit.errors import InputError, brief
 from mechedit.temporary_names import sweep, sweep_once, temporary_name
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
@@ -165,6 +172,23 @@ def checked_path(path: str | Path) -> Path:
     return Path(path)
 
 
+def readable_path(path: str | Path) -> Path:
+    """The path, unless reading from it might never end: what is there is a pipe, a socket or a device.
+
+    Raises:
+        InputError: it is one of these, or as `checked_path`.
+    """
+    path = checked_path(path)
+    with contextlib.suppress(OSError):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise InputError(
+                f"{brief(str(path))} is a pipe, a socket or a device, expected a file, which can be read twice; "
+                f"write its content to a file first"
+            )
+    return path
+
+
 def writable_folder(folder: str | Path) -> Path:
     """Make `folder` when absent and return it.
 
@@ -264,28 +288,39 @@ def read_object(path: str | Path, *objects: str) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str, what: str, remedy: str) -> Any:
+def parse_json(text: str, what: str, remedy: str, *, finite: bool = True) -> Any:
     """Read JSON.
 
     Args:
         text: to read.
         what: names the file or its part in messages.
         remedy: what to do about text that is not JSON.
+        finite: refuse infinity and NaN, which JSON does not have and Python reads, and numbers beyond float64.
 
     Raises:
         InputError: it is not JSON (the message names the place), is nested too deep, or holds a number of thousands of
             digits.
     """
+    read = functools.partial(_finite, what, remedy) if finite else float
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=read, parse_float=read)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{what} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; {remedy}"
         ) from error
     except RecursionError as error:
         raise InputError(f"{what} holds lists or objects in each other, deeper than can be read; {remedy}") from error
+    except InputError:
+        raise
     except ValueError as error:  # Python reads no whole number of more than 4,300 digits
         raise InputError(f"{what} holds a number of thousands of digits; {remedy}") from error
+
+
+def _finite(what: str, remedy: str, digits: str) -> float:
+    """A number of JSON, which may be written larger than any float, or as the name of infinity or NaN."""
+    if not math.isfinite(value := float(digits)):
+        raise InputError(f"{what} holds the number {digits:.40}, expected finite ones; {remedy}")
+    return value
 
 
 def _check_object(content: Any, what: str) -> None:
@@ -296,19 +331,20 @@ def _check_object(content: Any, what: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 or UTF-16 file, without its byte-order mark and with one line feed at the end of each line.
+    """Read a UTF-8, UTF-16 or UTF-32 file, without its byte-order mark and with one line feed at the end of each line.
 
     Raises:
         InputError: there is no such file, it is a folder, or its encoding is another one.
     """
-    path = checked_path(path)
+    path = readable_path(path)
     try:
         content = path.read_bytes()
         text = content.decode(_encoding(content)).removeprefix("\ufeff")
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{str(path)!r} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
+            f"{str(path)!r} is not {_encoding(content).upper()} text (byte {error.start}: {error.reason}); save it as "
+            f"UTF-8"
         ) from error
     except OSError as error:
         raise InputError(
@@ -317,13 +353,39 @@ def read_text(path: str | Path) -> str:
 
 
 def _encoding(content: bytes) -> str:
-    """UTF-16 where a file begins with its byte-order mark, or a null stands in its first character; else UTF-8."""
+    """That of the byte-order mark that a file begins with; UTF-16 where a null stands in its first character; UTF-8."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     first, second = (content[:2] + b"..")[:2]
     if second == 0:
         return "utf-16-le"
     return "utf-16-be" if first == 0 else "utf-8"
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read the arrays of an .npz file by name, or the one of an .npy file by the name "".
+
+    Pickled objects are never loaded, since unpickling runs code.
+
+    Raises:
+        InputError: there is no such file, or it is no NumPy file, damaged, or pickled.
+    """
+    try:
+        content = np.load(readable_path(path), allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return {"": content}
+        with content as archive:
+            return {name: archive[name] for name in archive.files}
+    except InputError:
+        raise
+    except (Exception, MemoryError) as error:  # a damaged header fails with any error, or asks for any memory
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{str(path)!r} cannot be read as a NumPy file ({reason:.200}); expected arrays of numbers in .npy or "
+            f".npz: check the path, or download it again"
+        ) from error
 
 
 def plain(value: Any) -> Any:
@@ -374,14 +436,20 @@ def read_tensors(path: str | Path, key: str, *, mapped: bool = False) -> tuple[d
 
     Raises:
         InputError: there is no such file; it is not safetensors or cut short; it lacks the header; it is not as it was
-            written.
+            written; a tensor is of another type than numbers of 16, 32 or 64 bits with a floating point.
     """
-    with _open_tensors(path) as reader:
+    with open_tensors(path) as reader:
         # Cloned, since safetensors maps the file: were it overwritten, reading it would end the process.
         tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         tensors = tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
-        header = _header(reader, path, key)
-        return tensors, _checked(header, tensors, path, key, content=not mapped)
+        header = _checked(_header(reader, path, key), tensors, path, key, content=not mapped)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise InputError(
+                    f"{str(path)!r} holds the tensor {name!r:.80} in {str(tensor.dtype).removeprefix('torch.')}, "
+                    f"expected float64, float32, bfloat16 or float16; make the file again"
+                )
+        return tensors, header
 
 
 def read_header(path: str | Path, key: str) -> dict[str, Any]:
@@ -390,7 +458,7 @@ def read_header(path: str | Path, key: str) -> dict[str, Any]:
     Raises:
         InputError: as `read_tensors`, or the header is no object.
     """
-    with _open_tensors(path) as reader:
+    with open_tensors(path) as reader:
         header = _header(reader, path, key)
         _check_object(header, f"the {key} in the header of {str(path)!r}")
         # Mapped, so that only names, dtypes and shapes are read.
@@ -431,11 +499,16 @@ def _checked(header: Any, tensors: Mapping[str, Tensor], path: str | Path, key: 
 
 
 @contextlib.contextmanager
-def _open_tensors(path: str | Path) -> Iterator[Any]:
+def open_tensors(path: str | Path) -> Iterator[Any]:
+    """Open a safetensors file for reading.
+
+    Raises:
+        InputError: there is no such file, or it is not safetensors or cut short.
+    """
     try:
-        with safe_open(path, framework="pt") as reader:
+        with safe_open(readable_path(path), framework="pt") as reader:
             yield reader
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError) as error:  # torch may lack the dtype that a header names
         raise InputError(
             f"{str(path)!r} is not a safetensors file, or was cut short ({error}); expected one that "
             f"mechedit wrote: make it again"

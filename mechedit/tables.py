@@ -70,6 +70,7 @@ def _check_schema(schema: pa.Schema, path: str | Path) -> None:
         (schema.metadata or {}).get(b"PANDAS_ATTRS", b"{}").decode(),
         f"the attributes of {str(path)!r}",
         "make the table again",
+        finite=False,  # a correlation that is not defined is NaN there
     )
     if not isinstance(attrs, dict):
         raise InputError(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from mechedit.data.characters import visible
 from mechedit.data.facts import EditRequest
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 
 
 def check_requests(requests: Sequence[EditRequest]) -> None:
@@ -24,8 +24,9 @@ def check_requests(requests: Sequence[EditRequest]) -> None:
     check_unique_ids((request.id for request in requests), "requests")
     for earlier, request, key in conflicts(requests):
         raise InputError(
-            f"requests {earlier.id!r} and {request.id!r} conflict: both rewrite {key!r} of "
-            f"{request.subject!r}, to {earlier.target_new!r} and to {request.target_new!r}; expected one "
+            f"requests {brief(earlier.id)} and {brief(request.id)} conflict: both rewrite {brief(key)} of "
+            f"{brief(request.subject)}, to {brief(earlier.target_new)} and to {brief(request.target_new)}; expected "
+            f"one "
             f"object for each subject and relation: drop one of them, or read with "
             f'load_requests(…, conflicts="first") (on the command line --conflicts first)'
         )
@@ -69,7 +70,7 @@ def check_unique_ids(ids: Iterable[str], what: str) -> None:
     seen: set[str] = set()
     for name in ids:
         if name in seen:
-            raise InputError(f"two {what} have the id {name!r}, expected unique ids; rename or drop one")
+            raise InputError(f"two {what} have the id {brief(name)}, expected unique ids; rename or drop one")
         seen.add(name)
 
 

@@ -1,27 +1,32 @@
 """Files from the web: downloaded once, with progress; resumed after an interruption; checked at each use.
 
 In: a URL, with the file's size and SHA-256 where they are known. Out: a path in the cache folder. A file whose hash is
-not known is trusted on first use: its hash is then written beside it, and every later use is checked against that.
+not known is trusted on first use, once it could be read: its hash is then written beside it, and every later use is
+checked against that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from mechedit.cache import cache_folder
-from mechedit.errors import InputError
-from mechedit.files import read_json, writable_folder, write_json
+from mechedit.data.json_records import UnclearRecordError
+from mechedit.errors import InputError, brief
+from mechedit.files import read_json, read_object, writable_folder, write_json
 from mechedit.provenance import VERSION, file_hash
+from mechedit.records import Whole, check_record
 
 READ_BYTES = 1 << 18
 """Bytes read from the server at a time."""
@@ -43,6 +48,13 @@ class RemoteFile:
         return self.url.rpartition("/")[2]
 
 
+class PinRecord(TypedDict):
+    """The content of the file beside a download."""
+
+    size: Whole
+    sha256: str
+
+
 @dataclass(frozen=True)
 class _Response:
     """Headers of a server's answer."""
@@ -55,7 +67,13 @@ class _Response:
     """The server's name for this version of the file; the rest is requested only if it has not changed."""
 
 
-def fetch(remote: RemoteFile, cache: str | Path | None = None, *, timeout: float = 30.0) -> Path:
+Check = Callable[[Path], object]
+"""Reads a file, and raises InputError where it is not what was expected."""
+
+
+def fetch(
+    remote: RemoteFile, cache: str | Path | None = None, *, check: Check | None = None, timeout: float = 30.0
+) -> Path:
     """Path of a file in the cache, downloaded if it is not there; if it is, no network is needed.
 
     Bytes read before an interruption are kept as NAME.part, and the next call requests only the rest. If the server
@@ -65,11 +83,13 @@ def fetch(remote: RemoteFile, cache: str | Path | None = None, *, timeout: float
     Args:
         remote: the file.
         cache: folder for downloads; `cache_folder()` by default.
+        check: reads the file before its hash is trusted; that of a login page or of half a file is never.
         timeout: seconds without an answer after which the download fails.
 
     Raises:
-        InputError: the server cannot be reached, refuses, or ends early; the file's size or hash is not the expected
-            one, or not that of the first download; the folder cannot be written to.
+        InputError: the server cannot be reached, refuses, or ends early; what it sent is empty or cannot be read; the
+            file's size or hash is not the expected one, or not that of the first download; the folder cannot be written
+            to.
     """
     path = Path(cache or cache_folder()) / remote.name
     expected = _expected(remote, path)
@@ -78,22 +98,27 @@ def fetch(remote: RemoteFile, cache: str | Path | None = None, *, timeout: float
         return path
     with FileLock(writable_folder(path.parent) / f".{path.name}.lock"):
         if not path.is_file():
-            _download_and_check(remote, path, timeout)
+            _download_and_check(remote, path, check, timeout)
         _check(path, _expected(remote, path), f"remove {str(path)!r} and download it again")
-        if not _hash_file(path).is_file():
+        if not hash_file(path).is_file():
+            _read_first(path, check, f"{str(path)!r} is not the file {remote.url}", "remove it and download it again")
             content = {"url": remote.url, "size": path.stat().st_size, "sha256": file_hash(path)}
-            write_json(_hash_file(path), content)
+            write_json(hash_file(path), content)
     return path
 
 
-def _download_and_check(remote: RemoteFile, path: Path, timeout: float) -> None:
+def _download_and_check(remote: RemoteFile, path: Path, check: Check | None, timeout: float) -> None:
     """Download a file, check it, and move it to its path."""
     partial = _download(remote, path, timeout)
     try:
         _check(
             partial, _expected(remote, path),
             f"what was read is removed: try again. If that does not help, the published file has changed: to "
-            f"trust the new one, remove {str(_hash_file(path))!r}",
+            f"trust the new one, remove {str(hash_file(path))!r}",
+        )  # fmt: skip
+        _read_first(
+            partial, check, f"{remote.url} sent what is not {path.name}, such as a login page or a part of it",
+            f"what was read is removed: try again, {_by_hand(path)}",
         )  # fmt: skip
     except InputError:
         _remove_partial(partial)
@@ -101,19 +126,45 @@ def _download_and_check(remote: RemoteFile, path: Path, timeout: float) -> None:
     partial.replace(path)
 
 
-def _hash_file(path: Path) -> Path:
+def _read_first(path: Path, check: Check | None, what: str, remedy: str) -> None:
+    """Raise InputError when a file that nothing vouches for is empty, or cannot be read."""
+    reason = "" if path.stat().st_size else "it is empty"
+    if not reason and check is not None:
+        try:
+            check(path)
+        except InputError as error:
+            reason = str(error)
+    if reason:
+        raise InputError(f"{what} ({reason:.300}); {remedy}")
+
+
+@contextlib.contextmanager
+def starting_over(path: Path) -> Iterator[None]:
+    """Say how a download that cannot be read is made again, where an earlier release has kept it."""
+    try:
+        yield
+    except UnclearRecordError:
+        raise
+    except InputError as error:
+        if not hash_file(path).is_file():
+            raise
+        raise InputError(
+            f"{error}. It was downloaded: to do that again, remove {str(path)!r} and {str(hash_file(path))!r}"
+        ) from error
+
+
+def hash_file(path: Path) -> Path:
     """The file beside a download that holds its size and hash."""
     return path.with_name(f"{path.name}.sha256.json")
 
 
 def _expected(remote: RemoteFile, path: Path) -> RemoteFile:
     """The file with its size and hash: as given, else those of the first download, if there was one."""
-    file = _hash_file(path)
+    file = hash_file(path)
     if remote.sha256 or not file.is_file():
         return remote
     content = read_json(file)
-    if not isinstance(content, dict) or not {"size", "sha256"} <= set(content):
-        raise InputError(f"{str(file)!r} does not say a size and sha256: remove it, to trust {path.name} as it is")
+    check_record(content, PinRecord, repr(str(file)), f"remove it, to trust {path.name} as it is")
     return replace(remote, sha256=content["sha256"], size=content["size"])
 
 
@@ -193,10 +244,18 @@ def _range_headers(remote: RemoteFile, partial: Path) -> dict[str, str]:
     """Headers that request the rest; a server whose file has changed sends the complete file (RFC 9110, 13.1.5)."""
     if not partial.is_file() or not partial.stat().st_size or not _version_file(partial).is_file():
         return {}
-    version = read_json(_version_file(partial))
-    if version.get("url") != remote.url or not version.get("validator"):
+    try:
+        version = read_object(_version_file(partial))
+    except InputError:  # damaged, so that nothing is known of the part
+        return {}
+    if version.get("url") != remote.url or not _is_header(version.get("validator")):
         return {}
     return {"Range": f"bytes={partial.stat().st_size}-", "If-Range": version["validator"]}
+
+
+def _is_header(value: Any) -> bool:
+    """Whether a value can be sent as a header."""
+    return isinstance(value, str) and bool(value) and value.isascii() and value.isprintable()
 
 
 def _read_headers(stream: Any) -> _Response:
@@ -211,7 +270,7 @@ def _read_headers(stream: Any) -> _Response:
     span, _, total = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
     first = span.partition("-")[0]
     if not first.isdigit():
-        raise http.client.HTTPException(f"a part without its place: {headers.get('Content-Range')!r}")
+        raise http.client.HTTPException(f"a part without its place: {brief(headers.get('Content-Range'))}")
     return _Response(int(first), int(total) if total.isdigit() else None, validator)
 
 
@@ -239,13 +298,17 @@ def _append(stream: Any, partial: Path, offset: int, size: int | None, name: str
 
 
 def _blocks(stream: Any) -> Iterator[bytes]:
-    """Yield the body piece by piece, including the bytes that came before the connection broke."""
+    """Yield the body piece by piece, including the bytes that came before the connection broke.
+
+    Raises:
+        HTTPException: an answer in chunks broke off, of which nothing else tells that it has no end.
+    """
     while True:
         try:
             data = stream.read(READ_BYTES)
         except http.client.IncompleteRead as error:
             yield error.partial
-            return
+            raise http.client.HTTPException("the answer broke off before its last chunk") from error
         if not data:
             return
         yield data

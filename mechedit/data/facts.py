@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mechedit.errors import InputError
+from mechedit.data.json_records import UnclearRecordError
+from mechedit.errors import InputError, brief
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 NO_TURN = "{}"
 """The turn of a prompt that stands alone."""
@@ -37,12 +41,12 @@ class Fact:
     """Text around the whole prompt, context template included, with `{}` for it: a chat template's user turn."""
 
     def __post_init__(self) -> None:
-        check_template(self.prompt, f"fact {self.id!r}")
-        check_surroundings(self.joint, self.turn, f"fact {self.id!r}")
-        check_text(self.subject, f"fact {self.id!r}: the subject")
-        check_text(self.object, f"fact {self.id!r}: the object")
+        check_template(self.prompt, f"fact {brief(self.id)}")
+        check_surroundings(self.joint, self.turn, f"fact {brief(self.id)}")
+        check_text(self.subject, f"fact {brief(self.id)}: the subject")
+        check_text(self.object, f"fact {brief(self.id)}: the object")
         if self.foil is not None:
-            check_text(self.foil, f"fact {self.id!r}: the foil")
+            check_text(self.foil, f"fact {brief(self.id)}: the foil")
 
     @property
     def template(self) -> str:
@@ -72,6 +76,8 @@ class Neighbor:
 
     def __post_init__(self) -> None:
         check_surroundings(self.joint, NO_TURN, "a neighbor")
+        check_text(self.prompt, "a neighbor: the prompt")
+        check_text(self.object, "a neighbor: the object")
 
     def plain(self) -> dict[str, Any]:
         """The neighbor as JSON holds it, without a joint where it has none of its own."""
@@ -110,12 +116,18 @@ class EditRequest:
     """Text around the whole prompt, context template included, with `{}` for it: a chat template's user turn."""
 
     def __post_init__(self) -> None:
-        check_template(self.prompt, f"request {self.id!r}")
-        check_surroundings(self.joint, self.turn, f"request {self.id!r}")
-        check_text(self.subject, f"request {self.id!r}: the subject")
-        check_text(self.target_new, f"request {self.id!r}: target_new")
+        check_template(self.prompt, f"request {brief(self.id)}")
+        check_surroundings(self.joint, self.turn, f"request {brief(self.id)}")
+        check_text(self.subject, f"request {brief(self.id)}: the subject")
+        check_text(self.target_new, f"request {brief(self.id)}: target_new")
         if self.target_true is not None:
-            check_text(self.target_true, f"request {self.id!r}: target_true")
+            check_text(self.target_true, f"request {brief(self.id)}: target_true")
+        for name in ("paraphrases", "attributes", "generations"):
+            for text in _items(self, name, str):
+                check_text(text, f"request {brief(self.id)}: one of its {name}")
+                if name != "attributes":
+                    self._check_place(text, name)
+        _items(self, "neighbors", Neighbor)
 
     @property
     def template(self) -> str:
@@ -126,6 +138,17 @@ class EditRequest:
     def text(self) -> str:
         """The prompt with the subject in it, in its turn."""
         return fill(self.template, self.subject)
+
+    def _check_place(self, text: str, name: str) -> None:
+        """Refuse a prompt with several places for the subject; beside the subject itself, braces are text."""
+        count = text.count("{}")
+        if count > 1 and self.subject not in text:
+            raise UnclearRecordError(
+                f"request {brief(self.id)}: one of its {name}, {brief(text)}, holds {count} times '{{}}', expected "
+                f"at most "
+                f"one; put {{}} where the subject goes",
+                f"no clear place for the subject in one of its {name}",
+            )
 
     def plain(self) -> dict[str, Any]:
         """The request as JSON holds it and as it is hashed: without a joint or a turn where it has none of its own."""
@@ -148,11 +171,11 @@ def check_template(template: str, where: str, name: str = "prompt", content: str
         content: what is put into it.
     """
     if not isinstance(template, str):
-        raise InputError(f"{where}: the {name} is {template!r}, expected text with one {{}}: fix it")
+        raise InputError(f"{where}: the {name} is {brief(template)}, expected text with one {{}}: fix it")
     count = template.count("{}")
     if count != 1:
         raise InputError(
-            f"{where}: the {name} {template!r} holds {count} times '{{}}', expected exactly one; "
+            f"{where}: the {name} {brief(template)} holds {count} times '{{}}', expected exactly one; "
             f"put {{}} where the {content} goes"
         )
 
@@ -161,7 +184,8 @@ def check_surroundings(joint: str | None, turn: str, where: str) -> None:
     """Raise InputError unless the joint is text, of which any will do, and the turn holds one `{}`."""
     if joint is not None and not isinstance(joint, str):
         raise InputError(
-            f"{where}: the joint is {joint!r}, expected text, such as ' ' or '', or None to have it decided by the "
+            f"{where}: the joint is {brief(joint)}, expected text, such as ' ' or '', or None to have it decided by "
+            f"the "
             f"characters that meet"
         )
     check_template(turn, where, "turn", "prompt")
@@ -169,12 +193,24 @@ def check_surroundings(joint: str | None, turn: str, where: str) -> None:
 
 def check_text(text: str, where: str) -> None:
     """Raise InputError when `text` is empty or blank, or holds half a character."""
-    if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+    if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
         raise InputError(
-            f"{where} is {text!r}, which holds half of a surrogate pair; expected whole characters: fix its encoding"
+            f"{where} is {brief(text)}, which holds half of a surrogate pair; expected whole characters: fix its "
+            f"encoding"
         )
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{where} is {text!r}, expected text that is not empty; fill it in or drop the record")
+        raise InputError(f"{where} is {brief(text)}, expected text that is not empty; fill it in or drop the record")
+
+
+def _items(request: EditRequest, name: str, kind: type) -> Sequence[Any]:
+    """The items of a field, of which a text would pass for its letters."""
+    items = getattr(request, name)
+    if not isinstance(items, tuple | list) or not all(isinstance(item, kind) for item in items):
+        raise InputError(
+            f"request {brief(request.id)}: the {name} are {brief(items)}, expected a tuple of "
+            f"{'texts' if kind is str else kind.__name__}: put them in ( , )"
+        )
+    return items
 
 
 def _record(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

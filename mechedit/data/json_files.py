@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.files import parse_json, read_text
 
 WRAPPERS = ("data", "records", "requests", "facts", "edits", "examples", "items", "rows", "train", "test", "validation")
@@ -58,7 +58,8 @@ def _check_characters(record: dict[str, Any], location: str) -> None:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{location} holds {error.object[error.start : error.end]!r}, half of a surrogate pair; expected whole "
+            f"{location} holds {brief(error.object[error.start : error.end])}, half of a surrogate pair; expected "
+            f"whole "
             f"characters: fix its encoding"
         ) from error
 
@@ -150,7 +151,10 @@ def _unwrapped(content: dict[str, Any], location: str, path: Path) -> list[Locat
     if not content or any(not isinstance(value, dict) or name in SINGLE for name, value in content.items()):
         return [(content, location)]
     return [
-        (record if "id" in record or "case_id" in record else {**record, "id": name}, f"{str(path)!r}, record {name!r}")
+        (
+            record if "id" in record or "case_id" in record else {**record, "id": name},
+            f"{str(path)!r}, record {brief(name)}",
+        )
         for name, record in content.items()
     ]
 

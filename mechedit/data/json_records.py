@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from mechedit.data.characters import visible
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief, brief_list
 
 NOTE_MARK = "_"
 """A field whose name starts so is its author's note and is not read."""
@@ -63,12 +63,13 @@ class JsonRecord:
         reason = f"no {names[0]}"
         if blank := [name for name in names if isinstance(self.fields.get(name), str)]:
             raise self.unclear(
-                f"the {blank[0]} is {self.fields[blank[0]]!r}, expected text that is not empty: fill it in or drop the "
+                f"the {blank[0]} is {brief(self.fields[blank[0]])}, expected text that is not empty: fill it in or "
+                f"drop the "
                 f"record",
                 reason,
             )
-        present = ", ".join(name for name in self.fields if name in self.present) or "nothing"
-        raise UnclearRecordError(f"{self.location} has no field {names[0]!r} (found: {present}); add it", reason)
+        present = brief_list(name for name in self.fields if name in self.present)
+        raise UnclearRecordError(f"{self.location} has no field {brief(names[0])} (found: {present}); add it", reason)
 
     def unclear(self, problem: str, reason: str) -> UnclearRecordError:
         """The error that this record is unclear."""
@@ -87,7 +88,7 @@ class JsonRecord:
         """A text that may be blank or empty, or None when the field is absent or null."""
         value = self.fields.get(name)
         if value is not None and not isinstance(value, str):
-            raise InputError(f"{self.location}: the {name} is {value!r}, expected text: fix it")
+            raise InputError(f"{self.location}: the {name} is {brief(value)}, expected text: fix it")
         return value
 
     def answer(self, name: str) -> str:
@@ -125,7 +126,7 @@ class JsonRecord:
             return str(self.index)
         value = self.fields[name]
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise InputError(f"{self.location}: {name} is {value!r}, expected text or a whole number: fix it")
+            raise InputError(f"{self.location}: {name} is {brief(value)}, expected text or a whole number: fix it")
         return str(value)
 
     def require_known(self, known: Collection[str]) -> None:
@@ -138,7 +139,8 @@ class JsonRecord:
         unknown = [name for name in self.fields if name in extra and not name.startswith(NOTE_MARK)]
         if unknown:
             raise InputError(
-                f"{self.location} has a field {unknown[0]!r}, which nothing reads; {meant(unknown[0], known)}: rename "
+                f"{self.location} has a field {brief(unknown[0])}, which nothing reads; {meant(unknown[0], known)}: "
+                f"rename "
                 f"it, drop it, or put {NOTE_MARK} before its name"
             )
 
@@ -149,7 +151,7 @@ class JsonRecord:
         value = self.fields[name]
         if not isinstance(value, list):
             # A text would pass for a list of its letters.
-            raise InputError(f"{self.location}: {name} is {value!r}, expected a list: put it in [ ]")
+            raise InputError(f"{self.location}: {name} is {brief(value)}, expected a list: put it in [ ]")
         for i, item in enumerate(value):
             if not is_empty(item):
                 yield i, item
@@ -157,13 +159,14 @@ class JsonRecord:
     def _nested_record(self, value: Any, name: str) -> JsonRecord:
         location = f"{self.location}: {name}"
         if not isinstance(value, dict):
-            raise InputError(f"{location} is {value!r}, expected a JSON object: fix it")
+            raise InputError(f"{location} is {brief(value)}, expected a JSON object: fix it")
         return JsonRecord(value, location)
 
     def _checked_text(self, value: Any, name: str) -> str:
         if not isinstance(value, str) or is_empty(value):
             raise InputError(
-                f"{self.location}: the {name} is {value!r}, expected text that is not empty: fill it in or drop the "
+                f"{self.location}: the {name} is {brief(value)}, expected text that is not empty: fill it in or drop "
+                f"the "
                 f"record"
             )
         return value
@@ -183,4 +186,4 @@ def is_empty(value: Any) -> bool:
 def meant(name: str, known: Collection[str]) -> str:
     """Say which known name is most like an unknown one; without any that is, which are known."""
     matches = get_close_matches(name.lower(), known, n=1)
-    return f"{matches[0]!r} may be meant" if matches else f"expected some of {', '.join(known)}"
+    return f"{brief(matches[0])} may be meant" if matches else f"expected some of {', '.join(known)}"

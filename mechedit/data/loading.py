@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar, get_args
 
 from mechedit.data.checks import check_requests, check_unique_ids, without_conflicts
+from mechedit.data.downloads import Check, starting_over
 from mechedit.data.facts import EditRequest, Fact, Neighbor
 from mechedit.data.json_files import read_records
 from mechedit.data.json_records import JsonRecord, UnclearRecordError
@@ -18,7 +19,7 @@ from mechedit.data.request_formats import read_fact, read_requests
 from mechedit.data.scored_prompts import RecordRequests
 from mechedit.data.summary import describe_facts, describe_requests
 from mechedit.data.tables import is_table, read_table
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, brief, check_choice
 from mechedit.files import checked_path
 
 Conflicts = Literal["refuse", "first"]
@@ -82,11 +83,10 @@ def read_facts(
     source: str | Path, *, joint: str | None = None, strict: bool = False, cache: str | Path | None = None
 ) -> Reading[Fact]:
     """As `load_facts`, with what else is known of the reading: its summary, and what is left out."""
-    path = _find_file(source, "facts", {"known": "facts.jsonl"}, cache)
-    facts, omitted = _read_clear(_read_json(path), read_fact, strict)
+    path = _find_file(source, "facts", {"known": "facts.jsonl"}, cache, _parse_facts)
+    with starting_over(path):
+        facts, omitted = _parse_facts(path, strict)
     _warn(path, omitted, len(facts), "facts")
-    if not facts:
-        raise InputError(f"{str(path)!r} holds no facts, expected one JSON object per line; check the file")
     check_unique_ids((fact.id for fact in facts), "facts")
     return Reading(records=[_joined(fact, joint) for fact in facts], path=path, omitted=tuple(omitted))
 
@@ -149,8 +149,9 @@ def read_edit_requests(
 ) -> Reading[EditRequest]:
     """As `load_requests`, with what else is known of the reading: its summary, and what is left out or not scored."""
     check_choice("conflicts", conflicts, get_args(Conflicts))
-    path = _find_file(source, "requests", {"tiny": "requests.json"}, cache)
-    read, omitted = _read_clear(read_table(path) if is_table(path) else _read_json(path), read_requests, strict)
+    path = _find_file(source, "requests", {"tiny": "requests.json"}, cache, _parse_requests)
+    with starting_over(path):
+        read, omitted = _parse_requests(path, strict)
     requests = [_joined_neighbors(_joined(request, joint)) for record in read for request in record.requests]
     if conflicts == "first":
         requests, dropped = without_conflicts(requests)
@@ -166,7 +167,33 @@ def tiny_data(name: str) -> Path:
     return Path(__file__).parent / "tiny" / name
 
 
-def _find_file(source: str | Path, kind: DatasetKind, tiny_files: dict[str, str], cache: str | Path | None) -> Path:
+def _parse_facts(path: Path, strict: bool = False) -> tuple[list[Fact], list[str]]:
+    """The facts of a file, and the names of unclear records.
+
+    Raises:
+        InputError: there are none, or as `load_facts`.
+    """
+    facts, omitted = _read_clear(_read_json(path), read_fact, strict)
+    if not facts:
+        raise InputError(f"{str(path)!r} holds no facts, expected one JSON object per line; check the file")
+    return facts, omitted
+
+
+def _parse_requests(path: Path, strict: bool = False) -> tuple[list[RecordRequests], list[str]]:
+    """The requests of a file by record, and the names of unclear records.
+
+    Raises:
+        InputError: there are none, or as `load_requests`.
+    """
+    read, omitted = _read_clear(read_table(path) if is_table(path) else _read_json(path), read_requests, strict)
+    if not any(record.requests for record in read):
+        raise InputError(f"no edit requests were found in {str(path)!r}, expected at least one; check the file")
+    return read, omitted
+
+
+def _find_file(
+    source: str | Path, kind: DatasetKind, tiny_files: dict[str, str], cache: str | Path | None, check: Check
+) -> Path:
     """Path of the data: a file that ships with the tiny model, a download in the cache, or the source itself.
 
     Args:
@@ -174,10 +201,19 @@ def _find_file(source: str | Path, kind: DatasetKind, tiny_files: dict[str, str]
         kind: which data sets are known by name.
         tiny_files: names of data that ship with the tiny model, with their files.
         cache: folder for downloads.
+        check: reads a download before it is trusted.
+
+    Raises:
+        InputError: it is no path, or there is no such file; a download failed.
     """
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"the {kind} are to be read from {brief(source)}, expected a path, or one of the names "
+            f"{', '.join(tiny_files)} and those of published data: give the path of a file"
+        )
     if str(source) in tiny_files:
         return tiny_data(tiny_files[str(source)])
-    if downloaded := dataset_files(source, kind, cache):
+    if downloaded := dataset_files(source, kind, cache, checks=[check]):
         return downloaded[0]
     if not checked_path(source).exists():
         raise missing_source_error(source, kind, list(tiny_files))
@@ -225,6 +261,7 @@ def _read_clear(
 def _warn(path: Path, omitted: Sequence[str], remaining: int, what: str) -> None:
     """Warn of what is left out, in the name of the caller of a loader."""
     if omitted:
-        names = ", ".join(omitted[:10]) + (", …" if len(omitted) > 10 else "")
+        names = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in omitted[:10])
+        names += ", …" if len(omitted) > 10 else ""
         total = remaining + len(omitted)
         warnings.warn(f"{str(path)!r}: {len(omitted)} of {total} {what} are left out: {names}", stacklevel=4)

@@ -15,7 +15,7 @@ from mechedit.data.scored_prompts import (
     true_object,
 )
 from mechedit.data.templates import template_of
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 
 SHORT_FIELDS = (
     "id", "subject", "prompt", "target_new", "target_true", "relation", "paraphrases", "neighbors", "attributes",
@@ -81,7 +81,8 @@ def _template(record: JsonRecord, subject: str) -> str:
     text = record.text("prompt", "text")
     if "{}" in text and subject in text and any(name in record for name in EASYEDIT_FIELDS):
         raise record.unclear(
-            f"the prompt {text!r} holds both {{}} and the subject {subject!r}, expected one of them; fix or drop it",
+            f"the prompt {brief(text)} holds both {{}} and the subject {brief(subject)}, expected one of them; fix or "
+            f"drop it",
             "no clear place for the subject: both {} and the subject",
         )
     return template_of(text, subject, record.location)

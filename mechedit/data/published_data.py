@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
-from mechedit.data.downloads import RemoteFile, fetch
+from mechedit.data.downloads import Check, RemoteFile, fetch
 from mechedit.errors import InputError
 
 DatasetKind = Literal["facts", "requests", "snippets", "word weights"]
@@ -56,14 +57,23 @@ PUBLISHED_DATASETS: Mapping[tuple[DatasetKind, str], PublishedDataset] = {
 """Data sets by kind and name."""
 
 
-def dataset_files(source: str | Path, kind: DatasetKind, cache: str | Path | None = None) -> tuple[Path, ...]:
+def dataset_files(
+    source: str | Path, kind: DatasetKind, cache: str | Path | None = None, *, checks: Sequence[Check] = ()
+) -> tuple[Path, ...]:
     """Paths of a data set's files, downloaded if they are not in the cache; none if `source` is not a known name.
+
+    Args:
+        source: a name, or anything else.
+        kind: which data sets are known by name.
+        cache: folder for downloads.
+        checks: reads each file before it is trusted for the first time.
 
     Raises:
         InputError: a download failed, or a file is not what it was (`mechedit.data.downloads.fetch`).
     """
     dataset = PUBLISHED_DATASETS.get((kind, str(source)))
-    return tuple(fetch(file, cache) for file in dataset.files) if dataset else ()
+    files = dataset.files if dataset else ()
+    return tuple(fetch(file, cache, check=check) for file, check in zip_longest(files, checks[: len(files)]))
 
 
 def missing_source_error(source: str | Path, kind: DatasetKind, tiny_names: Sequence[str]) -> InputError:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from mechedit.data.downloads import starting_over
 from mechedit.data.facts import EditRequest
 from mechedit.data.json_files import read_records
 from mechedit.data.json_records import JsonRecord
 from mechedit.data.published_data import dataset_files
-from mechedit.errors import InputError
-from mechedit.files import read_json
+from mechedit.errors import InputError, brief
+from mechedit.files import read_arrays, read_json
 
 Snippets = Mapping[tuple[str, str], tuple[str, ...]]
 """Texts by (relation, id of the object), about subjects that have this relation to this object."""
@@ -41,7 +42,12 @@ def load_snippets(source: str | Path = "counterfact", *, cache: str | Path | Non
     Raises:
         InputError: no such file or name; not JSON; a field missing or empty (the message names the record).
     """
-    (path,) = dataset_files(source, "snippets", cache) or (Path(source),)
+    (path,) = dataset_files(source, "snippets", cache, checks=[_parse_snippets]) or (Path(source),)
+    with starting_over(path):
+        return _parse_snippets(path)
+
+
+def _parse_snippets(path: Path) -> Snippets:
     snippets: dict[tuple[str, str], list[str]] = {}
     for index, (fields, location) in enumerate(read_records(path)):
         record = JsonRecord(fields, location, index)
@@ -75,24 +81,18 @@ def load_word_weights(source: str | Path = "counterfact", *, cache: str | Path |
             give each index once.
     """
     folder = Path(source)
-    files = dataset_files(source, "word weights", cache) or (folder / IDF_FILE, folder / VOCABULARY_FILE)
-    idf = _read_idf(files[0])
-    return WordWeights(vocabulary=_read_vocabulary(files[1], len(idf)), idf=idf)
+    files = dataset_files(source, "word weights", cache, checks=[_read_idf, _read_vocabulary])
+    idf_file, vocabulary_file = files or (folder / IDF_FILE, folder / VOCABULARY_FILE)
+    with starting_over(idf_file):
+        idf = _read_idf(idf_file)
+    with starting_over(vocabulary_file):
+        return WordWeights(vocabulary=_read_vocabulary(vocabulary_file, len(idf)), idf=idf)
 
 
 def _read_idf(path: Path) -> Float[np.ndarray, " word"]:
-    try:
-        # Loading a pickle could run any code.
-        idf = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(
-            f"{str(path)!r} is not an array of numbers ({error}); expected an .npy file: check it"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"cannot read the file {str(path)!r} ({error.strerror}); expected an .npy file: check it"
-        ) from error
-    description = f"{idf.dtype} of shape {idf.shape}"
+    arrays = read_arrays(path)
+    idf = arrays.get("", np.empty(0))
+    description = f"{idf.dtype!s:.80} of shape {idf.shape}" if "" in arrays else "several arrays"
     if idf.ndim != 1 or not np.issubdtype(idf.dtype, np.floating):
         raise InputError(
             f"{str(path)!r} holds {description}, expected a vector of floating-point numbers: check the file"
@@ -104,12 +104,13 @@ def _read_idf(path: Path) -> Float[np.ndarray, " word"]:
     return idf.astype(np.float64)
 
 
-def _read_vocabulary(path: Path, size: int) -> dict[str, int]:
+def _read_vocabulary(path: Path, size: int | None = None) -> dict[str, int]:
     words = read_json(path)
     if not isinstance(words, dict):
         raise InputError(
             f"{str(path)!r} is a {type(words).__name__}, expected an object of words and their indices: check it"
         )
+    size = len(words) if size is None else size
     if len(words) != size:
         raise InputError(
             f"{str(path)!r} holds {len(words)} words and {IDF_FILE} {size} numbers, expected as many: take both "
@@ -117,7 +118,9 @@ def _read_vocabulary(path: Path, size: int) -> dict[str, int]:
         )
     for word, index in words.items():
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
-            raise InputError(f"{str(path)!r}: the index of {word!r} is {index!r}, expected 0 to {size - 1}: check it")
+            raise InputError(
+                f"{str(path)!r}: the index of {brief(word)} is {brief(index)}, expected 0 to {size - 1}: check it"
+            )
     if len(set(words.values())) != size:
         raise InputError(f"{str(path)!r} gives two words the same index, expected each of {size} once: check the file")
     return words

@@ -205,8 +205,10 @@ def _read_located(read: Callable[[JsonRecord], Parsed], record: JsonRecord) -> P
     """Read a record, and put its location in front of any error message that lacks it."""
     try:
         return read(record)
-    except UnclearRecordError:
-        raise
+    except UnclearRecordError as error:
+        if str(error).startswith(record.location):
+            raise
+        raise UnclearRecordError(f"{record.location}: {error}", error.reason) from error
     except InputError as error:
         if str(error).startswith(record.location):
             raise

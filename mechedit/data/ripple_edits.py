@@ -15,6 +15,7 @@ from mechedit.data.facts import EditRequest, Neighbor
 from mechedit.data.json_records import JsonRecord
 from mechedit.data.scored_prompts import RecordRequests
 from mechedit.data.templates import make_template
+from mechedit.errors import brief
 
 NEIGHBORS = ("Relation_Specificity", "Relation_Specifity", "Forgetfulness")
 """Questions whose answers the edit must not change; the second spelling is the published files'."""
@@ -117,13 +118,14 @@ def _split(edit: JsonRecord, questions: Sequence[_Question]) -> tuple[str, str, 
         # Without the old sentence only one word that ends stems leaves no choice.
         if not ends or (old is None and len(ends) > 1):
             raise edit.unclear(
-                f"the sentence {edit.text('prompt')!r} does not show where its object begins; add 'target' to the edit",
+                f"the sentence {brief(edit.text('prompt'))} does not show where its object begins; add "
+                "'target' to the edit",
                 "no clear place for the object",
             )
         stem = " ".join(words[: ends[-1] + 1])
     new = sentence[len(stem) :].strip()
     if not new:
-        raise edit.unclear(f"the sentence {edit.text('prompt')!r} names no object; drop the record", "no object")
+        raise edit.unclear(f"the sentence {brief(edit.text('prompt'))} names no object; drop the record", "no object")
     true = old[len(stem) :].strip() if old is not None and old.startswith(stem + " ") else None
     return stem, new, true or None
 
@@ -155,7 +157,7 @@ def _subject(edit: JsonRecord, stem: str, questions: Sequence[_Question]) -> str
     candidates = [run for run in runs if all(run in prompt for prompt in prompts)]
     if not candidates:
         raise edit.unclear(
-            f"no question of the record shows which words of {stem!r} are the subject; add 'subject' to the edit",
+            f"no question of the record shows which words of {brief(stem)} are the subject; add 'subject' to the edit",
             "no clear place for the subject: no question about it",
         )
     # Prompts of two relations may share another word; names have capitals, or letters of scripts that have none.

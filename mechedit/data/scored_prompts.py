@@ -8,7 +8,7 @@ from typing import Any
 
 from mechedit.data.facts import EditRequest, Neighbor
 from mechedit.data.json_records import JsonRecord, is_empty
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 
 ANSWER_FIELDS = ("ground_truth", "answer", "object", "target")
 """Names under which benchmarks keep the answer to a neighbor's prompt."""
@@ -84,7 +84,9 @@ def locality_neighbors(record: JsonRecord, name: str) -> tuple[Neighbor, ...]:
         location = f"{record.location}: {name}" + (f", {kind}" if kind else "")
         for item in [group] if isinstance(group, dict) else JsonRecord({kind: group}, location).items(kind):
             if not isinstance(item, dict):
-                raise InputError(f"{location} holds {item!r}, expected objects of a prompt and a ground_truth: fix it")
+                raise InputError(
+                    f"{location} holds {brief(item)}, expected objects of a prompt and a ground_truth: fix it"
+                )
             pair = JsonRecord(item, location)
             pair.require_known(("prompt", *ANSWER_FIELDS))
             answer = next((answer for answer in ANSWER_FIELDS if answer in pair), None)

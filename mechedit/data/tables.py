@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.data.json_records import JsonRecord, meant
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief, brief_list
 from mechedit.files import read_text
 
 REQUIRED = ("subject", "prompt", "target_new")
@@ -60,7 +60,7 @@ def _read_rows(path: Path) -> Iterator[TableRow]:
     for location, cells in lines:
         if len(cells) != len(header):
             raise InputError(
-                f"{location} has {len(cells)} cells, expected {len(header)} ({', '.join(header)}); "
+                f"{location} has {len(cells)} cells, expected {len(header)} ({brief_list(header)}); "
                 f"put a cell that holds a {_separator_name(path)} in double quotes"
             )
         rows = zip(header, cells, strict=True)
@@ -79,7 +79,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
             continue
         if not pattern.fullmatch(text):
             raise InputError(
-                f"{location} has a stray quote: {text!r}; expected cells without quotes, or in a pair of double quotes "
+                f"{location} has a stray quote: {brief(text)}; expected cells without quotes, or in a pair of double "
+                f"quotes "
                 f'with each inner one doubled, such as "the ""big"" one": fix that line'
             )
         yield location, _cells(text, separator)
@@ -100,20 +101,21 @@ def _separator_name(path: Path) -> str:
 
 
 def _check_header(header: list[str], location: str, separator: str) -> None:
-    columns = f"found: {', '.join(header) or 'nothing'}"
+    columns = f"found: {brief_list(header)}"
     known = (*REQUIRED, *OPTIONAL)
     unknown = [name for name in header if name not in known and not PARAPHRASE.fullmatch(name)]
     if missing := [name for name in REQUIRED if name not in header]:
         raise InputError(
-            f"{location} has no column {missing[0]!r} ({columns}), expected a header with {', '.join(REQUIRED)}, "
+            f"{location} has no column {brief(missing[0])} ({columns}), expected a header with {', '.join(REQUIRED)}, "
             f"separated by {separator}s: add it"
         )
     if repeated := [name for name, count in Counter(header).items() if count > 1]:
         raise InputError(
-            f"{location} has the column {repeated[0]!r} twice ({columns}), expected every column once: rename one"
+            f"{location} has the column {brief(repeated[0])} twice ({columns}), expected every column once: rename one"
         )
     if unknown:
         raise InputError(
-            f"{location} has a column {unknown[0]!r} ({columns}); {meant(unknown[0], (*known, 'paraphrase_1'))}, with "
+            f"{location} has a column {brief(unknown[0])} ({columns}); "
+            f"{meant(unknown[0], (*known, 'paraphrase_1'))}, with "
             f"paraphrase or paraphrase_1, … for paraphrases: rename or drop it"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from mechedit.data.characters import writes_spaces
 from mechedit.data.json_records import UnclearRecordError
+from mechedit.errors import brief
 
 JOINER = "\u200d"
 """Zero-width joiner, which makes one of the characters at its sides."""
@@ -23,7 +24,8 @@ def template_of(text: str, subject: str, location: str) -> str:
     count = text.count("{}")
     if count > 1:
         raise UnclearRecordError(
-            f"{location}: the prompt {text!r} holds {count} times '{{}}', expected exactly one; put {{}} where the "
+            f"{location}: the prompt {brief(text)} holds {count} times '{{}}', expected exactly one; put {{}} where "
+            f"the "
             f"subject goes",
             "no clear place for the subject: more than one {}",
         )
@@ -49,12 +51,21 @@ def make_template(text: str, subject: str, location: str) -> str:
     if starts and not words:
         longer = _surrounding_word(text, starts[0], starts[0] + len(subject))
         raise UnclearRecordError(
-            f"{location}: the subject {subject!r} occurs in the prompt {text!r} only within the longer word "
-            f"{longer!r}, expected whole words; {remedy}",
+            f"{location}: the subject {brief(subject)} occurs in the prompt {brief(text)} only within the longer word "
+            f"{brief(longer)}, expected whole words; {remedy}",
             "no clear place for the subject: within a longer word",
         )
+    composed = [unicodedata.normalize("NFC", part) for part in (text, subject)]
+    if not starts and composed[1] in composed[0]:
+        raise UnclearRecordError(
+            f"{location}: the subject {brief(subject)} is in the prompt {brief(text)} with its accents composed "
+            f"otherwise "
+            f"(Unicode's NFC and NFD look the same), expected one spelling; {remedy}",
+            "no clear place for the subject: composed otherwise",
+        )
     raise UnclearRecordError(
-        f"{location}: the subject {subject!r} occurs {len(words)} times in the prompt {text!r}, expected once; "
+        f"{location}: the subject {brief(subject)} occurs {len(words)} times in the prompt {brief(text)}, expected "
+        f"once; "
         f"{remedy}",
         f"no clear place for the subject: {len(words)} of them",
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from mechedit.data.json_files import read_records
 from mechedit.data.loading import tiny_data
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief, brief_list
 from mechedit.files import checked_path, read_text
 
 DEFAULT_CONFIGURATIONS = {
@@ -32,6 +32,11 @@ def load_texts(source: str | Path) -> Sequence[str]:
     Raises:
         InputError: no such file or data set, or no text in it.
     """
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"the texts are to be read from {brief(source)}, expected a path, or the name of a data set: give one, or "
+            f"collect moments over the list of texts itself"
+        )
     path = tiny_data("texts.txt") if str(source) == "tiny" else checked_path(source)
     if path.suffix == ".txt":
         texts = read_text(path).split("\n")
@@ -62,7 +67,7 @@ def texts_hash(texts: Sequence[str]) -> str:
 
 def _document(record: Mapping[str, Any], location: str) -> str:
     if not isinstance(record.get("text"), str):
-        raise InputError(f"{location} has no text in 'text' (found: {', '.join(record) or 'nothing'}); add it")
+        raise InputError(f"{location} has no text in 'text' (found: {brief_list(record)}); add it")
     return record["text"]
 
 
@@ -79,9 +84,9 @@ def _load_dataset(source: str) -> Sequence[str]:
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{source!r} is neither a file nor a data set that could be loaded ({reason}); expected a .txt "
+            f"{brief(source)} is neither a file nor a data set that could be loaded ({reason}); expected a .txt "
             f"or .jsonl file, or a name as in wikitext:wikitext-103-raw-v1"
         ) from error
     if "text" not in dataset.column_names:
-        raise InputError(f"the data set {source!r} has columns {dataset.column_names}, expected 'text'")
+        raise InputError(f"the data set {brief(source)} has columns {dataset.column_names}, expected 'text'")
     return dataset["text"]

@@ -9,8 +9,7 @@ gpt2-xl/wikipedia_stats/transformer.h.17.mlp.c_proj_float32_mom2_100000.npz.
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import InputError, check_at_least
-from mechedit.files import atomic, writable_folder
+from mechedit.bounds import LARGEST_WHOLE
+from mechedit.errors import InputError, brief, check_at_least
+from mechedit.files import atomic, read_arrays, writable_folder
 from mechedit.models import Model
 from mechedit.moments.second_moment import SecondMoment, check_matrix, check_moments
 from mechedit.solve.checks import symmetrized
@@ -135,37 +135,51 @@ def read_npz(path: Path, layer: int, width: int) -> PublishedMoment:
         InputError: it is no such file, or is damaged; its matrix does not fit, is not symmetric, not finite, or of too
             few tokens.
     """
-    arrays = _arrays(path)
+    arrays = read_arrays(path)
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}mom2" in arrays), None)
     if prefix is None or f"{prefix}count" not in arrays:
         raise InputError(
             f"{str(path)!r} holds {', '.join(arrays) or 'nothing'}, expected mom2.mom2 (the sum of k kᵀ) and "
             f"mom2.count (the number of tokens), as the published code writes second moments; check the path"
         )
-    total, count = torch.from_numpy(np.asarray(arrays[f"{prefix}mom2"])), int(arrays[f"{prefix}count"])
+    sums, count = _numbers(arrays[f"{prefix}mom2"], "the sum", path), _whole(arrays[f"{prefix}count"], "count", path)
+    total = torch.from_numpy(sums)
     if tuple(total.shape) != (width, width):
         raise InputError(
             f"{str(path)!r} holds a matrix of shape {list(total.shape)}, expected [{width}, {width}] as the keys of "
             f"layer {layer} are {width} wide; give moments of this model, or collect them with mechedit moments"
         )
     check_matrix(total, count, repr(str(path)))
-    samples = int(arrays["sample_size"]) if "sample_size" in arrays and not np.isnan(arrays["sample_size"]) else None
+    samples = _whole(arrays["sample_size"], "sample_size", path, absent=np.nan) if "sample_size" in arrays else None
     return PublishedMoment(matrix=symmetrized(total, repr(str(path))) / count, count=count, samples=samples)
 
 
-def _arrays(path: Path) -> Mapping[str, Any]:
-    """The file's arrays by name."""
-    try:
-        # Never with allow_pickle: published files need no pickle, and unpickling runs code.
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+def _numbers(array: np.ndarray, what: str, path: Path) -> np.ndarray:
+    """The array in the machine's byte order.
+
+    Raises:
+        InputError: it holds anything but numbers with a floating point.
+    """
+    if not np.issubdtype(array.dtype, np.floating):
         raise InputError(
-            f"{str(path)!r} cannot be read as a NumPy archive ({error}); expected one that the published code wrote: "
-            f"check the path, or download it again"
-        ) from error
+            f"{str(path)!r}: {what} is {array.dtype!s:.80}, expected numbers with a floating point; check it"
+        )
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+
+def _whole(array: np.ndarray, name: str, path: Path, absent: float | None = None) -> Any:
+    """A single whole number; None where it is `absent`.
+
+    Raises:
+        InputError: it is anything else, or negative.
+    """
+    is_number = np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
+    value = float(array.reshape(())) if is_number and array.size == 1 else -1.0
+    if absent is not None and value != value:
+        return None
+    if not 0 <= value <= LARGEST_WHOLE or value != int(value):
+        raise InputError(f"{str(path)!r}: {name} is {brief(array)}, expected a whole number; check the file")
+    return int(value)
 
 
 def write_npz(moment: SecondMoment, model: Model, folder: str | Path, *, samples: int = SAMPLES) -> Path:

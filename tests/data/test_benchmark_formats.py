@@ -182,10 +182,10 @@ def test_braces_beside_easyedits_subject_are_not_for_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["paraphrases", "rephrase", "generations"])
 def test_braces_in_other_prompts_are_for_the_subject_too(tmp_path, name):
-    texts = ["{} is found in", "Lake Orrin is found in", "a {} and {}"]
+    texts = ["{} is found in", "Lake Orrin is found in"]
     request = read(tmp_path, {**SHORT, name: texts})
     prompts = request.generations if name == "generations" else request.paraphrases
-    assert prompts == ("Lake Orrin is found in", "Lake Orrin is found in", "a {} and {}")
+    assert prompts == ("Lake Orrin is found in", "Lake Orrin is found in")
 
 
 def test_an_objects_own_newline_is_its_own(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -252,3 +254,144 @@ def test_an_unknown_name_lists_the_known_ones():
         load_requests("counterfacts")
     with pytest.raises(InputError, match="one of the names known, known_1000"):
         load_facts("knowns")
+
+
+HTML = b"<!doctype html><html><body>Log in to the network</body></html>"
+FACT = {"id": "1", "subject": "Rome", "prompt": "{} is in", "object": "Italy"}
+
+
+class Misbehaving(ThreadingHTTPServer):
+    """Sends these bytes as the whole answer, and closes the connection."""
+
+    daemon_threads = True
+
+    def __init__(self, answer, pause=0.0):
+        self.answer, self.pause, self.requests = answer, pause, 0
+        super().__init__(("127.0.0.1", 0), RawHandler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/facts.json"
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+class RawHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests += 1
+        size = max(1, len(self.server.answer) // 8) if self.server.pause else len(self.server.answer)
+        for start in range(0, len(self.server.answer), size):
+            self.wfile.write(self.server.answer[start : start + size])
+            self.wfile.flush()
+            time.sleep(self.server.pause)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+def answer(*headers, body=b"", status="200 OK"):
+    return "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode() + body
+
+
+def chunk(data):
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+WHOLE = "\n".join(json.dumps({**FACT, "id": str(number)}) for number in range(4)).encode()
+CHUNKED = "Transfer-Encoding: chunked"
+MISBEHAVIORS = {
+    # Each line of the file is a record, so that the first chunk alone could be read.
+    "chunks, cut between two": (answer(CHUNKED, body=chunk(WHOLE[: WHOLE.index(b"\n") + 1])), "broke off before its"),
+    "chunks, cut within one": (answer(CHUNKED, body=chunk(WHOLE)[:-20]), "broke off before its|IncompleteRead"),
+    "chunks, none": (answer(CHUNKED), "broke off before its|IncompleteRead"),
+    "less than announced": (answer(f"Content-Length: {len(WHOLE) + 1}", body=WHOLE), "ended after"),
+    "nothing announced, cut": (answer(body=WHOLE[:-9]), "sent what is not facts.json, such as a login page or a part"),
+    "empty": (answer("Content-Length: 0"), "sent what is not facts.json.*it is empty"),
+    "empty, in chunks": (answer(CHUNKED, body=b"0\r\n\r\n"), "sent what is not facts.json.*it is empty"),
+    "a login page": (answer(f"Content-Length: {len(HTML)}", body=HTML), "sent what is not facts.json, such as a login"),
+    "an error as JSON": (answer(body=b'{"error": "log in"}'), "sent what is not facts.json"),
+    "compressed unasked": (answer("Content-Encoding: gzip", body=gzip.compress(WHOLE)), "sent what is not facts.json"),
+    "a redirect to itself": (answer("Location: /facts.json", status="302 Found"), "answers 302"),
+    "a redirect to a file": (answer("Location: file:///etc/hostname", status="302 Found"), "answers 302"),
+    "an error": (answer("Content-Length: 0", status="500 Internal Server Error"), "answers 500"),
+    "no HTTP": (b"\0\1\2\3\r\n\r\n", "cannot download"),
+    "part of a part": (answer("Content-Range: bytes x/y", body=WHOLE, status="206 Partial Content"), "cannot download"),
+}
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def publish(monkeypatch, url):
+    entry = published_data.PublishedDataset(files=(RemoteFile(url=url),), origin="a test")
+    monkeypatch.setitem(published_data.PUBLISHED_DATASETS, ("facts", "known_1000"), entry)
+
+
+@pytest.mark.parametrize("name", MISBEHAVIORS)
+def test_what_a_server_sends_instead_of_a_file_is_never_trusted(no_proxy, monkeypatch, tmp_path, name):
+    data, message = MISBEHAVIORS[name]
+    with Misbehaving(data) as server:
+        publish(monkeypatch, server.url)
+        with pytest.raises(InputError, match=message) as error:
+            load_facts("known_1000", cache=tmp_path)
+        assert len(str(error.value)) < 1200
+        assert re.search("try again|put the file at", str(error.value))
+        assert not [file for file in names(tmp_path) if file in ("facts.json", "facts.json.sha256.json")]
+        # The control: the same server, once it sends the file.
+        server.answer = answer(CHUNKED, body=chunk(WHOLE[:50]) + chunk(WHOLE[50:]) + b"0\r\n\r\n")
+        assert len(load_facts("known_1000", cache=tmp_path)) == 4
+    assert len(load_facts("known_1000", cache=tmp_path)) == 4  # from the cache, without a server
+    assert names(tmp_path) == ["facts.json", "facts.json.sha256.json"]
+
+
+def test_a_slow_server_is_waited_for(no_proxy, monkeypatch, tmp_path):
+    with Misbehaving(answer(f"Content-Length: {len(WHOLE)}", body=WHOLE), pause=0.05) as server:
+        assert fetch(RemoteFile(url=server.url), tmp_path, timeout=5.0).read_bytes() == WHOLE
+
+
+def test_what_was_trusted_before_and_cannot_be_read_says_how_to_start_over(no_proxy, monkeypatch, tmp_path):
+    with Misbehaving(answer(body=HTML)) as server:
+        fetch(RemoteFile(url=server.url), tmp_path)  # as earlier releases did: nothing reads it first
+        publish(monkeypatch, server.url)
+        with pytest.raises(InputError, match=r"to do that again, remove .*facts\.json' and .*sha256\.json'"):
+            load_facts("known_1000", cache=tmp_path)
+        for file in names(tmp_path):
+            (tmp_path / file).unlink()
+        server.answer = answer(f"Content-Length: {len(WHOLE)}", body=WHOLE)
+        assert len(load_facts("known_1000", cache=tmp_path)) == 4
+
+
+def test_a_file_put_there_by_hand_is_read_before_it_is_trusted(no_proxy, monkeypatch, tmp_path):
+    publish(monkeypatch, "http://127.0.0.1:1/facts.json")
+    (tmp_path / "facts.json").write_bytes(HTML)
+    with pytest.raises(InputError, match=r"facts\.json' is not the file http.*remove it and download it again"):
+        load_facts("known_1000", cache=tmp_path)
+    assert names(tmp_path) == ["facts.json"]
+    (tmp_path / "facts.json").write_bytes(WHOLE)
+    assert len(load_facts("known_1000", cache=tmp_path)) == 4
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"{", b"\xff", b'{"url": 5}', b'{"validator": "a\\nb"}'])
+def test_a_damaged_note_beside_a_partial_download_is_no_version(site, tmp_path, content):
+    remote = RemoteFile(url=f"{site.url}/data.bin")
+    site.cut = 600_000
+    with pytest.raises(InputError, match="ended after"):
+        fetch(remote, tmp_path)
+    (tmp_path / "data.bin.part.json").write_bytes(
+        content.replace(b'{"validator', b'{"url": "%s", "validator' % remote.url.encode())
+    )
+    site.cut = None
+    assert fetch(remote, tmp_path).read_bytes() == CONTENT
+    assert site.log[1] == (200, 1_024_000)

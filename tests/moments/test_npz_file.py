@@ -189,7 +189,7 @@ def test_a_sum_that_is_not_what_it_says_is_refused(model: Any, tmp_path: Path) -
     path = write_published(tmp_path, 1, total, count)
     assert me.load_moments(tmp_path, [1], model)
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(InputError, match="cannot be read as a NumPy archive"):
+    with pytest.raises(InputError, match="cannot be read as a NumPy file"):
         me.load_moments(tmp_path, [1], model)
 
 
@@ -212,12 +212,12 @@ def test_nothing_is_unpickled(model: Any, tmp_path: Path) -> None:
 
     path = tmp_path / "transformer.h.1.mlp.c_proj_float32_mom2_100000.npz"
     np.savez(path, **{"mom2.mom2": np.array([Trap()], dtype=object), "mom2.count": 500})
-    with pytest.raises(InputError, match="cannot be read as a NumPy archive"):
+    with pytest.raises(InputError, match="cannot be read as a NumPy file"):
         me.load_moments(tmp_path, [1], model)
     buffer = io.BytesIO()
     pickle.dump(Trap(), buffer)
     path.write_bytes(buffer.getvalue())
-    with pytest.raises(InputError, match="cannot be read as a NumPy archive"):
+    with pytest.raises(InputError, match="cannot be read as a NumPy file"):
         me.load_moments(tmp_path, [1], model)
 
 
