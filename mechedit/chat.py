@@ -9,6 +9,7 @@ JSON string, changes the prompts, and where it must the subject.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 from mechedit.data import EditRequest, Fact, fill
 from mechedit.data.facts import NO_TURN
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 
 Prompted = TypeVar("Prompted", Fact, EditRequest)
 
@@ -43,7 +44,7 @@ def prompted(
     """
     if isinstance(items, str) or not all(isinstance(item, Fact | EditRequest) for item in items):
         raise InputError(
-            f"the facts or requests are {items!r:.80}, expected a list of Fact or EditRequest: read them with "
+            f"the facts or requests are {brief(items)}, expected a list of Fact or EditRequest: read them with "
             f"load_facts or load_requests"
         )
     turn, turn_joint = chat_turn(tokenizer) if chat else (NO_TURN, None)
@@ -64,7 +65,7 @@ def chat_turn(tokenizer: Any) -> tuple[str, str]:
     """The tokenizer's chat template around a question, with `{}` for it, and the text before the assistant's answer.
 
     A template that lets a model think first is asked not to (`enable_thinking=False`). A warning says where it writes
-    the date, which makes the turn of another day another one.
+    the date, which makes the turn of another day another one; it comes once for each template.
 
     Raises:
         InputError: the tokenizer has no chat template, or one that does not show the question exactly once.
@@ -79,16 +80,12 @@ def chat_turn(tokenizer: Any) -> tuple[str, str]:
     before, *after = shown.split(_QUESTION)
     if len(after) != 1 or "{}" in before + after[0]:
         raise InputError(
-            f"the chat template makes {shown!r} of the question {_QUESTION!r}; expected it once, and no {{}} beside "
+            f"the chat template makes {brief(shown)} of the question {_QUESTION!r}; expected it once, and no {{}} "
+            f"beside "
             f"it: leave chat out, or write the turn into the prompts"
         )
     if _writes_date(tokenizer, question, shown):
-        warnings.warn(
-            f"the chat template writes the date into the turn ({datetime.now():%d %b %Y}), so what is computed today "
-            f"is of other prompts than on another day, and is not reused then; to keep the day, give the records this "
-            f"turn as their `turn`",
-            stacklevel=3,
-        )
+        _warn_of_date(str(tokenizer.chat_template), f"{datetime.now():%d %b %Y}")
     answered = _render(tokenizer, [*question, {"role": "assistant", "content": _ANSWER}], generation=False)
     until_answer, answer, _ = answered.partition(_ANSWER)
     if not answer or until_answer.count(_QUESTION) != 1:
@@ -96,12 +93,22 @@ def chat_turn(tokenizer: Any) -> tuple[str, str]:
     if not until_answer.startswith(shown):
         # Where the turn begins otherwise, as with a thought, an answer stands where the history shows it.
         warnings.warn(
-            f"the chat template begins an answer with {after[0]!r}, and shows one that was given after "
-            f"{until_answer.partition(_QUESTION)[2]!r}; objects are put there",
+            f"the chat template begins an answer with {brief(after[0])}, and shows one that was given after "
+            f"{brief(until_answer.partition(_QUESTION)[2])}; objects are put there",
             stacklevel=2,
         )
         return until_answer.replace(_QUESTION, "{}"), ""
     return before + "{}" + after[0], until_answer.removeprefix(shown)
+
+
+@functools.cache
+def _warn_of_date(template: str, day: str) -> None:
+    """Say that a template writes the date, once a day for each template."""
+    warnings.warn(
+        f"the chat template writes the date into the turn ({day}), so what is computed today is of other prompts than "
+        f"on another day, and is not reused then; to keep the day, give the records this turn as their `turn`",
+        stacklevel=4,
+    )
 
 
 def _as_shown(tokenizer: Any, items: Sequence[Prompted], turn: str) -> list[Prompted]:
@@ -119,7 +126,7 @@ def _as_shown(tokenizer: Any, items: Sequence[Prompted], turn: str) -> list[Prom
             shown = _render(tokenizer, [{"role": "user", "content": text}], generation=True)
             if not (len(shown) >= len(before + after) and shown.startswith(before) and shown.endswith(after)):
                 raise InputError(
-                    f"the chat template makes {shown!r:.200} of the question {text!r:.80}; expected {turn!r:.200}, as "
+                    f"the chat template makes {brief(shown)} of the question {brief(text)}; expected {brief(turn)}, as "
                     f"around another question: leave chat out, or write the turn into the records as their `turn`"
                 )
             cache[text] = shown[len(before) : len(shown) - len(after)]
@@ -135,8 +142,8 @@ def _item_as_shown(item: Prompted, show: Callable[[str], str]) -> Prompted:
     subject = next((s for s in subjects if prompt.count("{}") == 1 and s.strip() and fill(prompt, s) == text), None)
     if subject is None:
         raise InputError(
-            f"{item.id!r}: the chat template makes {text!r:.80} of the prompt {item.prompt!r:.80} about "
-            f"{item.subject!r:.80}, in which the subject's place is not clear; expected the subject as it is, or as "
+            f"{brief(item.id)}: the chat template makes {brief(text)} of the prompt {brief(item.prompt)} about "
+            f"{brief(item.subject)}, in which the subject's place is not clear; expected the subject as it is, or as "
             f"the template shows it by itself: leave chat out, or write the turn into the records as their `turn`"
         )
     shown: dict[str, Any] = {"prompt": prompt, "subject": subject}
@@ -163,6 +170,6 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], *, generation: bool,
         )
     except Exception as error:  # Templates are programs, and raise what they like.
         raise InputError(
-            f"the chat template cannot show {messages} ({type(error).__name__}: {error}); expected one that takes a "
-            f"user's question as text: leave chat out, or write the turn into the prompts"
+            f"the chat template cannot show {messages} ({type(error).__name__}: {error!s:.300}); expected one that "
+            f"takes a user's question as text: leave chat out, or write the turn into the prompts"
         ) from error

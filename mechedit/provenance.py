@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.files import plain
 
 VERSION = "0.1.0"
@@ -26,9 +26,9 @@ ALGORITHMS = {
     "targets": 4,
     "edit": 4,
     "sweep": 4,
-    "baseline": 2,
+    "baseline": 3,
     "baseline_zsre": 2,
-    "evaluate": 2,
+    "evaluate": 3,
     "session": 4,
 }
 """Number of each artifact's algorithm. Raise one by hand when a change of the code changes that artifact's numbers:
@@ -36,7 +36,7 @@ results of another number are not reused. Results without a number are of algori
 
 2: an object's tokens are those that it has behind its prompt, not behind a space.
 3: the learning rate of the search for z and λ are in relative units by default, and a search has converged when the
-object is the likeliest answer.
+object is the likeliest answer. Of scores: the sentence of an edit whose object ends in a dot has one dot.
 4: the unit of the learning rate is a typical coordinate, and what is written through a norm is the nearest output that
 it can give."""
 DEFAULTS: dict[str, Any] = {"module": "mlp", "algorithm": 1}
@@ -133,4 +133,4 @@ def check_provenance(
     for field, value in expected.items():
         recorded = provenance.get(field, DEFAULTS.get(field.rpartition(".")[2]))
         if recorded != value:
-            raise InputError(f"{what} was made with {field} = {recorded!r}, expected {value!r}; {remedy}")
+            raise InputError(f"{what} was made with {field} = {brief(recorded)}, expected {brief(value)}; {remedy}")

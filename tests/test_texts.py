@@ -325,8 +325,13 @@ class TestChat:
         tokenizer.chat_template = "{{ strftime_now('%Y') }}" + CHAT
         fact = me.Fact(id="0", subject="France", prompt="Where is {} ruled", object="Paris")
         with pytest.warns(UserWarning, match="writes the date into the turn") as caught:
-            (asked,) = prompted(tokenizer, [fact], chat=True)
-        assert len(caught) == 1
+            asked, again = (item for _ in range(2) for item in prompted(tokenizer, [fact], chat=True))
+        assert asked == again
+        assert len(caught) == 1, "once for a template, however often it is used"
+        tokenizer.chat_template = "{{ strftime_now('%Y') }}!" + CHAT
+        with pytest.warns(UserWarning, match="writes the date into the turn"):
+            prompted(tokenizer, [fact], chat=True)
+        tokenizer.chat_template = "{{ strftime_now('%Y') }}" + CHAT
         assert asked.text == naive(tokenizer, "Where is France ruled"), "today's, as anyone's who uses the template"
         tokenizer.chat_template = CHAT
         with warnings.catch_warnings():

@@ -67,7 +67,7 @@ def plain_warnings() -> Iterator[None]:
     def plain(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
         if category is not UserWarning:
             return standard(message, category, *where, **line)
-        return "mechedit: warning: " + " ".join(str(message).split()) + "\n"
+        return f"mechedit: warning: {_line(str(message))}\n"
 
     warnings.formatwarning = plain
     try:
@@ -77,11 +77,16 @@ def plain_warnings() -> Iterator[None]:
 
 
 def _complain(message: str) -> int:
+    print(f"mechedit: {_line(message)}", file=sys.stderr)
+    return 2
+
+
+def _line(message: str) -> str:
+    """A message as one line of at most `_LONGEST` characters, all of them whole."""
     line = " ".join(message.split())
     if len(line) > _LONGEST:  # what was found comes first, what to do last
         line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
-    print("mechedit: " + line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-    return 2
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 def _print_version(requested: bool | None) -> None:

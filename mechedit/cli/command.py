@@ -25,6 +25,7 @@ import typer
 
 from mechedit.bounds import check_numbers
 from mechedit.checksums import verify_contents
+from mechedit.cli.config_file import SEPARATED
 from mechedit.cli.parsing import parse_names, parse_windows, read_path
 from mechedit.sweep import Window
 
@@ -192,7 +193,7 @@ class OptionSet:
         """The field's note for someone at the command line, who leaves an option out where Python passes None."""
         note = re.sub(r"(^|[.] )None means", r"\1By default", self.notes.get(name, ""))
         note = re.sub(r"\bNone (means)?", lambda match: "by default" if match[1] else "by default it ", note)
-        return f"{note} Several are separated by commas." if _is_sequence(self.hints[name]) else note
+        return f"{note} {SEPARATED}" if _is_sequence(self.hints[name]) else note
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import yaml
 from mechedit.errors import InputError, brief
 from mechedit.files import read_text
 
+SEPARATED = "Several are separated by commas."
+"""Ends the help of an option that takes several values; in the file it may be a list of them."""
 _HINT = "expected text, a number, true or false: fix it, or leave the option out for its default"
 
 
@@ -36,15 +38,31 @@ def config_defaults(group: Any, arguments: list[str]) -> dict[str, Any]:
     for key, value in content.items():
         option = str(key).lstrip("-").replace("_", "-")
         if option not in options:
-            raise InputError(f"{path!r} names the option {option!r:.80}, expected some of {', '.join(sorted(options))}")
+            raise InputError(
+                f"{path!r} names the option {brief(option)}, expected some of {', '.join(sorted(options))}"
+            )
         if options[option].name in values:
-            raise InputError(f"{path!r} gives the option {option!r} twice, expected it once; drop one")
+            raise InputError(f"{path!r} gives the option {brief(option)} twice, expected it once; drop one")
         is_list = getattr(options[option], "multiple", False) and isinstance(value, list)
+        if isinstance(value, list) and SEPARATED in (getattr(options[option], "help", None) or ""):
+            value = _separated(value, f"{path!r}: the option {brief(option)}")
         for item in value if is_list else [value]:
             if not isinstance(item, str | int | float):
-                raise InputError(f"{path!r}: the option {option!r} is {brief(item)}, {_HINT}")
+                raise InputError(f"{path!r}: the option {brief(option)} is {brief(item)}, {_HINT}")
         values[options[option].name] = value
     return {name: values}
+
+
+def _separated(items: list[Any], what: str) -> str:
+    """The items between commas, as the option takes them.
+
+    Raises:
+        InputError: an item is no text or number, or holds a comma.
+    """
+    for item in items:
+        if not isinstance(item, str | int | float) or isinstance(item, bool) or "," in str(item):
+            raise InputError(f"{what} has {brief(item)} in its list, expected texts or numbers without commas; fix it")
+    return ",".join(map(str, items))
 
 
 def read_yaml(path: str) -> Any:
@@ -72,6 +90,6 @@ class _UniqueKeys(yaml.SafeLoader):
         for i, key in enumerate(keys):
             if key in keys[:i]:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r:.80} is given twice", problem_mark=node.value[i][0].start_mark
+                    problem=f"the key {brief(key)} is given twice", problem_mark=node.value[i][0].start_mark
                 )
         return super().construct_mapping(node, deep)

@@ -35,7 +35,8 @@ class EditOptions(RequestsOption, MethodOptions):
     model: str | None = None
     """tiny (by default), a hub name or a folder."""
     layers: str | None = None
-    """Layers, such as 3-8 or 3,5,7; by default those tuned for the model, else published for its name."""
+    """Layers, such as 3-8 or 3,5,7; by default those tuned for the model, else published for its name. Several
+    are separated by commas."""
     selection: Path | None = None
     """A selection.json, in place of --layers."""
     moments: Path = Path("run")

@@ -30,7 +30,7 @@ class MomentsOptions(TextsOption, RunFolderOptions):
     """Layers, texts, model and folder, and what to do with them."""
 
     layers: str | None = None
-    """Layers, such as 3-8."""
+    """Layers, such as 3-8. Several are separated by commas."""
     shard: str | None = None
     """Collect one process's part of the text, such as 0/4; then --merge."""
     merge: bool = False

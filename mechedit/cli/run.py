@@ -59,7 +59,7 @@ class RunOptions(
     accept_unsettled: bool = False
     """Edit the selected layers though resamples of the facts do not agree on them; else held-out edits decide."""
     layers: str | None = None
-    """Layers to edit, such as 3-8 or 3,5,7, in place of those tuned or selected."""
+    """Layers to edit, such as 3-8 or 3,5,7, in place of those tuned or selected. Several are separated by commas."""
 
 
 @command(

@@ -18,7 +18,7 @@ from mechedit.cli.options import (
 )
 from mechedit.cli.parsing import sampled
 from mechedit.errors import InputError
-from mechedit.figures import run_figures
+from mechedit.figures import refresh_figures
 from mechedit.selection import SelectConfig
 from mechedit.trace import Approximation, Corruption, TraceConfig, UntilSettled
 
@@ -73,7 +73,7 @@ def trace_command(
     else:
         traced = pipeline.trace_step(folder, model, facts, config)
     agreement = say_agreement(traced)
-    run_figures(folder.path)
+    refresh_figures(folder.path)
     summary = {"facts": traced["n_facts"], "dropped": len(traced["dropped"])}
     if options.until_settled:
         say(f"stopped after {traced['n_facts']} facts: {STOPPED[traced['stopped']]}")

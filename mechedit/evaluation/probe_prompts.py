@@ -7,6 +7,7 @@ them: `The Louvre is in Rome. The Colosseum is in`.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -76,11 +77,14 @@ def prompt_text(text: str, request: EditRequest) -> str:
 
 
 def edit_sentence(request: EditRequest) -> str:
-    """The request's prompt and new object as a sentence before another one."""
+    """The request's prompt and new object as a sentence before another one; one dot, or other mark, ends it."""
     prompt = fill(request.prompt, request.subject)
     # The joint of a chat is the template's, between a question and its answer.
     sentence = prompt + following(prompt, request.target_new, request.joint if request.turn == NO_TURN else None)
-    return f"{sentence}. " if writes_spaces(sentence[-1]) else f"{sentence}。"
+    spaced = writes_spaces(sentence[-1])
+    if unicodedata.normalize("NFKC", sentence[-1])[-1] in ".!?…。।؟":  # such as that of "Washington, D.C."
+        return f"{sentence} " if spaced else sentence
+    return f"{sentence}. " if spaced else f"{sentence}。"
 
 
 def likelihood_rows(

@@ -7,7 +7,7 @@ bootstraps over facts; of scores, as `Scores.summary` says.
 """
 
 from mechedit.figures.method_styles import METHOD_COLORS, line_styles
-from mechedit.figures.run_folder import run_figures
+from mechedit.figures.run_folder import refresh_figures, run_figures
 from mechedit.figures.score_bars import plot_scores
 from mechedit.figures.score_curves import number_axis, plot_scores_against, scores_figure
 from mechedit.figures.score_rows import plot_score_rows, score_rows_figure
@@ -76,6 +76,7 @@ __all__ = [
     "plot_tuned_setting",
     "plot_tuned_windows",
     "plot_window_contribution",
+    "refresh_figures",
     "roles_figure",
     "run_figures",
     "save_figure",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from typing_extensions import TypedDict
 
 from mechedit.errors import InputError
 from mechedit.figures.score_bars import BARS, plot_scores
@@ -14,9 +15,24 @@ from mechedit.figures.selection import plot_selection
 from mechedit.figures.style import draw, save_figure
 from mechedit.figures.sweep import sweep_figure
 from mechedit.figures.trace_figures import trace_figures
-from mechedit.files import read_object
+from mechedit.files import read_object, write_json
+from mechedit.provenance import VERSION, file_hash
+from mechedit.records import check_record
 from mechedit.run_folder import check_step
 from mechedit.tables import read_table
+
+RESULTS = ("effects.parquet", "selection.json", "sweep.parquet", "summary.json")
+"""Files that figures are drawn from."""
+DRAWN = "drawn.json"
+"""File in the folder of figures that says which results they show, by hash; written last."""
+
+
+class DrawnRecord(TypedDict):
+    """The content of that file."""
+
+    mechedit: str
+    results: dict[str, str]
+    files: list[str]
 
 
 def run_figures(folder: str | Path) -> list[Path]:
@@ -50,7 +66,33 @@ def run_figures(folder: str | Path) -> list[Path]:
     before, after = summary.get("before") or {}, summary.get("after") or summary.get("now") or {}
     if any(name in before or name in after for name in BARS):
         figures["scores"] = draw(partial(plot_scores, before, after))
-    return [path for name, figure in figures.items() for path in save_figure(figure, folder / "figures", name)]
+    paths = [path for name, figure in figures.items() for path in save_figure(figure, folder / "figures", name)]
+    if paths:
+        write_json(folder / "figures" / DRAWN, {**_drawn_from(folder), "files": [path.name for path in paths]})
+    return paths
+
+
+def refresh_figures(folder: str | Path) -> list[Path]:
+    """As `run_figures`, but where all figures of the same results are there already, nothing is drawn.
+
+    Returns:
+        The files written: all or none.
+    """
+    try:
+        drawn = read_object(Path(folder) / "figures" / DRAWN)
+        check_record(drawn, DrawnRecord, DRAWN, "draw again")
+    except InputError:
+        return run_figures(folder)
+    files = drawn.pop("files")
+    if drawn == _drawn_from(Path(folder)) and all((Path(folder) / "figures" / name).is_file() for name in files):
+        return []
+    return run_figures(folder)
+
+
+def _drawn_from(folder: Path) -> dict[str, Any]:
+    """What decides how the figures look: the results, and the release that draws them."""
+    paths = [folder / name for name in RESULTS if (folder / name).is_file()]
+    return {"mechedit": VERSION, "results": {path.name: file_hash(path) for path in paths}}
 
 
 def _optional_json(path: Path, *objects: str) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from typing import get_args
 
 import pytest
 import torch
+import typer
 
 import mechedit as me
 from mechedit.bounds import LARGEST_WHOLE, check_numbers, numeric_fields
 from mechedit.cli import main
 from mechedit.cli.app import app
+from mechedit.cli.config_file import config_defaults
 from mechedit.methods import METHODS, SpreadConfig
 from mechedit.models import Tokens, load_model
 from mechedit.trace import Approximation
@@ -100,11 +102,16 @@ def test_every_number_of_the_command_line_is_refused_before_anything_is_read(
         ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
         ("max-facts: 1\nmax_facts: 2", "gives the option 'max-facts' twice"),
         ("seed: null", "the option 'seed' is None, expected text, a number"),
-        ("kinds: [state]", "the option 'kinds' is ['state'], expected text, a number"),
+        ("model: [tiny]", "the option 'model' is ['tiny'], expected text, a number"),
+        ("kinds: [[state]]", "the option 'kinds' has ['state'] in its list, expected texts or numbers without commas"),
+        ("kinds: [state, null]", "the option 'kinds' has None in its list"),
+        ("kinds: ['state,mlp']", "the option 'kinds' has 'state,mlp' in its list"),
+        ("kinds: [states]", "an entry of kinds is 'states', expected one of state, mlp, attn"),
         ("out: {a: 1}", "the option 'out' is {'a': 1}, expected text"),
         ("out: 2024-02-31", "is neither YAML nor JSON (day is out of range for month)"),
         ("seed: " + "9" * 5000, "is neither YAML nor JSON"),
         ("a: " + "[" * 3000, "nested too deep"),
+        ("seed: !!python/object/apply:os.mkdir [made]", "is neither YAML nor JSON (could not determine a constructor"),
         ('{"seed": -1}', "seed is -1"),
         ("[]", "holds a list"),
         ("5", "holds a int"),
@@ -121,6 +128,31 @@ def test_a_config_file_is_read(capsys, tmp_path, monkeypatch):
     """The control: what is right reaches the model."""
     monkeypatch.setattr("mechedit.cli.options.load_quietly", refuse_model)
     (tmp_path / "config.yaml").write_text(json.dumps({"max-facts": 3, "noise": 2, "out": str(tmp_path), "chat": False}))
+    assert "the model was asked for" in complaint(capsys, "trace", "--config", str(tmp_path / "config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "option", "text"),
+    [
+        ("trace", "kinds: [state, mlp]", "kinds", "state,mlp"),
+        ("trace", "sever:\n- nothing\n- mlp@3\n", "sever", "nothing,mlp@3"),
+        ("moments", "layers: [3, 4-5]", "layers", "3,4-5"),
+        ("run", '{"layers": [3], "stop-words": ["."]}', "layers", "3"),
+        ("select", "windows: [1-4, 2-5]", "windows", "1-4,2-5"),
+    ],
+)
+def test_a_list_stands_for_text_between_commas(tmp_path, command, content, option, text):
+    group = typer.main.get_command(app)
+    (tmp_path / "config.yaml").write_text(content)
+    listed = config_defaults(group, [command, "--config", str(tmp_path / "config.yaml")])
+    assert listed[command][option] == text
+    (tmp_path / "config.yaml").write_text(f"{option}: {text}")  # the control: as it is written without a list
+    assert str(config_defaults(group, [command, "--config", str(tmp_path / "config.yaml")])[command][option]) == text
+
+
+def test_a_list_reaches_the_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", refuse_model)
+    (tmp_path / "config.yaml").write_text(f"kinds: [state, mlp]\nout: {tmp_path}\n")
     assert "the model was asked for" in complaint(capsys, "trace", "--config", str(tmp_path / "config.yaml"))
 
 

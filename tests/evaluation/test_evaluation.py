@@ -22,7 +22,7 @@ from mechedit.evaluation import (
     uniform_draws,
 )
 from mechedit.evaluation.generation import sample_top_k, words
-from mechedit.evaluation.probe_prompts import ProbePrompt, likelihood_rows, probe_prompts
+from mechedit.evaluation.probe_prompts import ProbePrompt, edit_sentence, likelihood_rows, probe_prompts
 from mechedit.prompt_tokens import continuation_ids, encode
 from mechedit.statistics import bootstrap_means, harmonic_mean
 
@@ -406,6 +406,22 @@ def test_what_is_not_wanted_is_left_out(lens_model):
     assert scores.answers.empty
     assert "GE" not in scores.summary()
     assert "ES" in scores.summary()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "sentence"),
+    [
+        ("{} lies in", "Italy", "Rome lies in Italy. "),
+        ("{} lies near", "Washington, D.C.", "Rome lies near Washington, D.C. "),
+        ("{} says", "Oh!", "Rome says Oh! "),
+        ("{} asks", "Who?", "Rome asks Who? "),
+        ("{} says", "Well…", "Rome says Well… "),
+        ("{}は", "国です", "Romeは国です。"),
+        ("{}は", "国です。", "Romeは国です。"),
+    ],
+)
+def test_one_mark_ends_the_sentence_of_an_edit(prompt, target, sentence):
+    assert edit_sentence(EditRequest(id="1", subject="Rome", prompt=prompt, target_new=target)) == sentence
 
 
 def test_only_a_brace_that_stands_for_the_subject_is_filled():

@@ -23,6 +23,7 @@ from mechedit.figures import (
     plot_scores,
     plot_selection,
     plot_severed,
+    refresh_figures,
     roles_figure,
     run_figures,
     save_figure,
@@ -551,3 +552,26 @@ def test_no_folder_and_empty_folder(tmp_path):
         run_figures(tmp_path / "absent")
     assert run_figures(tmp_path) == []
     assert not (tmp_path / "figures").exists()
+
+
+def test_figures_are_drawn_again_only_where_their_results_or_files_changed(tmp_path, monkeypatch):
+    write_trace(tmp_path)
+    effects = pd.read_parquet(tmp_path / "effects.parquet")
+    effects = effects[(effects["kind"] == "state") & (effects["role"] == "subject_last")]  # few figures
+    effects.to_parquet(tmp_path / "effects.parquet")
+    written = refresh_figures(tmp_path)
+    assert {path.suffix for path in written} == {".pdf", ".png"}
+    times = {path: path.stat().st_mtime_ns for path in written}
+    assert refresh_figures(tmp_path) == []
+    assert {path: path.stat().st_mtime_ns for path in written} == times
+    # The controls: a figure that is gone, other results, another release, a damaged note.
+    written[0].unlink()
+    assert refresh_figures(tmp_path) == written
+    effects.assign(effect=effects["effect"] * 0.5).to_parquet(tmp_path / "effects.parquet")
+    assert len(refresh_figures(tmp_path)) == len(written)
+    monkeypatch.setattr("mechedit.figures.run_folder.VERSION", "0.0.9")
+    assert len(refresh_figures(tmp_path)) == len(written)
+    assert refresh_figures(tmp_path) == []
+    for note in ("null", '{"files": 5}'):
+        (tmp_path / "figures" / "drawn.json").write_text(note)
+        assert len(refresh_figures(tmp_path)) == len(written)
