@@ -40,6 +40,7 @@ def options(
     parser.add_argument("--backend", default="transformer_lens")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
+    parser.add_argument("--allow-pickle", action="store_true", help="read weights in pickle, as those of GPT-J are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-tuned", action="store_true", help="leave settings out that mechedit tune chose")
     parser.add_argument("--overwrite", action="store_true", help="replace results of other inputs in the folder")

@@ -41,7 +41,10 @@ class Inputs:
     @cached_property
     def model(self) -> Model:
         """The model of `--model`; it is never left edited."""
-        return load_quietly(self.arguments.model, self.arguments.backend, self.arguments.device, self.arguments.dtype)
+        options = self.arguments
+        return load_quietly(
+            options.model, options.backend, options.device, options.dtype, allow_pickle=options.allow_pickle
+        )
 
     @property
     def out(self) -> Path:

@@ -47,7 +47,9 @@ def main() -> int:
     run = pipeline.RunFolder.at(options.out or f"select_{Path(options.model).name}", overwrite=options.overwrite)
     facts = sampled(load_facts(options.facts), options.max_facts or size["facts"], options.seed)
     requests = load_requests(options.requests)
-    model = load_quietly(options.model, options.backend, options.device, options.dtype)
+    model = load_quietly(
+        options.model, options.backend, options.device, options.dtype, allow_pickle=options.allow_pickle
+    )
 
     severed = TraceConfig(sever=("nothing", "mlp", "attn"), samples=size["samples"], seed=options.seed)
     pipeline.trace_step(run, model, facts, severed)
@@ -87,6 +89,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="transformer_lens")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
+    parser.add_argument("--allow-pickle", action="store_true", help="read weights in pickle, as those of GPT-J are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-tuned", action="store_true", help="leave settings out that mechedit tune chose")
     parser.add_argument("--overwrite", action="store_true")

@@ -73,6 +73,8 @@ class ModelOptions(VerifyOption):
     """float32, bfloat16 or float16."""
     merge_adapter: bool = False
     """Merge an adapter of PEFT into its base model, where --model is an adapter's folder or hub name."""
+    allow_pickle: bool = False
+    """Read weights also from pickle (pytorch_model.bin), by torch's reader of weights alone; else only safetensors."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
     overwrite: bool = False
@@ -80,7 +82,9 @@ class ModelOptions(VerifyOption):
 
     def load_model(self) -> Model:
         """Load the model, without the loading bars of libraries."""
-        return load_quietly(self.model or "tiny", self.backend, self.device, self.dtype, self.merge_adapter)
+        return load_quietly(
+            self.model or "tiny", self.backend, self.device, self.dtype, self.merge_adapter, self.allow_pickle
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import typer
 from transformers.utils import logging
 
 from mechedit.data import EditRequest, Fact
-from mechedit.errors import InputError, check_at_least, check_choice, read_whole
+from mechedit.errors import InputError, brief, check_at_least, check_choice, read_whole
 from mechedit.files import checked_path
 from mechedit.methods import METHODS, MethodConfig, Recommendation
 from mechedit.models import Model, load_model, read_layer_range
@@ -30,7 +30,7 @@ def parse_layers(text: str) -> list[int]:
     layers: set[int] = set()
     for span in _ranges(text, "layers"):
         if not layers.isdisjoint(span):
-            raise InputError(f"the layers {text!r:.80} name a layer twice, expected each once")
+            raise InputError(f"the layers {brief(text)} name a layer twice, expected each once")
         layers.update(span)
     return sorted(layers)
 
@@ -51,7 +51,7 @@ def parse_windows(text: str) -> list[Window]:
 
 def _ranges(text: str, what: str) -> Iterator[range]:
     """The ranges between commas."""
-    return (read_layer_range(part, f"the {what} {text!r:.80}") for part in text.split(","))
+    return (read_layer_range(part, f"the {what} {brief(text)}") for part in text.split(","))
 
 
 def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, int] | None:
@@ -67,7 +67,7 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, 
         return None
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
-        raise InputError(f"the shard {text!r} cannot be read, expected such as 0/4, the first of four")
+        raise InputError(f"the shard {brief(text)} cannot be read, expected such as 0/4, the first of four")
     most = 1_000_000
     return read_whole("the shard's number", index, most), read_whole("the number of shards", count, most)
 
@@ -125,10 +125,19 @@ def sampled(records: list[Record], count: int | None, seed: int, option: str = "
     return [record for i, record in enumerate(records) if i in chosen]
 
 
-def load_quietly(name: str, backend: str, device: str | None, dtype: str | None, merge_adapter: bool = False) -> Model:
+def load_quietly(
+    name: str,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    merge_adapter: bool = False,
+    allow_pickle: bool = False,
+) -> Model:
     """Load a model by name without the loading bars of libraries."""
     with quiet():
-        return load_model(name, backend=backend, device=device, dtype=dtype, merge_adapter=merge_adapter)
+        return load_model(
+            name, backend=backend, device=device, dtype=dtype, merge_adapter=merge_adapter, allow_pickle=allow_pickle
+        )
 
 
 @contextmanager
@@ -173,7 +182,9 @@ def method_settings(
     for setting in settings or ():
         name, equals, value = setting.partition("=")
         if not equals or name not in hints:
-            raise InputError(f"--set {setting!r} cannot be read, expected name=value with one of {', '.join(hints)}")
+            raise InputError(
+                f"--set {brief(setting)} cannot be read, expected name=value with one of {', '.join(hints)}"
+            )
         changes[name] = _read(value, hints[name], setting)
     return recommended.changed(changes)
 
@@ -197,4 +208,4 @@ def _read(value: str, hint: Any, setting: str) -> Any:
     try:
         return read(value)
     except (ValueError, KeyError) as error:
-        raise InputError(f"--set {setting!r}: {value!r} is not a {kind}") from error
+        raise InputError(f"--set {brief(setting)}: {brief(value)} is not a {kind}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +21,17 @@ from mechedit.models.families import auto_class, check_config, check_loadable
 from mechedit.models.forward_hooks import user_hooks
 from mechedit.models.gguf import dequantized, gguf_file
 from mechedit.models.protocol import Model
-from mechedit.models.saving import stored_dtype
+from mechedit.models.saving import source_file, stored_dtype
 from mechedit.models.self_check import self_check
 from mechedit.models.vocabulary import check_tokenizer
 from mechedit.models.weights_hash import DTYPES
 
 Backend = Literal["transformer_lens", "nnsight"]
+_UNPICKLED = (
+    "where they are in pickle alone, save the model again with save_pretrained, or, if you trust its source, pass "
+    "allow_pickle=True (--allow-pickle)"
+)
+"""What to do about a checkpoint without safetensors."""
 _TINY = Path(__file__).parent / "tiny"
 _MERGED = " with its adapter merged"
 """Ends the name of a model whose weights no checkpoint holds."""
@@ -41,6 +47,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     module: str = "mlp",
     merge_adapter: bool = False,
+    allow_pickle: bool = False,
 ) -> Model:
     """Load a causal language model, find its parts and check that reading and writing them works.
 
@@ -72,9 +79,13 @@ def load_model(
         merge_adapter: accept a model that carries an adapter of PEFT (a `PeftModel`, a model after `add_adapter`, a
             folder or hub name with adapter_config.json), and merge the adapter into a copy of the matrices that it
             adapts. The edit is then one of the merged weights. A loaded model keeps its adapter.
+        allow_pickle: read weights also from files of pickle (pytorch_model.bin), by torch's reader that makes tensors
+            alone (`weights_only`). A pickle is a program; this reader refuses nearly all that one may say, but has had
+            holes. Without it only safetensors are read, in which no program can be.
 
     Raises:
-        InputError: an unknown backend, model, device, dtype or module; no fast tokenizer, or one that does not fit;
+        InputError: an unknown backend, model, device, dtype or module; weights in pickle alone; damaged files; no fast
+            tokenizer, or one that does not fit;
             an architecture that is not supported; an adapter that is not to be merged, or cannot be; a failed
             self-check.
     """
@@ -93,7 +104,7 @@ def load_model(
         if (file := gguf_file(source)) is not None:
             with _input_errors(name):
                 location = str(dequantized(file, target_dtype))
-        hf = _load(location, name, placing, target_dtype, merge_adapter)
+        hf = _load(location, name, placing, target_dtype, merge_adapter, allow_pickle)
         _check_in_memory(hf)
         tokenizer = _load_tokenizer(location, name) if tokenizer is None else tokenizer
         if not hf.name_or_path:
@@ -109,7 +120,10 @@ def load_model(
         adapters.refuse_adapter(hf, name)
         check_loadable(hf)
         _check_loaded(hf, target_device if device and not spread else None, target_dtype)
-    check_tokenizer(tokenizer, hf.get_input_embeddings().weight.shape[0], name)
+    # Of a damaged checkpoint some settings are only read once the model runs.
+    of_files = location is not None
+    with _input_errors(name) if of_files else contextlib.nullcontext():
+        check_tokenizer(tokenizer, hf.get_input_embeddings().weight.shape[0], name)
     try:
         model = _wrap(hf, tokenizer, name, backend)
         self_check(model)
@@ -122,7 +136,8 @@ def load_model(
             raise InputError(
                 f"{_first_line(error)}. But {shown}: remove it (.remove() of its handle) and load again"
             ) from error
-        raise
+        with _input_errors(name) if of_files else contextlib.nullcontext():
+            raise
     if location is not None:
         model.checkpoint_dtype = stored_dtype(location)
     return model
@@ -142,7 +157,9 @@ def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> BackendModel:
     return ModelClass(hf, tokenizer, name=name)
 
 
-def _load(location: str, name: str, device_map: Any, dtype: torch.dtype | None, merge_adapter: bool) -> Any:
+def _load(
+    location: str, name: str, device_map: Any, dtype: torch.dtype | None, merge_adapter: bool, allow_pickle: bool
+) -> Any:
     """Load weights to their device; the config is checked before, so that refusing a model costs no download."""
     from transformers import AutoConfig
 
@@ -155,19 +172,32 @@ def _load(location: str, name: str, device_map: Any, dtype: torch.dtype | None, 
                     f"{adapters.base_of(location)!r}; expected a plain model: load the base model, or pass "
                     f"merge_adapter=True (--merge-adapter) to edit the base model with the adapter merged"
                 )
+            if not allow_pickle:
+                _refuse_pickle(location, name, "adapter_model.safetensors", "adapter_model.bin")
             adapted = adapters.load_adapter(
-                location, lambda base: _load(_location(base), base, device_map, dtype, True)
+                location, lambda base: _load(_location(base), base, device_map, dtype, True, allow_pickle)
             )
             return adapters.merged(adapted, name)
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         check_config(config)
-        loaded: Any = auto_class(config).from_pretrained(
-            location,
-            dtype=dtype or "auto",
-            device_map=device_map,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        if not allow_pickle:
+            _refuse_pickle(location, name, "model*.safetensors", "pytorch_model*.bin")
+        try:
+            loaded: Any = auto_class(config).from_pretrained(
+                location,
+                dtype=dtype or "auto",
+                device_map=device_map,
+                trust_remote_code=False,
+                # None takes what there is, safetensors first.
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+            )
+        except OSError as error:
+            if allow_pickle or "safetensors" not in str(error):
+                raise
+            raise InputError(
+                f"the model {name!r} has no weights in safetensors ({_first_line(error)}); expected some: {_UNPICKLED}"
+            ) from error
     hf, report = loaded
     if report["missing_keys"]:
         # Such weights are drawn at random, with no more than a warning.
@@ -176,6 +206,34 @@ def _load(location: str, name: str, device_map: Any, dtype: torch.dtype | None, 
             f"{min(report['missing_keys'])!r}); expected a complete one: save it again with save_pretrained"
         )
     return hf
+
+
+def _refuse_pickle(location: str, name: str, safetensors: str, pickle: str) -> None:
+    """Refuse a checkpoint whose weights are in pickle alone.
+
+    Args:
+        location: a folder, or a hub name.
+        name: of the model, for the message.
+        safetensors: pattern of the files that are read.
+        pickle: pattern of those that are not.
+
+    Raises:
+        InputError: says how to convert it, and how to read it all the same.
+    """
+    names = _file_names(location)
+    pickled = fnmatch.filter(names, pickle)
+    if pickled and not fnmatch.filter(names, safetensors):
+        raise InputError(
+            f"the weights of {name!r} are in pickle ({pickled[0]}), which is a program and not only numbers; expected "
+            f"safetensors: {_UNPICKLED}"
+        )
+
+
+def _file_names(location: str) -> list[str]:
+    """Names of the files in a folder, or of those of a hub name that are in the cache."""
+    config = source_file(location, "config.json") or source_file(location, "adapter_config.json")
+    folder = Path(location) if Path(location).is_dir() else Path(config).parent if config else None
+    return [] if folder is None else [path.name for path in folder.iterdir()]
 
 
 def _load_tokenizer(location: str, name: str) -> Any:

@@ -12,18 +12,21 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from mechedit.errors import InputError
-from mechedit.files import read_json, write_json
+from mechedit.files import open_tensors, read_object, write_json
 from mechedit.models.families import loader_of
 from mechedit.models.shared_copy import share_parameters
 from mechedit.models.tokenizer_hash import tokenizer_hash
+from mechedit.records import check_record
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -99,15 +102,17 @@ def logits_of(hf: Any, ids: Tensor) -> Float[Tensor, "1 pos vocab"]:
 
 
 def stored_dtype(location: str) -> torch.dtype | None:
-    """Dtype in which a checkpoint's weights are stored, by the first of them; None where they are not safetensors."""
-    from safetensors import safe_open
+    """Dtype in which a checkpoint's weights are stored, by the first of them; None where they are not safetensors.
 
+    Raises:
+        InputError: the index of its files, or the first of these, is damaged.
+    """
     path = source_file(location, "model.safetensors")
     if path is None and (index := source_file(location, _INDEX)) is not None:
-        path = source_file(location, min(read_json(index)["weight_map"].values()))
+        path = source_file(location, min(_shard_names(index)))
     if path is None:
         return None
-    with safe_open(path, framework="pt") as reader:
+    with open_tensors(path) as reader:
         names = {reader.get_slice(name).get_dtype() for name in reader.keys()}  # noqa: SIM118
     dtypes = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     # The widest of them, if there are several: nothing is lost.
@@ -132,6 +137,23 @@ def source_file(location: str, name: str) -> str | None:
     return None
 
 
+class IndexRecord(TypedDict):
+    """The content of model.safetensors.index.json that is read here."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+def _shard_names(index: str) -> set[str]:
+    """Names of the files that an index puts weights into.
+
+    Raises:
+        InputError: it is no such index.
+    """
+    content = read_object(index)
+    check_record(content, IndexRecord, repr(index), "download or save the checkpoint again")
+    return set(content["weight_map"].values())
+
+
 def _state(hf: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict with floating-point weights in `dtype`; tied weights stay one tensor."""
     casts: dict[tuple[Any, ...], Tensor] = {}
@@ -150,7 +172,7 @@ def _sharding(source: str) -> dict[str, int]:
     index = next((path for name in _INDICES if (path := source_file(source, name)) is not None), None)
     if index is None:
         return {}
-    shards = {source_file(source, name) for name in read_json(index)["weight_map"].values()}
+    shards = {source_file(source, name) for name in _shard_names(index)}
     return {"max_shard_size": max((Path(shard).stat().st_size for shard in shards if shard), default=5 * 10**9)}
 
 
@@ -200,12 +222,15 @@ def _write_config(hf: Any, source: str, folder: Path, dtype: torch.dtype) -> Non
 
     name = str(dtype).removeprefix("torch.")
     path, target = source_file(source, "config.json"), folder / "config.json"
-    if path is None or not _same(hf.config.to_dict(), AutoConfig.from_pretrained(source).to_dict()):
-        content = read_json(target)
+    stored_config: Any = None
+    with contextlib.suppress(OSError, ValueError):  # one that needs code of its own is not read
+        stored_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if path is None or stored_config is None or not _same(hf.config.to_dict(), stored_config.to_dict()):
+        content = read_object(target)
         if content.get("dtype") != name:
             write_json(target, {**content, "dtype": name})
         return
-    content = read_json(path)
+    content = read_object(path)
     stored = {key: name for key in ("dtype", "torch_dtype") if content.get(key) not in (None, name)}
     if stored:
         write_json(target, {**content, **stored})
