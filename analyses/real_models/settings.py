@@ -123,7 +123,18 @@ def rates(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "updates": summary["updates"].mean(),
             "norm ratio": summary["norm_ratio"].median(),
             "loss": summary["loss"].mean(),
+            **coordinates(targets.initial),
         }
+
+
+def coordinates(states: Float[Tensor, "fact d_model"]) -> dict[str, float]:
+    """What the unit of the learning rate is in units of ‖h‖/√d_model, and the largest hᵢ² in % of ‖h‖²; medians."""
+    squares = states.square()
+    typical = squares.median(1).values.sqrt() / 0.6745
+    return {
+        "typical": float((typical / squares.mean(1).sqrt()).median()),
+        "largest": 100.0 * float((squares.amax(1) / squares.sum(1)).median()),
+    }
 
 
 def weights(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
