@@ -144,6 +144,15 @@ def test_an_interrupted_trace_goes_on_and_gives_the_same(
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
+def test_minutes_end_it(tiny: Any, facts: list[Fact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    times = map(float, range(0, 100_000, 40))
+    monkeypatch.setattr("mechedit.trace.until_settled.monotonic", lambda: next(times))
+    until = UntilSettled(first_facts=10, minutes=2, growth=1.2)
+    traced = trace_until_settled(tiny, facts, CONFIG, until, never, tmp_path, least=10)
+    assert traced["stopped"] == "minutes"
+    assert len(traced["rounds"]) == 2, "80 seconds after the first round, 160 after the second"
+
+
 def test_too_few_known_facts_are_refused_with_what_the_model_says(tiny: Any, facts: list[Fact], tmp_path: Path) -> None:
     message = (
         r"3 of the 10 facts can be traced, expected at least 10 .*"

@@ -1,16 +1,21 @@
-"""Tuning on the tiny model: better than a bad default, and no worse than a good one."""
+"""Tuning on the tiny model: better than a bad default, no worse than a good one, resumed to the letter."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.models import SENTENCES
 
+import mechedit.sweep.sweep
 from mechedit import (
     EditRequest,
+    InputError,
     MemitConfig,
+    Neighbor,
     TuneConfig,
     collect_moments,
     edited,
@@ -23,7 +28,10 @@ from mechedit import (
     tune,
 )
 from mechedit.evaluation import QUICK
+from mechedit.files import plain_copy
+from mechedit.methods.tuned_settings import record_hash
 from mechedit.sweep import Window
+from mechedit.tuning import tuned_windows, tuning_facts
 
 TUNED_WITH = ("plant", "colour", "stone", "instrument")
 """Relations of the facts that are tuned with; facts of the others, about other subjects, judge the result."""
@@ -32,6 +40,18 @@ UNTUNED_LAYERS = [1, 2, 3, 4]
 BAD = MemitConfig(relative_covariance_weight=1000.0, clamp=2.0, kl_prompt="{}", steps=15, generated_prefixes=0)
 """Settings with which nothing is written: λ is too large."""
 GOOD_BUDGET = TuneConfig(edits=12, facts=6, windows=(Window(1, 4), Window(5, 6)))
+SENTENCE = "The mother tongue of {} is"
+NAMES = ("Danielle Darrieux", "Leon Blum", "Toko Yasuda", "Miles Davis", "LeBron James")
+REQUESTS = [
+    EditRequest(
+        id=name, subject=name, prompt=SENTENCE, target_new="Korean", target_true="French",
+        neighbors=(Neighbor(prompt="The mother tongue of Edwin is", object="French"),),
+    )
+    for name in NAMES
+]  # fmt: skip
+"""For a random model, on which all mechanics can be seen."""
+SMALL = MemitConfig(steps=3, relative_lr=1.0, clamp=4.0, generated_prefixes=1)
+BUDGET = TuneConfig(edits=30, windows=(Window(0, 0), Window(0, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +104,118 @@ def test_tuned_settings_are_no_worse_than_good_ones_on_facts_and_relations_that_
     untuned = score(tiny, facts[1], UNTUNED_LAYERS, moments, good)
     assert untuned > 80, "the control: the default is a good one"
     assert score(tiny, facts[1], tuned.layers, moments, tuned.config) >= untuned - 1
+
+
+@pytest.fixture
+def small(make_model: Any) -> Any:
+    """A random model with larger weights, in which edits do something."""
+    return make_model("gpt2", initializer_range=0.05)
+
+
+@pytest.fixture
+def small_moments(small: Any) -> Mapping[int, Any]:
+    return collect_moments(small, SENTENCES, [0, 1])
+
+
+def test_an_interrupted_search_goes_on_and_gives_the_same(
+    small: Any, small_moments: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = {"config": SMALL, "tuning": BUDGET}
+    lines: list[str] = []
+    at_once = tune(small, REQUESTS, small_moments, **arguments, notify=lines.append)
+    assert "end layers with" in lines[0]
+    assert at_once.record["edits"] <= BUDGET.edits, "the budget holds"
+    assert at_once.record["edits"] == sum(trial["edits"] for trial in at_once.record["trials"])
+    calls: list[int] = []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (3, 7):
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(mechedit.sweep.sweep, "evaluate", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tune(small, REQUESTS, small_moments, **arguments, folder=tmp_path)
+    resumed = tune(small, REQUESTS, small_moments, **arguments, folder=tmp_path)
+    n_resumed = len(calls)
+    assert record_hash(plain_copy(resumed.record)) == record_hash(plain_copy(at_once.record))
+    again = tune(small, REQUESTS, small_moments, **arguments, folder=tmp_path)
+    assert len(calls) == n_resumed, "finished trials are read"
+    assert record_hash(plain_copy(again.record)) == record_hash(plain_copy(at_once.record))
+    seeded = dataclasses.replace(BUDGET, seed=1)
+    different = tune(small, REQUESTS, small_moments, config=SMALL, tuning=seeded)
+    assert record_hash(plain_copy(different.record)) != record_hash(plain_copy(resumed.record)), "the control"
+
+
+def test_minutes_become_edits_once(
+    small: Any, small_moments: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    minutes = dataclasses.replace(BUDGET, minutes=5, edits=None)
+    arguments = {"config": SMALL, "folder": tmp_path}
+    lines: list[str] = []
+    first = tune(small, REQUESTS, small_moments, tuning=minutes, **arguments, notify=lines.append)
+    assert "seconds per edit" in lines[0]
+    assert f"--edits {first.record['budget']['edits']} gives the same" in lines[0]
+    monkeypatch.setattr("mechedit.tuning.ledger.monotonic", lambda: 1e9)  # another speed would give another plan
+    again = tune(small, REQUESTS, small_moments, tuning=minutes, **arguments)
+    assert record_hash(plain_copy(again.record)) == record_hash(plain_copy(first.record))
+    short = dataclasses.replace(minutes, minutes=1e-9)
+    with pytest.raises(InputError, match=r"the budget is 1e-09 minutes, expected at least"):
+        tune(small, REQUESTS, small_moments, tuning=short, **arguments)
+
+
+def test_a_setting_at_the_end_of_what_was_tried_is_warned_of(small: Any, small_moments: Any) -> None:
+    tuned = tune(small, REQUESTS, small_moments, config=SMALL, tuning=BUDGET)
+    assert "relative_lr" in tuned.record["plan"]["searched"]
+    tried = {trial["settings"].get("relative_lr", SMALL.relative_lr) for trial in tuned.record["trials"]}
+    assert len(tried) == 3
+    warned = any("relative_lr is" in warning for warning in tuned.warnings)
+    assert warned == (tuned.config.relative_lr in (min(tried), max(tried)))
+    assert all("may lie beyond" in warning for warning in tuned.warnings)
+    assert tuned.trials["layers"].map(tuple).nunique() == 2
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (TuneConfig(edits=5), "the budget is 5 edits, expected at least"),
+        (TuneConfig(edits=200, width=11), "11 layers are wanted, expected at most all 10|no window of 11 layers fits"),
+        (TuneConfig(edits=200, windows=(Window(8, 12),)), "the window 8-12 does not lie in the model"),
+        (TuneConfig(edits=200, windows=(Window(6, 8),)), r"there are no second moments of \[7, 8\]"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(tiny: Any, moments: Any, facts: Any, budget: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tune(tiny, facts[0], moments, tuning=budget)
+
+
+def test_too_few_facts_and_methods_without_windows_are_refused(tiny: Any, moments: Any, facts: Any) -> None:
+    with pytest.raises(InputError, match="there are 1 subjects among the 2 requests, expected at least 4"):
+        tune(tiny, [facts[0][0]] * 2, moments)
+    for method in ("rome", "ft"):
+        with pytest.raises(InputError, match="expected one of memit, emmet, alphaedit, pmet"):
+            tune(tiny, facts[0], moments, method=method)
+
+
+def test_scores_that_are_all_equal_are_refused(small: Any, small_moments: Any) -> None:
+    nothing = MemitConfig(steps=1, relative_lr=1e-12, clamp=1e-12, generated_prefixes=0)
+    with pytest.raises(InputError, match=r"all \d+ trials of windows score the same"):
+        tune(small, REQUESTS, small_moments, config=nothing, tuning=BUDGET)
+
+
+def test_facts_are_one_per_subject_and_more_begin_with_fewer(facts: Any) -> None:
+    few, more = (tuning_facts(facts[0], TuneConfig(facts=count)) for count in (5, 20))
+    assert more[:5] == few
+    assert len({request.subject for request in more}) == 20
+    assert tuning_facts(facts[0], TuneConfig(facts=5, seed=1)) != few
+
+
+def test_windows_lie_within_the_moments_and_leave_the_last_layer_out(tiny: Any) -> None:
+    windows = tuned_windows(tiny, range(10), TuneConfig())
+    assert {window.width for window in windows} == {2}
+    assert {windows[0], windows[-1]} == {(0, 1), (7, 8)}
+    assert tuned_windows(tiny, range(5), TuneConfig(width=3)) == [(0, 2), (1, 3), (2, 4)]
+    with_candidate = tuned_windows(tiny, range(5), TuneConfig(width=3), candidates=[(1, 4), (0, 9)])
+    assert set(with_candidate) - set(tuned_windows(tiny, range(5), TuneConfig(width=3))) == {(1, 4)}

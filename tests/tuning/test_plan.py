@@ -1,0 +1,111 @@
+"""How a budget is dealt out: never more than it, more thoroughly the larger it is, refused where it is too small."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mechedit import InputError, MemitConfig, TuneConfig
+from mechedit.methods import AlphaEditConfig
+from mechedit.tuning.alternatives import alternatives, changed, weights, wider_weight
+from mechedit.tuning.plan import FEWEST, Plan, Rung, Speed, make_plan, plan_for_seconds, smallest_plan
+
+SEARCHED = ("relative_lr", "clamp", "kl_weight", "generated_prefixes")
+
+
+def searches(plan: Plan) -> int:
+    """The same count by going through every fact at every end layer, naively."""
+    done = {(end, fact) for rung in plan.rungs for end in range(rung.ends) for fact in range(rung.facts)}
+    done |= {(f"beside {i}", fact) for i in range(plan.neighbors) for fact in range(plan.facts)}
+    settings = [(name, value) for name in plan.searched for value in (0, 1)]
+    return len(done) + len({(setting, fact) for setting in settings for fact in range(plan.facts)})
+
+
+@pytest.mark.parametrize("ends", [1, 2, 3, 5, 12, 25, 90])
+def test_a_plan_stays_within_its_budget_and_a_larger_one_tries_no_less(ends: int) -> None:
+    least, before = smallest_plan(ends, SEARCHED).edits, None
+    for edits in [*range(least, least + 80, 7), 200, 400, 1000, 10_000]:
+        plan = make_plan(edits, ends, 64, SEARCHED)
+        assert plan.edits == searches(plan) <= edits
+        assert plan.facts >= FEWEST
+        assert all(rung.ends <= ends for rung in plan.rungs)
+        assert before is None or plan.edits >= before.edits - before.facts, "what is gained in one way is not lost"
+        before = plan
+    assert before.facts == 64
+    assert before.searched == SEARCHED
+    with pytest.raises(InputError, match=f"the budget is {least - 1} edits, expected at least {least}"):
+        make_plan(least - 1, ends, 64, SEARCHED)
+
+
+def test_four_hundred_edits_halve_twelve_ends_down_to_three() -> None:
+    plan = make_plan(400, 25, 64, SEARCHED)
+    assert plan.rungs == (Rung(ends=12, facts=6), Rung(ends=6, facts=12), Rung(ends=3, facts=25))
+    assert (plan.neighbors, plan.searched) == (2, SEARCHED)
+    assert plan.edits == 72 + 36 + 39 + 50 + 200 <= 400
+    assert "12 end layers with 6 facts, then 6 end layers with 12 facts" in plan.in_words()
+
+
+def test_a_small_budget_tries_fewer_settings_and_facts_before_fewer_ends() -> None:
+    for edits in (80, 100, 120, 150):
+        plan = make_plan(edits, 25, 64, SEARCHED)
+        assert plan.rungs[0].ends >= 4
+        assert len(plan.searched) < len(SEARCHED)
+
+
+def test_few_facts_leave_edits_over_and_chosen_windows_are_all_tried() -> None:
+    assert make_plan(400, 25, 8, SEARCHED).facts == 8
+    plan = make_plan(400, 7, 64, SEARCHED, fixed=True)
+    assert plan.rungs[0].ends == 7
+    assert plan.neighbors == 0
+
+
+def test_minutes_become_the_most_edits_that_fit_into_them() -> None:
+    speed, arguments = Speed(edit=2.5, trial=2.0, fact=0.1), (25, 64, SEARCHED)
+    plan = plan_for_seconds(1200, speed, *arguments)
+    assert plan.seconds(speed) <= 1200
+    assert plan.edits > 250
+    more = make_plan(plan.edits + 60, *arguments)
+    assert more.seconds(speed) > 1200, "no larger plan fits"
+    assert plan_for_seconds(1200, Speed(edit=10, trial=2.0, fact=0.1), *arguments).edits < plan.edits
+    assert plan_for_seconds(1200, Speed(edit=2.5, trial=8.0, fact=0.1), *arguments).edits < plan.edits
+    with pytest.raises(
+        InputError, match=r"the budget is 0\.5 minutes, expected at least [\d.]+ at 2\.5 seconds per edit"
+    ):
+        plan_for_seconds(30, speed, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"edits": 3, "minutes": 1}, "expected one of the two"),
+        ({"edits": 0}, "edits is 0, expected at least 1"),
+        ({"minutes": 0}, "minutes is 0, expected a number above 0"),
+        ({"minutes": float("nan")}, "minutes is nan"),
+        ({"width": 0}, "width is 0, expected at least 1"),
+        ({"facts": 3}, "facts is 3, expected at least 4"),
+    ],
+)
+def test_bad_budgets_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        TuneConfig(**settings)
+
+
+def test_other_values_lie_on_both_sides_and_in_the_unit_of_the_config() -> None:
+    config = MemitConfig()
+    assert alternatives(config, "relative_lr") == [{"relative_lr": 0.1}, {"relative_lr": 0.4}]
+    assert alternatives(config, "clamp") == [{"clamp": 0.5}, {"clamp": 1.0}]
+    assert alternatives(MemitConfig(clamp=3.0), "clamp") == [{"clamp": 2.0}, {"clamp": 1.5}]
+    assert alternatives(config, "generated_prefixes") == [{"generated_prefixes": 0}, {"generated_prefixes": 10}]
+    assert {"relative_covariance_weight": config.relative_covariance_weight} not in weights(config)
+    assert wider_weight(config, {"relative_covariance_weight": 1.0}, larger=True) == {"relative_covariance_weight": 3.0}
+    assert weights(AlphaEditConfig()) == []
+    # A config in absolute units is left for relative ones; the published convention has absolute ones throughout.
+    absolute = MemitConfig(lr=0.5, covariance_weight=100)
+    for change in (*alternatives(absolute, "relative_lr"), *weights(absolute)):
+        other = changed(absolute, change)
+        assert (other.lr is None) == ("relative_lr" in change)
+        assert (other.covariance_weight is None) == ("relative_covariance_weight" in change)
+    published = MemitConfig(convention="memit-2022")
+    assert {changed(published, change).covariance_weight for change in weights(published)} == {150, 1500, 150_000}
+    assert {changed(published, change).lr for change in alternatives(published, "relative_lr")} == {0.25, 1.0}
