@@ -66,5 +66,6 @@ def content_checksum(tensors: Mapping[str, Tensor], outer: str) -> str:
     """SHA-256 over a header's checksum and the tensors' bytes, in hex."""
     digest = hashlib.sha256(outer.encode())
     for _, tensor in sorted(tensors.items()):
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        bytes_of: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        digest.update(memoryview(bytes_of))
     return digest.hexdigest()

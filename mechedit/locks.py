@@ -101,10 +101,10 @@ def _owner(file: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         return None
     # The record of a killed process stays until the next one writes its own.
-    fields = (record.get("host"), record.get("pid"), record.get("start"))
-    host, pid, start = fields
-    is_whole = isinstance(host, str) and isinstance(pid, int) and isinstance(start, int)
-    return record if is_whole and not ProcessIdentity(host, pid, start).is_dead else None
+    host, pid, start = record.get("host"), record.get("pid"), record.get("start")
+    if not (isinstance(host, str) and isinstance(pid, int) and isinstance(start, int)):
+        return None
+    return None if ProcessIdentity(host, pid, start).is_dead else record
 
 
 def _in_words(owner: dict[str, Any] | None) -> str:

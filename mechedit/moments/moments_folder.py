@@ -56,10 +56,10 @@ class MomentsFolder:
             InputError: another process does, from other text or with another model.
         """
         with contextlib.ExitStack() as stack:
-            for layer in sorted(set(layers)) if self.path is not None else ():
-                stack.enter_context(
-                    shard_lock(self.path, layer, self.rank, made_with=value_hash(determining(self.provenance)))
-                )
+            if self.path is not None:
+                made_with = value_hash(determining(self.provenance))
+                for layer in sorted(set(layers)):
+                    stack.enter_context(shard_lock(self.path, layer, self.rank, made_with=made_with))
             yield
 
     def finished(self, layers: Iterable[int]) -> dict[int, SecondMoment]:
