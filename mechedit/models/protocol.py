@@ -7,7 +7,7 @@ the search for z are all patches. Both backends satisfy `Model` and give the sam
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -210,7 +210,7 @@ class Model(Protocol):
         Raises:
             InputError: another task of this thread uses the model, or a thread that itself only waits.
         """
-        ...
+        return nullcontext()
 
     def run(
         self,

@@ -258,7 +258,6 @@ def test_damaged_and_foreign_files_are_refused(lens_model: Any, tmp_path: Path) 
     for wrong in (
         {name: value for name, value in tensors.items() if name != "layer.2.left"},
         {**tensors, "layer.2.left": tensors["layer.2.left"][:, :1].contiguous()},
-        {**tensors, "layer.2.left": tensors["layer.2.left"].long()},
         {**tensors, "layer.2.left": tensors["layer.2.left"].flatten()},
         {**tensors, "layer.02.left": tensors["layer.2.left"].clone(), "layer.02.right": torch.ones(2, 32)},
         {**tensors, "wte.weight": tensors["layer.2.left"].clone()},
@@ -267,6 +266,9 @@ def test_damaged_and_foreign_files_are_refused(lens_model: Any, tmp_path: Path) 
         save_file(wrong, path, metadata={"manifest": "{}"})
         with pytest.raises(InputError, match="not an edit"):
             Edit.load(path)
+    save_file({**tensors, "layer.2.left": tensors["layer.2.left"].long()}, path, metadata={"manifest": "{}"})
+    with pytest.raises(InputError, match="int64"):
+        Edit.load(path)
     for manifest in ("{}", "[]", '{"model": "tiny"}', '{"model": {"model": "tiny"}}'):
         save_file(tensors, path, metadata={"manifest": manifest})
         with pytest.raises(InputError, match="does not say which model"):

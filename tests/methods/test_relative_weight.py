@@ -175,7 +175,9 @@ def test_none_is_set_on_the_command_line() -> None:
     assert shipped.covariance_weight is not None
     config: Any = method_config("memit", model, 0, ["covariance_weight=none", "relative_covariance_weight=0.7"])
     assert (config.covariance_weight, config.relative_covariance_weight) == (None, 0.7)
+    # What is named at all goes before what ships, also where that is in the other unit.
+    assert method_config("memit", model, 0, ["relative_covariance_weight=0.7"]) == config
     with pytest.raises(InputError, match="expected one of the two"):
-        method_config("memit", model, 0, ["relative_covariance_weight=0.7"])
+        method_config("memit", model, 0, ["relative_covariance_weight=0.7", "covariance_weight=3"])
     with pytest.raises(InputError, match="'none' is not a number"):
         method_config("memit", model, 0, ["clamp=none"])
