@@ -238,6 +238,7 @@ def edit_section(path: Path) -> dict[str, Any]:
             "unconverged": [],
             "probability": [],
             "settings": {},
+            "settings_from": [],
         },
         **manifest,
         "span": span(manifest.get("layers", [])),

@@ -131,7 +131,7 @@ class Selection:
                 for entry in content.get("published", ())
             )
             return Selection(**content)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             problem = f"{error.args[0]!r} is absent" if isinstance(error, KeyError) else str(error)
             raise InputError(
                 f"{str(path)!r} is not a selection ({problem}); expected a file that `mechedit select` wrote"

@@ -514,6 +514,9 @@ def test_the_same_seed_gives_the_same_selection_and_the_file_brings_it_back(tmp_
         {"layers": [1], "modal": None, "evidence": []},
         {"layers": [1], "modal": [1], "evidence": [3]},
         {"layers": [1], "modal": [1], "evidence": [], "rule": "contribution", "color": "red"},
+        {"layers": [1], "modal": [1], "evidence": [], "stability": 1.0, "rules": 5},
+        {"layers": [1], "modal": [1], "evidence": [], "stability": 1.0, "rules": {"gap-peak": [1]}},
+        {"layers": [1], "modal": [1], "evidence": [], "stability": 1.0, "candidates": [[1]]},
     ],
 )
 def test_other_files_are_refused(tmp_path, content):
