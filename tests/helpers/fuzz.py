@@ -159,17 +159,20 @@ def patched(model: Any, *, draws: bool) -> Iterator[None]:
 
     load = options.load_quietly
 
-    def load_small(name: str, backend: str, device: str | None, dtype: str | None, merge_adapter: bool = False) -> Any:
+    def load_small(
+        name: str, backend: str, device: str | None, dtype: str | None, merge_adapter: bool, allow_pickle: bool
+    ) -> Any:
         plain = device in (None, "cpu") and dtype in (None, "float32") and not merge_adapter
         if name == "tiny" and plain and backend in ("transformer_lens", "nnsight"):
             return model
-        return load(name, backend, device, dtype, merge_adapter)
+        return load(name, backend, device, dtype, merge_adapter, allow_pickle)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(options, "load_quietly", load_small))
         if not draws:
-            for module in ("trace", "select", "evaluate", "run", "report"):
+            for module in ("select", "evaluate", "run", "report"):
                 stack.enter_context(mock.patch(f"mechedit.cli.{module}.run_figures", return_value=[]))
+            stack.enter_context(mock.patch("mechedit.cli.trace.refresh_figures", return_value=[]))
         yield
 
 

@@ -162,7 +162,7 @@ def test_what_cannot_be_vouched_for_is_refused(make_hf: Any, tokenizer: Any, tmp
         (Path("tiny"), {}, "no model folder"),
         ("not a name", {}, "cannot load the model 'not a name'"),
         (tmp_path / "empty", {}, "no config.json"),
-        (tmp_path / "weightless", {}, "cannot load"),
+        (tmp_path / "weightless", {}, "has no weights in safetensors"),
         (tmp_path / "tokenless", {}, "into no tokens"),
         (tmp_path / "partial", {"tokenizer": tokenizer}, "lacks .* of its weights"),
         (tmp_path / "cut", {"tokenizer": tokenizer}, "cannot load"),
