@@ -123,10 +123,11 @@ def trace_until_settled(
         new = list(itertools.islice(known, size - n_traced(plans)))
         if new:
             plans.append(trace_plans(model, new, config, parts, statistics=statistics))
-            at_subject += [where(frame, role="subject_last") for plan in plans[-1] for frame in plan]
+        # What is planned is not traced yet: a refusal leaves nothing.
         require_known(n_traced(plans), len(order), [*dropped, *_dropped(plans)], least)
         if not new:
             break
+        at_subject += [where(frame, role="subject_last") for plan in plans[-1] for frame in plan]
         effects = pd.concat(at_subject, ignore_index=True)
         effects.attrs = {**plans[0][0].attrs, "n_facts": n_traced(plans)}
         verdict = judge(effects)

@@ -161,6 +161,7 @@ def test_too_few_known_facts_are_refused_with_what_the_model_says(tiny: Any, fac
     mixed = [*UNKNOWN, *facts[:3]]
     with pytest.raises(InputError, match=message):
         trace_until_settled(tiny, mixed, CONFIG, UNTIL, never, tmp_path, least=10)
+    assert not list(tmp_path.rglob("*.parquet"))
     with pytest.raises(InputError, match=message):
         pipeline.trace_step(RunFolder.at(tmp_path), tiny, mixed, CONFIG, least=10)
     assert pipeline.trace_step(RunFolder.at(tmp_path), tiny, mixed, CONFIG)["n_facts"] == 3, "the control"
