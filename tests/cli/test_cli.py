@@ -35,7 +35,7 @@ from mechedit.files import read_json, write_json
 
 FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", "object": "teal"}
 
-COMMON = "model backend device dtype merge-adapter seed overwrite verify json config"
+COMMON = "model backend device dtype merge-adapter allow-pickle seed overwrite verify json config"
 OPTIONS = {
     "run": "facts requests joint strict chat texts out layers method rule max-facts max-requests samples set "
     "generation-prompts generation-tokens stop-words accept-unsettled approximate conflicts tuned no-tuned all-facts "
