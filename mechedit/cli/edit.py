@@ -95,7 +95,7 @@ def _revised(
 ) -> list[EditRequest]:
     """The requests to write; says which known targets are of no use, since those who shared them are others now."""
     remaining = revised(requests, without=options.without, added=added)
-    say(f"{len(options.without)} requests are left out and {len(added)} are added: {len(remaining)} in all")
+    say(f"requests left out: {len(options.without)}; added: {len(added)}; in all: {len(remaining)}")
     if isinstance(config, SearchConfig) and config.shares_targets:
         again = regrouped(model.tokenizer, requests, remaining, config.targets)
         if again:

@@ -30,7 +30,10 @@ def change_before_norm(
     passed = norm != 0
     norm, gain, outputs = norm[passed], gain[..., passed], model.module_output(layer, keys)[..., passed]
     unit = outputs / norm
-    nearest = nearest_output(outputs + change.to(outputs)[:, None, passed], norm, unit.norm(dim=-1))
+    points, lengths = outputs + change.to(outputs)[:, None, passed], unit.norm(dim=-1)
+    # Some facts at a time, as each step of the search holds several float64 copies of them.
+    parts = zip(points.split(_FACTS), lengths.split(_FACTS), strict=True)
+    nearest = torch.cat([nearest_output(of_some, norm, length) for of_some, length in parts])
     best = int(norm.abs().argmax())
     before_norm = change.new_zeros(*change.shape).to(unit)
     before_norm[:, passed] = ((nearest / norm - unit) * (norm[best] / gain[..., best])[..., None]).mean(1)
@@ -68,5 +71,7 @@ def nearest_output(
     return (gain.double() * nearest * size / nearest.norm(dim=-1, keepdim=True)).to(points)
 
 
+_FACTS = 256
+"""Facts whose outputs are searched for at once."""
 _HALVINGS = 100
 """Steps of the bisection: the bracket ends smaller than float64 can tell."""

@@ -328,7 +328,8 @@ class BackendModel:
         if after is None:
             return None
         norm = blocks_of(self.hf, self.family)[layer].get_submodule(after)
-        return parts.scale(self.module) * self._norm_weight(norm, self.projection(layer).float())
+        like = torch.empty(0, device=self.projection(layer).device, dtype=torch.float32)
+        return parts.scale(self.module) * self._norm_weight(norm, like)
 
     def _norm_weight(self, norm: nn.Module, like: Tensor) -> Float[Tensor, " d_model"]:
         """What a norm makes of ones, whose rms is 1."""

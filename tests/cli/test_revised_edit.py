@@ -78,7 +78,7 @@ def test_who_shared_a_subject_with_it_is_searched_for_again_and_named(edit: Any,
     capsys.readouterr()
     revoked, searched = edit(requests, "--without", names[3])
     said = "".join(capsys.readouterr())
-    assert "1 requests are left out and 0 are added: 3 in all" in said
+    assert "requests left out: 1; added: 0; in all: 3" in said
     assert f"searched for again, since they share a subject with one of those: {names[1]}" in said
     # Its own target was found where this file's facts were written without the other; else just it is searched for.
     assert searched in ([], [names[1]])

@@ -11,6 +11,7 @@ from helpers.spreading import REQUESTS, states
 from jaxtyping import Float
 from torch import Tensor
 
+import mechedit.methods.post_norm
 import mechedit.methods.spread
 from mechedit.edit import edited
 from mechedit.methods import Ridge
@@ -129,6 +130,15 @@ def test_an_output_that_the_norm_can_give_is_written_exactly(normed: Any) -> Non
     _, _, after = written(normed, goal - before)
     assert float((after - goal).norm() / (before - goal).norm()) < 5e-3
     assert float((before - goal).norm() / goal.norm()) > 0.3
+
+
+@pytest.mark.parametrize("normed", FAMILIES[:1], indirect=True)
+def test_many_facts_are_taken_some_at_a_time(normed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, change = drawn(5, 2, normed.d_mlp, seed=13).float(), drawn(5, normed.d_model, seed=14).float()
+    together = change_before_norm(normed, 1, keys, change)
+    monkeypatch.setattr(mechedit.methods.post_norm, "_FACTS", 2)
+    assert torch.allclose(change_before_norm(normed, 1, keys, change), together, rtol=1e-5, atol=1e-6)
+    assert float(together.norm()) > 0.1
 
 
 @pytest.mark.parametrize("normed", FAMILIES, indirect=True)
