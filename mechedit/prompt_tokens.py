@@ -29,6 +29,10 @@ BARE = "{}"
 """The context template that leaves the prompt as it is."""
 _SAID: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 """Warnings that were given, by tokenizer."""
+_GENERATED: WeakKeyDictionary[Model, dict[tuple[Any, ...], tuple[str, ...]]] = WeakKeyDictionary()
+"""Context templates that were generated, by model, and then by its weights and by what was asked for."""
+_STATES = 64
+"""Context templates that are remembered of a model."""
 WORD = "a"
 """A word that a text follows where its tokens in running text are looked for."""
 
@@ -311,11 +315,17 @@ def make_prefixes(
 
     Each text begins with one of `starts` and has `length` tokens in all, each drawn from the five likeliest as in
     the published code; here the draws depend on `seed` alone. There are `count` texts; where these are more than
-    `starts`, starts take turns.
+    `starts`, starts take turns. The same call on the same weights generates once.
     """
-    generator = torch.Generator().manual_seed(seed)
-    texts = [_generate(model, starts[i % len(starts)], length, generator) for i in range(count)]
-    return (BARE, *(f"{text}. {BARE}" for text in texts))
+    remembered = _GENERATED.setdefault(model, {})
+    key = (model.identity(), seed, tuple(starts), length, count)
+    if key not in remembered:
+        generator = torch.Generator().manual_seed(seed)
+        texts = [_generate(model, starts[i % len(starts)], length, generator) for i in range(count)]
+        while len(remembered) >= _STATES:
+            remembered.pop(next(iter(remembered)))
+        remembered[key] = (BARE, *(f"{text}. {BARE}" for text in texts))
+    return remembered[key]
 
 
 def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from mechedit.cli import main
 from mechedit.data import tiny_data
 from mechedit.errors import InputError
 from mechedit.models import weights_hash
+from mechedit.models.tokenizer_hash import tokenizer_hash
 from mechedit.models.weights_hash import WeightsHash, checksum, sha256_of, weighted_sums, words_of
 from mechedit.provenance import ALGORITHMS, ModelIdentity, check_provenance, determining, numbered
 
@@ -211,3 +212,14 @@ def test_one_edit_command_hashes_the_weights_once(tmp_path: Path, hashed: list[s
         main([*arguments, "--out", str(tmp_path / "edit.safetensors")])
     assert leaving.value.code == 0
     assert hashed == [model.weights_hash()], "the unedited weights, once"
+
+
+def test_a_tokenizers_hash_follows_what_it_does_and_not_what_calls_leave_in_it(tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    before = tokenizer_hash(changed)
+    changed(["a", "a longer text"], padding=True, truncation=True, max_length=3)
+    assert json.loads(changed.backend_tokenizer.to_str())["truncation"], "the call leaves nothing behind"
+    assert tokenizer_hash(changed) == before
+    changed.add_tokens(["xyzzy"])
+    assert tokenizer_hash(changed) != before
+    assert tokenizer_hash(tokenizer) == before

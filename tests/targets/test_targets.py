@@ -230,7 +230,28 @@ def test_default_prefixes_depend_on_the_seed_alone(lively: Any) -> None:
 
 def test_braces_made_up_by_the_model_are_removed(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(lively.tokenizer), "decode", lambda self, ids, skip_special_tokens: "The {x} and {}\nso")
-    assert make_prefixes(lively)[1] == "The x and so. {}"
+    assert make_prefixes(lively, seed=11)[1] == "The x and so. {}"
+
+
+def test_prefixes_are_generated_once_and_anew_for_other_weights(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, twin = make_model("gpt2", seed=3), make_model("gpt2", seed=3)
+    runs: list[Any] = []
+    run = type(model).run
+    monkeypatch.setattr(
+        type(model), "run", lambda self, *args, **kwargs: runs.append(self) or run(self, *args, **kwargs)
+    )
+    prefixes = make_prefixes(model)
+    assert (generated := len(runs)) > 0
+    assert make_prefixes(model) == prefixes
+    assert len(runs) == generated, "the same call on the same weights runs the model again"
+    assert make_prefixes(model, count=1) == prefixes[:2]
+    with torch.no_grad():
+        next(model.hf.parameters()).mul_(-1)
+        next(twin.hf.parameters()).mul_(-1)
+    changed = make_prefixes(model)
+    assert changed == make_prefixes(twin) != prefixes, "prefixes of other weights are remembered"
 
 
 def test_results_carry_their_provenance(lively: Any) -> None:
