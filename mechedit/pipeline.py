@@ -43,6 +43,7 @@ from mechedit.sweep import (
     SweepConfig,
     Window,
     decide_layers,
+    finalists,
     held_out,
     short_sweep,
     sweep_windows,
@@ -56,6 +57,8 @@ Protocol = Literal["counterfact", "zsre"]
 """How requests are scored: by `evaluate`, or by `evaluate_zsre`."""
 
 SWEEP: Codec[Sweep] = codec_of(Sweep, files=("sweep.parquet", "sweep_cases.parquet"))
+FINALS = "finals"
+"""Folder of the sweep in which the best windows meet once more."""
 EDIT: Codec[Edit] = codec_of(Edit, suffix=".safetensors")
 SCORES: Codec[Scores] = codec_of(Scores, files=SCORE_FILES)
 BASELINE: Codec[Baseline] = codec_of(Baseline, files=(*SCORE_FILES, STATES_FILE))
@@ -188,11 +191,17 @@ def validate_step(
     method: str,
     config: MethodConfig,
     reading: MomentsConfig,
+    *,
+    most_requests: int | None = None,
 ) -> Selection:
     """Sweep windows of layers with held-out edits, compare them with the selection, and choose by `sweep.by`.
 
-    Writes sweep.parquet and sweep_cases.parquet, and at the end selection.json, with `validation` in it. Finished
-    windows are kept in sweep_parts/, so that other windows can be added without editing those again.
+    Where the edits are not sure of the best window (`Validation.agreement` below `SelectConfig.agreement`) and
+    `most_requests` allows it, the best windows are edited once more, with so many requests, and chosen from by these.
+
+    Writes sweep.parquet and sweep_cases.parquet, the same into finals/ where there were some, and at the end
+    selection.json, with `validation` in it. Finished windows are kept in sweep_parts/, so that other windows can be
+    added without editing those again, and z in targets/.
 
     Raises:
         InputError: another model than was traced; a folder without facts.parquet; and as `sweep_windows`.
@@ -200,7 +209,8 @@ def validate_step(
     check_traced(folder, model)
     check_step(folder.path, "trace")
     facts = read_table(folder.path / "facts.parquet")
-    sample = held_out(requests, set(where(facts, traced=True)["subject"]), sweep.requests, sweep.seed)
+    traced = set(where(facts, traced=True)["subject"])
+    sample = held_out(requests, traced, sweep.requests, sweep.seed)
     windows = sweep.swept(selection.layers, model.n_layers)
     moments = moments_step(
         folder, model, texts, sorted({layer for window in windows for layer in window.layers}), reading
@@ -210,6 +220,12 @@ def validate_step(
     notes, n_held_out = [sample.warning] if sample.warning else [], len(sample.requests) - sample.traced
     validation = validate_selection(swept, gap, selection.layers, held_out=n_held_out, notes=notes)
     decided = decide_layers(selection, validation, swept, gap, sweep.by)
+    agreed = decided.validation["agreement"] or 0.0
+    if most_requests and agreed < selection.settings["agreement"] and len(best := finalists(swept)) > 1:
+        more = held_out(requests, traced, most_requests, sweep.seed).requests
+        if len(more) > len(sample.requests):
+            final = sweep_step(folder, model, more, moments, best, method, config, seed=sweep.seed, name=FINALS)
+            decided = decide_layers(selection, validation, swept, gap, sweep.by, final)
     decided.save(folder.path / "selection.json")
     return decided
 
@@ -226,7 +242,7 @@ def settle_step(
     *,
     seed: int,
 ) -> Selection:
-    """Let edits decide where resamples of the facts give other layers than all facts: a short sweep (`short_sweep`).
+    """Let edits decide: a short sweep (`short_sweep`), and the best of its windows again with three times the requests.
 
     Its windows are the ranges that resamples and other rules give, and the depth in steps; its requests are about
     subjects that were not traced. What it writes, and its errors, are those of `validate_step`.
@@ -235,7 +251,8 @@ def settle_step(
     width = moving_width(model.n_layers, SelectConfig(**selection.settings))
     windows = tuple(short_sweep([*ranges, *selection.alternatives.values()], model.n_layers, width))
     sweep = SweepConfig(by="sweep", windows=windows, seed=seed)
-    return validate_step(folder, model, selection, requests, texts, sweep, method, config, reading)
+    most = 3 * sweep.requests
+    return validate_step(folder, model, selection, requests, texts, sweep, method, config, reading, most_requests=most)
 
 
 def check_traced(folder: RunFolder, model: Model) -> None:
@@ -260,6 +277,7 @@ def sweep_step(
     config: MethodConfig,
     *,
     seed: int,
+    name: str = "sweep",
 ) -> Sweep:
     """Edit and score every window; those finished before an interrupt are not edited again."""
     evaluation = replace(QUICK, seed=seed)
@@ -268,8 +286,10 @@ def sweep_step(
         "windows": windows,
         "evaluation": evaluation.plain(),
     }
-    settings = {"method": method, "config": config, "evaluation": evaluation, "parts": folder.path / "sweep_parts"}
-    return folder.step("sweep", stamp, partial(sweep_windows, model, requests, moments, windows, **settings), SWEEP)
+    settings = {"method": method, "config": config, "evaluation": evaluation}
+    folders = {"parts": folder.path / "sweep_parts", "cache": folder.path / "targets"}
+    make = partial(sweep_windows, model, requests, moments, windows, **settings, **folders)
+    return folder.step(name, stamp, make, SWEEP, at="" if name == "sweep" else name)
 
 
 def moments_step(

@@ -26,6 +26,7 @@ ALGORITHMS = {
     "targets": 4,
     "edit": 4,
     "sweep": 4,
+    "finals": 4,
     "baseline": 3,
     "baseline_zsre": 2,
     "evaluate": 3,

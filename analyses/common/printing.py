@@ -1,8 +1,9 @@
-"""Scores as the papers print them: a mean with half its interval in brackets."""
+"""Tables in Markdown, and scores as the papers print them: a mean with half its interval in brackets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -34,3 +35,9 @@ def format_scores(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, str]
         for name in measures
         if name in rows_by_measure.index
     }
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table; bars in cells are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.common.frames import groups_of, records
+from analyses.common.printing import markdown_table
 from mechedit import pipeline
 from mechedit.cli.parsing import load_quietly, sampled
 from mechedit.data import load_facts, load_requests, tiny_data
@@ -146,14 +147,14 @@ def rules(selection: Selection) -> str:
     rows = [
         [name, span(rule.layers), f"{rule.stability:.0%}", span(rule.modal)] for name, rule in selection.rules.items()
     ]
-    text = markdown(["rule", "layers", "resamples that agree", "most frequent"], rows)
+    text = markdown_table(["rule", "layers", "resamples that agree", "most frequent"], rows)
     if not selection.published:
         return text + "\n\nNo range is published for a model of this name."
     published = [
         [f"{entry.method} ({entry.model})", span(entry.layers), entry.source, entry.note]
         for entry in selection.published
     ]
-    return text + "\n\nPublished:\n\n" + markdown(["method", "layers", "source", "note"], published)
+    return text + "\n\nPublished:\n\n" + markdown_table(["method", "layers", "source", "note"], published)
 
 
 def edits(run: pipeline.RunFolder, selection: Selection) -> str:
@@ -173,7 +174,7 @@ def edits(run: pipeline.RunFolder, selection: Selection) -> str:
     return (
         f"{validation['method'].upper()} with {validation['n_requests']} requests at once, "
         f"{validation['held_out']} of them about subjects that were not traced.\n\n"
-        + markdown(["layers", "contribution", *measures], rows)
+        + markdown_table(["layers", "contribution", *measures], rows)
         + "\n\nContribution: what the MLPs of the window add in the trace, in percent of probability. left: how much "
         "of the change wanted of the hidden states was not reached, in percent. Brackets: 95% intervals over requests."
     )
@@ -210,7 +211,7 @@ def made_from(run: pipeline.RunFolder, options: argparse.Namespace) -> str:
     ):
         stamp: dict[str, Any] = {**steps.get(step, {}), **(steps.get(step, {}).get("settings") or {})}
         rows += [[f"{step}: {name}", stamp[name]] for name in names if stamp.get(name) is not None]
-    return markdown(["", ""], rows)
+    return markdown_table(["", ""], rows)
 
 
 def again() -> str:
@@ -218,12 +219,6 @@ def again() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     command = shlex.join(["python", "-m", "analyses.papers.select_layers", *sys.argv[1:]])
     return f"```sh\n{command}\n```\n\nmechedit {VERSION}, Python {platform.python_version()}, {versions}."
-
-
-def markdown(header: list[str], rows: list[list[Any]]) -> str:
-    """A table; bars in cells are escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from mechedit import pipeline
 from mechedit.cli.app import say
@@ -27,7 +29,7 @@ from mechedit.cli.options import (
     suited_data,
 )
 from mechedit.cli.parsing import parse_layers, require_layers, sampled
-from mechedit.data import Conflicts, Fact
+from mechedit.data import Conflicts, EditRequest, Fact
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig
 from mechedit.figures import run_figures
@@ -36,8 +38,11 @@ from mechedit.models import Model
 from mechedit.moments import MomentsConfig
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
-from mechedit.selection import SelectConfig
+from mechedit.selection import SelectConfig, Selection
 from mechedit.trace import TraceConfig, UntilSettled
+
+FEWEST_OTHERS = 60
+"""Requests besides the edited ones that are enough to choose layers with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +61,19 @@ class RunOptions(
     all_facts: bool = False
     """Trace all facts of the sample, also where the selection has settled before; so it is with the tiny model and with
     --approximate."""
+    by: Literal["trace", "sweep"] | None = None
+    """How the layers are chosen: by the trace where it settles, or by a short sweep of held-out edits; by default
+    by the trace with the tiny model, and by a sweep with others, where tracing seldom says which layers edit well."""
     accept_unsettled: bool = False
-    """Edit the selected layers though resamples of the facts do not agree on them; else held-out edits decide."""
+    """Edit the layers that the trace selects though resamples of the facts do not agree on them; else held-out edits
+    decide."""
     layers: str | None = None
     """Layers to edit, such as 3-8 or 3,5,7, in place of those tuned or selected. Several are separated by commas."""
+
+    def sweeps(self, selection: Selection) -> bool:
+        """Whether edits decide though the trace has selected layers."""
+        by = self.by or ("trace" if suited_data(self.model) is TINY_DATA or self.accept_unsettled else "sweep")
+        return by == "sweep" and (selection.state != "no early site" or self.by == "sweep")
 
 
 @command(
@@ -70,18 +84,19 @@ class RunOptions(
 def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, evaluation: EvaluationConfig) -> int:
     """All the steps: trace, select, moments, edit, evaluate, then figures and the report.
 
-    Where resamples of the facts do not agree on the layers, windows of layers are edited with requests about other
-    subjects, and the best-scoring is taken. It ends with 3 where there is no early site, or where no window can be
-    told from the unedited model. Layers that were tuned for the model (`mechedit tune`) are edited whatever the trace
-    selects.
+    On every model but the tiny one, and where resamples of the facts do not agree on the layers, windows of layers are
+    edited with requests about other subjects, and the best-scoring is taken. It ends with 3 where there is no early
+    site, or where no window can be told from the unedited model. Layers that were tuned for the model
+    (`mechedit tune`) are edited whatever the trace selects.
     """
     # Whatever can be refused is refused before the long steps.
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
-    requests = options.read_requests(options.requests, options.conflicts)
-    requests = sampled(requests, options.max_requests, options.seed, "--max-requests")
+    all_requests = options.read_requests(options.requests, options.conflicts)
+    requests = sampled(all_requests, options.max_requests, options.seed, "--max-requests")
     layers = None if options.layers is None else parse_layers(options.layers)
     model = options.load_model()
+    judges = options.in_turns(model, others_than(requests, all_requests))
     facts, requests = options.in_turns(model, facts), options.in_turns(model, requests)
     settings = options.method_settings(model)
     config, from_tuning = settings.config, not layers and settings.layers is not None
@@ -93,13 +108,15 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     selection = pipeline.select_step(folder, select)
     say(selection.reason)
     unsettled = selection.state == "unsettled" and not options.accept_unsettled
-    if unsettled and not layers:
-        say("the choice is unsettled: a short sweep of edits decides")
+    if not layers and (unsettled or options.sweeps(selection)):
+        say(
+            "the choice is unsettled: a short sweep of edits decides" if unsettled else "a short sweep of edits decides"
+        )
         selection = pipeline.settle_step(
             folder,
             model,
             selection,
-            requests,
+            judges,
             options.suited_texts,
             options.method,
             config,
@@ -126,6 +143,16 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     say(f"the report is {_draw(folder)}")
     options.print_summary(summary)
     return 0
+
+
+def others_than(requests: Sequence[EditRequest], all_requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Requests to choose layers with: those about other subjects than `requests`, where there are enough, else these.
+
+    What layers are chosen by does not show what they are worth: the chosen are the best on these requests by luck too.
+    """
+    edited = {request.subject for request in requests}
+    others = [request for request in all_requests if request.subject not in edited]
+    return others if len(others) >= FEWEST_OTHERS else list(requests)
 
 
 def _draw(folder: RunFolder) -> Path:

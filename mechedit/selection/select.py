@@ -23,6 +23,10 @@ State = Literal["settled", "unsettled", "no early site"]
 """Whether other such facts would select the same layers, by the bootstrap; or that there is nothing to select."""
 UNIT_NAMES = {"log_probability": "nats", "logit_difference": "logits"}
 """Units of metrics in reasons; others are called by their own name."""
+WIDEST = 6
+"""Layers up to which a range counts as a site, whatever the depth: as wide as the widest that MEMIT edits (GPT-J)."""
+WIDEST_SHARE = 1 / 5
+"""Part of the depth up to which it does in deep models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +70,13 @@ class Selection:
     alternatives: dict[str, list[int]]
     """The range of every other rule."""
     state: State
-    """`settled`; `unsettled`, when other facts of this kind might well select other layers; or `no early site`."""
+    """`settled`; `unsettled`, when other facts of this kind might well select other layers, or where these are too many
+    to be a site (`widest_site`); or `no early site`."""
     stability: float
     """Share of bootstrap resamples that give exactly `layers`."""
     agreement: float
-    """Share of bootstrap resamples whose range overlaps `layers` by at least `SelectConfig.overlap`; the selection is
-    settled when it is at least `SelectConfig.agreement`."""
+    """Share of bootstrap resamples whose range overlaps `layers` by at least `SelectConfig.overlap`; the selection can
+    be settled when it is at least `SelectConfig.agreement`."""
     modal: tuple[int, ...]
     """The range that resamples give most often."""
     candidates: tuple[Candidate, ...]
@@ -168,7 +173,7 @@ def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: Sel
     site = early_site(subject, config)
     selections = bootstrap_selections(subject, resampled, config, site.found)
     selected = selections[config.rule]
-    state = state_of(selected, config)
+    state = state_of(selected, config, subject.n_layers)
     model = effects.attrs.get("provenance", {})
     return Selection(
         layers=selected.layers,
@@ -181,7 +186,7 @@ def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: Sel
         agreement=selected.agreement(config.overlap),
         modal=selected.modal,
         candidates=tuple(Candidate(layers=layers, share=share) for layers, share in selected.candidates()),
-        reason=reason(subject, selected.layers, site, config) + support(selected, config),
+        reason=reason(subject, selected.layers, site, config) + support(selected, config, subject.n_layers),
         rules={
             name: RuleSelection(
                 layers=of_rule.layers,
@@ -200,21 +205,34 @@ def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: Sel
     )
 
 
-def state_of(selected: BootstrapSelections, config: SelectConfig) -> State:
-    """Whether the resamples agree on the range of a rule."""
+def state_of(selected: BootstrapSelections, config: SelectConfig, n_layers: int) -> State:
+    """Whether the resamples agree on the range of a rule, and it is narrow enough to be a site (`widest_site`)."""
     if not selected.layers:
         return "no early site"
-    return "settled" if selected.agreement(config.overlap) >= config.agreement else "unsettled"
+    agrees = selected.agreement(config.overlap) >= config.agreement
+    return "settled" if agrees and len(selected.layers) <= widest_site(config, n_layers) else "unsettled"
 
 
-def support(selected: BootstrapSelections, config: SelectConfig) -> str:
+def widest_site(config: SelectConfig, n_layers: int) -> int:
+    """Layers from which on a range localizes nothing, unless the settings ask for one as wide.
+
+    Resamples agree on a range the more easily the wider it is, and all of them on the whole depth.
+    """
+    chosen = [width for width in (config.min_width, config.max_width, config.width) if width is not None]
+    return max(WIDEST, int(WIDEST_SHARE * n_layers), *chosen)
+
+
+def support(selected: BootstrapSelections, config: SelectConfig, n_layers: int) -> str:
     """How far resamples of the facts agree on the range of a rule; where they do not, what they give instead."""
     if not selected.layers:
         return ""
     agreement, stability = f"{selected.agreement(config.overlap):.0%}", f"{selected.stability:.0%}"
     text = f"; {agreement} of resamples of the facts agree ({stability} give just these layers)"
-    if state_of(selected, config) == "settled":
+    if state_of(selected, config, n_layers) == "settled":
         return text
+    if selected.agreement(config.overlap) >= config.agreement:
+        widest = widest_site(config, n_layers)
+        return f"{text}, but {len(selected.layers)} layers are no site (at most {widest} are), so that it is unsettled"
     rivals = ", ".join(f"{layers_in_words(layers)} ({share:.0%})" for layers, share in selected.candidates(3))
     return f"{text}, so that it is unsettled: the likeliest are {rivals}"
 

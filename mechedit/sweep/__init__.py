@@ -6,10 +6,19 @@ it with the trace's range.
 
 from mechedit.sweep.decision import decide_layers
 from mechedit.sweep.sweep import Sweep, sweep_windows
-from mechedit.sweep.validation import Validation, choose_window, validate_selection, windows_near_best
+from mechedit.sweep.validation import (
+    CLOSE,
+    Validation,
+    choose_window,
+    finalists,
+    validate_selection,
+    window_agreement,
+    windows_near_best,
+)
 from mechedit.sweep.windows import HeldOut, SweepConfig, Window, held_out, short_sweep, windows_of
 
 __all__ = [
+    "CLOSE",
     "HeldOut",
     "Sweep",
     "SweepConfig",
@@ -17,10 +26,12 @@ __all__ = [
     "Window",
     "choose_window",
     "decide_layers",
+    "finalists",
     "held_out",
     "short_sweep",
     "sweep_windows",
     "validate_selection",
+    "window_agreement",
     "windows_near_best",
     "windows_of",
 ]

@@ -23,6 +23,8 @@ from mechedit.tables import where
 
 Prediction = Callable[[Float[np.ndarray, "row layer"], Sequence[Window]], Float[np.ndarray, "row window"]]
 """From gaps by layer to the trace's prediction for each window."""
+CLOSE = 3.0
+"""Points of the score within which windows count as equally good."""
 FEWEST = 4
 """Windows that a rank correlation needs: of fewer, any order comes up by chance."""
 
@@ -68,6 +70,11 @@ class Validation:
     """How they were chosen: by the trace, the sweep, or both."""
     stability: float | None = None
     """Fraction of resamples (of requests for `sweep`, of facts for `both`) that choose the same window."""
+    agreement: float | None = None
+    """Fraction of resamples of the requests in which no window scores more than `CLOSE` points above the chosen one."""
+    finals: dict[str, Any] | None = None
+    """The best windows edited with more requests, from which `layers` were chosen: `n_requests`, and `windows` as above
+    (layers, score, low, high); None without such a round."""
 
 
 def validate_selection(
@@ -169,6 +176,18 @@ def choose_window(
     return candidates[preferred], float((draws.argmax(1) == preferred).mean())
 
 
+def window_agreement(sweep: Sweep, window: Window) -> float:
+    """Fraction of resamples of the requests in which no window scores more than `CLOSE` points above this one."""
+    behind = sweep.draws.max(1) - sweep.draws[:, sweep.windows.index(window)]
+    return float((behind <= CLOSE).mean())
+
+
+def finalists(sweep: Sweep, count: int = 3) -> list[Window]:
+    """The best-scoring windows that are not significantly worse than the best, at most `count`."""
+    near = windows_near_best(sweep)
+    return [sweep.windows[index] for index in _best_first(sweep) if near[index]][:count]
+
+
 def windows_near_best(sweep: Sweep) -> Bool[np.ndarray, " window"]:
     """True for windows whose score is not significantly below the best (`mechedit.statistics.near_best`)."""
     return near_best(sweep.scores, sweep.draws, sweep.config.confidence)
@@ -212,22 +231,23 @@ def _best_first(sweep: Sweep) -> list[int]:
     return [index for *_, index in sorted((*key, index) for index, key in enumerate(keys))]
 
 
-def _records(sweep: Sweep, gap: Float[np.ndarray, "fact layer"]) -> list[dict[str, Any]]:
-    """Each window's layers, score with interval, contribution and mean gap."""
+def window_records(sweep: Sweep) -> list[dict[str, Any]]:
+    """Each window's layers, and its score with interval."""
     ends = where(sweep.table, measure=sweep.score)
     low, high = (ends[end].to_numpy(dtype=float) for end in ("low", "high"))
+    return [
+        {"layers": window.layers, "score": float(sweep.scores[i]), "low": float(low[i]), "high": float(high[i])}
+        for i, window in enumerate(sweep.windows)
+    ]
+
+
+def _records(sweep: Sweep, gap: Float[np.ndarray, "fact layer"]) -> list[dict[str, Any]]:
+    """`window_records`, with each window's contribution and mean gap."""
     mean = gap.mean(0, keepdims=True)
     summed, mean_gaps = _contribution(mean, sweep.windows)[0], _mean_gap(mean, sweep.windows)[0]
     return [
-        {
-            "layers": window.layers,
-            "score": float(sweep.scores[i]),
-            "low": float(low[i]),
-            "high": float(high[i]),
-            "contribution": float(summed[i]),
-            "gap": float(mean_gaps[i]),
-        }
-        for i, window in enumerate(sweep.windows)
+        {**record, "contribution": float(summed[i]), "gap": float(mean_gaps[i])}
+        for i, record in enumerate(window_records(sweep))
     ]
 
 

@@ -19,6 +19,8 @@ EXACT, MARGIN = 0.1, 0.01
 """Weights of exact match and of the probability differences in the objective: they decide where S does not."""
 SURE = 0.75
 """Share of resamples that must prefer another value of a setting before it is taken."""
+WORTH = 0.5
+"""Points of the objective by which they must: what decides ties between windows is no reason to leave a default."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,10 +107,9 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 
 
 def preferred(current: Trial, rivals: Sequence[Trial]) -> Trial:
-    """The best of some trials with as many facts, where `SURE` of the resamples prefer it to the current one."""
+    """The best trial where it beats the current one by `WORTH` on `SURE` of the resamples, else the current one."""
     best = best_of([current, *rivals])
-    wins = (best.draws > current.draws).mean() + (best.draws == current.draws).mean() / 2
-    return best if wins >= SURE else current
+    return best if (best.draws >= current.draws + WORTH).mean() >= SURE else current
 
 
 def _means(values: Float[np.ndarray, "case measure"]) -> Float[np.ndarray, " measure"]:

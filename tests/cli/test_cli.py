@@ -39,7 +39,7 @@ COMMON = "model backend device dtype merge-adapter allow-pickle seed overwrite v
 OPTIONS = {
     "run": "facts requests joint strict chat texts out layers method rule max-facts max-requests samples set "
     "generation-prompts generation-tokens stop-words accept-unsettled approximate conflicts tuned no-tuned all-facts "
-    "minutes",
+    "minutes by",
     "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
     "metrics memory max-facts approximate points largest exact-cells exact-facts least-correlation until-settled "
     "minutes",

@@ -16,6 +16,7 @@ import torch
 
 import mechedit as me
 from analyses.planted_truth import make
+from analyses.planted_truth.rules import FILE, compared, judged_rules
 from analyses.tiny_model import train
 
 HERE = Path(__file__).parent
@@ -52,6 +53,26 @@ def test_what_another_model_would_get_misses_the_target(planted):
     clean, iou = score(others, truth)
     assert clean < 9
     assert iou < 0.6
+
+
+def test_no_constant_range_and_no_constant_share_of_the_depth_does_as_well_as_the_default_rule():
+    table = compared(pd.read_parquet(FILE)).set_index("rule")
+    default = table.loc[me.SelectConfig().rule]
+    constants = table[[name.startswith("layers ") or "%" in name for name in table.index]]
+    assert len(constants) == 8
+    assert default["none outside"] == default["models"] == 10
+    assert (constants["none outside"] < default["none outside"]).all()
+    assert (constants["IoU"] < default["IoU"]).all()
+    # Each is the best of its kind: of all ranges, here by brute force.
+    truths, _ = judged_rules(pd.read_parquet(FILE))
+    planted = {truth.name: set(truth.layers) for truth in truths}
+    depths = {truth.name: truth.depth for truth in truths}
+    best = max(
+        score({name: set(range(a, min(b + 1, depth))) for name, depth in depths.items()}, planted)[1]
+        for a in range(12)
+        for b in range(a, 12)
+    )
+    assert best == pytest.approx(constants[["%" not in name for name in constants.index]]["IoU"].max())
 
 
 def test_the_papers_wording_names_layers_without_mlps(planted):

@@ -30,7 +30,7 @@ from mechedit.selection.rules import (
     moving_width,
     within_bounds,
 )
-from mechedit.selection.select import state_of
+from mechedit.selection.select import state_of, support, widest_site
 from mechedit.statistics import bootstrap_means, percentile_interval
 from mechedit.trace import window_span
 
@@ -309,8 +309,23 @@ def test_facts_whose_effects_are_permuted_over_layers_settle_nothing():
     states = []
     for subject in map(subject_of, (gaps, permuted)):
         selections = bootstrap_selections(subject, resampled_curves(subject, QUICK), QUICK, has_site=True)
-        states.append(state_of(selections["contribution"], QUICK))
+        states.append(state_of(selections["contribution"], QUICK, 8))
     assert states == ["settled", "unsettled"]
+
+
+def test_a_range_as_wide_as_the_network_is_not_settled_however_often_it_comes_up():
+    # The gap falls by the same amount at every layer: all resamples agree that no layer stands out.
+    falling = subject_of(np.tile(np.linspace(20, 2, 24), (40, 1)))
+    curves = resampled_curves(falling, QUICK)
+    for changes, state in (({}, "unsettled"), ({"min_width": 24}, "settled")):
+        config = replace(QUICK, **changes)
+        selected = bootstrap_selections(falling, curves, config, has_site=True)["contribution"]
+        assert selected.agreement(config.overlap) == 1, "resamples do agree"
+        assert state_of(selected, config, 24) == state
+        words = support(selected, config, 24)
+        assert ("are no site (at most 6 are)" in words) == (state == "unsettled")
+    assert [widest_site(QUICK, depth) for depth in (12, 30, 80)] == [6, 6, 16]
+    assert widest_site(replace(QUICK, max_width=9), 24) == 9, "who allows more asks for more"
 
 
 def test_a_file_from_before_agreement_is_read_by_its_stability(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,18 @@ from mechedit.figures import sweep_figure
 from mechedit.methods import memit
 from mechedit.statistics import rank_interval, spearman
 from mechedit.sweep import (
+    CLOSE,
     Sweep,
     SweepConfig,
     Window,
     choose_window,
     decide_layers,
+    finalists,
     held_out,
     short_sweep,
     sweep_windows,
     validate_selection,
+    window_agreement,
     windows_near_best,
     windows_of,
 )
@@ -455,11 +459,43 @@ def test_a_short_sweep_covers_the_depth_and_the_ranges_that_resamples_give():
     assert short_sweep([], n_layers=3, width=1) == [Window(0, 0), Window(1, 1), Window(2, 2)]
 
 
-@pytest.mark.parametrize(("level", "state"), [(97.0, "settled"), (3.0, "unsettled")])
-def test_layers_that_a_sweep_chose_are_settled_when_edits_of_them_change_the_model(level, state):
-    unedited = {"S": {"mean": 5.0, "low": 2.0, "high": 8.0, "n": 40}}
-    swept = dataclasses.replace(planted({window: level - window.first / 10 for window in BY_TRACE}), before=unedited)
-    selection = Selection(
+def test_agreement_counts_the_resamples_in_which_the_window_is_among_the_best():
+    scores = {window: 30.0 for window in BY_TRACE} | {Window(0, 2): 90.0, Window(1, 3): 86.0, Window(5, 7): 60.0}
+    swept = planted(scores)
+    for window in swept.windows:
+        mine = swept.draws[:, swept.windows.index(window)]
+        naive = np.mean([max(draw) - score <= CLOSE for draw, score in zip(swept.draws, mine, strict=True)])
+        assert window_agreement(swept, window) == pytest.approx(naive)
+    assert window_agreement(swept, Window(5, 7)) == 0
+    assert 0 < window_agreement(swept, Window(1, 3)) < window_agreement(swept, Window(0, 2)) == 1
+    best = finalists(swept)
+    assert best[0] == Window(0, 2)
+    assert Window(5, 7) not in best
+    assert finalists(swept, 1) == best[:1]
+    assert set(best) <= {window for window, near in zip(swept.windows, windows_near_best(swept), strict=True) if near}
+
+
+def test_the_layers_are_chosen_from_the_finals_where_there_are_some():
+    first = planted({window: 40.0 for window in BY_TRACE} | {Window(0, 2): 90.0, Window(1, 3): 88.0})
+    finals = planted({Window(0, 2): 80.0, Window(1, 3): 92.0})
+    first, finals = (dataclasses.replace(swept, before=UNEDITED) for swept in (first, finals))
+    decide = partial(decide_layers, selected(), validate_selection(first, gaps(), OWN), first, gaps(), "sweep")
+    assert decide().layers == (0, 1, 2)
+    decided = decide(finals)
+    assert decided.layers == (1, 2, 3)
+    assert decided.validation["finals"]["n_requests"] == len(set(finals.cases["case"]))
+    assert [record["layers"] for record in decided.validation["finals"]["windows"]] == [[0, 1, 2], [1, 2, 3]]
+    assert decided.validation["agreement"] == window_agreement(finals, Window(1, 3))
+    assert f"on {decided.validation['agreement']:.0%} of resamples of the requests" in decided.reason
+    assert len(decided.validation["windows"]) == len(first.windows), "the first round stays"
+
+
+UNEDITED = {"S": {"mean": 5.0, "low": 2.0, "high": 8.0, "n": 40}}
+
+
+def selected() -> Selection:
+    """A selection that is unsettled."""
+    return Selection(
         layers=OWN,
         rule="contribution",
         n_facts=12,
@@ -472,6 +508,12 @@ def test_layers_that_a_sweep_chose_are_settled_when_edits_of_them_change_the_mod
         candidates=(),
         reason="",
     )
+
+
+@pytest.mark.parametrize(("level", "state"), [(97.0, "settled"), (3.0, "unsettled")])
+def test_layers_that_a_sweep_chose_are_settled_when_edits_of_them_change_the_model(level, state):
+    swept = dataclasses.replace(planted({window: level - window.first / 10 for window in BY_TRACE}), before=UNEDITED)
+    selection = selected()
     decided = decide_layers(selection, validate_selection(swept, gaps(), OWN), swept, gaps(), "sweep")
     assert (decided.state, decided.agreement) == (state, selection.agreement)
     assert ("is not reliably above" in decided.reason) == (state == "unsettled")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.models import SENTENCES
 
@@ -32,6 +33,7 @@ from mechedit.files import plain_copy
 from mechedit.methods.tuned_settings import record_hash
 from mechedit.sweep import Window
 from mechedit.tuning import tuned_windows, tuning_facts
+from mechedit.tuning.trial import Trial, preferred
 
 TUNED_WITH = ("plant", "colour", "stone", "instrument")
 """Relations of the facts that are tuned with; facts of the others, about other subjects, judge the result."""
@@ -219,3 +221,28 @@ def test_windows_lie_within_the_moments_and_leave_the_last_layer_out(tiny: Any) 
     assert tuned_windows(tiny, range(5), TuneConfig(width=3)) == [(0, 2), (1, 3), (2, 4)]
     with_candidate = tuned_windows(tiny, range(5), TuneConfig(width=3), candidates=[(1, 4), (0, 9)])
     assert set(with_candidate) - set(tuned_windows(tiny, range(5), TuneConfig(width=3))) == {(1, 4)}
+
+
+def test_a_setting_is_left_as_it_was_unless_another_is_worth_it_on_most_resamples() -> None:
+    draws = np.linspace(80, 90, 101)
+
+    def trial(value: float, gain: Any) -> Trial:
+        scored = draws + gain
+        changes = {"relative_lr": value}
+        return Trial(
+            stage="",
+            window=Window(1, 2),
+            changes=changes,
+            facts=9,
+            scores={},
+            objective=float(scored.mean()),
+            draws=scored,
+        )
+
+    current = trial(0.2, 0.0)
+    assert preferred(current, [trial(0.4, 0.01)]) is current, "what decides ties is no reason"
+    better = trial(0.1, 1.0)
+    assert preferred(current, [trial(0.4, 0.01), better]) is better
+    lucky = trial(0.05, np.where(np.arange(101) < 30, 10.0, 0.0))
+    assert lucky.objective > better.objective, "better on average, and on three of ten resamples"
+    assert preferred(current, [lucky]) is current
