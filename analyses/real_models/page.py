@@ -96,18 +96,18 @@ def free_text(model: me.Model, folder: Path, requests: Sequence[me.EditRequest])
     edit = me.Edit.load(folder / "edit.safetensors")
     by_id = {request.id: request for request in requests}
     some_requests = [by_id[name] for name in random.Random(0).sample(list(edit.manifest["requests"]), WRITTEN)]
-    asked = [
+    pairs = [
         (prompt, request.target_new.strip())
         for request in some_requests
         for prompt in (request.prompt.replace("{}", request.subject), *request.paraphrases[:1])
     ]
-    prompts = [prompt for prompt, _ in asked]
+    prompts = [prompt for prompt, _ in pairs]
     before = generate(model, prompts, tokens=TOKENS)
     with edited(model, edit):
         after = generate(model, prompts, tokens=TOKENS)
     return [
         [prompt, new, *(" ".join(text.split()) for text in texts)]
-        for (prompt, new), *texts in zip(asked, before, after, strict=True)
+        for (prompt, new), *texts in zip(pairs, before, after, strict=True)
     ]
 
 

@@ -177,19 +177,19 @@ def table(judge: Judge, rules: Mapping[str, Any], best: Sequence[Window], count:
     """One row a rule: layers, score, regret, and how sure the rule is."""
     windows = {name: Window(rule["layers"][0], rule["layers"][-1]) for name, rule in rules.items() if rule["layers"]}
     swept = judge.sweep(sorted({*windows.values(), *best}), count)
-    named = {**windows, **{f"best of the screening, {place}": w for place, w in enumerate(best, 1)}}
+    window_of = {**windows, **{f"best of the screening, {rank}": w for rank, w in enumerate(best, 1)}}
     summary: Any = swept.table.set_index(["first", "last", "measure"])["mean"]
     rows = []
-    for name, window in named.items():
+    for name, window in window_of.items():
         if window in swept.failed:
             continue
-        lost = regret(swept, window)
+        cost = regret(swept, window)
         measured = {m: float(summary[window.first, window.last, m]) for m in (swept.score, "ES", "PS", "NS")}
         rule = rules.get(name, {"stability": None, "agreement": None})
         rows.append({
             "rule": name, "layers": f"{window.first}–{window.last}", **measured,
             "exact": float(summary[window.first, window.last, "exact_match"]),
-            "regret": lost["mean"], "low": lost["low"], "high": lost["high"],
+            "regret": cost["mean"], "low": cost["low"], "high": cost["high"],
             "stability": rule["stability"], "agreement": rule["agreement"],
         })  # fmt: skip
     rows += [{"rule": name, "layers": "none"} for name, rule in rules.items() if not rule["layers"]]
