@@ -302,8 +302,9 @@ def parse_json(text: str, what: str, remedy: str, *, finite: bool = True) -> Any
             digits.
     """
     read = functools.partial(_finite, what, remedy) if finite else float
+    read_integer = functools.partial(_whole, what, remedy)
     try:
-        return json.loads(text, parse_constant=read, parse_float=read)
+        return json.loads(text, parse_constant=read, parse_float=read, parse_int=read_integer)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{what} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; {remedy}"
@@ -320,6 +321,13 @@ def _finite(what: str, remedy: str, digits: str) -> float:
     """A number of JSON, which may be written larger than any float, or as the name of infinity or NaN."""
     if not math.isfinite(value := float(digits)):
         raise InputError(f"{what} holds the number {digits:.40}, expected finite ones; {remedy}")
+    return value
+
+
+def _whole(what: str, remedy: str, digits: str) -> int:
+    """A whole number of JSON, which some reader may turn into a float."""
+    value = int(digits)
+    _finite(what, remedy, digits)
     return value
 
 

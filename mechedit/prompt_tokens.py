@@ -21,7 +21,7 @@ from mechedit.batching import pad
 from mechedit.data import EditRequest, check_template, fill
 from mechedit.data.characters import visible
 from mechedit.data.joint import following
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models import Model, exclusive
 from mechedit.models.vocabulary import check_ids
 
@@ -212,7 +212,8 @@ def _complete_facts(
         completion = _complete(tokenizer, text, list(prompt.ids), ending, encoded)
         if tuple(completion.prompt[: prompt.subject.stop]) != prompt.ids[: prompt.subject.stop]:
             raise InputError(
-                f"the tokenizer merges the end of the subject {subject!r} in {text!r} with the object {target!r}, so "
+                f"the tokenizer merges the end of the subject {brief(subject)} in {brief(text)} with the object "
+                f"{brief(target)}, so "
                 f"neither has tokens of its own; expected text between them: end the prompt with another word, or "
                 f"give a joint"
             )
@@ -251,7 +252,7 @@ def _say_once(tokenizer: Any, message: str) -> None:
 
 def _nonempty(text: str) -> str:
     if not text.strip():
-        raise InputError(f"the object {text!r} gives no tokens; expected text that is not empty")
+        raise InputError(f"the object {brief(text)} gives no tokens; expected text that is not empty")
     return text
 
 
@@ -269,10 +270,11 @@ def _complete(tokenizer: Any, prompt: str, prompt_ids: list[int], text: str, joi
             "object are scored; where that is not meant, end the prompt otherwise or give a joint (said once)",
         )
     if start >= len(ids):
-        raise InputError(f"the object {text!r} gives no tokens; expected text that is not empty")
+        raise InputError(f"the object {brief(text)} gives no tokens; expected text that is not empty")
     if not start:
         raise InputError(
-            f"the prompt {prompt!r} gives no tokens of its own before {text!r}; expected a prompt that is not empty, "
+            f"the prompt {brief(prompt)} gives no tokens of its own before {brief(text)}; expected a prompt that is "
+            f"not empty, "
             f"and that the tokenizer does not merge with what follows: fill it in, or end it with another word"
         )
     return Completion(ids[:start], ids[start:])
@@ -296,7 +298,8 @@ def _holding(spans: Sequence[tuple[int, int]], start: int, end: int, text: str, 
     positions = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
     if not positions:
         raise InputError(
-            f"no token of {text!r} holds the subject {subject!r}; expected a subject of at least one token: check the "
+            f"no token of {brief(text)} holds the subject {brief(subject)}; expected a subject of at least one "
+            f"token: check the "
             f"subject's text"
         )
     return range(positions[0], positions[-1] + 1)
@@ -335,7 +338,7 @@ def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:
         InputError: there are none, or one lacks its one {}.
     """
     if isinstance(prefixes, str) or not prefixes:
-        raise InputError(f"the prefixes are {prefixes!r}, expected a list of templates such as ['{{}}']")
+        raise InputError(f"the prefixes are {brief(prefixes)}, expected a list of templates such as ['{{}}']")
     for prefix in prefixes:
         check_template(prefix, "prefix")
     return tuple(prefixes)

@@ -7,22 +7,29 @@ images inside. Sections without data are left out.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from typing_extensions import TypedDict
 
+from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.errors import InputError
 from mechedit.evaluation import MEASURES, Scores
 from mechedit.files import atomic, read_header, read_object
+from mechedit.moments.second_moment import MomentRecord
 from mechedit.provenance import VERSION, file_hash
+from mechedit.records import ModelRecord, Number, Whole, check_record, partial_record, read_record
 from mechedit.run_folder import check_step, read_stamps, sweep_run_folder
+from mechedit.selection import Selection
+from mechedit.sweep import Validation
 from mechedit.tables import read_table, where
 from mechedit.trace import average_effects, clearest_fact, total_effects
 
@@ -30,6 +37,41 @@ SOURCES = ("effects.parquet", "selection.json", "edit.safetensors", "scores.parq
 """Files of results; a folder with none of them is not a run."""
 EXAMPLES = 10
 """Number of greedy answers shown."""
+
+
+FACT_COLUMNS = ("id", "subject", "prompt", "object")
+
+
+class SeedRecord(TypedDict, total=False):
+    """Settings with a seed."""
+
+    seed: Whole | None
+
+
+class TraceRecord(TypedDict, total=False):
+    """The attributes of effects.parquet that a report reads."""
+
+    noise_std: Number | None
+    dropped: list[tuple[str, str]]
+    provenance: ModelRecord
+    config: SeedRecord
+
+
+class EntryRecord(TypedDict):
+    """A measure in summary.json."""
+
+    mean: Number | None
+    low: Number | None
+    high: Number | None
+    n: Whole
+
+
+class SummaryRecord(TypedDict, total=False):
+    """The scores of each state in summary.json."""
+
+    before: dict[str, EntryRecord] | None
+    after: dict[str, EntryRecord] | None
+    now: dict[str, EntryRecord] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +108,8 @@ def write_report(folder: str | Path) -> Path:
     sweep_run_folder(folder)
     # An edit holds its own checksums: it may be another one than the folder's step made.
     check_step(folder, "trace", "sweep", "evaluate")
-    page = _template().render(contents(folder))
+    with _readable(folder):
+        page = _template().render(contents(folder))
     with atomic(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "report.html"
@@ -92,7 +135,7 @@ def contents(folder: Path) -> dict[str, Any]:
         "files": [
             {"name": path.name, "size": path.stat().st_size, "hash": file_hash(path)}
             for path in _visible(folder.iterdir())
-            if path.suffix in (".parquet", ".json", ".safetensors")
+            if path.suffix in (".parquet", ".json", ".safetensors") and path.is_file()
         ],
         "version": VERSION,
     }
@@ -100,7 +143,8 @@ def contents(folder: Path) -> dict[str, Any]:
 
 def trace_section(path: Path) -> dict[str, Any]:
     """Effects at the papers' sites, and the fact whose heatmap is shown."""
-    effects = read_table(path)
+    effects = read_table(path, ("fact", "layer", "position", "effect", "samples"))
+    check_record(effects.attrs, TraceRecord, f"the attributes of {str(path)!r}", "trace again")
     if effects.empty:
         raise InputError(f"{str(path)!r} holds no effects, expected one row per restored cell: trace again")
     facts = path.parent / "facts.parquet"
@@ -110,7 +154,9 @@ def trace_section(path: Path) -> dict[str, Any]:
         "noise_std": effects.attrs.get("noise_std"),
         "dropped": effects.attrs.get("dropped", []),
         "effects": site_effects(where(effects, metric="probability")),
-        "fact": _fact_summary(clearest_fact(effects), read_table(facts) if facts.is_file() else pd.DataFrame()),
+        "fact": _fact_summary(
+            clearest_fact(effects), read_table(facts, FACT_COLUMNS) if facts.is_file() else pd.DataFrame()
+        ),
         "provenance": effects.attrs.get("provenance", {}),
         "seed": effects.attrs.get("config", {}).get("seed"),
     }
@@ -186,6 +232,10 @@ def selection_section(path: Path) -> dict[str, Any]:
     selection = read_object(path, "alternatives", "validation", "provenance")
     if not isinstance(selection.get("layers"), list):
         raise InputError(f"{str(path)!r} is not a selection, expected what `mechedit select` wrote: select again")
+    present = {name: value for name, value in selection.items() if value is not None}
+    check_record(present, partial_record(Selection), repr(str(path)), "select again")
+    if selection.get("validation"):
+        read_record(selection["validation"], Validation, f"the validation in {str(path)!r}", "select again")
     alternatives = selection.get("alternatives") or {}
     return {
         **{
@@ -222,13 +272,17 @@ def moments_section(paths: Sequence[Path]) -> dict[str, Any] | None:
     """Layers of the second moments, with the text and the tokens that each was collected over."""
     if not paths:
         return None
-    headers = sorted((read_header(path, "provenance") for path in paths), key=lambda header: header["layer"])
+    headers = [read_header(path, "provenance") for path in paths]
+    for path, header in zip(paths, headers, strict=True):
+        check_record(header, MomentRecord, f"the header of {str(path)!r}", "collect it again")
+    headers.sort(key=lambda header: header["layer"])
     return {"layers": span([header["layer"] for header in headers]), "headers": headers}
 
 
 def edit_section(path: Path) -> dict[str, Any]:
     """The edit's manifest."""
     manifest = read_header(path, "manifest")
+    check_record(manifest, ManifestRecord, f"the manifest of {str(path)!r}", "make the edit again")
     return {
         **{
             "method": "?",
@@ -249,6 +303,7 @@ def edit_section(path: Path) -> dict[str, Any]:
 def evaluation_section(path: Path) -> dict[str, Any] | None:
     """The measures of each state, in the order of `MEASURES`; None when nothing was evaluated."""
     summary = read_object(path, "before", "after", "now")
+    check_record(summary, SummaryRecord, repr(str(path)), "evaluate again")
     states = [state for state in ("before", "after", "now") if summary.get(state)]
     explained = {name: measure for name, measure in MEASURES.items() if measure.meaning}
     measures = [measure for name, measure in explained.items() if any(name in summary[state] for state in states)]
@@ -296,6 +351,7 @@ def model_card(sections: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[st
     provenances = [(sections[name] or {}).get("provenance") for name in ("trace", "selection", "examples")]
     provenances += [(sections["edit"] or {}).get("model"), *(step.get("model") for step in steps.values())]
     card = next((provenance for provenance in provenances if provenance), {})
+    check_record(card, ModelRecord, "the provenance of the model in these results", "make them again")
     settings = [step.get("settings", {}) for step in steps.values()]
     return {
         **{
@@ -348,7 +404,24 @@ def _visible(paths: Iterable[Path]) -> list[Path]:
 
 
 def _if_present(path: Path, section: Any) -> Any:
-    return section(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with _readable(path):
+        return section(path)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say of which file it is that its parts do not fit each other, where no check of each part could tell."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, UndefinedError) as error:
+        raise InputError(
+            f"{str(path)!r} cannot be shown ({type(error).__name__}: {error!s:.200}); expected what mechedit wrote, "
+            f"as it wrote it: make it again"
+        ) from error
 
 
 def _template() -> Any:

@@ -30,6 +30,7 @@ from mechedit.provenance import (
     file_hash,
     value_hash,
 )
+from mechedit.records import ModelRecord, check_record
 from mechedit.temporary_names import sweep
 
 _FOLDERS = (".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts")
@@ -197,9 +198,12 @@ def read_stamps(folder: Path) -> dict[str, Any]:
         for part, value in parts.items():
             if not isinstance(value, dict):
                 raise InputError(
-                    f"the step {part!r} in {str(file)!r} is {brief(value)}, expected an object; remove the file, and "
+                    f"the step {brief(part)} in {str(file)!r} is {brief(value)}, expected an object; remove the "
+                    f"file, and "
                     f"make the steps again"
                 )
+        what = f"the model of the step {brief(name)} in {str(file)!r}"
+        check_record(stamp.get("model", {}), ModelRecord, what, "remove the file, and make the steps again")
     return steps
 
 

@@ -46,7 +46,10 @@ def small_edit(layers: tuple[int, ...] = (1, 2)) -> Edit:
         layer: Factors(left=torch.randn(3, 2, generator=draw), right=torch.randn(2, 3, generator=draw))
         for layer in layers
     }
-    manifest = {"method": "test", "layers": list(layers), "model": {"weights_hash": "ab"}, "facts": ["É → ü", 0.1]}
+    manifest = {
+        "method": "test", "layers": list(layers), "model": {"weights_hash": "ab"}, "facts": ["É → ü"],
+        "settings": {"lr": 0.1},
+    }  # fmt: skip
     return Edit(factors=factors, manifest=manifest)
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import socket
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.mutations import refusal
 
-from mechedit import InputError, MemitConfig, Selection, load_facts, load_requests, load_texts, recommended
+from mechedit import Edit, InputError, MemitConfig, Selection, load_facts, load_requests, load_texts, recommended
+from mechedit.cli.config_file import config_defaults, read_yaml
+from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.evaluation import Scores
 from mechedit.figures import run_figures
-from mechedit.files import read_header, read_json, read_object, write_json, write_tensors
+from mechedit.files import read_arrays, read_header, read_json, read_object, write_json, write_tensors
+from mechedit.moments.second_moment import load_moment
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
 from mechedit.tables import read_table
@@ -152,3 +160,120 @@ def test_attributes_that_are_no_object_are_refused(tmp_path: Path, attrs: str) -
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"PANDAS_ATTRS": attrs.encode()}), file)
     with pytest.raises(InputError, match=r"effects\.parquet"):
         read_table(file)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e400"])
+def test_what_is_no_finite_number_is_refused(tmp_path: Path, number: str) -> None:
+    file = tmp_path / "file.json"
+    file.write_text(f'{{"a": [{number}]}}')
+    with pytest.raises(InputError, match=r"file\.json' holds the number .*expected finite ones"):
+        read_json(file)
+    file.write_text('{"a": [1e308]}')
+    assert read_json(file) == {"a": [1e308]}
+
+
+MANIFEST = {"method": "memit", "layers": [2], "model": {"weights_hash": "ab"}, "requests": ["1"], "facts": ["a → b"]}
+OTHER_FIELDS = {
+    "method": 5, "mechedit": [], "layers": "2", "model": [], "requests": [1], "facts": "a", "prefixes": [None],
+    "targets": [], "settings": 3, "residuals": [{"layer": "a", "before": 1, "after": 0}], "left": ["a"],
+    "unconverged": "1", "probability": [[1]], "training": {"losses": []}, "truncated": [{"rank": 1}], "parts": [[]],
+    "warnings": "a", "settings_from": [{"source": "tuned.json", "hash": "ab", "settings": "lr"}],
+}  # fmt: skip
+"""For each field of a manifest a value of another type than it has."""
+
+
+@pytest.mark.parametrize("name", OTHER_FIELDS)
+@pytest.mark.parametrize("within", [False, True], ids=["outside", "in a part"])
+def test_a_field_of_a_manifest_of_another_type_is_refused(tmp_path: Path, name: str, within: bool) -> None:
+    file = tmp_path / "edit.safetensors"
+    factors = {f"layer.2.{side}": torch.ones(2, 2) for side in ("left", "right")}
+    write_tensors(file, factors, "manifest", {**MANIFEST, "parts": [MANIFEST]})
+    assert Edit.load(file).layers == [2]  # the control
+    damaged = {**MANIFEST, name: OTHER_FIELDS[name]}
+    write_tensors(file, factors, "manifest", {**MANIFEST, "parts": [damaged]} if within else damaged)
+    place = f"parts.0.{name}" if within else name
+    with pytest.raises(
+        InputError, match=rf"the manifest of .*edit\.safetensors' cannot be read: '{place}.*make the edit"
+    ):
+        Edit.load(file)
+
+
+def test_a_manifest_names_every_field_that_is_checked() -> None:
+    assert set(OTHER_FIELDS) | {"made_on"} == set(ManifestRecord.__annotations__)
+
+
+OTHER_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int64, torch.bool)
+
+
+@pytest.mark.parametrize("dtype", OTHER_DTYPES)
+@pytest.mark.parametrize("shape", [(4, 4), ()])
+def test_tensors_that_are_no_matrices_of_numbers_are_refused(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    header = {"weights_hash": "ab", "layer": 2, "count": 100}
+    for values in (
+        torch.ones(shape).to(dtype),
+        torch.ones(()),
+        torch.ones(4),
+        torch.full((4, 4), 1e308, dtype=torch.float64),
+    ):
+        path = tmp_path / "moments" / "layer_2.safetensors"
+        write_tensors(path, {"matrix": values}, "provenance", header)
+        with pytest.raises(InputError, match=r"layer_2\.safetensors"):
+            load_moment(tmp_path, 2)
+        factors = {"layer.2.left": values, "layer.2.right": torch.ones(4, 4)}
+        write_tensors(tmp_path / "edit.safetensors", factors, "manifest", MANIFEST)
+        with pytest.raises(InputError, match=r"edit"):
+            Edit.load(tmp_path / "edit.safetensors")
+    write_tensors(path, {"matrix": torch.eye(4).double()}, "provenance", header)
+    assert load_moment(tmp_path, 2).count == 100
+    write_tensors(tmp_path / "edit.safetensors", {**factors, "layer.2.left": torch.ones(4, 4)}, "manifest", MANIFEST)
+    assert Edit.load(tmp_path / "edit.safetensors").layers == [2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_pipe_or_a_socket_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    def make(path: Path) -> Path:
+        if kind == "pipe":
+            os.mkfifo(path)
+        else:
+            socket.socket(socket.AF_UNIX).bind(str(path))
+        return path
+
+    data, table, tensors, array = (make(tmp_path / name) for name in ("a.json", "a.parquet", "a.safetensors", "a.npy"))
+    readers = (
+        *((read, data) for read in (read_json, load_facts, load_requests, load_texts, Selection.load, read_yaml)),
+        (read_table, table), (Edit.load, tensors), (read_arrays, array),
+    )  # fmt: skip
+    for read, path in readers:
+        with pytest.raises(InputError, match=r"is a pipe, a socket or a device, expected a file"):
+            read(path if read is not read_yaml else str(path))
+    data.unlink()
+    data.write_text("{}")
+    assert read_json(data) == {}  # the control
+
+
+def test_messages_stay_short_whatever_is_quoted(tmp_path: Path) -> None:
+    """Every loader is given values of 20,000 characters, one field after the other, and ids and keys as long."""
+    huge = "Rome " * 4000
+    fact = {"id": "1", "subject": "Rome", "prompt": "{} is in", "object": "Italy", "relation": "r", "foil": "France"}
+    lists = {"paraphrases": ["Rome lies in"], "neighbors": [{"prompt": "Paris is in", "object": "France"}]}
+    record = {**REQUEST, **lists, "target_true": "Italy", "joint": " ", "turn": "{}"}
+    values: list[Any] = [huge, huge + "{} {}", [huge], {"a": huge}, [[huge]], {huge: 1}, huge + "\ud83d", "{}" * 10_000]
+    refused = 0
+    for load, base in ((load_facts, fact), (load_requests, record), (load_texts, {"text": "a"})):
+        file = tmp_path / "file.json"
+        for name in [*base, huge]:
+            for value in values:
+                file.write_text(json.dumps([{**base, name: value}]))
+                message = refusal(partial(load, file) if load is load_texts else partial(load, file, strict=True))
+                refused += message is not None
+                assert len(message or "") < 1200, (load.__name__, name[:10], (message or "")[:300])
+    assert refused > 100, "values like these must be refused, else nothing was tried"
+    for name in ("--kinds", "--max-facts", huge):
+        (tmp_path / "options.yaml").write_text(json.dumps({name.removeprefix("--"): {"a": huge}}))
+        group = type("Group", (), {"commands": {"trace": type("Command", (), {"params": []})()}})()
+        with pytest.raises(InputError) as caught:
+            config_defaults(group, ["trace", "--config", str(tmp_path / "options.yaml")])
+        assert len(str(caught.value)) < 1200

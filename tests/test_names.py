@@ -17,7 +17,9 @@ SILENT = {
 TERMS = {
     # The factors of ΔW = left · right, as edit files name them.
     "left": ("mechedit/edit/", "mechedit/solve/", "mechedit/methods/"),
-    "share": ("mechedit/selection/", "mechedit/methods/"),  # SelectConfig.share; a layer's share of the residual
+    # SelectConfig.share; a layer's share of the residual; a field in the header of a checkpoint
+    "share": ("mechedit/selection/", "mechedit/methods/", "mechedit/moments/checkpoints.py"),
+    "place": ("mechedit/moments/checkpoints.py",),  # a field there too
     "found": ("mechedit/selection/early_site.py",),  # a field of selection.json
     "other": ("mechedit/evaluation/scores.py", "mechedit/solve/saddle_point.py"),  # the second operand of join and +
 }

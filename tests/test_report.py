@@ -264,3 +264,13 @@ def test_numbers_and_spans_are_typeset():
     assert [number(x) for x in (None, float("nan"))] == ["–", "–"]
     assert number(99.5, 0) == "100"
     assert [span(x) for x in ([3, 4, 5], [5], [3, 8], [])] == ["3–5", "5", "3, 8", "none"]
+
+
+def test_the_page_loads_nothing_from_elsewhere(tmp_path):
+    write_trace(tmp_path)
+    add_figures(tmp_path, ["fact"])
+    page = write_report(tmp_path).read_text()
+    sources = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import\s+(\S+)""", page)
+    addresses = [address for groups in sources for address in groups if address]
+    assert any(address.startswith("data:image/png") for address in addresses)  # the control: there is something to find
+    assert all(address.startswith(("data:", "#")) for address in addresses)

@@ -15,9 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.bounds import LARGEST
+from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.errors import InputError, check_finite
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import ModelIdentity
+from mechedit.records import check_record
 
 METADATA_KEY = "manifest"
 """Name of the manifest in the file's metadata."""
@@ -84,9 +87,8 @@ class Edit:
                 not finite; its manifest does not say which weights the edit is for, or names a layer that is not there.
         """
         tensors, manifest = read_tensors(path, METADATA_KEY)
-        edit = cls(factors=_factors(tensors, path), manifest=_manifest(manifest, path))
-        layers = edit.manifest.get("layers")
-        missing = [layer for layer in layers if layer not in edit.factors] if isinstance(layers, list) else []
+        edit = cls(factors=factors_of(tensors, path), manifest=_manifest(manifest, path))
+        missing = [layer for layer in edit.manifest.get("layers", ()) if layer not in edit.factors]
         if missing:
             raise InputError(
                 f"{str(path)!r} holds the layers {edit.layers} and lacks {missing}, which its manifest names; expected "
@@ -109,21 +111,27 @@ def has_same_factors(first: Edit, second: Edit) -> bool:
 
 
 def check_factors(edit: Edit) -> None:
-    """Refuse factors that are not finite.
+    """Refuse factors that are not finite, or so large that their products would not be.
 
     Raises:
-        InputError: names the layer and the factor, and says how many of its values.
+        InputError: names the layer and the factor, and says how many of its values are not finite.
     """
     for layer, factors in edit.factors.items():
         for side in SIDES:
-            check_finite(f"the edit's layer {layer}: the values of its {side} factor", getattr(factors, side))
+            factor = getattr(factors, side)
+            check_finite(f"the edit's layer {layer}: the values of its {side} factor", factor)
+            if factor.numel() and float(factor.abs().max()) > LARGEST:
+                raise InputError(
+                    f"the edit's layer {layer}: its {side} factor holds {float(factor.abs().max()):.1e}, expected "
+                    f"values of at most {LARGEST:g}; make the edit again"
+                )
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
 
 
-def _factors(tensors: Mapping[str, Tensor], path: str | Path) -> dict[int, Factors]:
+def factors_of(tensors: Mapping[str, Tensor], path: str | Path) -> dict[int, Factors]:
     """The tensors of an edit file by layer.
 
     Raises:
@@ -162,10 +170,10 @@ def _manifest(content: Any, path: str | Path) -> dict[str, Any]:
     """The manifest, checked.
 
     Raises:
-        InputError: it does not name the weights that the edit is for.
+        InputError: a field is of another type; or it does not name the weights that the edit is for.
     """
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not model.get("weights_hash"):
+    check_record(content, ManifestRecord, f"the manifest of {str(path)!r}", "make the edit again")
+    if not content.get("model", {}).get("weights_hash"):
         raise InputError(
             f"the manifest of {str(path)!r} does not say which model the edit is for (model.weights_hash is absent); "
             f"expected an edit that mechedit wrote: make it again"

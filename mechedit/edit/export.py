@@ -21,7 +21,7 @@ from mechedit.edit.apply_undo import check_model, edited
 from mechedit.edit.combine import truncate
 from mechedit.edit.edit import Edit, Factors
 from mechedit.edit.weights import HALF, projection_parameter, rounded_sum
-from mechedit.errors import InputError, check_choice, check_finite
+from mechedit.errors import InputError, brief, check_choice, check_finite
 from mechedit.files import atomic_folder, checked_path, write_json
 from mechedit.locks import locked
 from mechedit.models import DTYPES, MODULES, Model, exclusive
@@ -260,7 +260,7 @@ def _check_lora(model: Model, edit: Edit, folder: Path, modules: Mapping[int, tu
         expected = model.run(tokens).logits.float().cpu()
     error = float((adapted - expected).norm() / expected.norm())
     if not error <= (5e-2 if model.dtype in HALF else 2e-3):
-        raise _lossy(f"PEFT's logits on {text!r} differ by {error:.2g} of their norm")
+        raise _lossy(f"PEFT's logits on {brief(text)} differ by {error:.2g} of their norm")
 
 
 def _lossy(what: str) -> InputError:

@@ -21,6 +21,7 @@ from mechedit.evaluation.drift import States
 from mechedit.evaluation.scores import Scores, check_same_input
 from mechedit.files import atomic_folder, read_tensors, write_tensors
 from mechedit.provenance import check_provenance
+from mechedit.records import check_record
 
 FILE = "states.safetensors"
 
@@ -76,10 +77,13 @@ class Baseline:
         """
         scores = Scores.load(folder)
         tensors, prompts = read_tensors(Path(folder) / FILE, "prompts")
+        what, remedy = f"the prompts of {str(Path(folder) / FILE)!r}", "measure the unedited model again"
+        check_record(prompts, list[str], what, remedy)
         states = tensors.get("states", torch.empty(0, 0, dtype=torch.float32, device="cpu"))
-        if len(states) != len(prompts) or len(scores.states) != 1:
+        if states.ndim != 2 or len(states) != len(prompts) or len(scores.states) != 1:
             raise InputError(
-                f"{str(folder)!r} holds {len(states)} states of {len(prompts)} prompts and {len(scores.states)} model "
-                f"states, expected as many states as prompts and one model state: measure the unedited model again"
+                f"{str(folder)!r} holds states of shape {list(states.shape)} for {len(prompts)} prompts, and "
+                f"{len(scores.states)} model states, expected a row per prompt and one model state: measure the "
+                f"unedited model again"
             )
         return Baseline(scores=scores, prompts=tuple(prompts), states=states)

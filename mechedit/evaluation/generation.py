@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.evaluation.config import EntropyForm
 from mechedit.evaluation.generation_plan import plan_generation
 from mechedit.models import Model, exclusive
@@ -83,7 +83,7 @@ def _prompt_ids(model: Model, prompts: Sequence[str]) -> list[list[int]]:
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not 0 < len(ids) < model.max_positions:
             raise InputError(
-                f"the prompt {prompt!r} has {len(ids)} tokens, expected between 1 and "
+                f"the prompt {brief(prompt)} has {len(ids)} tokens, expected between 1 and "
                 f"{model.max_positions - 1} (the context of {model.name}): fill it in, or shorten it"
             )
     return encoded

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models import Model, exclusive, transformers_model
 
 COLUMNS = ("task", "metric", "value", "stderr", "n")
@@ -57,7 +57,8 @@ def general_ability(
     manager = task_manager(include_path=None if folder is None else str(folder), include_defaults=bool(names))
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise InputError(
-            f"the harness knows no task {unknown[0]!r}, expected a name that `lm_eval ls tasks` prints, or one of a "
+            f"the harness knows no task {brief(unknown[0])}, expected a name that `lm_eval ls tasks` prints, or one "
+            f"of a "
             f"task file in `folder`: check the name"
         )
     # The harness gives a tokenizer without padding token one of its own, so it gets a copy.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mechedit.batching import batches_of, pad
 from mechedit.data.joint import following
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.evaluation.config import Likelihood
 from mechedit.models import Model, Readout, Site, WholeReadout, exclusive
 from mechedit.models.vocabulary import check_ids
@@ -140,7 +140,7 @@ def _encode(model: Model, pairs: Sequence[Pair]) -> list[_PairTokens]:
     for (prompt, _), completion in zip(pairs, completions, strict=True):
         if len(completion.ids) > model.max_positions:
             raise InputError(
-                f"the prompt {prompt!r} with its object has {len(completion.ids)} tokens, expected at most "
+                f"the prompt {brief(prompt)} with its object has {len(completion.ids)} tokens, expected at most "
                 f"{model.max_positions}, the context of {model.name}: shorten or drop it"
             )
     return [_PairTokens(pair, completion) for pair, completion in zip(pairs, completions, strict=True)]
@@ -172,7 +172,7 @@ def _score_chunk(
     for row, score in zip(rows, scores, strict=True):
         if not math.isfinite(score.log_prob):
             raise InputError(
-                f"the log-probability of {row.pair[1]!r} after {row.pair[0]!r} is {score.log_prob}, "
+                f"the log-probability of {brief(row.pair[1])} after {brief(row.pair[0])} is {score.log_prob}, "
                 f"expected a finite number: load the model in float32, or check its weights and the edit"
             )
     return scores, states

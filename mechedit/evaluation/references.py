@@ -17,7 +17,7 @@ import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.evaluation.probe_prompts import ScoreRow
 from mechedit.files import checked_path
 from mechedit.provenance import value_hash
@@ -156,7 +156,8 @@ def _cleaned(texts: Mapping[Key, Iterable[str]]) -> dict[Key, tuple[str, ...]]:
     for (relation, target), group in texts.items():
         if isinstance(group, str):
             raise InputError(
-                f"the references of {relation!r} and {target!r} are one text, expected a list of texts: put it in one"
+                f"the references of {brief(relation)} and {brief(target)} are one text, expected a list of texts: "
+                f"put it in one"
             )
         key = (relation, target.strip())
         cleaned[key] = cleaned.get(key, ()) + tuple(text for text in group if text.strip())

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from typing_extensions import TypedDict
 
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, brief, brief_list, check_choice
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.measures import COUNTERFACT, TEXT_MEASURES, ZSRE, definitions
 from mechedit.evaluation.summary import Summary, summarize_cases, summarize_texts
 from mechedit.files import read_object, write_json, write_parquet
 from mechedit.provenance import VERSION, ModelIdentity, check_provenance
+from mechedit.records import ModelRecord, check_record, read_record
 from mechedit.tables import read_table, where
 
 TABLE_COLUMNS = ("case", "measure", "kind", "prompt", "value", "state")
@@ -31,6 +33,22 @@ SCORE_FILES = ("scores.parquet", "answers.parquet", "scores.json")
 """The files of scores in their folder."""
 SAME_INPUT = ("outer_hash", "requests", "texts", "references")
 """Fields of a state's provenance that no edit changes: the model outside its blocks, and the input."""
+
+
+class StateRecord(ModelRecord, total=False):
+    """The provenance of one state in scores.json: the model measured, and the input."""
+
+    requests: str
+    texts: dict[str, Any] | None
+    references: str | None
+
+
+class ScoresRecord(TypedDict):
+    """The content of scores.json, but for the counts, which are not read."""
+
+    cases: list[str]
+    config: dict[str, Any]
+    provenance: dict[str, StateRecord]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,7 +166,7 @@ class Scores:
             )
         check_states([*self.provenance.items(), *other.provenance.items()])
         if repeated := set(self.states) & set(other.states):
-            raise InputError(f"both scores hold the state {repeated.pop()!r}, expected different states: drop one")
+            raise InputError(f"both scores hold the state {brief(repeated.pop())}, expected different states: drop one")
         return Scores(
             table=pd.concat([self.table, other.table], ignore_index=True),
             answers=pd.concat([self.answers, other.answers], ignore_index=True),
@@ -179,20 +197,38 @@ class Scores:
             InputError: a file is missing or holds something else.
         """
         folder = Path(folder)
-        about = read_object(folder / "scores.json", "config", "provenance")
-        try:
-            return Scores(
-                table=read_table(folder / "scores.parquet"),
-                answers=read_table(folder / "answers.parquet"),
-                cases=tuple(about["cases"]),
-                config=EvaluationConfig(**about["config"]),
-                provenance=about["provenance"],
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{str(folder / 'scores.json')!r} does not describe scores ({error}); expected what evaluate "
-                f"writes: evaluate again"
-            ) from error
+        about, what, remedy = read_object(folder / "scores.json"), repr(str(folder / "scores.json")), "evaluate again"
+        check_record(about, ScoresRecord, what, remedy)
+        scores = Scores(
+            table=read_table(folder / "scores.parquet", TABLE_COLUMNS),
+            answers=read_table(folder / "answers.parquet", ANSWER_COLUMNS),
+            cases=tuple(about["cases"]),
+            config=read_record(about["config"], EvaluationConfig, f"the settings in {what}", remedy),
+            provenance=about["provenance"],
+        )
+        _check_rows(scores, str(folder), remedy)
+        return scores
+
+
+def _check_rows(scores: Scores, folder: str, remedy: str) -> None:
+    """Refuse tables that hold other cases or states than their scores.json names, or an answer twice.
+
+    Raises:
+        InputError: says which.
+    """
+    allowed = {"case": {"", *scores.cases}, "state": set(scores.states)}
+    for name, table in (("scores.parquet", scores.table), ("answers.parquet", scores.answers)):
+        for column, values in allowed.items():
+            if unknown := [value for value in table[column].unique() if value not in values]:
+                raise InputError(
+                    f"{name} in {folder!r} has the {column} {brief(unknown[0])}, expected those in scores.json: "
+                    f"{remedy}"
+                )
+        columns = [column for column in ("case", "measure", "kind", "prompt", "state") if column in table]
+        if table[columns].isna().to_numpy().any():
+            raise InputError(f"{name} in {folder!r} has rows without a case, kind, prompt or state; {remedy}")
+    if scores.answers.duplicated(["case", "kind", "prompt", "state"]).any():
+        raise InputError(f"answers.parquet in {folder!r} holds an answer twice; {remedy}")
 
 
 def check_states(states: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -205,7 +241,9 @@ def check_states(states: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     for (_, before), (state, after) in pairwise(states):
         # A field that only one of them records cannot differ.
         recorded = {name: value for name, value in before.items() if name in after}
-        check_same_input({name: after[name] for name in recorded}, recorded, f"the table of scores {state!r}", remedy)
+        check_same_input(
+            {name: after[name] for name in recorded}, recorded, f"the table of scores {brief(state)}", remedy
+        )
 
 
 def check_same_input(provenance: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str) -> None:
@@ -229,6 +267,6 @@ def _check_columns(frame: pd.DataFrame, expected: Sequence[str], what: str) -> N
     missing = [column for column in expected if column not in frame.columns]
     if missing:
         raise InputError(
-            f"{what} has no column {missing[0]!r} (found: {', '.join(map(str, frame.columns)) or 'none'}), "
+            f"{what} has no column {brief(missing[0])} (found: {brief_list(frame.columns)}), "
             f"expected {', '.join(expected)}: evaluate again"
         )

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mechedit.edit import Edit
-from mechedit.errors import InputError
 from mechedit.files import read_object
 from mechedit.methods.settings import MethodConfig
 from mechedit.methods.tuned_settings import TunedSettings, tuned_settings
 from mechedit.models import Model
 from mechedit.provenance import file_hash
+from mechedit.records import read_record
 
 Config = TypeVar("Config", bound=MethodConfig)
 SETTINGS_FROM = "settings_from"
@@ -114,10 +114,7 @@ def recommendation(
     config = kind()
     for path, settings in parts:
         merged = with_settings(merged, settings)
-        try:
-            config = kind(**merged)
-        except (TypeError, InputError) as error:
-            raise InputError(f"{str(path)!r} does not fit the method {method!r}: {error}; fix the file") from error
+        config = read_record(merged, kind, f"the settings of {method!r} in {str(path)!r}", "fix the file")
     return Recommendation(config=config, layers=layers, sources=tuple(sources))
 
 

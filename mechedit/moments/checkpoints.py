@@ -10,10 +10,11 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
@@ -21,12 +22,31 @@ from mechedit.locks import locked
 from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.chunks import START, Rank, TextPosition
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
-from mechedit.moments.second_moment import METADATA_KEY, check_header
+from mechedit.moments.second_moment import METADATA_KEY, MomentRecord, check_header
 from mechedit.provenance import check_provenance
+from mechedit.records import Number, Whole, check_record
 from mechedit.temporary_names import sweep
 
 PROGRESS_FIELDS = ("share", "place", "done", "read")
 """Fields of a checkpoint's header that say how far it has come, and not what it is of."""
+
+
+class CurveRecord(TypedDict):
+    """The convergence curve of a checkpoint so far."""
+
+    rows: list[tuple[Number | None, Number | None, Number | None]]
+    count: Whole
+    settings: dict[str, Any]
+
+
+class CheckpointRecord(MomentRecord, total=False):
+    """The header of a checkpoint: that of a moment, and how far it has come."""
+
+    share: Required[tuple[Whole, Whole]]
+    place: Required[tuple[Whole, Whole, Whole]]
+    done: Required[bool]
+    read: Required[list[Whole]]
+    curve: CurveRecord
 
 
 @dataclass(kw_only=True, eq=False)
@@ -85,7 +105,9 @@ def load_checkpoint(path: Path, device: torch.device | str, convergence: Converg
         InputError: the file is absent, damaged or not a checkpoint.
     """
     tensors, header = read_tensors(path, METADATA_KEY)
-    if "total" not in tensors or not {"layer", "count", *PROGRESS_FIELDS} <= header.keys():
+    check_record(header, CheckpointRecord, f"the header of {str(path)!r}", "remove the file")
+    width = len(tensors["total"]) if "total" in tensors and tensors["total"].ndim else 0
+    if not width or tensors["total"].shape != (width, width):
         raise InputError(f"{str(path)!r} is not a checkpoint of mechedit moments; remove it")
     accumulator = MomentAccumulator(len(tensors["total"]), device)
     accumulator.total, accumulator.count = tensors["total"].to(device), header["count"]
@@ -100,6 +122,8 @@ def load_checkpoint(path: Path, device: torch.device | str, convergence: Converg
         done=header["done"],
     )
     if convergence is not None and "curve" in header:
+        if "keys" not in tensors or tensors["keys"].ndim != 2 or len(tensors["keys"]) != width:
+            raise InputError(f"{str(path)!r} lacks the keys of its convergence curve; remove it")
         checkpoint.tracker = _load_tracker(tensors, header["curve"], convergence, device)
     return checkpoint
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from mechedit.files import write_parquet
 from mechedit.locks import locked
+from mechedit.moments.convergence import COLUMNS
 from mechedit.tables import read_table, where
 
 
@@ -44,7 +45,7 @@ class ConvergenceFile:
 
     def _read(self) -> pd.DataFrame | None:
         path = curve_path(self.folder)
-        curves = read_table(path) if path.is_file() else None
+        curves = read_table(path, COLUMNS) if path.is_file() else None
         return curves if curves is not None and curves.attrs == self.attrs else None
 
 

@@ -6,18 +6,20 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.bounds import LARGEST
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
 from mechedit.models import Model
 from mechedit.moments.conditioning import Conditioning, measure_conditioning, warn_if_singular
 from mechedit.provenance import ALGORITHMS, MAKE_AGAIN, ModelIdentity, check_provenance
+from mechedit.records import ModelRecord, Whole, check_record
 from mechedit.solve import Factor, NullSpace, damped, factorize, null_space
 
 METADATA_KEY = "provenance"
@@ -26,6 +28,17 @@ INPUT_FIELDS = ("algorithm", "texts", "max_length", "tokens", "layer")
 """Fields of the provenance that decide a moment besides the model."""
 REPLACE = "choose another --out, or pass --overwrite to replace it"
 """What to do about a file of another provenance in the folder for results."""
+
+
+class MomentRecord(ModelRecord, total=False):
+    """The header of a moment's file: where it comes from."""
+
+    layer: Required[Whole]
+    count: Required[Whole]
+    texts: str
+    max_length: Whole
+    tokens: Whole | None
+    algorithm: Whole
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,7 +131,8 @@ def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> Seco
             f"--layers {layer}, or give the path of published moments (.npz)"
         )
     tensors, header = read_tensors(path, METADATA_KEY, mapped=mapped)
-    if set(tensors) != {"matrix"} or header.get("layer") != layer or "count" not in header:
+    check_record(header, MomentRecord, f"the header of {str(path)!r}", "collect it again")
+    if set(tensors) != {"matrix"} or header["layer"] != layer:
         raise InputError(f"{str(path)!r} is not the second moment of layer {layer}; collect it again")
     check_matrix(tensors["matrix"], header["count"], repr(str(path)))
     return SecondMoment(layer=layer, matrix=tensors["matrix"], count=header["count"], provenance=header)
@@ -162,8 +176,8 @@ def check_matrix(matrix: Tensor, count: int, what: str) -> None:
     Raises:
         InputError: it is not square, of fewer tokens than it is wide, or not finite.
     """
-    width = len(matrix)
-    if matrix.shape != (width, width):
+    width = len(matrix) if matrix.ndim else 0
+    if not width or matrix.shape != (width, width):
         raise InputError(
             f"{what} holds a matrix of shape {tuple(matrix.shape)}, expected a square one; collect it again"
         )
@@ -172,5 +186,7 @@ def check_matrix(matrix: Tensor, count: int, what: str) -> None:
             f"{what} is the mean over {count} tokens and thus singular, expected at least d_mlp = {width} "
             f"(better {100 * width}); collect it again over more text"
         )
-    if not torch.isfinite(matrix).all():
-        raise InputError(f"{what} holds values that are not finite; collect it again in float32 or bfloat16")
+    if not torch.isfinite(matrix).all() or float(matrix.abs().max()) > LARGEST:
+        raise InputError(
+            f"{what} holds values that are not finite, or beyond {LARGEST:g}; collect it again in float32 or bfloat16"
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.selection.config import SelectConfig
 from mechedit.selection.curves import MeanCurves, ResampledCurves, SubjectEffects, ablation, contribution
 from mechedit.selection.rules import RULES, Layers, traced_rules
@@ -94,7 +94,7 @@ def bootstrap_selections(
     names = traced_rules(curves)
     if config.rule not in names:
         raise InputError(
-            f"the effects hold no MLP windows at subject_last, which the rule {config.rule!r} needs; trace again "
+            f"the effects hold no MLP windows at subject_last, which the rule {brief(config.rule)} needs; trace again "
             f"with kinds state and mlp"
         )
     return {

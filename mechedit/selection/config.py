@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mechedit.bounds import check_numbers
-from mechedit.errors import InputError, check_at_least, check_choice, check_fraction
+from mechedit.errors import InputError, brief, check_at_least, check_choice, check_fraction
 
 Rule = Literal["contribution", "gap-peak", "mlp-window", "moving-average"]
 
@@ -51,7 +51,7 @@ class SelectConfig:
         for name in ("min_width", "max_width", "width", "resamples", "min_facts"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InputError(f"{name} is {value!r}, expected a whole number of at least 1")
+                raise InputError(f"{name} is {brief(value)}, expected a whole number of at least 1")
         low, high = self.min_width or 1, self.max_width or math.inf
         if low > high:
             raise InputError(f"min_width is {low} and max_width {high}, expected min_width up to max_width")

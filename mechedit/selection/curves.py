@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.selection.config import SelectConfig
 from mechedit.tables import where
 from mechedit.trace import Sever, window_span, with_present_metric_names
@@ -92,7 +92,7 @@ def subject_effects(effects: pd.DataFrame, config: SelectConfig) -> SubjectEffec
     for sever in ("nothing", "mlp"):
         if sever not in severings:
             raise InputError(
-                f"the effects hold no states at subject_last with sever = {sever!r}, which selection needs; "
+                f"the effects hold no states at subject_last with sever = {brief(sever)}, which selection needs; "
                 f"trace again with sever nothing and mlp"
             )
     facts = list(dict.fromkeys(state["fact"]))
@@ -103,7 +103,7 @@ def subject_effects(effects: pd.DataFrame, config: SelectConfig) -> SubjectEffec
         )
     layers = _all_layers(state)
     state_effects = {
-        sever: _by_fact_and_layer(where(state, sever=sever), facts, layers, f"state, sever = {sever!r}")
+        sever: _by_fact_and_layer(where(state, sever=sever), facts, layers, f"state, sever = {brief(sever)}")
         for sever in ("nothing", "mlp", "attn")
         if sever in severings
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,19 +115,3 @@ def evidence_records(evidence: Sequence[LayerEvidence]) -> list[dict[str, Any]]:
         for name in names
     }
     return [{name: value for name, value in asdict(of_layer).items() if name not in untraced} for of_layer in evidence]
-
-
-def evidence_of_records(records: Iterable[Mapping[str, Any]]) -> tuple[LayerEvidence, ...]:
-    """The evidence from records of selection.json.
-
-    Raises:
-        TypeError: a record is not one of a layer's evidence.
-    """
-    evidence = []
-    for record in records:
-        fields = dict(record)
-        if fields.get("mlp_window_layers") is not None:
-            first, last = fields["mlp_window_layers"]
-            fields["mlp_window_layers"] = (int(first), int(last))
-        evidence.append(LayerEvidence(**fields))
-    return tuple(evidence)

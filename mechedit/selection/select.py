@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Required
 
 import pandas as pd
+from typing_extensions import TypedDict
 
-from mechedit.errors import InputError
-from mechedit.files import read_json, write_json
+from mechedit.files import read_object, write_json
+from mechedit.records import Number, Whole, check_record, read_record
 from mechedit.selection.bootstrap import BootstrapSelections, bootstrap_selections, resampled_curves
 from mechedit.selection.config import SelectConfig
 from mechedit.selection.curves import SubjectEffects, subject_effects
 from mechedit.selection.early_site import EarlySite, early_site
-from mechedit.selection.evidence import LayerEvidence, evidence_of_records, evidence_records, layer_evidence
+from mechedit.selection.evidence import LayerEvidence, evidence_records, layer_evidence
 from mechedit.selection.published_ranges import PublishedRange, published_ranges
 from mechedit.selection.rules import Layers, moving_width
 
@@ -118,29 +119,10 @@ class Selection:
         Raises:
             InputError: no such file, not JSON, or not a selection.
         """
-        content = read_json(path)
-        try:
-            if not isinstance(content, dict):
-                raise TypeError(f"it holds a {type(content).__name__}")
-            for name in ("layers", "modal"):
-                content[name] = _layers(content[name], name)
-            _add_agreement(content)
-            content["candidates"] = tuple(
-                Candidate(**{**entry, "layers": _layers(entry["layers"], "candidates")})
-                for entry in content["candidates"]
-            )
-            content["evidence"] = evidence_of_records(content["evidence"])
-            content["rules"] = {name: _rule_selection(rule) for name, rule in content.get("rules", {}).items()}
-            content["published"] = tuple(
-                PublishedRange(**{**entry, "layers": _layers(entry["layers"], "published")})
-                for entry in content.get("published", ())
-            )
-            return Selection(**content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"{error.args[0]!r} is absent" if isinstance(error, KeyError) else str(error)
-            raise InputError(
-                f"{str(path)!r} is not a selection ({problem}); expected a file that `mechedit select` wrote"
-            ) from error
+        what, remedy = repr(str(path)), "select again (mechedit select)"
+        content = read_object(path)
+        check_record(content, EarlierSelection, what, remedy)
+        return read_record(_with_agreement(content), Selection, what, remedy)
 
 
 def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: SelectConfig | None = None) -> Selection:
@@ -279,24 +261,27 @@ def _amount(value: float, metric: str) -> str:
     return f"{100 * value:.2f}%" if metric == "probability" else f"{value:.3g} {UNIT_NAMES.get(metric, metric)}"
 
 
-def _add_agreement(content: dict[str, Any]) -> None:
+class EarlierRule(TypedDict, total=False):
+    """The selection of a rule as files hold it, with what decides whether it is settled where they do not say so."""
+
+    stability: Required[Number]
+
+
+class EarlierSelection(EarlierRule, total=False):
+    """What every selection.json has of that."""
+
+    layers: Required[list[Whole]]
+    rules: dict[str, EarlierRule]
+
+
+def _with_agreement(content: Mapping[str, Any]) -> dict[str, Any]:
     """Say whether a selection is settled where its file does not, by the share of just these layers: it is a bound."""
     settled = "settled" if content["stability"] >= SelectConfig.agreement else "unsettled"
-    content.setdefault("state", settled if content["layers"] else "no early site")
-    content.setdefault("candidates", [{"layers": list(content["layers"]), "share": content["stability"]}])
-    for entry in (content, *content.get("rules", {}).values()):
-        entry.setdefault("agreement", entry["stability"])
-
-
-def _rule_selection(content: Mapping[str, Any]) -> RuleSelection:
-    """A rule's selection from its entry in selection.json."""
-    fields = dict(content)
-    for name in ("layers", "modal"):
-        fields[name] = _layers(fields[name], f"{name} of a rule")
-    return RuleSelection(**{**fields, "membership": tuple(fields["membership"])})
-
-
-def _layers(values: Any, name: str) -> Layers:
-    if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise TypeError(f"{name} is {values!r}, not a list of layers")
-    return tuple(values)
+    rules = content.get("rules", {}).items()
+    return {
+        "state": settled if content["layers"] else "no early site",
+        "candidates": [{"layers": content["layers"], "share": content["stability"]}],
+        "agreement": content["stability"],
+        **content,
+        "rules": {name: {"agreement": rule["stability"], **rule} for name, rule in rules},
+    }

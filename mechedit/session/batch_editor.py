@@ -15,7 +15,7 @@ from torch import Tensor
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, merge
 from mechedit.edit.weights import digest
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, brief, check_choice
 from mechedit.evaluation import EvaluationConfig, perplexity
 from mechedit.files import plain_copy
 from mechedit.methods import METHODS, SETTINGS_FROM, MethodConfig, edit_keys
@@ -141,7 +141,8 @@ class BatchEditor:
         weights_hash = self.model.weights_hash()
         if weights_hash != expected:
             raise InputError(
-                f"the weights of {self.model.name!r} have the hash {weights_hash[:12]}, expected {expected[:12]}: they "
+                f"the weights of {brief(self.model.name)} have the hash {weights_hash[:12]}, expected "
+                f"{expected[:12]}: they "
                 f"are not as the session left them. Undo other edits; or, when the session was made on another machine "
                 f"or number of threads, whose products differ in their last bits, go on with it there"
             )
@@ -161,7 +162,7 @@ def check_settings(
     if config is not None and type(config) is not type(default):
         raise InputError(
             f"the settings are a {type(config).__name__}, expected a {type(default).__name__} for the method "
-            f"{method!r}; pass that"
+            f"{brief(method)}; pass that"
         )
     return (default, recommended.record) if config is None else (config, None)
 

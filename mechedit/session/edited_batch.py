@@ -15,17 +15,42 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from mechedit.data import EditRequest, Neighbor
-from mechedit.edit import Edit, Factors
-from mechedit.edit.edit import SIDES, check_factors
+from mechedit.data import EditRequest
+from mechedit.edit import Edit
+from mechedit.edit.edit import SIDES, check_factors, factors_of
+from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import value_hash
+from mechedit.records import Number, Whole, check_record, read_record
 from mechedit.session.metrics import SCORE_COLUMNS, HistoryEntry, history_frame
 
 METADATA_KEY = "batch"
 """Key of the header in the file's metadata."""
+
+
+class ScoresRecord(TypedDict):
+    """Scores of the active requests, by column."""
+
+    case: list[str]
+    measure: list[str]
+    value: list[Number | None]
+
+
+class BatchRecord(TypedDict):
+    """The header of a batch's file."""
+
+    number: Whole
+    requests: list[dict[str, Any]]
+    measures: list[HistoryEntry]
+    in_force: Whole
+    superseded: list[str]
+    refused: str | None
+    weights_hash: str
+    scores: ScoresRecord
+    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,15 +114,24 @@ class EditedBatch:
             InputError: the file is absent, cut short or not a batch of a session; its factors are not finite.
         """
         tensors, header = read_tensors(path, METADATA_KEY)
+        what, remedy = f"the header of {str(path)!r}", "remove it and all later ones, and write them again"
+        check_record(header, BatchRecord, what, remedy)
+        manifest = header["manifest"]
+        check_record(manifest, ManifestRecord, f"the manifest of {str(path)!r}", remedy)
         try:
-            layers = header["manifest"]["layers"]
-            factors = {layer: Factors(**{side: tensors[f"layer.{layer}.{side}"] for side in SIDES}) for layer in layers}
-            edit = Edit(factors=factors, manifest=header["manifest"])
+            if not manifest["model"]["weights_hash"]:
+                raise InputError(f"the manifest of {str(path)!r} has no weights_hash of the model; {remedy}")
+            keys = {layer: tensors.pop(f"layer.{layer}.keys") for layer in manifest["layers"]}
+            edit = Edit(factors=factors_of(tensors, path), manifest=manifest)
+            if keys.keys() != edit.factors.keys() or any(keys[layer].ndim != 2 for layer in keys):
+                raise InputError(
+                    f"{what} names the layers {list(keys)}, but the tensors are of {edit.layers}; {remedy}"
+                )
             batch = EditedBatch(
                 number=header["number"],
-                requests=tuple(_load_request(fields) for fields in header["requests"]),
+                requests=tuple(read_record(fields, EditRequest, what, remedy) for fields in header["requests"]),
                 edit=edit,
-                keys={layer: tensors[f"layer.{layer}.keys"] for layer in layers},
+                keys=keys,
                 overridden=tuple(header["superseded"]),
                 scores=pd.DataFrame(header["scores"], columns=list(SCORE_COLUMNS)),
                 entries=tuple(HistoryEntry(*entry) for entry in header["measures"]),
@@ -105,10 +139,12 @@ class EditedBatch:
                 rejected=header["refused"],
                 weights_hash=header["weights_hash"],
             )
-        except (KeyError, TypeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{str(path)!r} is not a batch of a session ({type(error).__name__}: {error}); expected what "
-                f"EditSession wrote: remove it and all later ones, and write them again"
+                f"EditSession wrote: {remedy}"
             ) from error
         check_factors(edit)
         return batch
@@ -140,10 +176,3 @@ def active_keys(
         layer: torch.cat([batch.keys[layer][:, mask] for batch, mask in zip(batches, masks, strict=True)], 1)
         for layer in (batches[0].keys if ids else ())
     }
-
-
-def _load_request(fields: Mapping[str, Any]) -> EditRequest:
-    """A request from its fields as JSON holds them."""
-    lists = {name: tuple(fields[name]) for name in ("paraphrases", "attributes", "generations")}
-    neighbors = tuple(Neighbor(**neighbor) for neighbor in fields["neighbors"])
-    return EditRequest(**{**fields, **lists, "neighbors": neighbors})

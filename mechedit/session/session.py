@@ -22,7 +22,7 @@ from torch import Tensor
 from mechedit.data import EditRequest, check_requests, check_unique_ids, conflicts
 from mechedit.edit import Edit, apply_, restoring, transaction, undo_
 from mechedit.edit.weights import uninterrupted
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, brief, check_choice
 from mechedit.evaluation import QUICK, EvaluationConfig
 from mechedit.methods import MethodConfig, check_layers, moment_matrices
 from mechedit.models import Model, exclusive
@@ -277,7 +277,8 @@ class EditSession:
         if batch.requests_hash != requests_hash(requests):
             raise InputError(
                 f"batch {batch.number} is finished and holds {len(batch.requests)} requests from "
-                f"{batch.requests[0].id!r} on, found {len(requests)} others in its place; give the same batches in the "
+                f"{brief(batch.requests[0].id)} on, found {len(requests)} others in its place; give the same batches "
+                f"in the "
                 f"same order (their requests are in `batches`), or choose another folder"
             )
         self._n_written += 1
@@ -293,7 +294,8 @@ class EditSession:
         if overridden and not overwrite:
             old, new = next(iter(overridden.items()))
             raise InputError(
-                f"{len(overridden)} earlier requests are contradicted, {old!r} by {new!r} for one; expected one object "
+                f"{len(overridden)} earlier requests are contradicted, {brief(old)} by {brief(new)} for one; "
+                f"expected one object "
                 f"for each subject and relation: drop them, or pass overwrite=True to let the later ones override them"
             )
         return tuple(overridden)

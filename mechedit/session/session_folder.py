@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from mechedit.errors import InputError
 from mechedit.files import read_object, write_json
 from mechedit.locks import locked
 from mechedit.provenance import VERSION, check_provenance, value_hash
+from mechedit.records import check_record
 from mechedit.session.edited_batch import EditedBatch
 from mechedit.session.metrics import HistoryEntry
 from mechedit.temporary_names import sweep
+
+
+class SessionRecord(TypedDict):
+    """The content of session.json."""
+
+    made_with: dict[str, Any]
+    unedited: list[HistoryEntry]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +79,8 @@ class SessionFolder:
                 f"{str(file)!r} is not as it was written (it does not match its SHA-256), expected an undamaged file; "
                 f"copy it again, or choose another folder and write the batches again"
             )
-        try:
-            return dict(content["made_with"]), tuple(HistoryEntry(*entry) for entry in content["unedited"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{str(file)!r} does not describe a session ({error}); expected what EditSession wrote: choose "
-                f"another folder"
-            ) from error
+        check_record(content, SessionRecord, repr(str(file)), "choose another folder")
+        return content["made_with"], tuple(HistoryEntry(*entry) for entry in content["unedited"])
 
     def check_settings(self, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Refuse to resume a session with other settings.

@@ -14,6 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from mechedit.cache import PARQUET, Cache
 from mechedit.data import EditRequest, check_requests
@@ -25,6 +26,7 @@ from mechedit.methods import METHODS, MethodConfig, SearchConfig, moment_matrice
 from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
 from mechedit.provenance import ModelIdentity, determining, numbered, value_hash
+from mechedit.records import Whole, check_record, read_record
 from mechedit.statistics import bootstrap_means, harmonic_mean
 from mechedit.sweep.windows import Window, check_windows
 from mechedit.tables import read_table, where
@@ -34,6 +36,15 @@ SUCCESSES = ("ES", "PS", "NS")
 MAGNITUDES = ("EM", "PM", "NM")
 TABLE_COLUMNS = ("first", "last", "width", "measure", "mean", "low", "high", "n")
 CASE_COLUMNS = ("first", "last", "case", "measure", "value")
+
+
+class SweepRecord(TypedDict):
+    """The attributes of sweep.parquet."""
+
+    before: dict[str, dict[str, float]]
+    refused: list[tuple[Whole, Whole, str]]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,13 +109,15 @@ class Sweep:
         means = [
             np.nanmean(by_case(self._rows(window), self._ids, self.score_measures), axis=0) for window in self.windows
         ]
-        return harmonic_mean(np.stack(means))
+        return harmonic_mean(np.stack(means)) if means else np.zeros(0)
 
     @cached_property
     def draws(self) -> Float[np.ndarray, "resample window"]:
         """The score of each window on resamples of the requests, the same resample for all windows."""
         draw = partial(bootstrap_means, seed=self.config.seed, resamples=self.config.resamples)
         means = [draw(by_case(self._rows(window), self._ids, self.score_measures)) for window in self.windows]
+        if not means:
+            return np.zeros((self.config.resamples, 0))
         return np.stack([harmonic_mean(window_means) for window_means in means], axis=1)
 
     @cached_property
@@ -129,20 +142,22 @@ class Sweep:
         Raises:
             InputError: a file is missing or holds something else.
         """
-        table, cases = (read_table(Path(folder) / name) for name in ("sweep.parquet", "sweep_cases.parquet"))
-        try:
-            return Sweep(
-                cases=cases.loc[:, list(CASE_COLUMNS)],
-                before=table.attrs["before"],
-                failed={Window(first, last): reason for first, last, reason in table.attrs["refused"]},
-                config=EvaluationConfig(**table.attrs["config"]),
-                provenance=table.attrs["provenance"],
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{str(folder)!r} does not hold a sweep ({error}); expected what `mechedit select --validate` "
-                f"writes: sweep again"
-            ) from error
+        what, remedy = f"the sweep in {str(folder)!r}", "sweep again (mechedit select --validate)"
+        attrs = read_table(Path(folder) / "sweep.parquet", TABLE_COLUMNS).attrs
+        cases = read_table(Path(folder) / "sweep_cases.parquet", CASE_COLUMNS).loc[:, list(CASE_COLUMNS)]
+        check_record(attrs, SweepRecord, what, remedy)
+        places = list(CASE_COLUMNS[:-1])
+        if cases.empty and not attrs["refused"]:
+            raise InputError(f"{what} holds no windows, expected some; {remedy}")
+        if cases[places].isna().to_numpy().any() or cases.duplicated(places).any():
+            raise InputError(f"{what} has a row twice, or one without a case or measure, expected each once; {remedy}")
+        return Sweep(
+            cases=cases,
+            before=attrs["before"],
+            failed={Window(first, last): reason for first, last, reason in attrs["refused"]},
+            config=read_record(attrs["config"], EvaluationConfig, f"the settings of {what}", remedy),
+            provenance=attrs["provenance"],
+        )
 
     @cached_property
     def _ids(self) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
+from typing_extensions import TypedDict
 
 from mechedit.errors import InputError, check_choice
 from mechedit.selection.curves import contribution
@@ -27,6 +28,17 @@ CLOSE = 3.0
 """Points of the score within which windows count as equally good."""
 FEWEST = 4
 """Windows that a rank correlation needs: of fewer, any order comes up by chance."""
+
+
+class WindowRecord(TypedDict):
+    """A window in the comparison."""
+
+    layers: list[int]
+    score: float
+    low: float
+    high: float
+    contribution: float
+    gap: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +74,7 @@ class Validation:
     (fewer windows, or all the same)."""
     gap_correlation: dict[str, Any] | None
     """The same with the mean gap in place of the contribution."""
-    windows: tuple[dict[str, Any], ...]
+    windows: tuple[WindowRecord, ...]
     """Each window: layers, score, low, high, contribution, gap."""
     layers: tuple[int, ...] = ()
     """The layers chosen in the end."""
@@ -134,7 +146,7 @@ def validate_selection(
         near_best=tuple(windows[index].layers for index in np.flatnonzero(near)),
         correlation=correlations[0],
         gap_correlation=correlations[1],
-        windows=tuple(records),
+        windows=tuple(WindowRecord(**record) for record in records),
         layers=tuple(traced),
     )
 

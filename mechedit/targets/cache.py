@@ -6,17 +6,21 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from mechedit.cache import Cache, Codec
 from mechedit.data import EditRequest
+from mechedit.errors import InputError, brief
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import ModelIdentity, numbered, value_hash
+from mechedit.records import check_record
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import TERMS
 
@@ -119,6 +123,13 @@ class TargetCache:
             self.cache.write(self.key(group), list(group_results), RESULTS)
 
 
+class ResultsRecord(TypedDict):
+    """The header of a group's file: why each search ended, and after how many steps."""
+
+    stopped: list[str]
+    steps: list[Annotated[int, Field(ge=1)]]
+
+
 def _write(path: Path, results: list[TargetResult]) -> None:
     tensors = {
         "z": torch.stack([result.z for result in results]),
@@ -131,6 +142,15 @@ def _write(path: Path, results: list[TargetResult]) -> None:
 
 def _read(path: Path) -> list[TargetResult]:
     tensors, header = read_tensors(path, METADATA_KEY)
+    check_record(header, ResultsRecord, f"the header of {str(path)!r}", "remove the file")
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    count, width = len(header["steps"]), shapes.get("z", [0])[-1:]
+    expected = {"z": [count, *width], "initial": [count, *width], "terms": [sum(header["steps"]), len(TERMS)]}
+    if shapes != expected or len(header["stopped"]) != count:
+        raise InputError(
+            f"{str(path)!r} holds tensors of the shapes {brief(shapes)} for {count} facts, expected {brief(expected)}; "
+            f"remove the file"
+        )
     terms = tensors["terms"].split(header["steps"])
     return [
         TargetResult(z=tensors["z"][i], initial=tensors["initial"][i], terms=terms[i], stopped=stopped)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from mechedit.bounds import check_numbers
 from mechedit.data import check_template
-from mechedit.errors import InputError, check_at_least, check_choice, check_positive
+from mechedit.errors import InputError, brief, check_at_least, check_choice, check_positive
 from mechedit.models import Module, Part, out_part
 
 Convention = Literal["default", "memit-2022"]
@@ -95,7 +95,8 @@ def check_one_unit(config: TargetSettings, *, absolute: str, relative: str) -> N
     value, relative_value = getattr(config, absolute), getattr(config, relative)
     if value is not None and relative_value != getattr(type(config), relative):
         raise InputError(
-            f"{absolute} is {value!r} and {relative} is {relative_value!r}, expected one of the two; leave {relative} "
+            f"{absolute} is {brief(value)} and {relative} is {brief(relative_value)}, expected one of the two; leave "
+            f"{relative} "
             f"out, or set {absolute} to None (the convention memit-2022 sets it)"
         )
 

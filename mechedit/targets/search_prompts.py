@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 from mechedit.batching import PassCost, batches_of
 from mechedit.data import EditRequest, fill
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models import Model
 from mechedit.prompt_tokens import completed_prompts, tokenize_prompt
 from mechedit.targets.config import TargetConfig
@@ -134,7 +134,7 @@ def check_length(model: Model, request: EditRequest, ids: Sequence[int]) -> list
     """
     if len(ids) > model.max_positions:
         raise InputError(
-            f"request {request.id!r} takes {len(ids)} tokens with its prefix and object, expected at most "
+            f"request {brief(request.id)} takes {len(ids)} tokens with its prefix and object, expected at most "
             f"{model.max_positions}; shorten the prompt or the prefixes"
         )
     return list(ids)

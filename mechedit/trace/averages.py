@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.errors import InputError, check_at_least, check_fraction
+from mechedit.errors import InputError, brief, check_at_least, check_fraction
 from mechedit.statistics import bootstrap_means, percentile_interval
 from mechedit.tables import iter_table
 from mechedit.trace.columns import with_present_metric_names
@@ -223,9 +223,10 @@ class _Sums:
         if not twice.any():
             return
         fact, cell = (int(indices[0]) for indices in np.nonzero(twice))
-        description = ", ".join(f"{column} {cells[column].iloc[cell]!r}" for column in CELL)
+        description = ", ".join(f"{column} {brief(cells[column].iloc[cell])}" for column in CELL)
         raise InputError(
-            f"fact {list(self.facts)[fact]!r} has {counts[fact, cell]} effects of {description}, expected one: the "
+            f"fact {brief(list(self.facts)[fact])} has {counts[fact, cell]} effects of {description}, expected one: "
+            f"the "
             f"effects are of several traces; average each by itself"
         )
 

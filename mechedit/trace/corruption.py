@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechedit.bounds import check_numbers
 from mechedit.data import Fact
-from mechedit.errors import InputError, check_at_least, check_choice
+from mechedit.errors import InputError, brief, check_at_least, check_choice
 from mechedit.models import EMBED, Model, Tokens, exclusive
 from mechedit.prompt_tokens import continuation_ids
 
@@ -163,13 +163,13 @@ def checked_noise(
     """
     if corruption.distribution not in ("gaussian", "multivariate"):
         raise InputError(
-            f"explicit noise came with the corruption {corruption.distribution!r}, expected gaussian or "
+            f"explicit noise came with the corruption {brief(corruption.distribution)}, expected gaussian or "
             f"multivariate: explicit draws are standard-normal"
         )
     draws = torch.as_tensor(np.asarray(noise(fact, *shape)), dtype=torch.float32, device="cpu")
     if draws.shape != shape or not draws.isfinite().all():
         raise InputError(
-            f"noise for fact {fact.id!r} has shape {tuple(draws.shape)}, expected finite draws of shape "
+            f"noise for fact {brief(fact.id)} has shape {tuple(draws.shape)}, expected finite draws of shape "
             f"{shape} (samples, subject tokens, width)"
         )
     return correlate(draws, statistics) if corruption.distribution == "multivariate" else draws

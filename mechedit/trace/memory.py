@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models import Model
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.traced_fact import TracedFact
@@ -70,7 +70,7 @@ def _max_rows(traced: TracedFact, config: TraceConfig, row_bytes: int) -> int:
     if rows < config.samples:
         need = 2 * config.samples * row_bytes / GIB
         raise InputError(
-            f"memory is {config.memory} GiB, expected at least {need:.2f} GiB: fact {traced.fact.id!r} has "
+            f"memory is {config.memory} GiB, expected at least {need:.2f} GiB: fact {brief(traced.fact.id)} has "
             f"{len(traced.ids)} tokens and is traced with {config.samples} samples; raise memory or lower samples"
         )
     return max(config.samples, min(rows, config.batch_rows))

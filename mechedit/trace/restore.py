@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models import Patch, Resume, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND
 from mechedit.trace.runs import MetricValues, TraceRuns, slice_patch
@@ -225,7 +225,7 @@ def _check_finite(batch: CellBatch, name: str, values: Float[Tensor, " row"]) ->
         row = int((~values.isfinite()).nonzero()[0, 0])
         cell = batch.cells[row // batch.runs.samples]
         raise InputError(
-            f"fact {batch.runs.facts[cell.fact].fact.id!r}, {cell.kind} at layer {cell.layer}, position "
+            f"fact {brief(batch.runs.facts[cell.fact].fact.id)}, {cell.kind} at layer {cell.layer}, position "
             f"{cell.position}: the {name} is {values[row].item()}, expected a finite number; half precision may have "
             f"overflowed: use --dtype float32 or bfloat16"
         )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechedit.errors import InputError, read_whole
+from mechedit.errors import InputError, brief, read_whole
 from mechedit.models import read_layer_range
 from mechedit.trace.labels import ROLES, SEVER_LABELS
 
@@ -60,12 +60,12 @@ class Sever:
         """
         match = _FORM.fullmatch(label)
         if match is None or (match["module"] == "nothing" and match[0] != "nothing"):
-            raise InputError(f"sever holds {label!r}, {_EXPECTED}")
+            raise InputError(f"sever holds {brief(label)}, {_EXPECTED}")
         try:
             layers = None if match["layers"] is None else _layers(match["layers"])
             places = [_place(word) for word in (match["places"] or "subject_last").split("+")]
         except InputError as error:
-            raise InputError(f"sever holds {label!r:.80}: {error}; {_EXPECTED}") from error
+            raise InputError(f"sever holds {brief(label)}: {error}; {_EXPECTED}") from error
         return Sever(module=match["module"], layers=layers, places=tuple(places))
 
     @staticmethod
@@ -109,7 +109,7 @@ class Sever:
                 positions.add(role_or_position % len(roles))
             else:
                 raise InputError(
-                    f"sever {self.label!r} names position {role_or_position} of a prompt of {len(roles)} tokens"
+                    f"sever {brief(self.label)} names position {role_or_position} of a prompt of {len(roles)} tokens"
                 )
         return tuple(sorted(positions))
 
@@ -122,7 +122,7 @@ class Sever:
         if self.layers is None:
             return tuple(range(n_layers))
         if max(self.layers) >= n_layers:
-            raise InputError(f"sever {self.label!r} names layer {max(self.layers)}, expected 0 to {n_layers - 1}")
+            raise InputError(f"sever {brief(self.label)} names layer {max(self.layers)}, expected 0 to {n_layers - 1}")
         return self.layers
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechedit.batching import group_by_shape
 from mechedit.data import Fact
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models import Model, Tokens
 from mechedit.models.vocabulary import check_ids
 from mechedit.prompt_tokens import Prompt, complete_fact, tokenize_prompt
@@ -70,13 +70,15 @@ def tokenize_fact(model: Model, fact: Fact) -> TracedFact:
     ids = (*prompt.ids, *object_ids[:-1])
     if len(ids) > model.max_positions:
         raise InputError(
-            f"fact {fact.id!r} has {len(ids)} tokens, expected at most {model.max_positions}, all that {model.name!r} "
+            f"fact {brief(fact.id)} has {len(ids)} tokens, expected at most {model.max_positions}, all that "
+            f"{model.name!r} "
             f"can take: shorten its prompt"
         )
     foil_id = None if fact.foil is None else _foil_id(tokenizer, fact, prompt)
     if foil_id == object_ids[0]:
         raise InputError(
-            f"fact {fact.id!r}: the foil {fact.foil!r} starts with the same token as the object {fact.object!r}, "
+            f"fact {brief(fact.id)}: the foil {brief(fact.foil)} starts with the same token as the object "
+            f"{brief(fact.object)}, "
             f"so their logits cannot differ: choose another foil"
         )
     return TracedFact(
@@ -101,8 +103,10 @@ def _foil_id(tokenizer: Any, fact: Fact, prompt: Prompt) -> int:
     foil_prompt, foil_ids = complete_fact(tokenizer, fact.template, fact.subject, fact.foil, fact.joint)
     if foil_prompt.ids != prompt.ids:
         raise InputError(
-            f"fact {fact.id!r}: the tokenizer merges the prompt's end with the foil {fact.foil!r} otherwise than with "
-            f"the object {fact.object!r}, so they do not follow the same tokens: end the prompt without white space, "
+            f"fact {brief(fact.id)}: the tokenizer merges the prompt's end with the foil {brief(fact.foil)} "
+            f"otherwise than with "
+            f"the object {brief(fact.object)}, so they do not follow the same tokens: end the prompt without white "
+            f"space, "
             f"or choose another foil"
         )
     return foil_ids[0]
@@ -122,7 +126,7 @@ def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], 
             known.append(traced)
         else:
             text = model.tokenizer.decode(completion).strip()
-            dropped.append((traced.fact.id, f"the model says {text!r}, the object is {traced.fact.object!r}"))
+            dropped.append((traced.fact.id, f"the model says {brief(text)}, the object is {brief(traced.fact.object)}"))
     return known, dropped
 
 
@@ -155,7 +159,7 @@ def with_roles(known: Sequence[TracedFact], config: TraceConfig) -> tuple[list[T
     roles = set(config.roles)
     reason = f"has no token of the role {' or '.join(config.roles)}"
     return [traced for traced in known if roles & set(traced.roles)], [
-        (traced.fact.id, f"its prompt {traced.fact.text!r} {reason}")
+        (traced.fact.id, f"its prompt {brief(traced.fact.text)} {reason}")
         for traced in known
         if not roles & set(traced.roles)
     ]

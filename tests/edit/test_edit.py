@@ -269,9 +269,14 @@ def test_damaged_and_foreign_files_are_refused(lens_model: Any, tmp_path: Path) 
     save_file({**tensors, "layer.2.left": tensors["layer.2.left"].long()}, path, metadata={"manifest": "{}"})
     with pytest.raises(InputError, match="int64"):
         Edit.load(path)
-    for manifest in ("{}", "[]", '{"model": "tiny"}', '{"model": {"model": "tiny"}}'):
+    for manifest, message in {
+        "{}": "does not say which model",
+        '{"model": {"model": "tiny"}}': "does not say which model",
+        "[]": "cannot be read",
+        '{"model": "tiny"}': "cannot be read: 'model' is 'tiny'",
+    }.items():
         save_file(tensors, path, metadata={"manifest": manifest})
-        with pytest.raises(InputError, match="does not say which model"):
+        with pytest.raises(InputError, match=message):
             Edit.load(path)
 
 

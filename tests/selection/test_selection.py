@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -519,24 +520,45 @@ def test_the_same_seed_gives_the_same_selection_and_the_file_brings_it_back(tmp_
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("change", "problem"),
     [
-        [1, 2],
-        "3-8",
-        {"layers": [1]},
-        {"layers": "12", "modal": [1], "evidence": []},
-        {"layers": [1.5], "modal": [1], "evidence": []},
-        {"layers": [1], "modal": None, "evidence": []},
-        {"layers": [1], "modal": [1], "evidence": [3]},
-        {"layers": [1], "modal": [1], "evidence": [], "rule": "contribution", "color": "red"},
-        {"layers": [1], "modal": [1], "evidence": [], "stability": 1.0, "rules": 5},
-        {"layers": [1], "modal": [1], "evidence": [], "stability": 1.0, "rules": {"gap-peak": [1]}},
-        {"layers": [1], "modal": [1], "evidence": [], "stability": 1.0, "candidates": [[1]]},
+        ({"layers": "12"}, "'layers' is '12'"),
+        ({"layers": [1.5]}, "'layers.0' is 1.5"),
+        ({"layers": [-1]}, "'layers.0' is -1"),
+        ({"modal": None}, "'modal' is None"),
+        ({"evidence": [3]}, "'evidence.0' is 3"),
+        ({"color": "red"}, "has a field 'color'"),
+        ({"stability": None}, "'stability' is None"),
+        ({"stability": True}, "'stability' is True"),
+        ({"rules": 5}, "'rules' is 5"),
+        ({"rules": {"gap-peak": [1]}}, "'rules.gap-peak' is "),
+        ({"candidates": [[1]]}, "'candidates.0' is "),
+        ({"state": "sure"}, "'state' is 'sure'"),
+        ({"published": [1]}, "'published.0' is 1"),
     ],
 )
-def test_other_files_are_refused(tmp_path, content):
+def test_selections_with_a_field_of_another_type_are_refused(tmp_path, change, problem):
+    content = select_layers(effects_of(PLANTED)).plain()
+    write_json(tmp_path / "right.json", content)
+    assert Selection.load(tmp_path / "right.json").layers  # the control
+    write_json(tmp_path / "other.json", {**content, **change})
+    with pytest.raises(InputError, match=re.escape(problem)):
+        Selection.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("content", [[1, 2], "3-8", None, 5])
+def test_files_that_hold_no_object_are_refused(tmp_path, content):
     write_json(tmp_path / "other.json", content)
-    with pytest.raises(InputError, match="is not a selection"):
+    with pytest.raises(InputError, match=r"other\.json' is .*expected a JSON object"):
+        Selection.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("name", ["layers", "stability", "modal", "evidence", "rule"])
+def test_selections_that_lack_a_field_are_refused(tmp_path, name):
+    content = select_layers(effects_of(PLANTED)).plain()
+    del content[name]
+    write_json(tmp_path / "other.json", content)
+    with pytest.raises(InputError, match=f"'{name}' is absent"):
         Selection.load(tmp_path / "other.json")
 
 
