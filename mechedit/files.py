@@ -1,19 +1,13 @@
-"""Atomic files: JSON, parquet and safetensors that appear whole or not at all."""
+"""Files of results: JSON, parquet and safetensors, written whole or not at all, and read with their damage named."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import math
-import os
-import re
-import shutil
-import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechedit.atomic import atomic
 from mechedit.checksums import (
     CONTENT,
     HEADER,
@@ -36,175 +31,9 @@ from mechedit.checksums import (
     tensor_checksums,
 )
 from mechedit.errors import InputError, brief
-from mechedit.temporary_names import sweep, sweep_once, temporary_name
+from mechedit.paths import readable_path
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; on success fsync what was written there and rename it to `path`, else remove it.
-
-    The temporary path has the name of `path`, in a hidden folder beside it whose name says which process writes there
-    (`mechedit.temporary_names`): what writers leave beside their files is removed with it.
-
-    Raises:
-        InputError: the folder cannot be made or written to, or the disk does not take the file.
-    """
-    path = Path(path)
-    writable_folder(path.parent)
-    sweep_once(path.parent)
-    folder = path.parent / temporary_name(path.stem)
-    try:
-        with writing(path):
-            folder.mkdir(mode=0o700)
-            temporary = folder / path.name
-            yield temporary
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            # Some writers make files private; results get the permissions any other new file would have.
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: str | Path, *, replaces: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; on success rename it to `folder`, else remove it.
-
-    Args:
-        folder: path of the folder that appears on success; where it is a link, the folder that the link leads to.
-        replaces: name of a file that marks a folder as replaceable; a folder without it is never replaced.
-
-    Raises:
-        InputError: `folder` exists and is not an empty folder, or cannot be made; the disk does not take its files.
-    """
-    folder = checked_path(folder).resolve()
-    replaced = replaces is not None and (folder / replaces).is_file()
-    if folder.exists() and not replaced and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"{str(folder)!r} exists already, expected a new or an empty folder; choose another or remove it"
-        )
-    writable_folder(folder.parent)
-    sweep([folder.parent])
-    temporary = folder.parent / temporary_name(folder.name)
-    try:
-        with writing(folder):
-            temporary.mkdir(mode=0o700)
-            yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            if replaced:
-                folder.rename(temporary.with_name(temporary.name + ".old"))
-            temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_name(temporary.name + ".old"), ignore_errors=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of a disk that does not take a file, whichever library writes it, into an InputError.
-
-    Raises:
-        InputError: names the path and the reason.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = disk_error(error)
-        if reason is None:
-            raise
-        raise InputError(
-            f"cannot write {str(path)!r} ({reason}), and left nothing of it there; free space, or choose another "
-            f"folder, and run the same again, which goes on from what is finished"
-        ) from error
-
-
-def disk_error(error: BaseException) -> str | None:
-    """Why the operating system did not read or write a file; None for an error of another kind.
-
-    Libraries in Rust tell the error's number only in their message, and those that clean up after it raise another one.
-    """
-    reasons: list[str] = []
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, InputError):
-        number = seen.errno if isinstance(seen, OSError) else None
-        if number is None and (match := _RUST_ERROR.search(str(seen))):
-            number = int(match[1])
-        if number in _DISK_ERRORS:
-            reasons.append(os.strerror(number))
-        elif number is None and isinstance(seen, OSError) and "writ" in str(seen):  # Pillow, NumPy
-            reasons.append(str(seen))
-        seen = seen.__cause__ or seen.__context__
-    return reasons[-1] if reasons else None
-
-
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-_DISK_ERRORS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY,
-     errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EMFILE,
-     errno.ENFILE, errno.EXDEV, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMLINK, errno.ETXTBSY)
-)  # fmt: skip
-"""Errors that say something about a disk or a folder, and nothing about a program."""
-
-
-def checked_path(path: str | Path) -> Path:
-    """The path, unless no file system could hold it.
-
-    Raises:
-        InputError: it is too long, or has a null character in it.
-    """
-    try:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            os.stat(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{str(path)!r:.80} cannot be a path ({reason}); expected that of a file or folder: check it"
-        ) from error
-    return Path(path)
-
-
-def readable_path(path: str | Path) -> Path:
-    """The path, unless reading from it might never end: what is there is a pipe, a socket or a device.
-
-    Raises:
-        InputError: it is one of these, or as `checked_path`.
-    """
-    path = checked_path(path)
-    with contextlib.suppress(OSError):
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise InputError(
-                f"{brief(str(path))} is a pipe, a socket or a device, expected a file, which can be read twice; "
-                f"write its content to a file first"
-            )
-    return path
-
-
-def writable_folder(folder: str | Path) -> Path:
-    """Make `folder` when absent and return it.
-
-    Raises:
-        InputError: it is a file, or cannot be made or written to.
-    """
-    folder = checked_path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the folder {str(folder)!r} ({error.strerror}); expected a folder that can be "
-            f"written to: choose another with --out"
-        ) from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
+from mechedit.disk_errors import writing
 from mechedit.errors import InputError
-from mechedit.files import writable_folder, writing
+from mechedit.paths import writable_folder
 from mechedit.processes import ProcessIdentity
 
 _POLL = 0.1

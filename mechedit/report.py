@@ -20,10 +20,11 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from typing_extensions import TypedDict
 
+from mechedit.atomic import atomic
 from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.errors import InputError
 from mechedit.evaluation import MEASURES, Scores
-from mechedit.files import atomic, read_header, read_object
+from mechedit.files import read_header, read_object
 from mechedit.moments.second_moment import MomentRecord
 from mechedit.provenance import VERSION, file_hash
 from mechedit.records import ModelRecord, Number, Whole, check_record, partial_record, read_record

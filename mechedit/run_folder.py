@@ -19,8 +19,9 @@ from typing import Any
 from mechedit.cache import Cache, Codec, Value
 from mechedit.checksums import checks_content
 from mechedit.errors import InputError, brief
-from mechedit.files import plain_copy, read_object, writable_folder, write_json
+from mechedit.files import plain_copy, read_object, write_json
 from mechedit.locks import locked
+from mechedit.paths import writable_folder
 from mechedit.provenance import (
     ALGORITHMS,
     DEFAULTS,

@@ -13,7 +13,8 @@ from pyarrow.parquet import ParquetFile
 
 from mechedit.bounds import LARGEST
 from mechedit.errors import InputError, brief
-from mechedit.files import parquet_errors, parse_json, read_parquet, readable_path
+from mechedit.files import parquet_errors, parse_json, read_parquet
+from mechedit.paths import readable_path
 
 NUMERIC = frozenset(
     ("layer", "position", "score", "corrupted", "clean", "effect", "samples", "value", "first", "last", "mean", "low",

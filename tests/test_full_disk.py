@@ -16,11 +16,13 @@ import pytest
 import torch
 from helpers.edits import random_edit
 
+from mechedit.atomic import atomic, atomic_folder
 from mechedit.cli import main
+from mechedit.disk_errors import disk_error
 from mechedit.edit import export, export_lora
 from mechedit.errors import InputError
 from mechedit.figures.style import draw, save_figure
-from mechedit.files import atomic, atomic_folder, disk_error, write_json, write_parquet, write_parquet_parts
+from mechedit.files import write_json, write_parquet, write_parquet_parts
 from mechedit.files import write_tensors as write_safetensors
 
 KILOBYTES = 200

@@ -15,9 +15,10 @@ import pytest
 import torch
 from helpers.run_folder import write_run
 
+from mechedit.atomic import atomic, atomic_folder
 from mechedit.cache import Codec
 from mechedit.errors import InputError
-from mechedit.files import atomic, atomic_folder, read_json, write_json, write_tensors
+from mechedit.files import read_json, write_json, write_tensors
 from mechedit.moments.checkpoints import remove_temporary_files
 from mechedit.moments.chunks import Rank
 from mechedit.processes import ProcessIdentity, host_name

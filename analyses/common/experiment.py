@@ -20,13 +20,14 @@ from analyses.common.inputs import Inputs
 from analyses.common.printing import score_frame
 from analyses.common.variants import SINGLE, Variant
 from mechedit import pipeline
+from mechedit.atomic import atomic
 from mechedit.cache import PARQUET
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
 from mechedit.evaluation import PERCENT, QUICK, Baseline, EvaluationConfig, References, evaluate, measure_baseline
 from mechedit.figures import save_figure
-from mechedit.files import atomic, write_parquet
+from mechedit.files import write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.provenance import numbered, value_hash
 from mechedit.targets import find_targets

@@ -27,10 +27,10 @@ from analyses.common.frames import columns_of, records
 from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
 from mechedit import pipeline
+from mechedit.atomic import atomic
 from mechedit.data import EditRequest
 from mechedit.evaluation import PERCENT, Entry, EvaluationConfig, Scores
 from mechedit.figures import draw, plot_scores
-from mechedit.files import atomic
 from mechedit.tables import where
 
 NEWS = 50

@@ -28,10 +28,10 @@ from analyses.common.frames import groups_of
 from analyses.common.free_text import free_text
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant, by_name
+from mechedit.atomic import atomic
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors
 from mechedit.figures import scores_figure
-from mechedit.files import atomic
 from mechedit.methods import METHODS, SearchConfig
 from mechedit.report import span
 from mechedit.tables import where

@@ -22,12 +22,12 @@ from typing import Any
 from analyses.common.frames import groups_of, records
 from analyses.common.printing import markdown_table
 from mechedit import pipeline
+from mechedit.atomic import atomic
 from mechedit.cli.parsing import load_quietly, sampled
 from mechedit.data import load_facts, load_requests, tiny_data
 from mechedit.errors import InputError
 from mechedit.evaluation import Summary
 from mechedit.figures import run_figures
-from mechedit.files import atomic
 from mechedit.methods import METHODS
 from mechedit.moments import MomentsConfig
 from mechedit.provenance import VERSION, file_hash

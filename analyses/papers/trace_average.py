@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from mechedit import pipeline
+from mechedit.atomic import atomic
 from mechedit.figures import (
     PAGE_WIDTH,
     draw,
@@ -38,7 +39,6 @@ from mechedit.figures import (
     roles_figure,
     save_figure,
 )
-from mechedit.files import atomic
 from mechedit.tables import read_table, where
 from mechedit.trace import (
     KIND_LABELS,

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
+from mechedit.atomic import atomic
 from mechedit.figures import PAGE_WIDTH, paper_style, plot_selection, plot_severed
-from mechedit.files import atomic
 from mechedit.report import span
 from mechedit.selection import Selection
 

@@ -21,7 +21,8 @@ import mechedit as me
 from analyses.tiny_model.almanac import EMBLEMS, Entry, balanced
 from analyses.tiny_model.records import make_facts
 from analyses.tiny_model.train import Recipe, train
-from mechedit.files import atomic_folder, write_json
+from mechedit.atomic import atomic_folder
+from mechedit.files import write_json
 from mechedit.trace.traced_fact import known_facts
 
 RELATIONS = 4

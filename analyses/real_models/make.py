@@ -27,10 +27,12 @@ from typing import Any
 
 from filelock import FileLock
 
+from mechedit.atomic import atomic_folder
 from mechedit.cli.parsing import quiet
 from mechedit.data.downloads import cache_folder
 from mechedit.errors import InputError
-from mechedit.files import atomic_folder, read_json, writable_folder, write_json
+from mechedit.files import read_json, write_json
+from mechedit.paths import writable_folder
 from mechedit.provenance import file_hash
 
 FOLDER_VARIABLE = "MECHEDIT_REAL_MODELS"

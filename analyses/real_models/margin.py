@@ -20,9 +20,9 @@ import pandas as pd
 
 import mechedit as me
 from analyses.real_models.make import REAL_MODELS, make
+from mechedit.atomic import atomic
 from mechedit.cli.parsing import parse_layers
 from mechedit.evaluation import QUICK
-from mechedit.files import atomic
 from mechedit.methods import recommended
 from mechedit.prompt_tokens import make_prefixes
 

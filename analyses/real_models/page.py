@@ -28,12 +28,13 @@ from typing import Any
 import mechedit as me
 from analyses.common.printing import markdown_table
 from analyses.real_models.make import REAL_MODELS, make
+from mechedit.atomic import atomic
 from mechedit.data import load_requests
 from mechedit.edit import edited
 from mechedit.errors import InputError
 from mechedit.evaluation import measure_named
 from mechedit.evaluation.generation import generate
-from mechedit.files import atomic, read_json, write_json
+from mechedit.files import read_json, write_json
 from mechedit.provenance import VERSION
 from mechedit.report import span
 from mechedit.run_folder import read_stamps

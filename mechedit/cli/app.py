@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from mechedit.cli.config_file import config_defaults
+from mechedit.disk_errors import disk_error
 from mechedit.errors import InputError
-from mechedit.files import disk_error
 from mechedit.provenance import VERSION
 
 app = typer.Typer(

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from mechedit.data import EditRequest, Fact
 from mechedit.errors import InputError, brief, check_at_least, check_choice, read_whole
-from mechedit.files import checked_path
 from mechedit.methods import METHODS, MethodConfig, Recommendation
 from mechedit.models import Model, load_model, read_layer_range
+from mechedit.paths import checked_path
 from mechedit.sweep import Window
 
 

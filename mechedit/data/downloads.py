@@ -24,7 +24,8 @@ from typing_extensions import TypedDict
 from mechedit.cache import cache_folder
 from mechedit.data.json_records import UnclearRecordError
 from mechedit.errors import InputError, brief
-from mechedit.files import read_json, read_object, writable_folder, write_json
+from mechedit.files import read_json, read_object, write_json
+from mechedit.paths import writable_folder
 from mechedit.provenance import VERSION, file_hash
 from mechedit.records import Whole, check_record
 

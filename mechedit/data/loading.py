@@ -20,7 +20,7 @@ from mechedit.data.scored_prompts import RecordRequests
 from mechedit.data.summary import describe_facts, describe_requests
 from mechedit.data.tables import is_table, read_table
 from mechedit.errors import InputError, brief, check_choice
-from mechedit.files import checked_path
+from mechedit.paths import checked_path
 
 Conflicts = Literal["refuse", "first"]
 Joined = TypeVar("Joined", Fact, EditRequest, Neighbor)

@@ -10,7 +10,8 @@ from typing import Any
 from mechedit.data.json_files import read_records
 from mechedit.data.loading import tiny_data
 from mechedit.errors import InputError, brief, brief_list
-from mechedit.files import checked_path, read_text
+from mechedit.files import read_text
+from mechedit.paths import checked_path
 
 DEFAULT_CONFIGURATIONS = {
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mechedit.atomic import atomic_folder
 from mechedit.batching import pad
 from mechedit.edit.applied_edits import applied_edits, exact_weights, restoring
 from mechedit.edit.apply_undo import check_model, edited
@@ -22,10 +23,11 @@ from mechedit.edit.combine import truncate
 from mechedit.edit.edit import Edit, Factors
 from mechedit.edit.weights import HALF, projection_parameter, rounded_sum
 from mechedit.errors import InputError, brief, check_choice, check_finite
-from mechedit.files import atomic_folder, checked_path, write_json
+from mechedit.files import write_json
 from mechedit.locks import locked
 from mechedit.models import DTYPES, MODULES, Model, exclusive
 from mechedit.models.saving import is_checkpoint_file
+from mechedit.paths import checked_path
 
 MANIFEST = "mechedit.json"
 """File name of the edit's manifest in an export's folder."""

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.atomic import atomic_folder
 from mechedit.errors import InputError
 from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.drift import States
 from mechedit.evaluation.scores import Scores, check_same_input
-from mechedit.files import atomic_folder, read_tensors, write_tensors
+from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import check_provenance
 from mechedit.records import check_record
 

@@ -19,7 +19,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
 from mechedit.errors import InputError, brief
 from mechedit.evaluation.probe_prompts import ScoreRow
-from mechedit.files import checked_path
+from mechedit.paths import checked_path
 from mechedit.provenance import value_hash
 
 Key = tuple[str, str]

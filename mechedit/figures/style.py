@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mechedit.files import atomic
+from mechedit.atomic import atomic
 
 COLUMN_WIDTH = 3.25
 """Width in inches of a column of a two-column paper."""

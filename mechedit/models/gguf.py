@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from mechedit.atomic import atomic_folder
 from mechedit.cache import cache_folder
 from mechedit.errors import InputError
-from mechedit.files import atomic_folder, checked_path, writable_folder, write_json
+from mechedit.files import write_json
+from mechedit.paths import checked_path, writable_folder
 from mechedit.provenance import value_hash
 
 _MARK = "gguf.json"

@@ -19,11 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.atomic import atomic
 from mechedit.bounds import LARGEST_WHOLE
 from mechedit.errors import InputError, brief, check_at_least
-from mechedit.files import atomic, read_arrays, writable_folder
+from mechedit.files import read_arrays
 from mechedit.models import Model
 from mechedit.moments.second_moment import SecondMoment, check_matrix, check_moments
+from mechedit.paths import writable_folder
 from mechedit.solve.checks import symmetrized
 
 SAMPLES = 100_000

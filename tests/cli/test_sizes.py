@@ -13,7 +13,7 @@ import pytest
 from mechedit import InputError, Sever, TraceConfig, load_facts
 from mechedit.cli import main, parse_layers, parse_windows
 from mechedit.cli.parsing import parse_shard
-from mechedit.files import checked_path
+from mechedit.paths import checked_path
 
 DIGITS = "9" * 5000
 """More digits than Python reads."""
