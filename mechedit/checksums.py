@@ -1,7 +1,8 @@
 """Checksums by which a file is known to be as it was written: how they are made, and when contents are read for them.
 
 A file of tensors holds two in its header: `header_sha256`, over the header's fields and each tensor's name, dtype and
-shape, and `sha256`, over that and the tensors' bytes. The stamps of a run folder hold the size and the SHA-256 of each
+shape, and `sha256`, over that and the tensors' bytes. `selection.json` and `summary.json` hold `sha256`, over their
+other fields. The stamps of a run folder hold the size and the SHA-256 of each
 file of a step (`mechedit.run_folder`). Contents are always checked below `LARGE` bytes; above, only within
 `verify_contents`. What was written before there were checksums is read unchecked.
 """
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mechedit.errors import InputError
 
 LARGE = 256 * 2**20
 """Bytes from which on a file's content is read for its checksum only on demand."""
@@ -69,3 +72,36 @@ def content_checksum(tensors: Mapping[str, Tensor], outer: str) -> str:
         bytes_of: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
         digest.update(memoryview(bytes_of))
     return digest.hexdigest()
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its SHA-256 as its last field, `sha256`.
+
+    Args:
+        content: as JSON reads it back, without a checksum.
+    """
+    return {**content, CONTENT: object_checksum(content)}
+
+
+def without_checksum(content: Mapping[str, Any], what: str, remedy: str) -> dict[str, Any]:
+    """A JSON object without its checksum, once it was held against it; older ones have none.
+
+    Args:
+        content: as it was read.
+        what: names the file in messages.
+        remedy: how it is made again.
+
+    Raises:
+        InputError: it is not as it was written.
+    """
+    fields = {name: value for name, value in content.items() if name != CONTENT}
+    if CONTENT in content and content[CONTENT] != object_checksum(fields):
+        raise InputError(
+            f"{what} is not as it was written (it does not match its SHA-256), expected an undamaged file; {remedy}"
+        )
+    return fields
+
+
+def object_checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 over a JSON object's fields in the order of their names, in hex."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

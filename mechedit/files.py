@@ -29,6 +29,8 @@ from mechedit.checksums import (
     content_checksum,
     header_checksum,
     tensor_checksums,
+    with_checksum,
+    without_checksum,
 )
 from mechedit.errors import InputError, brief
 from mechedit.paths import readable_path
@@ -41,6 +43,11 @@ def write_json(path: str | Path, content: Any) -> None:
     text = json.dumps(content, indent=2, default=plain, allow_nan=False, ensure_ascii=False)
     with atomic(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_checked_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """As `write_json`, an object with its checksum (`sha256`)."""
+    write_json(path, with_checksum(plain_copy(content)))
 
 
 def write_parquet(path: str | Path, frame: pd.DataFrame) -> None:
@@ -115,6 +122,20 @@ def read_object(path: str | Path, *objects: str) -> dict[str, Any]:
         if content.get(name) is not None:
             _check_object(content[name], f"{name!r} in {str(path)!r}")
     return content
+
+
+def read_checked_object(path: str | Path, *objects: str, remedy: str) -> dict[str, Any]:
+    """Read what `write_checked_json` wrote, without its checksum; a file of an earlier release has none.
+
+    Args:
+        path: path of the file.
+        objects: as in `read_object`.
+        remedy: how the file is made again.
+
+    Raises:
+        InputError: as `read_object`, or the file is not as it was written.
+    """
+    return without_checksum(read_object(path, *objects), repr(str(path)), remedy)
 
 
 def parse_json(text: str, what: str, remedy: str, *, finite: bool = True) -> Any:

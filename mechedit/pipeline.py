@@ -6,6 +6,7 @@ it once and reuses it when nothing that determines it has changed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -31,6 +32,7 @@ from mechedit.evaluation import (
 from mechedit.evaluation.baseline import FILE as STATES_FILE
 from mechedit.evaluation.scores import SCORE_FILES
 from mechedit.evaluation.summary_file import write_summary_file
+from mechedit.locks import locked
 from mechedit.methods import METHODS, MethodConfig
 from mechedit.models import Model
 from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
@@ -145,8 +147,25 @@ def select_step(folder: RunFolder, config: SelectConfig, *, save: bool = True) -
         save: whether to write at once; not where `validate_step` follows, which may refuse, and then writes.
 
     Raises:
-        InputError: the folder holds no effects, not those that selection needs, or damaged ones.
+        InputError: the folder holds no effects, not those that selection needs, or damaged ones; another process
+            selects layers there, by other settings.
     """
+    if not save:
+        return _select(folder, config)
+    with selecting(folder, {"settings": asdict(config)}):
+        selection = _select(folder, config)
+        selection.save(folder.path / "selection.json")
+    return selection
+
+
+def selecting(folder: RunFolder, made_with: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Be the only process that selects layers in a folder; one that does so by the same input waits."""
+    what = f"the selection in {str(folder.path)!r}"
+    return locked(folder.path / "selection.json", what, made_with=value_hash(made_with))
+
+
+def _select(folder: RunFolder, config: SelectConfig) -> Selection:
+    """Select layers from the folder's effects."""
     sweep_run_folder(folder.path)
     file = folder.path / "effects.parquet"
     if not file.is_file():
@@ -154,10 +173,7 @@ def select_step(folder: RunFolder, config: SelectConfig, *, save: bool = True) -
             f"{str(folder.path)!r} holds no effects.parquet, expected a folder that `mechedit trace` wrote; trace first"
         )
     check_step(folder.path, "trace")
-    selection = select_layers(read_table(file, role="subject_last"), config=config)
-    if save:
-        selection.save(folder.path / "selection.json")
-    return selection
+    return select_layers(read_table(file, role="subject_last"), config=config)
 
 
 def saved_selection(folder: RunFolder) -> Selection | None:
@@ -204,30 +220,40 @@ def validate_step(
     added without editing those again, and z in targets/.
 
     Raises:
-        InputError: another model than was traced; a folder without facts.parquet; and as `sweep_windows`.
+        InputError: another model than was traced; a folder without facts.parquet; another process selects layers there;
+            and as `sweep_windows`.
     """
-    check_traced(folder, model)
-    check_step(folder.path, "trace")
-    facts = read_table(folder.path / "facts.parquet")
-    traced = set(where(facts, traced=True)["subject"])
-    sample = held_out(requests, traced, sweep.requests, sweep.seed)
-    windows = sweep.swept(selection.layers, model.n_layers)
-    moments = moments_step(
-        folder, model, texts, sorted({layer for window in windows for layer in window.layers}), reading
-    )
-    swept = sweep_step(folder, model, sample.requests, moments, windows, method, config, seed=sweep.seed)
-    gap = subject_effects(read_table(folder.path / "effects.parquet"), SelectConfig(**selection.settings)).gap
-    notes, n_held_out = [sample.warning] if sample.warning else [], len(sample.requests) - sample.traced
-    validation = validate_selection(swept, gap, selection.layers, held_out=n_held_out, notes=notes)
-    decided = decide_layers(selection, validation, swept, gap, sweep.by)
-    agreed = decided.validation["agreement"] or 0.0
-    if most_requests and agreed < selection.settings["agreement"] and len(best := finalists(swept)) > 1:
-        more = held_out(requests, traced, most_requests, sweep.seed).requests
-        if len(more) > len(sample.requests):
-            final = sweep_step(folder, model, more, moments, best, method, config, seed=sweep.seed, name=FINALS)
-            decided = decide_layers(selection, validation, swept, gap, sweep.by, final)
-    decided.save(folder.path / "selection.json")
-    return decided
+    made_with = {
+        "selection": selection.plain(),
+        "model": ModelIdentity.of(model.provenance()).record,
+        "requests": [request.plain() for request in requests],
+        "texts": str(texts),
+        "method": method,
+        "settings": [asdict(sweep), asdict(config), asdict(reading), most_requests],
+    }
+    with selecting(folder, made_with):
+        check_traced(folder, model)
+        check_step(folder.path, "trace")
+        facts = read_table(folder.path / "facts.parquet", ("subject", "traced"))
+        traced = set(where(facts, traced=True)["subject"])
+        sample = held_out(requests, traced, sweep.requests, sweep.seed)
+        windows = sweep.swept(selection.layers, model.n_layers)
+        moments = moments_step(
+            folder, model, texts, sorted({layer for window in windows for layer in window.layers}), reading
+        )
+        swept = sweep_step(folder, model, sample.requests, moments, windows, method, config, seed=sweep.seed)
+        gap = subject_effects(read_table(folder.path / "effects.parquet"), SelectConfig(**selection.settings)).gap
+        notes, n_held_out = [sample.warning] if sample.warning else [], len(sample.requests) - sample.traced
+        validation = validate_selection(swept, gap, selection.layers, held_out=n_held_out, notes=notes)
+        decided = decide_layers(selection, validation, swept, gap, sweep.by)
+        agreed = decided.validation["agreement"] or 0.0
+        if most_requests and agreed < selection.settings["agreement"] and len(best := finalists(swept)) > 1:
+            more = held_out(requests, traced, most_requests, sweep.seed).requests
+            if len(more) > len(sample.requests):
+                final = sweep_step(folder, model, more, moments, best, method, config, seed=sweep.seed, name=FINALS)
+                decided = decide_layers(selection, validation, swept, gap, sweep.by, final)
+        decided.save(folder.path / "selection.json")
+        return decided
 
 
 def settle_step(

@@ -7,10 +7,9 @@ images inside. Sections without data are left out.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from mechedit.atomic import atomic
 from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.errors import InputError
 from mechedit.evaluation import MEASURES, Scores
-from mechedit.files import read_header, read_object
+from mechedit.evaluation.summary_file import read_summary_file
+from mechedit.files import read_header
+from mechedit.locks import locked
 from mechedit.moments.second_moment import MomentRecord
 from mechedit.provenance import VERSION, file_hash
-from mechedit.records import ModelRecord, Number, Whole, check_record, partial_record, read_record
-from mechedit.run_folder import check_step, read_stamps, sweep_run_folder
-from mechedit.selection import Selection
-from mechedit.sweep import Validation
+from mechedit.records import ModelRecord, Number, Whole, check_record
+from mechedit.run_folder import as_written, check_step, read_stamps, sweep_run_folder
+from mechedit.sweep.validation import read_selection_fields
 from mechedit.tables import read_table, where
 from mechedit.trace import average_effects, clearest_fact, total_effects
 
@@ -56,23 +56,6 @@ class TraceRecord(TypedDict, total=False):
     dropped: list[tuple[str, str]]
     provenance: ModelRecord
     config: SeedRecord
-
-
-class EntryRecord(TypedDict):
-    """A measure in summary.json."""
-
-    mean: Number | None
-    low: Number | None
-    high: Number | None
-    n: Whole
-
-
-class SummaryRecord(TypedDict, total=False):
-    """The scores of each state in summary.json."""
-
-    before: dict[str, EntryRecord] | None
-    after: dict[str, EntryRecord] | None
-    now: dict[str, EntryRecord] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +89,15 @@ def write_report(folder: str | Path) -> Path:
             f"the folder {str(folder)!r} holds no results, expected some of {', '.join(SOURCES)}: "
             f"pass a folder that mechedit wrote"
         )
+    with locked(folder / "report.html", f"the report in {str(folder)!r}", wait=True):
+        return _write_report(folder)
+
+
+def _write_report(folder: Path) -> Path:
     sweep_run_folder(folder)
     # An edit holds its own checksums: it may be another one than the folder's step made.
     check_step(folder, "trace", "sweep", "evaluate")
-    with _readable(folder):
+    with as_written(folder, UndefinedError):
         page = _template().render(contents(folder))
     with atomic(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -230,13 +218,7 @@ def _fact_summary(fact: str, facts: pd.DataFrame) -> dict[str, str]:
 
 def selection_section(path: Path) -> dict[str, Any]:
     """The content of selection.json, with the layers in words."""
-    selection = read_object(path, "alternatives", "validation", "provenance")
-    if not isinstance(selection.get("layers"), list):
-        raise InputError(f"{str(path)!r} is not a selection, expected what `mechedit select` wrote: select again")
-    present = {name: value for name, value in selection.items() if value is not None}
-    check_record(present, partial_record(Selection), repr(str(path)), "select again")
-    if selection.get("validation"):
-        read_record(selection["validation"], Validation, f"the validation in {str(path)!r}", "select again")
+    selection = read_selection_fields(path)
     alternatives = selection.get("alternatives") or {}
     return {
         **{
@@ -303,8 +285,7 @@ def edit_section(path: Path) -> dict[str, Any]:
 
 def evaluation_section(path: Path) -> dict[str, Any] | None:
     """The measures of each state, in the order of `MEASURES`; None when nothing was evaluated."""
-    summary = read_object(path, "before", "after", "now")
-    check_record(summary, SummaryRecord, repr(str(path)), "evaluate again")
+    summary = read_summary_file(path)
     states = [state for state in ("before", "after", "now") if summary.get(state)]
     explained = {name: measure for name, measure in MEASURES.items() if measure.meaning}
     measures = [measure for name, measure in explained.items() if any(name in summary[state] for state in states)]
@@ -407,22 +388,8 @@ def _visible(paths: Iterable[Path]) -> list[Path]:
 def _if_present(path: Path, section: Any) -> Any:
     if not path.is_file():
         return None
-    with _readable(path):
+    with as_written(path, UndefinedError):
         return section(path)
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Say of which file it is that its parts do not fit each other, where no check of each part could tell."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, UndefinedError) as error:
-        raise InputError(
-            f"{str(path)!r} cannot be shown ({type(error).__name__}: {error!s:.200}); expected what mechedit wrote, "
-            f"as it wrote it: make it again"
-        ) from error
 
 
 def _template() -> Any:

@@ -11,7 +11,8 @@ Stamps from before there were checksums have none, and their files are read unch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,14 @@ class RunFolder:
         path = self.path / at
         if codec.finished(path) and self._made_from(name, stamp) and self._is_intact(name):
             return codec.read(path)
+        before = self.stamps()
         # Without its stamp a half-replaced result cannot be mistaken for a whole one.
         self._replace_stamp(name, None)
-        value = make()
+        try:
+            value = make()
+        except InputError:
+            self._restore_stamp(name, before)
+            raise
         if codec.write is not None:
             codec.write(path, value)
         files = [str(Path(at) / file) for file in codec.files] or [at]
@@ -134,6 +140,41 @@ class RunFolder:
             if stamp is not None:
                 stamps[name] = dict(stamp)
             write_json(file, {"mechedit": VERSION, "steps": stamps})
+
+    def _restore_stamp(self, name: str, before: Mapping[str, Any]) -> None:
+        """Put back the stamp of a step whose files nothing has replaced, where making it again was refused."""
+        if not before.get(name, {}).get("files"):
+            return
+        file = self.path / "config.json"
+        with locked(file, repr(str(file)), wait=True):
+            stamps = {**before, **self.stamps()}
+            write_json(file, {"mechedit": VERSION, "steps": stamps})
+        try:
+            check_step(self.path, name)
+        except InputError:
+            self._replace_stamp(name, None)
+
+
+@contextlib.contextmanager
+def as_written(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Say of which file or folder it is that its parts do not fit each other, where no check of each part could tell.
+
+    Args:
+        path: of the file or folder.
+        *errors: that tell it, besides Python's own.
+
+    Raises:
+        InputError: the block ended in one of these errors.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, *errors) as error:
+        raise InputError(
+            f"{str(path)!r} cannot be shown ({type(error).__name__}: {error!s:.200}); expected what mechedit wrote, "
+            f"as it wrote it: make it again"
+        ) from error
 
 
 def check_step(folder: str | Path, *steps: str) -> None:

@@ -25,10 +25,18 @@ from mechedit.cli import main
 from mechedit.edit import Edit, Factors
 from mechedit.errors import InputError
 from mechedit.figures import run_figures
-from mechedit.files import read_header, read_json, read_tensors, write_json, write_tensors
+from mechedit.files import (
+    read_checked_object,
+    read_header,
+    read_json,
+    read_tensors,
+    write_checked_json,
+    write_json,
+    write_tensors,
+)
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder, check_step
-from mechedit.selection import SelectConfig
+from mechedit.selection import SelectConfig, Selection
 from mechedit.session.metrics import HistoryEntry
 from mechedit.session.session_folder import SessionFolder
 
@@ -282,3 +290,61 @@ def test_the_files_of_a_step_are_those_that_its_codec_names(tmp_path: Path) -> N
     assert set(folder.stamps()["evaluate"]["files"]) == written == set(pipeline.SCORES.files)
     folder.step("edit", STAMP, lambda: 1, NUMBER, at="edit.json")
     assert set(folder.stamps()["edit"]["files"]) == {"edit.json"}
+
+
+@pytest.mark.parametrize("name", ["selection.json", "summary.json"])
+def test_no_flipped_bit_of_a_selection_or_a_summary_goes_unnoticed(tmp_path: Path, name: str) -> None:
+    """Layers, means and counts are digits, of which another one is as good."""
+    content = {"layers": [2, 3], "stability": 0.25, "reason": "é", "before": {"ES": {"mean": 31.25, "n": 40}}}
+    write_checked_json(tmp_path / name, content)
+
+    def read() -> dict[str, Any]:
+        return read_checked_object(tmp_path / name, remedy="make it again")
+
+    def silently_changed() -> int:
+        changed = 0
+        for at in range((tmp_path / name).stat().st_size):
+            flip(tmp_path / name, at, at % 7)
+            with contextlib.suppress(InputError):
+                # Where the checksum's own name is damaged, the fields are those that were written.
+                changed += {field: read().get(field) for field in content} != content
+            flip(tmp_path / name, at, at % 7)
+        return changed
+
+    assert read() == content
+    assert not silently_changed()
+    write_json(tmp_path / name, content)
+    assert read() == content, "older ones have no checksum"
+    assert silently_changed() > 5, "the control: bits whose flip nothing else notices"
+
+
+def test_a_selection_that_was_changed_is_refused_by_all_that_read_it(tmp_path: Path, capsys: Any) -> None:
+    write_run(tmp_path)
+    selection = me.select_layers(pd.read_parquet(tmp_path / "effects.parquet"))
+    selection.save(tmp_path / "selection.json")
+    assert Selection.load(tmp_path / "selection.json") == selection
+    changed = {**read_json(tmp_path / "selection.json"), "layers": [1]}
+    write_json(tmp_path / "selection.json", changed)
+    for read in (lambda: Selection.load(tmp_path / "selection.json"), lambda: write_report(tmp_path),
+                 lambda: run_figures(tmp_path)):  # fmt: skip
+        with pytest.raises(InputError, match=r"selection\.json' is not as it was written.*select again"):
+            read()
+    with pytest.raises(SystemExit) as leaving:
+        main(["edit", "--selection", str(tmp_path / "selection.json"), "--out", str(tmp_path / "new.safetensors")])
+    assert leaving.value.code == 2
+    assert "is not as it was written" in capsys.readouterr().err
+
+
+def test_a_summary_that_was_changed_is_refused_by_all_that_read_it(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    summary = {"before": read_json(tmp_path / "summary.json")["before"]}
+    write_checked_json(tmp_path / "summary.json", summary)
+    (tmp_path / "effects.parquet").unlink()  # its figures take most of the time
+    write_report(tmp_path)
+    run_figures(tmp_path)
+    written = read_json(tmp_path / "summary.json")
+    written["before"]["ES"]["mean"] += 1
+    write_json(tmp_path / "summary.json", written)
+    for read in (write_report, run_figures):
+        with pytest.raises(InputError, match=r"summary\.json' is not as it was written.*evaluate again"):
+            read(tmp_path)

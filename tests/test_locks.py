@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -13,20 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from helpers.edits import random_edit
+from helpers.run_folder import write_run
 from test_run_folder import NUMBER, step
 
+import mechedit as me
+from mechedit import pipeline
 from mechedit.cli import main
 from mechedit.edit import export, export_lora
 from mechedit.errors import InputError
+from mechedit.figures import run_figures
 from mechedit.locks import locked
 from mechedit.moments.checkpoints import shard_lock
 from mechedit.moments.chunks import Rank
 from mechedit.processes import host_name
 from mechedit.provenance import value_hash
+from mechedit.report import write_report
 from mechedit.run_folder import RunFolder, _deciding
 from mechedit.session.session_folder import SessionFolder
+from mechedit.sweep import SweepConfig
 
 
 class Holder:
@@ -179,6 +187,48 @@ def test_two_edits_to_one_file(tmp_path: Path, hold: Callable[..., Holder], caps
         main(["edit", "--layers", "1-2", "--out", str(tmp_path / "edit.safetensors"), "--overwrite"])
     assert leaving.value.code == 2
     assert f"is being made by process {holder.pid}" in capsys.readouterr().err
+
+
+def test_two_selections_in_one_folder(
+    lens_model: Any, tmp_path: Path, hold: Callable[..., Holder], capsys: Any
+) -> None:
+    """Also while windows are swept, which takes hours."""
+    write_run(tmp_path)
+    selection = me.select_layers(pd.read_parquet(tmp_path / "effects.parquet"))
+    before = (tmp_path / "selection.json").read_bytes()
+    holder = hold(tmp_path / "selection.json", value_hash("other settings"))
+    message = f"the selection in {str(tmp_path)!r} is being made by process {holder.pid}"
+    with pytest.raises(SystemExit) as leaving:
+        main(["select", str(tmp_path)])
+    assert leaving.value.code == 2
+    assert message in capsys.readouterr().err
+    requests, sweep, config, reading = me.load_requests("tiny"), SweepConfig(), me.MemitConfig(), me.MomentsConfig()
+    with pytest.raises(InputError, match=re.escape(message)):
+        pipeline.validate_step(
+            RunFolder.at(tmp_path), lens_model, selection, requests, "tiny", sweep, "memit", config, reading
+        )
+    assert (tmp_path / "selection.json").read_bytes() == before
+    holder.kill()
+    pipeline.select_step(RunFolder.at(tmp_path), me.SelectConfig())
+    assert (tmp_path / "selection.json").read_bytes() != before
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("name", "make"), [("report.html", write_report), ("figures", run_figures)])
+def test_two_reports_in_one_folder_are_made_one_after_the_other(
+    tmp_path: Path, hold: Callable[..., Holder], name: str, make: Callable[[Path], object]
+) -> None:
+    write_run(tmp_path)
+    (tmp_path / "effects.parquet").unlink()  # its figures take most of the time
+    holder = hold(tmp_path / name)
+    timer = threading.Timer(1.5, holder.release)
+    timer.start()
+    start = time.monotonic()
+    make(tmp_path)
+    assert time.monotonic() - start > 1.4
+    timer.join()
+    assert (tmp_path / name).exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_two_sessions_in_one_folder(tmp_path: Path, hold: Callable[..., Holder]) -> None:

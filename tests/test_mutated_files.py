@@ -27,7 +27,8 @@ from mechedit.edit import Factors, merge, truncate
 from mechedit.evaluation import EvaluationConfig, Scores
 from mechedit.evaluation.baseline import Baseline
 from mechedit.evaluation.summary_file import write_summary_file
-from mechedit.files import write_json, write_tensors
+from mechedit.figures import run_figures
+from mechedit.files import read_json, write_json, write_tensors
 from mechedit.methods import recommended
 from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.checkpoints import Checkpoint, load_checkpoint
@@ -44,6 +45,9 @@ from mechedit.session.session_folder import SessionFolder
 from mechedit.sweep import Sweep, Window
 from mechedit.targets.cache import RESULTS, TargetResult
 from mechedit.trace import read_effects
+from mechedit.trace.until_settled import _Seconds
+from mechedit.tuning.ledger import Ledger
+from mechedit.tuning.plan import Speed
 
 MUTATIONS = 25
 """Damaged copies of each file."""
@@ -234,6 +238,13 @@ def write_files(folder: Path) -> None:
     np.savez(data / "moment.npz", mom2_constructor="x", **total)
     write_json(data / "options.yaml", {"max-facts": 5, "model": "tiny", "json": True, "kinds": "state,mlp"})
     write_json(folder / "editing.json", {"memit": {"steps": 7, "clamp": 0.5, "convention": "default"}})
+    for name in ("selection.json", "summary.json"):
+        write_json(folder / "drawn" / name, read_json(folder / name))
+    ledger = Ledger.at(folder, {})
+    ledger.speed = Speed(edit=0.5, trial=0.25, fact=0.125)
+    with ledger.timed("speed"):
+        pass
+    write_json(folder / "seconds.json", {"seconds": 1.5})
     (folder / "cache").mkdir()
     (folder / "cache" / "file.json").write_text("{}")
     url = "http://127.0.0.1:1/file.json"
@@ -305,7 +316,16 @@ def loaders(folder: Path, model: Any) -> dict[str, Loader]:
         f"report of {name}": Loader(folder / name, of_suffix[Path(name).suffix], lambda path: write_report(folder))
         for name in reported
     }
-    return {**plain, **runs, **reports}
+    figures = {
+        f"figures of {name}": Loader(folder / name, of_suffix[Path(name).suffix], lambda path: run_figures(path.parent))
+        for name in ("drawn/selection.json", "drawn/summary.json", "sweep/sweep.parquet")
+    }
+    ledger = next(iter(folder.glob("ledger/*.json")), folder / "ledger" / "key.json")
+    times = {
+        "ledger": Loader(ledger, of_json, lambda path: Ledger.at(folder, {})),
+        "seconds.json": Loader(folder / "seconds.json", of_json, _Seconds.at),
+    }
+    return {**plain, **runs, **reports, **figures, **times}
 
 
 def of_table(source: Path, target: Path, generator: random.Random) -> None:
@@ -343,7 +363,7 @@ def test_a_file_that_is_damaged_at_random_is_accepted_or_refused(
     refused = 0
     try:
         # A report takes a third of a second.
-        for seed in range(6 if name.startswith("report") else MUTATIONS):
+        for seed in range(6 if name.startswith(("report", "figures")) else MUTATIONS):
             loader.mutate(source, loader.file, random.Random(f"{name} {seed}"))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

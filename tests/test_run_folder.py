@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,28 @@ def test_an_interrupted_step_is_made_again(tmp_path: Path) -> None:
         run.step("trace", {**STAMP, "facts": "g"}, interrupted, NUMBER, at="number.json")
     assert "trace" not in run.stamps()
     assert step(tmp_path, 3) == 3, "a file that was replaced halfway is not taken for the former result"
+
+
+def test_a_refused_step_leaves_the_former_result_as_it_was(tmp_path: Path) -> None:
+    """Also its stamp, without which it would be made again."""
+    step(tmp_path, 1)
+    run = RunFolder.at(tmp_path, overwrite=True)
+    run.step("edit", {"requests": "r"}, lambda: 7, NUMBER, at="edit.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refused(*, writes: bool = False) -> int:
+        if writes:
+            write_json(tmp_path / "number.json", 2)
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        run.step("trace", {**STAMP, "facts": "g"}, refused, NUMBER, at="number.json")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert step(tmp_path, 3) == 1
+    with pytest.raises(InputError, match="no"):
+        run.step("trace", {**STAMP, "facts": "g"}, partial(refused, writes=True), NUMBER, at="number.json")
+    assert set(run.stamps()) == {"edit"}, "what it replaced is no former result"
+    assert step(tmp_path, 3) == 3
 
 
 def test_steps_do_not_touch_one_another(tmp_path: Path) -> None:

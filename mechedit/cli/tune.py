@@ -107,8 +107,10 @@ def _of_trace(folder: Path | None) -> tuple[list[Window], set[str]]:
     ranges = [selection.layers, *(candidate.layers for candidate in selection.candidates)]
     ranges += [tuple(layers) for layers in selection.alternatives.values()]
     windows = dict.fromkeys(Window(layers[0], layers[-1]) for layers in ranges if layers)
-    facts = read_table(folder / "facts.parquet") if (folder / "facts.parquet").is_file() else None
-    return list(windows), set() if facts is None else set(where(facts, traced=True)["subject"])
+    if not (folder / "facts.parquet").is_file():
+        return list(windows), set()
+    facts = read_table(folder / "facts.parquet", ("subject", "traced"))
+    return list(windows), set(where(facts, traced=True)["subject"])
 
 
 def _moments(

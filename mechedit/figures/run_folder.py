@@ -10,15 +10,19 @@ from matplotlib.figure import Figure
 from typing_extensions import TypedDict
 
 from mechedit.errors import InputError
+from mechedit.evaluation.summary_file import read_summary_file
 from mechedit.figures.score_bars import BARS, plot_scores
 from mechedit.figures.selection import plot_selection
 from mechedit.figures.style import draw, save_figure
 from mechedit.figures.sweep import sweep_figure
 from mechedit.figures.trace_figures import trace_figures
 from mechedit.files import read_object, write_json
+from mechedit.locks import locked
 from mechedit.provenance import VERSION, file_hash
 from mechedit.records import check_record
-from mechedit.run_folder import check_step
+from mechedit.run_folder import as_written, check_step
+from mechedit.sweep.sweep import TABLE_COLUMNS
+from mechedit.sweep.validation import read_selection_fields
 from mechedit.tables import read_table
 
 RESULTS = ("effects.parquet", "selection.json", "sweep.parquet", "summary.json")
@@ -46,23 +50,28 @@ def run_figures(folder: str | Path) -> list[Path]:
         The files written.
 
     Raises:
-        InputError: there is no such folder, it cannot be written to, or a table is not as its step wrote it.
+        InputError: there is no such folder, it cannot be written to, or a result is not as it was written.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}, expected one that mechedit wrote: check the path")
+    with locked(folder / "figures", f"the figures in {str(folder)!r}", wait=True), as_written(folder):
+        return _run_figures(folder)
+
+
+def _run_figures(folder: Path) -> list[Path]:
     check_step(folder, "trace", "sweep")
     figures: dict[str, Figure] = {}
     selection, summary = (
-        _optional_json(folder / name, *objects)
-        for name, *objects in (("selection.json", "validation"), ("summary.json", "before", "after", "now"))
+        read(folder / name) if (folder / name).is_file() else {}
+        for name, read in (("selection.json", read_selection_fields), ("summary.json", read_summary_file))
     )
     if (folder / "effects.parquet").is_file():
         figures |= trace_figures(folder / "effects.parquet", selection.get("layers"))
     if selection.get("evidence"):
         figures["selection"] = draw(partial(plot_selection, selection), height=2.7)
     if (folder / "sweep.parquet").is_file():
-        figures["sweep"] = sweep_figure(read_table(folder / "sweep.parquet"), selection)
+        figures["sweep"] = sweep_figure(read_table(folder / "sweep.parquet", TABLE_COLUMNS), selection)
     before, after = summary.get("before") or {}, summary.get("after") or summary.get("now") or {}
     if any(name in before or name in after for name in BARS):
         figures["scores"] = draw(partial(plot_scores, before, after))
@@ -93,7 +102,3 @@ def _drawn_from(folder: Path) -> dict[str, Any]:
     """What decides how the figures look: the results, and the release that draws them."""
     paths = [folder / name for name in RESULTS if (folder / name).is_file()]
     return {"mechedit": VERSION, "results": {path.name: file_hash(path) for path in paths}}
-
-
-def _optional_json(path: Path, *objects: str) -> dict[str, Any]:
-    return read_object(path, *objects) if path.is_file() else {}

@@ -10,7 +10,7 @@ from typing import Any, Literal, Required
 import pandas as pd
 from typing_extensions import TypedDict
 
-from mechedit.files import read_object, write_json
+from mechedit.files import read_checked_object, write_checked_json
 from mechedit.records import Number, Whole, check_record, read_record
 from mechedit.selection.bootstrap import BootstrapSelections, bootstrap_selections, resampled_curves
 from mechedit.selection.config import SelectConfig
@@ -109,18 +109,18 @@ class Selection:
         return {**asdict(self), "evidence": evidence_records(self.evidence)}
 
     def save(self, path: str | Path) -> None:
-        """Write `selection.json`, atomically."""
-        write_json(path, self.plain())
+        """Write `selection.json` with its checksum, atomically."""
+        write_checked_json(path, self.plain())
 
     @staticmethod
     def load(path: str | Path) -> Selection:
         """Read `selection.json`.
 
         Raises:
-            InputError: no such file, not JSON, or not a selection.
+            InputError: no such file, not JSON, not a selection, or not as it was written.
         """
         what, remedy = repr(str(path)), "select again (mechedit select)"
-        content = read_object(path)
+        content = read_checked_object(path, remedy=remedy)
         check_record(content, EarlierSelection, what, remedy)
         return read_record(_with_agreement(content), Selection, what, remedy)
 

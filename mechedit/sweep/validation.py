@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,6 +16,9 @@ from jaxtyping import Bool, Float
 from typing_extensions import TypedDict
 
 from mechedit.errors import InputError, check_choice
+from mechedit.files import read_checked_object
+from mechedit.records import check_record, partial_record, read_record
+from mechedit.selection import Selection
 from mechedit.selection.curves import contribution
 from mechedit.statistics import bootstrap_means, near_best, rank_interval, spearman
 from mechedit.sweep.sweep import Sweep
@@ -286,3 +290,20 @@ def _correlation(
     draws = spearman(predict(_resampled(gap, sweep), windows), sweep.draws[:, indices])
     low, high = rank_interval(float(measured[0]), draws, len(indices), sweep.config.confidence)
     return {"mean": float(measured[0]), "low": low, "high": high, "n": len(indices), "width": windows[0].width}
+
+
+def read_selection_fields(path: Path) -> dict[str, Any]:
+    """The fields of selection.json that are there, also of an earlier release, and its validation.
+
+    Raises:
+        InputError: it cannot be read, is not as it was written, or is no selection.
+    """
+    what, remedy = repr(str(path)), "select again"
+    selection = read_checked_object(path, "alternatives", "validation", "provenance", remedy=remedy)
+    if not isinstance(selection.get("layers"), list):
+        raise InputError(f"{what} is not a selection, expected what `mechedit select` wrote: {remedy}")
+    present = {name: value for name, value in selection.items() if value is not None}
+    check_record(present, partial_record(Selection), what, remedy)
+    if selection.get("validation"):
+        read_record(selection["validation"], Validation, f"the validation in {what}", remedy)
+    return selection

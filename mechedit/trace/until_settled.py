@@ -17,12 +17,14 @@ from time import monotonic
 from typing import Any
 
 import pandas as pd
+from typing_extensions import TypedDict
 
 from mechedit.bounds import check_numbers
 from mechedit.data import Fact
 from mechedit.errors import InputError, check_at_least, check_positive
 from mechedit.files import read_object, write_json, write_parquet, write_parquet_parts
 from mechedit.models import Model, exclusive
+from mechedit.records import Number, check_record
 from mechedit.tables import where
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import embedding_statistics
@@ -197,6 +199,12 @@ def _write(
     return attrs
 
 
+class SecondsRecord(TypedDict):
+    """The content of seconds.json."""
+
+    seconds: Number
+
+
 @dataclass
 class _Seconds:
     """The time that a trace has taken, in all calls."""
@@ -210,8 +218,11 @@ class _Seconds:
     @staticmethod
     def at(file: Path) -> _Seconds:
         """The time in a file; none without the file."""
-        before = read_object(file)["seconds"] if file.is_file() else 0.0
-        return _Seconds(file, before, monotonic())
+        if not file.is_file():
+            return _Seconds(file, 0.0, monotonic())
+        content = read_object(file)
+        check_record(content, SecondsRecord, repr(str(file)), "remove it, and the time is counted from now on")
+        return _Seconds(file, content["seconds"], monotonic())
 
     def passed(self) -> float | int:
         """Seconds so far."""

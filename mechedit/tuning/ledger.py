@@ -9,9 +9,27 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from mechedit.files import read_object, write_json
 from mechedit.provenance import value_hash
+from mechedit.records import Number, check_record
 from mechedit.tuning.plan import Speed
+
+
+class SpeedRecord(TypedDict):
+    """The fields of a `Speed`."""
+
+    edit: Number
+    trial: Number
+    fact: Number
+
+
+class LedgerRecord(TypedDict):
+    """The content of a ledger's file."""
+
+    speed: SpeedRecord | None
+    seconds: dict[str, Number]
 
 
 @dataclass
@@ -31,13 +49,18 @@ class Ledger:
         Args:
             folder: folder of the search.
             key: all that determines the search.
+
+        Raises:
+            InputError: its file is damaged.
         """
         file = folder / "ledger" / f"{value_hash(key)[:32]}.json"
         if not file.is_file():
             return Ledger(file)
-        content = read_object(file, "seconds", "speed")
-        speed = content.get("speed")
-        return Ledger(file, None if speed is None else Speed(**speed), dict(content["seconds"]))
+        content = read_object(file)
+        check_record(content, LedgerRecord, repr(str(file)), "remove it, and the search measures its speed again")
+        speed = content["speed"]
+        measured = speed and Speed(**{name: speed[name] for name in SpeedRecord.__annotations__})
+        return Ledger(file, measured, content["seconds"])
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -333,7 +333,9 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     evaluate = ["--requests", requests, "--texts", texts, "--max-texts", 5, "--out", scores, "--json", *SHORT_TEXTS]
     assert call("evaluate", *evaluate, "--edit", edit) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary == read_json(scores / "summary.json")
+    saved = read_json(scores / "summary.json")
+    assert len(saved.pop("sha256")) == 64
+    assert summary == saved
     assert set(summary) == {"before", "after", "protocol", "counts"}
     assert summary["after"]["ES"]["mean"] > summary["before"]["ES"]["mean"]
     assert set(summary["before"]["ES"]) == {"mean", "low", "high", "n"}
@@ -406,7 +408,7 @@ def tiny_edit(tmp_path: Path) -> Path:
     """An edit of the tiny model, with settings, texts and residuals in its manifest."""
     model = me.load_model("tiny")
     settings = {**dataclasses.asdict(me.MemitConfig()), "steps": 7}
-    residuals = [{"layer": layer, "after": 0.25, "error": 1e-15, "condition": 1e6} for layer in (0, 2)]
+    residuals = [{"layer": layer, "before": 1.0, "after": 0.25, "error": 1e-15, "condition": 1e6} for layer in (0, 2)]
     edit = random_edit(model, ranks=(3, 1))
     facts = [f"Fact {number} about something rather long: {'so ' * 40} → end" for number in range(25)]
     manifest = {

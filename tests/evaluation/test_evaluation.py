@@ -312,13 +312,19 @@ def test_templates_among_paraphrases_get_their_subject():
     assert texts == ["Danielle Darrieux, a native", "Danielle Darrieux speaks the language"]
 
 
-def test_scores_do_not_depend_on_batch_size_or_backend(make_model):
-    tables = []
-    for backend, batch_size in (("transformer_lens", 64), ("transformer_lens", 1), ("nnsight", 5)):
-        scores = evaluate(make_model("gpt2", backend), REQUESTS, replace(CONFIG, batch_size=batch_size))
-        tables.append(scores.table)
-    for other in tables[1:]:
-        pd.testing.assert_frame_equal(tables[0], other, atol=1e-5)
+def test_batch_size_and_backend_change_no_more_than_rounding_and_the_first_is_recorded(make_model):
+    scores = [
+        evaluate(make_model("gpt2", backend), REQUESTS, replace(CONFIG, batch_size=batch_size))
+        for backend, batch_size in (("transformer_lens", 64), ("transformer_lens", 1), ("nnsight", 5))
+    ]
+    for others in scores[1:]:
+        pd.testing.assert_frame_equal(scores[0].table, others.table, atol=1e-5)
+    by_one = scores[1].summary()
+    assert {name: entry["mean"] for name, entry in scores[0].summary().items()} == pytest.approx(
+        {name: entry["mean"] for name, entry in by_one.items()}, abs=1e-3
+    )
+    assert [measured.protocol["batch_size"] for measured in scores] == [64, 1, 5]
+    assert scores[0].table["value"].tolist() != scores[1].table["value"].tolist(), "so that it has to be recorded"
 
 
 def test_evaluation_repeats_itself_and_sees_an_edit(lens_model):
