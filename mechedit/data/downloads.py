@@ -10,9 +10,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,9 @@ from mechedit.provenance import VERSION, file_hash
 from mechedit.records import Whole, check_record
 
 READ_BYTES = 1 << 18
-"""Bytes read from the server at a time."""
+"""Most bytes read from the server at a time."""
+SLOWEST = 1000
+"""Bytes per second below which a download is given up: a server that sends a byte now and then never ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +91,13 @@ def fetch(
         remote: the file.
         cache: folder for downloads; `cache_folder()` by default.
         check: reads the file before its hash is trusted; that of a login page or of half a file is never.
-        timeout: seconds without an answer after which the download fails.
+        timeout: seconds without an answer, or with fewer than `SLOWEST` bytes in each of them, after which the download
+            fails.
 
     Raises:
-        InputError: the server cannot be reached, refuses, or ends early; what it sent is empty or cannot be read; the
-            file's size or hash is not the expected one, or not that of the first download; the folder cannot be written
-            to.
+        InputError: the server cannot be reached, refuses, is too slow, or ends early; what it sent is empty or cannot
+            be read; the file's size or hash is not the expected one, or not that of the first download; the folder
+            cannot be written to.
     """
     path = Path(cache or cache_folder()) / remote.name
     expected = _expected(remote, path)
@@ -206,7 +213,7 @@ def _download(remote: RemoteFile, path: Path, timeout: float) -> Path:
                 # Before the new version is noted, since the bytes here may be of another one.
                 partial.unlink(missing_ok=True)
             write_json(_version_file(partial), {"url": remote.url, "validator": response.validator})
-            _append(stream, partial, response.offset, size, path.name)
+            _append(_in_time(_blocks(stream), timeout), partial, response.offset, size, path.name)
     except urllib.error.HTTPError as error:
         raise InputError(f"{remote.url} answers {error.code} ({error.reason}); {_by_hand(path)}") from error
     except (OSError, http.client.HTTPException) as error:
@@ -233,12 +240,36 @@ def _open(remote: RemoteFile, partial: Path, timeout: float) -> Any:
     range_headers = _range_headers(remote, partial)
     request = urllib.request.Request(remote.url, headers=headers | range_headers)
     try:
-        return urllib.request.urlopen(request, timeout=timeout)
+        return _answer(request, timeout)
     except urllib.error.HTTPError as error:
         # 416: the file has no such rest, so the part that is here is of no use.
         if error.code != 416 or not range_headers:
             raise
-    return urllib.request.urlopen(urllib.request.Request(remote.url, headers=headers), timeout=timeout)
+    return _answer(urllib.request.Request(remote.url, headers=headers), timeout)
+
+
+def _answer(request: urllib.request.Request, timeout: float) -> Any:
+    """The answer, once its headers are there.
+
+    Raises:
+        TimeoutError: they did not come within four times `timeout`, which itself only limits each wait for a byte.
+    """
+    answer: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(urllib.request.urlopen(request, timeout=timeout))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # Nothing can end a thread that waits for a server; as a daemon it does not keep the process from ending.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(4 * timeout)
+    except FutureTimeoutError as error:
+        if answer.done():
+            raise
+        raise TimeoutError(f"its answer did not begin within {4 * timeout:g} seconds") from error
 
 
 def _range_headers(remote: RemoteFile, partial: Path) -> dict[str, str]:
@@ -275,11 +306,11 @@ def _read_headers(stream: Any) -> _Response:
     return _Response(int(first), int(total) if total.isdigit() else None, validator)
 
 
-def _append(stream: Any, partial: Path, offset: int, size: int | None, name: str) -> None:
+def _append(blocks: Iterable[bytes], partial: Path, offset: int, size: int | None, name: str) -> None:
     """Append the answer's body to the partial download.
 
     Args:
-        stream: the answer.
+        blocks: the body, piece by piece.
         partial: path of the partial download.
         offset: byte of the file at which the body begins.
         size: size of the complete file, for the progress bar.
@@ -292,10 +323,27 @@ def _append(stream: Any, partial: Path, offset: int, size: int | None, name: str
     with partial.open("ab" if n_present else "wb") as file:
         bar = {"total": size, "initial": offset, "unit": "B", "unit_scale": True, "desc": f"downloading {name}"}
         with tqdm(**bar, leave=False) as progress:
-            for data in _blocks(stream):
+            for data in blocks:
                 file.write(data)
                 progress.update(len(data))
         os.fsync(file.fileno())
+
+
+def _in_time(blocks: Iterable[bytes], seconds: float) -> Iterator[bytes]:
+    """The pieces, as long as they come fast enough.
+
+    Raises:
+        TimeoutError: within so many seconds there were fewer than `SLOWEST` bytes for each.
+    """
+    begin, n_bytes = time.monotonic(), 0
+    for data in blocks:
+        yield data
+        n_bytes += len(data)
+        passed = time.monotonic() - begin
+        if passed >= seconds:
+            if n_bytes < SLOWEST * passed:
+                raise TimeoutError(f"it sent {n_bytes} bytes in {passed:.2g} seconds")
+            begin, n_bytes = time.monotonic(), 0
 
 
 def _blocks(stream: Any) -> Iterator[bytes]:
@@ -306,7 +354,7 @@ def _blocks(stream: Any) -> Iterator[bytes]:
     """
     while True:
         try:
-            data = stream.read(READ_BYTES)
+            data = stream.read1(READ_BYTES)
         except http.client.IncompleteRead as error:
             yield error.partial
             raise http.client.HTTPException("the answer broke off before its last chunk") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -14,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from mechedit import InputError, load_facts, load_requests
-from mechedit.data import published_data
+from mechedit.data import downloads, published_data
 from mechedit.data.downloads import RemoteFile, cache_folder, fetch
 
 CONTENT = bytes(range(256)) * 4000
@@ -359,6 +360,53 @@ def test_what_a_server_sends_instead_of_a_file_is_never_trusted(no_proxy, monkey
 def test_a_slow_server_is_waited_for(no_proxy, monkeypatch, tmp_path):
     with Misbehaving(answer(f"Content-Length: {len(WHOLE)}", body=WHOLE), pause=0.05) as server:
         assert fetch(RemoteFile(url=server.url), tmp_path, timeout=5.0).read_bytes() == WHOLE
+
+
+class Dripping(Misbehaving):
+    """Sends its answer a byte at a time, from one of them on, long before any wait for a byte is too long."""
+
+    def __init__(self, answer, begin):
+        self.begin = begin
+        super().__init__(answer)
+        self.RequestHandlerClass = DrippingHandler
+
+
+class DrippingHandler(RawHandler):
+    def do_GET(self):
+        self.server.requests += 1
+        begin = self.server.begin
+        with contextlib.suppress(OSError):
+            self.wfile.write(self.server.answer[:begin])
+            for byte in self.server.answer[begin:]:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.01)
+        self.close_connection = True
+
+
+BODY_BEGINS = len(answer(f"Content-Length: {len(WHOLE)}"))
+
+
+@pytest.mark.parametrize(
+    ("data", "begin", "message"),
+    [
+        (answer(f"Content-Length: {len(WHOLE)}", body=WHOLE), BODY_BEGINS + 40, r"it sent \d+ bytes in 0.*try again"),
+        (answer(CHUNKED, body=chunk(WHOLE) + b"0\r\n\r\n"), 60, r"it sent \d+ bytes in 0.*try again"),
+        (answer("A: " + "a" * 500, body=WHOLE), 20, "its answer did not begin within 0.8 seconds.*try again"),
+    ],
+    ids=["body", "chunk", "headers"],
+)
+def test_a_server_that_drips_is_given_up(no_proxy, monkeypatch, tmp_path, data, begin, message):
+    with Dripping(data, begin) as server:
+        start = time.monotonic()
+        with pytest.raises(InputError, match=message):
+            fetch(RemoteFile(url=server.url), tmp_path, timeout=0.2)
+        assert time.monotonic() - start < 3
+        assert names(tmp_path) in ([], ["facts.json.part", "facts.json.part.json"])
+        # The control: no wait for a byte is too long, and all of it would come in the end.
+        monkeypatch.setattr(downloads, "SLOWEST", 0)
+        server.answer = server.answer if begin > 20 else answer(body=WHOLE)
+        assert fetch(RemoteFile(url=server.url), tmp_path, timeout=0.2).read_bytes() == WHOLE
 
 
 def test_what_was_trusted_before_and_cannot_be_read_says_how_to_start_over(no_proxy, monkeypatch, tmp_path):
