@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -29,8 +30,12 @@ app = typer.Typer(
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-_LONGEST = 1000
-"""Characters of an error's line at most, which may hold all of a prompt."""
+LONGEST_LINE = 400
+"""Characters of a message's line at most; of a longer one the middle is left out."""
+CUT = " … "
+"""Stands for the middle of a line that was cut."""
+_TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
+"""Bidirectional classes of the characters that turn the direction of what follows them."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -81,12 +86,28 @@ def _complain(message: str) -> int:
     return 2
 
 
+def one_line(message: str) -> str:
+    """A message as one line, its words with one space between them, `escaped`."""
+    return escaped(" ".join(message.split()))
+
+
+def escaped(text: str) -> str:
+    """A text in which control characters, those that turn its direction and halves of surrogate pairs are escaped."""
+    return "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in _TURNING
+    return ascii(character)[1:-1] if hidden else character
+
+
 def _line(message: str) -> str:
-    """A message as one line of at most `_LONGEST` characters, all of them whole."""
-    line = " ".join(message.split())
-    if len(line) > _LONGEST:  # what was found comes first, what to do last
-        line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
-    return line.encode("utf-8", "backslashreplace").decode()
+    """A message as one line of at most `LONGEST_LINE` characters."""
+    line = one_line(message)
+    if len(line) > LONGEST_LINE:  # what was found comes first, what to do last
+        half = (LONGEST_LINE - len(CUT)) // 2
+        line = f"{line[:half]}{CUT}{line[-half:]}"
+    return line
 
 
 def _print_version(requested: bool | None) -> None:
@@ -105,8 +126,8 @@ def _root(
 
 
 def say(line: str) -> None:
-    """Tell the person at the terminal."""
-    print(line, file=sys.stderr)
+    """Tell the person at the terminal, in one line."""
+    print(one_line(line), file=sys.stderr)
 
 
 def print_json(summary: dict[str, Any]) -> None:

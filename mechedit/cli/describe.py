@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mechedit.cli.app import say
+from mechedit.cli.app import escaped, say
 from mechedit.edit import Edit, summarize
 from mechedit.methods import METHODS, SETTINGS_FROM
 from mechedit.methods.plausibility import WARNINGS
@@ -95,7 +95,7 @@ def format_description(path: Path, description: Mapping[str, Any]) -> str:
     lines += ["", *_table(description["layers"])]
     if requests:
         lines += ["", *_requests(requests)]
-    return "\n".join(lines)
+    return "\n".join(map(escaped, lines))
 
 
 def say_unconverged(edit: Edit) -> None:

@@ -1,0 +1,248 @@
+"""Commands in children forked from a process that has imported everything and loaded the model: starting takes nothing.
+
+`Zygote` is used by tests; run as a script, this file is the process that forks. It reads one request in a line of JSON
+(arguments, folder, limits) and answers with the exit code, the seconds, how often something was about to change in the
+folder, and what was printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    """Its exit code, or the number of the signal that killed it, negative."""
+    seconds: float
+    changes: int
+    """How often Python was about to open a file for writing, or to make, rename or remove something; 0 if killed."""
+    printed: str
+    """What it printed, on stdout and stderr."""
+
+    @property
+    def refusals(self) -> list[str]:
+        """The lines by which the command line refuses."""
+        lines = [line for line in self.printed.replace("\r", "\n").splitlines() if line.startswith("mechedit: ")]
+        return [line for line in lines if not line.startswith("mechedit: warning: ")]
+
+
+class Zygote:
+    """Starts the forking process, and asks it for one command at a time."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([sys.executable, __file__], text=True, env=environment, **pipes)
+
+    def run(self, arguments: Sequence[str], folder: Path, **limits: float | bool | None) -> Ended:
+        """Run a command in a folder.
+
+        Args:
+            arguments: of the command line; `session FOLDER` writes a session from Python.
+            folder: the current folder of the command.
+            **limits: it is killed `kill_after` seconds, or before the change `kill_at`; `largest` is the size in bytes
+                of the largest file that it may write; `unprivileged` lets permissions bind it, also where root runs it.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps({"arguments": list(arguments), "folder": str(folder), "limits": limits}) + "\n")
+        stdin.flush()
+        return Ended(**json.loads(stdout.readline()))
+
+    def close(self) -> None:
+        """End the forking process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+def _serve() -> None:
+    """Answer requests until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _prepare()
+    for line in sys.stdin:
+        request = json.loads(line)
+        (reading, writing), (counted, counting) = os.pipe(), os.pipe()
+        start = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            os.close(counted)
+            _run(request["arguments"], request["folder"], request["limits"], writing, counting)
+        os.close(writing)
+        os.close(counting)
+        printed = _read(reading, child, start, request["limits"].get("kill_after"))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with os.fdopen(counted) as count:
+            changes = int(count.read() or 0)
+        seconds = time.perf_counter() - start
+        ended = {"code": code, "seconds": seconds, "changes": changes, "printed": printed}
+        answers.write(json.dumps(ended) + "\n")
+        answers.flush()
+
+
+def _read(reading: int, child: int, start: float, kill_after: float | None) -> str:
+    """What the child prints until it ends; it is killed when its time has come."""
+    printed, killed = b"", False
+    with os.fdopen(reading, "rb", buffering=0) as stream:
+        while True:
+            rest = None if kill_after is None or killed else max(0.0, start + kill_after - time.perf_counter())
+            if not select.select([stream], [], [], rest)[0]:
+                os.kill(child, signal.SIGKILL)
+                killed = True
+                continue
+            data = stream.read(65536)
+            if not data:
+                return printed.decode(errors="replace")
+            printed += data
+
+
+def _prepare() -> None:
+    """Import everything and load the model, so that no child has to."""
+    import torch
+    from fontTools import subset
+
+    from mechedit.cli import options
+    from mechedit.models import load_model
+
+    torch.set_num_threads(1)
+    # As in conftest.py: to cut these tables takes most of the time of a figure.
+    subset.Options._drop_tables_default = [*subset.Options._drop_tables_default, "GSUB", "GPOS", "GDEF"]
+    model, load = load_model("tiny"), options.load_quietly
+
+    def load_quietly(name: str, *arguments: Any) -> Any:
+        return model if name == "tiny" else load(name, *arguments)
+
+    options.load_quietly = load_quietly
+
+
+CHANGES = frozenset(
+    ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
+)
+"""Events of Python's audit hooks, besides the opening of files, before something changes in a folder."""
+
+
+class _Changes:
+    """Counts the changes in a folder, and kills the process before one of them."""
+
+    def __init__(self, folder: str, kill_at: int | None) -> None:
+        self.folder, self.kill_at, self.count = folder, kill_at, 0
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            _, mode, flags = arguments
+            if not (set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                return
+        elif event not in CHANGES:
+            return
+        path = arguments[0]
+        if not isinstance(path, str | bytes | os.PathLike):
+            return
+        path = os.fsdecode(path)
+        if os.path.isabs(path) and not path.startswith(self.folder):
+            return
+        self.count += 1
+        if self.count == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(arguments: list[str], folder: str, limits: dict[str, Any], output: int, counting: int) -> None:
+    """Be the command, in the child."""
+    import resource
+    import traceback
+
+    from mechedit.errors import InputError
+
+    code, changes = 99, None
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        os.chdir(folder)
+        sys.stdin.close()
+        if limits.get("largest") is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limits["largest"], limits["largest"]))
+        if limits.get("unprivileged"):
+            _drop_privileges()
+        if arguments[0] == "tune":
+            _stop_the_clock()
+        changes = _Changes(folder, limits.get("kill_at"))
+        if arguments[0] == "session":
+            _session(arguments[1])
+            code = 0
+        else:
+            from mechedit.cli import main
+
+            main(arguments)
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+    except InputError as error:  # of a session, which no command line writes
+        print(f"mechedit: {error}")
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(counting, str(changes.count if changes else 0).encode())
+        os._exit(code)
+
+
+def _drop_privileges() -> None:
+    """Let permissions bind this process as they bind others: without root's capabilities."""
+    import ctypes
+
+    if os.geteuid():
+        return
+    version, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(version, sets):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _stop_the_clock() -> None:
+    """Let trials take no time: what was tried holds seconds."""
+    from mechedit.tuning import ledger
+
+    ledger.monotonic = lambda: 0.0
+
+
+def _session(folder: str) -> None:
+    """Write three batches, without a clock: a history holds seconds."""
+    import torch
+
+    import mechedit as me
+    from mechedit.cli.options import load_quietly
+    from mechedit.session import session
+
+    session.time.perf_counter = lambda: 0.0
+    model, requests = load_quietly("tiny", "transformer_lens", None, None), me.load_requests("tiny")
+    moments = {layer: torch.eye(model.d_mlp, dtype=torch.float64) for layer in (1, 2)}
+    config = me.MemitConfig(steps=2, covariance_weight=10.0)
+    rule = me.StopRule(perplexity=None, earlier=None)
+    with me.EditSession(model, [1, 2], moments, config=config, prefixes=["{}"], rule=rule, folder=folder) as writer:
+        for start in range(0, 6, 2):
+            if not writer.stopped:
+                writer.write(requests[start : start + 2])
+
+
+if __name__ == "__main__":
+    _serve()
