@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import typechecks
 from fontTools import subset
 from helpers.models import BACKENDS, SHAPES, random_hf, small_tokenizer
 from transformers import (
@@ -38,6 +39,12 @@ torch.set_num_threads(1)
 
 # matplotlib lays text out itself: fonts in PDF files need no tables for it, and to cut these takes most of the time.
 subset.Options._drop_tables_default = [*subset.Options._drop_tables_default, "GSUB", "GPOS", "GDEF"]
+
+
+@pytest.fixture(autouse=True)
+def _types_checked_anew() -> None:
+    """The first calls of each function are checked in every test."""
+    typechecks.SAMPLING.begin()
 
 
 @pytest.fixture(scope="session")

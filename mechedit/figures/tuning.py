@@ -20,7 +20,7 @@ ABSOLUTE = {"relative_lr": "lr", "relative_covariance_weight": "covariance_weigh
 SETTING_LABELS = {
     "relative_covariance_weight": "λ (units of the facts' median kᵀM⁻¹k)",
     "covariance_weight": "λ (units of one fact)",
-    "relative_lr": "learning rate (units of ‖h‖/√d)",
+    "relative_lr": "learning rate (units of the typical |hᵢ|)",
     "lr": "learning rate",
     "clamp": "largest ‖δ‖ (units of ‖h‖)",
     "kl_weight": "weight of the KL term",
@@ -83,6 +83,8 @@ def plot_tuned_setting(record: Mapping[str, Any], name: str, ax: Axes) -> Axes:
     _unedited(record, ax)
     if min(values) > 0:
         ax.set_xscale("log")
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.minorticks_off()
     ax.set(xlabel=SETTING_LABELS.get(name, name), ylabel="%", ylim=(-4, 106))
     legend_above(ax, columns=3)
     return ax
