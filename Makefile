@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test fuzz docs families real clean
+.PHONY: run test types fuzz docs families real clean
 
 run: .venv/ready
 	$(BIN)/mechedit run --no-tuned --out run
@@ -10,11 +10,14 @@ run: .venv/ready
 test: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m analyses.real_models.make smollm2 --optional
+	$(MAKE) --jobs 2 types docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
-	$(MAKE) docs
+
+# One process, which leaves a core to the documentation.
+types: .venv/ready-dev
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Twenty minutes of command lines and files that nobody would write; prints its seed, and FUZZ="--seed N" repeats it.
 fuzz: .venv/ready-dev
