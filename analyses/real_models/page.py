@@ -64,12 +64,12 @@ class Cost:
 
     def add(self, command: Sequence[str]) -> int:
         """Run a command and add what it took; its exit code."""
-        begin = time.monotonic()
-        code = subprocess.run(command, check=False).returncode
-        self.minutes += (time.monotonic() - begin) / 60
-        self.gib = max(self.gib, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)
-        self.calls += 1
-        return code
+        begin, self.calls = time.monotonic(), self.calls + 1
+        try:
+            return subprocess.run(command, check=False).returncode
+        finally:  # what an interrupted call took counts too
+            self.minutes += (time.monotonic() - begin) / 60
+            self.gib = max(self.gib, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)
 
 
 def run(options: argparse.Namespace, source: str) -> Cost:
@@ -85,8 +85,10 @@ def run(options: argparse.Namespace, source: str) -> Cost:
     for name in ("facts", "requests", "texts"):
         if getattr(options, name):
             command += [f"--{name}", str(getattr(options, name))]
-    code = cost.add([*command, *options.options])
-    write_json(file, vars(cost))
+    try:
+        code = cost.add([*command, *options.options])
+    finally:
+        write_json(file, vars(cost))
     if code:
         raise InputError(f"mechedit run ended with {code}, expected an edit; see what it said")
     return cost
