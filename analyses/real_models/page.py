@@ -185,13 +185,18 @@ def parser() -> argparse.ArgumentParser:
     described.add_argument("--requests", help="as those of mechedit run")
     described.add_argument("--texts", help="as those of mechedit run")
     described.add_argument("--out", type=Path, required=True, help="folder for the run and the page")
-    described.add_argument("options", nargs="*", help="more options of mechedit run, behind --")
     return described
+
+
+def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, and under `options` those of `mechedit run`, which stand behind `--`."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return argparse.Namespace(**vars(parser().parse_args(arguments[:end])), options=list(arguments[end + 1 :]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, write, and say where."""
-    options = parser().parse_args(arguments)
+    options = read_arguments(sys.argv[1:] if arguments is None else arguments)
     source = str(make(options.model)) if options.model in REAL_MODELS else options.model
     cost = run(options, source)
     model = me.load_model(source, device="cpu")

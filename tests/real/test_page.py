@@ -77,7 +77,7 @@ def test_the_texts_are_those_of_the_model_before_and_after(lens_model: Any, tmp_
 def test_a_run_without_an_edit_is_an_error_and_what_it_took_adds_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = argparse.Namespace(out=tmp_path, facts=None, requests="r.json", texts=None, options=["--samples", "2"])
+    options = script.read_arguments(["m", "--out", str(tmp_path), "--requests", "r.json", "--", "--samples", "2"])
     commands: list[list[str]] = []
 
     def failing(cost: Cost, command: list[str]) -> int:
