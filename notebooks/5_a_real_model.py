@@ -62,8 +62,8 @@ print(f"{model.n_layers} layers, d_model {model.d_model}, {model.d_mlp} keys in 
 
 # %%
 capitals = {
-    "France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Russia": "Moscow", "Norway": "Oslo", "Austria": "Vienna",
-    "Peru": "Lima", "Kenya": "Nairobi", "Greece": "Athens", "Mongolia": "Ulaanbaatar",
+    "France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Norway": "Oslo", "Austria": "Vienna", "Peru": "Lima",
+    "Mongolia": "Ulaanbaatar",
 }  # fmt: skip
 prompt = "The capital of {} is the city of"
 facts = [me.Fact(id=name, subject=name, prompt=prompt, object=capital) for name, capital in capitals.items()]
@@ -82,7 +82,7 @@ draw(partial(plot_severed, effects))
 
 # %% [markdown]
 # But the two curves close slowly, over half of the depth, and not as they do in a small model where few layers do the
-# work. So the rules disagree, and the default one is unsure:
+# work. So the rules disagree, and what the default one selects is too wide to be called a site:
 
 # %%
 selection = me.select_layers(effects, config=SelectConfig(min_facts=5))
@@ -138,9 +138,8 @@ with me.edited(model, edit):
 pd.DataFrame({"before": before, "after": after}, index=asked)
 
 # %% [markdown]
-# The first three prompts are those that were edited; Denmark's and Egypt's were not, and the last three ask the edited
-# facts in other words. Where a paraphrase still gets another answer, the edit has changed what follows a prompt more
-# than what the model knows: that is what PS measures, over many requests.
+# The first three prompts are those that were edited, and the last three ask the same in other words. Denmark's and
+# Egypt's were not edited, and must stay.
 #
 # The model is what it was:
 
