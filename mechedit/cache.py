@@ -88,14 +88,15 @@ class Cache:
 
     def read(self, key: Any, codec: Codec[Value]) -> Value | None:
         """The result of a key; None when it is not finished."""
-        path = self._path(key, codec)
+        path = self.path(key, codec)
         return codec.read(path) if path is not None and codec.finished(path) else None
 
     def write(self, key: Any, value: Value, codec: Codec[Value]) -> None:
         """Keep the result of a key."""
-        path = self._path(key, codec)
+        path = self.path(key, codec)
         if path is not None and codec.write is not None:
             codec.write(path, value)
 
-    def _path(self, key: Any, codec: Codec[Any]) -> Path | None:
+    def path(self, key: Any, codec: Codec[Any]) -> Path | None:
+        """The file of a key's result; None without a folder."""
         return None if self.folder is None else self.folder / f"{value_hash(key)[:32]}{codec.suffix}"

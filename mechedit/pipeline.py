@@ -40,6 +40,7 @@ from mechedit.provenance import ModelIdentity, value_hash
 from mechedit.run_folder import RunFolder, check_step, sweep_run_folder
 from mechedit.selection import SelectConfig, Selection, moving_width, select_layers, subject_effects
 from mechedit.selection.select import layers_in_words
+from mechedit.shards import Rank
 from mechedit.sweep import (
     Sweep,
     SweepConfig,
@@ -54,6 +55,7 @@ from mechedit.sweep import (
 from mechedit.tables import read_table, where
 from mechedit.trace import TraceConfig, UntilSettled, Verdict, trace_until_settled
 from mechedit.trace.folder import TRACE, trace_to_folder
+from mechedit.trace.shards import merge_trace, merged_stamp, trace_shard, trace_stamp
 
 Protocol = Literal["counterfact", "zsre"]
 """How requests are scored: by `evaluate`, or by `evaluate_zsre`."""
@@ -79,13 +81,35 @@ def trace_step(
     Returns:
         What `DataFrame.attrs` of the effects holds, with `n_facts` and `dropped`.
     """
-    stamp = {
-        "model": model.provenance(),
-        "facts": value_hash([fact.plain() for fact in facts]),
-        "settings": config.plain(),
-    }
+    stamp = trace_stamp(model.provenance(), [fact.plain() for fact in facts], config.plain())
     make = partial(trace_to_folder, model, facts, config, folder.path, least=least)
     return folder.step("trace", stamp, make, TRACE)
+
+
+def trace_shard_step(folder: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig, rank: Rank) -> int:
+    """Trace one process's shard of the facts into trace_parts/, for `merge_trace_step`.
+
+    Returns:
+        Number of groups of facts in the shard.
+
+    Raises:
+        InputError: as `trace_shard`; the folder holds a trace of other input, and may not be overwritten.
+    """
+    stamp = trace_stamp(model.provenance(), [fact.plain() for fact in facts], config.plain())
+    folder.refuse_other("trace", stamp)
+    return trace_shard(model, facts, config, folder.path, rank, overwrite=folder.overwrite)
+
+
+def merge_trace_step(folder: RunFolder) -> dict[str, Any]:
+    """Put together what the shards traced: the files and the stamp of `trace_step`.
+
+    Returns:
+        As `trace_step`.
+
+    Raises:
+        InputError: as `merge_trace`; the folder holds a trace of other input, and may not be overwritten.
+    """
+    return folder.step("trace", merged_stamp(folder.path), partial(merge_trace, folder.path), TRACE)
 
 
 def trace_until_settled_step(

@@ -103,6 +103,19 @@ class RunFolder:
         self._replace_stamp(name, {**stamp, "files": {file: _record(self.path / file) for file in files}})
         return value
 
+    def refuse_other(self, name: str, stamp: Mapping[str, Any]) -> None:
+        """Refuse to begin a step that the folder holds, made from other input, unless it may be overwritten.
+
+        Args:
+            name: of the step.
+            stamp: what would go in.
+
+        Raises:
+            InputError: names the first field that differs.
+        """
+        sweep_run_folder(self.path)
+        self._made_from(name, plain_copy({"algorithm": ALGORITHMS[name], **stamp}))
+
     def cache(self, name: str) -> Cache:
         """A folder in this one for results that are known by a hash of their input."""
         return Cache(self.path / name)

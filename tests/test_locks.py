@@ -28,12 +28,12 @@ from mechedit.errors import InputError
 from mechedit.figures import run_figures
 from mechedit.locks import locked
 from mechedit.moments.checkpoints import shard_lock
-from mechedit.moments.chunks import Rank
 from mechedit.processes import host_name
 from mechedit.provenance import value_hash
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder, _deciding
 from mechedit.session.session_folder import SessionFolder
+from mechedit.shards import Rank
 from mechedit.sweep import SweepConfig
 
 

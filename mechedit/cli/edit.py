@@ -11,7 +11,7 @@ from mechedit.cli.app import say
 from mechedit.cli.command import command
 from mechedit.cli.describe import describe_edit, format_description, say_unconverged
 from mechedit.cli.options import MethodOptions, RequestsOption
-from mechedit.cli.parsing import parse_layers, require_layers
+from mechedit.cli.parsing import parse_layers, parse_shard, require_layers
 from mechedit.data import Conflicts, EditRequest, revised
 from mechedit.edit import Edit
 from mechedit.errors import InputError
@@ -21,7 +21,15 @@ from mechedit.models import Model
 from mechedit.moments import is_published, load_moments
 from mechedit.provenance import value_hash
 from mechedit.selection import Selection, published_ranges
-from mechedit.targets import regrouped
+from mechedit.shards import Rank
+from mechedit.targets import (
+    TargetConfig,
+    check_target_shards,
+    find_target_shard,
+    find_targets,
+    regrouped,
+    target_shards,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,12 @@ class EditOptions(RequestsOption, MethodOptions):
     """Ids of requests to leave out: makes the edit that there would have been without them, from the known targets."""
     with_: str | None = None
     """A file of further requests: makes the edit that there would have been with them, from the known targets."""
+    targets_only: bool = False
+    """Only search for the targets, which a later edit with the same options takes."""
+    shard: str | None = None
+    """With --targets-only: search for one process's part of the targets, such as 0/4; then --merge."""
+    merge: bool = False
+    """Make the edit from the targets of all processes, and search for none."""
     conflicts: Conflicts = "refuse"
     """Requests for different objects of one subject and relation: refuse, or keep the first."""
 
@@ -55,15 +69,22 @@ def edit_command(options: EditOptions) -> int:
     """Make an edit file from requests; the model is not changed. With --show, print what an edit file changes."""
     if options.show is not None:
         return _show(options.show, options)
+    if options.shard is not None and not options.targets_only:
+        raise InputError("--shard is for a search of targets, expected --targets-only with it; add that, then --merge")
+    if options.merge and options.targets_only:
+        raise InputError("--merge makes the edit, and --targets-only makes none; leave one of them out")
     if options.layers is not None and options.selection is not None:
         raise InputError("give the layers either by --layers or by --selection, and not by both")
+    if options.targets_only:
+        return _make(options)
     with locked(options.out, f"the edit {str(options.out)!r}"):
         return _make(options)
 
 
 def _make(options: EditOptions) -> int:
-    """Make and write the edit."""
-    if options.out.exists() and not options.overwrite:
+    """Make and write the edit, or find its targets."""
+    shard = parse_shard(options.shard)
+    if not options.targets_only and options.out.exists() and not options.overwrite:
         raise InputError(f"the file {str(options.out)!r} exists; choose another --out, or pass --overwrite")
     requests = options.read_named_requests(options.conflicts)
     added = options.read_requests(options.with_, options.conflicts) if options.with_ is not None else []
@@ -79,14 +100,59 @@ def _make(options: EditOptions) -> int:
     require_layers(layers, model.n_layers)
     if options.without or added:
         requests = _revised(options, model, requests, added, config)
-    moments = load_moments(options.moments, layers, model) if config.preserves_keys else {}
     targets = (options.out.parent if is_published(options.moments) else options.moments) / "targets"
+    if options.targets_only or options.merge:
+        search = _shared_search(config, options.method)
+        layer = search.target_layer(layers)
+    if options.targets_only:
+        return _find_targets(options, model, requests, layer, search.targets, targets, shard)
+    moments = load_moments(options.moments, layers, model) if config.preserves_keys else {}
+    if options.merge:
+        check_target_shards(model, requests, layer, cache=targets, config=search.targets)
     edit = METHODS[options.method](model, requests, layers, moments, config=config, cache=targets)
     edit = with_sources(edit, settings, layers=not chosen)
     edit.save(options.out)
+    if options.merge:
+        target_shards(targets).remove()
     say(f"wrote {options.out}: {len(requests)} requests in layers {layers}")
     say_unconverged(edit)
     options.print_summary({"edit": str(options.out), "layers": layers, "requests": len(requests)})
+    return 0
+
+
+def _shared_search(config: MethodConfig, method: str) -> SearchConfig:
+    """The settings of a method whose targets are kept.
+
+    Raises:
+        InputError: it has none, or finds each fact's on the model as edited so far.
+    """
+    if not (isinstance(config, SearchConfig) and config.shares_targets):
+        names = [name for name, entry in METHODS.items() if getattr(entry.config, "shares_targets", False)]
+        raise InputError(
+            f"the method {method!r} keeps no targets, expected one of {', '.join(names)} for --targets-only and --merge"
+        )
+    return config
+
+
+def _find_targets(
+    options: EditOptions,
+    model: Model,
+    requests: list[EditRequest],
+    layer: int,
+    config: TargetConfig,
+    folder: Path,
+    shard: Rank | None,
+) -> int:
+    """Find the targets of all requests, or of a shard of them, and leave them in a folder."""
+    if shard is None:
+        n_facts = len(find_targets(model, requests, layer, config=config, cache=folder).ids)
+        say(f"the targets of {n_facts} requests are in {folder}")
+    else:
+        n_facts = find_target_shard(
+            model, requests, layer, shard, cache=folder, config=config, overwrite=options.overwrite
+        )
+        say(f"shard {shard} is finished; when all are: mechedit edit --merge with the same options")
+    options.print_summary({"targets": str(folder), "requests": n_facts, "shard": None if shard is None else str(shard)})
     return 0
 
 

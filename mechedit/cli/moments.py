@@ -75,7 +75,7 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
     files = collect_shard(
         model, options.suited_texts, layers, shard, options.out, settings, overwrite=options.overwrite
     )
-    say(f"part {shard[0]}/{shard[1]} is finished; when all are: mechedit moments --merge --out {options.out}")
+    say(f"part {shard} is finished; when all are: mechedit moments --merge --out {options.out}")
     options.print_summary({"parts": {layer: str(file) for layer, file in files.items()}})
     return 0
 

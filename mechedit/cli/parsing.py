@@ -18,6 +18,7 @@ from mechedit.errors import InputError, brief, check_at_least, check_choice, rea
 from mechedit.methods import METHODS, MethodConfig, Recommendation
 from mechedit.models import Model, load_model, read_layer_range
 from mechedit.paths import checked_path
+from mechedit.shards import Rank
 from mechedit.sweep import Window
 
 
@@ -54,13 +55,13 @@ def _ranges(text: str, what: str) -> Iterator[range]:
     return (read_layer_range(part, f"the {what} {brief(text)}") for part in text.split(","))
 
 
-def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, int] | None:
+def parse_shard(text: str | None, environment: Mapping[str, str] | None = None) -> Rank | None:
     """A process's part as people write it, `0/4`; without it the part that `accelerate launch` gave the process.
 
     Raises:
         InputError: anything else.
     """
-    if text is None:
+    if text is None and environment is not None:
         rank, size = environment.get("RANK", ""), environment.get("WORLD_SIZE", "1")
         text = f"{rank}/{size}" if size != "1" else None
     if text is None:
@@ -69,7 +70,7 @@ def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, 
     if not (index.isdecimal() and count.isdecimal()):
         raise InputError(f"the shard {brief(text)} cannot be read, expected such as 0/4, the first of four")
     most = 1_000_000
-    return read_whole("the shard's number", index, most), read_whole("the number of shards", count, most)
+    return Rank.of(read_whole("the shard's number", index, most), read_whole("the number of shards", count, most))
 
 
 def read_path(text: str | Path) -> Path:

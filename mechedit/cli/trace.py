@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mechedit import pipeline
 from mechedit.cli.app import say
@@ -16,7 +17,7 @@ from mechedit.cli.options import (
     RunFolderOptions,
     say_agreement,
 )
-from mechedit.cli.parsing import sampled
+from mechedit.cli.parsing import existing_folder, parse_shard, sampled
 from mechedit.errors import InputError
 from mechedit.figures import refresh_figures
 from mechedit.selection import SelectConfig
@@ -29,6 +30,10 @@ class TraceOptions(MinutesOption, ApproximateOption, FactsOptions, RunFolderOpti
 
     until_settled: bool = False
     """Trace facts in random order only until the selection of layers settles: resamples of the facts agree on them."""
+    shard: str | None = None
+    """Trace one process's part of the facts, such as 0/4; then --merge."""
+    merge: bool = False
+    """Put together what the processes traced into --out."""
 
 
 @command(
@@ -55,25 +60,46 @@ def trace_command(
 
     With --approximate, effects are estimated from gradients, and traced exactly only for the cells of the largest
     estimates and for drawn ones, which say how far the estimates can be trusted.
+
+    With --shard each process traces its part of the facts into the same --out; when all have ended, --merge makes the
+    files from these parts, without the model.
     """
+    if options.merge and (options.shard or options.until_settled):
+        raise InputError("--merge only puts together what lies in --out; leave --shard and --until-settled out")
+    if options.shard and options.until_settled:
+        raise InputError("--until-settled looks at the facts in order, and --shard at its part; leave one of them out")
     if options.minutes is not None and not options.until_settled:
         raise InputError(
             "--minutes is for a trace that ends when the selection settles, expected --until-settled; add it, or leave "
             "--minutes out"
         )
+    if options.merge:
+        existing_folder(options.out)
+        return _finish(options, pipeline.merge_trace_step(options.run_folder()))
+    shard = parse_shard(options.shard)
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
     model = options.load_model()
     config = options.trace_config(replace(trace, corruption=corruption), approximation)
     facts = options.in_turns(model, facts)
+    if shard is not None:
+        groups = pipeline.trace_shard_step(folder, model, facts, config, shard)
+        say(f"shard {shard} is finished; when all are: mechedit trace --merge --out {options.out}")
+        options.print_summary({"shard": str(shard), "groups": groups})
+        return 0
     if options.until_settled:
         until = UntilSettled(minutes=options.minutes)
         select = SelectConfig(seed=options.seed)
         traced = pipeline.trace_until_settled_step(folder, model, facts, config, until, select, say)
     else:
         traced = pipeline.trace_step(folder, model, facts, config)
+    return _finish(options, traced)
+
+
+def _finish(options: TraceOptions, traced: dict[str, Any]) -> int:
+    """Draw the figures, and say what was traced."""
     agreement = say_agreement(traced)
-    refresh_figures(folder.path)
+    refresh_figures(options.out)
     summary = {"facts": traced["n_facts"], "dropped": len(traced["dropped"])}
     if options.until_settled:
         say(f"stopped after {traced['n_facts']} facts: {STOPPED[traced['stopped']]}")

@@ -20,11 +20,12 @@ from mechedit.errors import InputError
 from mechedit.files import read_tensors, write_tensors
 from mechedit.locks import locked
 from mechedit.moments.accumulator import MomentAccumulator
-from mechedit.moments.chunks import START, Rank, TextPosition
+from mechedit.moments.chunks import START, TextPosition
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
 from mechedit.moments.second_moment import METADATA_KEY, MomentRecord, check_header
 from mechedit.provenance import check_provenance
 from mechedit.records import Number, Whole, check_record
+from mechedit.shards import Rank
 from mechedit.temporary_names import sweep
 
 PROGRESS_FIELDS = ("share", "place", "done", "read")

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mechedit.errors import InputError
 from mechedit.moments.config import MomentsConfig
 from mechedit.prompt_tokens import encode_documents
+from mechedit.shards import SINGLE_PROCESS, Rank
 
 CHUNK_SIZE = 256
 """Texts per chunk. The texts of a chunk are sorted by length, so that its batches hold little padding."""
@@ -29,31 +29,8 @@ class TextPosition(NamedTuple):
     """Tokens of the budget that earlier chunks took, including chunks that other processes read."""
 
 
-class Rank(NamedTuple):
-    """Index of a process and number of processes, as in torch.distributed."""
-
-    index: int = 0
-    world_size: int = 1
-
-    @staticmethod
-    def of(index: int, world_size: int) -> Rank:
-        """A rank, checked.
-
-        Raises:
-            InputError: the index is not among those of `world_size` processes.
-        """
-        if not 0 <= index < world_size:
-            last = max(world_size, 1) - 1
-            raise InputError(f"the shard is {index}/{world_size}, expected one of 0/{world_size} … {last}/{world_size}")
-        return Rank(index, world_size)
-
-    def reads(self, chunk: int) -> bool:
-        """Whether this process reads the chunk of this index."""
-        return chunk % self.world_size == self.index
-
-
-START, SINGLE_PROCESS = TextPosition(), Rank()
-"""The beginning of the text; a process that reads all of it."""
+START = TextPosition()
+"""The beginning of the text."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,6 @@ from mechedit.data import check_texts, load_texts, texts_hash
 from mechedit.errors import InputError
 from mechedit.models import Model, exclusive
 from mechedit.moments.checkpoints import Checkpoint
-from mechedit.moments.chunks import SINGLE_PROCESS, Rank
 from mechedit.moments.conditioning import warn_if_singular
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence
@@ -19,6 +18,7 @@ from mechedit.moments.moments_folder import MomentsFolder
 from mechedit.moments.second_moment import SecondMoment
 from mechedit.moments.text_pass import TextPass
 from mechedit.provenance import ALGORITHMS
+from mechedit.shards import SINGLE_PROCESS, Rank
 
 
 @exclusive

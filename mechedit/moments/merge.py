@@ -16,9 +16,9 @@ from mechedit.moments.checkpoints import (
     load_checkpoint,
     shard_lock,
 )
-from mechedit.moments.chunks import SINGLE_PROCESS, Rank
 from mechedit.moments.conditioning import warn_if_singular
 from mechedit.moments.second_moment import METADATA_KEY, REPLACE, SecondMoment, check_header, moment_path
+from mechedit.shards import SINGLE_PROCESS, Rank
 
 _FILE_NAME = re.compile(r"layer_(?P<layer>\d+)\.shard_\d+_of_(?P<world_size>\d+)\.safetensors")
 

@@ -21,11 +21,11 @@ from mechedit.moments.checkpoints import (
     remove_temporary_files,
     shard_lock,
 )
-from mechedit.moments.chunks import Rank
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.convergence_file import ConvergenceFile
 from mechedit.moments.second_moment import METADATA_KEY, REPLACE, SecondMoment, check_header, load_moment, moment_path
 from mechedit.provenance import determining, numbered, value_hash
+from mechedit.shards import Rank
 
 CHECKPOINT_TIME_FRACTION = 0.02
 """Fraction of the time at most that is spent on writing checkpoints."""

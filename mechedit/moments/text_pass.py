@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from mechedit.models import Model
 from mechedit.moments.checkpoints import Checkpoint
-from mechedit.moments.chunks import CHUNK_SIZE, Chunk, Rank, TextPosition, batches, n_chunks, read_chunks
+from mechedit.moments.chunks import CHUNK_SIZE, Chunk, TextPosition, batches, n_chunks, read_chunks
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
 from mechedit.moments.key_reader import KeyReader
 from mechedit.moments.moments_folder import MomentsFolder
+from mechedit.shards import Rank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ Requests go in, `Targets` come out. For each fact, z = h + δ, where Adam finds 
 """
 
 from mechedit.targets.config import Convention, TargetConfig, TargetSettings, check_one_unit
-from mechedit.targets.search import find_targets
+from mechedit.targets.search import check_target_shards, find_target_shard, find_targets, target_shards
 from mechedit.targets.search_prompts import check_length
 from mechedit.targets.subject_groups import regrouped
 from mechedit.targets.targets import Targets
@@ -20,6 +20,9 @@ __all__ = [
     "Targets",
     "check_length",
     "check_one_unit",
+    "check_target_shards",
+    "find_target_shard",
     "find_targets",
     "regrouped",
+    "target_shards",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from mechedit.data import EditRequest, check_requests
 from mechedit.errors import InputError
+from mechedit.locks import locked
 from mechedit.models import Model, exclusive
 from mechedit.prompt_tokens import check_prefixes, make_prefixes, one_spelling
 from mechedit.provenance import value_hash
+from mechedit.shards import Rank, ShardRecords, pieces_of
 from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import LossTerms, Objective, prepare_objective
@@ -70,50 +72,196 @@ def find_targets(
         True
         >>> targets.summary[["id", "converged", "probability", "updates", "stopped"]]  # how each search ended
     """
-    config = config or TargetConfig()
-    check_requests(one_spelling(model.tokenizer, requests))
-    config.parts(model.module)
-    if not 0 <= layer < model.n_layers:
-        raise InputError(
-            f"the layer is {layer}, expected one of 0 … {model.n_layers - 1} of {model.name!r}; choose another"
-        )
-    prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed, count=config.generated_prefixes))
-    # Whatever can be refused is refused before the long search.
-    search_prompts(model, requests, range(len(requests)), prefixes, config)
-    provenance = model.provenance()
-    target_cache = TargetCache.at(cache, provenance, layer, prefixes, config)
-    groups = subject_groups(model.tokenizer, requests, config)
-    results = target_cache.read(groups)
+    search = TargetSearch.of(model, requests, layer, prefixes, config, cache)
+    results = search.cached()
     with tqdm(total=len(requests), desc="targets z", unit="fact", leave=None) as bar:
         bar.update(sum(map(len, results.values())))
-        for batch in _batched([group for group in groups if target_cache.key(group) not in results], config.batch_size):
-            batch_results = search_groups(model, batch, layer, prefixes, config, bar)
-            target_cache.write(batch, batch_results)
-            results |= {target_cache.key(group): result for group, result in zip(batch, batch_results, strict=True)}
-    by_id = {
-        request.id: result
-        for group in groups
-        for request, result in zip(group, results[target_cache.key(group)], strict=True)
-    }
-    provenance = {
-        "model": provenance,
-        "requests": value_hash([request.plain() for request in requests]),
-        "settings": dataclasses.asdict(config),
-    }
-    in_order = {request.id: by_id[request.id] for request in requests}
-    return _targets(model, in_order, layer, prefixes, config, provenance)
+        for batch in search.batches():
+            results |= search.run(batch, results, bar)
+    return search.targets(results)
 
 
-def _batched(groups: Sequence[SubjectGroup], size: int) -> Iterator[list[SubjectGroup]]:
-    """Batches of whole groups, each with at least `size` facts but for the last."""
-    batch: list[SubjectGroup] = []
-    for group in groups:
-        batch.append(group)
-        if sum(map(len, batch)) >= size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+@exclusive
+@torch.inference_mode(False)
+def find_target_shard(
+    model: Model,
+    requests: Sequence[EditRequest],
+    layer: int,
+    rank: Rank,
+    *,
+    cache: str | Path,
+    prefixes: Sequence[str] | None = None,
+    config: TargetConfig | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Search for the targets of one process's shard of the batches, and leave them in `cache`.
+
+    The batches are cut as one process cuts them, and dealt out by the tokens of their prompts. When all shards are
+    there (`check_target_shards`), `find_targets` with the same `cache` searches no more.
+
+    Args:
+        model: as in `find_targets`.
+        requests: all of them, the same for every process.
+        layer: as in `find_targets`.
+        rank: the shard.
+        cache: folder for the targets.
+        prefixes: as in `find_targets`.
+        config: as in `find_targets`.
+        overwrite: whether to replace the record of a shard of other work, instead of refusing it.
+
+    Returns:
+        Number of facts in the shard.
+
+    Raises:
+        InputError: as `find_targets`; more shards than batches; a record of other work.
+    """
+    search = TargetSearch.of(model, requests, layer, prefixes, config, cache)
+    records = target_shards(cache)
+    with locked(Path(cache) / f"shard_{rank.index}_of_{rank.world_size}", f"the shard {rank} of the targets"):
+        if not overwrite:
+            records.check(rank, search.made_with)
+        batches = search.batches()
+        pieces = pieces_of([search.cost(batch) for batch in batches], rank, "batches of facts (batch_size)")
+        n_facts = sum(len(group) for piece in pieces for group in batches[piece])
+        results = search.cached()
+        with tqdm(total=n_facts, desc=f"targets z, shard {rank}", unit="fact", leave=None) as bar:
+            for piece in pieces:
+                bar.update(sum(len(group) for group in batches[piece] if search.cache.key(group) in results))
+                results |= search.run(batches[piece], results, bar)
+        records.write(rank, search.made_with, {})
+    return n_facts
+
+
+def check_target_shards(
+    model: Model,
+    requests: Sequence[EditRequest],
+    layer: int,
+    *,
+    cache: str | Path,
+    prefixes: Sequence[str] | None = None,
+    config: TargetConfig | None = None,
+) -> None:
+    """Refuse to go on unless all shards of a search are finished; the arguments are those of `find_target_shard`.
+
+    Raises:
+        InputError: a shard is missing, or of other requests, settings or weights; the file of a target is missing.
+    """
+    search = TargetSearch.of(model, requests, layer, prefixes, config, cache)
+    target_shards(cache).merged(search.made_with)
+    finished = search.cached()
+    missing = [group[0].id for group in search.groups if search.cache.key(group) not in finished]
+    if missing:
+        raise InputError(
+            f"the target of {missing[0]!r} is not in {str(cache)!r}, though all shards are finished; make the shards "
+            f"again with mechedit edit --targets-only --shard I/N, which search only for what is missing"
+        )
+
+
+def target_shards(cache: str | Path) -> ShardRecords:
+    """The records of the shards of a search in its folder."""
+    return ShardRecords(folder=Path(cache), command="mechedit edit --targets-only")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TargetSearch:
+    """A search that is ready to run: its groups of facts in batches, and those that are finished."""
+
+    model: Model
+    requests: Sequence[EditRequest]
+    layer: int
+    prefixes: tuple[str, ...]
+    config: TargetConfig
+    cache: TargetCache
+    groups: Sequence[SubjectGroup]
+    provenance: Mapping[str, Any]
+    """Of the model."""
+
+    @staticmethod
+    def of(
+        model: Model,
+        requests: Sequence[EditRequest],
+        layer: int,
+        prefixes: Sequence[str] | None,
+        config: TargetConfig | None,
+        cache: str | Path | None,
+    ) -> TargetSearch:
+        """A search whose arguments, those of `find_targets`, are checked."""
+        config = config or TargetConfig()
+        check_requests(one_spelling(model.tokenizer, requests))
+        config.parts(model.module)
+        if not 0 <= layer < model.n_layers:
+            raise InputError(
+                f"the layer is {layer}, expected one of 0 … {model.n_layers - 1} of {model.name!r}; choose another"
+            )
+        prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed, count=config.generated_prefixes))
+        # Whatever can be refused is refused before the long search.
+        search_prompts(model, requests, range(len(requests)), prefixes, config)
+        provenance = model.provenance()
+        return TargetSearch(
+            model=model,
+            requests=requests,
+            layer=layer,
+            prefixes=prefixes,
+            config=config,
+            cache=TargetCache.at(cache, provenance, layer, prefixes, config),
+            groups=subject_groups(model.tokenizer, requests, config),
+            provenance=provenance,
+        )
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """All that determines the targets and their division into batches, by name."""
+        keys = [self.cache.key(group) for group in self.groups]
+        settings = {f"settings.{name}": value for name, value in self.cache.made_with["settings"].items()}
+        fields = {name: value for name, value in self.cache.made_with.items() if name != "settings"}
+        return {**fields, **settings, "batch_size": self.config.batch_size, "requests": value_hash(keys)}
+
+    def cached(self) -> dict[str, list[TargetResult]]:
+        """The results that are finished, by key."""
+        return self.cache.read(self.groups)
+
+    def batches(self) -> list[list[SubjectGroup]]:
+        """Batches of whole groups, finished ones too, each with at least `batch_size` facts but for the last.
+
+        Which groups run together does not depend on what is finished, nor on who does it.
+        """
+        batches: list[list[SubjectGroup]] = [[]]
+        for group in self.groups:
+            if sum(map(len, batches[-1])) >= self.config.batch_size:
+                batches.append([])
+            batches[-1].append(group)
+        return batches
+
+    def cost(self, batch: Sequence[SubjectGroup]) -> int:
+        """What a batch costs: the tokens of its prompts that run at every step."""
+        requests = [request for group in batch for request in group]
+        index = [number for number, group in enumerate(batch) for _ in group]
+        prompts = search_prompts(self.model, requests, index, self.prefixes, self.config)
+        return sum(prompt.width for prompt in prompts)
+
+    def run(self, batch: Sequence[SubjectGroup], finished: Collection[str], bar: tqdm) -> dict[str, list[TargetResult]]:
+        """Search for those of a batch that are not finished, store their results, and return them by key."""
+        open_groups = [group for group in batch if self.cache.key(group) not in finished]
+        if not open_groups:
+            return {}
+        results = search_groups(self.model, open_groups, self.layer, self.prefixes, self.config, bar)
+        self.cache.write(open_groups, results)
+        return {self.cache.key(group): result for group, result in zip(open_groups, results, strict=True)}
+
+    def targets(self, results: Mapping[str, list[TargetResult]]) -> Targets:
+        """The results of all groups as `Targets`, in the order of the requests."""
+        by_id = {
+            request.id: result
+            for group in self.groups
+            for request, result in zip(group, results[self.cache.key(group)], strict=True)
+        }
+        provenance = {
+            "model": self.provenance,
+            "requests": value_hash([request.plain() for request in self.requests]),
+            "settings": dataclasses.asdict(self.config),
+        }
+        in_order = {request.id: by_id[request.id] for request in self.requests}
+        return _targets(self.model, in_order, self.layer, self.prefixes, self.config, provenance)
 
 
 @torch.enable_grad()
@@ -123,7 +271,7 @@ def search_groups(
     layer: int,
     prefixes: Sequence[str],
     config: TargetConfig,
-    bar: tqdm,
+    bar: Any,
 ) -> list[list[TargetResult]]:
     """Minimize the loss of every group by Adam, within its ball; a group is dropped when it stops.
 

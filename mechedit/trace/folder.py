@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,22 @@ def trace_to_folder(
     # An approximate trace is refused before anything is written; what this pass traced lies in trace_parts/.
     agreement = [record for plan in plans for record in plan.agreement(plan).get("agreement", [])]
     attrs = {**plans[0].attrs, "config": config.plain(), **({"agreement": agreement} if agreement else {})}
-    write_parquet_parts(folder / "effects.parquet", itertools.chain.from_iterable(plans), attrs)
+    write_trace(folder, facts, itertools.chain.from_iterable(plans), attrs)
+    return attrs
+
+
+def write_trace(folder: Path, facts: Sequence[Fact], frames: Iterable[pd.DataFrame], attrs: Mapping[str, Any]) -> None:
+    """Write effects.parquet and facts.parquet, and remove the folder of finished groups.
+
+    Args:
+        folder: for the files.
+        facts: all that were to be traced.
+        frames: effects of one group after another.
+        attrs: of the effects.
+    """
+    write_parquet_parts(folder / "effects.parquet", frames, attrs)
     write_parquet(folder / "facts.parquet", facts_frame(facts, folder / "effects.parquet", attrs["dropped"]))
     shutil.rmtree(folder / "trace_parts", ignore_errors=True)
-    return attrs
 
 
 def trace_plans(

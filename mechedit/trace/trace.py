@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,15 @@ from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
 from mechedit.trace.effects import Effects
 from mechedit.trace.memory import max_group_rows
-from mechedit.trace.traced_fact import Dropped, TracedFact, known_facts, require_known, with_replacements, with_roles
+from mechedit.trace.traced_fact import (
+    Dropped,
+    TracedFact,
+    known_facts,
+    require_known,
+    restored_positions,
+    with_replacements,
+    with_roles,
+)
 
 
 @exclusive
@@ -133,28 +141,59 @@ class TracePlan:
         return {"agreement": agreement_records(agreements)}
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
+        # What is only read takes no time.
+        traced = self.parts is not None and all(self.part(group).is_file() for group in self.groups())
+        with tqdm(total=len(self.facts), desc="tracing facts", unit="fact", disable=traced) as progress:
+            for group in self.groups():
+                yield self.effects_of(group)
+                progress.update(len(group))
+
+    def effects_of(self, group: Sequence[TracedFact]) -> pd.DataFrame:
+        """Effects of one of `groups`, from the folder of finished ones where they are there."""
+        with torch.no_grad(), self.model.exclusive():
+            arguments = (self.model, group, self.std, self.config, self.noise, self.statistics)
+            if self.config.approximation is None:
+                make = partial(trace_group, *arguments)
+            else:
+                make = partial(approximate_group, *arguments, self._drawn)
+            return Cache(self.parts).get(self.key(group), make, PARQUET)
+
+    def key(self, group: Sequence[TracedFact]) -> dict[str, Any]:
+        """All that determines the effects of a group."""
+        key = {
+            **self._group_key,
+            "facts": [{**traced.fact.plain(), "replacements": traced.replacements} for traced in group],
+        }
+        if self.config.approximation is not None:
+            key["drawn"] = [self._drawn[traced.fact.id].plain() for traced in group]
+        return key
+
+    def part(self, group: Sequence[TracedFact]) -> Path:
+        """The file of a group in the folder of finished ones."""
+        path = Cache(self.parts).path(self.key(group), PARQUET)
+        assert path is not None, "only with a folder"
+        return path
+
+    def cost(self, group: Sequence[TracedFact]) -> int:
+        """What a group costs in units that all groups have in common: tokens in all runs that restore something."""
+        per_position = len(self.config.kinds) * len(self.config.sever) * self.config.samples
+        return per_position * sum(len(traced.ids) * len(restored_positions(traced, self.config)) for traced in group)
+
+    @cached_property
+    def _group_key(self) -> dict[str, Any]:
+        """What determines the effects of all groups."""
         approximation = self.config.approximation
         if approximation is not None:
             # What was estimated and traced does not depend on how well the two must agree.
             approximation = replace(approximation, least_correlation=0)
         settings = replace(self.config, approximation=approximation).plain()
-        drawn = {} if approximation is None else draw_for(self.facts, self.config, self.model.n_layers)
         model = ModelIdentity.of(self.provenance).record
-        key = numbered("trace", {"settings": settings, "std": self.std, "model": model})
-        with tqdm(total=len(self.facts), desc="tracing facts", unit="fact") as progress:
-            for group in self.groups():
-                with torch.no_grad(), self.model.exclusive():
-                    arguments = (self.model, group, self.std, self.config, self.noise, self.statistics)
-                    facts = [{**traced.fact.plain(), "replacements": traced.replacements} for traced in group]
-                    key["facts"] = facts
-                    if self.config.approximation is None:
-                        make = partial(trace_group, *arguments)
-                    else:
-                        make = partial(approximate_group, *arguments, drawn)
-                        key["drawn"] = [drawn[traced.fact.id].plain() for traced in group]
-                    frame = Cache(self.parts).get(key, make, PARQUET)
-                yield frame
-                progress.update(len(group))
+        return numbered("trace", {"settings": settings, "std": self.std, "model": model})
+
+    @cached_property
+    def _drawn(self) -> Mapping[str, Any]:
+        """The cells of each fact that are drawn to be traced exactly, in an approximate trace."""
+        return {} if self.config.approximation is None else draw_for(self.facts, self.config, self.model.n_layers)
 
     def groups(self) -> Iterator[list[TracedFact]]:
         """Facts of one shape, as many as `batch_rows` and `memory` allow."""

@@ -42,14 +42,14 @@ OPTIONS = {
     "minutes by",
     "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
     "metrics memory max-facts approximate points largest exact-cells exact-facts least-correlation until-settled "
-    "minutes",
+    "minutes shard merge",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
     "joint strict chat texts tokens max-length method set tuned no-tuned accept-unsettled conflicts",
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
     "tune": "MODEL requests joint strict chat texts tokens max-length method set out moments trace minutes edits "
     "windows width facts",
     "edit": "requests joint strict chat out show layers selection moments method set tuned no-tuned conflicts "
-    "without with",
+    "without with targets-only shard merge",
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
     "stop-words protocol references conflicts",
     "apply": "edit out format",

@@ -22,8 +22,9 @@ from mechedit.errors import InputError
 from mechedit.files import read_header
 from mechedit.moments import Convergence, MomentsConfig, collect_moments, collect_shard, load_moments, merge_moments
 from mechedit.moments.checkpoints import checkpoint_path, checkpoints_folder
-from mechedit.moments.chunks import Rank, TextPosition, batches, read_chunks
+from mechedit.moments.chunks import TextPosition, batches, read_chunks
 from mechedit.moments.key_reader import KeyReader
+from mechedit.shards import Rank
 
 TEXTS = [
     "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",
