@@ -60,7 +60,8 @@ from mechedit.moments import (
     write_npz,
 )
 from mechedit.provenance import VERSION
-from mechedit.selection import SelectConfig, Selection, published_ranges, select_layers
+from mechedit.published import published_ranges, published_scores, published_settings, published_table
+from mechedit.selection import SelectConfig, Selection, select_layers
 from mechedit.session import EditSession, StopRule
 from mechedit.sweep import Sweep, SweepConfig, Validation, sweep_windows, windows_of
 from mechedit.targets import TargetConfig, Targets, find_targets
@@ -148,6 +149,9 @@ __all__ = [
     "plan_trace",
     "pmet",
     "published_ranges",
+    "published_scores",
+    "published_settings",
+    "published_table",
     "recommended",
     "rome",
     "select_layers",

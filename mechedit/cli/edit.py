@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -11,16 +11,23 @@ from mechedit.cli.app import say
 from mechedit.cli.command import command
 from mechedit.cli.describe import describe_edit, format_description, say_unconverged
 from mechedit.cli.options import MethodOptions, RequestsOption
-from mechedit.cli.parsing import parse_layers, parse_shard, require_layers
+from mechedit.cli.parsing import method_settings, parse_layers, parse_shard, require_layers
 from mechedit.data import Conflicts, EditRequest, revised
 from mechedit.edit import Edit
 from mechedit.errors import InputError
 from mechedit.locks import locked
-from mechedit.methods import METHODS, MethodConfig, Recommendation, SearchConfig, SettingsSource, with_sources
+from mechedit.methods import (
+    METHODS,
+    MethodConfig,
+    Recommendation,
+    SearchConfig,
+    published_for,
+    with_published_layers,
+    with_sources,
+)
 from mechedit.models import Model
 from mechedit.moments import is_published, load_moments
-from mechedit.provenance import value_hash
-from mechedit.selection import Selection, published_ranges
+from mechedit.selection import Selection
 from mechedit.shards import Rank
 from mechedit.targets import (
     TargetConfig,
@@ -43,8 +50,8 @@ class EditOptions(RequestsOption, MethodOptions):
     model: str | None = None
     """tiny (by default), a hub name or a folder."""
     layers: str | None = None
-    """Layers, such as 3-8 or 3,5,7; by default those tuned for the model, else published for its name. Several
-    are separated by commas."""
+    """Layers, such as 3-8 or 3,5,7; by default those tuned for the model, else published for it (by its name, or
+    its architecture and size). Several are separated by commas."""
     selection: Path | None = None
     """A selection.json, in place of --layers."""
     moments: Path = Path("run")
@@ -62,6 +69,22 @@ class EditOptions(RequestsOption, MethodOptions):
     """Make the edit from the targets of all processes, and search for none."""
     conflicts: Conflicts = "refuse"
     """Requests for different objects of one subject and relation: refuse, or keep the first."""
+    published: bool = False
+    """Take layers and settings that were published for this model, in their own units, and no others."""
+
+    def method_settings(self, model: Model) -> Recommendation[MethodConfig]:
+        """As for every command; with --published, those that were published for the model.
+
+        Raises:
+            InputError: --published with --tuned; nothing was published for the model; and as for every command.
+        """
+        if not self.published:
+            return super().method_settings(model)
+        if self.tuned is not None:
+            raise InputError("both --tuned and --published are there, expected one of them; leave the other out")
+        settings = method_settings(self.method, model, self.seed, self.set, published=True)
+        _say_published(settings, self.method, model)
+        return settings
 
 
 @command()
@@ -95,7 +118,8 @@ def _make(options: EditOptions) -> int:
     requests = options.in_turns(model, requests)
     settings = options.method_settings(model)
     if not chosen and settings.layers is None:
-        settings = _with_published_layers(settings, options.method, model)
+        settings = with_published_layers(settings, options.method, model)
+        _say_published(settings, options.method, model)
     config, layers = settings.config, chosen or list(settings.layers or ())
     require_layers(layers, model.n_layers)
     if options.without or added:
@@ -189,21 +213,8 @@ def _layers(options: EditOptions) -> list[int]:
     return layers
 
 
-def _with_published_layers(
-    settings: Recommendation[MethodConfig], method: str, model: Model
-) -> Recommendation[MethodConfig]:
-    """The settings with the layers that were published for a model of this name and method; no others are known.
-
-    Raises:
-        InputError: there are none.
-    """
-    ranges = [entry for entry in published_ranges(model.name) if entry.method.lower() == method]
-    if not ranges:
-        raise InputError(
-            "no layers are given, and none were tuned for this model or published for its name; give them either by "
-            "--layers or by --selection, or tune them first (mechedit tune)"
-        )
-    content = value_hash([ranges[0].model, ranges[0].method, ranges[0].layers, ranges[0].source])
-    source = SettingsSource(name="published", hash=content, file=ranges[0].source, settings=("layers",))
-    say(f"settings of {method}: {source.in_words()}; they were published for {ranges[0].model}, and not tried here")
-    return replace(settings, layers=ranges[0].layers, sources=(*settings.sources, source))
+def _say_published(settings: Recommendation[MethodConfig], method: str, model: Model) -> None:
+    """Say where published layers come from, and what else was published for the method on this model."""
+    say(f"settings of {method}: {settings.sources[-1].in_words()}")
+    for entry in published_for(method, model)[1:]:
+        say(f"  published as well: {entry.in_words()}")

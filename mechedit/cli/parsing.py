@@ -164,6 +164,7 @@ def method_settings(
     *,
     tuned: bool = True,
     file: Path | None = None,
+    published: bool = False,
 ) -> Recommendation[MethodConfig]:
     """As `method_config`, with the layers that were tuned, and with where all of them come from.
 
@@ -174,9 +175,10 @@ def method_settings(
         settings: name=value of each setting that the user chose.
         tuned: whether to look for tuned settings.
         file: of tuned settings, in place of those found beside the checkpoint or in the folder of tuned settings.
+        published: take layers and settings that were published for the model, in place of all files.
     """
     check_choice("the method", method, METHODS)
-    recommended = METHODS[method].recommendation(model, tuned=tuned, file=file)
+    recommended = METHODS[method].recommendation(model, tuned=tuned, file=file, published=published)
     config = recommended.config
     hints = {field.name: get_type_hints(type(config))[field.name] for field in dataclasses.fields(config)}
     changes: dict[str, Any] = {"seed": seed}

@@ -16,7 +16,14 @@ from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.memit import MemitConfig, memit
 from mechedit.methods.method import EditTask, Method, edit_method, spread_over_layers, targets_for
 from mechedit.methods.pmet import PmetConfig, pmet
-from mechedit.methods.recommendation import SETTINGS_FROM, Recommendation, SettingsSource, with_sources
+from mechedit.methods.recommendation import (
+    SETTINGS_FROM,
+    Recommendation,
+    SettingsSource,
+    published_for,
+    with_published_layers,
+    with_sources,
+)
 from mechedit.methods.rome import RomeConfig, rome
 from mechedit.methods.rules import Ridge
 from mechedit.methods.settings import MethodConfig, RidgeConfig, SearchConfig, SpreadConfig, SpreadMethodConfig
@@ -62,12 +69,14 @@ __all__ = [
     "moment_matrices",
     "pmet",
     "prefix_mean",
+    "published_for",
     "recommended",
     "rome",
     "spread_over_layers",
     "targets_for",
     "tuned_folder",
     "tuned_folder_of",
+    "with_published_layers",
     "with_sources",
     "write_tuned",
 ]

@@ -31,12 +31,13 @@ from mechedit.errors import InputError
 from mechedit.methods.checks import check_input, check_target_settings
 from mechedit.methods.manifest import search_record
 from mechedit.methods.plausibility import WARNINGS, edit_warnings
-from mechedit.methods.recommendation import SETTINGS_FROM, Recommendation, recommendation
+from mechedit.methods.recommendation import SETTINGS_FROM, Recommendation, published_for, recommendation
 from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig
 from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Model, exclusive
 from mechedit.provenance import CAST_HASHES
+from mechedit.published import PublishedSettings
 from mechedit.targets import Targets, find_targets
 
 Config = TypeVar("Config", bound=MethodConfig)
@@ -190,7 +191,7 @@ class Method(Generic[Config]):
         return self.recommendation(model).config
 
     def recommendation(
-        self, model: Model, *, tuned: bool = True, file: str | Path | None = None
+        self, model: Model, *, tuned: bool = True, file: str | Path | None = None, published: bool = False
     ) -> Recommendation[Config]:
         """The same with the layers that were tuned, and with where they come from; see `recommendation`.
 
@@ -198,11 +199,16 @@ class Method(Generic[Config]):
             model: for which they are.
             tuned: whether to look for tuned settings.
             file: of tuned settings, in place of those found beside the checkpoint or in the folder of tuned settings.
+            published: take layers and settings that were published for the model, in place of all files.
 
         Raises:
-            InputError: as `recommended`; `file` is of another model or method.
+            InputError: as `recommended`; `file` is of another model or method; nothing was published for the model.
         """
-        return recommendation(self.config, self.name, model, tuned=tuned, file=file)
+        return recommendation(self.config, self.name, model, tuned=tuned, file=file, published=published)
+
+    def published(self, model: Model) -> list[PublishedSettings]:
+        """What papers and their code edit this model with, by its name, or else by its architecture and size."""
+        return published_for(self.name, model)
 
     def _check_arguments(self, config: Config, targets: Targets | None, previous: EarlierKeys | None) -> None:
         """Refuse settings of another method, and what would be ignored although the caller counts on it."""

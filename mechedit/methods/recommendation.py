@@ -1,7 +1,12 @@
 """The settings of a method for a model, and where they come from.
 
 In this order, the first that names a setting wins: what the user says, `tuned.json` beside the checkpoint, `tuned.json`
-in the folder of tuned settings, `editing.json` beside the checkpoint, the method's defaults.
+in the folder of tuned settings, `editing.json` beside the checkpoint, the method's defaults. Where none of them names
+layers, `with_published_layers` takes those that were published for the model.
+
+Published settings are in absolute units (λ in new facts, the learning rate in units of the residual stream), and were
+chosen for other conditions than a user's: they are taken only where they are asked for (`published=True`), and then in
+place of all files.
 """
 
 from __future__ import annotations
@@ -16,7 +21,8 @@ from mechedit.files import read_object
 from mechedit.methods.settings import MethodConfig
 from mechedit.methods.tuned_settings import TunedSettings, tuned_settings
 from mechedit.models import Model
-from mechedit.provenance import file_hash
+from mechedit.provenance import file_hash, value_hash
+from mechedit.published import PublishedSettings, Shape, published_settings
 from mechedit.records import read_record
 
 Config = TypeVar("Config", bound=MethodConfig)
@@ -83,7 +89,13 @@ class Recommendation(Generic[Config]):
 
 
 def recommendation(
-    kind: type[Config], method: str, model: Model, *, tuned: bool = True, file: str | Path | None = None
+    kind: type[Config],
+    method: str,
+    model: Model,
+    *,
+    tuned: bool = True,
+    file: str | Path | None = None,
+    published: bool = False,
 ) -> Recommendation[Config]:
     """The settings of a method for a model, by the order of the module's docstring.
 
@@ -93,11 +105,17 @@ def recommendation(
         model: for which they are.
         tuned: whether to look for tuned settings.
         file: of tuned settings, in place of those beside the checkpoint and in the folder of tuned settings.
+        published: take what was published for the model in place of all files: layers and settings.
 
     Raises:
         InputError: a file is damaged, names a setting that the method lacks, or gives one a bad value; `file` is of
-            another model or method.
+            another model or method; nothing was published for the model, or what was is not the same for all models
+            of its shape.
     """
+    if published:
+        entry = _first_published(method, model)
+        source = _published_source(entry, ("layers", *entry.settings))
+        return Recommendation(config=kind(**entry.settings), layers=entry.range.layers, sources=(source,))
     editing = _editing_file(method, model)
     sources, parts, layers = [], [], None
     if editing is not None:
@@ -118,15 +136,70 @@ def recommendation(
     return Recommendation(config=config, layers=layers, sources=tuple(sources))
 
 
+def with_published_layers(recommended: Recommendation[Config], method: str, model: Model) -> Recommendation[Config]:
+    """The recommendation with the layers that were published for this model and method, where it has none.
+
+    Raises:
+        InputError: none were published, or not the same for all models of its shape.
+    """
+    if recommended.layers is not None:
+        return recommended
+    entry = _first_published(method, model)
+    sources = (*recommended.sources, _published_source(entry, ("layers",)))
+    return replace(recommended, layers=entry.range.layers, sources=sources)
+
+
+def published_for(method: str, model: Model) -> list[PublishedSettings]:
+    """What was published for a method on a model, by its name, or else by its architecture and size.
+
+    None where the model writes into another module than its MLPs, of which nothing was published.
+    """
+    if model.module != "mlp":
+        return []
+    shape = Shape(type=model.family.model_type, layers=model.n_layers, d_model=model.d_model, d_mlp=model.d_key)
+    return published_settings(model.name, shape, method)
+
+
+def _first_published(method: str, model: Model) -> PublishedSettings:
+    """The first entry published for a method on a model.
+
+    Raises:
+        InputError: there is none; or the model goes by its shape, which models with other layers have as well.
+    """
+    entries = published_for(method, model)
+    if not entries:
+        raise InputError(
+            f"nothing was published for {method} on {model.name!r}, nor on a model of its architecture and size "
+            f"({model.family.model_type}, {model.n_layers} layers, d_model {model.d_model}); give the layers, or tune "
+            f"them (mechedit tune)"
+        )
+    if len({entry.name for entry in entries}) > 1 and len({(e.range.layers, str(e.settings)) for e in entries}) > 1:
+        published = "; ".join(entry.in_words() for entry in entries)
+        raise InputError(
+            f"{model.name!r} has the architecture and size of several published models, which {method} edits "
+            f"otherwise ({published}); expected a name that tells which it is: give layers and settings yourself"
+        )
+    return entries[0]
+
+
+def _published_source(entry: PublishedSettings, names: tuple[str, ...]) -> SettingsSource:
+    """Where published layers and settings come from, and for which model they were published."""
+    content = value_hash([entry.range.model, entry.range.method, entry.range.layers, entry.range.source])
+    file = f"{entry.range.source}, published for {entry.range.model} and not tried here"
+    if entry.range.note:
+        file += f" ({entry.range.note})"
+    return SettingsSource(name="published", hash=content, file=file, settings=names)
+
+
 def with_settings(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with those of a stronger source, which replace the weaker one's.
 
-    A setting in one unit also replaces the same in the other unit, and the published convention, which has absolute
+    A setting in one unit also replaces the same in the other unit, and a published convention, which has absolute
     units of its own, those in relative units.
     """
     replaced = {absolute for absolute, relative in UNITS.items() if stronger.get(relative) is not None}
     replaced |= {relative for absolute, relative in UNITS.items() if stronger.get(absolute) is not None}
-    if stronger.get("convention") == "memit-2022":
+    if stronger.get("convention", "default") != "default":
         replaced |= set(UNITS.values())
     return {**{name: value for name, value in weaker.items() if name not in replaced}, **stronger}
 

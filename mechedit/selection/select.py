@@ -11,13 +11,13 @@ import pandas as pd
 from typing_extensions import TypedDict
 
 from mechedit.files import read_checked_object, write_checked_json
+from mechedit.published import PublishedRange, published_ranges
 from mechedit.records import Number, Whole, check_record, read_record
 from mechedit.selection.bootstrap import BootstrapSelections, bootstrap_selections, resampled_curves
 from mechedit.selection.config import SelectConfig
 from mechedit.selection.curves import SubjectEffects, subject_effects
 from mechedit.selection.early_site import EarlySite, early_site
 from mechedit.selection.evidence import LayerEvidence, evidence_records, layer_evidence
-from mechedit.selection.published_ranges import PublishedRange, published_ranges
 from mechedit.selection.rules import Layers, moving_width
 
 State = Literal["settled", "unsettled", "no early site"]

@@ -49,7 +49,7 @@ OPTIONS = {
     "tune": "MODEL requests joint strict chat texts tokens max-length method set out moments trace minutes edits "
     "windows width facts",
     "edit": "requests joint strict chat out show layers selection moments method set tuned no-tuned conflicts "
-    "without with targets-only shard merge",
+    "published without with targets-only shard merge",
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
     "stop-words protocol references conflicts",
     "apply": "edit out format",

@@ -66,7 +66,10 @@ def test_what_was_tuned_is_taken_by_itself_and_named(
 
     capsys.readouterr()
     assert call(*edit, "--no-tuned", "--overwrite") == 2
-    assert "none were tuned for this model or published for its name" in capsys.readouterr().err
+    assert (
+        "nothing was published for memit on 'tiny', nor on a model of its architecture and size"
+        in capsys.readouterr().err
+    )
     assert call(*edit, "--no-tuned", "--tuned", file, "--overwrite") == 2
     assert "both --tuned and --no-tuned" in capsys.readouterr().err
     assert call(*edit, "--method", "emmet", "--tuned", file, "--overwrite") == 2

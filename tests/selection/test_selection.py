@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from mechedit import InputError, SelectConfig, Selection, select_layers
 from mechedit.files import read_json, write_json
-from mechedit.selection import RULES, bootstrap, published_ranges, subject_effects
+from mechedit.published import canonical, published_ranges
+from mechedit.selection import RULES, bootstrap, subject_effects
 from mechedit.selection.bootstrap import BootstrapSelections, bootstrap_selections, resampled_curves
 from mechedit.selection.config import Rule
 from mechedit.selection.curves import MeanCurves, SubjectEffects, contribution, window_spans
 from mechedit.selection.early_site import early_site, skewness_corrected_t
-from mechedit.selection.published_ranges import canonical
 from mechedit.selection.rules import (
     contribution_rule,
     gap_peak_rule,
@@ -679,14 +679,18 @@ def test_published_ranges_are_found_by_the_names_in_use(names, layers):
 
 
 def test_published_ranges_are_not_found_by_names_alike():
-    for name in ("gpt2", "gpt2-x", "gpt2-xl-finetuned", "tiny", "", "llama", "Llama-3.1-8B", "gpt-j-6b/checkpoint"):
+    for name in ("gpt2", "gpt2-x", "gpt2-xl-finetuned", "tiny", "", "llama", "Llama-3.3-8B", "gpt-j-6b/checkpoint"):
         assert published_ranges(name) == [], name
     assert canonical("org/Meta-Llama_3-8B-Instruct-hf/") == "llama-3-8b"
 
 
 def test_the_registry_holds_conflicts_and_sources():
     qwen = published_ranges("Qwen/Qwen2.5-7B-Instruct")
-    assert {(entry.layers[0], entry.layers[-1]) for entry in qwen if entry.method == "MEMIT"} == {(4, 8), (7, 11)}
+    assert {(entry.layers[0], entry.layers[-1]) for entry in qwen if entry.method == "MEMIT"} == {
+        (4, 8),
+        (7, 11),
+        (3, 4),
+    }
     for entry in [*qwen, *published_ranges("gpt2-medium"), *published_ranges("gpt-j-6b")]:
         assert entry.source
         assert list(entry.layers) == sorted(set(entry.layers))
