@@ -33,6 +33,9 @@ _GENERATED: WeakKeyDictionary[Model, dict[tuple[Any, ...], tuple[str, ...]]] = W
 """Context templates that were generated, by model, and then by its weights and by what was asked for."""
 _STATES = 64
 """Context templates that are remembered of a model."""
+TOKENS = ("subject_last", "subject_first", "after", "last")
+"""The tokens at which a method can write: of the subject, the first after it, and the prompt's last one; these of the
+roles of a trace (ROME Fig. 5)."""
 WORD = "a"
 """A word that a text follows where its tokens in running text are looked for."""
 
@@ -49,6 +52,28 @@ class Prompt:
     def last_subject(self) -> int:
         """Position of the subject's last token, where MEMIT edits."""
         return self.subject[-1]
+
+    def position(self, token: str) -> int:
+        """Position of the token at which a method writes.
+
+        Args:
+            token: one of `TOKENS`, or a negative number that counts from the prompt's end, such as "-2".
+
+        Raises:
+            InputError: the prompt has no such token.
+        """
+        end = len(self.ids)
+        index = int(token) if token.removeprefix("-").isdecimal() else None
+        position = {
+            "subject_first": self.subject[0], "subject_last": self.subject[-1], "after": self.subject[-1] + 1,
+            "last": end - 1,
+        }.get(token) if index is None else end + index  # fmt: skip
+        if position is None or not 0 <= position < end:
+            raise InputError(
+                f"a prompt of {end} tokens, whose subject ends at the {self.subject[-1] + 1}. of them, has no token "
+                f"{token!r}, expected one that it has: choose another of {', '.join(TOKENS)}, or reword the prompt"
+            )
+        return position
 
 
 @dataclass(frozen=True)
@@ -305,26 +330,36 @@ def _holding(spans: Sequence[tuple[int, int]], start: int, end: int, text: str, 
     return range(positions[0], positions[-1] + 1)
 
 
+def check_token(token: str) -> None:
+    """Refuse what names no token of a prompt, see `Prompt.position`."""
+    if token not in TOKENS and not (isinstance(token, str) and token.startswith("-") and token[1:].isdecimal()):
+        raise InputError(
+            f"token is {token!r}, expected one of {', '.join(TOKENS)}, or a negative number that counts from the "
+            f"prompt's end, such as '-2'; choose one of them"
+        )
+
+
 @exclusive
 def make_prefixes(
     model: Model,
     *,
     seed: int = 0,
     starts: Sequence[str] = ("The", "Therefore", "Because", "I", "You"),
-    length: int = 10,
+    lengths: Sequence[int] = (10,),
     count: int = 5,
 ) -> tuple[str, ...]:
     """Context templates: the bare prompt, and short texts that the model generates, joined as `text. {}`.
 
-    Each text begins with one of `starts` and has `length` tokens in all, each drawn from the five likeliest as in
-    the published code; here the draws depend on `seed` alone. There are `count` texts; where these are more than
-    `starts`, starts take turns. The same call on the same weights generates once.
+    Each text begins with one of `starts` and has one of `lengths` tokens in all, each drawn from the five likeliest as
+    in the published code; here the draws depend on `seed` alone. There are `count` texts; where these are more than
+    `starts` or `lengths`, these take turns. An empty start is the tokenizer's beginning or end of text, which counts as
+    a token and is not part of the text. The same call on the same weights generates once.
     """
     remembered = _GENERATED.setdefault(model, {})
-    key = (model.identity(), seed, tuple(starts), length, count)
+    key = (model.identity(), seed, tuple(starts), tuple(lengths), count)
     if key not in remembered:
         generator = torch.Generator().manual_seed(seed)
-        texts = [_generate(model, starts[i % len(starts)], length, generator) for i in range(count)]
+        texts = [_generate(model, starts[i % len(starts)], lengths[i % len(lengths)], generator) for i in range(count)]
         while len(remembered) >= _STATES:
             remembered.pop(next(iter(remembered)))
         remembered[key] = (BARE, *(f"{text}. {BARE}" for text in texts))
@@ -367,7 +402,7 @@ def request_template(request: EditRequest, prefix: str = BARE) -> str:
 @torch.no_grad()
 def _generate(model: Model, start: str, length: int, generator: torch.Generator) -> str:
     """Extend `start` to `length` tokens, without braces, which a template reserves for the prompt."""
-    ids, _ = encode(model.tokenizer, start)
+    ids = encode(model.tokenizer, start)[0] or _beginning(model.tokenizer)
     for _ in range(length - len(ids)):
         last = torch.tensor([len(ids) - 1], device=model.device)
         logits = model.run(pad([ids], model.tokenizer, model.device), logits_to_keep=last).logits
@@ -378,3 +413,9 @@ def _generate(model: Model, start: str, length: int, generator: torch.Generator)
         ids.append(int(likeliest.indices[choice]))
     text = model.tokenizer.decode(ids, skip_special_tokens=True)
     return " ".join(text.replace("{", " ").replace("}", " ").split())
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The token that texts begin with, else the one that ends them, else a word."""
+    special = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    return special[:1] or encode(tokenizer, WORD)[0]

@@ -23,7 +23,7 @@ RECORDED = ("mechedit", "model", "backend")
 ALGORITHMS = {
     "trace": 2,
     "moments": 1,
-    "targets": 4,
+    "targets": 5,
     "edit": 4,
     "sweep": 4,
     "finals": 4,
@@ -39,7 +39,8 @@ results of another number are not reused. Results without a number are of algori
 3: the learning rate of the search for z and λ are in relative units by default, and a search has converged when the
 object is the likeliest answer. Of scores: the sentence of an edit whose object ends in a dot has one dot.
 4: the unit of the learning rate is a typical coordinate, and what is written through a norm is the nearest output that
-it can give."""
+it can give.
+5: h, to which δ is added, is that of the bare prompt, also where the first context template is another."""
 DEFAULTS: dict[str, Any] = {"module": "mlp", "algorithm": 1}
 """Values assumed where an older artifact lacks the field."""
 CAST_HASHES = "weights_hash_as"

@@ -42,7 +42,7 @@ class FineTuneConfig(MethodConfig):
     """Learning rate of Adam (both papers)."""
     stop_loss: float | int = 1e-2
     """The training ends after a pass whose mean loss is below it, and a batch below it makes no update; in nats per
-    token (both papers)."""
+    token (MEMIT Appendix B.1 and both published codes; ROME Appendix E.1 says 0.03)."""
 
     preserves_keys: ClassVar[bool] = False
 

@@ -1,14 +1,14 @@
-"""Keys and states at the subject's last token, read while an edit moves up through the layers (MEMIT Algorithm 1).
+"""Keys and states at one token, read while an edit moves up through the layers (MEMIT Algorithm 1).
 
 Requests and prefixes go in; after each edited layer the next one's keys come out (MEMIT Eq. 19). The residual stream of
 all prompts is cached at the input of the layer that the edit has reached, and runs go on from there, so that no block
-below the edit is computed twice. Prompts end with the subject: the tokens after it cannot matter in a causal model.
+below the edit is computed twice. Prompts end with that token: those after it cannot matter in a causal model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,8 @@ class KeyExtractor:
         requests: Sequence[EditRequest],
         prefixes: Sequence[str],
         *,
+        token: str = "subject_last",
+        subject_alone: bool = False,
         batch_size: int = 64,
         memory_fraction: float = 0.25,
     ) -> None:
@@ -41,6 +43,8 @@ class KeyExtractor:
             model: whose keys.
             requests: the facts.
             prefixes: templates with one {} for the whole prompt.
+            token: at which keys and states are read, see `Prompt.position`.
+            subject_alone: take keys behind the prefix from the subject alone (MEMIT Eq. 19), not from the whole prompt.
             batch_size: prompts per forward pass.
             memory_fraction: fraction of the device's free memory that the cached stream may take; a larger one lies on
                 the CPU.
@@ -48,7 +52,13 @@ class KeyExtractor:
         self.model = model
         self.layer = 0
         """The block at whose input the stream is cached. It only goes up."""
-        prompts = [_prompts_up_to_subject(model, request, [*prefixes, BARE]) for request in requests]
+        prompts = [
+            [
+                *_prompts_up_to(token, _without_words(request) if subject_alone else request, model, prefixes),
+                *_prompts_up_to(token, request, model, [BARE]),
+            ]
+            for request in requests
+        ]
         bare = sorted({fact_prompts[-1] for fact_prompts in prompts}, key=_by_length)
         with_prefix = {ids for fact_prompts in prompts for ids in fact_prompts[:-1]}
         unique = [*bare, *sorted(with_prefix - set(bare), key=_by_length)]
@@ -76,7 +86,7 @@ class KeyExtractor:
 
     @torch.no_grad()
     def keys(self, layer: int) -> Float[Tensor, "fact prefix d_mlp"]:
-        """The keys of `layer` at the subject's last token, in float32 at least; the stream is taken on to `layer`.
+        """The keys of `layer` at the token, in float32 at least; the stream is taken on to `layer`.
 
         Raises:
             ValueError: the stream is beyond that block already.
@@ -96,7 +106,7 @@ class KeyExtractor:
 
     @torch.no_grad()
     def states(self, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "fact d_model"]]:
-        """The states of `sites`, at `layer` or above, at the subject's last token of the bare prompt.
+        """The states of `sites`, at `layer` or above, at the token of the bare prompt.
 
         They are in float32 at least. The stream stays where it is.
         """
@@ -110,7 +120,7 @@ class KeyExtractor:
     def replay(
         self, site: Site, values: Float[Tensor, "fact d_model"], read: Sequence[Site]
     ) -> dict[Site, Float[Tensor, "fact d_model"]]:
-        """The states at `read`, as by `states`, with `values` written to `site` at the subject's last token."""
+        """The states at `read`, as by `states`, with `values` written to `site` at the token."""
         states = {read_site: torch.zeros_like(values) for read_site in read}
         for first, batch in zip(_first_rows(self._bare), self._bare, strict=True):
             rows = self._rows[:, -1] - first
@@ -167,9 +177,14 @@ class _Batch:
         return _Batch(tokens, None if self.stream is None else self.stream[rows.to(self.stream.device)])
 
 
-def _prompts_up_to_subject(model: Model, request: EditRequest, prefixes: Sequence[str]) -> list[tuple[int, ...]]:
-    """Token ids of the request behind each prefix, up to the subject's last token."""
-    return [prompt.ids[: prompt.last_subject + 1] for prompt in prefixed_prompts(model, request, prefixes)]
+def _prompts_up_to(token: str, request: EditRequest, model: Model, prefixes: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of the request behind each prefix, up to a token."""
+    return [prompt.ids[: prompt.position(token) + 1] for prompt in prefixed_prompts(model, request, prefixes)]
+
+
+def _without_words(request: EditRequest) -> EditRequest:
+    """The request whose prompt is its subject alone."""
+    return replace(request, prompt=BARE)
 
 
 def _by_length(ids: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:

@@ -21,8 +21,8 @@ class PmetConfig(RidgeConfig):
     kl_weight: float | int = 1.0
     """Weight of the KL term, which keeps the subject's other meaning."""
     strategy: Strategy = "sqrt"
-    """How the residual is spread over the layers (`uniform`, `sqrt`, `forward-replay` or `last`); PMET gives layer l
-    1/√(L − l + 1) of it."""
+    """How the residual is spread over the layers (`uniform`, `sqrt`, `forward-replay`, `last` or `boundary`); PMET
+    gives layer l 1/√(L − l + 1) of it."""
 
     published_lr: ClassVar[float] = 0.2
     published_covariance_weight: ClassVar[float] = 6_000.0

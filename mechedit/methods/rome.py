@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,14 +22,18 @@ from mechedit.methods.post_norm import change_before_norm
 from mechedit.methods.rules import damped_moment, moment_factor
 from mechedit.methods.settings import DampedConfig
 from mechedit.models import Model
-from mechedit.prompt_tokens import BARE, check_prefixes
+from mechedit.prompt_tokens import BARE, check_prefixes, make_prefixes
 from mechedit.solve import Factor, Update, equality_update
 from mechedit.targets import Targets, find_targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class RomeConfig(DampedConfig):
-    """Settings of ROME; the defaults are the published code's for GPT-J, but for the learning rate."""
+    """Settings of ROME; the defaults are the published code's for GPT-J, but for the learning rate.
+
+    `convention="paper"` takes the weights of Appendix E.5, which are not those of the code, and k behind prefix and
+    subject alone (Eq. 3).
+    """
 
     steps: int = 20
     """Most steps of the search for z."""
@@ -39,12 +44,20 @@ class RomeConfig(DampedConfig):
     keys: Literal["prefixes", "published"] = "prefixes"
     """`prefixes`: k is the mean over prefixes (r-ROME). `published`: only in M⁻¹ k, and the bare prompt's elsewhere."""
 
+    generated_prefixes: int = 20
+    """Texts that the model generates, half of 5 tokens and half of 10, beside the bare prompt (Appendix E.5)."""
+
     shares_targets: ClassVar[bool] = False
+    by_text: ClassVar[dict[str, Any]] = {"kl_weight": 100.0, "weight_decay": 1.5e-3}
     search: ClassVar[dict[str, Any]] = {"part": "mlp_out"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("keys", self.keys, ("prefixes", "published"))
+
+    def default_prefixes(self, model: Model) -> tuple[str, ...]:
+        """The bare prompt, and `generated_prefixes` texts of 5 and of 10 tokens, from the beginning of a text on."""
+        return make_prefixes(model, seed=self.seed, starts=("",), lengths=(5, 10), count=self.generated_prefixes)
 
 
 @edit_method(RomeConfig)
@@ -67,7 +80,7 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
     model, config, layer = task.model, task.config, _single_layer(task.layers)
     prefixes, provenance = _prefixes_and_provenance(task, layer)
     # One layer's keys do not depend on its own down-projection: they stay as they are while it is edited.
-    keys = KeyExtractor(model, task.requests, [*prefixes, BARE], batch_size=config.batch_size).keys(layer)
+    keys = _keys(task, prefixes, layer)
     factor = moment_factor(damped_moment(task.moments[layer], config.damping), keys.device)
     earlier = task.previous.get(layer)
     targets, starts, updates = [], [], []
@@ -78,7 +91,7 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
             if task.targets is None:
                 targets.append(find_targets(model, [request], layer, prefixes, config.targets))
             else:
-                targets.append(_single_target(task.targets, index))
+                targets.append(task.targets.single(index, request))
             starts.append(_residual(model, layer, keys[index], targets[-1], config))
             updates.append(_rank_one_update(model, layer, keys[index], starts[-1], factor, earlier, config))
             # All so far at once, so that half-precision weights are rounded once, as they will be by the whole edit.
@@ -97,6 +110,15 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
         **search_record(*targets),
     }
     return Edit(factors={layer: _sum_of_updates(updates)}, manifest=manifest)
+
+
+def _keys(task: EditTask[RomeConfig], prefixes: Sequence[str], layer: int) -> Float[Tensor, "fact prefix d_mlp"]:
+    """The keys of every fact behind all prefixes, and last that of the bare prompt."""
+    config = task.config
+    read = partial(KeyExtractor, task.model, task.requests, token=config.token, batch_size=config.batch_size)
+    if config.convention == "paper":
+        return torch.cat([read(prefixes, subject_alone=True).keys(layer), read([BARE]).keys(layer)], 1)
+    return read([*prefixes, BARE]).keys(layer)
 
 
 def _single_layer(layers: Sequence[int]) -> int:
@@ -160,13 +182,3 @@ def _sum_of_updates(updates: Sequence[Update]) -> Factors:
     """The sum of rank-one updates, one column of `left` and one row of `right` each."""
     left, right = [update.left for update in updates], [update.right for update in updates]
     return Factors(left=torch.cat(left, 1), right=torch.cat(right))
-
-
-def _single_target(targets: Targets, index: int) -> Targets:
-    """The targets of one fact."""
-    fact = slice(index, index + 1)
-    ids = targets.ids[fact]
-    return replace(
-        targets, z=targets.z[fact], initial=targets.initial[fact], ids=ids,
-        summary=targets.summary[targets.summary.id.isin(ids)], losses=targets.losses[targets.losses.id.isin(ids)],
-    )  # fmt: skip

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from mechedit.bounds import check_numbers
 from mechedit.errors import check_choice, check_positive
 from mechedit.methods.rules import EarlierKeys, Moments, Ridge
 from mechedit.models import Model
-from mechedit.prompt_tokens import make_prefixes
-from mechedit.targets import Convention, TargetConfig, TargetSettings, check_one_unit
+from mechedit.prompt_tokens import check_token, make_prefixes
+from mechedit.targets import CONVENTIONS, Convention, TargetConfig, TargetSettings, check_one_unit
 
-Strategy = Literal["uniform", "sqrt", "forward-replay", "last"]
-STRATEGIES = ("uniform", "sqrt", "forward-replay", "last")
+Strategy = Literal["uniform", "sqrt", "forward-replay", "last", "boundary"]
+STRATEGIES = get_args(Strategy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +84,35 @@ class SpreadConfig:
     - `forward-replay` (MEMIT-FE; Liu et al., 2026): z is searched for at the *first* layer; a run with z written there
       gives each later layer a target state of its own, and each layer is given the whole residual at its own.
     - `last`: only the last layer is edited, and given all of it.
+    - `boundary` (BLUE): the first and the last layer are edited; the first is given half, the last what is left.
 
     `convention="memit-2022"` follows the published code of MEMIT where the paper says otherwise: a key is the
     mean of the first prefix's key and the mean over the other prefixes (default: plain mean, Eq. 19), and
     shares count the listed layers still to come (default: the distance L − l + 1, Eq. 20; the two differ
-    only when the list has gaps).
+    only when the list has gaps). `convention="paper"` takes keys of prefix and subject alone, without the words of the
+    prompt before the subject (Eq. 19).
     """
 
     strategy: Strategy = "uniform"
-    """How the residual is spread: `uniform`, `sqrt`, `forward-replay` or `last`."""
+    """How the residual is spread: `uniform`, `sqrt`, `forward-replay`, `last` or `boundary`."""
     convention: Convention = "default"
-    """`memit-2022` follows the published code of MEMIT to the letter; `default` follows the paper."""
+    """`memit-2022` follows the published code of MEMIT to the letter, `paper` its text."""
+    token: str = "subject_last"
+    """The token of keys and states, that of the search for z."""
     batch_size: int = 64
     """Prompts per forward pass."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
         check_choice("strategy", self.strategy, STRATEGIES)
-        check_choice("convention", self.convention, ("default", "memit-2022"))
+        check_choice("convention", self.convention, CONVENTIONS)
+        check_token(self.token)
         check_positive("batch_size", self.batch_size)
 
     def edited_layers(self, layers: Sequence[int]) -> list[int]:
         """The layers of a range that are written to."""
+        if self.strategy == "boundary":
+            return sorted({layers[0], layers[-1]})
         return list(layers[-1:] if self.strategy == "last" else layers)
 
     def target_layer(self, layers: Sequence[int]) -> int:
@@ -118,7 +125,8 @@ class SpreadMethodConfig(SearchConfig):
     """Settings of a method that searches for z and spreads the residual over its layers."""
 
     strategy: Strategy = "uniform"
-    """How the residual is spread over the layers: `uniform`, `sqrt`, `forward-replay` or `last`; see `SpreadConfig`."""
+    """How the residual is spread over the layers: `uniform`, `sqrt`, `forward-replay`, `last` or `boundary`; see
+    `SpreadConfig`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,7 +135,9 @@ class SpreadMethodConfig(SearchConfig):
     @property
     def spread(self) -> SpreadConfig:
         """The settings of the spreading."""
-        return SpreadConfig(strategy=self.strategy, convention=self.convention, batch_size=self.batch_size)
+        return SpreadConfig(
+            strategy=self.strategy, convention=self.convention, token=self.token, batch_size=self.batch_size
+        )
 
     def edited_layers(self, layers: Sequence[int]) -> list[int]:
         """The layers of a range that are written to."""
@@ -151,15 +161,15 @@ class RidgeConfig(DampedConfig, SpreadMethodConfig):
     """λ, how much the old keys count, in units of the batch's median kᵀM⁻¹k; not used where `covariance_weight` is
     set."""
     covariance_weight: float | int | None = None
-    """λ in units of one new fact, in place of `relative_covariance_weight`; None for the latter. `memit-2022` sets the
-    published one."""
+    """λ in units of one new fact, in place of `relative_covariance_weight`; None for the latter. `memit-2022`
+    and `paper` set the published one."""
 
     published_covariance_weight: ClassVar[float] = 15_000.0
     """`covariance_weight` of the published code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.convention == "memit-2022" and self.covariance_weight is None:
+        if self.in_published_units and self.covariance_weight is None:
             object.__setattr__(self, "covariance_weight", self.published_covariance_weight)
         check_positive("relative_covariance_weight", self.relative_covariance_weight)
         check_positive("covariance_weight", self.covariance_weight, optional=True)

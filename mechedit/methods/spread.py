@@ -89,7 +89,10 @@ def spread(
     layers = config.edited_layers(layers)
     prefixes = check_prefixes(prefixes or targets.prefixes)
     provenance = check_target_weights(targets, model)
-    extractor = KeyExtractor(model, requests, prefixes, batch_size=config.batch_size)
+    extractor = KeyExtractor(
+        model, requests, prefixes, token=config.token, subject_alone=config.convention == "paper",
+        batch_size=config.batch_size,
+    )  # fmt: skip
     extractor.advance_(layers[0])
     target_states = find_target_states(extractor, targets, layers, config)
     last = max(target_states, key=lambda site: site.order)
@@ -144,9 +147,12 @@ def edit_keys(model: Model, requests: Sequence[EditRequest], edit: Edit) -> dict
             f"the {len(ids)} requests are not those of the edit ({len(edit.manifest.get('requests', ()))}), expected "
             f"the same ids in the same order; pass the requests it was made from"
         )
+    settings = edit.manifest.get("settings", {})
+    convention, token = settings.get("convention", "default"), settings.get("token", "subject_last")
     with edited(model, edit):
-        extractor = KeyExtractor(model, requests, edit.manifest["prefixes"])
-        convention = edit.manifest.get("settings", {}).get("convention", "default")
+        extractor = KeyExtractor(
+            model, requests, edit.manifest["prefixes"], token=token, subject_alone=convention == "paper"
+        )
         return {layer: prefix_mean(extractor.keys(layer), convention) for layer in edit.layers}
 
 
@@ -165,8 +171,8 @@ def share_divisor(layers: Sequence[int], index: int, config: SpreadConfig) -> fl
     """The number by which the residual is divided to give the share of layers[index]."""
     if config.strategy in ("forward-replay", "last"):
         return 1.0
-    published = config.convention == "memit-2022"
-    count = len(layers) - index if published else layers[-1] - layers[index] + 1
+    counted = config.convention == "memit-2022" or config.strategy == "boundary"
+    count = len(layers) - index if counted else layers[-1] - layers[index] + 1
     return math.sqrt(count) if config.strategy == "sqrt" else float(count)
 
 

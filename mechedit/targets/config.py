@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from mechedit.bounds import check_numbers
 from mechedit.data import check_template
 from mechedit.errors import InputError, brief, check_at_least, check_choice, check_positive
 from mechedit.models import Module, Part, out_part
+from mechedit.prompt_tokens import check_token
 
-Convention = Literal["default", "memit-2022"]
+Convention = Literal["default", "memit-2022", "paper"]
+CONVENTIONS = get_args(Convention)
 TargetPart = Literal["resid", "mlp_out"]
 
 
@@ -22,7 +24,10 @@ class TargetSettings:
     when its whole loss falls below `threshold`, decays with weight_decay·‖δ‖/‖h‖², takes the KL term at the
     subject's last token, and gives every fact a δ of its own. The default makes `steps` updates, stops when
     the likelihood term alone falls below `threshold`, decays with weight_decay·(‖δ‖/‖h‖)², and takes the KL term
-    at the end of its prompt. Adam's learning rate is then the published one, `lr`, where none is set.
+    at the end of its prompt. `convention="paper"` is Eq. 16 alone: the likelihood term is −log P of the whole object, a
+    sum over its tokens where the other two take the mean, and there is neither a KL term nor decay, of which MEMIT's
+    text says nothing; every fact has a δ of its own. With either of them Adam's learning rate is the published one,
+    `lr`, where none is set.
 
     By default Adam's learning rate is `relative_lr` times the typical |hᵢ| (`Objective.unit`): a step moves every
     coordinate by about that part of it, whatever the scale of the residual stream, which differs a thousandfold between
@@ -36,7 +41,7 @@ class TargetSettings:
     is normal), which a few massive coordinates do not change; not used where `lr` is set."""
     lr: float | int | None = None
     """Adam's learning rate in units of the activation, in place of `relative_lr`; None for the latter. `memit-2022`
-    sets the published one."""
+    and `paper` set the published one."""
     clamp: float | int = 0.75
     """Largest ‖δ‖, in units of ‖h‖."""
     weight_decay: float | int = 0.5
@@ -54,7 +59,11 @@ class TargetSettings:
     """Whether facts about one subject share one δ: their keys are equal, and one key holds one value (MEMIT-Merge,
     2025)."""
     convention: Convention = "default"
-    """`memit-2022` follows the published code of MEMIT to the letter; `default` follows the paper."""
+    """`memit-2022` follows the published code of MEMIT to the letter, `paper` its text; `default` departs from both
+    where it must."""
+    token: str = "subject_last"
+    """The token at which z is searched for and keys are taken: `subject_last`, `subject_first`, `after` (the first
+    after the subject), `last` (of the prompt), or a negative number that counts from the prompt's end (ROME Fig. 5)."""
     generated_prefixes: int = 5
     """Short texts that the model generates, behind each of which a prompt is seen, besides the bare prompt."""
     seed: int = 0
@@ -64,12 +73,22 @@ class TargetSettings:
 
     published_lr: ClassVar[float] = 0.5
     """`lr` of the published code."""
+    by_text: ClassVar[dict[str, Any]] = {"kl_weight": 0.0, "weight_decay": 0.0}
+    """Settings that the convention `paper` fixes."""
+
+    @property
+    def in_published_units(self) -> bool:
+        """Whether the convention is a published one, in whose units settings are then."""
+        return self.convention != "default"
 
     def __post_init__(self) -> None:
         check_numbers(self, generated_prefixes=1000)
-        check_choice("convention", self.convention, ("default", "memit-2022"))
+        check_choice("convention", self.convention, CONVENTIONS)
+        check_token(self.token)
         check_template(self.kl_prompt, "kl_prompt")
-        if self.convention == "memit-2022" and self.lr is None:
+        if self.convention == "paper":
+            self._fix_by_text()
+        if self.in_published_units and self.lr is None:
             object.__setattr__(self, "lr", self.published_lr)
         for name in ("steps", "batch_size", "relative_lr", "clamp"):
             check_positive(name, getattr(self, name))
@@ -79,6 +98,20 @@ class TargetSettings:
             check_at_least(name, getattr(self, name), 0)
         if self.margin is not None:
             check_at_least("margin", self.margin, 0)
+
+    def _fix_by_text(self) -> None:
+        """Give the settings that the convention `paper` fixes their values.
+
+        Raises:
+            InputError: one was given another value.
+        """
+        for name, value in self.by_text.items():
+            if getattr(self, name) not in (value, getattr(type(self), name)):
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}, expected {value!r} with the convention 'paper', whose text "
+                    f"has that; leave it out, or take another convention"
+                )
+            object.__setattr__(self, name, value)
 
 
 def check_one_unit(config: TargetSettings, *, absolute: str, relative: str) -> None:
@@ -97,7 +130,7 @@ def check_one_unit(config: TargetSettings, *, absolute: str, relative: str) -> N
         raise InputError(
             f"{absolute} is {brief(value)} and {relative} is {brief(relative_value)}, expected one of the two; leave "
             f"{relative} "
-            f"out, or set {absolute} to None (the convention memit-2022 sets it)"
+            f"out, or set {absolute} to None (the conventions memit-2022 and paper set it)"
         )
 
 
@@ -135,8 +168,11 @@ class TargetConfig(TargetSettings):
 
     @property
     def joins_subjects(self) -> bool:
-        """Whether facts about one subject share one δ: `joint`, except by the published code."""
-        return self.joint and self.convention == "default"
+        """Whether facts about one subject share one δ: `joint`, except by the paper and its code.
+
+        At tokens after the subject, keys differ with the prompt.
+        """
+        return self.joint and not self.in_published_units and self.token.startswith("subject")
 
     def parts(self, module: Module) -> tuple[Part, ...]:
         """The activations to which δ is added, in forward order; z is a state of the last one.

@@ -4,8 +4,8 @@ For a fact with object o, prompts x₁ … x_N behind the context templates and 
 
     L(δ) = 1/N Σ_j −log P_δ(o | x_j)  +  λ_KL · KL(P_δ(· | x') ‖ P(· | x'))  +  weight decay of δ,
 
-where P_δ is the model with δ added at the subject's last token in one layer. All that does not depend on δ is computed
-once, in the clean run (`mechedit.targets.prompt_batch`).
+where P_δ is the model with δ added in one layer at one token, the subject's last one by default. All that does not
+depend on δ is computed once, in the clean run (`mechedit.targets.prompt_batch`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechedit.batching import batches_of, pad
 from mechedit.data import EditRequest
-from mechedit.models import Model
+from mechedit.models import Model, Site
+from mechedit.prompt_tokens import BARE, prefixed_prompts
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.prompt_batch import PromptBatch, edited_scores, run_clean
 from mechedit.targets.search_prompts import search_batches, search_prompts
@@ -43,7 +45,7 @@ class Objective:
     fact_weight: Float[Tensor, " fact"]
     """Weight of each fact in the mean loss of its group."""
     initial: Float[Tensor, "fact part d_model"]
-    """h: clean states at the subject's last token, behind the first context template."""
+    """h: clean states of the bare prompts, at the token where δ is added."""
     batches: list[PromptBatch]
     """Prompts of the facts that are still searched for. A batch that does not fit the device's memory is halved, and
     stays so."""
@@ -158,7 +160,7 @@ class PromptTerms:
     """The terms of the loss for each prompt of a batch."""
 
     nll: Float[Tensor, " row"]
-    """−log P of the object in nats, mean over its tokens; 0 for KL prompts."""
+    """−log P of the object in nats, mean over its tokens, or by the convention `paper` their sum; 0 for KL prompts."""
     kl: Float[Tensor, " row"]
     """KL(edited ‖ clean) in nats; 0 for all but KL prompts."""
     probability: Float[Tensor, " row"]
@@ -190,6 +192,8 @@ def prepare_objective(
     for batch, bare, states in run_batches(model, batched_prompts, lambda rows: run_clean(model, rows, layer, config)):
         batches.append(batch)
         initial[batch.fact[bare]] = states
+    if BARE not in prefixes:
+        initial = bare_states(model, requests, layer, config)
     return Objective(
         model=model,
         layer=layer,
@@ -203,10 +207,27 @@ def prepare_objective(
     )
 
 
+@torch.no_grad()
+def bare_states(
+    model: Model, requests: Sequence[EditRequest], layer: int, config: TargetConfig
+) -> Float[Tensor, "fact part d_model"]:
+    """The clean states h of the bare prompts, for context templates that are not bare: residuals are the bare ones'."""
+    sites = [Site(layer, part) for part in config.parts(model.module)]
+    prompts = [prefixed_prompts(model, request, [BARE])[0] for request in requests]
+    states = []
+    for batch in batches_of(prompts, config.batch_size):
+        tokens = pad([prompt.ids for prompt in batch], model.tokenizer, model.device)
+        run = model.run(tokens, read=sites, stop_after=layer)
+        at = torch.tensor([prompt.position(config.token) for prompt in batch], device="cpu")
+        rows = torch.arange(len(batch), device="cpu")
+        states.append(torch.stack([run[site].cpu()[rows, at] for site in sites], 1))
+    return torch.cat(states).float().to(model.device)
+
+
 def prompt_terms(
     model: Model, batch: PromptBatch, layer: int, delta: Float[Tensor, "row part d_model"], config: TargetConfig
 ) -> PromptTerms:
-    """The terms of every prompt with its δ added at the subject's last token (Eq. 16)."""
+    """The terms of every prompt with its δ added at the token of the settings (Eq. 16)."""
     scores, rows = edited_scores(model, batch, layer, delta, config)
     zero = scores.log_prob.new_zeros(len(batch)).to(batch.weight)
     log_prob, counts = scores.log_prob.to(zero), zero.index_add(0, rows, torch.ones_like(rows).to(zero))
@@ -215,6 +236,5 @@ def prompt_terms(
     kl = zero.index_put((batch.is_kl.nonzero()[:, 0],), scores.kl.to(zero))
     margin = torch.full_like(zero, torch.inf)
     margin = margin.scatter_reduce(0, rows, (scores.log_prob.detach() - scores.runner_up).to(zero), "amin")
-    return PromptTerms(
-        nll=-total / counts.clamp(min=1), kl=kl, probability=total.exp().where(counts > 0, zero), margin=margin
-    )
+    length = torch.ones_like(counts) if config.convention == "paper" else counts.clamp(min=1)
+    return PromptTerms(nll=-total / length, kl=kl, probability=total.exp().where(counts > 0, zero), margin=margin)

@@ -40,7 +40,7 @@ class BlockSpan:
 class PromptBatch:
     """Prompts of like width and what the clean run left for them.
 
-    Each row begins at its subject's last token, where δ is added, and positions count from there.
+    Each row begins at the token where δ is added, and positions count from there.
     """
 
     tokens: Tokens
@@ -123,7 +123,7 @@ def run_clean(
     """One clean run of prompts of like width.
 
     Returns:
-        The batch, which of its rows stand behind the first context template, and the clean states h of those rows.
+        The batch, which of its rows are bare prompts, and the clean states h of those rows.
     """
     device = model.device
     sites = [Site(layer, part) for part in config.parts(model.module)]
@@ -132,10 +132,10 @@ def run_clean(
     input_sites = [Site(span.first - 1, "resid") if span.first else None for span in spans]
     subject, fact = (
         torch.tensor(values, device=device)
-        for values in zip(*((prompt.subject, prompt.fact) for prompt in prompts), strict=True)
+        for values in zip(*((prompt.at, prompt.fact) for prompt in prompts), strict=True)
     )
     scored, labels = (values.to(device) for values in _scored_windows(prompts, width))
-    tokens = pad([prompt.ids[prompt.subject :] for prompt in prompts], model.tokenizer, device)
+    tokens = pad([prompt.ids[prompt.at :] for prompt in prompts], model.tokenizer, device)
     kv_cache = _cache_before_subjects(model, prompts, subject)
     # What comes after depends on δ; of KL prompts alone is the clean distribution asked for.
     end = max(site.layer for site in [*sites, *filter(None, input_sites)])
@@ -161,7 +161,7 @@ def run_clean(
         fact=fact,
         weight=torch.tensor([prompt.weight for prompt in prompts], dtype=torch.float32, device=device),
     )
-    bare = torch.tensor([prompt.template == 0 for prompt in prompts], device=device)
+    bare = torch.tensor([prompt.bare for prompt in prompts], device=device)
     return batch, bare, torch.stack([run[site][bare.to(run[site].device), 0].float().to(device) for site in sites], 1)
 
 
@@ -173,7 +173,7 @@ def _scored_windows(
     positions = torch.arange(count, device="cpu").repeat(len(prompts), 1)
     labels = torch.full_like(positions, NOT_SCORED)
     for row, prompt in enumerate(prompts):
-        first = prompt.scored[0] - prompt.subject
+        first = prompt.scored[0] - prompt.at
         begin = min(first, width - count)
         positions[row] += begin
         at = torch.arange(len(prompt.scored), device="cpu") + first - begin
@@ -188,7 +188,7 @@ def _cache_before_subjects(
     if not subject.any():
         return None
     cache, lengths = shared_start_cache(model, prompts)
-    rows = [list(p.ids[length : p.subject]) for p, length in zip(prompts, lengths, strict=True)]
+    rows = [list(p.ids[length : p.at]) for p, length in zip(prompts, lengths, strict=True)]
     if any(rows):
         # A row of no tokens cannot be run; the token that stands in its place is not kept.
         tokens = pad([ids or [prompts[0].ids[0]] for ids in rows], model.tokenizer, model.device)
@@ -246,7 +246,7 @@ def shared_start_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[K
 
 def _common_start(prompts: Sequence[SearchPrompt]) -> tuple[int, ...]:
     """The tokens before the subject's last one that all of the prompts begin with."""
-    columns = zip(*(prompt.ids[: prompt.subject] for prompt in prompts), strict=False)
+    columns = zip(*(prompt.ids[: prompt.at] for prompt in prompts), strict=False)
     return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns))
 
 

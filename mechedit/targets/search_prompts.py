@@ -14,7 +14,7 @@ from mechedit.batching import PassCost, batches_of
 from mechedit.data import EditRequest, fill
 from mechedit.errors import InputError, brief
 from mechedit.models import Model
-from mechedit.prompt_tokens import completed_prompts, tokenize_prompt
+from mechedit.prompt_tokens import BARE, completed_prompts, tokenize_prompt
 from mechedit.targets.config import TargetConfig
 
 KL_PROMPT = -1
@@ -28,8 +28,8 @@ class SearchPrompt:
     """A prompt followed by all tokens of its object but the last, or a KL prompt."""
 
     ids: tuple[int, ...]
-    subject: int
-    """Position of the subject's last token, where δ is added."""
+    at: int
+    """Position of the token where δ is added, the subject's last one by default."""
     scored: tuple[int, ...]
     """Positions whose logits enter the loss."""
     labels: tuple[int, ...]
@@ -40,17 +40,21 @@ class SearchPrompt:
     """Index of the context template; `KL_PROMPT` for a KL prompt."""
     weight: float
     """Weight of this prompt in the fact's mean loss."""
+    bare: bool = False
+    """Whether h is read off this prompt: it stands without any text around it."""
 
     @property
     def width(self) -> int:
-        """Number of tokens from the subject's last one on, which depend on δ."""
-        return len(self.ids) - self.subject
+        """Number of tokens from there on, which depend on δ."""
+        return len(self.ids) - self.at
 
 
 def search_prompts(
     model: Model, requests: Sequence[EditRequest], groups: Sequence[int], prefixes: Sequence[str], config: TargetConfig
 ) -> list[SearchPrompt]:
     """The prompts of some facts: one per context template for each fact, and one KL prompt for each δ.
+
+    There is no KL prompt where its term has the weight 0.
 
     Args:
         model: tokenizes them.
@@ -63,28 +67,30 @@ def search_prompts(
         InputError: a prompt is longer than the model takes, or an object gives no tokens.
     """
     prompts, groups_with_kl = [], set()
+    first_bare = next((index for index, prefix in enumerate(prefixes) if prefix == BARE), None)
     for fact, (request, group) in enumerate(zip(requests, groups, strict=True)):
         for template, (prompt, object_ids) in enumerate(completed_prompts(model, request, prefixes)):
             ids = check_length(model, request, [*prompt.ids, *object_ids[:-1]])
             scored = range(len(prompt.ids) - 1, len(ids))
             prompts.append(
                 SearchPrompt(
-                    ids=tuple(ids), subject=prompt.last_subject, scored=tuple(scored), labels=tuple(object_ids),
-                    fact=fact, template=template, weight=1 / len(prefixes),
+                    ids=tuple(ids), at=prompt.position(config.token), scored=tuple(scored), labels=tuple(object_ids),
+                    fact=fact, template=template, weight=1 / len(prefixes), bare=template == first_bare,
                 )
             )  # fmt: skip
-        if group not in groups_with_kl:
+        if config.kl_weight and group not in groups_with_kl:
             groups_with_kl.add(group)
             prompts.append(_kl_prompt(model, request, fact, config))
     return prompts
 
 
 def _kl_prompt(model: Model, request: EditRequest, fact: int, config: TargetConfig) -> SearchPrompt:
-    """The prompt of the KL term, scored at its end or, by the published code, at the subject's last token."""
+    """The prompt of the KL term, scored at its end or, by the published code, at the token where δ is added."""
     prompt = tokenize_prompt(model.tokenizer, fill(request.turn, config.kl_prompt), request.subject)
-    position = len(prompt.ids) - 1 if config.convention == "default" else prompt.last_subject
+    at = prompt.position(config.token)
+    position = at if config.convention == "memit-2022" else len(prompt.ids) - 1
     return SearchPrompt(
-        ids=tuple(check_length(model, request, prompt.ids)), subject=prompt.last_subject, scored=(position,),
+        ids=tuple(check_length(model, request, prompt.ids)), at=at, scored=(position,),
         labels=(), fact=fact, template=KL_PROMPT, weight=1.0,
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ def screening_weights(config: Any) -> list[Changes]:
     """The λ with which windows are compared: that of the config, and a small one."""
     if not settable(config, WEIGHT):
         return [{}]
-    if config.convention == "memit-2022":
+    if config.in_published_units:
         return [{}, {ABSOLUTE[WEIGHT]: config.covariance_weight * FACTORS[WEIGHT][0]}]
     current = config.covariance_weight is None and config.relative_covariance_weight == SCREENING_WEIGHT
     return [{}] if current else [{}, {WEIGHT: SCREENING_WEIGHT}]
@@ -74,7 +74,7 @@ def wider_weight(config: Any, changes: Changes, *, larger: bool) -> Changes:
 def alternatives(config: Any, name: str) -> list[Changes]:
     """Two other values of a setting of the search: the next below and above, or the nearest two."""
     changes, current = _tried(config, name), getattr(config, unit_of(config, name))
-    if unit_of(config, name) != name and config.convention != "memit-2022":
+    if unit_of(config, name) != name and not config.in_published_units:
         # In the unit of the config no grid is known: its default in relative units, and the next value below.
         return [change for change in changes if change[name] in VALUES[name][1:3]]
 
@@ -92,6 +92,6 @@ def alternatives(config: Any, name: str) -> list[Changes]:
 def _tried(config: Any, name: str) -> list[Changes]:
     unit = unit_of(config, name)
     current = getattr(config, unit)
-    if config.convention == "memit-2022" and name in FACTORS:
+    if config.in_published_units and name in FACTORS:
         return [{unit: current * factor} for factor in FACTORS[name]]
     return [{name: value} for value in VALUES[name] if unit != name or value != current]

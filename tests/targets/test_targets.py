@@ -73,7 +73,8 @@ def test_starts_from_the_clean_state(small_model: Any) -> None:
     caught: list[Tensor] = []
     handle = small_model.hf.transformer.h[1].register_forward_hook(lambda m, a, out: caught.append(out))
     for request, initial in zip(REQUESTS, targets.initial, strict=True):
-        prompt = tokenize_prompt(small_model.tokenizer, "The first thing. " + request.prompt, request.subject)
+        # The bare prompt's, though no context template is bare: residuals are measured there.
+        prompt = tokenize_prompt(small_model.tokenizer, request.prompt, request.subject)
         with torch.no_grad():
             small_model.hf(torch.tensor([prompt.ids]))
         clean = caught.pop()

@@ -174,7 +174,7 @@ def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
     for hook in handles:
         hook.remove()
     batches = list(search_batches(lively, prompts, config.pass_tokens, lively.n_layers - 1))
-    before = sum(any(prompt.subject for prompt in batch) for batch in batches)
+    before = sum(any(prompt.at for prompt in batch) for batch in batches)
     with_kl = sum(any(prompt.template == KL_PROMPT for prompt in batch) for batch in batches)
     # The clean run: tokens before the subjects' last ones, those from there on up to δ, the KL prompts' to the end.
     assert [len(runs) for runs in sizes] == [before + len(batches), *[before + with_kl + 7 * len(batches)] * 2]
@@ -234,7 +234,7 @@ def test_a_shared_start_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPat
     for prompt, length in zip(batch, lengths, strict=True):
         siblings = [sibling for sibling in batch if sibling.template == prompt.template]
         assert all(sibling.ids[:length] == prompt.ids[:length] for sibling in siblings)
-        assert length <= prompt.subject
+        assert length <= prompt.at
     assert max(lengths) > 3
     shared = find_targets(model, REQUESTS, 1, PREFIXES, config)
     assert distance(shared.z - shared.initial, separate.z - separate.initial) < 1e-3
