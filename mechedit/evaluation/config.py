@@ -11,6 +11,8 @@ from mechedit.errors import InputError, brief, check_at_least, check_choice, che
 
 Likelihood = Literal["joint", "normalized"]
 EntropyForm = Literal["averaged", "sum"]
+FreeText = Literal["published", "natural"]
+Words = Literal["nltk", "simple"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,13 @@ class EvaluationConfig:
     batch_size: int = 64
     """Prompts per forward pass. Another one changes how float32 rounds, and scores by a few 1e-5 points of 100."""
     generation_tokens: int = 100
-    """New tokens per free text for GE, fewer where the model stops or its context ends; 0 leaves GE out."""
+    """Tokens per free text for GE and RS, fewer where the model's context ends; 0 leaves both out."""
+    free_text: FreeText = "published"
+    """`published`: a text has `generation_tokens` tokens with its prompt, and goes on where the model would end it, as
+    in the published code. `natural`: it has so many new tokens, and ends where the model ends it."""
+    words: Words = "nltk"
+    """The words of GE's n-grams: those of NLTK's tokenizer in each of Punkt's sentences, as in the published code, or
+    `simple` ones, runs of letters and digits."""
     stop_words: Sequence[str] = ()
     """Texts that end a free text, which is cut before the first of them; by default none, as published."""
     generation_prompts: int | None = None
@@ -57,6 +65,8 @@ class EvaluationConfig:
         object.__setattr__(self, "stop_words", tuple(self.stop_words))
         check_choice("likelihood", self.likelihood, get_args(Likelihood))
         check_choice("entropy", self.entropy, get_args(EntropyForm))
+        check_choice("free_text", self.free_text, get_args(FreeText))
+        check_choice("words", self.words, get_args(Words))
         for name, least in _LEAST.items():
             check_at_least(name, getattr(self, name), least, optional=name == "generation_prompts")
         check_fraction("confidence", self.confidence)

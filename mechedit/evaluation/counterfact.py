@@ -1,6 +1,6 @@
 """CounterFact's measures: does the model say the new object where it should, and only there?
 
-In: a model and edit requests. Out: `Scores`, one row per prompt and measure (ROME §3.4, MEMIT Appendix C.2). Given a
+In: a model and edit requests. Out: `Scores`, one row per prompt and measure (ROME §3.3, MEMIT Appendix C.2). Given a
 `Baseline` of the unedited model, also how far the edit moved distributions that it should have left alone.
 """
 

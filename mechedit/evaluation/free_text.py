@@ -39,10 +39,12 @@ def generation_rows(
         uniform=uniform_draws(config.seed, names, config.generation_tokens),
         stop_words=config.stop_words,
         batch_size=config.batch_size,
+        with_prompt=config.free_text == "published",
+        ends=config.free_text == "natural",
     )
     rows, answers = [], []
     for (request, index, prompt), text in zip(prompts, texts, strict=True):
-        entropy = ngram_entropy(prompt + text, config.entropy)
+        entropy = ngram_entropy(prompt + text, config.entropy, config.words)
         rows.append((request.id, "GE", "generation", index, entropy))
         answers.append((request.id, "generation", index, prompt, request.target_new, text))
     return rows, answers

@@ -10,6 +10,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit.errors import InputError, brief
-from mechedit.evaluation.config import EntropyForm
+from mechedit.evaluation.config import EntropyForm, Words
 from mechedit.evaluation.generation_plan import plan_generation
 from mechedit.models import Model, exclusive
 from mechedit.prompt_tokens import encode_texts
@@ -34,6 +36,8 @@ def generate(
     uniform: Float[np.ndarray, "prompt token"] | None = None,
     stop_words: Sequence[str] = (),
     batch_size: int = 64,
+    with_prompt: bool = False,
+    ends: bool = True,
 ) -> list[str]:
     """Continue each prompt by at most `tokens` new tokens; stops at the end-of-text token, or before a stop word.
 
@@ -49,6 +53,8 @@ def generate(
         uniform: numbers in [0, 1), one row per prompt (`uniform_draws`); not needed when top_k is 1.
         stop_words: texts that end a continuation, which is cut before the first of them.
         batch_size: prompts per forward pass.
+        with_prompt: whether `tokens` counts those of the prompt as well.
+        ends: whether a text ends at the end-of-text token; else that token is skipped and the text goes on.
 
     Returns:
         The continuations, without the prompts.
@@ -65,8 +71,14 @@ def generate(
     continuations = [""] * len(prompts)
     for batch in tqdm(plan.batches, desc="writing text", leave=False):
         indices = list(batch)
-        texts = [_Text(model, encoded[index], uniform[index], tokens, stop_words) for index in indices]
-        _write(model, texts, top_k)
+        texts = [
+            _Text(
+                model, encoded[index], uniform[index],
+                tokens - len(encoded[index]) if with_prompt else tokens, stop_words,
+            )
+            for index in indices
+        ]  # fmt: skip
+        _write(model, texts, top_k, set(model.end_tokens) if ends else set())
         for index, text in zip(indices, texts, strict=True):
             continuations[index] = text.continuation
     return continuations
@@ -101,7 +113,7 @@ class _Text:
         stop_words: Sequence[str],
     ) -> None:
         self.model, self.prompt, self.uniform, self.stop_words = model, prompt, uniform, stop_words
-        self.limit = min(tokens, model.max_positions - len(prompt))
+        self.limit = max(0, min(tokens, model.max_positions - len(prompt)))
         self.new_ids: list[int] = []
         self.ended = self.limit == 0
 
@@ -135,9 +147,9 @@ class _Text:
 
 
 @torch.no_grad()
-def _write(model: Model, texts: Sequence[_Text], top_k: int) -> None:
+def _write(model: Model, texts: Sequence[_Text], top_k: int, end_tokens: Collection[int]) -> None:
     """Write all texts of a batch, from the end of its shortest prompt on."""
-    end_tokens, device = set(model.end_tokens), model.device
+    device = model.device
     running, rows, cache = [text for text in texts if not text.ended], None, None
     position = min((len(text.prompt) for text in running), default=0)
     ids = torch.tensor([text.prompt[:position] for text in running], dtype=torch.long, device=device)
@@ -177,29 +189,41 @@ def _decode(model: Model, prompt: Sequence[int], new_ids: Sequence[int]) -> str:
     return full_text[len(prompt_text) :]
 
 
-def words(text: str) -> list[str]:
-    """Runs of letters and digits, and single punctuation marks.
+def split_words(text: str, words: Words = "nltk") -> list[str]:
+    """The words of a text and its punctuation marks.
 
-    The published code uses NLTK's tokenizer, which also splits contractions (do|n't); entropies differ by
-    little.
+    `nltk` is what the published code does: NLTK's tokenizer (do|n't) in each of Punkt's English sentences. `simple` are
+    runs of letters and digits, and single marks.
     """
-    return re.findall(r"\w+|[^\w\s]", text)
+    if words == "simple":
+        return re.findall(r"\w+|[^\w\s]", text)
+    sentences, tokenizer = _nltk()
+    return [word for sentence in sentences.tokenize(text) for word in tokenizer.tokenize(sentence)]
 
 
-def ngram_entropy(text: str, form: EntropyForm = "averaged") -> float:
+@cache
+def _nltk() -> tuple[Any, Any]:
+    """Punkt's English sentences, whose model comes with its package, and NLTK's words; imported when first needed."""
+    from nltk.tokenize import NLTKWordTokenizer
+    from punkt import PunktSentenceTokenizer, load_model
+
+    return PunktSentenceTokenizer(load_model("english")), NLTKWordTokenizer()
+
+
+def ngram_entropy(text: str, form: EntropyForm = "averaged", words: Words = "nltk") -> float:
     """Weighted bigram and trigram entropy of a text, in bits (MEMIT Eq. 27).
 
     H_n = −Σ f log2 f over the relative frequencies f of the text's n-grams of words. Repetitive text scores low.
     `sum` is the equation: 2/3 · H_2 + 4/3 · H_3. `averaged`, half of it, is what the published code
     computes and (× 100) what the published tables hold.
     """
-    total = 2 / 3 * _entropy(text, 2) + 4 / 3 * _entropy(text, 3)
+    tokens = split_words(text, words)
+    total = 2 / 3 * _entropy(tokens, 2) + 4 / 3 * _entropy(tokens, 3)
     return total / 2 if form == "averaged" else total
 
 
-def _entropy(text: str, n: int) -> float:
-    """Entropy of the text's n-grams in bits; 0 when it has fewer than n words."""
-    tokens = words(text)
+def _entropy(tokens: Sequence[str], n: int) -> float:
+    """Entropy of the n-grams in bits; 0 where there are fewer than n words."""
     counts = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
     frequencies = np.array(list(counts.values()), dtype=float) / max(counts.total(), 1)
     return float((frequencies * np.log2(1 / frequencies)).sum())

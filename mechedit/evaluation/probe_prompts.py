@@ -1,6 +1,6 @@
 """The prompts that probe a request, and the scores that follow from the likelihood of two objects after each.
 
-CounterFact probes an edit by its own prompt, reworded prompts and prompts about neighbors (ROME §3.4, MEMIT Appendix
+CounterFact probes an edit by its own prompt, reworded prompts and prompts about neighbors (ROME §3.3, MEMIT Appendix
 C.2). CounterFact+ (Hoelscher-Obermaier et al. 2023) repeats the neighbors' prompts with the edit as a sentence before
 them: `The Louvre is in Rome. The Colosseum is in`.
 """

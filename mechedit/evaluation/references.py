@@ -1,7 +1,7 @@
 """RS, the reference score: does free text about the subject resemble texts about subjects that have the new object?
 
 Reference texts belong to a (relation, object). The published release has its own texts and word weights; they can
-also be made from any other texts (ROME §3.4, MEMIT Appendix C.2).
+also be made from any other texts (ROME §3.3, MEMIT Appendix C.2).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,12 @@ from mechedit.evaluation import (
     TargetScore,
     evaluate,
     generate,
+    generation,
     ngram_entropy,
     score_targets,
     uniform_draws,
 )
-from mechedit.evaluation.generation import sample_top_k, words
+from mechedit.evaluation.generation import sample_top_k, split_words
 from mechedit.evaluation.probe_prompts import ProbePrompt, edit_sentence, likelihood_rows, probe_prompts
 from mechedit.prompt_tokens import continuation_ids, encode
 from mechedit.statistics import bootstrap_means, harmonic_mean
@@ -205,7 +207,46 @@ def test_entropy_by_hand():
     assert ngram_entropy("a b c d e f g h i") == pytest.approx((2 / 3 * 3 + 4 / 3 * math.log2(7)) / 2)
     assert ngram_entropy("no no no no no no") == 0
     assert ngram_entropy("word") == ngram_entropy("") == 0
-    assert words("It's naïve, isn’t it?") == ["It", "'", "s", "naïve", ",", "isn", "’", "t", "it", "?"]
+    assert split_words("It's naïve, isn’t it?", "simple") == ["It", "'", "s", "naïve", ",", "isn", "’", "t", "it", "?"]
+
+
+def test_words_are_nltks_in_punkts_sentences() -> None:
+    text = "The dog's bowl. It isn't here, Dr. Smith said (again)."
+    assert split_words(text) == [
+        *("The", "dog", "'s", "bowl", ".", "It", "is", "n't", "here", ",", "Dr.", "Smith", "said"),
+        *("(", "again", ")", "."),
+    ]
+    assert split_words("Of Dr. Smith. Of it.") != split_words("Of Dr. Smith. Of it.", "simple"), "the control"
+    assert ngram_entropy(text) != ngram_entropy(text, words="simple")
+
+
+def test_published_free_text_counts_its_prompt_and_goes_on_past_the_end(small_model: Any) -> None:
+    prompts, tokenizer = ["The mother tongue of Leon Blum is", "Toko"], small_model.tokenizer
+    uniform = uniform_draws(0, prompts, 20)
+    total = [
+        len(tokenizer(prompt)["input_ids"]) + written
+        for prompt, written in zip(
+            prompts, _written(small_model, prompts, uniform, with_prompt=True, ends=False), strict=True
+        )
+    ]
+    assert total == [20, 20]
+    assert _written(small_model, prompts, uniform, with_prompt=False, ends=False) == [20, 20]
+
+
+def _written(model: Any, prompts: list[str], uniform: Any, **how: Any) -> list[int]:
+    """How many new tokens each text has."""
+    counts: list[int] = []
+    original = generation._Text.continuation.fget
+
+    def counted(text: Any) -> str:
+        counts.append(len(text.new_ids))
+        return original(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation._Text, "continuation", property(counted))
+        generate(model, prompts, tokens=20, top_k=5, uniform=uniform, **how)
+    order = sorted(range(len(prompts)), key=lambda index: len(model.tokenizer(prompts[index])["input_ids"]))
+    return [counts[order.index(index)] for index in range(len(prompts))]
 
 
 def test_sampling_inverts_the_cumulative_distribution():
