@@ -173,9 +173,9 @@ at_layer_4 = traced.query("sever == 'nothing' and role == 'subject_last' and lay
 at_layer_4.set_index("fact")[["clean", "corrupted", "effect"]].sort_values("effect").round(3)
 
 # %% [markdown]
-# They differ, and for some this state does nothing, or harm. The papers average over a thousand facts: the **average
-# indirect effect (AIE)** is the mean over facts of the indirect effect of states of one role at one layer. The bands
-# are 95% bootstrap intervals over facts; they say how much, or how little, twelve facts tell.
+# They differ, and for some this state does nothing, or harm. ROME averages over 1,000 facts, MEMIT over 501: the
+# **average indirect effect (AIE)** is the mean over facts of the indirect effect of states of one role at one layer.
+# The bands are 95% bootstrap intervals over facts; they say how much, or how little, twelve facts tell.
 
 # %%
 average = me.average_effects(traced)

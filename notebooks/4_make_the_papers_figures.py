@@ -31,8 +31,8 @@
 # - *Facts, requests and texts* that suit the model: `--facts`, `--requests` and `--texts`.
 # - *Memory*: the weights, 8·d_mlp² bytes of second moment per layer, and a batch; `me.TraceConfig(memory=...)` and
 #   `me.MomentsConfig(memory=...)` bound the last two.
-# - *Time*: all numbers here are small, to be quick. The papers trace 1,000 facts with 10 noise samples and write up to
-#   10,000 facts. The scripts resume, so they may be stopped.
+# - *Time*: all numbers here are small, to be quick. ROME traces 1,000 facts (MEMIT 501) with 10 noise samples; MEMIT
+#   writes up to 10,000 facts. The scripts resume, so they may be stopped.
 
 # %%
 import subprocess
@@ -136,7 +136,7 @@ scaling
 #
 # ## The full experiments
 #
-# Each table and figure of the papers has a script in `analyses/`, which takes `--model`, `--requests`, `--out` and
+# Most tables and figures of the papers have a script in `analyses/`, which takes `--model`, `--requests`, `--out` and
 # `--quick`, resumes where it was stopped, and leaves a tidy parquet, the table as the paper prints it (CSV) and the
 # figure (PDF and PNG). `analyses/README.md` lists them. This runs one in its quick form, as one would in a shell:
 

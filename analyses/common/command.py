@@ -37,6 +37,10 @@ def options(
     parser.add_argument(
         "--quick", action="store_true", help=f"a first look: {quick_count or 'few'} requests, a smaller trace"
     )
+    parser.add_argument(
+        "--likelihood", default="normalized", choices=["normalized", "joint"],
+        help="P of an object of several tokens: the geometric mean, as the published tables have it, or the product",
+    )  # fmt: skip
     parser.add_argument("--backend", default="transformer_lens")
     parser.add_argument("--device")
     parser.add_argument("--dtype")

@@ -37,10 +37,16 @@ from mechedit.targets import find_targets
 class Experiment(Inputs):
     """One script's edits, scores and files. Scores and edits are cached in the folder, for all scripts."""
 
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """How to measure, without free text."""
+        return dataclasses.replace(QUICK, likelihood=self.arguments.likelihood)
+
     def variants(self, texts: Sequence[str]) -> list[Variant]:
         """Variants as `Variant.parse` reads them, on the experiment's layers; `emmet@middle` takes the middle one.
 
-        A method that writes into one layer takes the middle one (the lower of two) where its text names none.
+        A method that writes into one layer takes the one published for it and the model, else the middle one (the
+        lower of two), where its text names none.
 
         Raises:
             InputError: no methods, or the same twice; and as `Variant.parse`.
@@ -50,10 +56,19 @@ class Experiment(Inputs):
         for text in filter(None, (text.strip().replace("@middle", f"@{middle}") for text in texts)):
             variant = Variant.parse(text, self.layers)
             single = variant.method in SINGLE and "@" not in text
-            variants.append(dataclasses.replace(variant, layers=(middle,)) if single else variant)
+            variants.append(
+                dataclasses.replace(variant, layers=self._single_layer(variant.method)) if single else variant
+            )
         if not variants or len({(variant.name, variant.layers) for variant in variants}) < len(variants):
             raise InputError(f"the methods are {', '.join(texts) or 'none'}, expected some, each once; see --methods")
         return variants
+
+    def _single_layer(self, method: str) -> tuple[int, ...]:
+        """The layer of a method that writes into one: where it was published, for this model alone; else the middle."""
+        published = {entry.range.layers for entry in METHODS[method].published(self.model)}
+        if len(published) == 1 and len(layers := published.pop()) == 1:
+            return layers
+        return (self.layers[(len(self.layers) - 1) // 2],)
 
     def config(self, variant: Variant) -> MethodConfig:
         """The settings tuned for the model or shipped with it, with the variant's changes."""
@@ -89,7 +104,7 @@ class Experiment(Inputs):
         self,
         variant: Variant | None,
         requests: Sequence[EditRequest],
-        evaluation: EvaluationConfig = QUICK,
+        evaluation: EvaluationConfig | None = None,
         *,
         references: References | None = None,
         make: Callable[[], Edit] | None = None,
@@ -102,10 +117,11 @@ class Experiment(Inputs):
         Args:
             variant: the edit; None scores the unedited model.
             requests: to edit and to score on.
-            evaluation: how to measure.
+            evaluation: how to measure; by default success and exact match alone, with the likelihood of `--likelihood`.
             references: reference texts for RS.
             make: another way to make the edit of `self.edit`.
         """
+        evaluation = evaluation or self.evaluation
         key = {
             **self.score_key(variant, requests, evaluation),
             "references": references.hash if references else None,
@@ -137,10 +153,11 @@ class Experiment(Inputs):
     def baseline(
         self,
         requests: Sequence[EditRequest],
-        evaluation: EvaluationConfig = QUICK,
+        evaluation: EvaluationConfig | None = None,
         references: References | None = None,
     ) -> Baseline:
         """The unedited model's answers. Only those to the last requests stay, so score all edits of one set in turn."""
+        evaluation = evaluation or self.evaluation
         key = value_hash([self.key(requests), dataclasses.asdict(evaluation), references.hash if references else None])
         if key not in self._baselines:
             self._baselines.clear()
@@ -153,9 +170,10 @@ class Experiment(Inputs):
         return {}
 
     def cases(
-        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig = QUICK
+        self, variant: Variant | None, requests: Sequence[EditRequest], evaluation: EvaluationConfig | None = None
     ) -> pd.DataFrame:
         """As `scored`, but each request's own values, averaged over its prompts: `case, measure, value`, in percent."""
+        evaluation = evaluation or self.evaluation
         key = {**self.score_key(variant, requests, evaluation), "cases": True}
         return self.cached("cases", key, lambda: self.score_cases(variant, requests, evaluation))
 

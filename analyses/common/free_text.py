@@ -9,15 +9,15 @@ from dataclasses import replace
 from analyses.common.experiment import Experiment
 from mechedit.data import Fact, load_facts, load_texts
 from mechedit.errors import InputError
-from mechedit.evaluation import QUICK, EvaluationConfig, References
+from mechedit.evaluation import EvaluationConfig, References
 from mechedit.evaluation.references import Key
 
 
 def free_text(experiment: Experiment) -> tuple[EvaluationConfig, References | None]:
     """Evaluation settings, with GE for `--free` texts per case; and references for RS, if the text has any."""
     if not experiment.arguments.free:
-        return QUICK, None
-    config = replace(QUICK, generation_tokens=100, generation_prompts=experiment.arguments.free)
+        return experiment.evaluation, None
+    config = replace(experiment.evaluation, generation_tokens=100, generation_prompts=experiment.arguments.free)
     return config, references_of(load_facts(experiment.arguments.facts), load_texts(experiment.arguments.texts))
 
 

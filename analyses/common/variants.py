@@ -10,8 +10,8 @@ from mechedit.errors import check_choice
 from mechedit.methods import METHODS
 from mechedit.report import span
 
-SINGLE = frozenset({"rome"})
-"""Methods that write into one layer."""
+SINGLE = frozenset({"rome", "ft", "ft_l", "ft_w"})
+"""Methods that write into one layer: ROME can write no more, and the papers fine-tune one (MEMIT Appendix B.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)

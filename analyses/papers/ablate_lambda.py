@@ -3,13 +3,15 @@
     python -m analyses.papers.ablate_lambda [--model M] [--requests R] [--layers 3-8] [--decades 3] [--quick]
 
 λ runs over decades on both sides of the model's own, in its unit: of one new fact (`covariance_weight`), or of the
-facts' median kᵀM⁻¹k (`relative_covariance_weight`). z does not depend on it, so all edits share one search.
+facts' median kᵀM⁻¹k (`relative_covariance_weight`). With `--free` there is GE, which in the paper rises with λ. z does
+not depend on λ, so all edits share one search.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -18,26 +20,28 @@ from matplotlib.figure import Figure
 
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
+from analyses.common.free_text import free_text
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant
 from mechedit.errors import InputError
 from mechedit.figures import GRAY, scores_figure
 
-MEASURES = ("ES", "PS", "NS", "S", "exact_match")
+MEASURES = ("ES", "PS", "NS", "S", "exact_match", "GE")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Edit and score with each λ, write the table and the figure."""
     parser = options(__doc__, count=300, quick_count=10)
     parser.add_argument("--method", default="memit")
+    parser.add_argument("--free", type=int, default=0, help="free texts per case, for GE (default 0, none)")
     parser.add_argument("--decades", type=float, default=3.0, help="of λ, on each side of the model's own (default 3)")
     experiment = open_experiment("ablate_lambda", parser, arguments)
     name, default = weight_setting(experiment)
-    scores = [experiment.scored(None, experiment.requests).assign(model="unedited")]
+    config, references = free_text(experiment)
+    score = partial(experiment.scored, requests=experiment.requests, evaluation=config, references=references)
+    scores = [score(None).assign(model="unedited")]
     scores += [
-        experiment.scored(variant(experiment, {name: weight}), experiment.requests).assign(
-            weight=weight, model="edited"
-        )
+        score(variant(experiment, {name: weight})).assign(weight=weight, model="edited")
         for weight in weights(experiment, default)
     ]
     table = pd.concat(scores, ignore_index=True)
@@ -82,7 +86,8 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def figure(table: pd.DataFrame, default_weight: float) -> Figure:
     """Each score against λ; the dotted line is the model's own."""
-    drawn = scores_figure(table, x="weight", hue="model", log=True, label="λ")
+    shown = [measure for measure in MEASURES if measure in set(table["measure"])]
+    drawn = scores_figure(table, shown, x="weight", hue="model", log=True, label="λ")
     for ax in drawn.axes:
         ax.axvline(default_weight, color=GRAY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0)
     return drawn

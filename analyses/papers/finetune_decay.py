@@ -2,9 +2,9 @@
 
     python -m analyses.papers.finetune_decay [--model M] [--requests R] [--layers 21] [--out DIR] [--quick]
 
-λ runs in half decades up from the published 5e-4; the dashed line is fine-tuning without decay (`ft`), which is
-what the published code does; the dotted one stands at 5e-4. As in the papers one layer is
-trained, by default the middle one of what the trace selects.
+λ runs in half decades from the published 5e-4, up and with `--decades-below` down as well; the dashed line is
+fine-tuning without decay (`ft`), which is what the published code does; the dotted one stands at 5e-4. As in the papers
+one layer is trained, by default the middle one of what the trace selects.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from analyses.common.experiment import Experiment
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant
 from mechedit.figures import GRAY, scores_figure
+from mechedit.published import published_settings
 
 MEASURES = ("ES", "PS", "NS", "S", "exact_match")
-PUBLISHED = 5e-4
+PUBLISHED = float(published_settings("gpt-j", method="ft_w")[0].settings["weight_decay"])
 """λ of FT-W in MEMIT Appendix B.1, for 10,000 edits of GPT-J."""
 
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune and score with each λ, write the table and the figure."""
     parser = options(__doc__, count=100, quick_count=10)
     parser.add_argument("--decades", type=float, default=3.5, help="of λ, up from 5e-4 (default 3.5)")
+    parser.add_argument("--decades-below", type=float, default=0.0, help="of λ, down from 5e-4 (default 0)")
     experiment = open_experiment("finetune_decay", parser, arguments)
     layers = trained(experiment)
     none = Variant(method="ft", layers=layers)
@@ -48,8 +50,8 @@ def trained(experiment: Experiment) -> tuple[int, ...]:
 
 def weights(experiment: Experiment) -> list[float]:
     """λ in half decades, or with `--quick` both ends."""
-    steps = round(2 * experiment.arguments.decades)
-    chosen = (0, steps) if experiment.quick else range(steps + 1)
+    least, most = -round(2 * experiment.arguments.decades_below), round(2 * experiment.arguments.decades)
+    chosen = (least, most) if experiment.quick else range(least, most + 1)
     return [float(f"{PUBLISHED * 10 ** (step / 2):.3g}") for step in chosen]
 
 

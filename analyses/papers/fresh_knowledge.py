@@ -8,9 +8,9 @@ as fresh_knowledge_facts.csv to be copied. A fact counts as known when greedy de
 the share of such facts, on the prompt and on paraphrases. Where the former object is given, ES and PS too: whether
 the new one is the likelier.
 
-Writes fresh_knowledge.parquet (one row per fact), fresh_knowledge.csv (accuracy before and after), the figure,
-fresh_knowledge_missed.csv (facts that did not take, with what the model says) and fresh_knowledge_said.csv (what it
-writes after each prompt, before and after).
+Writes fresh_knowledge.parquet (one row per fact), fresh_knowledge.csv (accuracy before and after, and the paper's), the
+figure, fresh_knowledge_missed.csv (facts that did not take, with what the model says) and fresh_knowledge_said.csv
+(what it writes after each prompt, before and after).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analyses.common.beside import with_paper
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.frames import columns_of, records
@@ -31,6 +32,7 @@ from mechedit.atomic import atomic
 from mechedit.data import EditRequest
 from mechedit.evaluation import PERCENT, Entry, EvaluationConfig, Scores
 from mechedit.figures import draw, plot_scores
+from mechedit.published import published_table
 from mechedit.tables import where
 
 NEWS = 50
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _write_csv(experiment, "said", columns_of(table, SAID))
     before, after = scores.summary("before"), scores.summary("after")
     figure = draw(lambda ax: plot_scores(before, after, ax, names=BARS), height=2.3)
-    experiment.write(table, format_table(scores), figure)
+    experiment.write(table, with_paper(format_table(scores), paper_table()), figure)
 
 
 def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
@@ -133,6 +135,14 @@ def format_table(scores: Scores) -> pd.DataFrame:
             cells = {state: _cell(summary[measure]) for state, summary in (("before", before), ("after", after))}
             rows.append({"measure": name, "facts": after[measure]["n"], **cells})
     return pd.DataFrame(rows)
+
+
+def paper_table() -> pd.DataFrame:
+    """The paper's rows: elections and stars, before and after."""
+    table = published_table("memit_demonstrations")
+    names = [f"{row['measure']}, {row['facts']}, paper ({row['model']})" for row in records(table)]
+    cells = {state: ["" if pd.isna(mean) else f"{mean:.1f}" for mean in table[state]] for state in ("before", "after")}
+    return pd.DataFrame({"measure": names, **cells})
 
 
 def _cell(entry: Entry) -> str:

@@ -12,7 +12,7 @@ are noisy. Timings of another machine are not taken over. Writes:
   beside it), and the machine: processor, threads, torch, device, dtype;
 - `runtime.csv`: one row per stage or method: seconds at the largest n, CPU seconds, seconds per fact, the exponent of n
   (slope of log seconds against log n; of CPU seconds too, which others' work beside it disturbs less), and the ratio
-  to MEMIT;
+  to MEMIT; then the paper's rows;
 - `runtime.pdf`, `.png`.
 """
 
@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from analyses.common.beside import paper_name, with_paper
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
@@ -47,6 +48,7 @@ from mechedit.figures import PAGE_WIDTH, legend_above, line_styles, number_axis,
 from mechedit.methods import METHODS, MemitConfig, UpdateRule
 from mechedit.methods.spread import spread
 from mechedit.moments import MomentsConfig, collect_moments
+from mechedit.published import published_table
 from mechedit.solve import Update
 from mechedit.tables import where
 from mechedit.targets import find_targets
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
     variants = by_name(experiment.variants(methods.split(",")))
     table = timed(experiment, variants, halvings(len(experiment.requests)))
-    experiment.write(table, format_table(table), runtime_figure(table))
+    experiment.write(table, with_paper(format_table(table), paper_seconds()), runtime_figure(table))
     print(f"on {', '.join(str(value) for value in machine(experiment).values())}")
     return 0
 
@@ -235,6 +237,24 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
+
+
+def paper_seconds() -> pd.DataFrame:
+    """The paper's rows, of 10,000 edits of GPT-J on an A6000: MEMIT's two stages, and the methods whole."""
+    table = published_table("memit_seconds")
+    memit = float(np.sum(where(table, method="memit")["seconds"].to_numpy(dtype=float)))
+    total = pd.DataFrame([{**where(table, method="memit").iloc[0].to_dict(), "stage": "whole", "seconds": memit}])
+    rows = pd.concat([table, total], ignore_index=True).to_dict("records")
+    return pd.DataFrame(
+        {
+            "what": paper_name(f"memit: {row['stage']}" if row["stage"] != "whole" else row["method"], row["model"]),
+            "facts": row["edits"],
+            "seconds": round(row["seconds"], 2),
+            "a fact": round(row["seconds"] / row["edits"], 4),
+            "of memit": f"{row['seconds'] / memit:.2f}",
+        }
+        for row in rows
+    )
 
 
 def runtime_figure(table: pd.DataFrame) -> Figure:

@@ -9,7 +9,7 @@ Scores are on the facts edited. Writes, with 95 % intervals over cases:
 - `scaling_curve.parquet`: edits, method, layers, measure, mean, low, high, n (cases);
 - `scaling_curve.csv`: the same, one row per edit, as the papers print numbers;
 - `scaling_curve_order.csv`: the methods at the largest n, by S;
-- `scaling_curve.pdf`, `.png`: S, ES, PS, NS, and GE and RS with `--free`.
+- `scaling_curve.pdf`, `.png`: S, ES, PS, NS, and GE and RS with `--free`, with the paper's last points.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from analyses.common.beside import paper_scores
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
@@ -42,6 +43,8 @@ BESIDE = ("exact_match", "KL")
 """Further measures in the table."""
 
 QUICK_METHODS = ("memit", "rome", "ft")
+PAPER, PAPER_EDITS = ("memit_table_2", ("GPT-J",)), 10_000.0
+"""The curves' last points in the paper, and their number of edits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,10 +138,21 @@ def order(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def scaling_figure(table: pd.DataFrame) -> Figure:
-    """One panel per measure; as in the paper, a dashed line for the neighbors before the edit."""
+    """One panel per measure; as in the paper, a dashed line for the unedited model, to which NS and GE should keep.
+
+    At its end stand the paper's last points, those of its Table 2.
+    """
     unedited = table["method"] == "unedited"
-    before = table.loc[unedited & (table["measure"] == "NS") & (table["edits"] == table["edits"].max()), :]
-    shown = pd.concat([table.loc[~unedited, :].astype({"edits": float}), before.assign(edits=math.nan)])
+    before = table.loc[unedited & (table["edits"] == table["edits"].max()), :]
+    paper = paper_scores(*PAPER)
+    of_paper = paper.loc[paper["measure"].isin(table["measure"]) & ~paper["method"].str.startswith("unedited"), :]
+    shown = pd.concat(
+        [
+            table.loc[~unedited, :].astype({"edits": float}),
+            before.assign(edits=math.nan),
+            of_paper.assign(edits=PAPER_EDITS),
+        ]
+    )
     return scores_figure(shown, MEASURES, x="edits", log=True, label="facts edited at once")
 
 

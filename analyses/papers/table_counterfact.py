@@ -1,6 +1,10 @@
-"""MEMIT Table 2: the editing methods on CounterFact's measures.
+"""MEMIT Table 2, ROME Tables 4 and 5: the editing methods on CounterFact's measures.
 
     python -m analyses.papers.table_counterfact [--model tiny] [--requests tiny] [--methods memit,rome@2] [--quick]
+    python -m analyses.papers.table_counterfact --protocol single
+
+With `--protocol single`, ROME's, each record is edited alone, from the unedited model, and scored: there are EM, PM and
+NM besides, the files are called `table_counterfact_single`, and the paper's rows are those of ROME's tables.
 
 All requests are edited at once (by ROME one after another) by each method with the settings that ship with the model,
 and what differs is said in its name. Without `--methods`: all of them, and on the tiny model the ways to share out
@@ -9,7 +13,7 @@ about subjects that have the new object. A measure without data is absent. Write
 
 - `table_counterfact.csv`: one row per method, S, ES, PS, NS, GE, RS as `mean (half the interval)`; beside them greedy
   exact match, KL at the neighbors from the unedited model (nats), and *left*, the share of the residual at the last
-  edited layer that the edit leaves (%);
+  edited layer that the edit leaves (%); then the rows of the paper, of 10,000 edits of GPT-J and GPT-NeoX;
 - `table_counterfact.parquet`: method, layers, measure, mean, low, high, n (cases);
 - `table_counterfact.pdf`, `.png`.
 """
@@ -17,10 +21,13 @@ about subjects that have the new object. A measure without data is absent. Write
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 from tqdm import tqdm
 
+from analyses.common.alone import scored_alone
+from analyses.common.beside import paper_scores, printed_scores, with_paper
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
@@ -34,6 +41,14 @@ from mechedit.report import span
 MEASURES = ("S", "ES", "PS", "NS", "GE", "RS")
 """The columns of the paper's table."""
 BESIDE = ("exact_match", "KL", "left")
+PAPERS = {
+    "batch": {"memit_table_2": ("GPT-J", "GPT-NeoX")},
+    "single": {"rome_table_4": ("GPT-2 XL", "GPT-J"), "rome_table_5": ("GPT-2 Large", "GPT-2 Medium")},
+}
+"""The papers' own numbers by protocol: tables and models, which stand below this model's."""
+SINGLE_MEASURES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS")
+"""The columns of ROME's tables."""
+SINGLE_METHODS = ("rome", "ft", "ft_l", "memit")
 VARIANTS = (
     *("memit", "memit:strategy=sqrt", "memit:strategy=forward-replay", "memit:strategy=last"),
     *("pmet", "alphaedit", "alphaedit:strategy=forward-replay", "emmet", "emmet@middle"),
@@ -48,14 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(requests="tiny")
     parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all)")
     parser.add_argument("--free", type=int, help="free texts per case, for GE and RS (default 1; with --quick 0)")
+    parser.add_argument("--protocol", default="batch", choices=list(PAPERS), help="all at once, or each record alone")
     experiment = open_experiment("table_counterfact", parser, arguments)
     parsed = experiment.arguments
+    single = parsed.protocol == "single"
+    if single:
+        experiment = replace(experiment, name="table_counterfact_single")
     if parsed.free is None:
         parsed.free = 0 if experiment.quick else 1
-    default = VARIANTS if parsed.model == "tiny" and not experiment.quick else METHODS
+    default = SINGLE_METHODS if single else VARIANTS if parsed.model == "tiny" and not experiment.quick else METHODS
     variants = by_name(experiment.variants(parsed.methods.split(",") if parsed.methods else list(default)))
     table = compared(experiment, variants)
-    experiment.write(table, format_table(table), score_rows_figure(table, MEASURES))
+    measures = SINGLE_MEASURES if single else MEASURES
+    papers = PAPERS[parsed.protocol].items()
+    paper = pd.concat([printed_scores(name, models, measures, parsed.protocol) for name, models in papers])
+    scores = pd.concat([table, *(paper_scores(name, models, parsed.protocol) for name, models in papers)])
+    experiment.write(table, with_paper(format_table(table, measures), paper), score_rows_figure(scores, MEASURES))
     return 0
 
 
@@ -64,19 +87,24 @@ def compared(experiment: Experiment, variants: Mapping[str, Variant]) -> pd.Data
     config, references = free_text(experiment)
     frames = []
     for name, variant in tqdm([("unedited", None), *variants.items()], desc="methods", unit="edit"):
-        rows = experiment.scored(variant, experiment.requests, config, references=references)
+        if experiment.arguments.protocol == "single":
+            rows = scored_alone(
+                experiment, variant, experiment.requests, "counterfact", evaluation=config, references=references
+            )
+        else:
+            rows = experiment.scored(variant, experiment.requests, config, references=references)
         frames.append(rows.assign(method=name, layers=span(variant.layers) if variant else ""))
     return pd.concat(frames, ignore_index=True).loc[:, ["method", "layers", "measure", "mean", "low", "high", "n"]]
 
 
-def format_table(table: pd.DataFrame) -> pd.DataFrame:
+def format_table(table: pd.DataFrame, measures: Sequence[str] = MEASURES) -> pd.DataFrame:
     """One row per method, as the paper prints it."""
     rows = [
-        {"method": method, "layers": layers, **format_scores(scores, (*MEASURES, *BESIDE))}
+        {"method": method, "layers": layers, **format_scores(scores, (*measures, *BESIDE))}
         for (method, layers), scores in groups_of(table, ["method", "layers"])
     ]
-    measures = [name for name in (*MEASURES, *BESIDE) if any(name in row for row in rows)]
-    return pd.DataFrame(rows, columns=["method", "layers", *measures]).fillna("")
+    present = [name for name in (*measures, *BESIDE) if any(name in row for row in rows)]
+    return pd.DataFrame(rows, columns=["method", "layers", *present]).fillna("")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""MEMIT Table 1: the editing methods by zsRE's measures.
+"""MEMIT Table 1, ROME Tables 1 and 6: the editing methods by zsRE's measures.
 
     python -m analyses.papers.table_zsre [--model MODEL] [--requests zsre] [--methods memit,rome@5,ft_w@5]
+    python -m analyses.papers.table_zsre --protocol single
 
 All requests are edited at once, and each answer's tokens are asked for one by one, the true ones before them (MEMIT
 Appendix C.1): efficacy on the edit's prompts, paraphrase on reworded ones, specificity on facts that were not edited,
 each with its own answer; the score is their harmonic mean. Requests that are no zsRE serve as well: their neighbors
-stand for its unrelated facts. Writes table_zsre.parquet (one row per method and measure), table_zsre.csv (as the paper
-prints it, with greedy exact match, the strict form of efficacy, at the end) and the figure.
+stand for its unrelated facts. With `--protocol single`, ROME's, each record is edited alone, from the unedited model;
+the files are then called `table_zsre_single`. Writes table_zsre.parquet (one row per method and measure),
+table_zsre.csv (as the paper prints it, with greedy exact match, the strict form of efficacy, at the end, and with the
+rows of the papers below) and the figure.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from analyses.common.alone import scored_alone
+from analyses.common.beside import paper_scores, with_paper
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.printing import score_frame
@@ -34,6 +40,11 @@ COLUMNS = {
     "specificity": "Specificity",
     "exact_match": "Exact match",
 }
+PAPERS = {
+    "batch": {"memit_table_1": ("GPT-J",)},
+    "single": {"rome_table_1": ("GPT-2 XL",), "rome_table_6": ("GPT-2 Large", "GPT-2 Medium")},
+}
+"""The papers' own numbers by protocol: tables and models, which stand below this model's."""
 METHODS = {"tiny": "ft_w@2,rome@2,memit"}
 """By model: fine-tuning and ROME write into one layer, which the papers chose by trying."""
 
@@ -43,23 +54,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.set_defaults(requests="tiny")
     parser.add_argument("--methods", help=f"such as memit,rome@5 (default memit; for the tiny model {METHODS['tiny']})")
+    parser.add_argument("--protocol", default="batch", choices=list(PAPERS), help="all at once, or each record alone")
     experiment = open_experiment("table_zsre", parser, arguments)
+    protocol = experiment.arguments.protocol
+    if protocol == "single":
+        experiment = dataclasses.replace(experiment, name="table_zsre_single")
     names = experiment.arguments.methods or METHODS.get(experiment.arguments.model, "memit")
     variants = [None, *(Variant.parse(text, experiment.layers) for text in parse_names(names))]
     rows = [scored(experiment, variant) for variant in tqdm(variants, desc="methods", unit="edit")]
     table = pd.concat(rows, ignore_index=True)
-    experiment.write(table, format_table(table), score_rows_figure(table, tuple(COLUMNS)[:4]))
+    paper = pd.concat([paper_scores(name, models, protocol) for name, models in PAPERS[protocol].items()])
+    printed = with_paper(format_table(table), format_table(paper))
+    experiment.write(table, printed, score_rows_figure(pd.concat([table, paper]), tuple(COLUMNS)[:4]))
 
 
 def scored(experiment: Experiment, variant: Variant | None) -> pd.DataFrame:
     """`method, measure, mean, low, high, n` of one method, or of the unedited model."""
+    name = "unedited" if variant is None else variant.name
+    if experiment.arguments.protocol == "single":
+        return scored_alone(experiment, variant, experiment.requests, "zsre").assign(method=name)
     key = {
         **experiment.key(experiment.requests),
         "variant": None if variant is None else experiment.variant_key(variant),
         "evaluation": {"protocol": "zsre", **dataclasses.asdict(QUICK)},
     }
     scores = experiment.cached("scores", key, lambda: _score(experiment, variant))
-    return scores.assign(method="unedited" if variant is None else variant.name)
+    return scores.assign(method=name)
 
 
 def _score(experiment: Experiment, variant: Variant | None) -> pd.DataFrame:
@@ -79,8 +99,9 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(entry: pd.Series) -> str:
-    """A mean and half its interval."""
-    return f"{entry['mean']:.1f} (±{(entry['high'] - entry['low']) / 2:.1f})"
+    """A mean and half its interval, where it has one."""
+    mean, low, high = (float(entry[name]) for name in ("mean", "low", "high"))
+    return f"{mean:.1f}" + ("" if np.isnan(low) else f" (±{(high - low) / 2:.1f})")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Writes, beside the trace in `trace/`:
 
 - `trace_average.csv`: one row per kind and role, with the largest AIE, the layer where it is (of a window: its
   center) and its 95 % interval over facts there, in percent of probability, beside the ATE that it is a part of;
+  and below them ROME's numbers for GPT-2 XL;
 - `trace_average_facts.csv`: one row per fact: whether it was traced, and why not;
 - `trace_average.parquet`: the AIE of every kind, severing, role and layer;
 - `trace_average.pdf`, `.png`: AIE by role and layer (ROME Fig. 2, MEMIT Fig. 8); and likewise
@@ -25,8 +26,10 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analyses.common.beside import paper_name, with_paper
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
+from analyses.common.frames import records
 from mechedit import pipeline
 from mechedit.atomic import atomic
 from mechedit.figures import (
@@ -39,6 +42,7 @@ from mechedit.figures import (
     roles_figure,
     save_figure,
 )
+from mechedit.published import published_table
 from mechedit.tables import read_table, where
 from mechedit.trace import (
     KIND_LABELS,
@@ -69,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, figure in figures.items():
         save_figure(figure, experiment.out, f"{experiment.name}_{name}")
     write_facts(experiment, folder)
-    experiment.write(averages, format_table(averages, total), roles_figure(averages))
+    printed = with_paper(format_table(averages, total), paper_table())
+    experiment.write(averages, printed, roles_figure(averages))
 
 
 def traced(experiment: Experiment) -> Path:
@@ -91,6 +96,26 @@ def format_table(averages: pd.DataFrame, total: pd.DataFrame) -> pd.DataFrame:
     for name in ("total", "total_low", "total_high"):
         table[name.replace("total", "ATE")] = round(100 * float(total[name].iloc[0]), 1)
     return table.reset_index(drop=True)
+
+
+def paper_table() -> pd.DataFrame:
+    """ROME's numbers in the same columns: the largest AIE by kind and role, in percent of probability."""
+    table = published_table("rome_tracing")
+    numbers = table.set_index("quantity")["value"]
+    rows = []
+    for row in records(table.loc[table["kind"].notna(), :]):
+        effect = row["value"] - (numbers["corrupted"] if row["quantity"] == "score" else 0)
+        rows.append(
+            {
+                "kind": paper_name(KIND_LABELS[row["kind"]], row["model"]),
+                "severed": sever_in_words("nothing"),
+                "role": ROLE_LABELS[row["role"]],
+                "layer": "" if pd.isna(row["layer"]) else int(row["layer"]),
+                "AIE": round(effect, 1),
+                "ATE": numbers["ATE"],
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def one_fact(folder: Path, name: str | None) -> Figure:

@@ -1,7 +1,7 @@
 """Facts to trace, requests to edit and running text: text only, no tokens.
 
 A fact is a subject, a prompt with one `{}` for it, and the object that completes the prompt (ROME §2). A
-request is the same with the object to write instead (MEMIT §4), and with the prompts that evaluate the edit.
+request is the same with the object to write instead (MEMIT §3, Eq. 5), and with the prompts that evaluate the edit.
 """
 
 from mechedit.data.checks import check_requests, check_unique_ids, conflicts

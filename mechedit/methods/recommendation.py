@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mechedit.edit import Edit
+from mechedit.errors import InputError
 from mechedit.files import read_object
 from mechedit.methods.settings import MethodConfig
 from mechedit.methods.tuned_settings import TunedSettings, tuned_settings

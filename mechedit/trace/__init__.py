@@ -1,4 +1,4 @@
-"""Causal tracing, with and without severing: which hidden states carry a fact (ROME §2, MEMIT §3).
+"""Causal tracing, with and without severing: which hidden states carry a fact (ROME §2, MEMIT Appendix A).
 
 In: a model and facts. Out: tidy effects, one row per restored cell and metric. For each fact, the subject is
 corrupted (with noise on its embeddings, or another subject's tokens; the object's probability falls from P to P*);

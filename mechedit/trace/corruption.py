@@ -30,10 +30,12 @@ class Corruption:
     """What happens to the subject's embeddings in each noise sample; every noise has standard deviation `std`.
 
     With z ~ N(0, I) and std = k·σ (or `noise_std`), the noise ε of a token is
-      `gaussian`: std·z (ROME §2.1);
+      `gaussian`: std·z (ROME §2.1 and Appendix B.1, k = 3);
       `multivariate`: std·R·z with R Rᵀ the covariance of the subjects' embeddings, scaled to mean variance 1;
       `student`: std·z / √(χ²_ν / (ν − 2)), one χ² per token: heavy tails;
       `uniform`: uniform on ±√3·std.
+    (ROME's Fig. 13 has its uniform noise on ±3σ, which is k = √3 here, and its multivariate noise unscaled, k = 1; the
+    published code adds the embeddings' mean to the latter besides.)
     `tokens` puts another subject of the same number of tokens in its place (symmetric token replacement, Zhang &
     Nanda 2024): another one for each sample, with another object, and of the same relation where there is one.
     """
@@ -62,14 +64,17 @@ class EmbeddingStatistics:
     """Standard deviation, mean and covariance of the subjects' embeddings."""
 
     std: float
-    """σ over all entries (ROME §2.1)."""
+    """σ over all entries."""
     mean: Float[Tensor, " d_model"]
     covariance_root: Float[Tensor, "d_model d_model"] | None
     """Symmetric square root of the covariance, scaled to mean variance 1; None unless multivariate noise needs it."""
 
 
 def embedding_std(model: Model, subjects: Sequence[str]) -> float:
-    """σ: standard deviation of `embed` over all tokens of the subjects, tokenized by themselves (ROME §2)."""
+    """σ: standard deviation of `embed` over all tokens of the subjects, tokenized by themselves.
+
+    So does ROME's published code; its Appendix B.1 takes the tokens "as sampled over a body of text".
+    """
     return embedding_statistics(model, subjects).std
 
 

@@ -32,9 +32,9 @@ _PLACE_WORDS = {
 class Sever:
     """Module outputs held to their values in the corrupted run of the same noise sample.
 
-    Written as a label, `module[@layers][:places]`: `mlp` is every layer's MLP at the subject's last token (MEMIT
-    §3.2), `mlp@3` that of layer 3 alone, `mlp@2-4+7` those of layers 2, 3, 4 and 7, `attn:last` attention at the
-    last prompt token, `mlp:subject_last+after` two places, `mlp:-2` the last prompt token but one.
+    Written as a label, `module[@layers][:places]`: `mlp` is every layer's MLP at the subject's last token (ROME
+    §2.2, MEMIT Appendix A), `mlp@3` that of layer 3 alone, `mlp@2-4+7` those of layers 2, 3, 4 and 7, `attn:last`
+    attention at the last prompt token, `mlp:subject_last+after` two places, `mlp:-2` the last prompt token but one.
     """
 
     module: str

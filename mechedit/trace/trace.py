@@ -51,7 +51,7 @@ def trace_facts(
 ) -> Effects:
     """Trace facts and return one row per restored cell and metric, averaged over noise samples.
 
-    IE = P*,clean h(o) − P*(o) (MEMIT §3.1), with P the joint probability of the object's tokens, or another of
+    IE = P*,clean h(o) − P*(o) (ROME §2.1), with P the joint probability of the object's tokens, or another of
     `config.metrics`. Columns are `mechedit.trace.effects.COLUMNS`; `effect = score − corrupted`, in the metric's
     units, never clipped. Only facts that the model completes with the object (greedy, every token) are traced;
     `frame.attrs` holds the settings, provenance, `n_facts` and `dropped`, a list of [id, reason]; with

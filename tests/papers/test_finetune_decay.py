@@ -11,7 +11,6 @@ from analyses.common.command import open_experiment, options
 from analyses.common.experiment import Experiment
 from analyses.papers import finetune_decay
 from mechedit import EditRequest, edited, evaluate, ft
-from mechedit.evaluation import QUICK
 from mechedit.tables import where
 
 SMALL = ["--quick", "--count", "4", "--layers", "2", "--decades", "3"]
@@ -41,7 +40,7 @@ def test_a_score_is_that_of_the_method_itself(folder: Path) -> None:
     requests: list[EditRequest] = experiment.requests
     edit = ft(experiment.model, requests, [2])
     with edited(experiment.model, edit):
-        summary = evaluate(experiment.model, requests, QUICK).summary()
+        summary = evaluate(experiment.model, requests, experiment.evaluation).summary()
     table = where(pd.read_parquet(folder / "finetune_decay.parquet"), model="no decay").set_index("measure")
     for measure in ("ES", "PS", "NS", "S"):
         assert table.loc[measure, "mean"] == pytest.approx(summary[measure]["mean"])

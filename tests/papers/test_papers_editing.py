@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,16 @@ import pandas as pd
 import pytest
 import torch
 
+import mechedit as me
+from analyses.common.alone import check_records, scored_alone
+from analyses.common.beside import paper_scores
 from analyses.common.command import open_experiment, options
 from analyses.common.counterfacts import counterfacts
 from analyses.common.experiment import Experiment
 from analyses.common.free_text import references_of
 from analyses.common.variants import Variant
-from analyses.papers import runtime, scaling_curve, table_counterfact
-from mechedit import Fact, InputError, edited, evaluate, load_facts
-from mechedit.evaluation import QUICK
+from analyses.papers import runtime, scaling_curve, table_counterfact, table_zsre
+from mechedit import Fact, InputError, edited, evaluate, load_facts, published_scores
 from mechedit.tables import where
 
 METHODS = "memit,rome@2"
@@ -76,7 +79,7 @@ def test_scaling_curve_agrees_with_an_edit_made_directly(scaling, experiment):
     for method, layers in (("memit", (1, 2, 3)), ("rome", (2,))):
         edit = experiment.edit(Variant(method=method, layers=layers), requests)
         with edited(experiment.model, edit):
-            direct = evaluate(experiment.model, requests, QUICK).summary()
+            direct = evaluate(experiment.model, requests, experiment.evaluation).summary()
         rows = where(scaling, method=method, edits=2).set_index("measure")["mean"]
         for measure in ("ES", "PS", "NS", "PM", "NM"):  # PM and NM are differences of probabilities, not shares
             assert rows[measure] == pytest.approx(direct[measure]["mean"], abs=1e-3)
@@ -113,7 +116,13 @@ def test_table_has_the_papers_columns_and_leaves_out_what_has_no_data(out, capsy
     table = pd.read_csv(out / "table_counterfact.csv")
     assert list(table)[:6] == ["method", "layers", "S", "ES", "PS", "NS"]
     assert not {"GE", "RS"} & set(table)
-    assert list(table["method"]) == ["unedited", "memit", "rome"]
+    assert list(table["method"])[:3] == ["unedited", "memit", "rome"]
+    # Below them, the paper's own rows, as its table prints them.
+    paper = published_scores("memit_table_2", "GPT-J").set_index(["method", "measure"])["mean"]
+    printed = table.set_index("method").loc["memit, paper (GPT-J)"]
+    for measure in ("ES", "PS", "NS"):
+        assert printed[measure].startswith(f"{paper['memit', measure]:.1f} (")
+    assert printed["S"] == f"{paper['memit', 'S']:.1f}", "no interval is printed for S"
     assert "memit" in capsys.readouterr().out
     tidy = pd.read_parquet(out / "table_counterfact.parquet")
     row = where(tidy, method="memit", measure="NS").iloc[0]
@@ -168,7 +177,11 @@ def test_runtime_times_stages_and_methods(out, experiment, monkeypatch):
     np.testing.assert_allclose(parts.sum(axis=1), stages.loc[2:, "total"], rtol=0.05)
     assert (where(table, stage="whole")["memit"] > 0).all()
     printed = pd.read_csv(out / "runtime.csv")
-    assert list(printed["what"]) == ["second moments", *(f"memit: {s}" for s in runtime.STAGES), "ft"]
+    measured = ["second moments", *(f"memit: {s}" for s in runtime.STAGES), "ft"]
+    assert list(printed["what"])[: len(measured)] == measured
+    paper = printed.set_index("what").loc["rome, paper (GPT-J)"]
+    assert paper["facts"] == "10000"
+    assert float(paper["of memit"]) == pytest.approx(12.29 / 7.44, abs=0.01)  # hours, Appendix B
     monkeypatch.setattr(runtime, "stage_seconds", refuses)
     monkeypatch.setattr(runtime, "make_edit", refuses)
     assert runtime.main(command_line) == 0
@@ -192,3 +205,46 @@ def test_a_method_of_one_layer_takes_the_middle_one(experiment):
         experiment.variants(["rome", "rome@2"])
     with pytest.raises(InputError, match="each once"):
         experiment.variants([])
+
+
+def test_records_are_edited_one_by_one_from_the_unedited_model(out, experiment):
+    rome = Variant(method="rome", layers=(2,))
+    table = scored_alone(experiment, rome, experiment.requests, "counterfact").set_index("measure")
+    config = dataclasses.replace(experiment.config(rome), joint=False)
+    alone = []
+    for request in experiment.requests:
+        edit = me.rome(experiment.model, [request], [2], experiment.moments([2]), config=config)
+        with edited(experiment.model, edit):
+            alone.append(evaluate(experiment.model, [request], experiment.evaluation).summary())
+    for measure in ("ES", "PS", "NS", "EM", "PM", "NM", "exact_match"):
+        expected = np.mean([summary[measure]["mean"] for summary in alone])
+        assert table.loc[measure, "mean"] == pytest.approx(expected, abs=0.1)
+    batch = experiment.scored(rome, experiment.requests).set_index("measure")
+    assert abs(batch.loc["PM", "mean"] - table.loc["PM", "mean"]) > 0.2, (
+        "the control: edits in sequence disturb another"
+    )
+    assert table.loc["ES", "n"] == len(experiment.requests)
+
+
+def test_the_single_protocol_has_romes_columns_rows_and_files(out):
+    assert table_counterfact.main(arguments(out, "--protocol", "single", "--methods", "rome@2")) == 0
+    printed = pd.read_csv(out / "table_counterfact_single.csv")
+    assert list(printed)[:9] == ["method", "layers", "S", "ES", "EM", "PS", "PM", "NS", "NM"]
+    names = list(printed["method"])
+    assert names[:2] == ["unedited", "rome"]
+    assert {"rome, paper (GPT-2 XL)", "rome, paper (GPT-2 Medium)"} <= set(names)
+    table_zsre.main(arguments(out, "--protocol", "single", "--methods", "rome@2"))
+    assert "rome, paper (GPT-2 Large)" in set(pd.read_csv(out / "table_zsre_single.csv")["Editor"])
+
+
+def test_a_record_without_what_the_protocol_needs_is_refused(experiment):
+    record = dataclasses.replace(experiment.requests[0], neighbors=())
+    with pytest.raises(InputError, match="has no neighbors, expected them for the measures of zsre, each record alone"):
+        check_records([record], "zsre")
+    check_records(experiment.requests, "zsre")
+
+
+def test_two_protocols_have_no_table_in_common():
+    assert len(paper_scores("rome_table_4", ["GPT-J"], "single")) > 10
+    with pytest.raises(InputError, match="rome_table_4 is of the protocol 'single', expected one of 'batch'"):
+        paper_scores("rome_table_4", ["GPT-J"])

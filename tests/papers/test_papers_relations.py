@@ -19,7 +19,7 @@ from analyses.plots.mixtures import plot_mixture
 from mechedit import InputError, load_facts
 from mechedit.data import EditRequest
 from mechedit.edit import edited
-from mechedit.evaluation import QUICK, evaluate, generate
+from mechedit.evaluation import evaluate, generate
 from mechedit.tables import where
 
 QUICK_RUN = ["--quick", "--layers", "1-3"]
@@ -182,7 +182,7 @@ def test_relations_runs_reuses_and_agrees_with_a_direct_computation(out, monkeyp
     name = table["relation"].iloc[0]
     requests = by_relation(experiment.requests, seed=0)[name][:2]
     with edited(experiment.model, experiment.edit(Variant(method="memit", layers=(1, 2, 3)), requests)):
-        direct = evaluate(experiment.model, requests, QUICK).summary()
+        direct = evaluate(experiment.model, requests, experiment.evaluation).summary()
     row = where(table, method="memit", relation=name, measure="S").iloc[0]
     assert row["mean"] == pytest.approx(direct["S"]["mean"])
     assert row["mean"] > 0
@@ -208,7 +208,7 @@ def test_mixtures_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypa
     pair = find_pairs(groups, {}, least=2)["neither"]
     mixture = [pair.requests[0][0], pair.requests[1][0]]
     with edited(experiment.model, experiment.edit(Variant(method="memit", layers=(1, 2, 3)), mixture)):
-        direct = evaluate(experiment.model, mixture, QUICK).summary()
+        direct = evaluate(experiment.model, mixture, experiment.evaluation).summary()
     row = where(table, same="neither", edits=2, measure="NS", part="mixture").iloc[0]
     assert row["mean"] == pytest.approx(direct["NS"]["mean"])
     forbid_work(monkeypatch)
@@ -239,6 +239,8 @@ def test_fresh_knowledge_runs_reuses_and_agrees_with_a_direct_computation(out, m
     half_width = 100 * binomtest(0, 6).proportion_ci(method="wilson").high / 2
     assert printed.loc["accuracy", "before"] == f"0.0 ({half_width:.1f})"
     assert printed.loc["accuracy", "after"].startswith(f"{100 * table['took'].mean():.1f}")
+    stars = printed.loc["accuracy, constellations of 289 stars, paper (GPT-J)"]
+    assert float(stars["before"]) < float(stars["after"])
     assert len(pd.read_csv(out / "fresh_knowledge_missed.csv")) == (~table["took"]).sum()
     assert f"{(~table['took']).sum()} of 6 facts did not take" in output
     assert "before:" in output
@@ -253,7 +255,9 @@ def test_table_zsre_runs_reuses_and_agrees_with_a_direct_computation(out, monkey
     table = check_files(out, "table_zsre")
     printed = pd.read_csv(out / "table_zsre.csv")
     assert list(printed) == ["Editor", "Score", "Efficacy", "Paraphrase", "Specificity", "Exact match"]
-    assert list(printed["Editor"]) == ["unedited", "memit"]
+    assert list(printed["Editor"])[:2] == ["unedited", "memit"]
+    assert list(printed["Editor"])[-1] == "memit, paper (GPT-J)"
+    assert printed["Score"].notna().all()
     experiment = open_experiment(
         "try", options("Try."), [*QUICK_RUN, "--out", str(out), "--requests", "tiny", "--count", "3"]
     )

@@ -60,7 +60,12 @@ def test_the_averages_are_the_largest_over_layers_of_means_over_facts(averaged):
     means = by_fact.groupby([*cell, "layer"]).mean()
     scores = effects.drop_duplicates("fact")
     total = (scores["clean"] - scores["corrupted"]).mean()
-    printed = pd.read_csv(averaged / "trace_average.csv").set_index(["kind", "severed", "role"])
+    printed = pd.read_csv(averaged / "trace_average.csv")
+    paper = printed.loc[printed["kind"].str.contains("paper"), :].set_index("role")
+    assert list(paper.index) == ["last subject token"] * 3 + ["last token"]
+    # ROME's Appendix B.2 gives a score for the last token, which the corrupted probability is taken from.
+    assert paper.loc["last token", "AIE"] == pytest.approx(16.5 - 8.47, abs=0.05)
+    printed = printed.loc[~printed["kind"].str.contains("paper"), :].set_index(["kind", "severed", "role"])
     assert len(printed) == means.groupby(cell).ngroups
     for (kind, sever, role), curve in means.groupby(cell):
         row = printed.loc[KIND_LABELS[kind], sever_in_words(sever), ROLE_LABELS[role]]
