@@ -364,7 +364,9 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         InputError: there is no such file, or it is not safetensors or cut short.
     """
     try:
-        with safe_open(readable_path(path), framework="pt") as reader:
+        with readable_path(path).open("rb"):
+            pass  # of a file that may not be read, safetensors says that it is not there
+        with safe_open(path, framework="pt") as reader:
             yield reader
     except (SafetensorError, AttributeError) as error:  # torch may lack the dtype that a header names
         raise InputError(

@@ -15,9 +15,10 @@ def checked_path(path: str | Path) -> Path:
     """The path, unless no file system could hold it.
 
     Raises:
-        InputError: it is too long, or has a null character in it.
+        InputError: it is too long, has a null character in it, or is no UTF-8, which not every library writes to.
     """
     try:
+        str(path).encode()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             os.stat(path)
     except (OSError, ValueError) as error:

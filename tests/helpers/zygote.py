@@ -118,14 +118,14 @@ def _read(reading: int, child: int, start: float, kill_after: float | None) -> s
 def _prepare() -> None:
     """Import everything and load the model, so that no child has to."""
     import torch
-    from fontTools import subset
 
     from mechedit.cli import options
+    from mechedit.figures import style
     from mechedit.models import load_model
 
     torch.set_num_threads(1)
-    # As in conftest.py: to cut these tables takes most of the time of a figure.
-    subset.Options._drop_tables_default = [*subset.Options._drop_tables_default, "GSUB", "GPOS", "GDEF"]
+    # Figures take most of the time of a command: coarse ones, with fonts that no file has to hold.
+    style._STYLE.update({"savefig.dpi": 20, "pdf.use14corefonts": True})
     model, load = load_model("tiny"), options.load_quietly
 
     def load_quietly(name: str, *arguments: Any) -> Any:
@@ -170,7 +170,11 @@ def _run(arguments: list[str], folder: str, limits: dict[str, Any], output: int,
     import resource
     import traceback
 
+    import torch
+
     from mechedit.errors import InputError
+
+    torch.set_num_threads(1)  # before threads do so at once, each for the first time after the fork
 
     code, changes = 99, None
     try:
