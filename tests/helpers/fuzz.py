@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,27 +36,28 @@ from tqdm import tqdm
 import mechedit as me
 from helpers.fuzz_inputs import COMMANDS, Example, examples, parameters
 from helpers.models import random_hf, small_tokenizer
+from mechedit.checksums import without_checksum
 from mechedit.cli import main as run_command_line
+from mechedit.cli.app import CUT, LONGEST_LINE
+from mechedit.files import open_tensors, read_object, read_parquet, read_tensors
+from mechedit.run_folder import check_step, read_stamps
 from mechedit.trace import tokenize_fact
 
-LONGEST = 400
-"""Characters of a refusal's line at most, without the paths that it repeats."""
 CPU_SECONDS, WALL_SECONDS = 20, 120
 """Limits of one example, after which it hangs."""
 MEMORY = 4 * 2**30
 """Bytes of address space that an example may take beside what it begins with."""
-MADE_BEFORE = (
-    "targets",
-    "moments",
-    "sweep_parts",
-    "parts",
-    "baseline",
-    "effects.parquet",
-    "facts.parquet",
-    "config.json",
-    "figures",
-)
-"""What finished steps leave, of a command that is refused in a later one."""
+STEPS = {
+    "select": ("targets", "moments", "sweep_parts", "config.json"),
+    "edit": ("targets",),
+    "evaluate": ("baseline", "baseline_zsre", "config.json"),
+    "tune": ("targets", "moments", "parts", "ledger"),
+    "run": (
+        "targets", "moments", "sweep_parts", "baseline", "config.json", "effects.parquet", "facts.parquet",
+        "selection.json", "edit.safetensors",
+    ),
+}  # fmt: skip
+"""Commands of several steps, and the files or folders of those that may be finished when a later one is refused."""
 
 
 @dataclass
@@ -125,6 +126,8 @@ def make_base(folder: Path, model: Any) -> None:
     names = list(facts[0])
     (folder / "facts.csv").write_text("\n".join([",".join(names), *(",".join(fact.values()) for fact in facts)]))
     (folder / "requests.json").write_text(json.dumps(requests))
+    many = [{**requests[0], "id": str(i), "subject": name, "paraphrases": []} for i, name in enumerate(SUBJECTS[:4])]
+    (folder / "many.json").write_text(json.dumps(many))
     columns = ["id", "subject", "prompt", "target_new", "target_true"]
     rows = [",".join(str(request[name]) for name in columns) for request in requests]
     (folder / "requests.csv").write_text("\n".join([",".join(columns), *rows]))
@@ -198,7 +201,45 @@ def run_example(example: Example, base: Path, model: Any, command_line: Callable
             _run_in_child(example, folder, log, model, command_line)
         status = _wait(child)
         said = log.read_text(errors="replace") if log.is_file() else ""
-        return judge(status, said, before, tree(folder))
+        return judge(status, said, before, tree(folder), finished_files(folder, example.command))
+
+
+def finished_files(folder: Path, command: str) -> set[str]:
+    """Files that finished steps of a command left, each whole by its own checksum or by that in its step's stamp."""
+    stamped: set[Path] = set()
+    for file in folder.rglob("config.json"):
+        with contextlib.suppress(me.InputError):
+            steps = read_stamps(file.parent)
+            check_step(file.parent, *steps)
+            stamped |= {file.parent / name for stamp in steps.values() for name in stamp.get("files", ())}
+            stamped |= {file} if steps else set()
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file()
+        and set(path.relative_to(folder).parts) & set(STEPS.get(command, ()))
+        and (path in stamped or _is_whole(path))
+    }
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file that no stamp names is as it was written."""
+    try:
+        match path.suffix:
+            case ".json":
+                content = read_object(path)
+                return path.parent.name == "ledger" or (
+                    "sha256" in content and bool(without_checksum(content, path.name, "make it again"))
+                )
+            case ".parquet":
+                return path.parent.name in ("sweep_parts", "parts") and len(read_parquet(path)) > 0
+            case ".safetensors":
+                with open_tensors(path) as reader:
+                    (key,) = reader.metadata()
+                return key != "manifest" and bool(read_tensors(path, key))
+    except (me.InputError, ValueError):
+        pass
+    return False
 
 
 def _run_in_child(
@@ -248,8 +289,18 @@ def _wait(child: int) -> int | None:
     return None
 
 
-def judge(code: int | None, said: str, before: dict[str, str], after: dict[str, str]) -> str:
-    """What came of an example, by its code, what it said, and its folder before and after."""
+def judge(
+    code: int | None, said: str, before: dict[str, str], after: dict[str, str], finished: Collection[str] = ()
+) -> str:
+    """What came of an example.
+
+    Args:
+        code: of the process.
+        said: what it printed.
+        before: its folder, by `tree`.
+        after: its folder then.
+        finished: files that a refused command may leave or replace.
+    """
     if code is None:
         return "fault: it hangs"
     if code == 0:
@@ -267,12 +318,11 @@ def judge(code: int | None, said: str, before: dict[str, str], after: dict[str, 
         return f"fault: a traceback beside the refusal, {said[-200:]}"
     if len(lines) != 1:
         return f"fault: {len(lines)} lines for a refusal"
-    if len(lines[0]) > LONGEST:
+    if len(lines[0]) > LONGEST_LINE or CUT in lines[0]:
         return f"fault: a line of {len(lines[0])} characters: {lines[0][:60]}"
-    changed = [name for name in before if after.get(name) != before[name]]
-    new = [name for name in after if name not in before and not set(Path(name).parts) & set(MADE_BEFORE)]
-    if changed or new:
-        return f"fault: a refused command wrote {[*changed, *new]}: {lines[0][:100]}"
+    changed = {name for name in {*before, *after} if after.get(name) != before.get(name)} - set(finished)
+    if changed:
+        return f"fault: a refused command wrote {sorted(changed)}: {lines[0][:100]}"
     return "refused"
 
 

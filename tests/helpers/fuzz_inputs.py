@@ -26,6 +26,7 @@ from mechedit.moments import MomentsConfig
 from mechedit.selection import RULES, SelectConfig
 from mechedit.sweep import SweepConfig
 from mechedit.trace import METRICS, Approximation, Corruption, TraceConfig
+from mechedit.tuning import TuneConfig
 
 COMMANDS: Mapping[str, Any] = {command.name: command.callback for command in app.registered_commands}  # type: ignore[misc]
 
@@ -51,6 +52,16 @@ BASE: dict[str, dict[str, str]] = {
     },
     "apply": {"edit": "edit.safetensors", "format": "lora", "out": "out"},
     "report": {"": "run"},
+    "tune": {
+        "": "tiny",
+        "requests": "many.json",
+        "moments": "run",
+        "windows": "0-0,0-1",
+        "facts": "4",
+        "edits": "8",
+        "set": "steps=1",
+        "out": "out",
+    },
     "run": {
         "facts": "facts.json",
         "requests": "requests.json",
@@ -82,6 +93,7 @@ READ: dict[str, tuple[str, ...]] = {
         "run/scores.parquet",
         "edit.safetensors",
     ),
+    "tune": ("many.json", "run/moments/layer_0.safetensors", "config.yaml"),
     "run": ("facts.json", "requests.json", "texts.txt", "config.yaml"),
 }
 """Files that a command reads, which may be damaged; the command is pointed to them."""
@@ -104,7 +116,7 @@ GOOD_TEXT: dict[str, list[str]] = {
     "device": ["cpu"],
     "dtype": ["float32"],
     "facts": ["facts.json", "facts.csv", "facts.jsonl"],
-    "requests": ["requests.json", "requests.csv"],
+    "requests": ["requests.json", "requests.csv", "many.json"],
     "texts": ["texts.txt", "texts.jsonl"],
     "references": [],
     "out": ["out", "run", "deeper/out"],
@@ -139,8 +151,12 @@ class Damage:
     seed: int
 
     def apply(self, folder: Path) -> None:
-        """Damage the file in a folder."""
-        damage_file(folder / self.file, random.Random(self.seed))
+        """Damage the file in a folder; mostly one without checksums, which would hide what its readers do."""
+        draw = random.Random(self.seed)
+        path = folder / self.file
+        if draw.random() < 0.75:
+            forget_checksums(path)
+        damage_file(path, draw)
 
 
 @dataclass(frozen=True)
@@ -187,7 +203,16 @@ def parameters(command: str) -> dict[str, Parameter]:
 
 def choices() -> dict[str, list[str]]:
     """The values of every field of the settings that is annotated as a Literal."""
-    kinds = [TraceConfig, Corruption, Approximation, SelectConfig, SweepConfig, EvaluationConfig, MomentsConfig]
+    kinds = [
+        TraceConfig,
+        Corruption,
+        Approximation,
+        SelectConfig,
+        SweepConfig,
+        EvaluationConfig,
+        MomentsConfig,
+        TuneConfig,
+    ]
     by_name: dict[str, list[str]] = {}
     for kind in [*kinds, *(method.config for method in METHODS.values())]:
         for name, hint in get_type_hints(kind).items():
@@ -248,7 +273,17 @@ def bad_values(param: Parameter) -> st.SearchStrategy[str]:
 @st.composite
 def examples(draw: st.DrawFn) -> Example:
     """A command that works, with up to three options replaced and perhaps a file damaged."""
-    weights = {"trace": 3, "select": 3, "moments": 3, "edit": 4, "evaluate": 3, "apply": 2, "report": 1, "run": 1}
+    weights = {
+        "trace": 3,
+        "select": 3,
+        "moments": 3,
+        "edit": 4,
+        "evaluate": 3,
+        "apply": 2,
+        "report": 1,
+        "run": 1,
+        "tune": 1,
+    }
     command = draw(st.sampled_from([name for name, weight in weights.items() for _ in range(weight)]))
     available = parameters(command)
     values: dict[str, str | None] = dict(BASE[command])
@@ -282,6 +317,32 @@ _VALUES: list[Any] = [
     None, True, [], {}, "", 0, -1, 1.5, 10**30, 1e308, float("nan"), float("inf"), "\ud800", "a" * 20_000, "{}", "\x00",
     [[[[]]]], {"a": {"b": None}}, "1", ["a"], -(2**63), "é\n",
 ]  # fmt: skip
+
+
+def forget_checksums(path: Path) -> None:
+    """Make a file one of an earlier release, and its folder's stamps too."""
+    stamps = path.parent / "config.json"
+    if stamps.is_file():
+        content = json.loads(stamps.read_text())
+        for stamp in content["steps"].values():
+            stamp.pop("files", None)
+        stamps.write_text(json.dumps(content))
+    if path.name in ("selection.json", "summary.json") and path.is_file():
+        content = json.loads(path.read_text())
+        content.pop("sha256", None)
+        path.write_text(json.dumps(content))
+    if path.suffix == ".safetensors":
+        content = path.read_bytes()
+        (size,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + size])
+        for name, text in header["__metadata__"].items():
+            fields = json.loads(text)
+            if isinstance(fields, dict):
+                header["__metadata__"][name] = json.dumps(
+                    {key: value for key, value in fields.items() if key not in ("header_sha256", "sha256")}
+                )
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
 
 
 def damage_file(path: Path, draw: random.Random) -> None:
