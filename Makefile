@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test types fuzz docs families real clean
+.PHONY: run test types fuzz torture docs families real clean
 
 run: .venv/ready
 	$(BIN)/mechedit run --no-tuned --out run
@@ -23,6 +23,13 @@ types: .venv/ready-dev
 fuzz: .venv/ready-dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=.:tests \
 	    $(BIN)/python -m helpers.fuzz --seconds 1200 $(FUZZ)
+
+# Commands that write, killed at 25 random moments and given a full disk; KILLS and SEED choose others.
+torture: KILLS ?= 25
+torture: SEED ?= $(shell date +%s)
+torture: .venv/ready-dev
+	@echo "seed $(SEED)"
+	MECHEDIT_KILLS=$(KILLS) MECHEDIT_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -rP tests/test_killed.py
 
 docs: .venv/ready-dev
 	rm -rf docs/_build

@@ -1,0 +1,268 @@
+"""Commands that are killed at any moment, whose disk is full, or whose folder nobody may write to.
+
+A command that was killed or ran out of space gives, run again, the same bytes as one that nothing interrupted.
+`make torture` kills each command `MECHEDIT_KILLS` times at moments drawn from `MECHEDIT_SEED`; without these a test
+kills twice, at moments that are the same each time: once after a time, once before a change in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers.zygote import Ended, Zygote
+
+import mechedit as me
+from mechedit.data import tiny_data
+from mechedit.files import open_tensors, read_tensors
+
+KILLS = int(os.environ.get("MECHEDIT_KILLS", "2"))
+SEED = int(os.environ.get("MECHEDIT_SEED", "0"))
+DISKS = max(1, KILLS // 5)
+"""Full disks of each kind per command."""
+MOMENTS = "moments --layers 1-2 --texts texts.txt --checkpoint-seconds 0 --out run"
+EDIT = "edit --requests requests.json --layers 1-2 --moments run --set steps=2 --out edit.safetensors"
+COMMANDS: dict[str, tuple[list[str], str]] = {
+    "shard": ([], f"{MOMENTS} --shard 0/2"),
+    "merge": ([f"{MOMENTS} --shard 0/2", f"{MOMENTS} --shard 1/2"], "moments --merge --out run"),
+    "edit": ([MOMENTS], EDIT),
+    "lora": ([MOMENTS, EDIT], "apply --edit edit.safetensors --format lora --out adapter"),
+}
+"""Commands that write, after those that make what it reads."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, the folder in which it begins, and what it does there when nothing interrupts it."""
+
+    name: str
+    arguments: list[str]
+    before: Path
+    uninterrupted: Ended
+    expected: dict[str, bytes | None]
+
+    def copy(self, folder: Path) -> Path:
+        """A new copy of the folder in which it begins."""
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.before, folder, symlinks=True)
+        return folder
+
+    @property
+    def written(self) -> list[int]:
+        """Sizes of the files that it writes, ascending."""
+        before = contents(self.before)
+        return sorted(len(data) for name, data in self.expected.items() if data and before.get(name) != data)
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def prepare(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
+    """Makes the folder in which a command begins, by those that come before it; each chain of them runs once."""
+    folders: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("prepared")
+
+    def prepared(commands: list[str]) -> Path:
+        key = "\n".join(commands)
+        if key not in folders:
+            before = prepared(commands[:-1]) if commands else None
+            folder = folders[key] = root / str(len(folders))
+            if before:
+                shutil.copytree(before, folder)
+                ended = zygote.run(commands[-1].split(), folder)
+                assert ended.code in (0, 3), ended.printed
+            else:
+                folder.mkdir()
+                texts = me.load_texts("tiny")[:200]
+                (folder / "texts.txt").write_text("\n".join(text.replace("\n", " ") for text in texts))
+                requests = json.loads(tiny_data("requests.json").read_text())[:2]
+                (folder / "requests.json").write_text(json.dumps(requests))
+        return folders[key]
+
+    return prepared
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def command(
+    request: pytest.FixtureRequest,
+    zygote: Zygote,
+    prepare: Callable[[list[str]], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Command:
+    """A command that has been run once."""
+    earlier, words = COMMANDS[request.param]
+    before, folder = prepare(earlier), tmp_path_factory.mktemp("uninterrupted") / "folder"
+    shutil.copytree(before, folder)
+    ended = zygote.run(words.split(), folder)
+    assert ended.code in (0, 3), ended.printed
+    expected = contents(folder)
+    shutil.rmtree(folder)
+    assert differences(before, expected), "the command writes"
+    return Command(request.param, words.split(), before, ended, expected)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """The bytes of every file below a folder, hidden ones too, and None for each folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def differences(folder: Path, expected: dict[str, bytes | None]) -> list[str]:
+    """Names of what differs."""
+    actual = contents(folder)
+    return sorted({name for name, _ in {*actual.items()} ^ {*expected.items()}})
+
+
+def killed(zygote: Zygote, command: Command, folder: Path, draw: random.Random, *, at_change: bool) -> str:
+    """Run a command and kill it at a random moment, in a folder in which it begins; the moment in words."""
+    latest = command.uninterrupted.changes if at_change else command.uninterrupted.seconds
+    while True:
+        moment = draw.randint(1, max(1, int(latest))) if at_change else draw.uniform(0, latest)
+        limits = {"kill_at" if at_change else "kill_after": moment}
+        if zygote.run(command.arguments, command.copy(folder), **limits).code == -9:
+            return f"change {moment} of {latest}" if at_change else f"{moment:.3f} of {latest:.3f} seconds"
+        latest = moment  # it ended before that
+
+
+def test_a_killed_command_gives_the_bytes_of_one_that_nothing_interrupted(
+    zygote: Zygote, command: Command, tmp_path: Path
+) -> None:
+    draw, folder, midway = random.Random(f"{SEED} {command.name}"), tmp_path / "killed", 0
+    for number in range(KILLS):
+        moment = killed(zygote, command, folder, draw, at_change=bool(number % 2))
+        midway += bool(differences(folder, contents(command.before)) and differences(folder, command.expected))
+        again = zygote.run(command.arguments, folder)
+        assert again.code == command.uninterrupted.code or "exists" in again.printed, f"{moment}: {again.printed}"
+        assert not differences(folder, command.expected), f"killed at {moment}"
+    assert midway or KILLS < 10, "some kills leave a part of the files"
+    print(f"{command.name}: {KILLS} kills, {midway} with a part of the files there; seed {SEED}")
+
+
+def check_full(ended: Ended, command: Command, folder: Path, reason: str) -> None:
+    """What has to hold of a command whose disk was full."""
+    assert ended.code == 2, ended.printed
+    assert "Traceback" not in ended.printed
+    assert len(ended.refusals) == 1, ended.printed
+    assert reason in ended.refusals[0]
+    before, actual = contents(command.before), contents(folder)
+    assert not [name for name in actual if ".mechedit-" in name or name.endswith(".lock")]
+    for name, data in actual.items():
+        if data is None or data in (before.get(name), command.expected.get(name)):
+            continue
+        if name in command.expected and Path(name).suffix == ".safetensors":
+            with open_tensors(folder / name) as reader:
+                (key,) = reader.metadata()
+            read_tensors(folder / name, key)  # a checkpoint, which is whole by its checksums
+        elif name in command.expected:  # stamps, and the seconds of a search, come with each step
+            json.loads(data)
+            assert Path(name).name in ("config.json", "drawn.json") or "ledger" in Path(name).parts, f"half of {name}"
+
+
+def check_again(zygote: Zygote, command: Command, folder: Path) -> None:
+    """With space, the same command gives the same bytes."""
+    again = zygote.run(command.arguments, folder)
+    assert again.code == command.uninterrupted.code, again.printed
+    assert not differences(folder, command.expected)
+
+
+def test_files_that_may_not_grow_end_a_command_in_one_line(zygote: Zygote, command: Command, tmp_path: Path) -> None:
+    draw = random.Random(f"{SEED} {command.name}")
+    for _ in range(DISKS):
+        folder, limit = command.copy(tmp_path / "full"), draw.randrange(draw.choice(command.written))
+        ended = zygote.run(command.arguments, folder, largest=limit)
+        check_full(ended, command, folder, "File too large")
+        check_again(zygote, command, folder)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts file systems of a size; the one before is gone."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def unmount() -> None:
+        if os.path.ismount(disk):
+            subprocess.run(["umount", str(disk)], check=True)
+
+    def mount(size: int) -> Path:
+        unmount()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        ended = subprocess.run(words, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            pytest.skip(f"this machine mounts no file system: {ended.stderr.strip()}")
+        return disk
+
+    yield mount
+    unmount()
+
+
+def pages(folder_contents: dict[str, bytes | None]) -> int:
+    """Bytes that files take on a disk of pages."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return sum(-(-len(data) // page) * page for data in folder_contents.values() if data)
+
+
+def test_a_full_disk_ends_a_command_in_one_line(
+    zygote: Zygote, command: Command, mounted: Callable[[int], Path], tmp_path: Path
+) -> None:
+    draw, before = random.Random(f"{SEED} {command.name}"), pages(contents(command.before))
+    for _ in range(DISKS):
+        free = pages(command.expected) - before
+        while True:
+            free = draw.randrange(max(free, 2))
+            folder = command.copy(mounted(before + free + os.sysconf("SC_PAGE_SIZE")) / "full")
+            ended = zygote.run(command.arguments, folder)
+            if ended.code != command.uninterrupted.code:
+                break  # else that much was enough
+        check_full(ended, command, folder, "No space left on device")
+        shutil.rmtree(tmp_path / "roomy", ignore_errors=True)
+        check_again(zygote, command, Path(shutil.copytree(folder, tmp_path / "roomy")))
+
+
+def test_folders_that_nobody_may_write_to_are_refused_in_one_line(
+    zygote: Zygote, command: Command, tmp_path: Path
+) -> None:
+    folder = command.copy(tmp_path / "unwritable")
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    for path in folders:
+        path.chmod(0o555)
+    ended = zygote.run(command.arguments, folder, unprivileged=True)
+    for path in folders:
+        path.chmod(0o755)
+    assert ended.code == 2, ended.printed
+    assert len(ended.refusals) == 1, ended.printed
+    assert "Permission denied" in ended.refusals[0]
+    assert not differences(folder, contents(command.before))
+    check_again(zygote, command, folder)
+
+
+READ = (("edit", "requests.json"),)
+"""Commands, and files that they read."""
+
+
+@pytest.mark.parametrize(("name", "file"), READ)
+def test_files_that_nobody_may_read_are_refused_in_one_line(
+    zygote: Zygote, prepare: Callable[[list[str]], Path], tmp_path: Path, name: str, file: str
+) -> None:
+    earlier, words = COMMANDS[name]
+    before = prepare(earlier)
+    folder = Path(shutil.copytree(before, tmp_path / "unreadable"))
+    (folder / file).chmod(0)
+    ended = zygote.run(words.split(), folder, unprivileged=True)
+    (folder / file).chmod(0o644)
+    assert ended.code == 2, ended.printed
+    assert len(ended.refusals) == 1, ended.printed
+    assert "Permission denied" in ended.refusals[0]
+    assert file in ended.refusals[0]
+    assert not {name for name in differences(folder, contents(before)) if not (folder / name).is_dir()}
