@@ -95,14 +95,13 @@ def test_a_folder_of_any_name_is_written_to_and_named_in_one_line(zygote: Zygote
 )
 def test_bytes_that_are_no_utf8_are_refused(zygote: Zygote, folder: Path, words: list[str]) -> None:
     """Some libraries cannot write to such a path."""
-    before = sorted(folder.iterdir())
     ended = zygote.run(words, folder)
     check_lines(ended, 2)
     assert "latin-\\udce9" in ended.refusals[0]
-    assert sorted(folder.iterdir()) == before
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["texts.txt"]
 
 
-def test_all_steps_in_a_folder_and_of_records_with_such_names(zygote: Zygote, folder: Path) -> None:
+def test_steps_in_a_folder_and_of_records_with_such_names(zygote: Zygote, folder: Path) -> None:
     facts = [fact.plain() for fact in me.load_facts("known")[:12]]
     odd = list(NAMES.values())
     for number, fact in enumerate(facts):
@@ -120,15 +119,11 @@ def test_all_steps_in_a_folder_and_of_records_with_such_names(zygote: Zygote, fo
         f"moments --layers=1 --texts=texts.txt --out={ALL}",
         f"edit --requests=requests.json --layers=1 --moments={ALL} --set=steps=1 --out={ALL}/edit.safetensors",
         f"edit --show={ALL}/edit.safetensors",
-        f"evaluate --edit={ALL}/edit.safetensors --requests=requests.json --generation-prompts=0 --out={ALL}",
-        f"report {ALL}",
-        f"apply --edit={ALL}/edit.safetensors --format=lora --out={ALL}/adapter",
     ]
     for command in commands:
         words = [word.replace("\0", ALL) for word in command.replace(ALL, "\0").split(" ")]
         check_lines(zygote.run(words, folder), 0, 3)
-    page = (folder / ALL / "report.html").read_text(encoding="utf-8")
-    assert "<table" in page
+    assert (folder / ALL / "edit.safetensors").is_file()
 
 
 def test_what_moves_a_cursor_or_turns_text_is_escaped_and_letters_are_not() -> None:
