@@ -1,39 +1,57 @@
-"""Draw the README's picture from a run folder: `make run`, then `python docs/images/make.py run`."""
+"""Draw the README's picture of a model from a folder of `mechedit run`.
+
+python docs/images/make.py run tiny                     # after `make run`
+python docs/images/make.py smollm2/run smollm2          # after analyses.real_models.page; traces one more fact
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
+import mechedit as me
 from mechedit.figures import PaperFigure, paper_style, plot_fact, plot_severed
-from mechedit.files import read_json
 from mechedit.tables import read_table, where
 
 FACT = "electricidad/tool"
+"""The tiny model's, of those in its run."""
+EIFFEL = me.Fact(id="eiffel", subject="The Eiffel Tower", prompt="{} is located in the city of", object="Paris")
 
 
-def picture(run: Path) -> Figure:
-    """One fact's states as a heatmap, and the average effect at the subject's last token, whole and severed."""
-    effects = read_table(run / "effects.parquet")
-    layers = read_json(run / "selection.json")["layers"]
-    shown = where(effects, kind="state", metric="probability")
-    known = set(shown["fact"])
-    fact = FACT if FACT in known else sorted(known)[0]
+def picture(fact: pd.DataFrame, shown: pd.DataFrame, layers: tuple[int, ...]) -> Figure:
+    """One fact's states as a heatmap, and the average effect at the subject's last token, whole and severed.
+
+    Args:
+        fact: effects of the one, with nothing severed.
+        shown: effects of all, of states.
+        layers: to be marked.
+    """
     with paper_style():
         figure = PaperFigure(figsize=(7.2, 2.7), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-        plot_fact(where(shown, fact=fact, sever="nothing"), left)
-        plot_severed(shown, right, layers)
+        plot_fact(fact, left)
+        plot_severed(shown, right, list(layers))
     return figure
 
 
 def main() -> None:
-    """Write tiny_trace.png beside this file."""
-    figure = picture(Path(sys.argv[1]))
+    """Write NAME_trace.png beside this file."""
+    run, name = Path(sys.argv[1]), sys.argv[2]
+    shown = where(read_table(run / "effects.parquet"), kind="state", metric="probability")
+    selection = me.Selection.load(run / "selection.json")
+    if name == "tiny":
+        fact = where(shown, fact=FACT, sever="nothing")
+    else:
+        traced = me.trace_facts(
+            me.load_model(selection.provenance["model"]), [EIFFEL], me.TraceConfig(kinds=("state",))
+        )
+        fact = where(traced, metric="probability")
+    figure = picture(fact, shown, selection.layers)
     with paper_style():
-        figure.savefig(Path(__file__).parent / "tiny_trace.png", dpi=200)
+        figure.savefig(Path(__file__).parent / f"{name}_trace.png", dpi=200)
 
 
 if __name__ == "__main__":
