@@ -124,7 +124,7 @@ def _check_values(frame: pd.DataFrame, path: str | Path) -> None:
         InputError: names the column.
     """
     for name in LABELS.intersection(map(str, frame.columns)):
-        if frame[name].isna().any():
+        if frame[name].isna().to_numpy().any():
             raise InputError(
                 f"the column {name!r} of the table {str(path)!r} has gaps, expected a value in each row; make the "
                 f"table again"

@@ -100,7 +100,7 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def _cell(entry: pd.Series) -> str:
     """A mean and half its interval, where it has one."""
-    mean, low, high = (float(entry[name]) for name in ("mean", "low", "high"))
+    mean, low, high = entry.loc[["mean", "low", "high"]].to_numpy(dtype=float)
     return f"{mean:.1f}" + ("" if np.isnan(low) else f" (±{(high - low) / 2:.1f})")
 
 
