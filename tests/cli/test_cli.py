@@ -122,7 +122,7 @@ def unwritten_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["moments", "--merge", "--shard", "0/4"], "give it without --shard"),
         (["moments", "--shard", "0/4", "--npz", "stats"], "--npz needs the sum over all parts; give it with --merge"),
         (["moments", "--merge", "--out", "."], "holds shards of the layers [], expected some"),
-        (["edit", "--moments", "."], "either by --layers or by --selection"),
+        (["edit", "--moments", "."], "give the layers, or tune them (mechedit tune)"),
         (["edit", "--layers", "1-2", "--moments", "/no/such"], "/no/such"),
         (["edit", "--show", "/no/such.safetensors"], "cannot read"),
         (["apply", "--edit", "/no/such.safetensors", "--out", "there"], "cannot read"),
