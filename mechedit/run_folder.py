@@ -35,7 +35,7 @@ from mechedit.provenance import (
 from mechedit.records import ModelRecord, check_record
 from mechedit.temporary_names import sweep
 
-_FOLDERS = (".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts")
+_FOLDERS = (".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts", "finals")
 """Folders of a run folder in which files are written."""
 
 

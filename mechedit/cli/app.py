@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mechedit.cli.config_file import config_defaults
+from mechedit.cli.new_folders import no_empty_folders
 from mechedit.disk_errors import disk_error
 from mechedit.errors import InputError
 from mechedit.provenance import VERSION
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = typer.main.get_command(app)
     try:
-        with plain_warnings():
+        with plain_warnings(), no_empty_folders():
             defaults = config_defaults(command, arguments)
             code = command.main(args=arguments, prog_name="mechedit", standalone_mode=False, default_map=defaults)
     except UsageError as error:

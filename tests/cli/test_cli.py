@@ -706,3 +706,15 @@ def test_warnings_are_a_line_without_the_place_in_the_source() -> None:
         assert "f.py:3: DeprecationWarning: old" in warnings.formatwarning("old", DeprecationWarning, "f.py", 3)
     assert warnings.formatwarning is standard
     assert "f.py:3: UserWarning: new" in warnings.formatwarning("new", UserWarning, "f.py", 3)
+
+
+def test_a_refused_command_leaves_no_empty_folder_and_no_other_is_removed(tmp_path, capsys):
+    wrong = ["trace", "--facts", tmp_path / "none.json", "--out"]
+    assert "none.json" in complaint(capsys, *wrong, tmp_path / "a" / "b" / "run")
+    assert list(tmp_path.iterdir()) == [], "the folder and the parents that it was made with"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for name in ("empty", "full", "full/run"):
+        complaint(capsys, *wrong, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "full", "mine.txt"]
