@@ -193,10 +193,13 @@ def test_the_ledger_follows_the_weights(half_model: Any) -> None:
 def test_an_overflow_is_refused(make_hf: Any, tokenizer: Any, dtype: torch.dtype, size: float) -> None:
     model = load_model(make_hf("gpt2").to(dtype), tokenizer=tokenizer)
     before = weights(model)
+    unit = size**0.5  # neither factor alone is out of bounds
     fits, bursts = (
         Edit(
             factors={
-                layer: Factors(left=torch.full((96, 1), scale).double(), right=torch.full((1, 32), 60.0).double())
+                layer: Factors(
+                    left=torch.full((96, 1), scale / unit).double(), right=torch.full((1, 32), 60.0 * unit).double()
+                )
                 for layer, scale in zip(LAYERS, (1.0, last), strict=True)
             },
             manifest={"model": model.provenance()},
