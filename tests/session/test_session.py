@@ -533,7 +533,7 @@ def test_a_damaged_folder_is_refused(begin: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="number = 3, expected 2"):
         begin(folder=tmp_path)
     (tmp_path / "session.json").write_text("{}")
-    with pytest.raises(InputError, match="does not describe a session"):
+    with pytest.raises(InputError, match="'made_with' is absent"):
         begin(folder=tmp_path)
     (tmp_path / "session.json").unlink()
     with pytest.raises(InputError, match=r"no session\.json"):
