@@ -149,7 +149,10 @@ class RunFolder:
         """Put a stamp after those of the other steps, which other processes may write meanwhile, or remove it."""
         file = self.path / "config.json"
         with locked(file, repr(str(file)), wait=True):
-            stamps = {step: recorded for step, recorded in self.stamps().items() if step != name}
+            before = self.stamps()
+            if stamp is None and name not in before:
+                return  # a step that is refused before it began writes nothing
+            stamps = {step: recorded for step, recorded in before.items() if step != name}
             if stamp is not None:
                 stamps[name] = dict(stamp)
             write_json(file, {"mechedit": VERSION, "steps": stamps})

@@ -12,7 +12,7 @@ import pytest
 
 import mechedit as me
 from mechedit import pipeline, provenance, run_folder
-from mechedit.cache import Codec
+from mechedit.cache import PARQUET, Codec
 from mechedit.errors import InputError
 from mechedit.files import read_json, read_tensors, write_json, write_tensors
 from mechedit.models import backend
@@ -199,3 +199,14 @@ def test_a_renamed_model_and_a_new_release_make_neither_trace_nor_moments_again(
     monkeypatch.setitem(ALGORITHMS, "moments", 2)
     with pytest.raises(InputError, match="made with algorithm = 1, expected 2"):
         pipeline.moments_step(run, renamed, texts, [2], reading)
+
+
+def test_a_refused_first_step_writes_nothing(tmp_path):
+    folder = RunFolder.at(tmp_path / "run")
+
+    def refused() -> str:
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        folder.step("trace", {"model": MODEL}, refused, PARQUET, at="effects.parquet")
+    assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == []
