@@ -235,7 +235,12 @@ def test_every_command_that_reads_a_table_notices_a_flipped_bit(run: Path, file:
 
 
 @pytest.mark.usefixtures("large")
-def test_the_option_verify_checks_the_contents_of_large_files(run: Path, capsys: Any) -> None:
+def test_the_option_verify_checks_the_contents_of_large_files(
+    run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The page checks its files itself; to draw the figures takes a hundred times as long.
+    monkeypatch.setattr("mechedit.cli.report.run_figures", Path)
+
     def code(*arguments: str) -> int:
         with pytest.raises(SystemExit) as leaving:
             main(["report", str(run), *arguments])
