@@ -204,7 +204,7 @@ def test_a_renamed_model_and_a_new_release_make_neither_trace_nor_moments_again(
 def test_a_refused_first_step_writes_nothing(tmp_path):
     folder = RunFolder.at(tmp_path / "run")
 
-    def refused() -> str:
+    def refused() -> Any:
         raise InputError("no")
 
     with pytest.raises(InputError, match="no"):
