@@ -58,10 +58,19 @@ RANGE_ROW = 0.125
 
 
 def _ranges(selection: Mapping[str, Any]) -> list[tuple[str, Sequence[int], str]]:
-    """Label, layers and color of each range: the chosen one, those of other rules, published ones."""
+    """Label, layers and color of each range: the chosen one, those of other rules, published ones.
+
+    Where edits chose, the range of the rule stands among those that were not chosen.
+    """
     rule, alternatives = selection.get("rule") or "a rule", selection.get("alternatives") or {}
     ranges: list[tuple[str, Sequence[int], str]] = []
-    ranges.append((f"{rule} (chosen)", selection["layers"], INK) if selection["layers"] else ("none chosen", [], INK))
+    by = (selection.get("validation") or {}).get("by") or "trace"
+    chooser = {"trace": rule, "both": "trace and edits"}.get(by, "edits")
+    ranges.append(
+        (f"{chooser} (chosen)", selection["layers"], INK) if selection["layers"] else ("none chosen", [], INK)
+    )
+    if by != "trace" and (traced := (selection.get("rules") or {}).get(rule, {}).get("layers")):
+        ranges.append((rule, traced, BLUE))
     ranges += [(rule, layers, BLUE) for rule, layers in alternatives.items() if layers]
     if selection["layers"] and (without := [rule for rule, layers in alternatives.items() if not layers]):
         ranges.append((f"none by {', '.join(without)}", [], BLUE))

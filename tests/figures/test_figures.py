@@ -29,6 +29,7 @@ from mechedit.figures import (
     save_figure,
     trace_figures,
 )
+from mechedit.figures.selection import _ranges
 from mechedit.figures.style import heat_colors, runs, wrapped
 from mechedit.trace import average_effects
 
@@ -575,3 +576,17 @@ def test_figures_are_drawn_again_only_where_their_results_or_files_changed(tmp_p
     for note in ("null", '{"files": 5}'):
         (tmp_path / "figures" / "drawn.json").write_text(note)
         assert len(refresh_figures(tmp_path)) == len(written)
+
+
+def test_layers_that_edits_chose_are_not_said_to_be_the_rules() -> None:
+    selection = make_selection()
+    assert [label for label, _, _ in _ranges(selection)][0] == "contribution (chosen)"
+    by_edits = {
+        **selection,
+        "layers": [6, 7],
+        "validation": {"by": "sweep"},
+        "rules": {"contribution": {"layers": [2, 3, 4, 5]}},
+    }
+    ranges = {label: layers for label, layers, _ in _ranges(by_edits)}
+    assert ranges["edits (chosen)"] == [6, 7]
+    assert ranges["contribution"] == [2, 3, 4, 5]
