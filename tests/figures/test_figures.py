@@ -580,7 +580,7 @@ def test_figures_are_drawn_again_only_where_their_results_or_files_changed(tmp_p
 
 def test_layers_that_edits_chose_are_not_said_to_be_the_rules() -> None:
     selection = make_selection()
-    assert [label for label, _, _ in _ranges(selection)][0] == "contribution (chosen)"
+    assert _ranges(selection)[0][0] == "contribution (chosen)"
     by_edits = {
         **selection,
         "layers": [6, 7],
