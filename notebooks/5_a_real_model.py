@@ -18,7 +18,7 @@
 # **What you will learn**
 #
 # - what the four other notebooks look like on a model that was not made for this package: SmolLM2 with 135 million
-#   parameters, pretrained on two trillion tokens;
+#   parameters;
 # - why tracing does not settle which layers to edit there, and how a short sweep of edits does;
 # - what untuned settings install, what they leave alone, and what is still wrong afterwards.
 #
