@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import mechedit as me
 from analyses.common.frames import means_by, total_effect
+from analyses.common.printing import markdown_table
 from mechedit.batching import group_by_shape
 from mechedit.files import read_json, write_parquet
 from mechedit.models import Patch
@@ -224,8 +225,7 @@ def percents(curve: Iterable[float]) -> str:
 def markdown(frame: pd.DataFrame) -> str:
     """A frame as a Markdown table."""
     rows = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in frame.to_numpy()]
-    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown_table(list(map(str, frame.columns)), rows) + "\n"
 
 
 def pack(folders: Sequence[Path], path: Path) -> None:

@@ -18,9 +18,7 @@ import numpy as np
 import pandas as pd
 
 import mechedit as me
-from analyses.common.frames import records
-from analyses.common.printing import markdown_table
-from analyses.planted_truth.measure import precision_and_iou, summarize
+from analyses.planted_truth.measure import markdown, precision_and_iou, summarize
 from mechedit.tables import read_table
 
 FILE = Path(__file__).parents[2] / "tests" / "selection" / "planted_effects.parquet"
@@ -101,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("file", type=Path, nargs="?", default=FILE, help="effects of planted models, with their truth")
     table = compared(read_table(parser.parse_args(arguments).file))
-    rows = [[f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row.values()] for row in records(table)]
-    print(markdown_table(list(table.columns), rows))
+    print(markdown(table), end="")
 
 
 if __name__ == "__main__":
