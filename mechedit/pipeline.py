@@ -62,6 +62,8 @@ Protocol = Literal["counterfact", "zsre"]
 
 SWEEP: Codec[Sweep] = codec_of(Sweep, files=("sweep.parquet", "sweep_cases.parquet"))
 FINALS = "finals"
+MOST_REQUESTS = 3 * SweepConfig.requests
+"""Requests of the last round of a short sweep, between the windows that the first could not tell apart."""
 """Folder of the sweep in which the best windows meet once more."""
 EDIT: Codec[Edit] = codec_of(Edit, suffix=".safetensors")
 SCORES: Codec[Scores] = codec_of(Scores, files=SCORE_FILES)
@@ -271,7 +273,9 @@ def validate_step(
         validation = validate_selection(swept, gap, selection.layers, held_out=n_held_out, notes=notes)
         decided = decide_layers(selection, validation, swept, gap, sweep.by)
         agreed = decided.validation["agreement"] or 0.0
-        if most_requests and agreed < selection.settings["agreement"] and len(best := finalists(swept)) > 1:
+        chosen = Window(decided.layers[0], decided.layers[-1]) if decided.layers else None
+        unsure = chosen is not None and agreed < selection.settings["agreement"]
+        if most_requests and unsure and len(best := finalists(swept, chosen)) > 1:
             more = held_out(requests, traced, most_requests, sweep.seed).requests
             if len(more) > len(sample.requests):
                 final = sweep_step(folder, model, more, moments, best, method, config, seed=sweep.seed, name=FINALS)
@@ -290,19 +294,22 @@ def settle_step(
     config: MethodConfig,
     reading: MomentsConfig,
     *,
+    by: str,
     seed: int,
 ) -> Selection:
     """Let edits decide: a short sweep (`short_sweep`), and the best of its windows again with three times the requests.
 
-    Its windows are the ranges that resamples and other rules give, and the depth in steps; its requests are about
-    subjects that were not traced. What it writes, and its errors, are those of `validate_step`.
+    Of windows that score alike the one is taken that the trace prefers, unless `by` is `sweep`
+    (`choose_window`). The windows are the ranges that resamples and other rules give, and the depth in steps; the
+    requests are about subjects that were not traced. What it writes, and its errors, are those of `validate_step`.
     """
     ranges = [selection.layers, *(candidate.layers for candidate in selection.candidates)]
     width = moving_width(model.n_layers, SelectConfig(**selection.settings))
     windows = tuple(short_sweep([*ranges, *selection.alternatives.values()], model.n_layers, width))
-    sweep = SweepConfig(by="sweep", windows=windows, seed=seed)
-    most = 3 * sweep.requests
-    return validate_step(folder, model, selection, requests, texts, sweep, method, config, reading, most_requests=most)
+    sweep = SweepConfig(by=by if selection.layers else "sweep", windows=windows, seed=seed)
+    return validate_step(
+        folder, model, selection, requests, texts, sweep, method, config, reading, most_requests=MOST_REQUESTS
+    )
 
 
 def check_traced(folder: RunFolder, model: Model) -> None:

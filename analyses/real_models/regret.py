@@ -3,7 +3,7 @@
     python -m analyses.real_models.regret MODEL --run DIR --requests FILE --moments DIR --out DIR
 
 MODEL is tiny, smollm2, gemma3 or a folder; `--run` a folder of `mechedit run` or `select` on it, whose effects every
-rule selects from and whose selection.json holds the choice to be judged.
+rule selects from, with its sweep where there is one.
 
 1. Screening: windows of one width, ending at every second layer, and then all widths up to six at the best ends, are
    edited with a few requests.
@@ -36,9 +36,9 @@ from mechedit.data import load_requests
 from mechedit.errors import InputError
 from mechedit.files import write_json
 from mechedit.methods import METHODS
-from mechedit.selection import SelectConfig, moving_width
+from mechedit.selection import SelectConfig, moving_width, subject_effects
 from mechedit.statistics import harmonic_mean
-from mechedit.sweep import Sweep, Window, sweep_windows
+from mechedit.sweep import Sweep, Window, choose_window, sweep_windows, window_agreement
 from mechedit.sweep.sweep import by_case
 from mechedit.tables import read_table, where
 
@@ -93,22 +93,26 @@ def ranked(sweep: Sweep) -> list[Window]:
 
 
 def windows_by_rule(run: Path, n_layers: int) -> dict[str, Any]:
-    """The layers of each rule and of each range that others use, and the run's choice.
+    """The layers of each rule and of each range that others use, and what the run's sweep chooses.
 
     Returns:
         By name: layers, stability and agreement where resamples of facts or requests say something of them.
     """
     effects = read_table(run / "effects.parquet", role="subject_last")
-    selection, chosen = me.select_layers(effects), me.Selection.load(run / "selection.json")
+    selection = me.select_layers(effects)
     rules: dict[str, Any] = {
         f"trace: {name}": {"layers": list(rule.layers), "stability": rule.stability, "agreement": rule.agreement}
         for name, rule in selection.rules.items()
     }
-    if chosen.validation.get("by") == "sweep":
-        validation = chosen.validation
-        rules["trace, then a short sweep (default)"] = {
-            "layers": list(chosen.layers), "stability": validation["stability"], "agreement": validation["agreement"]
-        }  # fmt: skip
+    if (run / "sweep.parquet").is_file():
+        gap = subject_effects(read_table(run / "effects.parquet"), SelectConfig()).gap
+        swept = Sweep.load(run / "finals" if (run / "finals" / "sweep.parquet").is_file() else run)
+        for name, by in {"short sweep and trace (default)": "both", "short sweep": "sweep"}.items():
+            if by == "both" and not selection.layers:
+                continue
+            window, stability = choose_window(swept, gap, selection.layers, by)
+            agreement = window_agreement(swept, window)
+            rules[name] = {"layers": window.layers, "stability": stability, "agreement": agreement}
     shares = {name: (round(low * n_layers), round(high * n_layers)) for name, (low, high) in SHARES.items()}
     for name, (first, last) in {**CONSTANTS, **shares}.items():
         if last < n_layers:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from mechedit import pipeline
 from mechedit.cli.app import say
@@ -39,10 +38,8 @@ from mechedit.moments import MomentsConfig
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig, Selection
+from mechedit.sweep import By
 from mechedit.trace import TraceConfig, UntilSettled
-
-FEWEST_OTHERS = 60
-"""Requests besides the edited ones that are enough to choose layers with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +58,10 @@ class RunOptions(
     all_facts: bool = False
     """Trace all facts of the sample, also where the selection has settled before; so it is with the tiny model and with
     --approximate."""
-    by: Literal["trace", "sweep"] | None = None
-    """How the layers are chosen: by the trace where it settles, or by a short sweep of held-out edits; by default
-    by the trace with the tiny model, and by a sweep with others, where tracing seldom says which layers edit well."""
+    by: By | None = None
+    """How the layers are chosen: by the trace where it settles, by a short sweep of held-out edits, or by both: of the
+    windows that edit as well as the best, the one that the trace prefers. By default by the trace with the tiny model,
+    and by both with others, where tracing alone seldom says which layers edit well."""
     accept_unsettled: bool = False
     """Edit the layers that the trace selects though resamples of the facts do not agree on them; else held-out edits
     decide."""
@@ -72,8 +70,8 @@ class RunOptions(
 
     def sweeps(self, selection: Selection) -> bool:
         """Whether edits decide though the trace has selected layers."""
-        by = self.by or ("trace" if suited_data(self.model) is TINY_DATA or self.accept_unsettled else "sweep")
-        return by == "sweep" and (selection.state != "no early site" or self.by == "sweep")
+        by = self.by or ("trace" if suited_data(self.model) is TINY_DATA or self.accept_unsettled else "both")
+        return by != "trace" and (selection.state != "no early site" or self.by == "sweep")
 
 
 @command(
@@ -85,7 +83,8 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     """All the steps: trace, select, moments, edit, evaluate, then figures and the report.
 
     On every model but the tiny one, and where resamples of the facts do not agree on the layers, windows of layers are
-    edited with requests about other subjects, and the best-scoring is taken. It ends with 3 where there is no early
+    edited with requests about other subjects; of those that score as well as the best the one is taken that the trace
+    prefers. It ends with 3 where there is no early
     site, or where no window can be told from the unedited model. Layers that were tuned for the model
     (`mechedit tune`) are edited whatever the trace selects.
     """
@@ -121,6 +120,7 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
             options.method,
             config,
             MomentsConfig(),
+            by="sweep" if options.by == "sweep" else "both",
             seed=options.seed,
         )
         say(selection.reason)
@@ -152,7 +152,7 @@ def others_than(requests: Sequence[EditRequest], all_requests: Sequence[EditRequ
     """
     edited = {request.subject for request in requests}
     others = [request for request in all_requests if request.subject not in edited]
-    return others if len(others) >= FEWEST_OTHERS else list(requests)
+    return others if len(others) >= pipeline.MOST_REQUESTS else list(requests)
 
 
 def _draw(folder: RunFolder) -> Path:

@@ -15,10 +15,11 @@ from mechedit.sweep.validation import (
     window_agreement,
     windows_near_best,
 )
-from mechedit.sweep.windows import HeldOut, SweepConfig, Window, held_out, short_sweep, windows_of
+from mechedit.sweep.windows import By, HeldOut, SweepConfig, Window, held_out, short_sweep, windows_of
 
 __all__ = [
     "CLOSE",
+    "By",
     "HeldOut",
     "Sweep",
     "SweepConfig",

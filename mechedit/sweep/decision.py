@@ -53,8 +53,8 @@ def decide_layers(
     chosen = next(record for record in records if record["layers"] == window.layers)
     reasons = {
         "sweep": f"{window}: the best-scoring of the windows edited ({validation.score})",
-        "both": f"{window}: of the windows that cannot be told from the best-scoring ({validation.score}), the one "
-        f"with the largest contribution in the trace",
+        "both": f"{window}: of the windows that score as well as the best ({validation.score}), the one with the "
+        f"largest contribution per layer in the trace",
     }
     state, support = _support(decisive, chosen, agreement)
     return replace(

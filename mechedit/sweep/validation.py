@@ -161,9 +161,9 @@ def choose_window(
     """Choose a window by its edit scores (`sweep`) or by scores and trace (`both`).
 
     `sweep`: the best score; ties go to the larger probability differences, then to the narrower window. The
-    resamples are of requests. `both`: of the windows that are not significantly worse than the best
-    (`windows_near_best`), the one with the largest contribution Σ c(l); ties go to the narrower. The resamples are of
-    facts.
+    resamples are of requests. `both`: of the windows that are within `CLOSE` points of the best and not significantly
+    worse (`windows_near_best`), the one with the largest contribution per layer, mean of c(l); ties go to the narrower.
+    The resamples are of facts.
 
     Args:
         sweep: scores by window.
@@ -185,9 +185,11 @@ def choose_window(
         return sweep.windows[best], float((tie_broken.argmax(1) == best).mean())
     if not len(traced):
         raise InputError("the trace selects no layers, so it prefers no window; choose by sweep alone, or trace more")
-    candidates = [sweep.windows[index] for index in np.flatnonzero(windows_near_best(sweep))]
-    contributions = _contribution(gap.mean(0, keepdims=True), candidates)[0]
-    draws = _contribution(_resampled(gap, sweep), candidates)
+    close = windows_near_best(sweep) & (sweep.scores >= sweep.scores.max() - CLOSE)
+    candidates = [sweep.windows[index] for index in np.flatnonzero(close)]
+    widths = np.array([window.width for window in candidates])
+    contributions = _contribution(gap.mean(0, keepdims=True), candidates)[0] / widths
+    draws = _contribution(_resampled(gap, sweep), candidates) / widths
     preferred = int(contributions.argmax())  # windows come narrow ones first, and argmax takes the first of equals
     return candidates[preferred], float((draws.argmax(1) == preferred).mean())
 
@@ -198,10 +200,11 @@ def window_agreement(sweep: Sweep, window: Window) -> float:
     return float((behind <= CLOSE).mean())
 
 
-def finalists(sweep: Sweep, count: int = 3) -> list[Window]:
-    """The best-scoring windows that are not significantly worse than the best, at most `count`."""
+def finalists(sweep: Sweep, chosen: Window, count: int = 3) -> list[Window]:
+    """The chosen window, and the best-scoring that are not significantly worse than the best, `count` at most."""
     near = windows_near_best(sweep)
-    return [sweep.windows[index] for index in _best_first(sweep) if near[index]][:count]
+    best = [sweep.windows[index] for index in _best_first(sweep) if near[index]]
+    return [chosen, *(window for window in best if window != chosen)][:count]
 
 
 def windows_near_best(sweep: Sweep) -> Bool[np.ndarray, " window"]:

@@ -84,7 +84,7 @@ class SweepConfig:
 
     by: str = "trace"
     """How to choose the layers: `trace`, the rule's range; `sweep`, the best-scoring window; `both`, of the windows
-    that are not significantly worse than the best, the one with the largest contribution."""
+    that score as well as the best, the one with the largest contribution per layer."""
     windows: tuple[Window, ...] | None = None
     """Windows to edit; None means every single layer, and every window of `width`. The selected range is always
     added."""

@@ -89,8 +89,21 @@ def test_every_rule_and_every_copied_range_is_judged(run: Path) -> None:
         assert rules[f"trace: {name}"]["layers"] == list(rule.layers)
     assert rules["layers 1–5"]["layers"] == [1, 2, 3, 4, 5]
     assert rules["12–28 % of the depth (GPT-J, MEMIT)"]["layers"] == [1, 2, 3]
-    assert not any("default" in name for name in rules), "the run's choice is the trace's here"
+    assert not any("short sweep" in name for name in rules), "nothing was swept"
     assert "layers 3–8 (GPT-J, MEMIT)" not in windows_by_rule(run, 8), "a range that the model lacks"
+
+
+def test_what_the_sweep_of_a_run_chooses_is_judged(run: Path) -> None:
+    selection = me.Selection.load(run / "selection.json")
+    traced, elsewhere = Window(selection.layers[0], selection.layers[-1]), Window(8, 9)
+    sweep_of({elsewhere: 100.0, traced: 99.5, Window(7, 8): 20.0}).save(run)
+    rules = windows_by_rule(run, 12)
+    assert rules["short sweep"]["layers"] == elsewhere.layers
+    assert rules["short sweep and trace (default)"]["layers"] == traced.layers
+    sweep_of({elsewhere: 100.0, traced: 80.0}).save(run / "finals")
+    rules = windows_by_rule(run, 12)
+    assert rules["short sweep and trace (default)"]["layers"] == elsewhere.layers, "the finals decide"
+    assert rules["short sweep"]["agreement"] == 1.0
 
 
 def test_nobody_judges_who_was_traced_or_edited(run: Path) -> None:

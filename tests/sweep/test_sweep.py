@@ -344,6 +344,9 @@ def test_by_sweep_takes_the_best_score_and_by_both_what_the_trace_prefers_of_the
     window, stability = choose_window(swept, gaps(), OWN, "both")
     assert window == (1, 3), "of those that score alike the largest contribution, though not the selected range"
     assert stability == 1
+    worse = planted(scores | {Window(1, 3): 97.0 - 1.1 * CLOSE}, margin={Window(0, 2): 40.0, Window(5, 7): 50.0})
+    assert windows_near_best(worse)[worse.windows.index(Window(1, 3))], "few requests do not tell it from the best"
+    assert choose_window(worse, gaps(), OWN, "both")[0] == (0, 2), "yet a lower score is not made up for by the trace"
     _, less = choose_window(swept, gaps(noise=1.0), OWN, "both")
     assert less < 1, "the trace's preference rests on its facts"
     with pytest.raises(InputError, match="selects no layers"):
@@ -468,10 +471,10 @@ def test_agreement_counts_the_resamples_in_which_the_window_is_among_the_best():
         assert window_agreement(swept, window) == pytest.approx(naive)
     assert window_agreement(swept, Window(5, 7)) == 0
     assert 0 < window_agreement(swept, Window(1, 3)) < window_agreement(swept, Window(0, 2)) == 1
-    best = finalists(swept)
-    assert best[0] == Window(0, 2)
+    best = finalists(swept, Window(1, 3))
+    assert best[:2] == [Window(1, 3), Window(0, 2)], "the chosen window is never left out"
     assert Window(5, 7) not in best
-    assert finalists(swept, 1) == best[:1]
+    assert finalists(swept, Window(1, 3), 1) == best[:1]
     assert set(best) <= {window for window, near in zip(swept.windows, windows_near_best(swept), strict=True) if near}
 
 
