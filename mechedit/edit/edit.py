@@ -6,8 +6,8 @@ On disk an edit is one safetensors file with `layer.L.left` [d_mlp, r] and `laye
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class Edit:
     manifest: Mapping[str, Any]
     """How it was made: `method`, `layers`, `model` (provenance before the edit), `requests` (ids), `facts` (what each
     request writes, in words; older edits lack it), settings …"""
+    remake: Callable[[Sequence[str]], Edit] | None = field(default=None, repr=False, compare=False)
+    """Makes the edit again without the requests of some ids, by the method that made it; None once it was saved and
+    loaded, pickled, or changed."""
 
     @property
     def module(self) -> str:
@@ -70,6 +73,30 @@ class Edit:
             raise InputError(f"the edit has no layer {layer}, expected one of {self.layers}; choose one of them")
         factors = self.factors[layer]
         return factors.left.double() @ factors.right.double()
+
+    def without(self, ids: Sequence[str] | str) -> Edit:
+        """The edit that its method would have made without some of its requests: they are revoked.
+
+        Its targets must have been kept (`cache`): then no search runs, but for other facts about a subject of those
+        that are left out, with which they shared a δ. What depends on the number of facts, such as λ, follows it.
+
+        Args:
+            ids: of the requests to leave out.
+
+        Raises:
+            InputError: an id that the edit does not have, or no request remains; the edit was not made in this
+                process, or its targets were not kept.
+        """
+        if self.remake is None:
+            raise InputError(
+                "the edit does not know how it was made (it was loaded, merged or truncated), expected one that a "
+                "method returned; make it again without the requests, from the targets that it left, or use mechedit "
+                "edit --without"
+            )
+        return self.remake([ids] if isinstance(ids, str) else list(ids))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "remake": None}
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically, with the manifest in its header."""

@@ -25,8 +25,8 @@ from typing import Generic, TypeVar
 import torch
 
 from mechedit.chat import prompted
-from mechedit.data import EditRequest
-from mechedit.edit import Edit
+from mechedit.data import EditRequest, revised
+from mechedit.edit import Edit, check_model
 from mechedit.errors import InputError
 from mechedit.methods.checks import check_input, check_target_settings
 from mechedit.methods.manifest import search_record
@@ -38,7 +38,7 @@ from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Model, exclusive
 from mechedit.provenance import CAST_HASHES
 from mechedit.published import PublishedSettings
-from mechedit.targets import Targets, find_targets
+from mechedit.targets import Targets, find_targets, regrouped
 
 Config = TypeVar("Config", bound=MethodConfig)
 TaskConfig = TypeVar("TaskConfig", bound=MethodConfig, covariant=True)
@@ -161,7 +161,8 @@ class Method(Generic[Config]):
             recommended = self.recommendation(model)
             config, sources = recommended.config, recommended.record
         self._check_arguments(config, targets, previous)
-        moments, previous = moments or {}, previous or {}
+        moments, previous = dict(moments or {}), dict(previous or {})
+        plain_requests = list(requests)
         requests = prompted(model.tokenizer, requests, chat=chat, joint=joint)
         task = EditTask(
             method=self.name, model=model, requests=requests, prefixes=prefixes, config=config, targets=targets,
@@ -180,7 +181,28 @@ class Method(Generic[Config]):
                 warnings.warn(line, stacklevel=4)  # above the decorators
         if sources is not None:
             manifest[SETTINGS_FROM] = sources
-        return dataclasses.replace(edit, manifest=manifest)
+
+        def remake(ids: Sequence[str]) -> Edit:
+            remaining = revised(plain_requests, without=ids)
+            if cache is None or not (isinstance(config, SearchConfig) and config.shares_targets):
+                shares = "shares them" if config.shares_targets else "finds each fact's on the model as edited so far"
+                raise InputError(
+                    f"the targets of the edit were {'not kept' if cache is None else 'kept'}, and its method "
+                    f"{self.name} {shares}, expected a folder that keeps them and a method that shares them; make an "
+                    f"edit with cache=FOLDER, or anew without these requests"
+                )
+            check_model(model, edit)
+            again = regrouped(model.tokenizer, plain_requests, remaining, config.targets)
+            if again:
+                warnings.warn(
+                    f"searched for again, since they share a subject with those: {', '.join(again)}", stacklevel=3
+                )
+            return self(
+                model, remaining, layers, moments, prefixes, config, None, previous,
+                cache=cache, chat=chat, joint=joint,
+            )  # fmt: skip
+
+        return dataclasses.replace(edit, manifest=manifest, remake=remake)
 
     def recommended(self, model: Model) -> Config:
         """The settings tuned for the model, and those that ship with its checkpoint; without any, the defaults.

@@ -94,7 +94,7 @@ class BatchEditor:
             cache=cache,
         )
         keys = {layer: keys.cpu() for layer, keys in edit_keys(self.model, requests, edit).items()}
-        return dataclasses.replace(edit, manifest=plain_copy(edit.manifest)), keys
+        return dataclasses.replace(edit, manifest=plain_copy(edit.manifest), remake=None), keys
 
     def merge(self, batches: Sequence[EditedBatch]) -> Edit:
         """The edits of some batches, summed to one edit of the unedited model.

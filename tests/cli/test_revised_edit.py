@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from helpers.commands import call, complaint
 
 import mechedit as me
 import mechedit.targets.search
+from mechedit.errors import InputError
 
 FACTS = [
     {"id": request.id, "subject": request.subject, "prompt": request.prompt, "target_new": request.target_new}
@@ -20,12 +23,14 @@ FACTS = [
 ]
 SHARED = {**FACTS[1], "id": "shared", "prompt": "{} has the color", "target_new": "teal"}
 
+TEXTS = me.load_texts("tiny")[:200]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Moments of one layer, and files of requests, two of which share their subject."""
     path = tmp_path_factory.mktemp("revised")
-    (path / "texts.txt").write_text("\n".join(me.load_texts("tiny")[:200]))
+    (path / "texts.txt").write_text("\n".join(TEXTS))
     assert call("moments", "--texts", path / "texts.txt", "--layers", "3-4", "--out", path) == 0
     return path
 
@@ -107,3 +112,53 @@ def test_ids_that_cannot_be_left_out(edit: Any, folder: Path, capsys: Any, left_
     arguments = ["--requests", folder / "requests.json", "--moments", folder, "--layers", "3-4", "--overwrite"]
     assert message in complaint(capsys, "edit", *arguments, "--without", named, "--out", folder / "edit.safetensors")
     assert (folder / "edit.safetensors").read_bytes() == before
+
+
+def test_an_edit_in_memory_is_made_without_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, requests = me.load_model("tiny"), me.load_requests("tiny")[:4]
+    moments = {layer: moment.matrix for layer, moment in me.collect_moments(model, TEXTS, [3, 4]).items()}
+    config = me.MemitConfig(steps=3, batch_size=2)
+    whole = me.memit(model, requests, [3, 4], moments, config=config, cache=tmp_path)
+
+    def no_search(*arguments: Any) -> None:
+        raise AssertionError("no search may run")
+
+    monkeypatch.setattr(mechedit.targets.search, "search_groups", no_search)
+    revoked = whole.without(requests[1].id)
+    remaining = [requests[0], *requests[2:]]
+    anew = me.memit(model, remaining, [3, 4], moments, config=config, cache=tmp_path)
+    assert same(revoked, anew)
+    assert revoked.manifest == anew.manifest
+    assert not same(revoked, whole)
+    # It can be revoked further; the order in which it is does not matter.
+    twice = revoked.without([requests[3].id])
+    assert same(twice, whole.without([requests[3].id, requests[1].id]))
+    assert twice.manifest["requests"] == [requests[0].id, requests[2].id]
+    with pytest.raises(InputError, match="no request has the id"):
+        revoked.without(requests[1].id)
+    whole.save(tmp_path / "edit.safetensors")
+    for copy in (me.Edit.load(tmp_path / "edit.safetensors"), pickle.loads(pickle.dumps(whole))):
+        assert same(copy, whole)
+        with pytest.raises(InputError, match="does not know how it was made"):
+            copy.without(requests[1].id)
+    with me.edited(model, whole), pytest.raises(InputError, match="undo other edits first"):
+        whole.without(requests[1].id)
+    monkeypatch.undo()
+    unkept = me.memit(model, requests, [3, 4], moments, config=config)
+    with pytest.raises(InputError, match="the targets of the edit were not kept"):
+        unkept.without(requests[1].id)
+    by_rome = me.rome(model, requests[:2], [4], moments, config=me.RomeConfig(steps=2), cache=tmp_path)
+    with pytest.raises(InputError, match="its method rome finds each fact's on the model as edited so far"):
+        by_rome.without(requests[1].id)
+
+
+def test_in_memory_too_those_who_shared_a_subject_are_named(tmp_path: Path) -> None:
+    model, requests = me.load_model("tiny"), me.load_requests("tiny")[:3]
+    of_color = {"id": "shared", "prompt": "{} has the color", "target_new": "teal", "relation": "color"}
+    requests.append(dataclasses.replace(requests[1], **of_color))
+    moments = {layer: moment.matrix for layer, moment in me.collect_moments(model, TEXTS, [4]).items()}
+    whole = me.memit(model, requests, [4], moments, config=me.MemitConfig(steps=2), cache=tmp_path)
+    with pytest.warns(UserWarning, match=f"since they share a subject with those: {requests[1].id}$"):
+        revoked = whole.without("shared")
+    anew = me.memit(model, requests[:3], [4], moments, config=me.MemitConfig(steps=2), cache=tmp_path)
+    assert same(revoked, anew)
