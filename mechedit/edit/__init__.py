@@ -11,7 +11,7 @@ applied, and undoing the last edit gives back the bits that were there before it
 
 from mechedit.edit.applied_edits import restoring, transaction
 from mechedit.edit.apply_undo import add_, apply_, check_model, edited, undo_
-from mechedit.edit.combine import merge, subtract, truncate
+from mechedit.edit.combine import lost_fraction, merge, subtract, truncate
 from mechedit.edit.edit import Edit, Factors
 from mechedit.edit.export import export, export_lora
 from mechedit.edit.summary import summarize
@@ -27,6 +27,7 @@ __all__ = [
     "edited",
     "export",
     "export_lora",
+    "lost_fraction",
     "merge",
     "restore_",
     "restoring",

@@ -84,6 +84,16 @@ def truncate(edit: Edit, rank: int | None = None, *, error: float | int | None =
     return Edit(factors=factors, manifest={**edit.manifest, "truncated": records})
 
 
+def lost_fraction(edit: Edit, written: Edit) -> float:
+    """‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers (Frobenius norm): what a truncation has lost."""
+    squares = [0.0, 0.0]
+    for layer in edit.layers:
+        delta = edit.delta(layer).cpu()
+        squares[0] += float((delta - written.delta(layer).cpu()).square().sum())
+        squares[1] += float(delta.square().sum())
+    return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
+
+
 def orthogonal_factors(
     factors: Factors,
 ) -> tuple[Float[Tensor, "d_mlp m"], Float[Tensor, "m n"], Float[Tensor, "d_model n"]]:

@@ -202,7 +202,9 @@ def _warn_of_rounding(
 
 
 @exclusive
-def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool = False) -> None:
+def export_lora(
+    model: Model, edit: Edit, folder: str | Path, *, overwrite: bool = False, rank: int | None = None
+) -> Edit:
     """Write `edit` as a LoRA adapter in float32: adapter_model.safetensors, adapter_config.json and the manifest.
 
     `PeftModel.from_pretrained(base, folder)` puts it on the unedited model, which the config names as
@@ -216,9 +218,16 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
         edit: to write.
         folder: absent or empty.
         overwrite: replace an earlier export in `folder`; with anything else beside it, that is refused.
+        rank: of all layers alike, as engines that serve adapters want it (vLLM reads no rank by layer, and takes 8, 16,
+            32, 64, 128, 256, 320 and 512): an update of higher rank is truncated to the nearest of this rank
+            (`truncate`), one of lower rank is filled up with zeros.
+
+    Returns:
+        The edit that was written; `truncated` in its manifest says what each layer lost.
 
     Raises:
-        InputError: the edit was made for other weights, or a layer has rank 0; the folder is not empty, or cannot be
+        InputError: the edit was made for other weights, or a layer has rank 0; a rank below 1, or above that of the
+            matrix; the folder is not empty, or cannot be
             created; what was read back is not the edit.
     """
     if overwrite:
@@ -226,18 +235,35 @@ def export_lora(model: Model, edit: Edit, folder: str | Path, *, overwrite: bool
     with _only_export(folder, overwrite) as temporary:
         check_model(model, edit)
         full_rank = min(model.d_key, model.d_model)
+        if rank is not None:
+            if not 1 <= rank <= full_rank:
+                raise InputError(
+                    f"the rank is {rank}, expected 1 to {full_rank}, that of the matrices of {model.name!r}; choose "
+                    f"another"
+                )
+            edit = truncate(edit, rank)
         if max(factors.rank for factors in edit.factors.values()) > full_rank:
             edit = truncate(edit, full_rank)
         modules = {layer: _projection_module(model, layer) for layer in edit.layers}
         tensors = {}
         for layer, (name, _) in modules.items():
             a, b = _lora_matrices(edit.factors[layer], layer)
+            if rank is not None:
+                a, b = _filled(a, rank, dim=0), _filled(b, rank, dim=1)
             tensors[f"base_model.model.{name}.lora_A.weight"] = a
             tensors[f"base_model.model.{name}.lora_B.weight"] = b
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "adapter_config.json", _lora_config(model, edit, modules))
+        write_json(temporary / "adapter_config.json", _lora_config(model, edit, modules, rank))
         _check_lora(model, edit, temporary, modules)
         write_json(temporary / MANIFEST, dict(edit.manifest))
+    return edit
+
+
+def _filled(matrix: Tensor, rank: int, *, dim: int) -> Tensor:
+    """A factor with zeros up to a rank."""
+    missing = list(matrix.shape)
+    missing[dim] = rank - missing[dim]
+    return torch.cat([matrix, matrix.new_zeros(missing)], dim).contiguous()
 
 
 def _check_lora(model: Model, edit: Edit, folder: Path, modules: Mapping[int, tuple[str, bool]]) -> None:
@@ -292,11 +318,11 @@ def _lora_matrices(factors: Factors, layer: int) -> tuple[Tensor, Tensor]:
     return a.cpu().contiguous(), b.cpu().contiguous()
 
 
-def _lora_config(model: Model, edit: Edit, modules: Mapping[int, tuple[str, bool]]) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig."""
+def _lora_config(model: Model, edit: Edit, modules: Mapping[int, tuple[str, bool]], rank: int | None) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig; with a rank, that of all layers, they name none by layer."""
     names = {layer: name for layer, (name, _) in modules.items()}
-    ranks = {name: edit.factors[layer].rank for layer, name in names.items()}
-    largest_rank = max(ranks.values())
+    ranks = {} if rank is not None else {name: edit.factors[layer].rank for layer, name in names.items()}
+    largest_rank = rank or max(ranks.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

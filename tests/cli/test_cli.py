@@ -53,7 +53,7 @@ OPTIONS = {
     "published without with targets-only shard merge",
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
     "stop-words protocol references conflicts",
-    "apply": "edit out format",
+    "apply": "edit out format rank requests joint strict chat",
     "report": "DIRECTORY verify json config",
 }
 """The options of every command beside the common ones; `report` has no model."""
@@ -479,6 +479,42 @@ def test_an_edit_is_refused_beside_another_model(tiny_edit, capsys, tmp_path):
         arguments = ["--edit", tiny_edit, "--out", tmp_path / "out", "--format", kind]
         assert "made for" in complaint(capsys, "apply", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == [tiny_edit.name]
+
+
+def test_apply_of_one_rank_states_what_is_lost(tmp_path, capsys):
+    model, requests = me.load_model("tiny"), me.load_requests("tiny")[:6]
+    moments = {4: torch.eye(model.d_mlp, dtype=torch.float64)}
+    me.memit(model, requests, [4], moments, ["{}"], me.MemitConfig(covariance_weight=1e-3)).save(tmp_path / "edit")
+    plain = [{**request.plain(), "neighbors": request.neighbors[:2]} for request in requests]
+    write_json(tmp_path / "requests.json", plain)
+    arguments = ["apply", "--edit", tmp_path / "edit", "--out", tmp_path / "adapter", "--format", "lora", "--overwrite"]
+    lost, scores = {}, {}
+    for rank in (1, 16):
+        capsys.readouterr()
+        assert call(*arguments, "--rank", rank, "--requests", tmp_path / "requests.json", "--json") == 0
+        captured = capsys.readouterr()
+        summary = json.loads(captured.out)
+        lost[rank], scores[rank] = summary["lost"], summary["scores"]
+        assert f"{summary['lost']:.2%} of the norm of ΔW is lost" in captured.err
+        assert f"ES {scores[rank]['ES']['edit']:.1f} → {scores[rank]['ES']['rank']:.1f}" in captured.err
+    assert 0 < lost[1] < 1
+    assert lost[16] < 1e-6
+    assert set(scores[1]) == {"ES", "PS", "NS"}
+    assert all(entry["rank"] == entry["edit"] for entry in scores[16].values()), "nothing is lost"
+    assert scores[1]["ES"]["rank"] < scores[1]["ES"]["edit"] == 100, "the control: one rank is too little for six facts"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", 4], "--rank is that of an adapter"),
+        (["--format", "lora", "--requests", "tiny"], "add --rank, or leave --requests out"),
+        (["--format", "lora", "--rank", 0], "the rank is 0, expected 1 to 128"),
+    ],
+)
+def test_a_rank_that_cannot_be_is_refused(tiny_edit, tmp_path, capsys, options, message):
+    assert message in complaint(capsys, "apply", "--edit", tiny_edit, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_apply_writes_a_lora_adapter(tiny_edit, tmp_path, capsys):

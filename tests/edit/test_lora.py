@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mechedit.edit import Edit, Factors, edited, export_lora
+from mechedit.edit import Edit, Factors, edited, export_lora, lost_fraction
 from mechedit.errors import InputError
 from mechedit.models import load_model
 
@@ -57,6 +57,35 @@ def test_peft_gets_the_edited_model(make_hf: Any, tokenizer: Any, family: str, f
     assert float((outputs(adapted) - expected).abs().max() / size) < 1e-5
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2
     assert float((outputs(adapted.merge_and_unload()) - expected).abs().max() / size) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_one_rank_for_all_layers_as_engines_that_serve_take(
+    make_hf: Any, tokenizer: Any, family: str, folders: tuple[Path, Path]
+) -> None:
+    base, folder = folders
+    model = based(make_hf(family), tokenizer, base)
+    edit = random_edit(model, layers=(0, 2), ranks=(5, 1))
+    written = export_lora(model, edit, folder, rank=2)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {min(value.shape) for value in tensors.values()} == {2}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (2, 2, {}, {})
+    with edited(model, written):
+        expected = outputs(model.hf)
+    with edited(model, edit):
+        untruncated = outputs(model.hf)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    size = expected.abs().max()
+    assert float((outputs(adapted) - expected).abs().max() / size) < 1e-5
+    assert float((outputs(adapted.merge_and_unload()) - expected).abs().max() / size) < 1e-5
+    assert float((untruncated - expected).abs().max() / size) > 1e-3, "the control: something is lost"
+    values = torch.linalg.svdvals(edit.delta(0)).square()
+    total = sum(edit.delta(layer).square().sum() for layer in edit.layers)
+    assert lost_fraction(edit, written) == pytest.approx(float((values[2:].sum() / total).sqrt()))
+    assert json.loads((folder / "mechedit.json").read_text())["truncated"][0]["rank"] == 2
+    with pytest.raises(InputError, match="the rank is 33, expected 1 to 32"):
+        export_lora(model, edit, folder, rank=33, overwrite=True)
 
 
 def test_the_folder_holds_what_peft_reads_and_the_manifest(lens_model: Any, tmp_path: Path) -> None:
