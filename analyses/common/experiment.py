@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from analyses.common.inputs import Inputs
 from analyses.common.printing import score_frame
-from analyses.common.variants import SINGLE, Variant
+from analyses.common.variants import EVERYWHERE, SINGLE, Variant
 from mechedit import pipeline
 from mechedit.atomic import atomic
 from mechedit.cache import PARQUET
@@ -45,8 +45,8 @@ class Experiment(Inputs):
     def variants(self, texts: Sequence[str]) -> list[Variant]:
         """Variants as `Variant.parse` reads them, on the experiment's layers; `emmet@middle` takes the middle one.
 
-        A method that writes into one layer takes the one published for it and the model, else the middle one (the
-        lower of two), where its text names none.
+        Where its text names none, a method that writes into one layer takes the one published for it and the model,
+        else the middle one (the lower of two), and KN takes all layers of the model.
 
         Raises:
             InputError: no methods, or the same twice; and as `Variant.parse`.
@@ -55,16 +55,23 @@ class Experiment(Inputs):
         variants = []
         for text in filter(None, (text.strip().replace("@middle", f"@{middle}") for text in texts)):
             variant = Variant.parse(text, self.layers)
-            single = variant.method in SINGLE and "@" not in text
             variants.append(
-                dataclasses.replace(variant, layers=self._single_layer(variant.method)) if single else variant
+                variant if "@" in text else dataclasses.replace(variant, layers=self._layers(variant.method))
             )
         if not variants or len({(variant.name, variant.layers) for variant in variants}) < len(variants):
             raise InputError(f"the methods are {', '.join(texts) or 'none'}, expected some, each once; see --methods")
         return variants
 
-    def _single_layer(self, method: str) -> tuple[int, ...]:
-        """The layer of a method that writes into one: where it was published, for this model alone; else the middle."""
+    def _layers(self, method: str) -> tuple[int, ...]:
+        """The layers of a method that names none.
+
+        All, for one that looks everywhere; for one that writes into one, that published for this model alone, else the
+        middle one; else the experiment's.
+        """
+        if method in EVERYWHERE:
+            return tuple(range(self.model.n_layers))
+        if method not in SINGLE:
+            return tuple(self.layers)
         published = {entry.range.layers for entry in METHODS[method].published(self.model)}
         if len(published) == 1 and len(layers := published.pop()) == 1:
             return layers

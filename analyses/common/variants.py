@@ -12,6 +12,8 @@ from mechedit.report import span
 
 SINGLE = frozenset({"rome", "ft", "ft_l", "ft_w"})
 """Methods that write into one layer: ROME can write no more, and the papers fine-tune one (MEMIT Appendix B.1)."""
+EVERYWHERE = frozenset({"kn"})
+"""Methods that look for where to write in all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,11 +48,11 @@ PAPERS = {
 """The papers' own numbers by protocol: tables and models, which stand below this model's."""
 SINGLE_MEASURES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS")
 """The columns of ROME's tables."""
-SINGLE_METHODS = ("rome", "ft", "ft_l", "memit")
+SINGLE_METHODS = ("rome", "ft", "ft_l", "kn", "memit")
 VARIANTS = (
     *("memit", "memit:strategy=sqrt", "memit:strategy=forward-replay", "memit:strategy=last"),
     *("pmet", "alphaedit", "alphaedit:strategy=forward-replay", "emmet", "emmet@middle"),
-    *("rome", "rome:keys=published", "ft", "ft_l", "ft_w"),
+    *("rome", "rome:keys=published", "ft", "ft_l", "ft_w", "kn"),
 )
 """Methods that are compared on the tiny model."""
 

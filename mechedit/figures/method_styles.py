@@ -28,11 +28,22 @@ METHOD_COLORS = {
     "ft": ORANGE,
     "ft_l": ORANGE,
     "ft_w": INK,
+    "kn": SKY,
     "unedited": GRAY,
 }
 """Variants of a method share its color and differ by their stroke."""
-MARKERS = {"memit": "o", "rome": "s", "alphaedit": "^", "pmet": "D", "emmet": "v", "ft": "P", "ft_l": "X", "ft_w": "*"}
-STROKE_OF = {"ft_l": STROKES[1], "ft_w": STROKES[2], "unedited": STROKES[1]}
+MARKERS = {
+    "memit": "o",
+    "rome": "s",
+    "alphaedit": "^",
+    "pmet": "D",
+    "emmet": "v",
+    "ft": "P",
+    "ft_l": "X",
+    "ft_w": "*",
+    "kn": "p",
+}
+STROKE_OF = {"ft_l": STROKES[1], "ft_w": STROKES[2], "kn": STROKES[3], "unedited": STROKES[1]}
 
 
 def line_styles(names: Sequence[str], colors: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

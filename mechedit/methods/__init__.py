@@ -13,6 +13,7 @@ from mechedit.methods.checks import check_layers, moment_matrices
 from mechedit.methods.emmet import EmmetConfig, emmet
 from mechedit.methods.finetune import FineTuneBallConfig, FineTuneConfig, FineTuneDecayConfig, ft, ft_l, ft_w
 from mechedit.methods.keys import KeyExtractor, prefix_mean
+from mechedit.methods.kn import KnConfig, kn
 from mechedit.methods.memit import MemitConfig, memit
 from mechedit.methods.method import EditTask, Method, edit_method, spread_over_layers, targets_for
 from mechedit.methods.pmet import PmetConfig, pmet
@@ -42,6 +43,7 @@ __all__ = [
     "FineTuneConfig",
     "FineTuneDecayConfig",
     "KeyExtractor",
+    "KnConfig",
     "MemitConfig",
     "Method",
     "MethodConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "ft",
     "ft_l",
     "ft_w",
+    "kn",
     "memit",
     "moment_matrices",
     "pmet",
@@ -82,7 +85,7 @@ __all__ = [
 ]
 
 METHODS: Mapping[str, Method[Any]] = {
-    method.name: method for method in (memit, rome, emmet, alphaedit, pmet, ft, ft_l, ft_w)
+    method.name: method for method in (memit, rome, emmet, alphaedit, pmet, ft, ft_l, ft_w, kn)
 }
 """The editing methods by name, as the command line, sweeps, sessions and analyses know them."""
 

@@ -23,7 +23,7 @@ from mechedit.errors import check_at_least, check_positive
 from mechedit.methods.manifest import edit_manifest
 from mechedit.methods.method import EditTask, edit_method
 from mechedit.methods.settings import MethodConfig
-from mechedit.methods.training import dense_factors, evaluate_loss, train, training_rows
+from mechedit.methods.training import dense_factors, evaluate_loss, train, training_rows, unwritten
 from mechedit.models import Model
 from mechedit.prompt_tokens import BARE, check_prefixes
 
@@ -127,10 +127,9 @@ def fine_tune(task: EditTask[FineTuneConfig], *, decay: float | int = 0.0, bound
     )  # fmt: skip
     factors = {layer: dense_factors(delta) for layer, delta in training.deltas.items()}
     losses, greedy = evaluate_loss(model, rows, Edit(factors=factors, manifest={}), config.batch_size)
-    missed = {row.request for row, is_greedy in zip(rows, greedy.tolist(), strict=True) if not is_greedy}
     manifest = {
         **edit_manifest(provenance, task.layers, task.requests, None, prefixes),
         "training": {**training.record, "final_loss": float(losses.mean())},
-        "unconverged": [request.id for index, request in enumerate(task.requests) if index in missed],
+        "unconverged": unwritten(task.requests, rows, greedy),
     }
     return Edit(factors=factors, manifest=manifest)

@@ -76,7 +76,7 @@ def _unreached(edit: Edit) -> list[str]:
 
 def _remedy(config: MethodConfig) -> str:
     if not config.preserves_keys:
-        return "choose fewer steps or a smaller lr"
+        return config.milder
     damping = (
         ""
         if not isinstance(config, DampedConfig)

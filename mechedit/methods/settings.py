@@ -29,6 +29,8 @@ class MethodConfig:
 
     shares_targets: ClassVar[bool] = False
     """Whether z is searched for on the unedited model, so that ranges with the same last layer can share it."""
+    milder: ClassVar[str] = "choose fewer steps or a smaller lr"
+    """What makes an update smaller, where the method preserves no old keys."""
     preserves_keys: ClassVar[bool] = True
     """Whether the method preserves old keys: it then needs their second moments, and takes those of earlier edits."""
 

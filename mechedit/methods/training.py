@@ -161,6 +161,12 @@ def evaluate_loss(
     return torch.cat(losses).cpu(), torch.cat(greedy).cpu()
 
 
+def unwritten(requests: Sequence[EditRequest], rows: Sequence[TrainingRow], greedy: Bool[Tensor, " row"]) -> list[str]:
+    """Ids of the requests with a row whose object is not the greedy answer."""
+    missed = {row.request for row, is_greedy in zip(rows, greedy.tolist(), strict=True) if not is_greedy}
+    return [request.id for index, request in enumerate(requests) if index in missed]
+
+
 def dense_factors(delta: Float[Tensor, "d_mlp d_model"]) -> Factors:
     """Factors whose product is ΔW to the bit: ΔW itself and an identity matrix, on the side where it is smaller."""
     d_mlp, d_model = delta.shape

@@ -131,7 +131,8 @@ def test_the_weights_are_scanned_once_per_edit(
     monkeypatch.setattr(mechedit.methods.method, "check_input", counted)
     changes = {"null_threshold": 0.9} if method == "alphaedit" else {}
     config = replace(recommended(method, small_gpt2), steps=2, **changes)
-    edit_step(RunFolder(tmp_path), small_gpt2, REQUESTS, [1], moments, method, config)
+    requests = [replace(request, target_true="the") for request in REQUESTS]
+    edit_step(RunFolder(tmp_path), small_gpt2, requests, [1], moments, method, config)
     assert len(scanned) == 1
 
 
@@ -170,6 +171,7 @@ def test_help_shows_purpose_arguments_and_settings(method: Method[Any]) -> None:
         ("ft", ["log P(o_t"]),
         ("ft_l", ["±ε"]),
         ("ft_w", ["weight decay"]),
+        ("kn", ["KN", "ΔWᵢ = scale · (e_new − e_true)"]),
     ],
 )
 def test_help_shows_the_equation(name: str, words: list[str]) -> None:
