@@ -327,6 +327,7 @@ def read_header(path: str | Path, key: str) -> dict[str, Any]:
 _REMEDIES = {
     "manifest": "make the edit again with mechedit edit, or copy it again",
     "provenance": "remove it, and collect it again with mechedit moments",
+    "editor": "train it again with mechedit train-mend, or copy it again",
     "targets": "remove it, and the same command finds these targets again",
     "batch": "the batches are not as the session left them: remove it and all later ones, and write them again",
 }

@@ -62,14 +62,21 @@ class Experiment(Inputs):
             raise InputError(f"the methods are {', '.join(texts) or 'none'}, expected some, each once; see --methods")
         return variants
 
+    @property
+    def methods(self) -> list[str]:
+        """All methods, without MEND where the model has no editor of it."""
+        return [name for name in METHODS if name != "mend" or self.recommended(name).layers]
+
     def _layers(self, method: str) -> tuple[int, ...]:
         """The layers of a method that names none.
 
-        All, for one that looks everywhere; for one that writes into one, that published for this model alone, else the
-        middle one; else the experiment's.
+        All, for one that looks everywhere; those of its editor, for MEND; for one that writes into one, that published
+        for this model alone, else the middle one; else the experiment's.
         """
         if method in EVERYWHERE:
             return tuple(range(self.model.n_layers))
+        if method == "mend":  # whose editor was trained for them
+            return self.recommended(method).layers or tuple(self.layers)
         if method not in SINGLE:
             return tuple(self.layers)
         published = {entry.range.layers for entry in METHODS[method].published(self.model)}

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = options(__doc__, count=32, quick_count=4)
     parser.add_argument("--methods", help="such as memit,rome@5,ft (default: all; some with --quick)")
     experiment = open_experiment("runtime", parser, arguments)
-    methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
+    methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else experiment.methods)
     variants = by_name(experiment.variants(methods.split(",")))
     table = timed(experiment, variants, halvings(len(experiment.requests)))
     experiment.write(table, with_paper(format_table(table), paper_seconds()), runtime_figure(table))

@@ -33,7 +33,7 @@ from mechedit.atomic import atomic
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors
 from mechedit.figures import scores_figure
-from mechedit.methods import METHODS, SearchConfig
+from mechedit.methods import SearchConfig
 from mechedit.report import span
 from mechedit.tables import where
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", help="such as memit,rome@5,memit:strategy=sqrt (default: all; some with --quick)")
     parser.add_argument("--free", type=int, default=0, help="free texts per case, for GE and RS (default 0, none)")
     experiment = open_experiment("scaling_curve", parser, arguments)
-    methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else METHODS)
+    methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else experiment.methods)
     variants = by_name(experiment.variants(methods.split(",")))
     counts = sizes(len(experiment.requests), 4 if experiment.quick else 16)
     table = scaled(experiment, variants, counts)

@@ -35,7 +35,6 @@ from analyses.common.free_text import free_text
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant, by_name
 from mechedit.figures import score_rows_figure
-from mechedit.methods import METHODS
 from mechedit.report import span
 
 MEASURES = ("S", "ES", "PS", "NS", "GE", "RS")
@@ -71,7 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = replace(experiment, name="table_counterfact_single")
     if parsed.free is None:
         parsed.free = 0 if experiment.quick else 1
-    default = SINGLE_METHODS if single else VARIANTS if parsed.model == "tiny" and not experiment.quick else METHODS
+    default = (
+        SINGLE_METHODS
+        if single
+        else VARIANTS
+        if parsed.model == "tiny" and not experiment.quick
+        else experiment.methods
+    )
     variants = by_name(experiment.variants(parsed.methods.split(",") if parsed.methods else list(default)))
     table = compared(experiment, variants)
     measures = SINGLE_MEASURES if single else MEASURES

@@ -13,6 +13,7 @@ from mechedit.cli.report import report_command
 from mechedit.cli.run import run_command
 from mechedit.cli.select import select_command
 from mechedit.cli.trace import trace_command
+from mechedit.cli.train_mend import train_mend_command
 from mechedit.cli.tune import tune_command
 
 __all__ = ["main", "method_config", "parse_layers", "parse_names", "parse_windows"]
@@ -23,6 +24,7 @@ for _name, _command in (
     ("select", select_command),
     ("moments", moments_command),
     ("tune", tune_command),
+    ("train-mend", train_mend_command),
     ("edit", edit_command),
     ("evaluate", evaluate_command),
     ("apply", apply_command),

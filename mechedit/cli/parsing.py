@@ -189,7 +189,9 @@ def method_settings(
                 f"--set {brief(setting)} cannot be read, expected name=value with one of {', '.join(hints)}"
             )
         changes[name] = _read(value, hints[name], setting)
-    return recommended.changed(changes)
+    changed = recommended.changed(changes)
+    config, of_files = changed.config.suited(model)
+    return dataclasses.replace(changed, config=config, layers=changed.layers if of_files is None else of_files)
 
 
 def _read(value: str, hint: Any, setting: str) -> Any:

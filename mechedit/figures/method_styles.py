@@ -29,6 +29,7 @@ METHOD_COLORS = {
     "ft_l": ORANGE,
     "ft_w": INK,
     "kn": SKY,
+    "mend": PURPLE,
     "unedited": GRAY,
 }
 """Variants of a method share its color and differ by their stroke."""
@@ -42,8 +43,15 @@ MARKERS = {
     "ft_l": "X",
     "ft_w": "*",
     "kn": "p",
+    "mend": "h",
 }
-STROKE_OF = {"ft_l": STROKES[1], "ft_w": STROKES[2], "kn": STROKES[3], "unedited": STROKES[1]}
+STROKE_OF = {
+    "ft_l": STROKES[1],
+    "ft_w": STROKES[2],
+    "kn": STROKES[3],
+    "mend": STROKES[3],
+    "unedited": STROKES[1],
+}
 
 
 def line_styles(names: Sequence[str], colors: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,9 @@ from mechedit.methods.finetune import FineTuneBallConfig, FineTuneConfig, FineTu
 from mechedit.methods.keys import KeyExtractor, prefix_mean
 from mechedit.methods.kn import KnConfig, kn
 from mechedit.methods.memit import MemitConfig, memit
+from mechedit.methods.mend import MendConfig, mend
+from mechedit.methods.mend_editor import MEND_FILE, MendEditor
+from mechedit.methods.mend_training import MendTrainingConfig, train_mend
 from mechedit.methods.method import EditTask, Method, edit_method, spread_over_layers, targets_for
 from mechedit.methods.pmet import PmetConfig, pmet
 from mechedit.methods.recommendation import (
@@ -33,6 +36,7 @@ from mechedit.methods.tuned_settings import TUNED_FILE, TunedSettings, tuned_fol
 from mechedit.models import Model
 
 __all__ = [
+    "MEND_FILE",
     "METHODS",
     "SETTINGS_FROM",
     "TUNED_FILE",
@@ -45,6 +49,9 @@ __all__ = [
     "KeyExtractor",
     "KnConfig",
     "MemitConfig",
+    "MendConfig",
+    "MendEditor",
+    "MendTrainingConfig",
     "Method",
     "MethodConfig",
     "PmetConfig",
@@ -69,6 +76,7 @@ __all__ = [
     "ft_w",
     "kn",
     "memit",
+    "mend",
     "moment_matrices",
     "pmet",
     "prefix_mean",
@@ -77,6 +85,7 @@ __all__ = [
     "rome",
     "spread_over_layers",
     "targets_for",
+    "train_mend",
     "tuned_folder",
     "tuned_folder_of",
     "with_published_layers",
@@ -85,7 +94,7 @@ __all__ = [
 ]
 
 METHODS: Mapping[str, Method[Any]] = {
-    method.name: method for method in (memit, rome, emmet, alphaedit, pmet, ft, ft_l, ft_w, kn)
+    method.name: method for method in (memit, rome, emmet, alphaedit, pmet, ft, ft_l, ft_w, kn, mend)
 }
 """The editing methods by name, as the command line, sweeps, sessions and analyses know them."""
 

@@ -173,7 +173,7 @@ class Method(Generic[Config]):
         # The edit goes onto copies of the model in other dtypes, too.
         made_for = {**edit.manifest["model"], CAST_HASHES: model.cast_hashes()}
         manifest = {
-            "method": self.name, **edit.manifest, "model": made_for, "settings": dataclasses.asdict(config),
+            "method": self.name, **edit.manifest, "model": made_for, "settings": config.record,
         }  # fmt: skip
         if lines := edit_warnings(edit, model, config):
             manifest[WARNINGS] = lines

@@ -40,6 +40,29 @@ def change_before_norm(
     return before_norm
 
 
+def gradient_before_norm(
+    model: Model, layer: int, keys: Float[Tensor, "token d_key"], gradient: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "token d_model"]:
+    """The gradient at the projection's output x, of a loss whose gradient at the edited module's output y is known.
+
+    With y = g ⊙ n and n = x/rms(x) it is (g ⊙ ∂y − n (n · (g ⊙ ∂y)) / d_model) / rms(x). A coordinate that the norm
+    does not pass is taken to have none.
+    """
+    gain, norm = model.output_gain(layer, keys), model.norm_gain(layer)
+    through_gain = gain * gradient.to(gain)
+    if norm is None:
+        return through_gain
+    passed = norm != 0
+    unit = torch.where(passed, model.module_output(layer, keys) / torch.where(passed, norm, 1), 0)
+    return through_gain - gain_of_unit(gain, norm) * unit * (unit * norm * gradient).mean(-1, keepdim=True)
+
+
+def gain_of_unit(gain: Float[Tensor, "*batch d_model"], norm: Float[Tensor, " d_model"]) -> Float[Tensor, "*batch 1"]:
+    """1/rms(x), by the coordinate that a norm passes best."""
+    best = int(norm.abs().argmax())
+    return (gain[..., best] / norm[best])[..., None]
+
+
 def nearest_output(
     points: Float[Tensor, "*batch coordinate"], gain: Float[Tensor, " coordinate"], length: Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch coordinate"]:

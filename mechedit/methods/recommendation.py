@@ -134,17 +134,20 @@ def recommendation(
     for path, settings in parts:
         merged = with_settings(merged, settings)
         config = read_record(merged, kind, f"the settings of {method!r} in {str(path)!r}", "fix the file")
-    return Recommendation(config=config, layers=layers, sources=tuple(sources))
+    suited: Any
+    suited, of_files = config.suited(model)
+    return Recommendation(config=suited, layers=of_files if layers is None else layers, sources=tuple(sources))
 
 
 def with_published_layers(recommended: Recommendation[Config], method: str, model: Model) -> Recommendation[Config]:
     """The recommendation with the layers that were published for this model and method, where it has none.
 
     Raises:
-        InputError: none were published, or not the same for all models of its shape.
+        InputError: none were published, or not the same for all models of its shape; or the method lacks a file.
     """
     if recommended.layers is not None:
         return recommended
+    recommended.config.require_files(model)
     entry = _first_published(method, model)
     sources = (*recommended.sources, _published_source(entry, ("layers",)))
     return replace(recommended, layers=entry.range.layers, sources=sources)

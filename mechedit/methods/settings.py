@@ -34,6 +34,18 @@ class MethodConfig:
     preserves_keys: ClassVar[bool] = True
     """Whether the method preserves old keys: it then needs their second moments, and takes those of earlier edits."""
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """The settings as an edit's manifest holds them."""
+        return dataclasses.asdict(self)
+
+    def suited(self, model: Model) -> tuple[MethodConfig, tuple[int, ...] | None]:
+        """The settings with what only the model's files can tell, and the layers that these files are for, if any."""
+        return self, None
+
+    def require_files(self, model: Model) -> None:
+        """Refuse a model for which the method lacks a file that it cannot do without."""
+
     def edited_layers(self, layers: Sequence[int]) -> list[int]:
         """The layers of a range that are written to."""
         return list(layers)

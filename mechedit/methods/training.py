@@ -25,7 +25,7 @@ from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors, add_, copy_weights, restoring
 from mechedit.edit.weights import projection_parameter
 from mechedit.errors import InputError
-from mechedit.models import Model, Resume, Site
+from mechedit.models import Model, Patch, Resume, Run, Site
 from mechedit.prompt_tokens import completed_prompts
 from mechedit.targets import check_length
 
@@ -118,7 +118,7 @@ def train(
     losses, updates = [], 0
     with (
         restoring(model, layers),
-        _trainable(model, layers) as parameters,
+        trainable(model, layers) as parameters,
         tqdm(total=steps * math.ceil(len(rows) / batch_size), desc=name, unit="batch", leave=None) as bar,
     ):
         for _ in range(steps):
@@ -130,7 +130,7 @@ def train(
                 bar.update()
                 if loss < stop_loss:
                     continue
-                for layer, gradient in _gradients(loss, parameters).items():
+                for layer, gradient in projection_gradients(loss, parameters).items():
                     deltas[layer].grad = gradient.to(weights[layer]) + decay * (weights[layer] + deltas[layer])
                 optimizer.step()
                 updates += 1
@@ -177,7 +177,7 @@ def dense_factors(delta: Float[Tensor, "d_mlp d_model"]) -> Factors:
 def _loss(
     model: Model, rows: Sequence[TrainingRow], block_inputs: Sequence[Tensor] | None, chosen: Sequence[int], layer: int
 ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
-    """−log P of the chosen rows' objects, the mean over each one's tokens, and whether all of these are the argmax.
+    """`run_rows` of the chosen rows.
 
     Args:
         model: with the weights as trained so far.
@@ -186,22 +186,42 @@ def _loss(
         chosen: indices of the rows of the batch.
         layer: where the run starts when there are `block_inputs`.
     """
-    batch = [rows[index] for index in chosen]
-    inputs = pad([row.ids[:-1] for row in batch], model.tokenizer, model.device)
-    labels = pad([row.ids[1:] for row in batch], model.tokenizer, model.device).ids
-    starts = torch.tensor([row.start for row in batch], device=model.device)[:, None]
-    positions = torch.arange(int(starts.min()) - 1, inputs.ids.shape[1], device=model.device)
     resume = None
     if block_inputs is not None:
         streams = pad_sequence([block_inputs[index] for index in chosen], batch_first=True)
         resume = Resume(layer, streams.to(model.device))
-    logits = model.run(inputs, resume=resume, logits_to_keep=positions).logits
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses, greedy, _ = run_rows(model, [rows[index] for index in chosen], resume=resume)
+    return losses, greedy
+
+
+def run_rows(
+    model: Model,
+    rows: Sequence[TrainingRow],
+    *,
+    patches: Sequence[Patch] = (),
+    read: Sequence[Site] = (),
+    resume: Resume | None = None,
+) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"], Run]:
+    """−log P of the rows' objects, the mean over each one's tokens; whether all of these are the argmax; and the run.
+
+    Args:
+        model: with the weights as they are to be.
+        rows: of one batch.
+        patches: written in the run.
+        read: sites that are read.
+        resume: the rows' residual stream at the input of a block, from which the run starts.
+    """
+    inputs = pad([row.ids[:-1] for row in rows], model.tokenizer, model.device)
+    labels = pad([row.ids[1:] for row in rows], model.tokenizer, model.device).ids
+    starts = torch.tensor([row.start for row in rows], device=model.device)[:, None]
+    positions = torch.arange(int(starts.min()) - 1, inputs.ids.shape[1], device=model.device)
+    run = model.run(inputs, patches, read, resume=resume, logits_to_keep=positions)
+    scores = run.logits.to(torch.promote_types(run.logits.dtype, torch.float32))
     # Which tokens count is told by position: an object may hold the token that pads.
     in_object = (positions + 1 >= starts) & (positions < inputs.lengths[:, None])
     losses = nn.functional.cross_entropy(scores.transpose(1, 2), labels[:, positions], reduction="none")
     greedy = (scores.argmax(-1) == labels[:, positions]) | ~in_object
-    return losses.where(in_object, losses.new_zeros(())).sum(1) / in_object.sum(1), greedy.all(1)
+    return losses.where(in_object, losses.new_zeros(())).sum(1) / in_object.sum(1), greedy.all(1), run
 
 
 @torch.no_grad()
@@ -220,7 +240,7 @@ def _block_inputs(
 
 
 @contextlib.contextmanager
-def _trainable(model: Model, layers: Sequence[int]) -> Iterator[Mapping[int, tuple[nn.Parameter, bool]]]:
+def trainable(model: Model, layers: Sequence[int]) -> Iterator[Mapping[int, tuple[nn.Parameter, bool]]]:
     """The parameters of the down-projections, with gradients on within the block.
 
     By layer, with each: whether it lies [d_mlp, d_model], as the projection's view does.
@@ -236,7 +256,7 @@ def _trainable(model: Model, layers: Sequence[int]) -> Iterator[Mapping[int, tup
             parameter.requires_grad_(flags[layer])
 
 
-def _gradients(
+def projection_gradients(
     loss: Tensor, parameters: Mapping[int, tuple[nn.Parameter, bool]]
 ) -> dict[int, Float[Tensor, "d_mlp d_model"]]:
     """The gradient of the loss at each down-projection; nothing is written to any parameter's `grad`."""

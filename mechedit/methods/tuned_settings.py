@@ -67,10 +67,7 @@ class TunedSettings:
 
     def fits(self, model: Model) -> bool:
         """Whether they were tuned on these weights, in the same dtype or rounded to the model's."""
-        identity, tuned_on = unedited_identity(model), ModelIdentity.of(self.model)
-        rounded = (self.model.get(CAST_HASHES) or {}).get(identity.dtype)
-        same_weights = identity.weights in (tuned_on.weights, rounded)
-        return same_weights and (identity.tokenizer, identity.module) == (tuned_on.tokenizer, tuned_on.module)
+        return is_of_model(self.model, model)
 
     def require(self, model: Model) -> None:
         """Refuse settings that were tuned on another model.
@@ -142,6 +139,14 @@ def write_tuned(path: str | Path, model: Model, method: str, record: Mapping[str
 def record_hash(record: Any) -> str:
     """SHA-256 of a section without its hash and without seconds, which differ from run to run."""
     return value_hash(_without_seconds({name: value for name, value in record.items() if name != "hash"}))
+
+
+def is_of_model(made_for: Mapping[str, Any], model: Model) -> bool:
+    """Whether a provenance is of these weights before their edits, in the same dtype or rounded to the model's."""
+    identity, other_identity = unedited_identity(model), ModelIdentity.of(made_for)
+    rounded = (made_for.get(CAST_HASHES) or {}).get(identity.dtype)
+    same_weights = identity.weights in (other_identity.weights, rounded)
+    return same_weights and (identity.tokenizer, identity.module) == (other_identity.tokenizer, other_identity.module)
 
 
 def unedited_identity(model: Model) -> ModelIdentity:

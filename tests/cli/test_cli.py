@@ -49,6 +49,8 @@ OPTIONS = {
     "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
     "tune": "MODEL requests joint strict chat texts tokens max-length method set out moments trace minutes edits "
     "windows width facts",
+    "train-mend": "MODEL requests joint strict chat texts layers out steps batch-size rank lr rate rate-lr edit-weight "
+    "clip text-tokens neighbors validation validate-every",
     "edit": "requests joint strict chat out show layers selection moments method set tuned no-tuned conflicts "
     "published without with targets-only shard merge",
     "evaluate": "requests joint strict chat out edit texts max-texts generation-prompts generation-tokens "
@@ -670,7 +672,8 @@ def test_only_the_traced_model_is_swept(traced, tmp_path, small_inputs, capsys):
 def test_every_command_has_the_options_of_the_contract(name: str):
     parameters = typer.main.get_command(app).commands[name].params
     spellings = [spelling for parameter in parameters for spelling in parameter.opts]
-    common = [] if name == "report" else [option for option in COMMON.split() if name != "tune" or option != "model"]
+    positional = ("model",) if name in ("tune", "train-mend") else ()
+    common = [] if name == "report" else [option for option in COMMON.split() if option not in positional]
     expected = OPTIONS[name].split() + common
     assert sorted(spellings) == sorted(option.lower() if option.isupper() else f"--{option}" for option in expected)
 

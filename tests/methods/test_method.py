@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.mend import identity_editor
 from helpers.spreading import PREFIXES, REQUESTS
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from mechedit.methods import (
     METHODS,
     EditTask,
     MemitConfig,
+    MendConfig,
     Method,
     Ridge,
     RomeConfig,
@@ -130,7 +132,11 @@ def test_the_weights_are_scanned_once_per_edit(
 
     monkeypatch.setattr(mechedit.methods.method, "check_input", counted)
     changes = {"null_threshold": 0.9} if method == "alphaedit" else {}
-    config = replace(recommended(method, small_gpt2), steps=2, **changes)
+    if method == "mend":
+        identity_editor(small_gpt2, (1,)).save(tmp_path / "mend.safetensors")
+        config = MendConfig(editor=str(tmp_path / "mend.safetensors"))
+    else:
+        config = replace(recommended(method, small_gpt2), steps=2, **changes)
     requests = [replace(request, target_true="the") for request in REQUESTS]
     edit_step(RunFolder(tmp_path), small_gpt2, requests, [1], moments, method, config)
     assert len(scanned) == 1
@@ -172,6 +178,7 @@ def test_help_shows_purpose_arguments_and_settings(method: Method[Any]) -> None:
         ("ft_l", ["±ε"]),
         ("ft_w", ["weight decay"]),
         ("kn", ["KN", "ΔWᵢ = scale · (e_new − e_true)"]),
+        ("mend", ["MEND", "ΔW = −α Σ_t ũ_t δ̃_tᵀ"]),
     ],
 )
 def test_help_shows_the_equation(name: str, words: list[str]) -> None:

@@ -1,0 +1,101 @@
+"""MEND's editor for the tiny model, trained on facts and relations that are not scored, and the scores of single edits.
+
+    python -m analyses.tiny_model.mend --out mend [--steps 2000]
+
+The requests that ship with the model are scored, each edited alone. The editor is trained on none of their subjects,
+and on none of the relations in `UNSEEN`, so that the scores of requests of these are of facts and relations that it
+never saw. An interrupted training goes on from its checkpoint. Writes into the folder:
+
+- `mend.safetensors`: the editor, for layers 1 to 4;
+- `mend.csv`: its validation curve;
+- `mend_scores.csv`: ES, PS, NS and exact match, for all requests, those of seen and those of unseen relations.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from analyses.common.command import run
+from analyses.common.counterfacts import counterfacts
+from mechedit.data import EditRequest, load_facts, load_requests
+from mechedit.edit import edited
+from mechedit.evaluation import QUICK, evaluate
+from mechedit.methods import MEND_FILE, MendConfig, MendTrainingConfig, mend, train_mend
+from mechedit.models import Model, load_model
+
+LAYERS = (1, 2, 3, 4)
+"""Where the tiny model recalls."""
+UNSEEN = ("colour", "dish", "stone")
+"""Relations of which no fact is trained with."""
+DRAWS = 10
+"""Times that other new objects and neighbors are drawn for the facts that are trained with."""
+SETTINGS = MendTrainingConfig(
+    batch_size=4, rank=128, lr=1e-3, rate=1e-3, text_tokens=32, neighbors=2, validation=12, validate_every=100
+)
+"""Settings for this model; the learning rate is larger than the default since the steps are few."""
+MEASURES = ("ES", "PS", "NS", "exact_match")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("mend"), help="folder for the files")
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="steps of the training")
+    parser.add_argument(
+        "--neighbors", type=int, default=SETTINGS.neighbors, help="neighbors that each edit should leave"
+    )
+    options = parser.parse_args(arguments)
+    model = load_model("tiny")
+    scored = load_requests("tiny")
+    config = replace(SETTINGS, steps=options.steps, neighbors=options.neighbors)
+    editor = train_mend(
+        model, training_requests(scored), "tiny", LAYERS, config, options.out / MEND_FILE, notify=print
+    )  # fmt: skip
+    pd.DataFrame(editor.record["curve"]).to_csv(options.out / "mend.csv", index=False)
+    table = scores(model, scored, options.out / MEND_FILE)
+    table.to_csv(options.out / "mend_scores.csv", index=False)
+    print(table.to_string(index=False))
+    return 0
+
+
+def training_requests(scored: Sequence[EditRequest]) -> list[EditRequest]:
+    """Requests about other subjects than those that are scored, of seen relations, with several new objects each."""
+    subjects = {request.subject for request in scored}
+    facts = [fact for fact in load_facts("known") if fact.subject not in subjects and fact.relation not in UNSEEN]
+    return [
+        replace(request, id=f"{request.id}/{draw}")
+        for draw in range(DRAWS)
+        for request in counterfacts(facts, seed=draw)
+    ]
+
+
+def scores(model: Model, requests: Sequence[EditRequest], editor: Path) -> pd.DataFrame:
+    """The scores of single edits, in percent, by which relations are scored."""
+    config = MendConfig(editor=str(editor))
+    tables = []
+    for request in requests:
+        edit = mend(model, [request], LAYERS, config=config)
+        with edited(model, edit):
+            table = evaluate(model, [request], QUICK).table
+        tables.append(table.assign(relations="unseen" if request.relation in UNSEEN else "seen"))
+    rows = pd.concat(tables, ignore_index=True)
+    by_case = rows.groupby(["relations", "case", "measure"], as_index=False)["value"].mean()
+    groups = {"all": by_case, **{name: by_case[by_case["relations"] == name] for name in ("seen", "unseen")}}
+    return pd.DataFrame(
+        [
+            {
+                "relations": name, "requests": group["case"].nunique(),
+                **{measure: 100 * group.loc[group["measure"] == measure, "value"].mean() for measure in MEASURES},
+            }
+            for name, group in groups.items()
+        ]
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
