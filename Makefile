@@ -24,7 +24,7 @@ fuzz: .venv/ready-dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=.:tests \
 	    $(BIN)/python -m helpers.fuzz --seconds 1200 $(FUZZ)
 
-# Commands that write, killed at 25 random moments and given a full disk; KILLS and SEED choose others.
+# Every command that writes, killed at 25 random moments and given a full disk; KILLS and SEED choose others.
 torture: KILLS ?= 25
 torture: SEED ?= $(shell date +%s)
 torture: .venv/ready-dev

@@ -9,9 +9,10 @@ Fixtures for all test files:
 - `small_model`: a GPT-2-shaped `Model`, on both backends. `lens_model`: the same on TransformerLens only.
 - `neo_model`: GPT-Neo with local and global attention, on both backends.
 - `family_model`: every family on both backends.
+- `zygote`: a process that forks commands, so that none of them has to import and load what it needs.
 
-The last four are made once per session, on TransformerLens without the fast engine, on nnsight with it; their weights
-are put back after each test, so tests may edit them.
+Models are made once per session, on TransformerLens without the fast engine, on nnsight with it; the weights of the
+four are put back after each test, so tests may edit them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import typechecks
 from fontTools import subset
 from helpers.models import BACKENDS, SHAPES, random_hf, small_tokenizer
+from helpers.zygote import Zygote
 from transformers import (
     PreTrainedTokenizerFast,
 )
@@ -117,3 +119,10 @@ def neo_model(_made: Callable[[str, str], Any], backend: str) -> Iterator[Any]:
 @pytest.fixture
 def family_model(_made: Callable[[str, str], Any], family: str, backend: str) -> Iterator[Any]:
     yield from _lend(_made(family, backend))
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    process = Zygote()
+    yield process
+    process.close()

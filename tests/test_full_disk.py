@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.edits import random_edit
+from tqdm import tqdm
 
 from mechedit.atomic import atomic, atomic_folder
 from mechedit.cli import main
@@ -131,6 +132,34 @@ def test_only_errors_of_a_disk_count_as_such() -> None:
     refusal = InputError("an argument")
     refusal.__cause__ = full
     assert disk_error(refusal) is None, "what was explained already keeps its message"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "beginning"),
+    [(InputError("it is full"), 2, "mechedit: it is full"), (KeyboardInterrupt(), 130, "mechedit: interrupted")],
+)
+def test_what_ends_a_command_is_said_below_its_bars(
+    monkeypatch: Any, tmp_path: Path, capsys: Any, error: BaseException, code: int, beginning: str
+) -> None:
+    """Where a generator holds a bar, the error's traceback holds the generator."""
+
+    def rows() -> Iterator[int]:
+        with tqdm(total=2, desc="rows") as bar:
+            for number in range(2):
+                yield number
+                bar.update()
+
+    def fail(*arguments: Any) -> None:
+        for _ in rows():
+            raise error
+
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", fail)
+    with pytest.raises(SystemExit) as leaving:
+        main(["trace", "--out", str(tmp_path / "run")])
+    assert leaving.value.code == code
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert any(line.startswith("rows:   0%") for line in lines), "the control: a bar was open"
+    assert sum(line.startswith(beginning) for line in lines) == 1
 
 
 def test_the_command_line_says_it_in_one_line(monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:

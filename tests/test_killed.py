@@ -1,8 +1,9 @@
-"""Commands that are killed at any moment, whose disk is full, or whose folder nobody may write to.
+"""Every command that writes, killed at any moment, with a full disk, and in a folder that nobody may write to.
 
 A command that was killed or ran out of space gives, run again, the same bytes as one that nothing interrupted.
 `make torture` kills each command `MECHEDIT_KILLS` times at moments drawn from `MECHEDIT_SEED`; without these a test
-kills twice, at moments that are the same each time: once after a time, once before a change in its folder.
+kills twice, at moments that are the same each time: once after a time, once before a change in its folder. The model is
+the smallest that takes every step, and figures are sketches but for those of a report in `make torture`.
 """
 
 from __future__ import annotations
@@ -17,31 +18,57 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.smallest import write_data
 from helpers.zygote import Ended, Zygote
 
-import mechedit as me
-from mechedit.data import tiny_data
 from mechedit.files import open_tensors, read_tensors
 
 KILLS = int(os.environ.get("MECHEDIT_KILLS", "2"))
 SEED = int(os.environ.get("MECHEDIT_SEED", "0"))
 DISKS = max(1, KILLS // 5)
 """Full disks of each kind per command."""
-MOMENTS = "moments --layers 1-2 --texts texts.txt --checkpoint-seconds 0 --out run"
-EDIT = "edit --requests requests.json --layers 1-2 --moments run --set steps=2 --out edit.safetensors"
+DATA = "--model smallest"
+TRACE = f"trace {DATA} --facts facts.json --max-facts 12 --samples 1 --kinds state,mlp --sever nothing,mlp --out run"
+SETTLED = (
+    f"trace {DATA} --until-settled --facts facts.json --samples 1 --kinds state,mlp --roles subject_last --out run"
+)
+SWEEP = f"select run --validate {DATA} --windows 0-0,1-2 --requests held_out.json --validate-requests 2"
+MOMENTS = f"moments {DATA} --layers 1-2 --texts texts.txt --checkpoint-seconds 0 --out run"
+EDIT = f"edit {DATA} --requests requests.json --layers 1-2 --moments run --set steps=2 --out edit.safetensors"
+EVALUATE = f"evaluate {DATA} --edit edit.safetensors --requests requests.json --generation-tokens 2 --out run"
+APPLY = f"apply {DATA} --edit edit.safetensors"
+RUN = (
+    f"run {DATA} --layers 1-2 --facts facts.json --max-facts 12 --all-facts --samples 1 --requests requests.json "
+    f"--texts texts.txt --set steps=2 --generation-tokens 2 --no-tuned --out run"
+)
+TUNE = "tune smallest --requests held_out.json --texts texts.txt --windows 0-0,0-1 --facts 4 --edits 16 --set steps=2"
 COMMANDS: dict[str, tuple[list[str], str]] = {
+    "trace": ([], TRACE),
+    "until settled": ([], SETTLED),
+    "select": ([TRACE], "select run"),
+    "validate": ([TRACE], f"{SWEEP} --texts texts.txt --set steps=2 --no-tuned"),
+    "moments": ([], MOMENTS),
     "shard": ([], f"{MOMENTS} --shard 0/2"),
     "merge": ([f"{MOMENTS} --shard 0/2", f"{MOMENTS} --shard 1/2"], "moments --merge --out run"),
+    "convergence": ([], f"{MOMENTS} --convergence --npz npz"),
     "edit": ([MOMENTS], EDIT),
-    "lora": ([MOMENTS, EDIT], "apply --edit edit.safetensors --format lora --out adapter"),
+    "evaluate": ([MOMENTS, EDIT], EVALUATE),
+    "zsre": ([MOMENTS, EDIT], f"{EVALUATE} --protocol zsre"),
+    "apply": ([MOMENTS, EDIT], f"{APPLY} --out checkpoint"),
+    "lora": ([MOMENTS, EDIT], f"{APPLY} --format lora --out adapter"),
+    "report": ([TRACE, "select run"], "report run"),
+    "run": ([], RUN),
+    "tune": ([], f"{TUNE} --out tuned"),
+    "session": ([], "session session"),
 }
-"""Commands that write, after those that make what it reads."""
+"""Each command that writes, after those that make what it reads."""
 
 
 @dataclass(frozen=True)
 class Command:
     """A command, the folder in which it begins, and what it does there when nothing interrupts it."""
 
+    zygote: Zygote
     name: str
     arguments: list[str]
     before: Path
@@ -54,6 +81,10 @@ class Command:
         shutil.copytree(self.before, folder, symlinks=True)
         return folder
 
+    def run(self, folder: Path, **limits: float | bool | None) -> Ended:
+        """Run it in a folder."""
+        return run(self.zygote, self.name, " ".join(self.arguments), folder, **limits)
+
     @property
     def written(self) -> list[int]:
         """Sizes of the files that it writes, ascending."""
@@ -61,11 +92,9 @@ class Command:
         return sorted(len(data) for name, data in self.expected.items() if data and before.get(name) != data)
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
+def run(zygote: Zygote, name: str, words: str, folder: Path, **limits: float | bool | None) -> Ended:
+    """Run a command in a folder."""
+    return zygote.run(words.split(), folder, sketched=name != "report" or KILLS < 10, **limits)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +110,11 @@ def prepare(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             folder = folders[key] = root / str(len(folders))
             if before:
                 shutil.copytree(before, folder)
-                ended = zygote.run(commands[-1].split(), folder)
+                ended = run(zygote, "", commands[-1], folder)
                 assert ended.code in (0, 3), ended.printed
             else:
                 folder.mkdir()
-                texts = me.load_texts("tiny")[:200]
-                (folder / "texts.txt").write_text("\n".join(text.replace("\n", " ") for text in texts))
-                requests = json.loads(tiny_data("requests.json").read_text())[:2]
-                (folder / "requests.json").write_text(json.dumps(requests))
+                write_data(folder)
         return folders[key]
 
     return prepared
@@ -105,12 +131,12 @@ def command(
     earlier, words = COMMANDS[request.param]
     before, folder = prepare(earlier), tmp_path_factory.mktemp("uninterrupted") / "folder"
     shutil.copytree(before, folder)
-    ended = zygote.run(words.split(), folder)
+    ended = run(zygote, request.param, words, folder)
     assert ended.code in (0, 3), ended.printed
     expected = contents(folder)
     shutil.rmtree(folder)
     assert differences(before, expected), "the command writes"
-    return Command(request.param, words.split(), before, ended, expected)
+    return Command(zygote, request.param, words.split(), before, ended, expected)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -124,25 +150,23 @@ def differences(folder: Path, expected: dict[str, bytes | None]) -> list[str]:
     return sorted({name for name, _ in {*actual.items()} ^ {*expected.items()}})
 
 
-def killed(zygote: Zygote, command: Command, folder: Path, draw: random.Random, *, at_change: bool) -> str:
+def killed(command: Command, folder: Path, draw: random.Random, *, at_change: bool) -> str:
     """Run a command and kill it at a random moment, in a folder in which it begins; the moment in words."""
     latest = command.uninterrupted.changes if at_change else command.uninterrupted.seconds
     while True:
         moment = draw.randint(1, max(1, int(latest))) if at_change else draw.uniform(0, latest)
         limits = {"kill_at" if at_change else "kill_after": moment}
-        if zygote.run(command.arguments, command.copy(folder), **limits).code == -9:
+        if command.run(command.copy(folder), **limits).code == -9:
             return f"change {moment} of {latest}" if at_change else f"{moment:.3f} of {latest:.3f} seconds"
         latest = moment  # it ended before that
 
 
-def test_a_killed_command_gives_the_bytes_of_one_that_nothing_interrupted(
-    zygote: Zygote, command: Command, tmp_path: Path
-) -> None:
+def test_a_killed_command_gives_the_bytes_of_one_that_nothing_interrupted(command: Command, tmp_path: Path) -> None:
     draw, folder, midway = random.Random(f"{SEED} {command.name}"), tmp_path / "killed", 0
     for number in range(KILLS):
-        moment = killed(zygote, command, folder, draw, at_change=bool(number % 2))
+        moment = killed(command, folder, draw, at_change=bool(number % 2))
         midway += bool(differences(folder, contents(command.before)) and differences(folder, command.expected))
-        again = zygote.run(command.arguments, folder)
+        again = command.run(folder)
         assert again.code == command.uninterrupted.code or "exists" in again.printed, f"{moment}: {again.printed}"
         assert not differences(folder, command.expected), f"killed at {moment}"
     assert midway or KILLS < 10, "some kills leave a part of the files"
@@ -169,20 +193,22 @@ def check_full(ended: Ended, command: Command, folder: Path, reason: str) -> Non
             assert Path(name).name in ("config.json", "drawn.json") or "ledger" in Path(name).parts, f"half of {name}"
 
 
-def check_again(zygote: Zygote, command: Command, folder: Path) -> None:
+def check_again(command: Command, folder: Path) -> None:
     """With space, the same command gives the same bytes."""
-    again = zygote.run(command.arguments, folder)
+    if not differences(folder, contents(command.before)):
+        return  # it is what the uninterrupted run began with
+    again = command.run(folder)
     assert again.code == command.uninterrupted.code, again.printed
     assert not differences(folder, command.expected)
 
 
-def test_files_that_may_not_grow_end_a_command_in_one_line(zygote: Zygote, command: Command, tmp_path: Path) -> None:
+def test_files_that_may_not_grow_end_a_command_in_one_line(command: Command, tmp_path: Path) -> None:
     draw = random.Random(f"{SEED} {command.name}")
     for _ in range(DISKS):
         folder, limit = command.copy(tmp_path / "full"), draw.randrange(draw.choice(command.written))
-        ended = zygote.run(command.arguments, folder, largest=limit)
+        ended = command.run(folder, largest=limit)
         check_full(ended, command, folder, "File too large")
-        check_again(zygote, command, folder)
+        check_again(command, folder)
 
 
 @pytest.fixture
@@ -214,7 +240,7 @@ def pages(folder_contents: dict[str, bytes | None]) -> int:
 
 
 def test_a_full_disk_ends_a_command_in_one_line(
-    zygote: Zygote, command: Command, mounted: Callable[[int], Path], tmp_path: Path
+    command: Command, mounted: Callable[[int], Path], tmp_path: Path
 ) -> None:
     draw, before = random.Random(f"{SEED} {command.name}"), pages(contents(command.before))
     for _ in range(DISKS):
@@ -222,32 +248,34 @@ def test_a_full_disk_ends_a_command_in_one_line(
         while True:
             free = draw.randrange(max(free, 2))
             folder = command.copy(mounted(before + free + os.sysconf("SC_PAGE_SIZE")) / "full")
-            ended = zygote.run(command.arguments, folder)
+            ended = command.run(folder)
             if ended.code != command.uninterrupted.code:
                 break  # else that much was enough
         check_full(ended, command, folder, "No space left on device")
         shutil.rmtree(tmp_path / "roomy", ignore_errors=True)
-        check_again(zygote, command, Path(shutil.copytree(folder, tmp_path / "roomy")))
+        check_again(command, Path(shutil.copytree(folder, tmp_path / "roomy")))
 
 
-def test_folders_that_nobody_may_write_to_are_refused_in_one_line(
-    zygote: Zygote, command: Command, tmp_path: Path
-) -> None:
+def test_folders_that_nobody_may_write_to_are_refused_in_one_line(command: Command, tmp_path: Path) -> None:
     folder = command.copy(tmp_path / "unwritable")
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
     for path in folders:
         path.chmod(0o555)
-    ended = zygote.run(command.arguments, folder, unprivileged=True)
+    ended = command.run(folder, unprivileged=True)
     for path in folders:
         path.chmod(0o755)
     assert ended.code == 2, ended.printed
     assert len(ended.refusals) == 1, ended.printed
     assert "Permission denied" in ended.refusals[0]
     assert not differences(folder, contents(command.before))
-    check_again(zygote, command, folder)
+    check_again(command, folder)
 
 
-READ = (("edit", "requests.json"),)
+READ = (
+    ("moments", "texts.txt"), ("edit", "requests.json"), ("edit", "run/moments/layer_1.safetensors"),
+    ("select", "run/effects.parquet"), ("select", "run/config.json"), ("validate", "run/facts.parquet"),
+    ("evaluate", "edit.safetensors"), ("report", "run/selection.json"), ("lora", "edit.safetensors"),
+)  # fmt: skip
 """Commands, and files that they read."""
 
 
@@ -259,7 +287,7 @@ def test_files_that_nobody_may_read_are_refused_in_one_line(
     before = prepare(earlier)
     folder = Path(shutil.copytree(before, tmp_path / "unreadable"))
     (folder / file).chmod(0)
-    ended = zygote.run(words.split(), folder, unprivileged=True)
+    ended = run(zygote, name, words, folder, unprivileged=True)
     (folder / file).chmod(0o644)
     assert ended.code == 2, ended.printed
     assert len(ended.refusals) == 1, ended.printed

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,6 @@ NAMES = {
 }
 ALL = "n\ne\u0301\u202e\x1b[1m'\"{}%s "
 BYTES = os.fsdecode(b"latin-\xe9")
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from mechedit.cli.config_file import config_defaults
 from mechedit.cli.new_folders import no_empty_folders
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         about = f"{str(file)!r} cannot be read or written" if file else "a file cannot be read or written"
         sys.exit(_complain(f"{about} ({reason}); check the disk and the path, and run the same command again"))
     if code == 130:  # typer may have turned the interrupt into this code
+        _end_bars()
         say("mechedit: interrupted; the same command goes on from what is finished")
     sys.exit(code or 0)
 
@@ -83,8 +85,15 @@ def plain_warnings() -> Iterator[None]:
 
 
 def _complain(message: str) -> int:
+    _end_bars()
     print(f"mechedit: {_line(message)}", file=sys.stderr)
     return 2
+
+
+def _end_bars() -> None:
+    """End the lines of progress that an error left open, so that what is said next has a line of its own."""
+    for bar in tuple(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def one_line(message: str) -> str:

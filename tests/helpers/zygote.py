@@ -57,7 +57,8 @@ class Zygote:
             arguments: of the command line; `session FOLDER` writes a session from Python.
             folder: the current folder of the command.
             **limits: it is killed `kill_after` seconds, or before the change `kill_at`; `largest` is the size in bytes
-                of the largest file that it may write; `unprivileged` lets permissions bind it, also where root runs it.
+                of the largest file that it may write; `unprivileged` lets permissions bind it, also where root runs it;
+                `sketched` has it write what figures show in place of pictures.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -116,22 +117,51 @@ def _read(reading: int, child: int, start: float, kill_after: float | None) -> s
 
 
 def _prepare() -> None:
-    """Import everything and load the model, so that no child has to."""
+    """Import everything and load the models, so that no child has to."""
     import torch
 
+    from helpers.smallest import NAME, smallest_model
     from mechedit.cli import options
     from mechedit.figures import style
     from mechedit.models import load_model
 
-    torch.set_num_threads(1)
     # Figures take most of the time of a command: coarse ones, with fonts that no file has to hold.
     style._STYLE.update({"savefig.dpi": 20, "pdf.use14corefonts": True})
-    model, load = load_model("tiny"), options.load_quietly
+    torch.set_num_threads(1)
+    models, load = {NAME: smallest_model(), "tiny": load_model("tiny")}, options.load_quietly
 
     def load_quietly(name: str, *arguments: Any) -> Any:
-        return model if name == "tiny" else load(name, *arguments)
+        return models[name] if name in models else load(name, *arguments)
 
     options.load_quietly = load_quietly
+
+
+class _Sketch:
+    """In place of a figure, whose picture takes most of the time of a command: what is drawn, as text."""
+
+    def __init__(self, *shown: Any, **_: Any) -> None:
+        self.shown = [getattr(part, "args", part) for part in shown]
+
+    def savefig(self, path: Path, **_: Any) -> None:
+        """Write it, a few bytes at a time."""
+        with path.open("w", encoding="utf-8", buffering=1) as stream:
+            stream.writelines(f"{part}\n" for part in [path.suffix, *self.shown])
+
+
+def _sketch_figures() -> None:
+    """Let figures be sketches."""
+    from mechedit.cli import tune
+    from mechedit.figures import run_folder
+    from mechedit.provenance import file_hash
+
+    def trace_figures(effects: Path, layers: Any) -> dict[str, Any]:
+        return {name: _Sketch(file_hash(effects), layers) for name in ("severed", "roles", "fact", "lines")}
+
+    def tuning_figures(record: Any) -> dict[str, Any]:
+        return {name: _Sketch(record) for name in ("windows", "weights")}
+
+    run_folder.trace_figures, run_folder.draw, run_folder.sweep_figure = trace_figures, _Sketch, _Sketch
+    tune.tuning_figures = tuning_figures
 
 
 CHANGES = frozenset(
@@ -187,6 +217,8 @@ def _run(arguments: list[str], folder: str, limits: dict[str, Any], output: int,
             resource.setrlimit(resource.RLIMIT_FSIZE, (limits["largest"], limits["largest"]))
         if limits.get("unprivileged"):
             _drop_privileges()
+        if limits.get("sketched"):
+            _sketch_figures()
         if arguments[0] == "tune":
             _stop_the_clock()
         changes = _Changes(folder, limits.get("kill_at"))
@@ -238,7 +270,7 @@ def _session(folder: str) -> None:
     from mechedit.session import session
 
     session.time.perf_counter = lambda: 0.0
-    model, requests = load_quietly("tiny", "transformer_lens", None, None), me.load_requests("tiny")
+    model, requests = load_quietly("smallest", "transformer_lens", None, None), me.load_requests("held_out.json")
     moments = {layer: torch.eye(model.d_mlp, dtype=torch.float64) for layer in (1, 2)}
     config = me.MemitConfig(steps=2, covariance_weight=10.0)
     rule = me.StopRule(perplexity=None, earlier=None)
