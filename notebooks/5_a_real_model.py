@@ -112,7 +112,7 @@ requests = [
 ]
 windows = [Window(1, 5), Window(8, 12), Window(18, 22)]
 layers = sorted({layer for window in windows for layer in window.layers})
-moments = me.collect_moments(model, "tiny", layers, me.MomentsConfig(tokens=10_000))
+moments = me.collect_moments(model, "tiny", layers, me.MomentsConfig(tokens=5_000))
 sweep = me.sweep_windows(model, requests, moments, windows)
 sweep.table[sweep.table["measure"].isin(["ES", "PS", "NS", "PM", "S"])].pivot(
     index=["first", "last"], columns="measure", values="mean"

@@ -166,14 +166,14 @@ def regret(sweep: Sweep, window: Window, seed: int = 0) -> dict[str, float]:
         measured = score(pair[:, judging])
         means.append(measured[0] - measured[1])
         resampled = random_numbers.choice(judging, (RESAMPLES, len(judging)))
-        scores = np.stack([score(pair[:, rows]) for rows in resampled])
-        draws.append(scores[:, 0] - scores[:, 1])
+        best_scores, my_scores = (score(values_of[resampled]) for values_of in pair)
+        draws.append(best_scores - my_scores)
     low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
     return {"mean": float(np.mean(means)), "low": float(low), "high": float(high)}
 
 
-def score(values: Float[np.ndarray, "window case measure"]) -> Float[np.ndarray, " window"]:
-    """The harmonic mean of the measures' means."""
+def score(values: Float[np.ndarray, "row case measure"]) -> Float[np.ndarray, " row"]:
+    """The harmonic mean of the measures' means, of each window or resample."""
     return harmonic_mean(np.nanmean(values, axis=1))
 
 
