@@ -46,7 +46,7 @@ from mechedit.evaluation import score_targets
 from mechedit.methods import KeyExtractor, Ridge, UpdateRule, prefix_mean
 from mechedit.methods.spread import spread
 from mechedit.models import Site
-from mechedit.prompt_tokens import make_prefixes
+from mechedit.prefixes import make_prefixes
 from mechedit.solve import Update, factorize, ridge_update
 
 WEIGHT = 15_000.0

@@ -14,7 +14,8 @@ import mechedit as me
 from benchmarks.operations import moment_operations
 from benchmarks.pass_operations import Operations
 from mechedit.data import fill
-from mechedit.prompt_tokens import BARE, completed_prompts, encode_documents, prefixed_prompts, tokenize_prompt
+from mechedit.prefixes import BARE, completed_prompts, prefixed_prompts
+from mechedit.prompt_tokens import encode_documents, tokenize_prompt
 from mechedit.trace import window_span
 from mechedit.trace.traced_fact import TracedFact, restored_positions
 

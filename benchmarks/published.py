@@ -30,7 +30,8 @@ from benchmarks.plain_model import PlainModel, first_item, hooks
 from mechedit.batching import pad
 from mechedit.data import fill
 from mechedit.models import Site
-from mechedit.prompt_tokens import BARE, completed_prompts, encode_documents, prefixed_prompts, tokenize_prompt
+from mechedit.prefixes import BARE, completed_prompts, prefixed_prompts
+from mechedit.prompt_tokens import encode_documents, tokenize_prompt
 
 ROWS = 128
 """Prompts in one forward pass for keys and states."""

@@ -250,7 +250,7 @@ class TestChat:
         assert answer.startswith("Lima")
 
     def test_context_templates_stand_within_the_question(self, chat_model: me.Model) -> None:
-        from mechedit.prompt_tokens import prefixed_prompts
+        from mechedit.prefixes import prefixed_prompts
 
         request = me.EditRequest(id="0", subject="France", prompt="Where is {} ruled?", target_new="Lima")
         (request,) = prompted(chat_model.tokenizer, [request], chat=True)

@@ -26,7 +26,7 @@ from mechedit.evaluation.likelihood import score_targets
 from mechedit.models import model_lock
 from mechedit.models.model_lock import ModelLock
 from mechedit.moments.key_energy import TEXTS
-from mechedit.prompt_tokens import make_prefixes
+from mechedit.prefixes import make_prefixes
 from mechedit.trace import tokenize_fact
 from mechedit.workers import run_batches
 

@@ -31,7 +31,8 @@ from mechedit.cli import parse_names
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.figures import scores_figure
-from mechedit.prompt_tokens import TOKENS, check_token, prefixed_prompts
+from mechedit.prefixes import prefixed_prompts
+from mechedit.prompt_tokens import TOKENS, check_token
 
 MEASURES = ("EM", "PM", "NM", "S")
 LABELS = {

@@ -24,7 +24,7 @@ from mechedit.atomic import atomic
 from mechedit.cli.parsing import parse_layers
 from mechedit.evaluation import QUICK
 from mechedit.methods import recommended
-from mechedit.prompt_tokens import make_prefixes
+from mechedit.prefixes import make_prefixes
 
 LEARNING_RATE = 0.5
 """Absolute, as published."""

@@ -200,6 +200,11 @@ def table(judge: Judge, rules: Mapping[str, Any], best: Sequence[Window], count:
     return pd.DataFrame(rows)
 
 
+def write_rows(path: Path, model: str, frame: pd.DataFrame) -> None:
+    """Write the table as JSON, with null where a rule has no value."""
+    write_json(path, {"model": model, "rows": records(frame.astype(object).where(frame.notna(), None))})
+
+
 def print_table(frame: pd.DataFrame) -> None:
     """The table as markdown."""
     print(markdown_table(list(frame.columns), [[in_words(cell) for cell in row.values()] for row in records(frame)]))
@@ -238,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     best = judge.screened(min(options.screen, len(requests)))
     print("best of the screening:", ", ".join(map(str, best)), flush=True)
     frame = table(judge, rules, best, len(requests))
-    write_json(options.out / "regret.json", {"model": options.model, "rows": records(frame)})
+    write_rows(options.out / "regret.json", options.model, frame)
     print_table(frame)
     return 0
 

@@ -25,7 +25,7 @@ from mechedit.methods.method import EditTask, edit_method
 from mechedit.methods.settings import MethodConfig
 from mechedit.methods.training import dense_factors, evaluate_loss, train, training_rows, unwritten
 from mechedit.models import Model
-from mechedit.prompt_tokens import BARE, check_prefixes
+from mechedit.prefixes import BARE, check_prefixes
 
 
 @dataclass(frozen=True, kw_only=True)

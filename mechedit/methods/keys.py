@@ -17,7 +17,7 @@ from torch import Tensor
 from mechedit.batching import batches_of, pad
 from mechedit.data import EditRequest
 from mechedit.models import Model, Patch, Resume, Run, Site, Tokens
-from mechedit.prompt_tokens import BARE, prefixed_prompts
+from mechedit.prefixes import BARE, prefixed_prompts
 
 
 class KeyExtractor:

@@ -39,7 +39,7 @@ from mechedit.methods.method import EditTask, edit_method
 from mechedit.methods.settings import MethodConfig
 from mechedit.methods.training import evaluate_loss, training_rows, unwritten
 from mechedit.models import EMBED, Model, Patch, Resume, Site
-from mechedit.prompt_tokens import BARE, check_prefixes, completed_prompts
+from mechedit.prefixes import BARE, check_prefixes, completed_prompts
 from mechedit.targets import check_length
 
 

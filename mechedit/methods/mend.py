@@ -27,7 +27,7 @@ from mechedit.methods.method import EditTask, edit_method
 from mechedit.methods.settings import MethodConfig
 from mechedit.methods.training import TrainingRow, dense_factors, evaluate_loss, training_rows, unwritten
 from mechedit.models import Model
-from mechedit.prompt_tokens import BARE, check_prefixes
+from mechedit.prefixes import BARE, check_prefixes
 from mechedit.provenance import value_hash
 
 

@@ -47,7 +47,8 @@ from mechedit.methods.training import (
     training_rows,
 )
 from mechedit.models import Model, exclusive
-from mechedit.prompt_tokens import BARE, complete_pairs, encode_documents, encode_texts
+from mechedit.prefixes import BARE
+from mechedit.prompt_tokens import complete_pairs, encode_documents, encode_texts
 from mechedit.provenance import CAST_HASHES, ModelIdentity, check_provenance, value_hash
 from mechedit.records import Whole, check_record
 from mechedit.targets import check_length

@@ -22,7 +22,7 @@ from mechedit.methods.post_norm import change_before_norm
 from mechedit.methods.rules import damped_moment, moment_factor
 from mechedit.methods.settings import DampedConfig
 from mechedit.models import Model
-from mechedit.prompt_tokens import BARE, check_prefixes, make_prefixes
+from mechedit.prefixes import BARE, check_prefixes, make_prefixes
 from mechedit.solve import Factor, Update, equality_update
 from mechedit.targets import Targets, find_targets
 

@@ -11,7 +11,8 @@ from mechedit.bounds import check_numbers
 from mechedit.errors import check_choice, check_positive
 from mechedit.methods.rules import EarlierKeys, Moments, Ridge
 from mechedit.models import Model
-from mechedit.prompt_tokens import check_token, make_prefixes
+from mechedit.prefixes import make_prefixes
+from mechedit.prompt_tokens import check_token
 from mechedit.targets import CONVENTIONS, Convention, TargetConfig, TargetSettings, check_one_unit
 
 Strategy = Literal["uniform", "sqrt", "forward-replay", "last", "boundary"]

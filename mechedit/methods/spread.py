@@ -26,7 +26,7 @@ from mechedit.methods.manifest import edit_manifest, layer_record, relative_norm
 from mechedit.methods.post_norm import change_before_norm
 from mechedit.methods.settings import SpreadConfig
 from mechedit.models import Model, Site, exclusive
-from mechedit.prompt_tokens import check_prefixes
+from mechedit.prefixes import check_prefixes
 from mechedit.solve import Update
 from mechedit.targets import Targets
 

@@ -26,7 +26,7 @@ from mechedit.edit import Edit, Factors, add_, copy_weights, restoring
 from mechedit.edit.weights import projection_parameter
 from mechedit.errors import InputError
 from mechedit.models import Model, Patch, Resume, Run, Site
-from mechedit.prompt_tokens import completed_prompts
+from mechedit.prefixes import completed_prompts
 from mechedit.targets import check_length
 
 

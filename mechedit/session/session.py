@@ -27,7 +27,8 @@ from mechedit.evaluation import QUICK, EvaluationConfig
 from mechedit.methods import MethodConfig, check_layers, moment_matrices
 from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
-from mechedit.prompt_tokens import check_prefixes, one_spelling
+from mechedit.prefixes import check_prefixes
+from mechedit.prompt_tokens import one_spelling
 from mechedit.session.batch_editor import BatchEditor, check_rule, check_settings
 from mechedit.session.edited_batch import EditedBatch, active_keys, active_requests, requests_hash
 from mechedit.session.metrics import (

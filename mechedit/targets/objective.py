@@ -20,7 +20,7 @@ from torch import Tensor
 from mechedit.batching import batches_of, pad
 from mechedit.data import EditRequest
 from mechedit.models import Model, Site
-from mechedit.prompt_tokens import BARE, prefixed_prompts
+from mechedit.prefixes import BARE, prefixed_prompts
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.prompt_batch import PromptBatch, edited_scores, run_clean
 from mechedit.targets.search_prompts import search_batches, search_prompts

@@ -18,7 +18,8 @@ from mechedit.data import EditRequest, check_requests
 from mechedit.errors import InputError
 from mechedit.locks import locked
 from mechedit.models import Model, exclusive
-from mechedit.prompt_tokens import check_prefixes, make_prefixes, one_spelling
+from mechedit.prefixes import check_prefixes, make_prefixes
+from mechedit.prompt_tokens import one_spelling
 from mechedit.provenance import value_hash
 from mechedit.shards import Rank, ShardRecords, pieces_of
 from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult

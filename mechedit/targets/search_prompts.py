@@ -14,7 +14,8 @@ from mechedit.batching import PassCost, batches_of
 from mechedit.data import EditRequest, fill
 from mechedit.errors import InputError, brief
 from mechedit.models import Model
-from mechedit.prompt_tokens import BARE, completed_prompts, tokenize_prompt
+from mechedit.prefixes import BARE, completed_prompts
+from mechedit.prompt_tokens import tokenize_prompt
 from mechedit.targets.config import TargetConfig
 
 KL_PROMPT = -1

@@ -14,7 +14,8 @@ import mechedit as me
 from benchmarks.necessary_work import keys_work, moments_work, targets_work, trace_work
 from benchmarks.operations import moment_operations
 from benchmarks.pass_operations import Operations
-from mechedit.prompt_tokens import encode, prefixed_prompts
+from mechedit.prefixes import prefixed_prompts
+from mechedit.prompt_tokens import encode
 from mechedit.trace.traced_fact import tokenize_fact
 
 FAMILIES = ("gpt2", "gptj", "pythia", "llama", "qwen3", "gemma3")

@@ -15,7 +15,7 @@ from mechedit.data import EditRequest
 from mechedit.edit import add_
 from mechedit.methods import KeyExtractor, prefix_mean
 from mechedit.models import Site
-from mechedit.prompt_tokens import BARE, prefixed_prompts
+from mechedit.prefixes import BARE, prefixed_prompts
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]
 REQUESTS = [

@@ -19,7 +19,8 @@ from mechedit.evaluation.likelihood import score_targets
 from mechedit.methods import KeyExtractor, MemitConfig, RomeConfig, SpreadConfig, edit_keys, memit, prefix_mean, rome
 from mechedit.methods.spread import share_divisor
 from mechedit.models import Site
-from mechedit.prompt_tokens import BARE, TOKENS, prefixed_prompts
+from mechedit.prefixes import BARE, prefixed_prompts
+from mechedit.prompt_tokens import TOKENS
 from mechedit.targets import TargetConfig, find_targets
 
 MOMENTS = {layer: 0.01 * torch.eye(96) for layer in range(3)}

@@ -23,7 +23,7 @@ from mechedit.evaluation import EvaluationConfig, evaluate, score_targets
 from mechedit.methods import METHODS
 from mechedit.models import Tokens, load_model, transformers_model
 from mechedit.moments import collect_moments
-from mechedit.prompt_tokens import make_prefixes
+from mechedit.prefixes import make_prefixes
 from mechedit.targets import find_targets
 from mechedit.trace import TraceConfig, trace_facts
 

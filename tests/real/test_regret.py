@@ -14,7 +14,7 @@ from analyses.real_models import regret as script
 from analyses.real_models.regret import judging_requests, regret, windows_by_rule
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig
-from mechedit.files import write_parquet
+from mechedit.files import read_json, write_parquet
 from mechedit.statistics import harmonic_mean
 from mechedit.sweep import Sweep, Window
 from mechedit.tables import read_table
@@ -119,7 +119,7 @@ def test_nobody_judges_who_was_traced_or_edited(run: Path) -> None:
         judging_requests("tiny", run, len(subjects) - 1, seed=1)
 
 
-def test_the_table_has_a_row_for_each_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_a_row_for_each_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def known(judge: Any, windows: Any, count: int) -> Sweep:
         return sweep_of({Window(*ends): 90.0 - 10 * ends[0] for ends in windows}, count)
 
@@ -134,3 +134,8 @@ def test_the_table_has_a_row_for_each_rule(monkeypatch: pytest.MonkeyPatch) -> N
     assert frame.loc["low", "regret"] == frame.loc["best of the screening, 1", "regret"] == 0.0
     assert frame.loc["high", "regret"] > frame.loc["best of the screening, 2", "regret"] > 5.0
     assert frame.loc["low", "S"] > frame.loc["high", "S"]
+    # What has no value, as a rule without layers, is none in the file.
+    script.write_rows(tmp_path / "regret.json", "a model", frame.reset_index())
+    rows = {row["rule"]: row for row in read_json(tmp_path / "regret.json")["rows"]}
+    assert rows["no"]["S"] is rows["low"]["stability"] is None
+    assert rows["low"]["S"] == frame.loc["low", "S"]

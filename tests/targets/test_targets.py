@@ -14,7 +14,8 @@ from mechedit.batching import pad
 from mechedit.data import EditRequest
 from mechedit.errors import InputError, check_choice
 from mechedit.models import Patch, Site
-from mechedit.prompt_tokens import continuation_ids, make_prefixes, tokenize_prompt
+from mechedit.prefixes import make_prefixes
+from mechedit.prompt_tokens import continuation_ids, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
 
 PREFIXES = ["{}", "The first thing. {}", "Because he said so many things. {}"]

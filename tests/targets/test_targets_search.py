@@ -17,7 +17,8 @@ from mechedit.batching import LAUNCH_COST, WEIGHT_TOKENS, pad
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.models import Patch, Site, WholeReadout
-from mechedit.prompt_tokens import continuation_ids, prefixed_prompts, tokenize_prompt
+from mechedit.prefixes import prefixed_prompts
+from mechedit.prompt_tokens import continuation_ids, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
 from mechedit.targets.cache import TargetCache
 from mechedit.targets.prompt_batch import block_spans, shared_start_cache
