@@ -1,6 +1,6 @@
 """MEND's editor for the tiny model, trained on facts and relations that are not scored, and the scores of single edits.
 
-    python -m analyses.tiny_model.mend --out mend [--steps 2000]
+    python -m analyses.tiny_model.mend --out mend [--steps 1000]
 
 The requests that ship with the model are scored, each edited alone. The editor is trained on none of their subjects,
 and on none of the relations in `UNSEEN`, so that the scores of requests of these are of facts and relations that it
@@ -35,7 +35,15 @@ UNSEEN = ("colour", "dish", "stone")
 DRAWS = 10
 """Times that other new objects and neighbors are drawn for the facts that are trained with."""
 SETTINGS = MendTrainingConfig(
-    batch_size=4, rank=128, lr=1e-3, rate=1e-3, text_tokens=32, neighbors=2, validation=12, validate_every=100
+    steps=1000,
+    batch_size=4,
+    rank=128,
+    lr=1e-3,
+    rate=1e-3,
+    text_tokens=32,
+    neighbors=2,
+    validation=12,
+    validate_every=100,
 )
 """Settings for this model; the learning rate is larger than the default since the steps are few."""
 MEASURES = ("ES", "PS", "NS", "exact_match")

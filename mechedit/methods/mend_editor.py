@@ -51,6 +51,7 @@ class MendRecord(ModelRecord, total=False):
     d_key: Required[Whole]
     d_model: Required[Whole]
     steps: Required[Whole]
+    trained: Whole
     curve: Required[list[dict[str, Number]]]
     requests: str
     texts: str

@@ -10,7 +10,7 @@ about other subjects with their objects (the mean over tokens). u and δ do not 
 
 Every `validate_every` steps the edits of requests about other subjects are scored, and the best editor is kept.
 Requests and texts of a step depend on the seed and the step alone, so that an interrupted training goes on from its
-last checkpoint to the same bits.
+last checkpoint to the same bits, also where it is to end earlier or later than at first.
 """
 
 from __future__ import annotations
@@ -162,16 +162,19 @@ def train_mend(
     config, path = config or MendTrainingConfig(), Path(path)
     layers = check_layers(layers, model)
     texts = load_texts(texts) if isinstance(texts, str | Path) else texts
+    # Where a training ends decides nothing before: a checkpoint is also one of a shorter or longer training.
+    settings = {name: value for name, value in asdict(config).items() if name != "steps"}
     record = {
         **model.provenance(), CAST_HASHES: model.cast_hashes(), "layers": layers, "d_key": model.d_key,
-        "d_model": model.d_model, "rank": min(config.rank, model.d_key + model.d_model), "settings": asdict(config),
+        "d_model": model.d_model, "rank": min(config.rank, model.d_key + model.d_model), "settings": settings,
         "requests": value_hash([request.plain() for request in requests]), "texts": texts_hash(texts),
     }  # fmt: skip
     made_with = value_hash([ModelIdentity.of(record).record, *(record[name] for name in _DETERMINING)])
     with locked(path, f"the editor {str(path)!r}", made_with=made_with):
         if path.exists() and not overwrite:
             finished = read_header(path, METADATA_KEY)
-            check_provenance(finished, {"made_with": made_with}, f"the editor {str(path)!r}", _REMEDY)
+            expected = {"made_with": made_with, "trained": config.steps}
+            check_provenance(finished, expected, f"the editor {str(path)!r}", _REMEDY)
             return MendEditor.load(path)
         for name, parameter in model.named_parameters():
             check_finite(f"the weights {name}", parameter)
@@ -274,7 +277,9 @@ class _Training:
 
     def editor(self, made_with: str) -> MendEditor:
         """The editor that was best in validation."""
-        record = {**self.record, "steps": self.best_step, "curve": self.curve, "made_with": made_with}
+        record = {
+            **self.record, "steps": self.best_step, "trained": self.step, "curve": self.curve, "made_with": made_with,
+        }  # fmt: skip
         network = EditorNetwork(self.model.d_key, self.model.d_model, len(self.layers), self.config.rank)
         network.load_state_dict(self.best)
         return MendEditor(network=network, layers=tuple(self.layers), record=record)
@@ -313,6 +318,11 @@ class _Training:
                 "step": torch.tensor(float(header["step"])),
                 **{moment: value.to(parameter.device) for moment, value in moments.items() if value is not None},
             }
+        if header["step"] > self.config.steps:
+            raise InputError(
+                f"the training {str(path)!r} has come to step {header['step']}, expected at most {self.config.steps}, "
+                f"where it is to end; ask for more steps, or pass --overwrite to train anew"
+            )
         self.step, self.curve, self.best_step = header["step"], header["curve"], header["steps"]
 
     def _take_step(self, parameters: Mapping[int, tuple[nn.Parameter, bool]]) -> None:

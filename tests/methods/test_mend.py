@@ -181,13 +181,15 @@ def test_a_training_lowers_the_loss_and_the_best_editor_stays(lively: Any, tmp_p
     assert "5 requests to train with and 1 to validate with" in lines[0]
     assert not list(tmp_path.glob("*.training*")), "its checkpoint is gone"
     assert train_mend(lively, FACTS, TEXTS, [0, 1], config, path).record == MendEditor.load(path).record
-    with pytest.raises(InputError, match=r"made_with = .*pass --overwrite to train anew"):
-        train_mend(lively, FACTS, TEXTS, [0, 1], QUICK, path)
+    for change, field in (({"lr": 1e-3}, "made_with"), ({"steps": 40}, "trained")):
+        with pytest.raises(InputError, match=rf"{field} = .*pass --overwrite to train anew"):
+            train_mend(lively, FACTS, TEXTS, [0, 1], dataclasses.replace(config, **change), path)
 
 
 def test_an_interrupted_training_ends_as_it_would_have(
     lively: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the training that was interrupted was to take more steps."""
     uninterrupted = train_mend(lively, FACTS, TEXTS, [0, 1], QUICK, tmp_path / "uninterrupted.safetensors")
     monkeypatch.setattr(training_module, "SECONDS", 0.0)
     plain, steps = training_module._Training._take_step, []
@@ -205,12 +207,14 @@ def test_an_interrupted_training_ends_as_it_would_have(
     with monkeypatch.context() as patched:
         patched.setattr(training_module._Training, "_take_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_mend(lively, FACTS, TEXTS, [0, 1], QUICK, path)
+            train_mend(lively, FACTS, TEXTS, [0, 1], dataclasses.replace(QUICK, steps=6), path)
     assert identical(lively, before)
     assert not path.exists()
     assert (tmp_path / "mend.training.safetensors").exists()
     with pytest.raises(InputError, match=r"the training .* was made with settings"):
         train_mend(lively, FACTS, TEXTS, [0, 1], dataclasses.replace(QUICK, lr=1e-3), path)
+    with pytest.raises(InputError, match="has come to step 3, expected at most 2"):
+        train_mend(lively, FACTS, TEXTS, [0, 1], dataclasses.replace(QUICK, steps=2), path)
     monkeypatch.setattr(training_module._Training, "_take_step", counted)
     again = train_mend(lively, FACTS, TEXTS, [0, 1], QUICK, path)
     assert steps == [3], "it goes on from its checkpoint"
