@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from mechedit import ranks
 from mechedit.cache import Codec, codec_of
 from mechedit.data import EditRequest, Fact
 from mechedit.edit import Edit, edited
@@ -35,7 +36,7 @@ from mechedit.evaluation.summary_file import write_summary_file
 from mechedit.locks import locked
 from mechedit.methods import METHODS, MethodConfig
 from mechedit.models import Model
-from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_moments
+from mechedit.moments import Convergence, MomentsConfig, SecondMoment, collect_dealt
 from mechedit.provenance import ModelIdentity, value_hash
 from mechedit.run_folder import RunFolder, check_step, sweep_run_folder
 from mechedit.selection import SelectConfig, Selection, moving_width, select_layers, subject_effects
@@ -176,16 +177,22 @@ def select_step(folder: RunFolder, config: SelectConfig, *, save: bool = True) -
         InputError: the folder holds no effects, not those that selection needs, or damaged ones; another process
             selects layers there, by other settings.
     """
-    if not save:
-        return _select(folder, config)
-    with selecting(folder, {"settings": asdict(config)}):
-        selection = _select(folder, config)
-        selection.save(folder.path / "selection.json")
-    return selection
+
+    def select() -> Selection:
+        if not save:
+            return _select(folder, config)
+        with selecting(folder, {"settings": asdict(config)}):
+            selection = _select(folder, config)
+            selection.save(folder.path / "selection.json")
+        return selection
+
+    return ranks.current().from_first(select, "the selection of layers")
 
 
 def selecting(folder: RunFolder, made_with: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
     """Be the only process that selects layers in a folder; one that does so by the same input waits."""
+    if not ranks.current().is_first:
+        return contextlib.nullcontext()
     what = f"the selection in {str(folder.path)!r}"
     return locked(folder.path / "selection.json", what, made_with=value_hash(made_with))
 
@@ -280,7 +287,7 @@ def validate_step(
             if len(more) > len(sample.requests):
                 final = sweep_step(folder, model, more, moments, best, method, config, seed=sweep.seed, name=FINALS)
                 decided = decide_layers(selection, validation, swept, gap, sweep.by, final)
-        decided.save(folder.path / "selection.json")
+        ranks.current().from_first(lambda: decided.save(folder.path / "selection.json"), "the selection of layers")
         return decided
 
 
@@ -358,9 +365,7 @@ def moments_step(
     convergence: Convergence | None = None,
 ) -> dict[int, SecondMoment]:
     """Collect second moments into moments/; files with the same provenance are reused."""
-    return collect_moments(
-        model, texts, layers, config, folder.path, overwrite=folder.overwrite, convergence=convergence
-    )
+    return collect_dealt(model, texts, layers, config, folder.path, overwrite=folder.overwrite, convergence=convergence)
 
 
 def edit_step(
@@ -479,4 +484,7 @@ def write_summary(
     folder: RunFolder, scores: Scores | None, selection: Selection | None, edit: Edit | None = None
 ) -> dict[str, Any]:
     """Write and return summary.json; see `write_summary_file`."""
-    return write_summary_file(folder.path / "summary.json", scores, selection and selection.short, edit)
+    return ranks.current().from_first(
+        lambda: write_summary_file(folder.path / "summary.json", scores, selection and selection.short, edit),
+        "the summary",
+    )

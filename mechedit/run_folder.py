@@ -12,11 +12,13 @@ Stamps from before there were checksums have none, and their files are read unch
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mechedit import ranks
 from mechedit.cache import Cache, Codec, Value
 from mechedit.checksums import checks_content
 from mechedit.errors import InputError, brief
@@ -44,6 +46,30 @@ def sweep_run_folder(folder: str | Path) -> None:
     sweep(Path(folder) / name for name in _FOLDERS)
 
 
+def check_seen_by_all(folder: Path) -> None:
+    """Refuse a folder that is not the same one for all processes of the command.
+
+    Raises:
+        InputError: names a process that sees another one.
+    """
+    group = ranks.current()
+    if group.world_size == 1:
+        return
+    name = group.from_first(lambda: f".seen_{uuid.uuid4().hex}", "the look at the folder")
+    file = folder / name
+    try:
+        group.from_first(file.touch, "the look at the folder")
+        seen = group.gather(file.exists(), "the look at the folder")
+    finally:
+        if group.is_first:
+            file.unlink(missing_ok=True)
+    if not all(seen):
+        raise InputError(
+            f"the process of rank {seen.index(False)} does not see what that of rank 0 writes to {str(folder)!r}, "
+            f"expected one folder for all; choose an --out that all machines share"
+        )
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A folder of results and the stamps of the steps that made them."""
@@ -59,7 +85,9 @@ class RunFolder:
         Raises:
             InputError: it cannot be made or written to.
         """
-        return RunFolder(writable_folder(path), overwrite)
+        folder = writable_folder(path)
+        check_seen_by_all(folder)
+        return RunFolder(folder, overwrite)
 
     def step(
         self, name: str, stamp: Mapping[str, Any], make: Callable[[], Value], codec: Codec[Value], at: str = ""
@@ -77,30 +105,45 @@ class RunFolder:
             InputError: the folder holds this step made from other input, or a file of it is not as it was written, and
                 `overwrite` is off; another process is making it from other input.
         """
-        sweep_run_folder(self.path)
+        group = ranks.current()
         stamp = plain_copy({"algorithm": ALGORITHMS[name], **stamp})
         what, made_with = f"the {name} in {str(self.path)!r}", value_hash([name, at, _deciding(stamp)])
+        group.agree(what, _deciding(stamp))
+        if not group.is_first:
+            return self._read_or_make(name, stamp, make, codec, at)
+        sweep_run_folder(self.path)
         with locked(self.path / name, what, made_with=made_with):
             return self._read_or_make(name, stamp, make, codec, at)
 
     def _read_or_make(
         self, name: str, stamp: Mapping[str, Any], make: Callable[[], Value], codec: Codec[Value], at: str
     ) -> Value:
-        path = self.path / at
-        if codec.finished(path) and self._made_from(name, stamp) and self._is_intact(name):
-            return codec.read(path)
+        path, group = self.path / at, ranks.current()
+
         before = self.stamps()
-        # Without its stamp a half-replaced result cannot be mistaken for a whole one.
-        self._replace_stamp(name, None)
+
+        def begin() -> bool:
+            if codec.finished(path) and self._made_from(name, stamp) and self._is_intact(name):
+                return True
+            # Without its stamp a half-replaced result cannot be mistaken for a whole one.
+            self._replace_stamp(name, None)
+            return False
+
+        def end() -> None:
+            if codec.write is not None:
+                codec.write(path, value)
+            files = [str(Path(at) / file) for file in codec.files] or [at]
+            self._replace_stamp(name, {**stamp, "files": {file: _record(self.path / file) for file in files}})
+
+        if group.from_first(begin, f"the beginning of the {name}"):
+            return group.from_first(lambda: codec.read(path), f"the {name} as it was made before")
         try:
             value = make()
         except InputError:
-            self._restore_stamp(name, before)
+            if group.is_first:
+                self._restore_stamp(name, before)
             raise
-        if codec.write is not None:
-            codec.write(path, value)
-        files = [str(Path(at) / file) for file in codec.files] or [at]
-        self._replace_stamp(name, {**stamp, "files": {file: _record(self.path / file) for file in files}})
+        group.from_first(end, f"the end of the {name}")
         return value
 
     def refuse_other(self, name: str, stamp: Mapping[str, Any]) -> None:

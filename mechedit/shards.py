@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from mechedit import ranks
 from mechedit.errors import InputError
 from mechedit.files import plain_copy, read_checked_object, write_checked_json
 from mechedit.provenance import check_provenance
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _FILE_NAME = re.compile(r"shard_(?P<index>\d+)_of_(?P<world_size>\d+)\.json")
 
@@ -84,6 +89,60 @@ def pieces_of(costs: Sequence[float | int], rank: Rank, what: str) -> list[int]:
             f"the shard is {rank}, expected at most {len(costs)} shards, as many as there are {what}; choose fewer"
         )
     return [piece for piece, owner in enumerate(deal(costs, rank.world_size)) if owner == rank.index]
+
+
+def run_dealt(
+    items: Sequence[Item],
+    run: Callable[[Item], Result],
+    cost: Callable[[Item], float | int],
+    step: str,
+    *,
+    size: Callable[[Item], int] = lambda item: 1,
+    **bar: Any,
+) -> list[Result]:
+    """The results of all items, in order, on all processes of the command; each item is run by one of them.
+
+    Args:
+        items: pieces of work, the same on all processes.
+        run: does one of them, on its own.
+        cost: of an item, in any unit.
+        step: names what is done, for messages and the progress bar.
+        size: what an item counts in the progress bar.
+        **bar: options of the progress bar; see `tqdm`.
+
+    Raises:
+        InputError: the processes have cut the work into different pieces.
+    """
+    group = ranks.current()
+    costs = [cost(item) for item in items]
+    group.agree(step, {"the cost of each piece of work": costs})
+    owners = deal(costs, group.world_size)
+    results: dict[int, Result] = {}
+    with group.bar(sum(map(size, items)), desc=step, **bar) as progress:
+        for index, item in enumerate(items):
+            if owners[index] == group.rank:
+                with ranks.alone():
+                    results[index] = run(item)
+                progress.update(size(item))
+        gathered = group.gather(results, step)
+    merged = {index: result for part in gathered for index, result in part.items()}
+    return [merged[index] for index in range(len(items))]
+
+
+def warn_if_idle(n_pieces: int, what: str) -> None:
+    """Say that there is less work than processes.
+
+    Args:
+        n_pieces: number of pieces of work.
+        what: the pieces in the plural.
+    """
+    world_size = ranks.current().world_size
+    if n_pieces < world_size:
+        warnings.warn(
+            f"{world_size - n_pieces} of the {world_size} processes have nothing to do: there are only {n_pieces} "
+            f"{what}",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

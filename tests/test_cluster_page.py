@@ -13,15 +13,21 @@ import typer
 from mechedit.cli.app import UsageError, app
 
 PAGE = Path(__file__).parents[1] / "docs" / "how_to" / "cluster.md"
-ARRAY, MERGE = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-FAKE = '#!/bin/bash\nprintf "%s\\n" "$*" >> "$LOG"\n'
-"""Stands in place of mechedit: notes its arguments."""
+ONE_JOB, ARRAY, MERGE = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+FAKES = {
+    "mechedit": 'printf "%s\\n" "$*" >> "$LOG"',
+    "srun": '"$@"',
+    "scontrol": "printf 'node1\\nnode2\\n'",
+    # What stands behind -m mechedit.
+    "torchrun": 'printf "%s\\n" "torchrun $*" >> "$LOG.torchrun"; while [ "$1" != mechedit ]; do shift; done; "$@"',
+}
 
 
 def run(script: str, folder: Path, **environment: str) -> list[list[str]]:
     """The arguments of every mechedit command that a script runs."""
-    (folder / "mechedit").write_text(FAKE)
-    (folder / "mechedit").chmod(0o755)
+    for name, body in FAKES.items():
+        (folder / name).write_text(f"#!/bin/bash\nset -e\n{body}\n")
+        (folder / name).chmod(0o755)
     variables = {"MODEL": "tiny", "RUN": str(folder / "run"), "REQUESTS": "requests.json", "LOG": str(folder / "log")}
     path = f"{folder}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -35,6 +41,16 @@ def check_options(arguments: list[str]) -> None:
     """The command line reads them."""
     command = typer.main.get_command(app).commands[arguments[0]]
     command.make_context(arguments[0], arguments[1:])
+
+
+def test_one_job_on_two_machines(tmp_path: Path) -> None:
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    commands = run(ONE_JOB, tmp_path, **slurm)
+    assert [arguments[0] for arguments in commands] == ["trace", "moments", "edit", "evaluate"]
+    for arguments in commands:
+        check_options(arguments)
+    launches = (tmp_path / "log.torchrun").read_text().splitlines()
+    assert all("--nnodes 2 --nproc-per-node 4" in line and "node1:29500" in line for line in launches)
 
 
 def test_an_array_covers_every_shard_and_then_merges(tmp_path: Path) -> None:

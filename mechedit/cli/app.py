@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
+from mechedit import ranks
 from mechedit.cli.config_file import config_defaults
 from mechedit.cli.new_folders import no_empty_folders
 from mechedit.disk_errors import disk_error
@@ -40,31 +45,64 @@ _TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "P
 """Bidirectional classes of the characters that turn the direction of what follows them."""
 
 
+INTERRUPTED = "mechedit: interrupted; the same command goes on from what is finished"
+DEALT = ("run", "trace", "select", "moments", "edit", "evaluate")
+"""Commands whose work several processes share; of any other one the first process does all."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        with plain_warnings(), ranks.joined() as group:
+            try:
+                code = group.leave(*_run(group, arguments))
+            except ranks.RankFailed as failed:
+                code = failed.code
+            except KeyboardInterrupt:
+                code = group.leave(130, INTERRUPTED)
+    except InputError as error:
+        code = 2
+        print(_complaint(str(error)), file=sys.stderr)
+    sys.exit(code)
+
+
+def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
+    """The exit code of a command, and the line that says why it failed."""
     command = typer.main.get_command(app)
     try:
-        with plain_warnings(), no_empty_folders():
-            defaults = config_defaults(command, arguments)
-            code = command.main(args=arguments, prog_name="mechedit", standalone_mode=False, default_map=defaults)
+        group.agree("the command", {"arguments": shlex.join(arguments), **_versions()})
+        defaults = config_defaults(command, arguments)
+        run = partial(command.main, args=arguments, prog_name="mechedit", standalone_mode=False, default_map=defaults)
+        is_dealt = any(argument in DEALT for argument in arguments[:1])
+        with no_empty_folders():
+            code = run() if is_dealt else group.from_first(run, "mechedit")
     except UsageError as error:
-        sys.exit(_complain(error.format_message()))  # type: ignore[attr-defined]
+        return 2, _complaint(error.format_message())  # type: ignore[attr-defined]
     except InputError as error:
-        sys.exit(_complain(str(error)))
+        return 2, _complaint(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except ranks.RankFailed:
+        raise
     except Exception as error:
         reason = disk_error(error)
-        if reason is None:
+        if reason is not None:
+            file = getattr(error, "filename", None)
+            about = f"{str(file)!r} cannot be read or written" if file else "a file cannot be read or written"
+            return 2, _complaint(f"{about} ({reason}); check the disk and the path, and run the same command again")
+        if group is ranks.SINGLE:
             raise
-        file = getattr(error, "filename", None)
-        about = f"{str(file)!r} cannot be read or written" if file else "a file cannot be read or written"
-        sys.exit(_complain(f"{about} ({reason}); check the disk and the path, and run the same command again"))
+        return 1, "".join(traceback.format_exception(error))
     if code == 130:  # typer may have turned the interrupt into this code
         _end_bars()
-        say("mechedit: interrupted; the same command goes on from what is finished")
-    sys.exit(code or 0)
+        return 130, INTERRUPTED
+    return code or 0, None
+
+
+def _versions() -> dict[str, str]:
+    """Releases that decide results."""
+    return {"mechedit": VERSION, **{name: version(name) for name in ("torch", "transformers")}}
 
 
 @contextlib.contextmanager
@@ -84,10 +122,9 @@ def plain_warnings() -> Iterator[None]:
         warnings.formatwarning = standard
 
 
-def _complain(message: str) -> int:
+def _complaint(message: str) -> str:
     _end_bars()
-    print(f"mechedit: {_line(message)}", file=sys.stderr)
-    return 2
+    return f"mechedit: {_line(message)}"
 
 
 def _end_bars() -> None:

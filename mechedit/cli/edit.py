@@ -7,11 +7,18 @@ from pathlib import Path
 
 import typer
 
+from mechedit import ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import command
 from mechedit.cli.describe import describe_edit, format_description, say_unconverged
 from mechedit.cli.options import MethodOptions, RequestsOption
-from mechedit.cli.parsing import method_settings, parse_layers, parse_shard, require_layers
+from mechedit.cli.parsing import (
+    method_settings,
+    parse_layers,
+    parse_shard,
+    require_layers,
+    require_one_process,
+)
 from mechedit.data import Conflicts, EditRequest, revised
 from mechedit.edit import Edit
 from mechedit.errors import InputError
@@ -27,6 +34,8 @@ from mechedit.methods import (
 )
 from mechedit.models import Model
 from mechedit.moments import is_published, load_moments
+from mechedit.paths import writable_folder
+from mechedit.run_folder import check_seen_by_all
 from mechedit.selection import Selection
 from mechedit.shards import Rank
 from mechedit.targets import (
@@ -91,14 +100,15 @@ class EditOptions(RequestsOption, MethodOptions):
 def edit_command(options: EditOptions) -> int:
     """Make an edit file from requests; the model is not changed. With --show, print what an edit file changes."""
     if options.show is not None:
-        return _show(options.show, options)
+        path = options.show
+        return ranks.current().from_first(lambda: _show(path, options), "the description")
     if options.shard is not None and not options.targets_only:
         raise InputError("--shard is for a search of targets, expected --targets-only with it; add that, then --merge")
     if options.merge and options.targets_only:
         raise InputError("--merge makes the edit, and --targets-only makes none; leave one of them out")
     if options.layers is not None and options.selection is not None:
         raise InputError("give the layers either by --layers or by --selection, and not by both")
-    if options.targets_only:
+    if not ranks.current().is_first or options.targets_only:
         return _make(options)
     with locked(options.out, f"the edit {str(options.out)!r}"):
         return _make(options)
@@ -106,7 +116,7 @@ def edit_command(options: EditOptions) -> int:
 
 def _make(options: EditOptions) -> int:
     """Make and write the edit, or find its targets."""
-    shard = parse_shard(options.shard)
+    shard = require_one_process(parse_shard(options.shard))
     if not options.targets_only and options.out.exists() and not options.overwrite:
         raise InputError(f"the file {str(options.out)!r} exists; choose another --out, or pass --overwrite")
     requests = options.read_named_requests(options.conflicts)
@@ -125,6 +135,7 @@ def _make(options: EditOptions) -> int:
     if options.without or added:
         requests = _revised(options, model, requests, added, config)
     targets = (options.out.parent if is_published(options.moments) else options.moments) / "targets"
+    check_seen_by_all(writable_folder(targets.parent))
     if options.targets_only or options.merge:
         search = _shared_search(config, options.method)
         layer = search.target_layer(layers)
@@ -135,9 +146,13 @@ def _make(options: EditOptions) -> int:
         check_target_shards(model, requests, layer, cache=targets, config=search.targets)
     edit = METHODS[options.method](model, requests, layers, moments, config=config, cache=targets)
     edit = with_sources(edit, settings, layers=not chosen)
-    edit.save(options.out)
-    if options.merge:
-        target_shards(targets).remove()
+
+    def save() -> None:
+        edit.save(options.out)
+        if options.merge:
+            target_shards(targets).remove()
+
+    ranks.current().from_first(save, "the file of the edit")
     say(f"wrote {options.out}: {len(requests)} requests in layers {layers}")
     say_unconverged(edit)
     options.print_summary({"edit": str(options.out), "layers": layers, "requests": len(requests)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mechedit import pipeline
+from mechedit import pipeline, ranks
 from mechedit.cli.command import command, options_of
 from mechedit.cli.options import EVALUATION_OPTIONS, RequestsOption, RunFolderOptions
 from mechedit.cli.parsing import first_texts
@@ -51,6 +51,6 @@ def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> 
         check_model(model, edit)
     scores = pipeline.evaluate_step(folder, model, requests, edit, evaluation, texts, options.protocol, references)
     summary = pipeline.write_summary(folder, scores, pipeline.saved_selection(folder), edit)
-    run_figures(folder.path)
+    ranks.current().from_first(lambda: run_figures(folder.path), "the figures")
     options.print_summary(summary)
     return 0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mechedit import pipeline
+from mechedit import pipeline, ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import command, options_of
 from mechedit.cli.options import RunFolderOptions, TextsOption
-from mechedit.cli.parsing import existing_folder, parse_layers, parse_shard, require_layers
+from mechedit.cli.parsing import existing_folder, parse_layers, parse_shard, require_layers, require_one_process
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.moments import (
@@ -52,16 +51,16 @@ class MomentsOptions(TextsOption, RunFolderOptions):
 def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Convergence) -> int:
     """Collect the second moments of MLP keys over text: moments/layer_L.safetensors.
 
-    A killed run goes on from its last checkpoint. With --shard, or under `accelerate launch`, each process reads its
-    part of the text; when all have ended, --merge makes the files from these parts.
+    A killed run goes on from its last checkpoint. With --shard each process reads its part of the text; when all have
+    ended, --merge makes the files from these parts.
     """
     if options.merge:
-        return _merge(options)
+        return ranks.current().from_first(lambda: _merge(options), "the merge")
     if options.shard and options.npz:
         raise InputError("--npz needs the sum over all parts; give it with --merge")
     if options.layers is None:
         raise InputError("give the layers whose moments are wanted by --layers, such as --layers 3-8")
-    layers, shard = parse_layers(options.layers), parse_shard(options.shard, os.environ)
+    layers, shard = parse_layers(options.layers), require_one_process(parse_shard(options.shard))
     if shard and options.convergence:
         raise InputError("--convergence needs the text in order; collect without --shard")
     folder = options.run_folder()
@@ -71,7 +70,7 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
     if shard is None:
         convergence = curve if options.convergence else None
         moments = pipeline.moments_step(folder, model, options.suited_texts, layers, settings, convergence)
-        return _finish(options, moments, model)
+        return ranks.current().from_first(lambda: _finish(options, moments, model), "the files")
     files = collect_shard(
         model, options.suited_texts, layers, shard, options.out, settings, overwrite=options.overwrite
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mechedit.errors import InputError
+from mechedit.ranks import RankFailed
 from mechedit.run_folder import RunFolder
 
 _new: list[Path] = []
@@ -19,7 +20,7 @@ def no_empty_folders() -> Iterator[None]:
     _new.clear()
     try:
         yield
-    except InputError:
+    except (InputError, RankFailed):
         for folder in _new:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import typer
 from transformers.utils import logging
 
+from mechedit import ranks
 from mechedit.data import EditRequest, Fact
 from mechedit.errors import InputError, brief, check_at_least, check_choice, read_whole
 from mechedit.methods import METHODS, MethodConfig, Recommendation
@@ -55,15 +56,12 @@ def _ranges(text: str, what: str) -> Iterator[range]:
     return (read_layer_range(part, f"the {what} {brief(text)}") for part in text.split(","))
 
 
-def parse_shard(text: str | None, environment: Mapping[str, str] | None = None) -> Rank | None:
-    """A process's part as people write it, `0/4`; without it the part that `accelerate launch` gave the process.
+def parse_shard(text: str | None) -> Rank | None:
+    """A process's part as people write it, `0/4`.
 
     Raises:
         InputError: anything else.
     """
-    if text is None and environment is not None:
-        rank, size = environment.get("RANK", ""), environment.get("WORLD_SIZE", "1")
-        text = f"{rank}/{size}" if size != "1" else None
     if text is None:
         return None
     index, _, count = text.partition("/")
@@ -71,6 +69,21 @@ def parse_shard(text: str | None, environment: Mapping[str, str] | None = None) 
         raise InputError(f"the shard {brief(text)} cannot be read, expected such as 0/4, the first of four")
     most = 1_000_000
     return Rank.of(read_whole("the shard's number", index, most), read_whole("the number of shards", count, most))
+
+
+def require_one_process(shard: Rank | None) -> Rank | None:
+    """A shard, which is for a process on its own.
+
+    Raises:
+        InputError: `torchrun` or `accelerate launch` started several.
+    """
+    world_size = ranks.current().world_size
+    if shard is not None and world_size > 1:
+        raise InputError(
+            f"--shard {shard} is there, and {world_size} processes share this command, expected one of the two; leave "
+            f"--shard out, or start one process"
+        )
+    return shard
 
 
 def read_path(text: str | Path) -> Path:

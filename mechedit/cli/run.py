@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mechedit import pipeline
+from mechedit import pipeline, ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import command, options_of
 from mechedit.cli.describe import say_unconverged
@@ -157,8 +157,12 @@ def others_than(requests: Sequence[EditRequest], all_requests: Sequence[EditRequ
 
 def _draw(folder: RunFolder) -> Path:
     """Draw the folder's figures and write its report."""
-    run_figures(folder.path)
-    return write_report(folder.path)
+
+    def draw() -> Path:
+        run_figures(folder.path)
+        return write_report(folder.path)
+
+    return ranks.current().from_first(draw, "the report")
 
 
 def _trace(

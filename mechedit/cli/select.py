@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
-from mechedit import pipeline
+from mechedit import pipeline, ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import POSITIONAL, command, options_of
 from mechedit.cli.options import RULE_NOTE, MethodOptions, ModelOptions, RequestsOption, TextsOption
@@ -64,7 +64,7 @@ def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepCon
     It ends with 3 where there is no early site, or where the choice is unsettled: resamples of the facts give other
     layers too often.
     """
-    folder = RunFolder(existing_folder(options.directory), options.overwrite)
+    folder = RunFolder.at(existing_folder(options.directory), overwrite=options.overwrite)
     sweeping = options.validate or sweep.by != "trace"
     if sweeping:
         traced = pipeline.traced_model(folder)
@@ -76,7 +76,7 @@ def select_command(options: SelectOptions, select: SelectConfig, sweep: SweepCon
     if sweeping:
         selection = _validate(folder, selection, options, sweep, moments)
         summary["validation"] = selection.validation
-    run_figures(folder.path)
+    ranks.current().from_first(lambda: run_figures(folder.path), "the figures")
     say(selection.reason)
     options.print_summary({"selection": {**selection.short, **summary}})
     accepted = selection.state == "settled" or (selection.state == "unsettled" and options.accept_unsettled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mechedit import pipeline
+from mechedit import pipeline, ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import command, options_of
 from mechedit.cli.options import (
@@ -17,7 +17,7 @@ from mechedit.cli.options import (
     RunFolderOptions,
     say_agreement,
 )
-from mechedit.cli.parsing import existing_folder, parse_shard, sampled
+from mechedit.cli.parsing import existing_folder, parse_shard, require_one_process, sampled
 from mechedit.errors import InputError
 from mechedit.figures import refresh_figures
 from mechedit.selection import SelectConfig
@@ -75,8 +75,10 @@ def trace_command(
         )
     if options.merge:
         existing_folder(options.out)
-        return _finish(options, pipeline.merge_trace_step(options.run_folder()))
-    shard = parse_shard(options.shard)
+        return ranks.current().from_first(
+            lambda: _finish(options, pipeline.merge_trace_step(options.run_folder())), "the merge"
+        )
+    shard = require_one_process(parse_shard(options.shard))
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
     model = options.load_model()
@@ -93,7 +95,7 @@ def trace_command(
         traced = pipeline.trace_until_settled_step(folder, model, facts, config, until, select, say)
     else:
         traced = pipeline.trace_step(folder, model, facts, config)
-    return _finish(options, traced)
+    return ranks.current().from_first(lambda: _finish(options, traced), "the figures")
 
 
 def _finish(options: TraceOptions, traced: dict[str, Any]) -> int:

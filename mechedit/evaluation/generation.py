@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from mechedit.errors import InputError, brief
 from mechedit.evaluation.config import EntropyForm, Words
 from mechedit.evaluation.generation_plan import plan_generation
 from mechedit.models import Model, exclusive
 from mechedit.prompt_tokens import encode_texts
+from mechedit.shards import run_dealt
 
 
 @exclusive
@@ -69,18 +69,22 @@ def generate(
     plan = plan_generation([len(ids) for ids in encoded], tokens, batch_size)
     plan.announce(model)
     continuations = [""] * len(prompts)
-    for batch in tqdm(plan.batches, desc="writing text", leave=False):
-        indices = list(batch)
+
+    def write(batch: Sequence[int]) -> list[str]:
         texts = [
             _Text(
                 model, encoded[index], uniform[index],
                 tokens - len(encoded[index]) if with_prompt else tokens, stop_words,
             )
-            for index in indices
+            for index in batch
         ]  # fmt: skip
         _write(model, texts, top_k, set(model.end_tokens) if ends else set())
-        for index, text in zip(indices, texts, strict=True):
-            continuations[index] = text.continuation
+        return [text.continuation for text in texts]
+
+    written = run_dealt(plan.batches, write, len, "writing text", leave=False)
+    for batch, batch_texts in zip(plan.batches, written, strict=True):
+        for index, text in zip(batch, batch_texts, strict=True):
+            continuations[index] = text
     return continuations
 
 

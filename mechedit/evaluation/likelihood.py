@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from mechedit.batching import batches_of, pad
 from mechedit.data.joint import following
@@ -22,6 +21,7 @@ from mechedit.evaluation.config import Likelihood
 from mechedit.models import Model, Readout, Site, WholeReadout, exclusive
 from mechedit.models.vocabulary import check_ids
 from mechedit.prompt_tokens import Completion, complete_pairs
+from mechedit.shards import run_dealt
 
 Pair = tuple[str, str]
 """A prompt and a text that may follow it, joint included (`following`)."""
@@ -121,14 +121,22 @@ def score_pairs(
         InputError: as `score_targets`.
     """
     encoded = sorted(_encode(model, list(dict.fromkeys(pairs))), key=lambda row: len(row.ids))
+    chunks, unread = [], set(state_prompts)
+    for rows in batches_of(encoded, batch_size):
+        indices = {row.pair[0]: index for index, row in enumerate(rows) if row.pair[0] in unread}
+        unread -= indices.keys()
+        chunks.append((rows, indices))
+    results = run_dealt(
+        chunks,
+        lambda chunk: _score_chunk(model, chunk[0], list(chunk[1].values())),
+        lambda chunk: sum(len(row.ids) for row in chunk[0]),
+        "scoring objects",
+        leave=False,
+    )
     scores: dict[Pair, TargetScore] = {}
     states: dict[str, Tensor] = {}
-    for chunk in tqdm(list(batches_of(encoded, batch_size)), desc="scoring objects", leave=False):
-        indices = {row.pair[0]: index for index, row in enumerate(chunk) if row.pair[0] in state_prompts}
-        for prompt in states.keys() & indices.keys():
-            del indices[prompt]
-        chunk_scores, chunk_states = _score_chunk(model, chunk, list(indices.values()))
-        scores.update(zip([row.pair for row in chunk], chunk_scores, strict=True))
+    for (rows, indices), (chunk_scores, chunk_states) in zip(chunks, results, strict=True):
+        scores.update(zip([row.pair for row in rows], chunk_scores, strict=True))
         states.update(zip(indices, chunk_states, strict=True))
     return Answers(scores=scores, states=states)
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from mechedit.batching import length_batches, pad, padding_budget
 from mechedit.errors import InputError, check_at_least
 from mechedit.models import Model, Tokens, exclusive
 from mechedit.prompt_tokens import encode_documents
+from mechedit.shards import run_dealt
 
 
 @exclusive
@@ -59,9 +59,13 @@ def text_losses(
     order = [index for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])) if tokens[index]]
     losses, start = np.zeros(len(rows)), 0
     batches = list(length_batches([rows[index] for index in order], padding_budget(model), batch_tokens))
-    for batch in tqdm(batches, desc="perplexity", leave=False):
-        batch_losses = _token_losses(model, pad(batch, model.tokenizer, model.device)).sum(1, dtype=torch.float64)
-        losses[order[start : start + len(batch)]] = batch_losses.cpu().numpy()
+
+    def measure(batch: Sequence[Sequence[int]]) -> Tensor:
+        return _token_losses(model, pad(batch, model.tokenizer, model.device)).sum(1, dtype=torch.float64).cpu()
+
+    measured = run_dealt(batches, measure, lambda batch: sum(map(len, batch)), "perplexity", leave=False)
+    for batch, batch_losses in zip(batches, measured, strict=True):
+        losses[order[start : start + len(batch)]] = batch_losses.numpy()
         start += len(batch)
     return losses, tokens
 

@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from mechedit import ranks
 from mechedit.chat import prompted
 from mechedit.data import EditRequest, revised
 from mechedit.edit import Edit, check_model
@@ -169,7 +170,10 @@ class Method(Generic[Config]):
             layers=check_input(model, requests, layers, moments, previous, config),
             moments=moments, previous=previous, cache=cache,
         )  # fmt: skip
-        edit = self.algorithm(task)
+        if config.shares_targets:  # they are dealt out to the processes of the command
+            edit = self.algorithm(task)
+        else:
+            edit = ranks.current().from_first(lambda: self.algorithm(task), f"the edit by {self.name}")
         # The edit goes onto copies of the model in other dtypes, too.
         made_for = {**edit.manifest["model"], CAST_HASHES: model.cast_hashes()}
         manifest = {
@@ -284,5 +288,8 @@ def spread_over_layers(task: EditTask[SpreadMethodConfig], targets: Targets, rul
     Raises:
         InputError: targets of another layer or of other weights; and what the rule refuses.
     """
-    edit = spread(task.model, task.requests, targets, task.layers, rule, config=task.config.spread).edit
+    edit = ranks.current().from_first(
+        lambda: spread(task.model, task.requests, targets, task.layers, rule, config=task.config.spread).edit,
+        "the spreading over the layers",
+    )
     return dataclasses.replace(edit, manifest={**edit.manifest, **search_record(targets)})

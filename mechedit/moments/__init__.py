@@ -9,6 +9,7 @@ from mechedit.moments.collect import collect_moments, collect_shard
 from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.convergence_file import curve_path
+from mechedit.moments.dealt import collect_dealt
 from mechedit.moments.load import load_moments
 from mechedit.moments.memory import MomentsPlan, plan_moments
 from mechedit.moments.merge import merge_moments
@@ -22,6 +23,7 @@ __all__ = [
     "MomentsPlan",
     "SecondMoment",
     "check_moments",
+    "collect_dealt",
     "collect_moments",
     "collect_shard",
     "curve_path",

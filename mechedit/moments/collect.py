@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mechedit.data import check_texts, load_texts, texts_hash
 from mechedit.errors import InputError
@@ -110,6 +111,40 @@ def collect_shard(
             for layer in sorted(checkpoints):
                 paths[layer] = checkpoints.pop(layer).save(Path(out))
     return paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedLayers:
+    """Which moments of a collection are finished."""
+
+    layers: list[int]
+    """The layers of the collection, ascending."""
+    provenance: Mapping[str, Any]
+    """Model, text and settings."""
+    finished: Callable[[], list[int]]
+    """Reads which layers are finished; refuses moments of another provenance."""
+
+
+def finished_layers(
+    model: Model,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    config: MomentsConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> FinishedLayers:
+    """What of a collection is finished; the arguments are those of `collect_moments`.
+
+    Raises:
+        InputError: as `collect_moments`.
+    """
+    collection = _prepare(model, texts, layers, config, out, SINGLE_PROCESS, overwrite, None)
+    return FinishedLayers(
+        layers=collection.layers,
+        provenance=collection.folder.provenance,
+        finished=lambda: list(collection.folder.finished(collection.layers)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -42,7 +42,7 @@ def merge_moments(
         InputError: a shard's sum is missing, not finished, or of another model or text; there are none; too few
             tokens.
     """
-    world_sizes = _world_sizes(folder)
+    world_sizes = shard_counts(folder)
     layers_to_merge = sorted(world_sizes) if layers is None else sorted(set(layers))
     if not layers_to_merge or not set(layers_to_merge) <= set(world_sizes):
         raise InputError(
@@ -93,8 +93,12 @@ def _merge_layer(folder: str | Path, layer: int, world_size: int) -> SecondMomen
     return moment
 
 
-def _world_sizes(folder: str | Path) -> dict[int, int]:
-    """For each layer, the number of processes that its sums are of."""
+def shard_counts(folder: str | Path) -> dict[int, int]:
+    """For each layer, the number of shards of which sums are in the folder.
+
+    Raises:
+        InputError: sums of several numbers of shards.
+    """
     names = [_FILE_NAME.fullmatch(path.name) for path in sorted(checkpoints_folder(folder).glob("layer_*.safetensors"))]
     sizes: dict[int, set[int]] = {}
     for name in names:

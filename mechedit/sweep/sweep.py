@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from mechedit.cache import PARQUET, Cache
@@ -27,6 +26,7 @@ from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
 from mechedit.provenance import ModelIdentity, determining, numbered, value_hash
 from mechedit.records import Whole, check_record, read_record
+from mechedit.shards import run_dealt
 from mechedit.statistics import bootstrap_means, harmonic_mean
 from mechedit.sweep.windows import Window, check_windows
 from mechedit.tables import read_table, where
@@ -221,10 +221,33 @@ def sweep_windows(
         cache=cache,
     )
     finished = Cache.at(parts)
-    before = finished.get(job.key(None), partial(_case_scores, model, requests, evaluation), PARQUET)
+
+    def measure(piece: Sequence[Window | None]) -> list[pd.DataFrame]:
+        unedited = partial(_case_scores, model, requests, evaluation)
+        makes = [unedited if window is None else partial(job.measure, window) for window in piece]
+        return [finished.get(job.key(window), make, PARQUET) for window, make in zip(piece, makes, strict=True)]
+
+    # Windows that share their targets are one piece of work; the unedited model is another one.
+    pieces: dict[int | None, list[Window | None]] = {None: [None]}
+    for window in checked:
+        pieces.setdefault(job.target_layer(window), []).append(window)
+    measured = run_dealt(
+        list(pieces.values()),
+        measure,
+        lambda piece: len(piece) + (piece[0] is not None),
+        "sweep",
+        size=lambda piece: sum(window is not None for window in piece),
+        unit="window",
+    )
+    by_window = {
+        window: frame
+        for piece, piece_frames in zip(pieces.values(), measured, strict=True)
+        for window, frame in zip(piece, piece_frames, strict=True)
+    }
+    before = by_window[None]
     frames, failed = [], {}
-    for window in tqdm(checked, desc="sweep", unit="window"):
-        frame = finished.get(job.key(window), partial(job.measure, window), PARQUET)
+    for window in checked:
+        frame = by_window[window]
         if "refused" in frame.attrs:
             failed[window] = frame.attrs["refused"]
         else:
@@ -275,6 +298,11 @@ class _SweepJob:
             "moments": {layer: determining(getattr(self.moments[layer], "provenance", {})) for layer in layers},
         }
         return numbered("sweep", key)
+
+    def target_layer(self, window: Window) -> int:
+        """The layer of a window's targets; without any, its last one."""
+        config = self.config
+        return config.target_layer(window.layers) if isinstance(config, SearchConfig) else window.layers[-1]
 
     def measure(self, window: Window) -> pd.DataFrame:
         """Edit one window, measure, and take the edit back: `case, measure, value`."""

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from mechedit import ranks
 from mechedit.data import EditRequest, check_requests
 from mechedit.errors import InputError
 from mechedit.locks import locked
@@ -21,7 +22,7 @@ from mechedit.models import Model, exclusive
 from mechedit.prefixes import check_prefixes, make_prefixes
 from mechedit.prompt_tokens import one_spelling
 from mechedit.provenance import value_hash
-from mechedit.shards import Rank, ShardRecords, pieces_of
+from mechedit.shards import Rank, ShardRecords, deal, pieces_of, warn_if_idle
 from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
 from mechedit.targets.objective import LossTerms, Objective, prepare_objective
@@ -74,11 +75,21 @@ def find_targets(
         >>> targets.summary[["id", "converged", "probability", "updates", "stopped"]]  # how each search ended
     """
     search = TargetSearch.of(model, requests, layer, prefixes, config, cache)
-    results = search.cached()
-    with tqdm(total=len(requests), desc="targets z", unit="fact", leave=None) as bar:
-        bar.update(sum(map(len, results.values())))
-        for batch in search.batches():
-            results |= search.run(batch, results, bar)
+    group = ranks.current()
+    group.agree("the search for targets", search.made_with)
+    results = group.from_first(search.cached, "the targets that are known")
+    batches = search.batches()
+    costs = [search.cost(batch) if group.world_size > 1 else 0 for batch in batches]
+    warn_if_idle(len(batches), "batches of facts (batch_size)")
+    with group.bar(len(requests), desc="targets z", unit="fact", leave=None) as bar:
+        bar.update(sum(map(len, results.values())) if group.is_first else 0)
+        new: dict[str, list[TargetResult]] = {}
+        for batch, owner in zip(batches, deal(costs, group.world_size), strict=True):
+            if owner == group.rank:
+                with ranks.alone():
+                    new |= search.run(batch, results, bar)
+        for gathered in group.gather(new, "the search for targets"):
+            results |= gathered
     return search.targets(results)
 
 
@@ -194,7 +205,12 @@ class TargetSearch:
             raise InputError(
                 f"the layer is {layer}, expected one of 0 … {model.n_layers - 1} of {model.name!r}; choose another"
             )
-        prefixes = check_prefixes(prefixes or make_prefixes(model, seed=config.seed, count=config.generated_prefixes))
+        prefixes = check_prefixes(
+            prefixes
+            or ranks.current().from_first(
+                lambda: make_prefixes(model, seed=config.seed, count=config.generated_prefixes), "the prefixes"
+            )
+        )
         # Whatever can be refused is refused before the long search.
         search_prompts(model, requests, range(len(requests)), prefixes, config)
         provenance = model.provenance()

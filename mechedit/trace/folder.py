@@ -10,16 +10,18 @@ from typing import Any
 
 import pandas as pd
 
+from mechedit import ranks
 from mechedit.cache import Codec
 from mechedit.data import Fact
 from mechedit.files import write_parquet, write_parquet_parts
 from mechedit.models import Model
+from mechedit.shards import run_dealt, warn_if_idle
 from mechedit.tables import where
 from mechedit.trace.averages import fact_totals, main_metric
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, embedding_statistics
 from mechedit.trace.trace import TracePlan, plan_trace
-from mechedit.trace.traced_fact import require_known
+from mechedit.trace.traced_fact import TracedFact, require_known
 
 
 def trace_to_folder(
@@ -46,6 +48,36 @@ def trace_to_folder(
     """
     plans = trace_plans(model, facts, config, folder / "trace_parts")
     require_known(len(plans[0].facts), len(facts), plans[0].dropped, least)
+    trace_dealt(plans)
+    return ranks.current().from_first(lambda: _written(plans, facts, config, folder), "the files of the trace")
+
+
+def trace_dealt(plans: Sequence[TracePlan]) -> None:
+    """Let each of several processes trace its part of the groups of facts into the folder of finished ones.
+
+    A process on its own traces them when the plans are read.
+    """
+    group = ranks.current()
+    if group.world_size == 1:
+        return
+    pieces = [(plan, facts) for plan in plans for facts in plan.groups()]
+    warn_if_idle(len(pieces), "groups of facts of one shape")
+
+    def trace(piece: tuple[TracePlan, Sequence[TracedFact]]) -> None:
+        piece[0].effects_of(piece[1])
+
+    run_dealt(
+        pieces,
+        trace,
+        lambda piece: piece[0].cost(piece[1]),
+        "tracing facts",
+        size=lambda piece: len(piece[1]),
+        unit="fact",
+    )
+
+
+def _written(plans: Sequence[TracePlan], facts: Sequence[Fact], config: TraceConfig, folder: Path) -> dict[str, Any]:
+    """Write the files of the plans, and return the attrs of the effects."""
     # An approximate trace is refused before anything is written; what this pass traced lies in trace_parts/.
     agreement = [record for plan in plans for record in plan.agreement(plan).get("agreement", [])]
     attrs = {**plans[0].attrs, "config": config.plain(), **({"agreement": agreement} if agreement else {})}
@@ -86,7 +118,10 @@ def trace_plans(
     """
     if statistics is None:
         correlated = config.corrupted_by.distribution == "multivariate"
-        statistics = embedding_statistics(model, [fact.subject for fact in facts], covariance_root=correlated)
+        subjects = [fact.subject for fact in facts]
+        statistics = ranks.current().from_first(
+            lambda: embedding_statistics(model, subjects, covariance_root=correlated), "the statistics of embeddings"
+        )
     severed = tuple(sever for sever in config.sever if sever != "nothing")
     settings = [_changed(config, sever=("nothing",))]
     if severed:

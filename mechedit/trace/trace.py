@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from mechedit import ranks
 from mechedit.batching import batches_of, group_by_shape
 from mechedit.cache import PARQUET, Cache
 from mechedit.chat import prompted
@@ -227,13 +228,17 @@ def plan_trace(
         sever.through(model.n_layers)
     distribution = config.corrupted_by.distribution
     correlated = distribution == "multivariate"
+    group = ranks.current()
     if statistics is None and (config.noise_std is None or correlated):
-        statistics = embedding_statistics(model, [fact.subject for fact in facts], covariance_root=correlated)
+        subjects = [fact.subject for fact in facts]
+        statistics = group.from_first(
+            lambda: embedding_statistics(model, subjects, covariance_root=correlated), "the statistics of embeddings"
+        )
     std = config.noise_std
     if std is None:
         assert statistics is not None
         std = config.noise * statistics.std
-    known, dropped = known_facts(model, facts)
+    known, dropped = group.from_first(lambda: known_facts(model, facts), "the facts that the model knows")
     known, without_roles = with_roles(known, config)
     dropped = [*dropped, *without_roles]
     if known and distribution == "tokens":

@@ -6,6 +6,7 @@ with the same noise: its scale is measured on the subjects of all facts, and eac
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -19,6 +20,7 @@ from typing import Any
 import pandas as pd
 from typing_extensions import TypedDict
 
+from mechedit import ranks
 from mechedit.bounds import check_numbers
 from mechedit.data import Fact
 from mechedit.errors import InputError, check_at_least, check_positive
@@ -28,7 +30,7 @@ from mechedit.records import Number, check_record
 from mechedit.tables import where
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import embedding_statistics
-from mechedit.trace.folder import facts_frame, trace_plans
+from mechedit.trace.folder import facts_frame, trace_dealt, trace_plans
 from mechedit.trace.trace import TracePlan
 from mechedit.trace.traced_fact import Dropped, known_facts, require_known
 
@@ -113,8 +115,12 @@ def trace_until_settled(
         )
     order, parts = list(facts), folder / "trace_parts"
     random.Random(config.seed).shuffle(order)
-    statistics = embedding_statistics(
-        model, [fact.subject for fact in order], covariance_root=corruption == "multivariate"
+    group = ranks.current()
+    statistics = group.from_first(
+        lambda: embedding_statistics(
+            model, [fact.subject for fact in order], covariance_root=corruption == "multivariate"
+        ),
+        "the statistics of embeddings",
     )
     seconds, dropped = _Seconds.at(parts / "seconds.json"), list[Dropped]()
     known, plans = known_in_order(model, order, dropped), list[list[TracePlan]]()
@@ -129,21 +135,25 @@ def trace_until_settled(
         require_known(n_traced(plans), len(order), [*dropped, *_dropped(plans)], least)
         if not new:
             break
-        at_subject += [where(frame, role="subject_last") for plan in plans[-1] for frame in plan]
-        effects = pd.concat(at_subject, ignore_index=True)
-        effects.attrs = {**plans[0][0].attrs, "n_facts": n_traced(plans)}
-        verdict = judge(effects)
+        trace_dealt(plans[-1])
+
+        def judged() -> tuple[Verdict, bool]:
+            at_subject.extend(where(frame, role="subject_last") for plan in plans[-1] for frame in plan)
+            effects = pd.concat(at_subject, ignore_index=True)
+            effects.attrs = {**plans[0][0].attrs, "n_facts": n_traced(plans)}
+            verdict = judge(effects)
+            seconds.save()
+            return verdict, until.minutes is not None and seconds.passed() >= 60 * until.minutes
+
+        verdict, time_is_up = group.from_first(judged, "the look at the effects so far")
         rounds.append({"facts": n_traced(plans), **verdict.record})
         notify(rounds[-1])
-        seconds.save()
-        if verdict.settled:
-            stopped = "settled"
-            break
-        if until.minutes is not None and seconds.passed() >= 60 * until.minutes:
-            stopped = "minutes"
+        if verdict.settled or time_is_up:
+            stopped = "settled" if verdict.settled else "minutes"
             break
         size = max(size + 1, math.ceil(size * until.growth))
-    return _write(folder, facts, config, plans, dropped, {"rounds": rounds, "stopped": stopped})
+    outcome = {"rounds": rounds, "stopped": stopped}
+    return group.from_first(lambda: _write(folder, facts, config, plans, dropped, outcome), "the files of the trace")
 
 
 def known_in_order(model: Model, facts: Sequence[Fact], dropped: list[Dropped]) -> Iterator[Fact]:
@@ -155,7 +165,10 @@ def known_in_order(model: Model, facts: Sequence[Fact], dropped: list[Dropped]) 
         dropped: to which the facts that it does not know are added, with the reasons.
     """
     for begin in range(0, len(facts), BLOCK):
-        known, unknown = known_facts(model, facts[begin : begin + BLOCK])
+        block = facts[begin : begin + BLOCK]
+        known, unknown = ranks.current().from_first(
+            functools.partial(known_facts, model, block), "the facts that the model knows"
+        )
         dropped += unknown
         yield from (traced.fact for traced in known)
 

@@ -91,7 +91,7 @@ def test_what_models_may_have_is_read():
     assert parse_windows("0-9999")[0].layers == list(range(10_000))
     assert Sever.parse("mlp@2-4+7:-2").label == "mlp@2-4+7:-2"
     assert len(Sever.parse("mlp@0-9999").label) < 20
-    assert parse_shard("3/4096", {}) == (3, 4096)
+    assert parse_shard("3/4096") == (3, 4096)
     assert TraceConfig(samples=1000).samples == 1000
     assert str(checked_path("new/folder")) == "new/folder"
 

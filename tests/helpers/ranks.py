@@ -1,0 +1,127 @@
+"""Several processes of one command, as torchrun starts them, from a server that has imported everything already."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+TESTS = Path(__file__).parents[1]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["helpers.ranks_preload"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process has ended."""
+
+    code: int
+    """Exit code; negative: the signal that killed it."""
+    out: str
+    err: str
+    seconds: float
+    """Seconds until all had ended."""
+
+    @property
+    def complaints(self) -> list[str]:
+        """What it said as it failed, without its warnings."""
+        return [
+            line
+            for line in self.err.splitlines()
+            if line.startswith("mechedit:") and not line.startswith("mechedit: warning")
+        ]
+
+
+def launch(
+    count: int,
+    arguments: Sequence[object],
+    folder: Path,
+    *,
+    instead: Mapping[int, Sequence[object]] | None = None,
+    first: Mapping[int, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    limit: float = 100,
+) -> list[Ended]:
+    """Run a command by `count` processes, and return how each has ended.
+
+    Args:
+        count: number of processes.
+        arguments: of the command.
+        folder: for what they print.
+        instead: arguments of single ranks in place of these.
+        first: Python code that single ranks run before the command.
+        environment: further variables.
+        limit: seconds after which all are killed and the test fails.
+    """
+    _start_server()
+    # As torchrun's agent does: it serves at a port that is its own, so that nobody else can take that meanwhile.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    folder.mkdir(exist_ok=True)
+    variables = {
+        "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MECHEDIT_RANK_TIMEOUT": "20", **(environment or {}),
+    }  # fmt: skip
+    processes, begin = [], time.monotonic()
+    for rank in range(count):
+        own_arguments = [str(argument) for argument in (instead or {}).get(rank, arguments)]
+        files = [str(folder / f"{name}_{rank}") for name in ("out", "err")]
+        code = (first or {}).get(rank, "")
+        settings = (own_arguments, {**variables, "RANK": str(rank)}, files, code)
+        processes.append(_CONTEXT.Process(target=_run, args=settings, daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(max(0.0, begin + limit - time.monotonic()))
+    seconds, hanging = time.monotonic() - begin, [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+        process.join()
+    texts = [[(folder / f"{name}_{rank}").read_text() for name in ("out", "err")] for rank in range(count)]
+    assert not hanging, f"{len(hanging)} processes hang: {texts}"
+    return [
+        Ended(code=process.exitcode or 0, out=out, err=err, seconds=seconds)
+        for process, (out, err) in zip(processes, texts, strict=True)
+    ]
+
+
+@functools.cache
+def _start_server() -> None:
+    """Start the server, which takes long, so that it counts in no limit of time."""
+    before = dict(os.environ)
+    # It finds what it imports beforehand by this variable alone.
+    os.environ.update({"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"})
+    try:
+        process = _CONTEXT.Process(target=_check_server)
+        process.start()
+        process.join()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert process.exitcode == 0, "the server has imported nothing beforehand, and every process would take seconds"
+
+
+def _check_server() -> None:
+    """Fail where the server has not imported what it should."""
+    sys.exit("helpers.ranks_preload" not in sys.modules)
+
+
+def _run(arguments: list[str], environment: Mapping[str, str], files: Sequence[str], code: str) -> None:
+    """A rank: the command with its own environment and files to print to."""
+    os.environ.update(environment)
+    for descriptor, path in zip((1, 2), files, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    import torch
+
+    from mechedit.cli import main
+
+    torch.set_num_threads(1)
+    exec(code, {})
+    main(arguments)
