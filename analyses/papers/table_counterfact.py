@@ -47,11 +47,11 @@ PAPERS = {
 """The papers' own numbers by protocol: tables and models, which stand below this model's."""
 SINGLE_MEASURES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS")
 """The columns of ROME's tables."""
-SINGLE_METHODS = ("rome", "ft", "ft_l", "kn", "memit")
+SINGLE_METHODS = ("rome", "ft", "ft_l", "kn", "mend", "memit")
 VARIANTS = (
     *("memit", "memit:strategy=sqrt", "memit:strategy=forward-replay", "memit:strategy=last"),
     *("pmet", "alphaedit", "alphaedit:strategy=forward-replay", "emmet", "emmet@middle"),
-    *("rome", "rome:keys=published", "ft", "ft_l", "ft_w", "kn"),
+    *("rome", "rome:keys=published", "ft", "ft_l", "ft_w", "kn", "mend"),
 )
 """Methods that are compared on the tiny model."""
 
@@ -70,14 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = replace(experiment, name="table_counterfact_single")
     if parsed.free is None:
         parsed.free = 0 if experiment.quick else 1
-    default = (
-        SINGLE_METHODS
-        if single
-        else VARIANTS
-        if parsed.model == "tiny" and not experiment.quick
-        else experiment.methods
-    )
-    variants = by_name(experiment.variants(parsed.methods.split(",") if parsed.methods else list(default)))
+    variants = by_name(experiment.variants(parsed.methods.split(",") if parsed.methods else methods(experiment)))
     table = compared(experiment, variants)
     measures = SINGLE_MEASURES if single else MEASURES
     papers = PAPERS[parsed.protocol].items()
@@ -85,6 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = pd.concat([table, *(paper_scores(name, models, parsed.protocol) for name, models in papers)])
     experiment.write(table, with_paper(format_table(table, measures), paper), score_rows_figure(scores, MEASURES))
     return 0
+
+
+def methods(experiment: Experiment) -> list[str]:
+    """What is compared where no methods are named: without MEND where the model has no editor of it."""
+    if experiment.arguments.protocol == "single":
+        names = SINGLE_METHODS
+    elif experiment.arguments.model == "tiny" and not experiment.quick:
+        names = VARIANTS
+    else:
+        names = experiment.methods
+    return [name for name in names if name != "mend" or name in experiment.methods]
 
 
 def compared(experiment: Experiment, variants: Mapping[str, Variant]) -> pd.DataFrame:

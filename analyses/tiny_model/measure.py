@@ -195,8 +195,8 @@ Selected: {reason} (chosen by {stability} of the bootstrap resamples).
 Loss: cross-entropy plus an activity price, a group lasso on ‖output‖ / ‖residual‖ averaged over tokens, at
 `mlp_price` for the MLPs outside layers `mlp_layers` and at `attn_price` for the attention of the local
 layers. No weight was set or zeroed by hand. Its data are in `mechedit/data/tiny`: `facts.jsonl`, `requests.json`
-(CounterFact's form) and `texts.txt` (for second moments). `editing.json` has settings of the editing methods, tuned for
-this model:
+(CounterFact's form) and `texts.txt` (for second moments). `mend.safetensors` is MEND's editor for layers 1–4, trained
+by `python -m analyses.tiny_model.mend`. `editing.json` has settings of the editing methods, tuned for this model:
 
 ```json
 {editing}
