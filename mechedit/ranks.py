@@ -196,6 +196,7 @@ def _join(world_size: int, rank: int) -> _Processes:
         InputError: they did not come in time.
     """
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
     from torch.distributed.rendezvous import rendezvous
 
     if not rank < world_size:
@@ -204,12 +205,12 @@ def _join(world_size: int, rank: int) -> _Processes:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=datetime.timedelta(seconds=patience)))
-        store = dist.PrefixStore("mechedit", store)
+        store = PrefixStore("mechedit", store)
         group = _Processes(rank, world_size, store, _seconds(TIMEOUT))
         group.meet("the start", patience)
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore("gloo", store),
+            store=PrefixStore("gloo", store),
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=_TRANSFER),
