@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import mechedit as me
 from benchmarks.operations import moment_operations
-from benchmarks.pass_operations import Operations
 from mechedit.data import fill
+from mechedit.planning import Operations
+from mechedit.planning.plan import cells_operations
 from mechedit.prefixes import BARE, completed_prompts, prefixed_prompts
 from mechedit.prompt_tokens import encode_documents, tokenize_prompt
-from mechedit.trace import window_span
 from mechedit.trace.traced_fact import TracedFact, restored_positions
 
 
@@ -40,7 +40,7 @@ def targets_work(
 
     A gradient costs what the evaluation of the parts that depend on δ costs; no weight has a gradient.
     """
-    operations, last = Operations(model), model.n_layers - 1
+    operations, last = Operations.of(model), model.n_layers - 1
     published = necessary = 0.0
     passes = config.updates + 1, config.updates
     starts: list[Sequence[int]] = []
@@ -57,22 +57,9 @@ def targets_work(
         backward = (len(rows) + 1) * operations.through(range(layer + 1, last + 1), longest) + heads
         published += passes[0] * forward + passes[1] * backward
         for ids, (subject, read) in zip([*rows, kl.ids], [*reads, (kl.last_subject, 1)], strict=True):
-            necessary += sum(passes) * _changed(operations, layer, len(ids), subject, read)
+            necessary += sum(passes) * operations.changed(layer, len(ids), subject, read)
     # What δ leaves as it is, once.
     return Work(published, necessary + sum(_once(operations, range(last), starts)))
-
-
-def _changed(operations: Operations, layer: int, tokens: int, subject: int, read: int) -> float:
-    """One row's evaluation of what depends on δ at its subject's last token; `read` logits are computed."""
-    model = operations.model
-    last, reach, total = model.n_layers - 1, 1, 0
-    for block in range(layer + 1, last):
-        # With local attention, a change reaches window − 1 positions further in each block.
-        reach = min(tokens - subject, reach + (model.window(block) or tokens) - 1)
-        total += operations.through(range(block, block + 1), reach, before=subject)
-    if layer == last:
-        return total + read * operations.head
-    return total + operations.last_block(min(tokens - subject, reach), read, before=subject)
 
 
 def _once(operations: Operations, layers: range, rows: Iterable[Sequence[int]]) -> Iterable[int]:
@@ -85,7 +72,7 @@ def keys_work(
     model: me.Model, requests: Sequence[me.EditRequest], layers: Sequence[int], prefixes: Sequence[str], rows: int
 ) -> Work:
     """Those of the keys at some layers and the states after the last of them; `rows` prompts share a published pass."""
-    operations, every = Operations(model), range(model.n_layers)
+    operations, every = Operations.of(model), range(model.n_layers)
     prompts = [prompt for request in requests for prompt in prefixed_prompts(model, request, prefixes)]
     bare = [prompt for request in requests for prompt in prefixed_prompts(model, request, [BARE])]
     published = 0.0
@@ -111,26 +98,14 @@ def trace_work(model: me.Model, facts: Sequence[TracedFact], config: me.TraceCon
     Between the first restored block, where one token changes, and the last, where the later tokens' keys and values and
     the read tokens are needed, all later tokens change.
     """
-    operations, last = Operations(model), model.n_layers - 1
+    operations, last = Operations.of(model), model.n_layers - 1
     published = necessary = 0.0
     for traced in facts:
-        tokens, read = len(traced.ids), len(traced.object_ids)
+        tokens = len(traced.ids)
         positions = restored_positions(traced, config)
         row = operations.through(range(last + 1), tokens) + tokens * operations.head
         published += (
             (config.samples + 1) * row * len(positions) * model.n_layers * len(config.kinds) * len(config.sever)
         )
-        for kind in config.kinds:
-            for layer in range(model.n_layers):
-                first = window_span(kind, layer, model.n_layers, config.window).start
-                for position in positions:
-                    if position >= traced.subject.start and (first < last or position >= traced.prompt_length - 1):
-                        changed = tokens - position
-                        cost = 0 if kind == "state" else operations.through(range(first, first + 1), 1, before=position)
-                        if first < last:
-                            cost += operations.through(range(first + 1, last), changed, before=position)
-                            cost += operations.last_block(changed, read, before=position)
-                        else:
-                            cost += read * operations.head
-                        necessary += config.samples * len(config.sever) * cost
+        necessary += cells_operations(operations, traced, config)
     return Work(published, necessary)

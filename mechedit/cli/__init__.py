@@ -9,6 +9,7 @@ from mechedit.cli.edit import edit_command
 from mechedit.cli.evaluate import evaluate_command
 from mechedit.cli.moments import moments_command
 from mechedit.cli.parsing import method_config, parse_layers, parse_names, parse_windows
+from mechedit.cli.plan import plan_command
 from mechedit.cli.report import report_command
 from mechedit.cli.run import run_command
 from mechedit.cli.select import select_command
@@ -24,6 +25,7 @@ for _name, _command in (
     ("select", select_command),
     ("moments", moments_command),
     ("tune", tune_command),
+    ("plan", plan_command),
     ("train-mend", train_mend_command),
     ("edit", edit_command),
     ("evaluate", evaluate_command),

@@ -5,17 +5,20 @@ Behind it, `backend` holds weight-sharing copies of the transformers model (`sha
 in the table of `families` or measured by `discovery`; what cannot be used is `unsupported`. A run is a `run_plan`,
 carried out by the first engine that can: `fast_engine`, in the way that `engine_check` settles when a model is loaded,
 or one of `engines`, which the two backends complete; where a prefix cannot be cut off, it is `run_again`. Who may
-use a model now is up to its `model_lock`. Nothing
+use a model now is up to its `model_lock`. What a model costs follows from its `shapes`, which a config alone has, and
+is measured on `few_blocks`. Nothing
 outside this package imports transformer_lens or nnsight, or names a transformers class.
 """
 
 from mechedit.models.families import loader_of
+from mechedit.models.few_blocks import few_random_blocks
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.layer_ranges import MOST_LAYERS, read_layer_range
 from mechedit.models.loading import load_model, transformers_model
 from mechedit.models.model_lock import exclusive
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
 from mechedit.models.readout import CleanLogits, Readout, TokenScores, WholeReadout, log_probabilities
+from mechedit.models.shapes import BlockShapes, ModelShapes
 from mechedit.models.sites import EMBED, MODULES, Module, Part, Site, out_part
 from mechedit.models.unsupported import UnsupportedModelError
 from mechedit.models.weights_hash import DTYPES
@@ -25,9 +28,11 @@ __all__ = [
     "EMBED",
     "MODULES",
     "MOST_LAYERS",
+    "BlockShapes",
     "CleanLogits",
     "KVCache",
     "Model",
+    "ModelShapes",
     "Module",
     "Part",
     "Patch",
@@ -40,6 +45,7 @@ __all__ = [
     "UnsupportedModelError",
     "WholeReadout",
     "exclusive",
+    "few_random_blocks",
     "load_model",
     "loader_of",
     "log_probabilities",

@@ -143,6 +143,26 @@ def load_model(
     return model
 
 
+def checkpoint_config(source: str | Path) -> Any:
+    """The config of a checkpoint, whose weights need not be there, or the config in a file.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    from transformers import AutoConfig
+
+    name = str(source)
+    with _input_errors(name):
+        location = name if Path(name).is_file() else _location(source)
+        _check_reachable(location if not Path(name).is_file() else str(Path(name).parent))
+        return AutoConfig.from_pretrained(location, trust_remote_code=False)
+
+
+def shipped_tokenizer() -> Any:
+    """The tokenizer of the model that ships with the package."""
+    return _load_tokenizer(_location("tiny"), "tiny")
+
+
 def transformers_model(model: Model) -> Any:
     """The clean transformers model inside a `Model`, for other libraries that take one."""
     return model.hf

@@ -17,6 +17,11 @@ STRIP = 256
 3,072 × 3,072 takes 0.59 of the time of the full product on two cores."""
 
 
+def product_entries(width: int) -> int:
+    """Entries of k kᵀ that are computed for each token: those of the strips on the diagonal and right of it."""
+    return sum(min(STRIP, width - first) * (width - first) for first in range(0, width, STRIP))
+
+
 class MomentAccumulator:
     """Σ k kᵀ of one layer: `update` adds keys, `finalize` divides by their number.
 

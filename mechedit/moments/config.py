@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mechedit.bounds import check_numbers
 from mechedit.errors import check_at_least, check_positive
-from mechedit.models import Model
+from mechedit.models import Model, ModelShapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,6 @@ class MomentsConfig:
         check_positive("memory", self.memory, "choose a number of GiB", optional=True)
         check_at_least("checkpoint_seconds", self.checkpoint_seconds, 0)
 
-    def text_length(self, model: Model) -> int:
+    def text_length(self, model: Model | ModelShapes) -> int:
         """Tokens read per text: `max_length`, or the model's own limit if that is lower."""
         return min(self.max_length, model.max_positions)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES
 from mechedit.errors import InputError
-from mechedit.models import Model
+from mechedit.models import Model, ModelShapes
 from mechedit.moments.accumulator import STRIP
 from mechedit.moments.config import MomentsConfig
 
@@ -47,7 +47,7 @@ class MomentsPlan:
 
 
 def plan_moments(
-    model: Model, layers: Sequence[int], config: MomentsConfig | None = None, *, convergence: bool = False
+    model: Model | ModelShapes, layers: Sequence[int], config: MomentsConfig | None = None, *, convergence: bool = False
 ) -> MomentsPlan:
     """Plan as few passes over the text as `config.memory` allows, and then as large batches as fit.
 
@@ -83,7 +83,9 @@ def plan_moments(
     )
 
 
-def _layers_per_pass(model: Model, n_layers: int, limit: int, config: MomentsConfig, convergence: bool) -> int:
+def _layers_per_pass(
+    model: Model | ModelShapes, n_layers: int, limit: int, config: MomentsConfig, convergence: bool
+) -> int:
     """How many of `n_layers` layers fit in `limit` bytes with the smallest batch."""
     length = config.text_length(model)
 
@@ -100,7 +102,7 @@ def _layers_per_pass(model: Model, n_layers: int, limit: int, config: MomentsCon
     return max(fitting, default=1)
 
 
-def sum_bytes(model: Model, layers: int, convergence: bool) -> int:
+def sum_bytes(model: Model | ModelShapes, layers: int, convergence: bool) -> int:
     """Bytes of the sums of some layers, of one strip's product, and of the one mean that is made at a time.
 
     With `convergence`, also of a float32 snapshot per layer and of one layer's factorization.
@@ -110,7 +112,7 @@ def sum_bytes(model: Model, layers: int, convergence: bool) -> int:
     return (layers + 1) * square + strip + snapshots
 
 
-def batch_bytes(model: Model, layers: int, tokens: int, length: int) -> int:
+def batch_bytes(model: Model | ModelShapes, layers: int, tokens: int, length: int) -> int:
     """Bytes of the keys of some layers for a batch, as computed and as buffered, and of one block's activations.
 
     One layer's keys are also there in float32.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES
 from mechedit.errors import InputError, brief
-from mechedit.models import Model
+from mechedit.models import Model, ModelShapes
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.traced_fact import TracedFact
 
@@ -14,7 +14,7 @@ GRADIENT_COPIES = 24
 """Activations of a block that a backward pass keeps, and their gradients, in multiples of d_model."""
 
 
-def group_row_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> int:
+def group_row_bytes(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
     """Bytes kept per row of the corrupted run: states, keys, values, severed outputs, and states of windows."""
     severed = len({sever.module for sever in config.severed} - {"nothing"})
     windows = len(set(config.kinds) - {"state"}) * len(config.sever)
@@ -23,7 +23,7 @@ def group_row_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> in
     return corrupted + clean // config.samples
 
 
-def batch_row_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> int:
+def batch_row_bytes(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
     """Bytes needed per row of a batch: a layer's keys and values, a block's activations, fp32 logits three times."""
     tokens, size = len(traced.ids), model.dtype.itemsize
     cached = 2 * 2 * model.d_model * tokens * size
@@ -33,7 +33,7 @@ def batch_row_bytes(model: Model, traced: TracedFact, config: TraceConfig) -> in
     return cached + block + logits + patched
 
 
-def gradient_row_bytes(model: Model, traced: TracedFact) -> int:
+def gradient_row_bytes(model: Model | ModelShapes, traced: TracedFact) -> int:
     """Bytes needed per row of a forward pass whose activations a backward pass reads again, and for its gradients."""
     tokens, size = len(traced.ids), model.dtype.itemsize
     block = tokens * size * (GRADIENT_COPIES * model.d_model + MLP_COPIES * model.d_mlp + 3 * model.n_heads * tokens)
@@ -41,18 +41,18 @@ def gradient_row_bytes(model: Model, traced: TracedFact) -> int:
     return model.n_layers * block + logits
 
 
-def max_gradient_rows(model: Model, traced: TracedFact, config: TraceConfig) -> int:
+def max_gradient_rows(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
     """Most rows of one backward pass: what half of `memory` holds, without a limit `GRADIENT_GIB`; at least one."""
     gib = GRADIENT_GIB if config.memory is None else config.memory / 2
     return max(1, min(config.batch_rows, int(gib * GIB // gradient_row_bytes(model, traced))))
 
 
-def max_batch_rows(model: Model, traced: TracedFact, config: TraceConfig) -> int:
+def max_batch_rows(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
     """Most rows of one batch of cells: `batch_rows`, or what half of `memory` holds."""
     return _max_rows(traced, config, batch_row_bytes(model, traced, config))
 
 
-def max_group_rows(model: Model, traced: TracedFact, config: TraceConfig) -> int:
+def max_group_rows(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
     """Most rows of one group of facts: `batch_rows`, or what half of `memory` holds."""
     row_bytes = max(group_row_bytes(model, traced, config), batch_row_bytes(model, traced, config))
     return _max_rows(traced, config, row_bytes)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mechedit as me
 from benchmarks.necessary_work import keys_work, moments_work, targets_work, trace_work
 from benchmarks.operations import moment_operations
-from benchmarks.pass_operations import Operations
+from mechedit.planning import Operations
 from mechedit.prefixes import prefixed_prompts
 from mechedit.prompt_tokens import encode
 from mechedit.trace.traced_fact import tokenize_fact
@@ -26,7 +26,7 @@ REQUEST = me.EditRequest(id="1", subject="Miles Davis", prompt="{} plays the", t
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_costs_what_torch_counts(make_model: Callable[..., Any], family: str) -> None:
     model, tokens = make_model(family), 7
-    operations = Operations(model)
+    operations = Operations.of(model)
     model.hf.set_attn_implementation("eager")  # whose products are counted one by one
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.hf(input_ids=torch.arange(tokens)[None], use_cache=False)
@@ -40,7 +40,7 @@ def test_a_pass_costs_what_torch_counts(make_model: Callable[..., Any], family: 
 
 
 def test_a_block_of_llama_by_hand(make_model: Callable[..., Any]) -> None:
-    operations = Operations(make_model("llama"))
+    operations = Operations.of(make_model("llama"))
     queries_and_output = 2 * WIDTH * WIDTH
     keys_and_values = 2 * WIDTH * WIDTH // 2  # two of four heads
     block = operations.blocks[0]
@@ -64,7 +64,7 @@ def test_moments_are_counted_over_the_texts_tokens(make_model: Callable[..., Any
 
 def test_keys_by_hand(make_model: Callable[..., Any]) -> None:
     model, prefixes = make_model("llama"), ["{}", "The city. {}"]
-    operations = Operations(model)
+    operations = Operations.of(model)
     prompts = prefixed_prompts(model, REQUEST, prefixes)
     longest, bare = len(prompts[1].ids), len(prompts[0].ids)
 
@@ -80,7 +80,7 @@ def test_keys_by_hand(make_model: Callable[..., Any]) -> None:
 
 def test_a_trace_by_hand(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
-    operations = Operations(model)
+    operations = Operations.of(model)
     fact = me.Fact(id="1", subject="Miles Davis", prompt="{} plays the", object="guitar")
     traced = tokenize_fact(model, fact)
     config = me.TraceConfig(kinds=("state",), roles=("subject_last",), samples=2)
@@ -101,7 +101,7 @@ def test_a_trace_by_hand(make_model: Callable[..., Any]) -> None:
 
 def test_targets_by_hand(make_model: Callable[..., Any]) -> None:
     model, layer = make_model("llama"), 0
-    operations = Operations(model)
+    operations = Operations.of(model)
     config = me.TargetConfig(convention="memit-2022", steps=3, kl_prompt="{}")
     work = targets_work(model, [REQUEST], layer, ["{}"], config)
     prompt = prefixed_prompts(model, REQUEST, ["{}"])[0]

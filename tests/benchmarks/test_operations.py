@@ -8,12 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.operations import (
-    attention_multiply_adds,
-    block_multiply_adds,
-    moment_operations,
-    pass_multiply_adds,
-)
+from benchmarks.operations import moment_operations
+from mechedit.planning import Operations
 
 LENGTH = 11
 
@@ -30,22 +26,27 @@ def counted_by_torch(model: Any) -> list[int]:
 
 def test_a_block_costs_what_torch_counts(make_model, family):
     model = make_model(family, "transformer_lens")
+    blocks = Operations.of(model).blocks
     for layer, count in enumerate(counted_by_torch(model)):
         # Eager attention multiplies all pairs of positions, seen or not.
         pairs = 2 * len(model.writing("attn").projection(layer)) * LENGTH**2
-        assert count == LENGTH * block_multiply_adds(model, layer) + pairs
+        assert count == LENGTH * blocks[layer].matrices // 2 + pairs
 
 
 def test_a_gate_and_a_window_count(make_model):
     gated, window = make_model("llama"), make_model("gpt_neo")
     matrices = 4 * gated.d_model**2 + 2 * gated.d_model * gated.d_mlp
-    assert block_multiply_adds(gated, 0) == matrices + gated.d_model * gated.d_mlp - (
+    assert Operations.of(gated).blocks[0].matrices // 2 == matrices + gated.d_model * gated.d_mlp - (
         # Grouped queries have narrower keys and values.
         2 * gated.d_model**2 - 2 * gated.hf.model.layers[0].self_attn.k_proj.weight.numel()
     )
     # Local layers see three positions: 1 + 2 + 9 · 3 pairs of 11 tokens; the global one 66.
     assert window.window(0) == 3
-    local, everywhere = (attention_multiply_adds(window, [LENGTH], layer) for layer in (0, 3))
+    of_window = Operations.of(window)
+    passes = [of_window.text_pass([LENGTH], last) // 2 for last in range(4)]
+    matrices = LENGTH * (of_window.blocks[0].matrices // 2)
+    local = passes[0] - matrices + LENGTH * window.d_model * window.d_mlp
+    everywhere = passes[3] - passes[2] - matrices
     assert (local, everywhere) == (2 * window.d_model * 30, 2 * window.d_model * 66)
 
 
@@ -54,7 +55,7 @@ def test_the_quotient_by_hand(make_model):
     tokens, d, d_mlp = 16, model.d_model, model.d_mlp
     block = tokens * (4 * d * d + 2 * d * d_mlp) + 2 * d * (15 + 66)
     to_keys = block - tokens * d * d_mlp
-    assert pass_multiply_adds(model, lengths, 0) == to_keys
+    assert Operations.of(model).text_pass(lengths, 0) == 2 * to_keys
     operations = moment_operations(model, lengths, [0, 2])
     assert operations.published == to_keys + (2 * block + to_keys) + 2 * tokens * d_mlp**2
     assert operations.necessary == 2 * block + to_keys + 2 * (tokens * d_mlp * (d_mlp + 1) // 2)

@@ -57,8 +57,10 @@ OPTIONS = {
     "stop-words protocol references conflicts",
     "apply": "edit out format rank requests joint strict chat",
     "report": "DIRECTORY verify json config",
+    "plan": "MODEL facts tokens text-tokens edits layers dtype device rate samples before-tokens subject-tokens "
+    "after-tokens object-tokens prefix-tokens json config",
 }
-"""The options of every command beside the common ones; `report` has no model."""
+"""The options of every command beside the common ones; `report` has no model, and `plan` loads none."""
 
 
 TRACE = ["trace", "--max-facts", 12, "--samples", 3, "--roles", "subject_last,last"]
@@ -670,7 +672,7 @@ def test_every_command_has_the_options_of_the_contract(name: str):
     parameters = typer.main.get_command(app).commands[name].params
     spellings = [spelling for parameter in parameters for spelling in parameter.opts]
     positional = ("model",) if name in ("tune", "train-mend") else ()
-    common = [] if name == "report" else [option for option in COMMON.split() if option not in positional]
+    common = [] if name in ("report", "plan") else [option for option in COMMON.split() if option not in positional]
     expected = OPTIONS[name].split() + common
     assert sorted(spellings) == sorted(option.lower() if option.isupper() else f"--{option}" for option in expected)
 

@@ -1,0 +1,18 @@
+"""What a step will cost, before anything is started: operations, bytes and time, from the sizes of a model."""
+
+from mechedit.planning.operations import Operations
+from mechedit.planning.plan import Plan, Step, in_units, plan_edit, plan_moments_step, plan_trace_step
+from mechedit.planning.prompt_shape import PromptShape
+from mechedit.planning.rate import measured_rates
+
+__all__ = [
+    "Operations",
+    "Plan",
+    "PromptShape",
+    "Step",
+    "in_units",
+    "measured_rates",
+    "plan_edit",
+    "plan_moments_step",
+    "plan_trace_step",
+]

@@ -1,0 +1,227 @@
+"""What tracing, collecting moments and editing cost: operations, memory, disk and time.
+
+Operations are those of matrix products (`Operations`), of what mechedit runs: what a cell or δ does not change is run
+once. With T tokens of a row, s the position of the subject's last token, L blocks, u updates of δ:
+
+    moments   tokens · (blocks up to the last layer's keys) + layers · tokens · d_mlp² (its upper half, in strips)
+    targets   facts · Σ_prompts [all blocks, T tokens + (2u + 1) · blocks after l, T − s tokens behind s]
+    spreading facts · Σ_prompts blocks up to the last layer, s tokens
+              + layers · (d_mlp³/3 + 6 · facts · d_mlp²) in float64
+    trace     facts · samples · [all blocks, T tokens + Σ_cells blocks after the cell, T − position tokens]
+
+Memory is that of the weights, and what the step takes beside them. Time is operations over a rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mechedit.batching import GIB, MLP_COPIES
+from mechedit.models import ModelShapes
+from mechedit.moments import MomentsConfig, plan_moments
+from mechedit.moments.accumulator import product_entries
+from mechedit.planning.operations import Operations
+from mechedit.planning.prompt_shape import PromptShape
+from mechedit.targets import TargetConfig
+from mechedit.targets.search_prompts import SearchPrompt
+from mechedit.trace import TraceConfig
+from mechedit.trace.cells import can_change, restored_spans
+from mechedit.trace.memory import GRADIENT_COPIES, batch_row_bytes, group_row_bytes, max_group_rows
+from mechedit.trace.traced_fact import TracedFact, restored_positions
+
+FLOAT64 = 8
+"""Bytes of a number of a second moment."""
+SYSTEM_COPIES = 4
+"""Matrices of d_mlp² in float64 that are there while a layer's system is solved: moment, sum, factor, and one more."""
+
+_BYTES_PER_CELL = 12
+"""Bytes that a cell takes in effects.parquet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step costs."""
+
+    name: str
+    operations: float | int
+    """Multiplications and additions of matrix products in the model's dtype, and of k kᵀ."""
+    solving: float | int = 0
+    """Operations in float64 of linear systems, which are not among `operations`."""
+    memory: int
+    """Bytes beside the weights."""
+    disk: int
+    """Bytes of the files that the step leaves."""
+
+    def minutes(self, rate: float | int, solving_rate: float | int) -> float:
+        """Minutes at rates in operations per second: of the step, and of linear systems in float64."""
+        return (self.operations / rate + self.solving / solving_rate) / 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The costs of some steps on one model."""
+
+    shapes: ModelShapes
+    steps: tuple[Step, ...]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes in use at once, the weights included."""
+        return self.shapes.weight_bytes + max((step.memory for step in self.steps), default=0)
+
+
+def plan_moments_step(
+    shapes: ModelShapes,
+    tokens: int,
+    layers: Sequence[int],
+    config: MomentsConfig | None = None,
+    *,
+    text_tokens: int | None = None,
+) -> Step:
+    """The second moments of some layers over so many tokens.
+
+    Args:
+        shapes: of the model.
+        tokens: in all.
+        layers: whose moments are collected.
+        config: settings of the collection.
+        text_tokens: tokens of a text; by default as many as are read at most.
+    """
+    config = config or MomentsConfig()
+    length = min(tokens, config.text_length(shapes), text_tokens or tokens)
+    plan = plan_moments(shapes, layers, replace(config, max_length=length))
+    operations = Operations(shapes)
+    rest = [tokens % length] if tokens % length else []
+    total = 0
+    for pass_layers in plan.passes:
+        total += tokens // length * operations.text_pass([length], max(pass_layers))
+        total += operations.text_pass(rest, max(pass_layers)) if rest else 0
+    total += len(layers) * tokens * 2 * product_entries(shapes.d_key)
+    return Step(name="moments", operations=total, memory=plan.memory + plan.finished, disk=plan.finished)
+
+
+def plan_trace_step(
+    shapes: ModelShapes, facts: int, prompt: PromptShape | None = None, config: TraceConfig | None = None
+) -> Step:
+    """Tracing of so many facts of a size, all cells that the settings ask for."""
+    config, typical = config or TraceConfig(), (prompt or PromptShape()).traced_fact()
+    group = min(max_group_rows(shapes, typical, config), facts * config.samples)
+    cells_of_position = len(restored_spans(config, shapes.n_layers))
+    cells = cells_of_position * len(restored_positions(typical, config))
+    # The rows of one position run together.
+    rows = min(max(config.batch_rows, config.samples), group * cells_of_position)
+    memory = group * group_row_bytes(shapes, typical, config) + rows * batch_row_bytes(shapes, typical, config)
+    operations = facts * fact_operations(Operations(shapes), typical, config)
+    return Step(name="trace", operations=operations, memory=memory, disk=facts * cells * _BYTES_PER_CELL)
+
+
+def fact_operations(operations: Operations, traced: TracedFact, config: TraceConfig) -> float | int:
+    """Operations of tracing one fact: its clean and corrupted runs, and all cells."""
+    tokens, read, last = len(traced.ids), len(traced.object_ids), operations.shapes.n_layers - 1
+    row = operations.through(range(last), tokens) + operations.last_block(tokens, read)
+    return (1 + config.samples) * row + cells_operations(operations, traced, config)
+
+
+def cells_operations(operations: Operations, traced: TracedFact, config: TraceConfig) -> float | int:
+    """Operations of all cells of a fact: the rows, positions and layers that a cell can change.
+
+    Between the first restored block, where one token changes, and the last, where the later tokens' keys and values and
+    the read tokens are needed, all later tokens change.
+    """
+    n_layers, tokens, read = operations.shapes.n_layers, len(traced.ids), len(traced.object_ids)
+    last, total = n_layers - 1, 0
+    positions = restored_positions(traced, config)
+    for kind, _, _, span in restored_spans(config, n_layers):
+        first = span.start
+        for position in positions:
+            if can_change(traced, position, first, n_layers):
+                changed = tokens - position
+                cost = 0 if kind == "state" else operations.through(range(first, first + 1), 1, before=position)
+                if first < last:
+                    cost += operations.through(range(first + 1, last), changed, before=position)
+                    cost += operations.last_block(changed, read, before=position)
+                else:
+                    cost += read * operations.head
+                total += config.samples * cost
+    return total
+
+
+def plan_edit(
+    shapes: ModelShapes,
+    facts: int,
+    layers: Sequence[int],
+    prompt: PromptShape | None = None,
+    config: TargetConfig | None = None,
+) -> tuple[Step, Step]:
+    """An edit of so many facts: the search for z at the last of the layers, and the spreading over them.
+
+    A search that stops early takes less.
+    """
+    config, prompt, layers = config or TargetConfig(), prompt or PromptShape(), sorted(layers)
+    operations = Operations(shapes)
+    rows = prompt.search_prompts(config.generated_prefixes, kl=config.kl_weight > 0)
+    moments = len(layers) * FLOAT64 * shapes.d_key**2
+    targets = Step(
+        name="targets",
+        operations=facts * search_operations(operations, rows, layers[-1], config.updates),
+        memory=moments + _search_bytes(shapes, rows * min(facts, config.batch_size), layers[-1], config),
+        disk=facts * 2 * 4 * shapes.d_model,
+    )
+    stream = facts * sum(row.at + 1 for row in rows if row.labels) * shapes.d_model * shapes.dtype.itemsize
+    keys = facts * (config.generated_prefixes + 1) * shapes.d_key * 4 + 6 * FLOAT64 * facts * shapes.d_key
+    spreading = Step(
+        name="spreading",
+        operations=facts * spread_operations(operations, rows, layers),
+        solving=len(layers) * (shapes.d_key**3 / 3 + 6 * facts * shapes.d_key**2),
+        memory=moments + SYSTEM_COPIES * FLOAT64 * shapes.d_key**2 + stream + keys,
+        disk=len(layers) * facts * 4 * (shapes.d_key + shapes.d_model),
+    )
+    return targets, spreading
+
+
+def search_operations(operations: Operations, rows: Sequence[SearchPrompt], layer: int, updates: int) -> int:
+    """Operations of one search for z: a clean run, `updates` + 1 evaluations and `updates` gradients.
+
+    A gradient costs what the evaluation of the parts that depend on δ costs; no weight has a gradient.
+    """
+    last, total = operations.shapes.n_layers - 1, 0
+    for row in rows:
+        tokens, read = len(row.ids), len(row.scored)
+        total += operations.through(range(last + 1), tokens) + read * operations.head
+        total += (2 * updates + 1) * operations.changed(layer, tokens, row.at, read)
+    return total
+
+
+def spread_operations(operations: Operations, rows: Sequence[SearchPrompt], layers: Sequence[int]) -> int:
+    """Operations of the keys at some layers, behind every text, and of the states that the residual is left at."""
+    first, last, total = layers[0], layers[-1], 0
+    for row in rows:
+        if not row.labels:
+            continue
+        tokens = row.at + 1
+        # The stream is taken on from layer to layer; each layer's keys come from a run of its block of their own.
+        total += operations.through(range(last), tokens)
+        total += sum(operations.through(range(layer, layer + 1), tokens) for layer in layers)
+        total -= sum(2 * tokens * operations.shapes.blocks[layer].down for layer in layers)
+        if row.bare:
+            starts = [first, *layers]
+            total += sum(operations.through(range(start, last + 1), tokens) for start in starts)
+    return total
+
+
+def _search_bytes(shapes: ModelShapes, rows: Sequence[SearchPrompt], layer: int, config: TargetConfig) -> int:
+    """Bytes of the cached keys and values of all rows, and of the activations that one pass's gradient reads."""
+    size, later = shapes.dtype.itemsize, max(1, shapes.n_layers - layer - 1)
+    cached = sum(
+        row.at * 2 * shapes.blocks[layer].kv_width * later + row.width * shapes.d_model for row in rows
+    ) * size  # fmt: skip
+    tokens = min(config.pass_tokens, sum(row.width for row in rows))
+    scored = min(tokens, sum(len(row.scored) for row in rows))
+    activations = tokens * later * (GRADIENT_COPIES * shapes.d_model + MLP_COPIES * shapes.d_mlp) * size
+    return cached + activations + scored * shapes.vocab_size * (2 * size + 4 * 4)
+
+
+def in_units(size: float | int) -> str:
+    """Bytes as people read them."""
+    return f"{size / GIB:.3g} GiB"
