@@ -22,11 +22,13 @@ import pandas as pd
 
 from analyses.common.command import run
 from analyses.common.counterfacts import counterfacts
+from analyses.common.frames import means_by
 from mechedit.data import EditRequest, load_facts, load_requests
 from mechedit.edit import edited
 from mechedit.evaluation import QUICK, evaluate
 from mechedit.methods import MEND_FILE, MendConfig, MendTrainingConfig, mend, train_mend
 from mechedit.models import Model, load_model
+from mechedit.tables import where
 
 LAYERS = (1, 2, 3, 4)
 """Where the tiny model recalls."""
@@ -92,17 +94,17 @@ def scores(model: Model, requests: Sequence[EditRequest], editor: Path) -> pd.Da
             table = evaluate(model, [request], QUICK).table
         tables.append(table.assign(relations="unseen" if request.relation in UNSEEN else "seen"))
     rows = pd.concat(tables, ignore_index=True)
-    by_case = rows.groupby(["relations", "case", "measure"], as_index=False)["value"].mean()
-    groups = {"all": by_case, **{name: by_case[by_case["relations"] == name] for name in ("seen", "unseen")}}
+    groups = {"all": rows, **{name: where(rows, relations=name) for name in ("seen", "unseen")}}
     return pd.DataFrame(
         [
             {
-                "relations": name, "requests": group["case"].nunique(),
-                **{measure: 100 * group.loc[group["measure"] == measure, "value"].mean() for measure in MEASURES},
+                "relations": name,
+                "requests": len(set(group["case"])),
+                **{name: 100 * means_by(where(group, measure=name), "case", "value").mean() for name in MEASURES},
             }
             for name, group in groups.items()
         ]
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def kn(task: EditTask[KnConfig]) -> Edit:
     greedy = evaluate_loss(model, rows, Edit(factors=factors, manifest={}), config.batch_size)[1]
     manifest = {
         **edit_manifest(provenance, task.layers, task.requests, None, prefixes),
-        "neurons": [int(count) for count in sum(factors[layer].left.sum(0) for layer in task.layers)],
+        "neurons": [int(count) for count in torch.cat([part.left for part in factors.values()]).sum(0)],
         "unconverged": unwritten(task.requests, rows, greedy),
     }
     return Edit(factors=factors, manifest=manifest)
