@@ -279,12 +279,11 @@ def validate_step(
         notes, n_held_out = [sample.warning] if sample.warning else [], len(sample.requests) - sample.traced
         validation = validate_selection(swept, gap, selection.layers, held_out=n_held_out, notes=notes)
         decided = decide_layers(selection, validation, swept, gap, sweep.by)
-        agreed = decided.validation["agreement"] or 0.0
-        chosen = Window(decided.layers[0], decided.layers[-1]) if decided.layers else None
-        unsure = chosen is not None and agreed < selection.settings["agreement"]
-        if most_requests and unsure and len(best := finalists(swept, chosen)) > 1:
+        unsure = (decided.validation["agreement"] or 0.0) < selection.settings["agreement"]
+        if most_requests and unsure and decided.layers:
+            best = finalists(swept, Window(decided.layers[0], decided.layers[-1]))
             more = held_out(requests, traced, most_requests, sweep.seed).requests
-            if len(more) > len(sample.requests):
+            if len(best) > 1 and len(more) > len(sample.requests):
                 final = sweep_step(folder, model, more, moments, best, method, config, seed=sweep.seed, name=FINALS)
                 decided = decide_layers(selection, validation, swept, gap, sweep.by, final)
         ranks.current().from_first(lambda: decided.save(folder.path / "selection.json"), "the selection of layers")
