@@ -62,6 +62,21 @@ def locked(path: str | Path, what: str, *, made_with: str | None = None, wait: b
         lock.release()
 
 
+def remove_free_locks(folder: str | Path, names: str) -> None:
+    """Remove the files of locks that nobody holds, which killed processes left.
+
+    Args:
+        folder: in which they lie.
+        names: of what was being made, with * for any text.
+    """
+    for file in Path(folder).glob(f".{names}.lock"):
+        lock = FileLock(file, timeout=0)
+        if isinstance(lock, SoftFileLock):
+            return  # a file that is there is a lock that is held
+        with contextlib.suppress(Timeout, OSError), lock:
+            file.unlink(missing_ok=True)
+
+
 def _acquire(file: Path, what: str, made_with: str | None, wait: bool) -> Any:
     lock = FileLock(file, timeout=0)
     first, told = time.monotonic(), False

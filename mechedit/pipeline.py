@@ -55,7 +55,7 @@ from mechedit.sweep import (
 )
 from mechedit.tables import read_table, where
 from mechedit.trace import TraceConfig, UntilSettled, Verdict, trace_until_settled
-from mechedit.trace.folder import TRACE, trace_to_folder
+from mechedit.trace.folder import TRACE, TRACE_PARTS, trace_to_folder
 from mechedit.trace.shards import merge_trace, merged_stamp, trace_shard, trace_stamp
 
 Protocol = Literal["counterfact", "zsre"]
@@ -86,7 +86,7 @@ def trace_step(
     """
     stamp = trace_stamp(model.provenance(), [fact.plain() for fact in facts], config.plain())
     make = partial(trace_to_folder, model, facts, config, folder.path, least=least)
-    return folder.step("trace", stamp, make, TRACE)
+    return folder.step("trace", stamp, make, TRACE, parts=TRACE_PARTS)
 
 
 def trace_shard_step(folder: RunFolder, model: Model, facts: Sequence[Fact], config: TraceConfig, rank: Rank) -> int:
@@ -104,7 +104,7 @@ def trace_shard_step(folder: RunFolder, model: Model, facts: Sequence[Fact], con
 
 
 def merge_trace_step(folder: RunFolder) -> dict[str, Any]:
-    """Put together what the shards traced: the files and the stamp of `trace_step`.
+    """Put together what the shards traced: the files and the stamp of `trace_step`; what was put together is read.
 
     Returns:
         As `trace_step`.
@@ -112,7 +112,12 @@ def merge_trace_step(folder: RunFolder) -> dict[str, Any]:
     Raises:
         InputError: as `merge_trace`; the folder holds a trace of other input, and may not be overwritten.
     """
-    return folder.step("trace", merged_stamp(folder.path), partial(merge_trace, folder.path), TRACE)
+    traced = folder.stamps().get("trace")
+    if traced is not None and not (folder.path / TRACE_PARTS).exists():
+        stamp = {name: value for name, value in traced.items() if name != "files"}
+    else:
+        stamp = merged_stamp(folder.path)
+    return folder.step("trace", stamp, partial(merge_trace, folder.path), TRACE, parts=TRACE_PARTS)
 
 
 def trace_until_settled_step(
@@ -155,7 +160,7 @@ def trace_until_settled_step(
         least=select.min_facts,
         notify=lambda record: notify(round_in_words(record)),
     )
-    return folder.step("trace", stamp, make, TRACE)
+    return folder.step("trace", stamp, make, TRACE, parts=TRACE_PARTS)
 
 
 def round_in_words(record: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ from mechedit.provenance import (
     value_hash,
 )
 from mechedit.records import ModelRecord, check_record
-from mechedit.temporary_names import sweep
+from mechedit.temporary_names import remove_folder, sweep
 
 _FOLDERS = (".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts", "finals")
 """Folders of a run folder in which files are written."""
@@ -90,7 +90,14 @@ class RunFolder:
         return RunFolder(folder, overwrite)
 
     def step(
-        self, name: str, stamp: Mapping[str, Any], make: Callable[[], Value], codec: Codec[Value], at: str = ""
+        self,
+        name: str,
+        stamp: Mapping[str, Any],
+        make: Callable[[], Value],
+        codec: Codec[Value],
+        at: str = "",
+        *,
+        parts: str | None = None,
     ) -> Value:
         """Read the step's result when it was made from the same input, else make it and keep it.
 
@@ -100,6 +107,7 @@ class RunFolder:
             make: makes the result.
             codec: reads and writes it.
             at: where in the folder: a file, or a folder for the codec's files.
+            parts: folder of what an interrupted step goes on from; it is removed once the step has its stamp.
 
         Raises:
             InputError: the folder holds this step made from other input, or a file of it is not as it was written, and
@@ -113,7 +121,10 @@ class RunFolder:
             return self._read_or_make(name, stamp, make, codec, at)
         sweep_run_folder(self.path)
         with locked(self.path / name, what, made_with=made_with):
-            return self._read_or_make(name, stamp, make, codec, at)
+            value = self._read_or_make(name, stamp, make, codec, at)
+            if parts is not None:
+                remove_folder(self.path / parts)
+            return value
 
     def _read_or_make(
         self, name: str, stamp: Mapping[str, Any], make: Callable[[], Value], codec: Codec[Value], at: str

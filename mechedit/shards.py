@@ -178,16 +178,17 @@ class ShardRecords:
             remedy = "choose another --out, or pass --overwrite to begin anew"
             check_provenance(self._read(rank)["made_with"], plain_copy(made_with), repr(str(self.path(rank))), remedy)
 
-    def merged(self, made_with: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    def merged(self, made_with: Mapping[str, Any] | None = None, *, partly: bool = False) -> Mapping[str, Any]:
         """What the shards left for the merge, after checking that all are there, and of the same work.
 
         Args:
             made_with: of the work that is expected; by default that of the first shard.
+            partly: whether records may be missing, because all that the shards make is there.
 
         Raises:
             InputError: no shards, shards of several numbers of processes, one that is missing, or one of other work.
         """
-        ranks = self._ranks()
+        ranks = self._ranks(partly)
         expected = None if made_with is None else plain_copy(made_with)
         content: Mapping[str, Any] = {}
         for rank in ranks:
@@ -207,12 +208,12 @@ class ShardRecords:
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _ranks(self) -> list[Rank]:
-        """The shards that must be there."""
+    def _ranks(self, partly: bool) -> list[Rank]:
+        """The shards that must be there, or with `partly` those that are."""
         names = [_FILE_NAME.fullmatch(path.name) for path in sorted(self.folder.glob("shard_*_of_*.json"))]
         present = {Rank(int(name["index"]), int(name["world_size"])) for name in names if name is not None}
         sizes = sorted({rank.world_size for rank in present})
-        if not sizes:
+        if not sizes and not partly:
             raise InputError(
                 f"{str(self.folder)!r} holds no finished shards, expected those of all processes; make them with "
                 f"{self.command} --shard I/N"
@@ -222,6 +223,8 @@ class ShardRecords:
                 f"{str(self.folder)!r} holds shards of {sizes} processes, expected those of one number, or the same "
                 f"work counts twice; remove the others"
             )
+        if partly:
+            return sorted(present)
         ranks = [Rank(index, sizes[0]) for index in range(sizes[0])]
         missing = [rank for rank in ranks if rank not in present]
         if missing:

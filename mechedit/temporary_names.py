@@ -50,6 +50,14 @@ def sweep_once(folder: str | Path) -> None:
         sweep([folder])
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder at once: killed midway, what is left has a temporary name, and the next sweep removes it."""
+    hidden = folder.with_name(temporary_name(folder.name))
+    with contextlib.suppress(OSError):
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

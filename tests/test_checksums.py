@@ -206,7 +206,7 @@ def test_of_a_steps_large_files_the_size_is_always_checked_and_the_content_on_de
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder whose stamps hold the checksums of its tables."""
-    write_run(tmp_path)
+    write_run(tmp_path, n_facts=10)
     steps = read_json(tmp_path / "config.json")["steps"]
     files = {"trace": ("effects.parquet", "facts.parquet"), "evaluate": pipeline.SCORES.files}
     for name, names in files.items():

@@ -2,8 +2,9 @@
 
 A command that was killed or ran out of space gives, run again, the same bytes as one that nothing interrupted.
 `make torture` kills each command `MECHEDIT_KILLS` times at moments drawn from `MECHEDIT_SEED`; without these a test
-kills twice, at moments that are the same each time: once after a time, once before a change in its folder. The model is
-the smallest that takes every step, and figures are sketches but for those of a report in `make torture`.
+kills twice, at moments that are the same each time: once after a time, once before one of the last changes in its
+folder. The model is the smallest that takes every step, and figures are sketches but for those of a report in
+`make torture`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SETTLED = (
 SWEEP = f"select run --validate {DATA} --windows 0-0,1-2 --requests held_out.json --validate-requests 2"
 MOMENTS = f"moments {DATA} --layers 1-2 --texts texts.txt --checkpoint-seconds 0 --out run"
 EDIT = f"edit {DATA} --requests requests.json --layers 1-2 --moments run --set steps=2 --out edit.safetensors"
+TARGETS = "--set batch_size=1 --targets-only --shard"
 EVALUATE = f"evaluate {DATA} --edit edit.safetensors --requests requests.json --generation-tokens 2 --out run"
 APPLY = f"apply {DATA} --edit edit.safetensors"
 RUN = (
@@ -42,9 +44,15 @@ RUN = (
     f"--texts texts.txt --set steps=2 --generation-tokens 2 --no-tuned --out run"
 )
 TUNE = "tune smallest --requests held_out.json --texts texts.txt --windows 0-0,0-1 --facts 4 --edits 16 --set steps=2"
+MEND = (
+    "train-mend smallest --requests held_out.json --texts texts.txt --layers 1-2 --steps 3 --batch-size 2 --rank 4 "
+    "--text-tokens 8 --validation 1 --validate-every 2"
+)
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "trace": ([], TRACE),
     "until settled": ([], SETTLED),
+    "trace shard": ([], f"{TRACE} --shard 0/2"),
+    "trace merge": ([f"{TRACE} --shard 0/2", f"{TRACE} --shard 1/2"], "trace --merge --out run"),
     "select": ([TRACE], "select run"),
     "validate": ([TRACE], f"{SWEEP} --texts texts.txt --set steps=2 --no-tuned"),
     "moments": ([], MOMENTS),
@@ -52,6 +60,8 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "merge": ([f"{MOMENTS} --shard 0/2", f"{MOMENTS} --shard 1/2"], "moments --merge --out run"),
     "convergence": ([], f"{MOMENTS} --convergence --npz npz"),
     "edit": ([MOMENTS], EDIT),
+    "targets shard": ([MOMENTS], f"{EDIT} {TARGETS} 0/2"),
+    "edit merge": ([MOMENTS, f"{EDIT} {TARGETS} 0/2", f"{EDIT} {TARGETS} 1/2"], f"{EDIT} --set batch_size=1 --merge"),
     "evaluate": ([MOMENTS, EDIT], EVALUATE),
     "zsre": ([MOMENTS, EDIT], f"{EVALUATE} --protocol zsre"),
     "apply": ([MOMENTS, EDIT], f"{APPLY} --out checkpoint"),
@@ -59,6 +69,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "report": ([TRACE, "select run"], "report run"),
     "run": ([], RUN),
     "tune": ([], f"{TUNE} --out tuned"),
+    "train mend": ([], f"{MEND} --out mend.safetensors"),
     "session": ([], "session session"),
 }
 """Each command that writes, after those that make what it reads."""
@@ -136,6 +147,8 @@ def command(
     expected = contents(folder)
     shutil.rmtree(folder)
     assert differences(before, expected), "the command writes"
+    parts = request.param == "trace shard"
+    assert parts == any("trace_parts" in Path(name).parts for name in expected), "all else leaves none"
     return Command(zygote, request.param, words.split(), before, ended, expected)
 
 
@@ -150,11 +163,20 @@ def differences(folder: Path, expected: dict[str, bytes | None]) -> list[str]:
     return sorted({name for name, _ in {*actual.items()} ^ {*expected.items()}})
 
 
-def killed(command: Command, folder: Path, draw: random.Random, *, at_change: bool) -> str:
-    """Run a command and kill it at a random moment, in a folder in which it begins; the moment in words."""
+def killed(command: Command, folder: Path, draw: random.Random, *, at_change: bool, late: bool) -> str:
+    """Run a command and kill it at a random moment, in a folder in which it begins; the moment in words.
+
+    Args:
+        command: the command.
+        folder: where it runs.
+        draw: draws the moment.
+        at_change: whether the moment is one before a change in the folder.
+        late: whether that is one of the last changes, by which what is of no more use is removed.
+    """
     latest = command.uninterrupted.changes if at_change else command.uninterrupted.seconds
     while True:
-        moment = draw.randint(1, max(1, int(latest))) if at_change else draw.uniform(0, latest)
+        earliest = max(1, int(latest) - 9) if late else 1
+        moment = draw.randint(earliest, max(earliest, int(latest))) if at_change else draw.uniform(0, latest)
         limits = {"kill_at" if at_change else "kill_after": moment}
         if command.run(command.copy(folder), **limits).code == -9:
             return f"change {moment} of {latest}" if at_change else f"{moment:.3f} of {latest:.3f} seconds"
@@ -164,11 +186,14 @@ def killed(command: Command, folder: Path, draw: random.Random, *, at_change: bo
 def test_a_killed_command_gives_the_bytes_of_one_that_nothing_interrupted(command: Command, tmp_path: Path) -> None:
     draw, folder, midway = random.Random(f"{SEED} {command.name}"), tmp_path / "killed", 0
     for number in range(KILLS):
-        moment = killed(command, folder, draw, at_change=bool(number % 2))
+        moment = killed(command, folder, draw, at_change=bool(number % 2), late=number % 4 == 1)
         midway += bool(differences(folder, contents(command.before)) and differences(folder, command.expected))
         again = command.run(folder)
         assert again.code == command.uninterrupted.code or "exists" in again.printed, f"{moment}: {again.printed}"
         assert not differences(folder, command.expected), f"killed at {moment}"
+    finished = command.run(folder)
+    assert finished.code == command.uninterrupted.code or "exists" in finished.printed, finished.printed
+    assert not differences(folder, command.expected), "a finished command changes nothing"
     assert midway or KILLS < 10, "some kills leave a part of the files"
     print(f"{command.name}: {KILLS} kills, {midway} with a part of the files there; seed {SEED}")
 
@@ -269,6 +294,19 @@ def test_folders_that_nobody_may_write_to_are_refused_in_one_line(command: Comma
     assert "Permission denied" in ended.refusals[0]
     assert not differences(folder, contents(command.before))
     check_again(command, folder)
+
+
+def test_what_a_killed_training_left_goes_when_the_same_command_runs_again(
+    zygote: Zygote, prepare: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    folder, words = tmp_path / "left", COMMANDS["train mend"][1]
+    shutil.copytree(prepare([]), folder)
+    assert run(zygote, "train mend", words, folder).code == 0
+    expected = contents(folder)
+    shutil.copy(folder / "mend.safetensors", folder / "mend.training.safetensors")
+    assert differences(folder, expected), "the control"
+    assert run(zygote, "train mend", words, folder).code == 0
+    assert not differences(folder, expected)
 
 
 READ = (

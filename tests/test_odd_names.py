@@ -106,7 +106,7 @@ def test_steps_in_a_folder_and_of_records_with_such_names(zygote: Zygote, folder
         request["neighborhood_prompts"] = [f"{text} says"]
     (folder / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
     commands = [
-        f"trace --facts=facts.json --samples=1 --roles=subject_last,last --out={ALL}",
+        f"trace --facts=facts.json --samples=1 --kinds=state --roles=subject_last,last --out={ALL}",
         f"select {ALL} --accept-unsettled",
         f"moments --layers=1 --texts=texts.txt --out={ALL}",
         f"edit --requests=requests.json --layers=1 --moments={ALL} --set=steps=1 --out={ALL}/edit.safetensors",

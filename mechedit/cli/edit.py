@@ -148,9 +148,9 @@ def _make(options: EditOptions) -> int:
     edit = with_sources(edit, settings, layers=not chosen)
 
     def save() -> None:
-        edit.save(options.out)
         if options.merge:
-            target_shards(targets).remove()
+            target_shards(targets).remove()  # before the edit is there: killed in between, the same command makes it
+        edit.save(options.out)
 
     ranks.current().from_first(save, "the file of the edit")
     say(f"wrote {options.out}: {len(requests)} requests in layers {layers}")

@@ -175,6 +175,7 @@ def train_mend(
             finished = read_header(path, METADATA_KEY)
             expected = {"made_with": made_with, "trained": config.steps}
             check_provenance(finished, expected, f"the editor {str(path)!r}", _REMEDY)
+            state_path(path).unlink(missing_ok=True)  # of a call that was killed as it had written the editor
             return MendEditor.load(path)
         for name, parameter in model.named_parameters():
             check_finite(f"the weights {name}", parameter)

@@ -89,9 +89,7 @@ class Checkpoint:
 
     def remove(self, folder: Path) -> None:
         """Delete the checkpoint's file, and the folder of checkpoints when that is then empty."""
-        checkpoint_path(folder, self.layer, self.rank).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            checkpoints_folder(folder).rmdir()
+        remove_checkpoint(folder, self.layer, self.rank)
 
 
 def load_checkpoint(path: Path, device: torch.device | str, convergence: Convergence | None = None) -> Checkpoint:
@@ -139,6 +137,13 @@ def _load_tracker(
         tensors[name].to(device) if name in tensors else None for name in ("matrix", "update")
     )
     return tracker
+
+
+def remove_checkpoint(folder: str | Path, layer: int, rank: Rank) -> None:
+    """Delete the file of a checkpoint, if it is there, and the folder of checkpoints when that is then empty."""
+    checkpoint_path(folder, layer, rank).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        checkpoints_folder(folder).rmdir()
 
 
 def checkpoints_folder(folder: str | Path) -> Path:

@@ -65,6 +65,7 @@ def collect_moments(
     collection = _prepare(model, texts, layers, config, out, SINGLE_PROCESS, overwrite, convergence)
     with collection.folder.locked(collection.layers):
         moments = collection.folder.finished(collection.layers)
+        collection.folder.remove_checkpoints(moments)
         for pass_layers in collection.plan.passes:
             checkpoints = collection.sum_keys(pass_layers, finished=moments)
             for layer in sorted(checkpoints):

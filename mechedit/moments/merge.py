@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mechedit.errors import InputError
 from mechedit.files import read_header
+from mechedit.locks import remove_free_locks
 from mechedit.moments.checkpoints import (
     checkpoint_path,
     checkpoints_folder,
     load_checkpoint,
+    remove_checkpoint,
     shard_lock,
 )
 from mechedit.moments.conditioning import warn_if_singular
-from mechedit.moments.second_moment import METADATA_KEY, REPLACE, SecondMoment, check_header, moment_path
+from mechedit.moments.second_moment import (
+    METADATA_KEY,
+    REPLACE,
+    SecondMoment,
+    check_header,
+    load_moment,
+    moment_path,
+)
 from mechedit.shards import SINGLE_PROCESS, Rank
 
 _FILE_NAME = re.compile(r"layer_(?P<layer>\d+)\.shard_\d+_of_(?P<world_size>\d+)\.safetensors")
@@ -28,11 +37,12 @@ def merge_moments(
 ) -> dict[int, SecondMoment]:
     """Add up the sums that `collect_shard` left in `folder`, write the moments, and remove the sums' files.
 
-    Sums are added in the order of their ranks. The result is that of one process, up to the rounding of float64.
+    Sums are added in the order of their ranks. The result is that of one process, up to the rounding of float64. Where
+    a merge was killed, or ran before, the moments that it left are read.
 
     Args:
         folder: the `out` of the processes.
-        layers: layers to merge; by default all that have files there.
+        layers: layers to merge; by default all that have sums there, or a moment made with the same.
         overwrite: whether to replace moments of another provenance, instead of refusing them.
 
     Returns:
@@ -43,17 +53,22 @@ def merge_moments(
             tokens.
     """
     world_sizes = shard_counts(folder)
-    layers_to_merge = sorted(world_sizes) if layers is None else sorted(set(layers))
-    if not layers_to_merge or not set(layers_to_merge) <= set(world_sizes):
+    merged = _merged_layers(folder, world_sizes)
+    present = merged | world_sizes.keys()
+    layers_to_merge = sorted(present if layers is None else set(layers))
+    if not layers_to_merge or not set(layers_to_merge) <= present:
         raise InputError(
             f"{str(checkpoints_folder(folder))!r} holds shards of the layers {sorted(world_sizes)}, expected "
             f"{'some' if layers is None else layers_to_merge}; collect them with mechedit moments --shard I/N"
         )
     with contextlib.ExitStack() as stack:
         for layer in layers_to_merge:
-            for rank in (SINGLE_PROCESS, *_ranks(world_sizes[layer])):
+            for rank in dict.fromkeys((SINGLE_PROCESS, *_ranks(world_sizes.get(layer, 1)))):
                 stack.enter_context(shard_lock(folder, layer, rank))
-        return _merge(folder, layers_to_merge, world_sizes, overwrite)
+        moments = _merge(folder, layers_to_merge, merged, world_sizes, overwrite)
+    for layer in layers_to_merge:
+        remove_free_locks(folder, f"moments_layer_{layer}.shard_*")
+    return moments
 
 
 def _ranks(world_size: int) -> list[Rank]:
@@ -61,19 +76,29 @@ def _ranks(world_size: int) -> list[Rank]:
 
 
 def _merge(
-    folder: str | Path, layers_to_merge: Sequence[int], world_sizes: Mapping[int, int], overwrite: bool
+    folder: str | Path,
+    layers_to_merge: Sequence[int],
+    merged: Collection[int],
+    world_sizes: Mapping[int, int],
+    overwrite: bool,
 ) -> dict[int, SecondMoment]:
-    """Add up the sums of some layers, which no other process changes meanwhile."""
+    """Add up the sums of some layers, which no other process changes meanwhile; those of `merged` have been."""
     # All is checked before anything is written.
-    headers = {layer: _checked_header(folder, layer, world_sizes[layer]) for layer in layers_to_merge}
-    for layer in layers_to_merge:
-        check_alike(headers[layer], headers[layers_to_merge[0]], f"the shard of layer {layer}", ("layer",))
+    headers = {
+        layer: _checked_header(folder, layer, world_sizes[layer]) for layer in layers_to_merge if layer not in merged
+    }
+    for layer in headers:
+        check_alike(headers[layer], next(iter(headers.values())), f"the shard of layer {layer}", ("layer",))
         if moment_path(folder, layer).exists() and not overwrite:
             header = read_header(moment_path(folder, layer), METADATA_KEY)
             check_alike(header, headers[layer], f"{str(moment_path(folder, layer))!r}", remedy=REPLACE)
     moments = {}
     for layer in layers_to_merge:
-        moments[layer] = _merge_layer(folder, layer, world_sizes[layer])
+        if layer in merged:
+            moments[layer] = load_moment(folder, layer)
+            _remove_sums(folder, layer, world_sizes.get(layer, 0))
+        else:
+            moments[layer] = _merge_layer(folder, layer, world_sizes[layer])
         warn_if_singular(moments[layer].conditioning)
     return moments
 
@@ -87,10 +112,43 @@ def _merge_layer(folder: str | Path, layer: int, world_size: int) -> SecondMomen
         merged.accumulator.add(checkpoint.accumulator.total, checkpoint.accumulator.count)
     moment = merged.accumulator.finalize(layer, merged.provenance)
     moment.save(folder)
-    for rank in others:
-        checkpoint_path(folder, layer, rank).unlink()
-    merged.remove(Path(folder))
+    _remove_sums(folder, layer, world_size)
     return moment
+
+
+def _remove_sums(folder: str | Path, layer: int, world_size: int) -> None:
+    """Remove the files of one layer's sums, and their folder when it is then empty."""
+    for rank in _ranks(world_size):
+        remove_checkpoint(folder, layer, rank)
+    with contextlib.suppress(OSError):
+        checkpoints_folder(folder).rmdir()
+
+
+def _merged_layers(folder: str | Path, world_sizes: Mapping[int, int]) -> set[int]:
+    """Layers whose moment is there and was made with the same as the sums there, of which its own are not all there.
+
+    A merge that was killed may have removed some of them, or all.
+    """
+    headers: dict[int, Mapping[str, Any]] = {}
+    for layer, size in world_sizes.items():
+        paths = [path for rank in _ranks(size) if (path := checkpoint_path(folder, layer, rank)).exists()]
+        if paths:
+            headers[layer] = read_header(paths[0], METADATA_KEY)
+    merged = set()
+    for path in sorted((Path(folder) / "moments").glob("layer_*.safetensors")):
+        number = path.stem.removeprefix("layer_")
+        if not number.isdecimal():
+            continue
+        layer = int(number)
+        sums = [checkpoint_path(folder, layer, rank) for rank in _ranks(world_sizes.get(layer, 0))]
+        if sums and all(sum_path.exists() for sum_path in sums):
+            continue
+        with contextlib.suppress(InputError):
+            header = read_header(path, METADATA_KEY)
+            for layer_of_sums, expected in headers.items():
+                check_alike(header, expected, repr(str(path)), () if layer_of_sums == layer else ("layer",))
+            merged.add(layer)
+    return merged
 
 
 def shard_counts(folder: str | Path) -> dict[int, int]:

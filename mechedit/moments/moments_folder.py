@@ -18,6 +18,7 @@ from mechedit.moments.checkpoints import (
     check_checkpoint,
     checkpoint_path,
     load_checkpoint,
+    remove_checkpoint,
     remove_temporary_files,
     shard_lock,
 )
@@ -80,6 +81,12 @@ class MomentsFolder:
             if self._curves is None or curve is not None:
                 moments[layer] = replace(load_moment(self.path, layer), curve=curve)
         return moments
+
+    def remove_checkpoints(self, layers: Iterable[int]) -> None:
+        """Remove what a killed process left of layers that it had finished."""
+        if self.path is not None:
+            for layer in layers:
+                remove_checkpoint(self.path, layer, self.rank)
 
     def load_checkpoint(self, layer: int, model: Model, layers_read: Sequence[int]) -> Checkpoint:
         """The layer's checkpoint in the folder, or a new one at the beginning of the text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing_extensions import TypedDict
 from mechedit.cache import Cache, Codec
 from mechedit.data import EditRequest
 from mechedit.errors import InputError, brief
-from mechedit.files import read_tensors, write_tensors
+from mechedit.files import read_object, read_tensors, write_json, write_tensors
 from mechedit.provenance import ModelIdentity, numbered, value_hash
 from mechedit.records import check_record
 from mechedit.targets.config import TargetConfig
@@ -26,6 +27,8 @@ from mechedit.targets.objective import TERMS
 
 NOT_FINITE = "not finite"
 """Why a search stopped whose loss was not finite."""
+UNFINISHED = ".batch.json"
+"""Suffix of the note that a batch's results are being written."""
 METADATA_KEY = "targets"
 """Metadata entry of a file that holds its header."""
 
@@ -113,14 +116,32 @@ class TargetCache:
         return value_hash({**self.made_with, "requests": requests})
 
     def read(self, groups: Sequence[Sequence[EditRequest]]) -> dict[str, list[TargetResult]]:
-        """The cached results among `groups`, by key."""
-        cached = {key: self.cache.read(key, RESULTS) for key in map(self.key, groups)}
+        """The cached results among `groups`, by key; but for those of a batch that was not written to its end.
+
+        Those that are searched for together round together: the rest of a batch alone would give other bits.
+        """
+        halves = {key for keys in self._unfinished().values() for key in keys}
+        cached = {key: self.cache.read(key, RESULTS) for key in map(self.key, groups) if key not in halves}
         return {key: results for key, results in cached.items() if results is not None}
 
     def write(self, groups: Sequence[Sequence[EditRequest]], results: Sequence[Sequence[TargetResult]]) -> None:
-        """Store the results of each group, in a file of its own."""
-        for group, group_results in zip(groups, results, strict=True):
-            self.cache.write(self.key(group), list(group_results), RESULTS)
+        """Store the results of each group, which were searched for together, in a file of its own."""
+        keys = [self.key(group) for group in groups]
+        if self.cache.folder is not None and len(keys) > 1:
+            write_json(self.cache.folder / f"{value_hash(keys)[:32]}{UNFINISHED}", {"keys": keys})
+        for key, group_results in zip(keys, results, strict=True):
+            self.cache.write(key, list(group_results), RESULTS)
+        for path, of_batch in self._unfinished().items():
+            if set(of_batch) & set(keys):
+                path.unlink(missing_ok=True)
+
+    def _unfinished(self) -> dict[Path, list[str]]:
+        """The notes of batches that are being written, or were when their process was killed, and their keys."""
+        notes: dict[Path, list[str]] = {}
+        for path in [] if self.cache.folder is None else self.cache.folder.glob(f"*{UNFINISHED}"):
+            with contextlib.suppress(InputError):  # another process may have removed its note by now
+                notes[path] = read_object(path).get("keys", [])
+        return notes
 
 
 class ResultsRecord(TypedDict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from mechedit.trace.corruption import EmbeddingStatistics, embedding_statistics
 from mechedit.trace.trace import TracePlan, plan_trace
 from mechedit.trace.traced_fact import TracedFact, require_known
 
+TRACE_PARTS = "trace_parts"
+"""Folder of finished groups of facts, from which an interrupted trace goes on."""
+
 
 def trace_to_folder(
     model: Model, facts: Sequence[Fact], config: TraceConfig, folder: Path, *, least: int = 1
@@ -37,7 +39,7 @@ def trace_to_folder(
         least: fewest facts that the model must know.
 
     Single states are also traced with modules severed, but only at the subject's last token. Finished groups lie in
-    trace_parts/ until the end, so that an interrupted trace resumes after them.
+    trace_parts/ until the step is finished, so that an interrupted trace resumes after them.
 
     Returns:
         What `DataFrame.attrs` of the effects holds: settings, provenance, `n_facts`, `dropped`, and of an approximate
@@ -46,7 +48,7 @@ def trace_to_folder(
     Raises:
         InputError: estimates do not rank cells as exact effects do; fewer known facts than `least`.
     """
-    plans = trace_plans(model, facts, config, folder / "trace_parts")
+    plans = trace_plans(model, facts, config, folder / TRACE_PARTS)
     require_known(len(plans[0].facts), len(facts), plans[0].dropped, least)
     trace_dealt(plans)
     return ranks.current().from_first(lambda: _written(plans, facts, config, folder), "the files of the trace")
@@ -86,7 +88,7 @@ def _written(plans: Sequence[TracePlan], facts: Sequence[Fact], config: TraceCon
 
 
 def write_trace(folder: Path, facts: Sequence[Fact], frames: Iterable[pd.DataFrame], attrs: Mapping[str, Any]) -> None:
-    """Write effects.parquet and facts.parquet, and remove the folder of finished groups.
+    """Write effects.parquet and facts.parquet.
 
     Args:
         folder: for the files.
@@ -96,7 +98,6 @@ def write_trace(folder: Path, facts: Sequence[Fact], frames: Iterable[pd.DataFra
     """
     write_parquet_parts(folder / "effects.parquet", frames, attrs)
     write_parquet(folder / "facts.parquet", facts_frame(facts, folder / "effects.parquet", attrs["dropped"]))
-    shutil.rmtree(folder / "trace_parts", ignore_errors=True)
 
 
 def trace_plans(

@@ -24,14 +24,14 @@ from mechedit.shards import Rank, ShardRecords, pieces_of
 from mechedit.trace.agreement import agreement_records, check_agreement, measure_agreement
 from mechedit.trace.approximation import Approximation
 from mechedit.trace.config import TraceConfig
-from mechedit.trace.folder import trace_plans, write_trace
+from mechedit.trace.folder import TRACE_PARTS, trace_plans, write_trace
 from mechedit.trace.trace import TracePlan
 from mechedit.trace.traced_fact import require_known
 
 
 def trace_shards(folder: Path) -> ShardRecords:
     """The records of the shards of a trace in a run folder."""
-    return ShardRecords(folder=folder / "trace_parts", command="mechedit trace")
+    return ShardRecords(folder=folder / TRACE_PARTS, command="mechedit trace")
 
 
 def trace_shard(
@@ -53,7 +53,7 @@ def trace_shard(
     Raises:
         InputError: no facts that the model knows; more shards than groups; a record of other work.
     """
-    plans = trace_plans(model, facts, config, folder / "trace_parts")
+    plans = trace_plans(model, facts, config, folder / TRACE_PARTS)
     require_known(len(plans[0].facts), len(facts), plans[0].dropped, 1)
     records, made_with = trace_shards(folder), _made_with(plans, facts, config)
     with locked(folder / f"trace_shard_{rank.index}_of_{rank.world_size}", f"the shard {rank} of the trace"):
@@ -90,7 +90,7 @@ def merge_trace(folder: Path) -> dict[str, Any]:
             exact effects do.
     """
     content = _finished(folder)
-    parts = [[folder / "trace_parts" / name for name in names] for names in content["parts"]]
+    parts = [[folder / TRACE_PARTS / name for name in names] for names in content["parts"]]
     attrs = dict(content["attrs"])
     if approximation := attrs["config"].get("approximation"):
         agreements = [agreement for paths in parts for agreement in measure_agreement(_frames(paths))]
@@ -128,7 +128,7 @@ def trace_stamp(
 def _finished(folder: Path) -> Mapping[str, Any]:
     """What the shards left for the merge, after checking that all of it is there."""
     content = trace_shards(folder).merged()
-    paths = [folder / "trace_parts" / name for names in content["parts"] for name in names]
+    paths = [folder / TRACE_PARTS / name for names in content["parts"] for name in names]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(

@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from mechedit.records import Number, check_record
 from mechedit.tables import where
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import embedding_statistics
-from mechedit.trace.folder import facts_frame, trace_dealt, trace_plans
+from mechedit.trace.folder import TRACE_PARTS, facts_frame, trace_dealt, trace_plans
 from mechedit.trace.trace import TracePlan
 from mechedit.trace.traced_fact import Dropped, known_facts, require_known
 
@@ -87,7 +86,7 @@ def trace_until_settled(
 ) -> dict[str, Any]:
     """Trace facts in seeded random order until the judge calls them settled, and write effects.parquet, facts.parquet.
 
-    Finished groups lie in trace_parts/ until the end, so that an interrupted trace goes on after them.
+    Finished groups lie in trace_parts/ until the step is finished, so that an interrupted trace goes on after them.
 
     Args:
         model: any `Model`.
@@ -113,7 +112,7 @@ def trace_until_settled(
             f"facts are to be traced until the selection settles, and {what} looks at all facts at once; expected "
             f"noise and exact effects: leave one of the two out"
         )
-    order, parts = list(facts), folder / "trace_parts"
+    order, parts = list(facts), folder / TRACE_PARTS
     random.Random(config.seed).shuffle(order)
     group = ranks.current()
     statistics = group.from_first(
@@ -208,7 +207,6 @@ def _write(
     write_parquet(
         folder / "facts.parquet", facts_frame(facts, folder / "effects.parquet", [*all_dropped, *not_reached])
     )
-    shutil.rmtree(folder / "trace_parts", ignore_errors=True)
     return attrs
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.smallest import write_data
+from helpers.zygote import Zygote
 
 from mechedit import InputError, Sever, TraceConfig, load_facts
 from mechedit.cli import main, parse_layers, parse_windows
+from mechedit.cli.app import LONGEST_LINE
 from mechedit.cli.parsing import parse_shard
 from mechedit.paths import checked_path
 
@@ -83,6 +87,36 @@ def test_an_absurd_size_is_refused_in_a_short_line_before_it_is_made(capsys, tmp
     assert message in line
     assert len(line) < 1100
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_text_of_any_length_is_refused_in_a_short_line(zygote: Zygote, tmp_path: Path) -> None:
+    write_data(tmp_path)
+    file, out = tmp_path / "requests.json", tmp_path / "run"
+    requests = json.loads(file.read_text())
+    words = ["evaluate", "--model=smallest", "--requests=requests.json", "--generation-tokens=2", "--out=run"]
+    for name in ("paraphrases", "prompt", "target_new"):
+        long = {"prompt": "{} is " + "is " * 5000, "target_new": "in " * 5000}.get(name, ["Paris " * 2500 + "is"])
+        file.write_text(json.dumps([{**requests[0], name: long}]))
+        ended = zygote.run(words, tmp_path, sketched=True)
+        assert ended.code == 2, ended.printed
+        (line,) = ended.refusals
+        assert len(line) <= len("mechedit: ") + LONGEST_LINE
+        assert not out.exists()
+    file.write_text(json.dumps(requests))
+    assert zygote.run(words, tmp_path, sketched=True).code == 0, "the control"
+
+
+def test_a_long_message_is_cut_in_its_middle(capsys, tmp_path, monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise InputError("it begins" + " so it goes on" * 1500 + " and ends")
+
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", refuse)
+    with pytest.raises(SystemExit):
+        main(["trace", "--out", str(tmp_path / "run")])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mechedit:")]
+    assert LONGEST_LINE - 2 < len(line) - len("mechedit: ") <= LONGEST_LINE
+    assert line.startswith("mechedit: it begins")
+    assert line.endswith(" and ends")
 
 
 def test_what_models_may_have_is_read():

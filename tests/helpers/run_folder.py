@@ -182,15 +182,15 @@ def make_facts(effects: pd.DataFrame) -> pd.DataFrame:
     return frame.join(means, on="id")
 
 
-def write_trace(folder: Path) -> None:
+def write_trace(folder: Path, n_facts: int = 24) -> None:
     """What `mechedit trace` leaves, but for figures."""
-    effects = make_effects()
+    effects = make_effects(n_facts)
     facts = make_facts(effects)
     settings = {"kinds": ["state", "mlp", "attn"], "samples": 10, "noise": 3.0, "seed": 0}
     effects.attrs = {
         "config": settings,
         "noise_std": 0.134,
-        "n_facts": 24,
+        "n_facts": n_facts,
         "dropped": [["louvre", facts["reason"].iloc[-1]]],
         "provenance": PROVENANCE,
     }
@@ -204,9 +204,9 @@ def write_steps(folder: Path, **steps: dict) -> None:
     write_json(folder / "config.json", {"mechedit": "0.1.0", "steps": steps})
 
 
-def write_run(folder: Path) -> None:
+def write_run(folder: Path, n_facts: int = 24) -> None:
     """What `mechedit run` leaves, but for figures and report."""
-    write_trace(folder)
+    write_trace(folder, n_facts)
     write_json(folder / "selection.json", make_selection())
     for layer in (2, 3, 4, 5):
         header = {**PROVENANCE, "texts": "cd34" * 16, "max_length": 128, "layer": layer, "count": 210_345}

@@ -47,6 +47,7 @@ class Zygote:
     def __init__(self) -> None:
         path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment["TOKENIZERS_PARALLELISM"] = "false"
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen([sys.executable, __file__], text=True, env=environment, **pipes)
 
@@ -219,7 +220,7 @@ def _run(arguments: list[str], folder: str, limits: dict[str, Any], output: int,
             _drop_privileges()
         if limits.get("sketched"):
             _sketch_figures()
-        if arguments[0] == "tune":
+        if arguments[0] in ("tune", "train-mend"):
             _stop_the_clock()
         changes = _Changes(folder, limits.get("kill_at"))
         if arguments[0] == "session":
@@ -255,10 +256,12 @@ def _drop_privileges() -> None:
 
 
 def _stop_the_clock() -> None:
-    """Let trials take no time: what was tried holds seconds."""
+    """Let trials take no time: what was tried holds seconds. Trainings are checkpointed at each step."""
+    from mechedit.methods import mend_training
     from mechedit.tuning import ledger
 
     ledger.monotonic = lambda: 0.0
+    mend_training.SECONDS = -1
 
 
 def _session(folder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from mechedit.moments import Convergence, MomentsConfig, collect_moments, collec
 from mechedit.moments.checkpoints import checkpoint_path, checkpoints_folder
 from mechedit.moments.chunks import TextPosition, batches, read_chunks
 from mechedit.moments.key_reader import KeyReader
+from mechedit.moments.second_moment import moment_path
 from mechedit.shards import Rank
 
 TEXTS = [
@@ -225,6 +227,28 @@ def test_shards_merge_to_the_sum_of_one_process(
         lens_model, monkeypatch, 0, lambda: collect_moments(lens_model, texts, LAYERS, config, tmp_path)
     )
     assert reused == 0, "merged files are files like any other"
+
+
+@pytest.mark.usefixtures("often")
+def test_a_merge_that_was_killed_or_runs_again_gives_all_moments(lens_model: Any, tmp_path: Path) -> None:
+    killed, at_once = tmp_path / "killed", tmp_path / "at once"
+    for index in (0, 1):
+        collect_shard(lens_model, TEXTS, LAYERS, (index, 2), killed, OFTEN)
+    shutil.copytree(killed, at_once)
+    expected = merge_moments(at_once)
+    # The first layer is written, and one of its sums removed.
+    shutil.copy(moment_path(at_once, LAYERS[0]), moment_path(killed, LAYERS[0]))
+    checkpoint_path(killed, LAYERS[0], Rank(1, 2)).unlink()
+    for _ in range(2):
+        merged = merge_moments(killed)
+        assert {layer: moment.count for layer, moment in merged.items()} == {
+            layer: moment.count for layer, moment in expected.items()
+        }
+        assert all(torch.equal(merged[layer].matrix, expected[layer].matrix) for layer in LAYERS)
+        assert not checkpoints_folder(killed).exists()
+    moment_path(killed, LAYERS[0]).unlink()
+    with pytest.raises(InputError, match="shards of the layers"):
+        merge_moments(killed, LAYERS)
 
 
 @pytest.mark.usefixtures("often")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mechedit.targets.search
 from mechedit.batching import LAUNCH_COST, WEIGHT_TOKENS, pad
+from mechedit.cache import Cache
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.models import Patch, Site, WholeReadout
@@ -317,6 +318,38 @@ def test_an_interrupted_search_goes_on(
     assert not searched_again
     # Three δ in all, as two facts share one.
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_a_batch_that_was_half_written_is_searched_for_again(
+    lively: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is searched for together rounds together."""
+    config = dataclasses.replace(BRISK, steps=4)
+    uninterrupted = find_targets(lively, REQUESTS, 1, PREFIXES, config)
+    write, written = Cache.write, []
+
+    def interrupted(self: Cache, *arguments: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        write(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert len(list(tmp_path.glob("*.batch.json"))) == 1
+    searched: list[int] = []
+    plain = mechedit.targets.search.search_groups
+    monkeypatch.setattr(
+        mechedit.targets.search,
+        "search_groups",
+        lambda model, groups, *a: searched.append(len(groups)) or plain(model, groups, *a),
+    )
+    assert same(find_targets(lively, REQUESTS, 1, PREFIXES, config, cache=tmp_path), uninterrupted)
+    assert searched == [3]
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_cached_targets_are_keyed_by_all_that_determines_them(

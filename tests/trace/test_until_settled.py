@@ -98,7 +98,7 @@ def test_rounds_trace_what_one_trace_does(tiny: Any, facts: list[Fact], tmp_path
         for name in ("rounds", "once")
     ]
     pd.testing.assert_frame_equal(*tables, atol=1e-5, check_exact=False)
-    assert not (tmp_path / "rounds" / "trace_parts").exists()
+    assert not (tmp_path / "once" / "trace_parts").exists()
 
 
 def test_the_order_is_random_and_seeded(tiny: Any, facts: list[Fact], tmp_path: Path) -> None:
