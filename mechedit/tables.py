@@ -18,11 +18,11 @@ from mechedit.paths import readable_path
 
 NUMERIC = frozenset(
     ("layer", "position", "score", "corrupted", "clean", "effect", "samples", "value", "first", "last", "mean", "low",
-     "high")
+     "high", "window")
 )  # fmt: skip
 """Columns that hold numbers in every table in which they stand."""
-PLACES = frozenset(("layer", "position", "first", "last", "samples"))
-"""Those of them that hold a whole number in every row."""
+PLACES = frozenset(("layer", "position", "first", "last", "samples", "window"))
+"""Those of them that hold a whole number in every row; they are read as integers."""
 LABELS = frozenset(("fact", "kind", "sever", "role", "metric"))
 """Columns that say in every row what it is of."""
 
@@ -45,8 +45,7 @@ def read_table(path: str | Path, columns: Sequence[str] = (), **equal: Any) -> p
         _checked_attrs(schema, path)
         _check_schema(schema, path, [*columns, *equal])
         frame = read_parquet(path, filters=[(column, "==", value) for column, value in equal.items()] or None)
-        _check_values(frame, path)
-        return frame
+        return _checked_values(frame, path)
 
 
 def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[pd.DataFrame]:
@@ -65,8 +64,7 @@ def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str]
         _check_schema(file.schema_arrow, path, columns)
         present = [column for column in optional if column in file.schema_arrow.names]
         for batch in file.iter_batches(columns=[*columns, *present]):
-            frame = batch.to_pandas()
-            _check_values(frame, path)
+            frame = _checked_values(batch.to_pandas(), path)
             frame.attrs = attrs
             yield frame
             del frame, batch  # before the next ones are read
@@ -117,8 +115,8 @@ def _check_schema(schema: pa.Schema, path: str | Path, columns: Sequence[str]) -
             )
 
 
-def _check_values(frame: pd.DataFrame, path: str | Path) -> None:
-    """Refuse numbers whose sums or squares would overflow, places that are no whole numbers, and rows without a label.
+def _checked_values(frame: pd.DataFrame, path: str | Path) -> pd.DataFrame:
+    """The table with places as integers; refuse numbers too large to add, places with fractions, rows without a label.
 
     Raises:
         InputError: names the column.
@@ -141,6 +139,9 @@ def _check_values(frame: pd.DataFrame, path: str | Path) -> None:
                 f"the column {name!r} of the table {str(path)!r} has gaps or fractions, expected a whole number in "
                 f"each row; make the table again"
             )
+        if name in PLACES and not np.issubdtype(frame[name].dtype, np.integer):
+            frame[name] = values.astype(np.int64)
+    return frame
 
 
 def where(frame: pd.DataFrame, **equal: Any) -> pd.DataFrame:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.mutations import refusal
+from helpers.run_folder import make_effects
 
 from mechedit import Edit, InputError, MemitConfig, Selection, load_facts, load_requests, load_texts, recommended
 from mechedit.cli.config_file import config_defaults, read_yaml
@@ -26,7 +27,9 @@ from mechedit.files import read_arrays, read_header, read_json, read_object, wri
 from mechedit.moments.second_moment import load_moment
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
-from mechedit.tables import read_table
+from mechedit.selection import select_layers
+from mechedit.tables import PLACES, iter_table, read_table
+from mechedit.trace.columns import COLUMNS
 
 DIGITS = "9" * 5000
 """More digits than Python reads."""
@@ -147,6 +150,21 @@ def test_text_in_a_column_of_numbers_is_refused(tmp_path: Path, name: str) -> No
     frame = pd.DataFrame({"fact": ["a", "b"], name: [1, 2]})
     frame.to_parquet(file)
     pd.testing.assert_frame_equal(read_table(file), frame)
+
+
+@pytest.mark.parametrize("name", sorted(PLACES & {*COLUMNS}))
+def test_whole_numbers_are_read_as_integers_however_they_are_stored(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "effects.parquet"
+    effects = make_effects()
+    effects.assign(**{name: effects[name].astype(float)}).to_parquet(file)
+    assert pd.read_parquet(file)[name].dtype == float, "the file holds what other programs write"
+    pd.testing.assert_frame_equal(read_table(file)[effects.columns], effects)
+    pieces = pd.concat(iter_table(file, list(effects.columns)), ignore_index=True)
+    pd.testing.assert_frame_equal(pieces, effects)
+    assert select_layers(read_table(file)).layers == select_layers(effects).layers
+    effects.assign(**{name: effects[name] + 0.5}).to_parquet(file)
+    with pytest.raises(InputError, match=f"{name!r} of the table .* has gaps or fractions"):
+        read_table(file)
 
 
 @pytest.mark.parametrize("attrs", ["null", "[]", "5", "not JSON", "[" * 100_000])
