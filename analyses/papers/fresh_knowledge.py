@@ -33,6 +33,7 @@ from mechedit.data import EditRequest
 from mechedit.evaluation import PERCENT, Entry, EvaluationConfig, Scores
 from mechedit.figures import draw, plot_scores
 from mechedit.published import published_table
+from mechedit.run_folder import RunFolder
 from mechedit.tables import where
 
 NEWS = 50
@@ -93,7 +94,7 @@ def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
 def scored(experiment: Experiment, variant: Variant, requests: Sequence[EditRequest]) -> Scores:
     """The scores and greedy answers before and after the edit, kept in `fresh_knowledge_scores/`."""
     config = EvaluationConfig(seed=experiment.seed, generation_tokens=0, answer_tokens=experiment.arguments.words)
-    folder = pipeline.RunFolder.at(experiment.out / "fresh_knowledge_scores", overwrite=experiment.arguments.overwrite)
+    folder = RunFolder.at(experiment.out / "fresh_knowledge_scores", overwrite=experiment.arguments.overwrite)
     edit = experiment.edit(variant, requests)
     return pipeline.evaluate_step(folder, experiment.model, requests, edit, config)
 

@@ -32,6 +32,7 @@ from mechedit.methods import METHODS
 from mechedit.moments import MomentsConfig
 from mechedit.provenance import VERSION, file_hash
 from mechedit.report import span, write_report
+from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig, Selection
 from mechedit.sweep import Sweep, SweepConfig
 from mechedit.trace import TraceConfig
@@ -45,7 +46,7 @@ def main() -> int:
     """Trace, select, sweep, draw, write; the exit code is that of `mechedit select`."""
     options = read_arguments()
     size = QUICK if options.quick else FULL
-    run = pipeline.RunFolder.at(options.out or f"select_{Path(options.model).name}", overwrite=options.overwrite)
+    run = RunFolder.at(options.out or f"select_{Path(options.model).name}", overwrite=options.overwrite)
     facts = sampled(load_facts(options.facts), options.max_facts or size["facts"], options.seed)
     requests = load_requests(options.requests)
     model = load_quietly(
@@ -97,7 +98,7 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_card(run: pipeline.RunFolder, selection: Selection, options: argparse.Namespace) -> Path:
+def write_card(run: RunFolder, selection: Selection, options: argparse.Namespace) -> Path:
     """Write README.md: what was found, from what, and how to make it again."""
     sections = [
         f"# Layers of {options.model}",
@@ -157,7 +158,7 @@ def rules(selection: Selection) -> str:
     return text + "\n\nPublished:\n\n" + markdown_table(["method", "layers", "source", "note"], published)
 
 
-def edits(run: pipeline.RunFolder, selection: Selection) -> str:
+def edits(run: RunFolder, selection: Selection) -> str:
     """Every window's scores, in percent with 95% intervals over requests."""
     sweep = Sweep.load(run.path)
     measures = [name for name in ("ES", "PS", "NS", sweep.score, "left") if name in set(sweep.table["measure"])]
@@ -188,7 +189,7 @@ def interval(summary: Summary, measure: str) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def made_from(run: pipeline.RunFolder, options: argparse.Namespace) -> str:
+def made_from(run: RunFolder, options: argparse.Namespace) -> str:
     """Model, inputs and settings, with their hashes."""
     steps = run.stamps()
     model = steps["trace"]["model"]

@@ -43,6 +43,7 @@ from mechedit.figures import (
     save_figure,
 )
 from mechedit.published import published_table
+from mechedit.run_folder import RunFolder
 from mechedit.tables import read_table, where
 from mechedit.trace import (
     KIND_LABELS,
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def traced(experiment: Experiment) -> Path:
     """Trace everything into `trace/`, once for the same input, and return that folder."""
-    folder = pipeline.RunFolder.at(experiment.out / "trace", overwrite=experiment.arguments.overwrite)
+    folder = RunFolder.at(experiment.out / "trace", overwrite=experiment.arguments.overwrite)
     config = TraceConfig(sever=("nothing", "mlp", "attn"), samples=experiment.samples, seed=experiment.seed)
     pipeline.trace_step(folder, experiment.model, experiment.facts, config)
     return folder.path

@@ -244,7 +244,7 @@ def test_fresh_knowledge_runs_reuses_and_agrees_with_a_direct_computation(out, m
     assert len(pd.read_csv(out / "fresh_knowledge_missed.csv")) == (~table["took"]).sum()
     assert f"{(~table['took']).sum()} of 6 facts did not take" in output
     assert "before:" in output
-    monkeypatch.setattr("mechedit.pipeline.evaluate", None)
+    monkeypatch.setattr("mechedit.pipeline.scoring.evaluate", None)
     fresh_knowledge.main(arguments)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "fresh_knowledge.parquet"), table)
 
