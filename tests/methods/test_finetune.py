@@ -283,7 +283,7 @@ def test_the_model_is_left_as_it_was_when_training_breaks_off(
     lively: Any, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     before, flags, seen = weights(lively), requires(lively), []
-    plain = training._gradients
+    plain = training.projection_gradients
 
     def broken(*args: Any) -> dict[int, Tensor]:
         seen.append((identical(lively, before), requires(lively)))
@@ -291,7 +291,7 @@ def test_the_model_is_left_as_it_was_when_training_breaks_off(
             raise error
         return plain(*args)
 
-    monkeypatch.setattr(training, "_gradients", broken)
+    monkeypatch.setattr(training, "projection_gradients", broken)
     with pytest.raises(error):
         ft(lively, REQUESTS, [1], config=QUICK)
     assert [same for same, _ in seen] == [True, False, False]

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.edits import identical, random_edit, weights
+from helpers.mend import identity_editor
 from helpers.models import random_hf
 
 import mechedit.session.batch_editor
@@ -24,7 +25,7 @@ from mechedit.data import EditRequest, load_requests
 from mechedit.edit import Edit, apply_, edited, undo_
 from mechedit.errors import InputError
 from mechedit.evaluation import QUICK, evaluate, perplexity
-from mechedit.methods import METHODS, SearchConfig, edit_keys, memit, recommended
+from mechedit.methods import METHODS, MendConfig, SearchConfig, edit_keys, memit, recommended
 from mechedit.models import load_model
 from mechedit.moments import collect_moments
 from mechedit.provenance import ALGORITHMS
@@ -165,12 +166,16 @@ def test_earlier_edits_last_longer_when_their_keys_are_preserved(begin: Any, uni
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_every_method_can_be_repeated(lively: Any, moments: Any, method: str) -> None:
+def test_every_method_can_be_repeated(lively: Any, moments: Any, method: str, tmp_path: Path) -> None:
     before = weights(lively)
     shared = dataclasses.asdict(CONFIG)
-    config = recommended(method, lively)
-    names = ("steps", "kl_weight", "weight_decay") if isinstance(config, SearchConfig) else ("steps",)
-    config = dataclasses.replace(config, **{name: shared[name] for name in names})
+    config: Any = recommended(method, lively)
+    if isinstance(config, MendConfig):
+        identity_editor(lively, (1,)).save(tmp_path / "mend.safetensors")
+        config = MendConfig(editor=str(tmp_path / "mend.safetensors"))
+    else:
+        names = ("steps", "kl_weight", "weight_decay") if isinstance(config, SearchConfig) else ("steps",)
+        config = dataclasses.replace(config, **{name: shared[name] for name in names})
     with EditSession(lively, [1], moments, method, config, prefixes=PREFIXES, rule=FREE) as session:
         for batch in BATCHES[:2]:
             session.write(batch)
