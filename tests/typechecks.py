@@ -19,7 +19,7 @@ from beartype import beartype
 
 FIRST = 3
 """Calls of a function that are checked in each test."""
-EVERY = 25
+EVERY = 200
 """Of the calls after these, one in so many is."""
 _CHECKS: dict[tuple[str, str, str], Any] = {}
 

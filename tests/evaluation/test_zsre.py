@@ -51,7 +51,7 @@ class Parrot(Model):
 
     name, backend, hf, device, dtype = "parrot", "transformer_lens", None, torch.device("cpu"), torch.float32
     checkpoint, checkpoint_dtype, end_tokens, edit_log, temporary_edits = "", torch.float32, [], (), 0
-    max_positions, n_layers, d_model, vocab_size = 64, 1, 1, 10
+    max_positions, n_layers, d_model, vocab_size, runs_at_once = 64, 1, 1, 10, False
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
