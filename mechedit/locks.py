@@ -70,7 +70,7 @@ def remove_free_locks(folder: str | Path, names: str) -> None:
         names: of what was being made, with * for any text.
     """
     for file in Path(folder).glob(f".{names}.lock"):
-        lock = FileLock(file, timeout=0)
+        lock: Any = FileLock(file, timeout=0)
         if isinstance(lock, SoftFileLock):
             return  # a file that is there is a lock that is held
         with contextlib.suppress(Timeout, OSError), lock:

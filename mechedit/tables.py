@@ -64,7 +64,7 @@ def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str]
         _check_schema(file.schema_arrow, path, columns)
         present = [column for column in optional if column in file.schema_arrow.names]
         for batch in file.iter_batches(columns=[*columns, *present]):
-            frame = _checked_values(batch.to_pandas(), path)
+            frame: Any = _checked_values(batch.to_pandas(), path)
             frame.attrs = attrs
             yield frame
             del frame, batch  # before the next ones are read
@@ -139,7 +139,7 @@ def _checked_values(frame: pd.DataFrame, path: str | Path) -> pd.DataFrame:
                 f"the column {name!r} of the table {str(path)!r} has gaps or fractions, expected a whole number in "
                 f"each row; make the table again"
             )
-        if name in PLACES and not np.issubdtype(frame[name].dtype, np.integer):
+        if name in PLACES and not pd.api.types.is_integer_dtype(frame[name]):
             frame[name] = values.astype(np.int64)
     return frame
 
