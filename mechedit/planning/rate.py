@@ -59,8 +59,7 @@ def measured_rates(
     if taken > MOST_BYTES:
         raise InputError(
             f"{BLOCKS} blocks of {str(source)!r} take {taken / 2**30:.3g} GiB, expected at most "
-            f"{MOST_BYTES / 2**30:.3g} GiB to measure a rate; give one by --rate, such as 2e14 for half of what a "
-            f"large accelerator reaches"
+            f"{MOST_BYTES / 2**30:.3g} GiB to measure a rate; give one by --rate, such as 2e14"
         )
     with contextlib.redirect_stderr(io.StringIO()):  # no progress bars
         model = few_random_blocks(source, BLOCKS, device=device, dtype=dtype)
