@@ -280,7 +280,7 @@ def test_a_process_that_never_comes_is_missed(tmp_path: Path) -> None:
 def test_the_bar_shows_what_others_do_last(capsys: pytest.CaptureFixture[str]) -> None:
     """What another process counts between the first one's last own piece and the meeting is in the bar in the end."""
     store = HashStore()
-    first, second = (ranks._Processes(rank, 2, store, 5.0) for rank in (0, 1))
+    first, second = (ranks.Processes(rank, 2, store, 5.0) for rank in (0, 1))
     try:
         with first.bar(2, desc="pieces", mininterval=0) as bar, second.bar(2) as hidden:
             bar.update(1)

@@ -1,233 +1,33 @@
-"""The processes that run one command: which of them this is, who does what, and how results come together.
-
-`torchrun` and `accelerate launch` start N processes of one command, which differ in their rank alone. `joined` brings
-them together, through torch.distributed; `current()` is their group wherever work can be dealt out. Without them it is
-a group of one, in which every method is the identity.
-
-All processes run the same steps in the same order. Where they meet, each says at which step it is, and looks whether
-the others still live: a process that fails leaves its message for the others, and one that has died leaves no sign of
-life for `timeout` seconds. Nobody waits for ever.
-"""
+"""Several processes of one command: they meet, exchange values, count in one bar, and notice who has failed or died."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
 from tqdm import tqdm
+from typing_extensions import override
 
 from mechedit.errors import InputError, brief
+from mechedit.ranks.group import Group, RankFailed, Value, alone
 
-Value = TypeVar("Value")
-
-TIMEOUT = 60.0
-"""Seconds without a sign of life after which a process counts as dead."""
 TIMEOUT_VARIABLE = "MECHEDIT_RANK_TIMEOUT"
 """Environment variable with other seconds, also for how long the processes wait for each other at the start."""
-_JOIN_TIMEOUT = 600.0
-"""Seconds for which the processes wait for each other at the start, where the variable is not set."""
 _BEAT = 0.5
 """Seconds between two signs of life."""
 _FAREWELL = 5.0
 """Seconds for which the first process waits at the end for the others."""
 _GLANCE = 0.01
 """Seconds between two looks for the others."""
-_TRANSFER = 1800.0
-"""Seconds that one transfer between processes may take, all of which are there by then."""
 
 
-class RankFailed(Exception):  # noqa: N818 - it is another process that is in error
-    """Another process of the group has failed; its message has been printed, and `code` is its exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"another process failed with exit code {code}")
-        self.code = code
-
-
-class Group:
-    """The processes of one command; this class itself is a process on its own."""
-
-    rank = 0
-    """Index of this process."""
-    world_size = 1
-    """Number of processes."""
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes the files and speaks to the user."""
-        return self.rank == 0
-
-    def gather(self, value: Value, step: str) -> list[Value]:
-        """The values of all processes, in the order of their ranks, on all of them.
-
-        Args:
-            value: of this process.
-            step: names what is done, for messages; the same on all processes.
-        """
-        del step
-        return [value]
-
-    def from_first(self, make: Callable[[], Value], step: str) -> Value:
-        """What `make` gives on the first process, on all of them; the others only wait.
-
-        Args:
-            make: makes the value; within it, the first process is on its own.
-            step: names what is done, for messages; the same on all processes.
-        """
-        del step
-        return make()
-
-    def barrier(self, step: str) -> None:
-        """Wait until all processes are here."""
-        del step
-
-    def agree(self, what: str, record: Mapping[str, Any]) -> None:
-        """Refuse to go on where the processes differ.
-
-        Args:
-            what: names it in the message.
-            record: fields that must be equal.
-
-        Raises:
-            InputError: names the first field that differs, and both values.
-        """
-
-    def bar(self, total: int, **options: Any) -> Any:
-        """A progress bar of what all processes do, which the first one shows; as `tqdm`."""
-        return tqdm(total=total, **options)
-
-    def leave(self, code: int, line: str | None = None) -> int:
-        """End the command: the exit code, after all have ended or one has failed.
-
-        Args:
-            code: of this process.
-            line: what it says on the standard error; the first process that fails says it for all.
-        """
-        if line is not None:
-            print(line, file=sys.stderr)
-        return code
-
-
-SINGLE = Group()
-"""A process on its own."""
-_CURRENT: ContextVar[Group] = ContextVar("mechedit_ranks", default=SINGLE)
-
-
-def current() -> Group:
-    """The processes that run this command."""
-    return _CURRENT.get()
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Let this process do by itself what is done until the block ends."""
-    token = _CURRENT.set(SINGLE)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
-
-
-@contextlib.contextmanager
-def joined() -> Iterator[Group]:
-    """Bring together the processes that `torchrun` or `accelerate launch` started, until the block ends.
-
-    Other processes than the first print nothing; on a machine with accelerators each process has its own.
-
-    Raises:
-        InputError: the environment does not say how the processes find each other, or not all came in time.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size == "1" or current() is not SINGLE:
-        yield current()
-        return
-    group = _join(_whole("WORLD_SIZE"), _whole("RANK"))
-    token = _CURRENT.set(group)
-    try:
-        with contextlib.ExitStack() as stack:
-            if not group.is_first:
-                silence = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(silence))
-                stack.enter_context(contextlib.redirect_stderr(silence))
-            yield group
-    finally:
-        _CURRENT.reset(token)
-        group.close()
-
-
-def _whole(name: str) -> int:
-    text = os.environ.get(name, "")
-    if not text.isdecimal() or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        raise InputError(
-            f"WORLD_SIZE is {brief(os.environ.get('WORLD_SIZE'))} in the environment, {name} is {brief(text)}, and "
-            f"MASTER_ADDR and MASTER_PORT are {'there' if 'MASTER_ADDR' in os.environ else 'absent'}; start several "
-            f"processes by torchrun or accelerate launch, or unset WORLD_SIZE"
-        )
-    return int(text)
-
-
-def _seconds(default: float) -> float:
-    text = os.environ.get(TIMEOUT_VARIABLE)
-    if text is None:
-        return default
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e6:
-        raise InputError(f"{TIMEOUT_VARIABLE} is {brief(text)}, expected seconds, such as 60; choose another")
-    return seconds
-
-
-def _join(world_size: int, rank: int) -> _Processes:
-    """Find the other processes.
-
-    Raises:
-        InputError: they did not come in time.
-    """
-    import torch.distributed as dist
-    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
-    from torch.distributed.rendezvous import rendezvous
-
-    if not rank < world_size:
-        raise InputError(f"RANK is {rank}, expected one of 0 … {world_size - 1}; start the processes by torchrun")
-    patience = _seconds(_JOIN_TIMEOUT)
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=datetime.timedelta(seconds=patience)))
-        store = PrefixStore("mechedit", store)
-        group = _Processes(rank, world_size, store, _seconds(TIMEOUT))
-        group.meet("the start", patience)
-        dist.init_process_group(
-            "gloo",
-            store=PrefixStore("gloo", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=_TRANSFER),
-        )
-    except (RuntimeError, OSError) as error:  # torch's errors of the network are RuntimeErrors
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"the {world_size} processes did not find each other at {address} within {patience:g} s "
-            f"({' '.join(str(error).split())[:200]}); check that all were started, and that they can reach it"
-        ) from error
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-    return group
-
-
-class _Processes(Group):
+class Processes(Group):
     """Several processes that meet through a store of torch.distributed, and send values by gloo."""
 
     def __init__(self, rank: int, world_size: int, store: Any, timeout: float) -> None:
@@ -241,11 +41,13 @@ class _Processes(Group):
         self._beats = threading.Thread(target=self._beat, name="mechedit-ranks", daemon=True)
         self._beats.start()
 
+    @override
     def gather(self, value: Value, step: str) -> list[Value]:
         values: list[Any] = [None] * self.world_size
         self._transfer(step, lambda dist: dist.all_gather_object(values, value))
         return values
 
+    @override
     def from_first(self, make: Callable[[], Value], step: str) -> Value:
         values: list[Any] = [None]
         if self.is_first:
@@ -254,9 +56,11 @@ class _Processes(Group):
         self._transfer(step, lambda dist: dist.broadcast_object_list(values, src=0))
         return values[0]
 
+    @override
     def barrier(self, step: str) -> None:
         self.meet(step)
 
+    @override
     def agree(self, what: str, record: Mapping[str, Any]) -> None:
         first, *records = self.gather(dict(record), f"agreement on {what}")
         for rank, fields in enumerate(records, 1):
@@ -268,11 +72,13 @@ class _Processes(Group):
                         f"one command, with the same files and versions"
                     )
 
+    @override
     def bar(self, total: int, **options: Any) -> Any:
         self._bars += 1
         self._bar = _SharedBar(self._store, f"bar/{self._bars}", total, self.is_first, options)
         return self._bar
 
+    @override
     def leave(self, code: int, line: str | None = None) -> int:
         if line is None and code != 130:
             try:
