@@ -39,6 +39,11 @@ def entries() -> dict[str, list[str]]:
     }
 
 
+def heed_interrupts() -> None:
+    """A shell starts what runs in its background deaf to Ctrl-C, and so would be what the tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("library", ["torch", "typer"])
 @pytest.mark.parametrize("content", [SLOW, SWALLOWS], ids=["slow", "swallows"])
 @pytest.mark.parametrize("entry", ["module", "script"])
@@ -47,7 +52,9 @@ def test_an_interrupt_during_imports_is_one_line(tmp_path: Path, library: str, c
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, *entries()[entry]]
-    child = subprocess.Popen(command, text=True, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, **pipes)
+    child = subprocess.Popen(
+        command, text=True, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, preexec_fn=heed_interrupts, **pipes
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "importing\n"
     child.send_signal(signal.SIGINT)
