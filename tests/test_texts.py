@@ -231,7 +231,10 @@ class TestChat:
         config = me.TraceConfig(samples=1, kinds=("state",))
         asked_effects, bare_effects = (me.trace_facts(chat_model, [fact], config, chat=chat) for chat in (True, False))
         assert asked_effects["clean"].iloc[0] > 0.98
-        assert bare_effects["clean"].iloc[0] < 0.9, "the model was not trained on the bare question"
+        traced = {effects["position"].nunique() for effects in (asked_effects, bare_effects)}
+        bare = chat_model.tokenizer(fact.text)["input_ids"]
+        assert traced == {len(encode(chat_model.tokenizer, asked.text)[0]), len(bare)}
+        assert asked_effects["clean"].iloc[0] != bare_effects["clean"].iloc[0], "the control: it is another question"
 
     def test_edit_and_evaluation_ask_the_same_question(self, chat_model: me.Model) -> None:
         request = me.EditRequest(
