@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mechedit.cli import parsing
 from mechedit.models import load_model
 
 # Settings that the user tuned for a model would change what is tested.
@@ -119,6 +121,25 @@ def neo_model(_made: Callable[[str, str], Any], backend: str) -> Iterator[Any]:
 @pytest.fixture
 def family_model(_made: Callable[[str, str], Any], family: str, backend: str) -> Iterator[Any]:
     yield from _lend(_made(family, backend))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tiny_loaded_once() -> Iterator[None]:
+    """Commands and scripts that are called in process get the same tiny model, if its weights are still those it had."""
+    loaded: dict[tuple[tuple[str, Any], ...], tuple[Any, str]] = {}
+
+    def load(name: str, **options: Any) -> Any:
+        if name != "tiny":
+            return load_model(name, **options)
+        key = tuple(sorted(options.items()))
+        model, weights = loaded.get(key, (None, ""))
+        if model is None or model.weights_hash() != weights:
+            model = load_model(name, **options)
+            loaded[key] = model, model.weights_hash()
+        return model
+
+    with mock.patch.object(parsing, "load_model", load):
+        yield
 
 
 @pytest.fixture(scope="session")
