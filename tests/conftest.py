@@ -125,7 +125,7 @@ def family_model(_made: Callable[[str, str], Any], family: str, backend: str) ->
 
 @pytest.fixture(scope="session", autouse=True)
 def _tiny_loaded_once() -> Iterator[None]:
-    """Commands and scripts that are called in process get the same tiny model, if its weights are still those it had."""
+    """Commands and scripts called in process get the same tiny model, while its weights are those it had."""
     loaded: dict[tuple[tuple[str, Any], ...], tuple[Any, str]] = {}
 
     def load(name: str, **options: Any) -> Any:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Required
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,33 +30,23 @@ from tqdm import tqdm
 
 from mechedit.batching import pad
 from mechedit.bounds import check_numbers
-from mechedit.data import EditRequest, fill, load_texts, texts_hash
-from mechedit.data.joint import following
+from mechedit.data import EditRequest, load_texts, texts_hash
 from mechedit.edit import Factors, copy_weights, restoring
 from mechedit.errors import InputError, check_finite, check_positive
-from mechedit.files import read_header, read_tensors, write_tensors
+from mechedit.files import read_header
 from mechedit.locks import locked
 from mechedit.methods.checks import check_layers
 from mechedit.methods.gradient_factors import GradientFactors, gradient_factors
-from mechedit.methods.mend_editor import METADATA_KEY, EditorNetwork, MendEditor, MendRecord, network_of
-from mechedit.methods.training import (
-    TrainingRow,
-    projection_gradients,
-    run_rows,
-    trainable,
-    training_rows,
-)
+from mechedit.methods.mend_checkpoint import copied, read_checkpoint, state_path, write_checkpoint
+from mechedit.methods.mend_editor import METADATA_KEY, EditorNetwork, MendEditor
+from mechedit.methods.mend_examples import MendExample, mend_example, split_by_subject
+from mechedit.methods.training import projection_gradients, run_rows, trainable
 from mechedit.models import Model, exclusive
-from mechedit.prefixes import BARE
-from mechedit.prompt_tokens import complete_pairs, encode_documents, encode_texts
+from mechedit.prompt_tokens import encode_documents
 from mechedit.provenance import CAST_HASHES, ModelIdentity, check_provenance, value_hash
-from mechedit.records import Whole, check_record
-from mechedit.targets import check_length
 
 SECONDS = 20.0
 """Seconds between two checkpoints."""
-_STATE = ".training"
-"""Between the name of an editor's file and its suffix, in the name of its training's checkpoint."""
 _REMEDY = "choose another --out, or pass --overwrite to train anew"
 _UNIT_REQUESTS = 256
 """Requests at most whose gradients give the means and deviations of what goes into the editor."""
@@ -102,25 +92,6 @@ class MendTrainingConfig:
             "validation", "validate_every",
         ):  # fmt: skip
             check_positive(name, getattr(self, name))
-
-
-class StateRecord(MendRecord, total=False):
-    """The header of a training's checkpoint."""
-
-    made_with: Required[str]
-    step: Required[Whole]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Example:
-    """What one request's edit is made of and scored on, in tokens."""
-
-    edit: TrainingRow
-    """The prompt with its object."""
-    scored: Sequence[TrainingRow]
-    """The same, and the paraphrases with it."""
-    neighbors: Sequence[Sequence[int]]
-    """Prompts about other subjects, with their objects."""
 
 
 # Gradients are needed, whatever mode the caller is in.
@@ -197,11 +168,6 @@ _DETERMINING = ("layers", "settings", "requests", "texts")
 """Fields of the record that decide a training besides the model."""
 
 
-def state_path(path: Path) -> Path:
-    """The checkpoint of an editor's training."""
-    return path.with_name(f"{path.stem}{_STATE}{path.suffix or '.safetensors'}")
-
-
 class _Training:
     """The state of a training: network, optimizer, step and curve."""
 
@@ -216,14 +182,14 @@ class _Training:
         notify: Callable[[str], object],
     ) -> None:
         self.model, self.layers, self.config, self.record, self.notify = model, layers, config, record, notify
-        trained, validated = split_by_subject(requests, config)
-        self.examples = [_example(model, request) for request in trained]
-        self.validated = [_example(model, request) for request in validated]
+        trained, validated = split_by_subject(requests, config.validation, config.seed)
+        self.examples = [mend_example(model, request) for request in trained]
+        self.validated = [mend_example(model, request) for request in validated]
         self.texts = texts
         self.n_texts = len(texts)
         self.network = EditorNetwork(model.d_key, model.d_model, len(layers), config.rank, config.rate, config.seed)
         self.network.to(model.device)
-        self.best = _copied(self.network)
+        self.best = copied(self.network)
         others = [value for name, value in self.network.named_parameters() if name != "rates"]
         groups = [{"params": others, "lr": config.lr}, {"params": [self.network.rates], "lr": config.rate_lr}]
         self.optimizer = torch.optim.Adam(groups)
@@ -253,7 +219,7 @@ class _Training:
                 torch.cat([row[layer].keys for row in factors]),
                 torch.cat([row[layer].gradients for row in factors]),
             )
-        self.best = _copied(self.network)
+        self.best = copied(self.network)
 
     def run(self, state: Path, made_with: str) -> None:
         """Take the steps that are still to be taken, with checkpoints."""
@@ -287,16 +253,10 @@ class _Training:
 
     def save(self, path: Path, made_with: str) -> None:
         """Write the checkpoint."""
-        tensors = {f"now.{name}": value for name, value in self.network.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        for name, parameter in self.network.named_parameters():
-            for moment in _MOMENTS:
-                if parameter in self.optimizer.state:
-                    tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         header = {
             **self.record, "steps": self.best_step, "curve": self.curve, "made_with": made_with, "step": self.step,
         }  # fmt: skip
-        write_tensors(path, tensors, METADATA_KEY, header)
+        write_checkpoint(path, header, self.network, self.best, self.optimizer)
 
     def load(self, path: Path, made_with: str) -> None:
         """Go on from a checkpoint.
@@ -304,21 +264,9 @@ class _Training:
         Raises:
             InputError: it is of another model or of other settings, or damaged.
         """
-        tensors, header = read_tensors(path, METADATA_KEY)
-        check_record(header, StateRecord, f"the record of {str(path)!r}", "remove the file")
         expected = {**ModelIdentity.of(self.record).record, **{name: self.record[name] for name in _DETERMINING}}
-        check_provenance(header, {**expected, "made_with": made_with}, f"the training {str(path)!r}", _REMEDY)
-        parts = {part: _part(tensors, f"{part}.") for part in ("now", "best", *_MOMENTS)}
-        self.network.load_state_dict(network_of(parts["now"], header, path).state_dict())
-        self.best = _copied(network_of(parts["best"], header, path))
-        for name, parameter in self.network.named_parameters():
-            moments = {moment: parts[moment].get(name) for moment in _MOMENTS}
-            if any(value is None or value.shape != parameter.shape for value in moments.values()):
-                raise InputError(f"{str(path)!r} lacks Adam's moments of {name!r}, expected them; remove the file")
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(header["step"])),
-                **{moment: value.to(parameter.device) for moment, value in moments.items() if value is not None},
-            }
+        expected["made_with"] = made_with
+        header, self.best = read_checkpoint(path, expected, _REMEDY, self.network, self.optimizer)
         if header["step"] > self.config.steps:
             raise InputError(
                 f"the training {str(path)!r} has come to step {header['step']}, expected at most {self.config.steps}, "
@@ -351,8 +299,8 @@ class _Training:
         self.step += 1
 
     def _prepared(
-        self, examples: Sequence[_Example], draw: Random
-    ) -> Iterator[tuple[_Example, Mapping[int, GradientFactors], list[Sequence[int]], Tensor]]:
+        self, examples: Sequence[MendExample], draw: Random
+    ) -> Iterator[tuple[MendExample, Mapping[int, GradientFactors], list[Sequence[int]], Tensor]]:
         """Each example with its gradient's factors, the texts that it should leave, and these texts' log P before."""
         factors = gradient_factors(self.model, [example.edit for example in examples], self.layers, _ROWS)
         for example, of_example in zip(examples, factors, strict=True):
@@ -371,7 +319,7 @@ class _Training:
             }
 
     def _losses(
-        self, example: _Example, texts: Sequence[Sequence[int]], log_probs: Float[Tensor, "text pos vocab"]
+        self, example: MendExample, texts: Sequence[Sequence[int]], log_probs: Float[Tensor, "text pos vocab"]
     ) -> tuple[Tensor, Tensor, bool]:
         """L_e, L_loc, and whether the object is the greedy answer to the prompt, on the model as it is now."""
         losses, greedy, _ = run_rows(self.model, example.scored)
@@ -421,67 +369,12 @@ class _Training:
         best = min((row["loss"] for row in self.curve), default=float("inf"))
         self.curve.append({"step": self.step, "loss": loss, "edit": edit, "locality": locality, "exact_match": exact})
         if loss < best:
-            self.best, self.best_step = _copied(self.network), self.step
+            self.best, self.best_step = copied(self.network), self.step
         self.notify(
             f"step {self.step}: loss {loss:.4g} (edit {edit:.4g}, locality {locality:.4g} nats), exact match "
             f"{exact:.0f} %"
         )
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's moments, as torch calls them."""
 _ROWS = 64
 """Prompts per pass where gradients are taken."""
-
-
-def split_by_subject(
-    requests: Sequence[EditRequest], config: MendTrainingConfig
-) -> tuple[list[EditRequest], list[EditRequest]]:
-    """The requests to train with, and one request of each subject that is held out to validate.
-
-    Raises:
-        InputError: there are fewer than two subjects.
-    """
-    subjects = sorted({request.subject for request in requests})
-    if len(subjects) < 2:
-        raise InputError(
-            f"there are {len(subjects)} subjects among the {len(requests)} requests, expected two at least, better "
-            f"hundreds, to train an editor with; give more requests"
-        )
-    draw = Random(f"split {config.seed}")
-    held_out = draw.sample(subjects, min(config.validation, max(1, len(subjects) // 10)))
-    trained = [request for request in requests if request.subject not in set(held_out)]
-    of_subject = {name: [request for request in requests if request.subject == name] for name in held_out}
-    return trained, [draw.choice(of_subject[name]) for name in held_out]
-
-
-def _example(model: Model, request: EditRequest) -> _Example:
-    (row,) = training_rows(model, [request], [BARE])
-    prompts = [
-        fill(request.turn, fill(text, request.subject) if _is_template(text, request) else text)
-        for text in request.paraphrases
-    ]
-    pairs = [(prompt, following(prompt, request.target_new, request.joint)) for prompt in prompts]
-    scored = [row]
-    for completion in complete_pairs(model.tokenizer, pairs) if pairs else ():
-        ids = check_length(model, request, completion.ids)
-        scored.append(TrainingRow(ids=tuple(ids), start=len(completion.prompt), request=0))
-    texts = [
-        (prompt := fill(request.turn, neighbor.prompt)) + following(prompt, neighbor.object, neighbor.joint)
-        for neighbor in request.neighbors
-    ]
-    neighbors = [check_length(model, request, ids) for ids, _ in encode_texts(model.tokenizer, texts)]
-    return _Example(edit=row, scored=scored, neighbors=neighbors)
-
-
-def _is_template(text: str, request: EditRequest) -> bool:
-    """Whether the subject is to be put into a paraphrase."""
-    return text.count("{}") == 1 and request.subject not in text
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _copied(network: EditorNetwork) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
