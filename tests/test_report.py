@@ -19,7 +19,8 @@ from helpers.run_folder import (
 
 from mechedit.errors import InputError
 from mechedit.files import read_json, write_json
-from mechedit.report import number, site_effects, span, write_report
+from mechedit.report import number, span, write_report
+from mechedit.trace.site_effects import site_effects
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from mechedit.errors import InputError
 from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval
 from mechedit.sweep import Sweep, Window
 from mechedit.sweep.sweep import MAGNITUDES, by_case
 from mechedit.tables import where
-from mechedit.tuning.alternatives import Changes
+from mechedit.tuning.alternatives import WEIGHT, Changes
 
 EXACT, MARGIN = 0.1, 0.01
 """Weights of exact match and of the probability differences in the objective: they decide where S does not."""
+EQUAL = 1e-4
+"""Points between the highest and lowest objective below which nothing but rounding tells windows apart."""
 SURE = 0.75
 """Share of resamples that must prefer another value of a setting before it is taken."""
 WORTH = 0.5
@@ -128,3 +131,29 @@ def _objective(
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def weight_of(changes: Changes) -> float | int | None:
+    """The λ that some changes set; None where they leave it as it was."""
+    return next((changes[name] for name in (WEIGHT, "covariance_weight") if name in changes), None)
+
+
+def check_not_equal(trials: Sequence[Trial]) -> None:
+    """Refuse to choose among windows that all score the same.
+
+    Raises:
+        InputError: they do.
+    """
+    objectives = [trial.objective for trial in trials]
+    if len({trial.window for trial in trials}) > 1 and max(objectives) - min(objectives) < EQUAL:
+        raise InputError(
+            f"all {len(trials)} trials of windows score the same ({in_words(trials[0])}), so that nothing tells them "
+            f"apart; expected scores that differ: give more or harder requests (with paraphrases and neighbors), or "
+            f"settings with which edits do something (--set)"
+        )
+
+
+def in_words(trial: Trial) -> str:
+    """A trial's score and exact match."""
+    exact = trial.scores["exact_match"]
+    return f"score {trial.scores['score']:.1f}" + ("" if exact is None else f", exact match {exact:.0f}")

@@ -46,12 +46,10 @@ from mechedit.tuning.ends import end_warnings, value_of
 from mechedit.tuning.inputs import check_method, end_layers, is_fixed, searched_names, tuned_windows, tuning_facts
 from mechedit.tuning.ledger import Ledger
 from mechedit.tuning.plan import Plan, Speed, make_plan, plan_for_seconds
-from mechedit.tuning.trial import Trial, best_of, preferred, trials_of
+from mechedit.tuning.trial import Trial, best_of, check_not_equal, in_words, preferred, trials_of, weight_of
 from mechedit.tuning.tuned import Tuned
 
 Notify = Callable[[str], object]
-EQUAL = 1e-4
-"""Points between the highest and lowest objective below which nothing but rounding tells windows apart."""
 TRIED_FACTS = 6
 """Facts by which the speed is measured."""
 
@@ -405,29 +403,3 @@ class _Search:
             "seconds": sum(self.ledger.seconds.values()),
         }
         return Tuned(method=self.method, layers=tuple(chosen.window.layers), config=config, record=record)
-
-
-def weight_of(changes: Changes) -> float | int | None:
-    """The λ that some changes set; None where they leave it as it was."""
-    return next((changes[name] for name in (WEIGHT, "covariance_weight") if name in changes), None)
-
-
-def check_not_equal(trials: Sequence[Trial]) -> None:
-    """Refuse to choose among windows that all score the same.
-
-    Raises:
-        InputError: they do.
-    """
-    objectives = [trial.objective for trial in trials]
-    if len({trial.window for trial in trials}) > 1 and max(objectives) - min(objectives) < EQUAL:
-        raise InputError(
-            f"all {len(trials)} trials of windows score the same ({in_words(trials[0])}), so that nothing tells them "
-            f"apart; expected scores that differ: give more or harder requests (with paraphrases and neighbors), or "
-            f"settings with which edits do something (--set)"
-        )
-
-
-def in_words(trial: Trial) -> str:
-    """A trial's score and exact match."""
-    exact = trial.scores["exact_match"]
-    return f"score {trial.scores['score']:.1f}" + ("" if exact is None else f", exact match {exact:.0f}")
