@@ -43,6 +43,7 @@ from mechedit.tuning.alternatives import (
 )
 from mechedit.tuning.config import MINUTES, TuneConfig
 from mechedit.tuning.ends import end_warnings, value_of
+from mechedit.tuning.halving import halfway_ends, spread_ends
 from mechedit.tuning.inputs import check_method, end_layers, is_fixed, searched_names, tuned_windows, tuning_facts
 from mechedit.tuning.ledger import Ledger
 from mechedit.tuning.plan import Plan, Speed, make_plan, plan_for_seconds
@@ -260,7 +261,8 @@ class _Search:
 
     def choose_window(self, plan: Plan) -> Window:
         """The best window, by successive halving over end layers, and then beside the best."""
-        ends = self.spread(plan.rungs[0].ends)
+        candidate_ends = [self.end(window) for window in self.candidates if window in self.windows]
+        ends = spread_ends(self.ends(), plan.rungs[0].ends, candidate_ends)
         ranked: list[int] = []
         trials: list[Trial] = []
         for index, rung in enumerate(plan.rungs):
@@ -270,22 +272,12 @@ class _Search:
                 check_not_equal(trials)
             ranked = self.rank(trials)
         if plan.neighbors:
-            beside = self.beside(ranked[0], plan.neighbors)
+            tried = {self.end(trial.window) for trial in self.trials}
+            beside = halfway_ends(ranked[0], self.ends(), tried, plan.neighbors)
             trials += self.try_ends(beside, plan.facts) if beside else []
         best = best_of(trials)
         self.notify(f"best of {len({trial.window for trial in self.trials})} windows: {best.window}, {in_words(best)}")
         return best.window
-
-    def spread(self, count: int) -> list[int]:
-        """End layers spread evenly over those of the windows, the candidates' in place of the nearest to them."""
-        ends = self.ends()
-        spread = [ends[index] for index in np.unique(np.linspace(0, len(ends) - 1, count).round().astype(int))]
-        candidate_ends = [self.end(window) for window in self.candidates if window in self.windows]
-        for end in dict.fromkeys(candidate_ends):
-            free = [index for index, layer in enumerate(spread) if layer not in candidate_ends]
-            if free and end not in spread:
-                spread[min(free, key=lambda index: (abs(spread[index] - end), index))] = end
-        return sorted(spread)
 
     def try_ends(self, ends: Sequence[int], facts: int) -> list[Trial]:
         """Trials of all windows with these ends, with each λ of the screening."""
@@ -302,14 +294,6 @@ class _Search:
         for trial in trials:
             best[self.end(trial.window)] = max(best.get(self.end(trial.window), -np.inf), trial.objective)
         return sorted(best, key=lambda end: (-best[end], end))
-
-    def beside(self, end: int, count: int) -> list[int]:
-        """End layers halfway to the next that were tried, at most `count`."""
-        tried, ends = {self.end(trial.window) for trial in self.trials}, self.ends()
-        below = max((tried_end for tried_end in tried if tried_end < end), default=ends[0])
-        above = min((tried_end for tried_end in tried if tried_end > end), default=ends[-1])
-        halfway = [(end + below) // 2, (end + above + 1) // 2]
-        return sorted({layer for layer in halfway if layer in ends and layer not in tried})[:count]
 
     def choose_width(self, plan: Plan, window: Window) -> tuple[Window, Changes]:
         """The best window among those that end like the best; with its λ."""

@@ -1,0 +1,25 @@
+"""End layers that a search tries: spread over the depth at first, then beside the best."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+
+def spread_ends(ends: Sequence[int], count: int, candidates: Sequence[int]) -> list[int]:
+    """`count` end layers spread evenly over `ends` (ascending), the candidates in place of the nearest to them."""
+    spread = [ends[index] for index in np.unique(np.linspace(0, len(ends) - 1, count).round().astype(int))]
+    for end in dict.fromkeys(candidates):
+        free = [index for index, layer in enumerate(spread) if layer not in candidates]
+        if free and end not in spread:
+            spread[min(free, key=lambda index: (abs(spread[index] - end), index))] = end
+    return sorted(spread)
+
+
+def halfway_ends(end: int, ends: Sequence[int], tried: Collection[int], count: int) -> list[int]:
+    """End layers halfway from `end` to the next on both sides that were tried, at most `count` of them."""
+    below = max((layer for layer in tried if layer < end), default=ends[0])
+    above = min((layer for layer in tried if layer > end), default=ends[-1])
+    halfway = [(end + below) // 2, (end + above + 1) // 2]
+    return sorted({layer for layer in halfway if layer in ends and layer not in tried})[:count]
