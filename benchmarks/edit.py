@@ -197,7 +197,7 @@ def targets(setting: Setting) -> Measurement:
     # Adam divides a gradient by its size, so that the rounding of a small one moves δ, and the published search's too.
     rounded = [fact for fact in drawn if errors[fact] > setting.tolerance and setting.model.dtype == torch.float32]
     for fact in rounded:
-        with setting.published.in_float64():
+        with setting.published.plain.in_float64():
             initial, z = theirs(fact)
         errors[fact] = relative_difference(deltas[fact], z - initial)
     before, after = (comparison.ours.losses.query(f"step == {step}").nll.mean() for step in (0, config.updates))

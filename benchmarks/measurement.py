@@ -37,7 +37,7 @@ class Measurement:
     """Time of the published schedule, extrapolated where it was run on a drawn part."""
     mechedit: float
     difference: float
-    """Largest relative difference of the results."""
+    """Largest relative difference of the results; from float64, where something was held against that."""
     tolerance: float
     quotient: float | None
     """Operations of the published schedule over the necessary ones; None where they are not counted."""
@@ -48,6 +48,8 @@ class Measurement:
     device: str
     dtype: str
     threads: int
+    rounding: float = 0.0
+    """Largest difference of the published schedule's own results from float64, where they were held against that."""
 
     @property
     def ratio(self) -> float:
@@ -56,8 +58,11 @@ class Measurement:
 
     @property
     def equal(self) -> bool:
-        """Whether both give the same numbers; a difference that is not a number is none."""
-        return self.difference <= self.tolerance
+        """Whether both give the same numbers, as far as the published schedule is sure of them.
+
+        A difference that is not a number is none.
+        """
+        return self.difference <= max(self.tolerance, self.rounding)
 
     @property
     def goal(self) -> str:

@@ -31,7 +31,8 @@ def page(results: Sequence[Result]) -> str:
 Each step beside the published schedule: what the code published with ROME and MEMIT does, in plain transformers with
 hooks, on any family (`benchmarks/published.py`, `benchmarks/published_tracing.py`). Both run in one process, ours
 between two halves of the published work, and give the same numbers: the table has the largest relative difference. A z
-that differs by more than the tolerance is held against the published search in float64.
+or a score that differs by more than the tolerance is held against the published schedule in float64, from which it may
+be no further than the published one in float32 is.
 
 - The published *search for z* takes a fact at a time, with full passes forward and backward and the logits of all
   positions, twice; its *moments* take a pass over the text for each layer, which ends at that layer; its *keys* take
@@ -45,7 +46,7 @@ that differs by more than the tolerance is held against the published search in 
   rate; moments {MOMENTS_GOAL} of the quotient of operations, and {MOMENTS_RATE:.0%} of the rate. {reached} of
   {len(judged)} are reached. Where one is missed, the table says in brackets at which share of the rate the necessary
   operations would reach it; *unequal* is a line whose numbers differ by more than 1e-4, or a trace's by more than 1e-5
-  of its largest score: it reaches no goal, whatever its ratio.
+  of its largest score, and are further from float64 than the published ones: it reaches no goal, whatever its ratio.
 
 Where the published schedule ran a drawn part of the work, its time is extrapolated by the operations. Memory is what
 each took beyond what was there, in GiB: published, mechedit.

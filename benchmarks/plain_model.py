@@ -39,6 +39,16 @@ class PlainModel:
         """The module at whose output a site lies, or at whose input if it is a key."""
         return self.hf.get_submodule(self.model.family.path(site))
 
+    @contextlib.contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Compute in float64 inside the block; float32 weights come back as they were."""
+        dtype = self.model.dtype
+        self.hf.double()
+        try:
+            yield
+        finally:
+            self.hf.to(dtype)
+
     @cached_property
     def final_norm(self) -> nn.Module | None:
         """The module between the last block and the unembedding, where logits are the unembedding of its output.

@@ -57,16 +57,6 @@ class PublishedEditing:
         """The transformers model by its parts."""
         return PlainModel(self.model)
 
-    @contextlib.contextmanager
-    def in_float64(self) -> Iterator[None]:
-        """Compute in float64 inside the block; float32 weights come back as they were."""
-        dtype = self.model.dtype
-        self.plain.hf.double()
-        try:
-            yield
-        finally:
-            self.plain.hf.to(dtype)
-
     def target(self, request: me.EditRequest, layer: int, config: me.TargetConfig) -> tuple[Tensor, Tensor]:
         """One fact's h and z."""
         hf, device, blocks = self.plain.hf, self.model.device, self.plain.blocks

@@ -33,6 +33,7 @@ from benchmarks.facts import traced_facts
 from benchmarks.machine import matrix_rate, timed
 from benchmarks.measurement import Measurement
 from benchmarks.necessary_work import trace_work
+from benchmarks.plain_model import PlainModel
 from benchmarks.published_tracing import PublishedTracing
 from benchmarks.shapes import TimedModel
 from benchmarks.side_by_side import side_by_side
@@ -88,16 +89,41 @@ class TraceComparison:
         return self.published_runs + self.published_cells
 
     @property
-    def errors(self) -> tuple[float, float]:
-        """The largest difference of a score and the largest effect, relative to the largest score."""
+    def errors(self) -> tuple[float, float, float]:
+        """The largest difference of a score, of a published one from float64, and the largest effect.
+
+        Each is relative to the largest score.
+        """
         frame = pd.concat(self.scores)
-        ours, theirs, effects = (frame[name].to_numpy(dtype=float) for name in ("score", "score_published", "effect"))
-        return float(np.abs(ours - theirs).max() / theirs.max()), float(np.abs(effects).max() / theirs.max())
+        ours, theirs, reference, effects = (
+            frame[name].to_numpy(dtype=float) for name in ("score", "score_published", "reference", "effect")
+        )
+        largest = reference.max()
+        return (
+            float(np.abs(ours - reference).max() / largest),
+            float(np.abs(theirs - reference).max() / largest),
+            float(np.abs(effects).max() / largest),
+        )
+
+    @property
+    def held(self) -> int:
+        """Cells that were held against float64."""
+        frame = pd.concat(self.scores)
+        return int(np.count_nonzero(frame["reference"].to_numpy() != frame["score_published"].to_numpy()))
 
     def add(
-        self, timed_model: TimedModel, group: list[TracedFact], config: me.TraceConfig, std: float, drawn_part: float
+        self,
+        timed_model: TimedModel,
+        group: list[TracedFact],
+        config: me.TraceConfig,
+        std: float,
+        drawn_part: float,
+        tolerance: float,
     ) -> None:
-        """Trace a group between two halves of a drawn part of its cells by the published schedule."""
+        """Trace a group between two halves of a drawn part of its cells by the published schedule.
+
+        Scores that differ by more than the tolerance, of the largest, are held against that schedule in float64.
+        """
         model, device = timed_model.model, timed_model.device
         cells = group_cells(model, group, config)
         drawn = cells.sample(n=min(len(cells), max(2, round(drawn_part * len(cells)))), random_state=0)
@@ -121,12 +147,45 @@ class TraceComparison:
         self.published_runs += once
         self.published_cells += compared.published_seconds
         self.memory = (max(self.memory[0], compared.memory[0]), max(self.memory[1], compared.memory[1]))
+        joined["reference"] = references(model, group, joined, config, std, tolerance)
         self.scores.append(joined)
 
 
 def _published_score(schedule: PublishedTracing, cell: dict[Any, Any], n_layers: int, config: me.TraceConfig) -> float:
     span = window_span(cell["kind"], cell["layer"], n_layers, config.window)
     return schedule.cell(cell["kind"], cell["sever"], span, cell["position"])
+
+
+def references(
+    model: me.Model,
+    group: Sequence[TracedFact],
+    scores: pd.DataFrame,
+    config: me.TraceConfig,
+    std: float,
+    tolerance: float,
+) -> list[float]:
+    """What each score is held against: the published one, in float64 where the two differ by more than the tolerance.
+
+    Both round, over large vocabularies by more than the tolerance, and float64 says who is right.
+    """
+    cells: list[dict[Any, Any]] = scores.to_dict("records")
+    largest = max(cell["score_published"] for cell in cells)
+    differ = {
+        index: cell
+        for index, cell in enumerate(cells)
+        if abs(cell["score"] - cell["score_published"]) > tolerance * largest
+    }
+    exact: dict[int, float] = {}
+    if differ and model.dtype == torch.float32:
+        with PlainModel(model).in_float64():
+            for traced in group:
+                of_fact = {index: cell for index, cell in differ.items() if cell["fact"] == traced.fact.id}
+                if of_fact:
+                    schedule = PublishedTracing(model, traced, config, std)
+                    exact |= {
+                        i: _published_score(schedule, cell, model.n_layers, config) for i, cell in of_fact.items()
+                    }
+    return [exact[i] if i in exact else float(cell["score_published"]) for i, cell in enumerate(cells)]
 
 
 def group_cells(model: me.Model, group: Sequence[TracedFact], config: me.TraceConfig) -> pd.DataFrame:
@@ -172,8 +231,8 @@ def compare(
     trace_group(model, list(facts[:1]), std, me.TraceConfig(kinds=work.kinds, roles=("last",), samples=1))
     comparison = TraceComparison()
     for group in groups_of(model, facts, config):
-        comparison.add(timed_model, group, config, std, min(1, work.times * amounts.trace_drawn))
-    error, largest_effect = comparison.errors
+        comparison.add(timed_model, group, config, std, min(1, work.times * amounts.trace_drawn), tolerance)
+    error, rounding, largest_effect = comparison.errors
     assert largest_effect > 10 * error, "restoring changes nothing, so equality says nothing"
     counted = trace_work(model, facts, config)
     per_cell = 1000 / comparison.cells
@@ -183,11 +242,13 @@ def compare(
         about=timed_model.about,
         step=work.step,
         what=f"{len(facts)} facts of {' and '.join(map(str, lengths[:: max(1, len(lengths) - 1)]))} tokens, "
-        f"{comparison.cells} cells, {comparison.drawn} published",
+        f"{comparison.cells} cells, {comparison.drawn} published"
+        + (f"; {comparison.held} held against float64" if comparison.held else ""),
         unit="ms a cell",
         published=per_cell * comparison.published,
         mechedit=per_cell * comparison.seconds,
         difference=error,
+        rounding=rounding,
         tolerance=tolerance,
         quotient=counted.quotient,
         rate=counted.necessary / comparison.seconds / matrix_rate(timed_model.device, timed_model.dtype),

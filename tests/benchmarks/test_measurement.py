@@ -64,6 +64,12 @@ def test_no_goal_is_reached_with_other_numbers(difference: float) -> None:
     assert "NOT EQUAL" in summary([line])
 
 
+def test_numbers_may_be_as_far_from_float64_as_the_published_ones() -> None:
+    rounded = dataclasses.replace(LINE, difference=1e-3, rounding=2e-3)
+    assert rounded.reached is True
+    assert dataclasses.replace(rounded, rounding=9e-4).reached is False
+
+
 def test_the_summary_counts_goals() -> None:
     missed = dataclasses.replace(LINE, step="keys", published=20.0)
     lines = summary([LINE, missed, dataclasses.replace(LINE, step="solve")]).splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import mechedit as me
 from benchmarks.plain_model import PlainModel
 from benchmarks.published import PublishedEditing
 from benchmarks.published_tracing import PublishedTracing
+from benchmarks.trace import TraceComparison
 from mechedit.batching import pad
 from mechedit.methods import KeyExtractor, prefix_mean
 from mechedit.models import Site
@@ -127,3 +129,22 @@ def test_states_after_the_last_block_are_unembedded_as_the_model_does(
     assert states.grad.abs().max() > 0
     # Control: without the final norm the logits are others.
     assert not torch.allclose(model.hf.get_output_embeddings()(states), run.logits, atol=1e-2)
+
+
+def test_what_differs_is_held_against_float64(model: Any) -> None:
+    fact = me.Fact(id="1", subject="Leon Blum", prompt="The mother tongue of {} is", object="French")
+    group, config = [tokenize_fact(model, fact)], me.TraceConfig(kinds=("state",), samples=2)
+    weights, timed = model.weights_hash(), SimpleNamespace(model=model, device="cpu")
+    by_tolerance = {}
+    for tolerance in (1.0, 0.0):
+        comparison = TraceComparison()
+        comparison.add(timed, group, config, 0.5, 1.0, tolerance)
+        by_tolerance[tolerance] = comparison
+    assert by_tolerance[1.0].held == 0
+    assert by_tolerance[1.0].errors[1] == 0
+    assert 0 < by_tolerance[0.0].held <= by_tolerance[0.0].drawn
+    ours, published, effect = by_tolerance[0.0].errors
+    assert 0 < published < 1e-5
+    assert ours < 1e-5
+    assert effect > 1e-3, "the control: there is something to compare"
+    assert model.weights_hash() == weights
