@@ -141,15 +141,23 @@ class Inputs:
         """The selection from that trace, in `selection/selection.json`."""
         return pipeline.select_step(self.selection_folder, SelectConfig(seed=self.seed))
 
+    @property
+    def reading(self) -> MomentsConfig:
+        """How the running text is read for second moments."""
+        options = self.arguments
+        tokens = QUICK_TOKENS if self.quick else options.tokens
+        return MomentsConfig(
+            tokens=tokens or None, documents=options.documents, seed=self.seed, max_length=options.max_length
+        )
+
     def moments(self, layers: Sequence[int], module: str = "mlp") -> dict[int, SecondMoment]:
         """E[k kᵀ] of these layers, collected once for all scripts; that of attention's keys in `attn/`."""
         moments = self._moments.setdefault(module, {})
         if missing := sorted(set(layers) - set(moments)):
-            reading = MomentsConfig(tokens=QUICK_TOKENS if self.quick else self.arguments.tokens)
             path = self.out if module == "mlp" else self.out / module
             folder = RunFolder.at(path, overwrite=self.folder.overwrite)
             moments.update(
-                pipeline.moments_step(folder, self.model.writing(module), self.arguments.texts, missing, reading)
+                pipeline.moments_step(folder, self.model.writing(module), self.arguments.texts, missing, self.reading)
             )
         return {layer: moments[layer] for layer in layers}
 

@@ -40,14 +40,13 @@ from analyses.common.beside import paper_name, with_paper
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
-from analyses.common.inputs import QUICK_TOKENS
 from analyses.common.variants import Variant, by_name
 from benchmarks.machine import wait
 from mechedit.data import EditRequest
 from mechedit.figures import PAGE_WIDTH, legend_above, line_styles, number_axis, paper_style
 from mechedit.methods import METHODS, MemitConfig, UpdateRule
 from mechedit.methods.spread import spread
-from mechedit.moments import MomentsConfig, collect_moments
+from mechedit.moments import collect_moments
 from mechedit.published import published_table
 from mechedit.solve import Update
 from mechedit.tables import where
@@ -159,9 +158,10 @@ class TimedRule:
 def moments_seconds(experiment: Experiment, variant: Variant) -> pd.DataFrame:
     """Seconds of E[k kᵀ] over the text, all layers in one pass; nothing is read from the folder."""
     clock = Clock(device=str(experiment.model.device))
-    reading = MomentsConfig(tokens=QUICK_TOKENS if experiment.quick else experiment.arguments.tokens)
     layers = sorted(variant.layers)
-    clock.take(MOMENTS, lambda: collect_moments(experiment.model, experiment.arguments.texts, layers, reading))
+    clock.take(
+        MOMENTS, lambda: collect_moments(experiment.model, experiment.arguments.texts, layers, experiment.reading)
+    )
     return rows(clock, 0, "memit")
 
 

@@ -20,7 +20,7 @@ from mechedit.data.published_data import PUBLISHED_DATASETS
 from mechedit.data.reference_texts import Snippets, WordWeights, load_snippets, load_word_weights, texts_by_object
 from mechedit.data.revision import revised
 from mechedit.data.summary import describe_facts, describe_requests
-from mechedit.data.texts import check_texts, load_texts, texts_hash
+from mechedit.data.texts import check_texts, load_texts, sample_documents, texts_hash
 
 __all__ = [
     "PUBLISHED_DATASETS",
@@ -49,6 +49,7 @@ __all__ = [
     "read_facts",
     "read_records",
     "revised",
+    "sample_documents",
     "texts_by_object",
     "texts_hash",
     "tiny_data",

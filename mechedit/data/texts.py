@@ -1,11 +1,14 @@
-"""`load_texts`: running text from files and data sets; and the hash that identifies it."""
+"""`load_texts`: running text from files and data sets; some of its documents, and the hash that identifies it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from mechedit.data.json_files import read_records
 from mechedit.data.loading import tiny_data
@@ -55,6 +58,51 @@ def check_texts(texts: Sequence[str]) -> None:
     """Raise InputError when there is no text."""
     if not any(text.strip() for text in texts):
         raise InputError("no text was found, expected documents to collect moments over; check the source")
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentSample(Sequence[str]):
+    """Some documents of a text, each read when it is used."""
+
+    texts: Sequence[str]
+    """The whole text."""
+    indices: Sequence[int]
+    """Of the documents, in their order here."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self.texts[i] for i in self.indices[index]]
+        return self.texts[self.indices[index]]
+
+
+def sample_documents(texts: Sequence[str], count: int, seed: int = 0) -> DocumentSample:
+    """Draw documents at random, without repetition; blank ones, as some data sets have, are drawn too.
+
+    Args:
+        texts: one document per entry.
+        count: how many.
+        seed: of the draw; the first of more documents are the same.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if count > len(texts):
+        raise InputError(
+            f"{count} documents are to be drawn, expected at most {len(texts)}, all that the text has: ask for fewer, "
+            f"or give more text"
+        )
+    # A permutation and not random.sample, whose first draws depend on how many are drawn.
+    order = np.random.default_rng(seed).permutation(len(texts))[:count]
+    return DocumentSample(texts, order.tolist())
 
 
 def texts_hash(texts: Sequence[str]) -> str:

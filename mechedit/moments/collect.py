@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechedit.data import check_texts, load_texts, texts_hash
+from mechedit.data import check_texts, load_texts, sample_documents, texts_hash
 from mechedit.errors import InputError
 from mechedit.models import Model, exclusive
 from mechedit.moments.checkpoints import Checkpoint
@@ -190,6 +190,8 @@ def _prepare(
         )
     plan = plan_moments(model, unique_layers, config, convergence=convergence is not None)
     texts = load_texts(texts) if isinstance(texts, (str, Path)) else texts
+    if config.documents is not None:
+        texts = sample_documents(texts, config.documents, config.seed)
     check_texts(texts)
     provenance = {
         **model.provenance(),
@@ -197,6 +199,8 @@ def _prepare(
         "texts": texts_hash(texts),
         "max_length": config.text_length(model),
         "tokens": config.tokens,
+        # Written down where they are drawn; the hash of the texts is that of these.
+        **({} if config.documents is None else {"documents": config.documents, "seed": config.seed}),
     }
     text_pass = TextPass(
         model=model, texts=texts, config=config, rank=rank, batch_tokens=plan.batch_tokens, convergence=convergence

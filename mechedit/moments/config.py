@@ -11,7 +11,11 @@ from mechedit.models import Model, ModelShapes
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsConfig:
-    """How to read the text. Only `max_length` and `tokens` change the result by more than rounding.
+    """How to read the text.
+
+    Only `max_length`, `tokens`, `documents` and, where documents are drawn, `seed` change the result by more than
+    rounding. The papers' code reads 100,000 documents, drawn at random, each up to the model's context (2,048 tokens
+    for GPT-J): `documents=100_000, max_length=2048`.
 
     The model's own limit of tokens per text holds if it is lower than `max_length`. With a limit of `memory` (which is
     compared with an estimate), batches shrink and layers are collected in several passes over the text. Checkpoints are
@@ -22,6 +26,11 @@ class MomentsConfig:
     """Tokens read per text; the rest of a longer text is dropped."""
     tokens: int | None = None
     """Tokens read in all, without special tokens; by default all texts are read."""
+    documents: int | None = None
+    """Documents drawn at random without repetition, and read in the order in which they are drawn; by default all are
+    read, in their order."""
+    seed: int = 0
+    """Seed of that draw."""
     batch_tokens: int = 8192
     """Tokens per batch and per forward pass; fewer need less memory."""
     memory: float | int | None = None
@@ -33,6 +42,7 @@ class MomentsConfig:
         check_numbers(self)
         check_at_least("max_length", self.max_length, 1)
         check_at_least("tokens", self.tokens, 1, optional=True)
+        check_at_least("documents", self.documents, 1, optional=True)
         check_at_least("batch_tokens", self.batch_tokens, 1)
         check_positive("memory", self.memory, "choose a number of GiB", optional=True)
         check_at_least("checkpoint_seconds", self.checkpoint_seconds, 0)

@@ -38,6 +38,8 @@ class MomentRecord(ModelRecord, total=False):
     texts: str
     max_length: Whole
     tokens: Whole | None
+    documents: Whole
+    seed: Whole
     algorithm: Whole
 
 

@@ -46,7 +46,8 @@ OPTIONS = {
     "minutes shard merge",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
     "joint strict chat texts tokens max-length method set tuned no-tuned accept-unsettled conflicts",
-    "moments": "layers texts out tokens max-length memory checkpoint-seconds shard merge convergence npz weight",
+    "moments": "layers texts out tokens max-length documents memory checkpoint-seconds shard merge convergence npz "
+    "weight",
     "tune": "MODEL requests joint strict chat texts tokens max-length method set out moments trace minutes edits "
     "windows width facts",
     "train-mend": "MODEL requests joint strict chat texts layers out steps batch-size rank lr rate rate-lr edit-weight "

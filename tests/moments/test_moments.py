@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mechedit.data import load_texts
+from mechedit.data import load_texts, sample_documents
 from mechedit.errors import InputError
 from mechedit.models import load_model
 from mechedit.moments import MomentAccumulator, MomentsConfig, collect_moments, load_moments, moment_path
@@ -110,6 +110,21 @@ def test_length_and_budget_cut_the_text(lens_model: Any) -> None:
     assert budget.count == 100
     cut = lens_model.tokenizer.decode([i for text in TEXTS[:2] for i in lens_model.tokenizer(text)["input_ids"]])
     assert len(lens_model.tokenizer(cut)["input_ids"]) < 100 < sum(lengths)
+
+
+def test_documents_are_drawn_once_each_and_the_sample_is_written_down(lens_model: Any) -> None:
+    texts = [*TEXTS, "The sport of LeBron James is basketball, and he plays it downtown, in Seattle, with Miles Davis."]
+    order = list(sample_documents(texts, len(texts)))
+    assert sorted(order) == sorted(texts)
+    assert list(sample_documents(texts, 5)) == sample_documents(texts, len(texts))[:5] == order[:5]
+    assert list(sample_documents(texts, len(texts), seed=1)) != order != texts
+    moment = collect_moments(lens_model, texts, [1], MomentsConfig(documents=5))[1]
+    plain = collect_moments(lens_model, order[:5], [1])[1]
+    assert torch.equal(moment.matrix, plain.matrix)
+    assert (moment.provenance["documents"], moment.provenance["seed"]) == (5, 0)
+    assert not close(collect_moments(lens_model, texts, [1])[1].matrix, moment.matrix), "the control: one is left out"
+    with pytest.raises(InputError, match="7 documents are to be drawn, expected at most 6"):
+        collect_moments(lens_model, texts, [1], MomentsConfig(documents=7))
 
 
 def test_files_come_back_and_are_reused(lens_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
