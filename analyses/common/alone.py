@@ -15,13 +15,13 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from analyses.common.batches import summarized
 from analyses.common.experiment import Experiment
-from analyses.common.printing import score_frame
 from analyses.common.variants import Variant
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import EvaluationConfig, References, Scores, evaluate, evaluate_zsre
+from mechedit.evaluation import EvaluationConfig, References, evaluate, evaluate_zsre
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.targets import Targets, find_targets
 
@@ -66,11 +66,7 @@ def scored_alone(
         }
         make_part = _part(experiment, variant, part, protocol, evaluation, references)
         frames.append(experiment.cached("alone", key, make_part))
-    table = pd.concat(frames, ignore_index=True)
-    scores = Scores(
-        table=table, answers=_no_answers(), cases=tuple(request.id for request in requests), config=evaluation
-    )
-    return score_frame(scores.summary())
+    return summarized(pd.concat(frames, ignore_index=True), [request.id for request in requests], evaluation)
 
 
 def check_records(requests: Sequence[EditRequest], protocol: str) -> None:
@@ -146,7 +142,3 @@ def _table(
     if protocol == "zsre":
         return evaluate_zsre(experiment.model, [request], evaluation).table
     return evaluate(experiment.model, [request], evaluation, references=references).table
-
-
-def _no_answers() -> pd.DataFrame:
-    return pd.DataFrame(columns=["case", "kind", "prompt", "question", "expected", "answer", "state"])

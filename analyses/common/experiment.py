@@ -25,12 +25,24 @@ from mechedit.cache import PARQUET
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
-from mechedit.evaluation import PERCENT, QUICK, Baseline, EvaluationConfig, References, evaluate, measure_baseline
+from mechedit.evaluation import (
+    PERCENT,
+    QUICK,
+    Baseline,
+    EvaluationConfig,
+    References,
+    Scores,
+    evaluate,
+    measure_baseline,
+)
 from mechedit.figures import save_figure
 from mechedit.files import write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.provenance import numbered, value_hash
 from mechedit.targets import find_targets
+
+LEFT = "left"
+"""What stands in place of a measure where a row tells how much of the residual an edit left, in percent."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,18 +163,46 @@ class Experiment(Inputs):
         make: Callable[[], Edit] | None,
     ) -> pd.DataFrame:
         """As `scored`, without the cache."""
+        scores, residual = self._measured(variant, requests, evaluation, references, make)
+        frame = score_frame(scores.summary())
+        if residual is None:
+            return frame
+        return pd.concat(
+            [frame, pd.DataFrame([{"measure": LEFT, "mean": residual, "n": len(requests)}])], ignore_index=True
+        )
+
+    def score_rows(
+        self,
+        variant: Variant | None,
+        requests: Sequence[EditRequest],
+        evaluation: EvaluationConfig,
+        references: References | None,
+        make: Callable[[], Edit] | None,
+    ) -> pd.DataFrame:
+        """As `score`, but a row per prompt and measure, to be put together with those of other edits."""
+        scores, residual = self._measured(variant, requests, evaluation, references, make)
+        if residual is None:
+            return scores.table
+        row = {"case": "", "measure": LEFT, "kind": "", "prompt": 0, "value": residual, "state": "after"}
+        return pd.concat([scores.table, pd.DataFrame([row])], ignore_index=True)
+
+    def _measured(
+        self,
+        variant: Variant | None,
+        requests: Sequence[EditRequest],
+        evaluation: EvaluationConfig,
+        references: References | None,
+        make: Callable[[], Edit] | None,
+    ) -> tuple[Scores, float | None]:
+        """An edit's scores, and what it left of the residual in percent; None where nothing is spread."""
         baseline = self.baseline(requests, evaluation, references)
         if variant is None:
-            return score_frame(baseline.scores.summary())
+            return baseline.scores, None
         edit = make() if make else self.edit(variant, requests)
         with edited(self.model, edit):
             scores = evaluate(self.model, requests, evaluation, baseline=baseline, references=references)
-        frame = score_frame(scores.summary())
         residuals = edit.manifest.get("residuals")
-        if not residuals:
-            return frame
-        relative_residual = {"measure": "left", "mean": 100 * residuals[-1]["after"], "n": len(requests)}
-        return pd.concat([frame, pd.DataFrame([relative_residual])], ignore_index=True)
+        return scores, 100 * residuals[-1]["after"] if residuals else None
 
     def baseline(
         self,

@@ -3,7 +3,7 @@
     python -m analyses.papers.ablate_lambda [--model M] [--requests R] [--layers 3-8] [--decades 3] [--quick]
 
 λ runs over decades on both sides of the model's own, in its unit: of one new fact (`covariance_weight`), or of the
-facts' median kᵀM⁻¹k (`relative_covariance_weight`). With `--free` there is GE, which in the paper rises with λ. z does
+facts' median kᵀM⁻¹k (`relative_covariance_weight`). GE, of `--free` texts per case, rises with λ in the paper. z does
 not depend on λ, so all edits share one search.
 """
 
@@ -33,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Edit and score with each λ, write the table and the figure."""
     parser = options(__doc__, count=300, quick_count=10)
     parser.add_argument("--method", default="memit")
-    parser.add_argument("--free", type=int, default=0, help="free texts per case, for GE (default 0, none)")
+    parser.add_argument("--free", type=int, help="free texts per case, for GE (default 1; with --quick 0)")
     parser.add_argument("--decades", type=float, default=3.0, help="of λ, on each side of the model's own (default 3)")
     experiment = open_experiment("ablate_lambda", parser, arguments)
+    if experiment.arguments.free is None:
+        experiment.arguments.free = 0 if experiment.quick else 1
     name, default = weight_setting(experiment)
     config, references = free_text(experiment)
     score = partial(experiment.scored, requests=experiment.requests, evaluation=config, references=references)

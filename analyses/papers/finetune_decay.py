@@ -2,9 +2,9 @@
 
     python -m analyses.papers.finetune_decay [--model M] [--requests R] [--layers 21] [--out DIR] [--quick]
 
-λ runs in half decades from the published 5e-4, up and with `--decades-below` down as well; the dashed line is
-fine-tuning without decay (`ft`), which is what the published code does; the dotted one stands at 5e-4. As in the papers
-one layer is trained, by default the middle one of what the trace selects.
+λ runs in half decades to both sides of the published 5e-4; the dashed lines are fine-tuning without decay (`ft`), which
+is what the published code does, and the unedited model; the dotted one stands at 5e-4. As in the papers one layer is
+trained, by default the middle one of what the trace selects.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
+from analyses.common.frames import groups_of
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant
 from mechedit.figures import GRAY, scores_figure
@@ -30,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune and score with each λ, write the table and the figure."""
     parser = options(__doc__, count=100, quick_count=10)
     parser.add_argument("--decades", type=float, default=3.5, help="of λ, up from 5e-4 (default 3.5)")
-    parser.add_argument("--decades-below", type=float, default=0.0, help="of λ, down from 5e-4 (default 0)")
+    parser.add_argument("--decades-below", type=float, default=1.0, help="of λ, down from 5e-4 (default 1)")
     experiment = open_experiment("finetune_decay", parser, arguments)
     layers = trained(experiment)
     none = Variant(method="ft", layers=layers)
-    scores = [experiment.scored(none, experiment.requests).assign(model="no decay")]
+    scores = [
+        experiment.scored(without, experiment.requests).assign(model=name)
+        for name, without in (("unedited", None), ("no decay", none))
+    ]
     for weight in weights(experiment):
         variant = Variant(method="ft_w", layers=layers, settings={"weight_decay": f"{weight:g}"})
         scores.append(experiment.scored(variant, experiment.requests).assign(weight=weight, model="ft_w"))
@@ -58,8 +62,12 @@ def weights(experiment: Experiment) -> list[float]:
 def format_table(table: pd.DataFrame) -> pd.DataFrame:
     """A line for each λ: each score with half its interval, in percent."""
     rows = []
-    for weight, scores in table.groupby(table["weight"].fillna(0.0)):
-        rows.append({"weight decay": "none" if weight == 0 else f"{weight:g}", **format_scores(scores, MEASURES)})
+    names = [
+        f"{weight:g}" if weight == weight else "none" if model == "no decay" else model
+        for weight, model in zip(table["weight"], table["model"], strict=True)
+    ]
+    for (name,), scores in groups_of(table.assign(name=names), ["name"]):
+        rows.append({"weight decay": name, **format_scores(scores, MEASURES)})
     return pd.DataFrame(rows)
 
 

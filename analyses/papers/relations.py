@@ -1,6 +1,6 @@
 """MEMIT Fig. 6: how well each relation's facts are edited, and what generalization costs in specificity.
 
-    python -m analyses.papers.relations [--model MODEL] [--requests FILE] [--per-relation 300] [--methods memit,ft_w@2]
+    python -m analyses.papers.relations [--model MODEL] [--requests FILE] [--per-relation 300] [--methods memit,ft_w]
 
 As many facts of each relation are edited at once, each relation from the unedited model, and scored. The mark
 `all mixed` is an edit of as many facts of all relations in turn. Writes relations.parquet (one row per method, relation
@@ -29,6 +29,8 @@ from mechedit.tables import where
 
 MIXED = "all mixed"
 MEASURES = ("S", "ES", "PS", "NS")
+METHODS = ("memit", "ft_w", "mend")
+"""Those of the paper's figure."""
 SIZE = 30
 QUICK_RELATIONS, QUICK_SIZE = 4, 4
 """Relations, and facts per relation, that `--quick` edits."""
@@ -38,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Edit every relation by every method, score, write."""
     parser = options(__doc__, quick_count=None)
     parser.add_argument("--per-relation", type=int, help=f"facts edited at once (default {SIZE}; the paper: 300)")
-    parser.add_argument("--methods", default="memit,ft_w@2", help="such as memit,rome@2")
+    parser.add_argument("--methods", help="such as memit,rome@2 (default memit, ft_w, and mend where it has an editor)")
     experiment = open_experiment("relations", parser, arguments)
     groups = chosen(experiment)
-    variants = [Variant.parse(text, experiment.layers) for text in parse_names(experiment.arguments.methods)]
+    names = experiment.arguments.methods or ",".join(name for name in METHODS if name in experiment.methods)
+    variants = experiment.variants(parse_names(names))
     rows = [scored(experiment, variant, groups) for variant in (None, *variants)]
     table = pd.concat(rows, ignore_index=True)
     experiment.write(table, format_table(table), figure(table))

@@ -45,22 +45,25 @@ PAPERS = {
     "single": {"rome_table_1": ("GPT-2 XL",), "rome_table_6": ("GPT-2 Large", "GPT-2 Medium")},
 }
 """The papers' own numbers by protocol: tables and models, which stand below this model's."""
-METHODS = {"tiny": "ft_w@2,rome@2,memit"}
-"""By model: fine-tuning and ROME write into one layer, which the papers chose by trying."""
+METHODS = {
+    "batch": ("ft_w", "mend", "rome", "memit"),
+    "single": ("ft", "ft_l", "mend", "rome"),
+}
+"""By protocol, those of the papers' tables."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Edit by every method, score by zsRE's protocol, write."""
     parser = options(__doc__)
     parser.set_defaults(requests="tiny")
-    parser.add_argument("--methods", help=f"such as memit,rome@5 (default memit; for the tiny model {METHODS['tiny']})")
+    parser.add_argument("--methods", help="such as memit,rome@5 (default the papers', mend where it has an editor)")
     parser.add_argument("--protocol", default="batch", choices=list(PAPERS), help="all at once, or each record alone")
     experiment = open_experiment("table_zsre", parser, arguments)
     protocol = experiment.arguments.protocol
     if protocol == "single":
         experiment = dataclasses.replace(experiment, name="table_zsre_single")
-    names = experiment.arguments.methods or METHODS.get(experiment.arguments.model, "memit")
-    variants = [None, *(Variant.parse(text, experiment.layers) for text in parse_names(names))]
+    names = experiment.arguments.methods or ",".join(name for name in METHODS[protocol] if name in experiment.methods)
+    variants = [None, *experiment.variants(parse_names(names))]
     rows = [scored(experiment, variant) for variant in tqdm(variants, desc="methods", unit="edit")]
     table = pd.concat(rows, ignore_index=True)
     paper = pd.concat([paper_scores(name, models, protocol) for name, models in PAPERS[protocol].items()])

@@ -1,15 +1,49 @@
-"""What all scripts of the papers read, made once: second moments of the tiny model."""
+"""What all scripts of the papers read, made once: second moments of the tiny model; and what makes tests short."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
+from analyses.common.experiment import Experiment
 from analyses.common.inputs import QUICK_TOKENS
+from analyses.common.variants import Variant
 from mechedit import MomentsConfig, collect_moments, load_model
+from mechedit.methods import MethodConfig, SearchConfig
+
+STEPS, PREFIXES = 10, 2
+"""Of each search in these tests, which are about what scripts do with edits and not about how good they are."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_searches() -> Iterator[None]:
+    """Searches for z take few steps behind few texts, in scripts and in what they are compared with."""
+    config_of = Experiment.config
+
+    def config(experiment: Experiment, variant: Variant) -> MethodConfig:
+        settings = config_of(experiment, variant)
+        if not isinstance(settings, SearchConfig):
+            return settings
+        return dataclasses.replace(settings, steps=min(settings.steps, STEPS), generated_prefixes=PREFIXES)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "config", config)
+        yield
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on figures are not rendered: for runs that come after one whose figures were checked."""
+
+    def stop() -> None:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b""))
+
+    return stop
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ def score(table: pd.DataFrame, measure: str, **equal: object) -> float:
     return row.mean
 
 
-def test_ranges_are_edited_once_and_scored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_are_edited_once_and_scored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, no_figures: Callable[[], None]
+) -> None:
     assert files(folder, "ablate_layers") == {".parquet", ".csv", ".pdf", ".png"}
     table = pd.read_parquet(folder / "ablate_layers.parquet")
     printed = pd.read_csv(folder / "ablate_layers.csv").set_index("layers")
@@ -50,11 +52,14 @@ def test_ranges_are_edited_once_and_scored(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sweep_module, "find_targets", None)
     monkeypatch.setattr(sweep_module, "evaluate", None)
     before = (folder / "ablate_layers.parquet").read_bytes()
+    no_figures()
     ablate_layers.main([*SMALL, "--out", str(folder)])
     assert (folder / "ablate_layers.parquet").read_bytes() == before
 
 
-def test_both_modules_start_from_the_same_z(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_modules_start_from_the_same_z(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, no_figures: Callable[[], None]
+) -> None:
     """What was found for the MLPs is read from the folder: attention's edits search for nothing."""
     targets = set((folder / "targets").iterdir())
     ablate_module.main([*SMALL, "--out", str(folder)])
@@ -66,10 +71,13 @@ def test_both_modules_start_from_the_same_z(folder: Path, monkeypatch: pytest.Mo
     assert score(table, "PM", module="attention", layers="2–3") != score(table, "PM", module="MLP", layers="2–3")
     assert list(pd.read_csv(folder / "ablate_module.csv")["module"].dropna().unique()) == ["MLP", "attention"]
     monkeypatch.setattr(sweep_module, "evaluate", None)
+    no_figures()
     ablate_module.main([*SMALL, "--out", str(folder)])
 
 
-def test_lambda_trades_what_is_written_for_what_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lambda_trades_what_is_written_for_what_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, no_figures: Callable[[], None]
+) -> None:
     ablate_lambda.main([*SMALL, "--out", str(folder)])
     assert files(folder, "ablate_lambda") == {".parquet", ".csv", ".pdf", ".png"}
     table = pd.read_parquet(folder / "ablate_lambda.parquet")
@@ -79,6 +87,7 @@ def test_lambda_trades_what_is_written_for_what_is_kept(folder: Path, monkeypatc
     assert unwritten["mean"].iloc[0] < 5 < 50 < unwritten["mean"].iloc[-1]
     assert list(pd.read_csv(folder / "ablate_lambda.csv")["λ"]) == ["unedited", "0.1", "100", "100000"]
     monkeypatch.setattr(Experiment, "score", None)
+    no_figures()
     ablate_lambda.main([*SMALL, "--out", str(folder)])
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,7 +16,7 @@ from analyses.papers import finetune_decay
 from mechedit import EditRequest, edited, evaluate, ft
 from mechedit.tables import where
 
-SMALL = ["--quick", "--count", "4", "--layers", "2", "--decades", "3"]
+SMALL = ["--quick", "--count", "4", "--layers", "2", "--decades", "3", "--decades-below", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,8 @@ def test_both_ends_and_training_without_decay_are_scored(folder: Path) -> None:
     table = pd.read_parquet(folder / "finetune_decay.parquet")
     assert sorted(table["weight"].dropna().unique()) == [5e-4, 0.5]
     printed = pd.read_csv(folder / "finetune_decay.csv").set_index("weight decay")
-    assert list(printed.index) == ["none", "0.0005", "0.5"]
+    assert list(printed.index) == ["unedited", "none", "0.0005", "0.5"]
+    assert printed.loc["unedited", "ES"].startswith("0.0 (")
     none = where(table, measure="NS", model="no decay")["mean"].item()
     strong = where(table, measure="NS", weight=0.5)["mean"].item()
     assert none + 10 < strong, "decay gives neighbors back"
@@ -36,7 +40,7 @@ def test_both_ends_and_training_without_decay_are_scored(folder: Path) -> None:
 
 
 def test_a_score_is_that_of_the_method_itself(folder: Path) -> None:
-    experiment = open_experiment("finetune_decay", options("Try.", count=4), [*SMALL[:-2], "--out", str(folder)])
+    experiment = open_experiment("finetune_decay", options("Try.", count=4), [*SMALL[:-4], "--out", str(folder)])
     requests: list[EditRequest] = experiment.requests
     edit = ft(experiment.model, requests, [2])
     with edited(experiment.model, edit):
@@ -46,7 +50,19 @@ def test_a_score_is_that_of_the_method_itself(folder: Path) -> None:
         assert table.loc[measure, "mean"] == pytest.approx(summary[measure]["mean"])
 
 
-def test_a_second_run_trains_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_decay_has_others_on_both_sides() -> None:
+    def chosen(quick: bool) -> list[float]:
+        arguments = Namespace(decades=1.0, decades_below=0.5)
+        return finetune_decay.weights(SimpleNamespace(quick=quick, arguments=arguments))  # type: ignore[arg-type]
+
+    assert chosen(False) == [1.58e-4, 5e-4, 1.58e-3, 5e-3]
+    assert chosen(True) == [1.58e-4, 5e-3]
+
+
+def test_a_second_run_trains_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, no_figures: Callable[[], None]
+) -> None:
+    no_figures()
     before = (folder / "finetune_decay.parquet").read_bytes()
     monkeypatch.setattr(Experiment, "score", None)
     finetune_decay.main([*SMALL, "--out", str(folder)])

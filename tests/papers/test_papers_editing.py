@@ -12,6 +12,7 @@ import torch
 
 import mechedit as me
 from analyses.common.alone import check_records, scored_alone
+from analyses.common.batches import disjoint_batches, scored_in_batches
 from analyses.common.beside import paper_scores
 from analyses.common.command import open_experiment, options
 from analyses.common.counterfacts import counterfacts
@@ -86,6 +87,28 @@ def test_scaling_curve_agrees_with_an_edit_made_directly(scaling, experiment):
         assert direct["PM"]["mean"] != 0
 
 
+def test_few_edits_are_made_in_disjoint_batches_and_averaged(experiment):
+    """Each batch from the unedited model, the last one smaller, as in the published code; against a plain loop."""
+    requests, config = experiment.requests, experiment.evaluation
+    batches = disjoint_batches(requests, 2, 3)
+    assert [[r.id for r in batch] for batch in batches] == [[r.id for r in requests[:2]], [requests[2].id]]
+    assert [len(batch) for batch in disjoint_batches(requests, 2, 1)] == [2], "one batch where enough records are in it"
+    trained = Variant(method="ft", layers=(2,), settings={"steps": "3"})
+    scores = scored_in_batches(experiment, {"unedited": None, "ft": trained}, batches, config)
+    values = []
+    for batch in batches:
+        with edited(experiment.model, experiment.edit(trained, batch)):
+            values += (
+                evaluate(experiment.model, batch, config).table.groupby(["measure", "case"])["value"].mean().items()
+            )
+    for measure in ("ES", "PS", "NS", "PM", "NM"):
+        expected = 100 * np.mean([value for (name, _), value in values if name == measure])
+        row = where(scores["ft"], measure=measure).iloc[0]
+        assert (row["mean"], row["n"]) == (pytest.approx(expected, abs=1e-3), len(requests))
+    before, after = (where(scores[name], measure="PM")["mean"].item() for name in ("unedited", "ft"))
+    assert abs(after - before) > 1, "the control: three steps of training change something"
+
+
 def test_the_first_of_romes_edits_are_its_edit_of_the_first(scaling, experiment):
     rome = Variant(method="rome", layers=(2,))
     of_three, of_two = (experiment.edit(rome, experiment.requests[:count]) for count in (3, 2))
@@ -102,8 +125,9 @@ def test_the_order_is_that_of_the_largest_n(out, scaling):
     assert list(table["place"]) == [1, 2]
 
 
-def test_a_second_run_makes_nothing_again(out, scaling, monkeypatch):
-    monkeypatch.setattr(Experiment, "score", refuses)
+def test_a_second_run_makes_nothing_again(out, scaling, monkeypatch, no_figures):
+    no_figures()
+    monkeypatch.setattr(Experiment, "score_rows", refuses)
     monkeypatch.setattr(Experiment, "edit", refuses)
     assert scaling_curve.main(arguments(out)) == 0
     pd.testing.assert_frame_equal(pd.read_parquet(out / "scaling_curve.parquet"), scaling)
@@ -133,7 +157,8 @@ def test_table_has_the_papers_columns_and_leaves_out_what_has_no_data(out, capsy
     assert (out / "table_counterfact.png").is_file()
 
 
-def test_free_text_brings_ge_and_rs(out):
+def test_free_text_brings_ge_and_rs(out, no_figures):
+    no_figures()
     assert table_counterfact.main(arguments(out, "--free", "1", "--count", "2", "--methods", "memit")) == 0
     tidy = pd.read_parquet(out / "table_counterfact.parquet")
     for measure, least, most in (("GE", 100, 800), ("RS", 0.1, 100)):
@@ -163,7 +188,7 @@ def test_every_request_on_the_tiny_model_has_references():
     assert all(references.of(request) for request in counterfacts(facts, 200))
 
 
-def test_runtime_times_stages_and_methods(out, experiment, monkeypatch):
+def test_runtime_times_stages_and_methods(out, experiment, monkeypatch, no_figures):
     command_line = arguments(out, "--count", "4", "--methods", "ft@2")
     assert runtime.main(command_line) == 0
     table = pd.read_parquet(out / "runtime.parquet")
@@ -182,6 +207,7 @@ def test_runtime_times_stages_and_methods(out, experiment, monkeypatch):
     paper = printed.set_index("what").loc["rome, paper (GPT-J)"]
     assert paper["facts"] == "10000"
     assert float(paper["of memit"]) == pytest.approx(12.29 / 7.44, abs=0.01)  # hours, Appendix B
+    no_figures()
     monkeypatch.setattr(runtime, "stage_seconds", refuses)
     monkeypatch.setattr(runtime, "make_edit", refuses)
     assert runtime.main(command_line) == 0
@@ -226,7 +252,8 @@ def test_records_are_edited_one_by_one_from_the_unedited_model(out, experiment):
     assert table.loc["ES", "n"] == len(experiment.requests)
 
 
-def test_the_single_protocol_has_romes_columns_rows_and_files(out):
+def test_the_single_protocol_has_romes_columns_rows_and_files(out, no_figures):
+    no_figures()
     assert table_counterfact.main(arguments(out, "--protocol", "single", "--methods", "rome@2")) == 0
     printed = pd.read_csv(out / "table_counterfact_single.csv")
     assert list(printed)[:9] == ["method", "layers", "S", "ES", "EM", "PS", "PM", "NS", "NM"]

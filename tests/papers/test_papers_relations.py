@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
-from analyses.common.categories import by_relation, find_pairs, mixed
+from analyses.common.categories import Pair, by_relation, find_pairs, mixed
 from analyses.common.command import open_experiment, options
 from analyses.common.counterfacts import counterfacts
 from analyses.common.experiment import Experiment
@@ -153,6 +153,38 @@ def test_the_differences_interval_holds_what_varies_and_nothing_else():
     assert difference["low"] < difference["mean"] < difference["high"]
 
 
+def test_ten_draws_have_students_interval_of_their_means_at_90_percent():
+    """x̄ ± t₀.₉₅(2) s/√3 = x̄ ± 2.920 s/√3, of three draws whose ES in the mixture is 100, 100 and 50."""
+    first, second = cases(a1=(100, 100, 50), a2=(100, 0, 50)), cases(b1=(0, 50, 100), b2=(100, 50, 100))
+    draws = [(first, second, cases(a1=(100, 100, 100), b1=(es, 0, 100))) for es in (100, 100, 0)]
+    table = mixtures.compare_draws(draws)
+    mixture = part(table, "ES", "mixture")
+    half = 2.920 * np.std([100, 100, 50], ddof=1) / 3**0.5
+    assert mixture[["mean", "low", "high"]].tolist() == pytest.approx(
+        [250 / 3, 250 / 3 - half, 250 / 3 + half], abs=0.05
+    )
+    assert part(table, "ES", "mean")[["mean", "low", "high"]].tolist() == [75, 75, 75], "the control: no draw differs"
+    one = mixtures.compare(*draws[0], seed=0, resamples=20)
+    assert (
+        part(one, "S", "mixture")["mean"]
+        == pytest.approx(75)
+        == mixtures.compare_draws(draws[:2]).query("measure == 'S' and part == 'mixture'")["mean"].item()
+    )
+
+
+def test_facts_are_drawn_anew_and_the_same_for_a_seed():
+    pair = Pair(
+        same="both", names=("a", "b"), rule="given",
+        requests=(relation("a", "abcdefgh", "XY"), relation("b", "ijklmnop", "XY")),
+    )  # fmt: skip
+    as_they_stand, shuffled = mixtures.drawn(pair, None), mixtures.drawn(pair, "0/1")
+    assert as_they_stand == pair.requests
+    assert shuffled == mixtures.drawn(pair, "0/1") != mixtures.drawn(pair, "0/2")
+    for part_shuffled, requests in zip(shuffled, pair.requests, strict=True):
+        assert part_shuffled != requests
+        assert {r.id for r in part_shuffled} == {r.id for r in requests}
+
+
 @pytest.fixture(scope="module")
 def out(papers_folder):
     return papers_folder()
@@ -170,7 +202,7 @@ def forbid_work(monkeypatch):
     monkeypatch.setattr("analyses.common.experiment.evaluate", None)
 
 
-def test_relations_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypatch, capsys):
+def test_relations_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypatch, capsys, no_figures):
     arguments = [*QUICK_RUN, "--out", str(out), "--methods", "memit", "--per-relation", "2"]
     relations.main(arguments)
     table = check_files(out, "relations")
@@ -187,6 +219,7 @@ def test_relations_runs_reuses_and_agrees_with_a_direct_computation(out, monkeyp
     assert row["mean"] == pytest.approx(direct["S"]["mean"])
     assert row["mean"] > 0
     forbid_work(monkeypatch)
+    no_figures()
     relations.main(arguments)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "relations.parquet"), table)
     assert "all mixed" in capsys.readouterr().out
@@ -197,7 +230,7 @@ def test_relations_without_enough_requests_are_left_out_or_refused(out):
         relations.main(["--layers", "1-3", "--out", str(out), "--per-relation", "500"])
 
 
-def test_mixtures_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypatch):
+def test_mixtures_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypatch, no_figures):
     arguments = [*QUICK_RUN, "--edits", "2", "--out", str(out)]
     mixtures.main(arguments)
     table = check_files(out, "mixtures", "mixtures_detail.png", "mixtures_detail.pdf")
@@ -212,15 +245,25 @@ def test_mixtures_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypa
     row = where(table, same="neither", edits=2, measure="NS", part="mixture").iloc[0]
     assert row["mean"] == pytest.approx(direct["NS"]["mean"])
     forbid_work(monkeypatch)
+    no_figures()
     mixtures.main(arguments)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "mixtures.parquet"), table)
     printed = pd.read_csv(out / "mixtures.csv")
     assert {"same", "edits", "measure", "mean", "mixture", "difference", "low", "high"} <= set(printed)
 
 
-@pytest.mark.parametrize("unreadable", [["--edits", "3"], ["--edits", "a"], ["--pairs", "both=P1"], ["--pairs", "x"]])
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        ["--edits", "3"],
+        ["--edits", "a"],
+        ["--pairs", "both=P1"],
+        ["--pairs", "x"],
+        ["--draws", "0"],
+    ],
+)
 def test_mixtures_refuses_what_it_cannot_read(out, unreadable):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"cannot be read|--draws is 0"):
         mixtures.main(["--layers", "1-3", "--out", str(out), *unreadable])
 
 
@@ -249,7 +292,7 @@ def test_fresh_knowledge_runs_reuses_and_agrees_with_a_direct_computation(out, m
     pd.testing.assert_frame_equal(pd.read_parquet(out / "fresh_knowledge.parquet"), table)
 
 
-def test_table_zsre_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypatch):
+def test_table_zsre_runs_reuses_and_agrees_with_a_direct_computation(out, monkeypatch, no_figures):
     arguments = [*QUICK_RUN, "--out", str(out), "--count", "3", "--methods", "memit"]
     table_zsre.main(arguments)
     table = check_files(out, "table_zsre")
@@ -272,6 +315,7 @@ def test_table_zsre_runs_reuses_and_agrees_with_a_direct_computation(out, monkey
     score = where(table, method="memit", measure="S").iloc[0]["mean"]
     assert score == pytest.approx(3 / sum(1 / value for value in three))
     monkeypatch.setattr(Experiment, "edit", None)
+    no_figures()
     table_zsre.main(arguments)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "table_zsre.parquet"), table)
 
