@@ -132,10 +132,10 @@ def scope_pairs(requests: Sequence[EditRequest], seed: int) -> Pairs:
     draw, pairs = Random(seed), []
     for request in requests:
         inside = [request.text, *request.paraphrases]
-        other = draw.choice(requests)
+        unrelated = draw.choice(requests)
         outside = [neighbor.prompt for neighbor in request.neighbors[: len(inside) - 1]]
-        if (other.subject, other.relation) != (request.subject, request.relation):
-            outside.append(other.text)
+        if (unrelated.subject, unrelated.relation) != (request.subject, request.relation):
+            outside.append(unrelated.text)
         pairs += [(text, request.text, True) for text in inside] + [(text, request.text, False) for text in outside]
     return pairs
 
