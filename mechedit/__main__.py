@@ -8,16 +8,37 @@ themselves behind; so until they are there the process ends at once. It has writ
 LINE = "mechedit: interrupted; the same command goes on from what is finished\n"
 
 try:
+    import io
     import os
     import signal
+    import sys
 
     def leave(*_: object) -> None:
         """Say that the command was interrupted, and end the process."""
-        os.write(2, LINE.encode())
-        os._exit(130)
+        try:
+            os.write(2, LINE.encode())
+        finally:
+            os._exit(130)
+
+    def open_streams() -> None:
+        """Let everything be printed; open the null device in the place of each standard stream that is closed.
+
+        Else the next file that is opened takes its place, and gets what libraries print.
+        """
+        for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+                setattr(sys, name, os.fdopen(number, mode, closefd=False))
+        for stream in (sys.stdout, sys.stderr):
+            # Of another encoding than UTF-8, which lacks the arrows and letters of what is printed.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
     def main() -> None:
         """Run the command line and leave with its exit code."""
+        open_streams()
         before = signal.getsignal(signal.SIGINT)
         if before is signal.default_int_handler:  # a process that ignores interrupts goes on to do so
             signal.signal(signal.SIGINT, leave)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, is_interrupt
 
 
 @contextlib.contextmanager
@@ -18,10 +18,13 @@ def writing(path: Path) -> Iterator[None]:
 
     Raises:
         InputError: names the path and the reason.
+        KeyboardInterrupt: an interrupt led to the error.
     """
     try:
         yield
     except Exception as error:
+        if is_interrupt(error):
+            raise KeyboardInterrupt from error
         reason = disk_error(error)
         if reason is None:
             raise

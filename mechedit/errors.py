@@ -7,7 +7,7 @@ remedy with which the message ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import TypeGuard
 
@@ -91,13 +91,50 @@ def count_not_finite(value: Tensor) -> int:
     return 0 if math.isfinite(float(value.sum())) else int((~torch.isfinite(value)).sum())
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an interrupt led to an error: code that cleans up after it may fail, and then that error is seen."""
+    pending, seen = [error], set[int]()
+    while pending:
+        error = pending.pop()
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        if id(error) not in seen:
+            seen.add(id(error))
+            pending += [other for other in (error.__cause__, error.__context__) if other is not None]
+    return False
+
+
 def brief(value: object) -> str:
     """A value for a message, cut short; a number of more than 4,300 digits cannot be written out."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number of thousands of digits"
-    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]} …"
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > _BRIEF:
+            return f"{text[:_BRIEF]} …"
+    return text
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """The text of a value piece by piece: lists that hold one list many times may be as long as memory when written."""
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):  # others are written otherwise
+        yield "[" if isinstance(value, list) else "("
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from _pieces(item)
+        yield "]" if isinstance(value, list) else ",)" if len(value) == 1 else ")"
+    elif isinstance(value, dict) and type(value) is dict:
+        yield "{"
+        for index, (key, item) in enumerate(value.items()):
+            yield ", " if index else ""
+            yield from _pieces(key)
+            yield ": "
+            yield from _pieces(item)
+        yield "}"
+    else:
+        try:
+            yield repr(value[: 2 * _BRIEF] if isinstance(value, str) else value)
+        except ValueError:
+            yield "a number of thousands of digits"
 
 
 def brief_list(names: Iterable[object]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from mechedit.errors import (
     InputError,
+    brief,
     check_at_least,
     check_choice,
     check_finite,
@@ -49,6 +50,25 @@ def test_none_passes_only_where_a_setting_may_be_left_out() -> None:
 def test_a_message_lists_the_choices_and_ends_with_the_hint() -> None:
     with pytest.raises(InputError, match=r"^the rule is 'eye', expected one of a, b; ask a colleague$"):
         check_choice("the rule", "eye", {"a": 1, "b": 2}, "ask a colleague")
+
+
+def test_a_value_is_cut_short_before_it_is_written_out() -> None:
+    """A list that holds another one many times, and so on, is longer than memory when it is written."""
+    for value in (1.5, "text", "it's", [], [1, "a"], (), (1,), (1, 2), {}, {"a": [1], 2: None}, {1}, None, True):
+        assert brief(value) == repr(value), "the control: others are written as Python writes them"
+    bomb: list[object] = ["x"]
+    mapping: dict[str, object] = {}
+    for _ in range(60):
+        bomb, mapping = [bomb] * 10, {"a": mapping, "b": mapping}
+    endless: list[object] = []
+    endless.append(endless)
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for long in (bomb, mapping, endless, deep, "x" * 10**6, [10**5000], list(range(10**6))):
+        assert len(brief(long)) < 90
+    assert brief("x" * 100) == repr("x" * 100)[:80] + " …"
+    assert brief(10**5000) == "a number of thousands of digits"
 
 
 def test_tensors_are_checked_entry_by_entry() -> None:

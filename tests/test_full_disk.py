@@ -162,6 +162,29 @@ def test_what_ends_a_command_is_said_below_its_bars(
     assert sum(line.startswith(beginning) for line in lines) == 1
 
 
+@pytest.mark.parametrize("refusal", [OSError(errno.ENOENT, "gone"), InputError("it cannot be read"), KeyError("x")])
+def test_an_interrupt_stays_one_where_cleaning_up_after_it_fails(
+    monkeypatch: Any, tmp_path: Path, capsys: Any, refusal: Exception
+) -> None:
+    """As in a library that closes what is no longer there."""
+
+    def interrupt(*arguments: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise refusal
+
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", interrupt)
+    with pytest.raises(SystemExit) as leaving:
+        main(["trace", "--out", str(tmp_path / "run")])
+    assert leaving.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("mechedit: interrupted")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "file"):
+        interrupt()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_line_says_it_in_one_line(monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
     """Where no writer of ours has caught it, such as when a library fills its own cache."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from mechedit import ranks
 from mechedit.cli.config_file import config_defaults
 from mechedit.cli.new_folders import no_empty_folders
 from mechedit.disk_errors import disk_error
-from mechedit.errors import InputError
+from mechedit.errors import InputError, is_interrupt
 from mechedit.provenance import VERSION
 
 app = typer.Typer(
@@ -46,6 +47,8 @@ _TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "P
 
 
 INTERRUPTED = "mechedit: interrupted; the same command goes on from what is finished"
+UNREAD = 141
+"""Exit code where nobody reads what is printed any more, such as after `| head`: that of programs ended by SIGPIPE."""
 DEALT = ("run", "trace", "select", "moments", "edit", "evaluate")
 """Commands whose work several processes share; of any other one the first process does all."""
 
@@ -53,6 +56,7 @@ DEALT = ("run", "trace", "select", "moments", "edit", "evaluate")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    streams = (sys.stdout, sys.stderr)  # as they are: click has others in their place once nobody reads them
     try:
         with plain_warnings(), ranks.joined() as group:
             try:
@@ -64,7 +68,26 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         code = 2
         print(_complaint(str(error)), file=sys.stderr)
-    sys.exit(code)
+    except BrokenPipeError:
+        code = UNREAD
+    sys.exit(_printed(code, streams))
+
+
+def _printed(code: int, streams: Sequence[Any]) -> int:
+    """The exit code, once all that was printed has left the process; another one where it cannot."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError as error:
+            # What is left is given up, or Python would try it again as it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                code = UNREAD
+                continue
+            line = f"what is printed cannot be written ({error.strerror}); check where it goes"
+            print(_complaint(line), file=sys.stderr)
+            code = code or 2
+    return code
 
 
 def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
@@ -80,12 +103,22 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
     except UsageError as error:
         return 2, _complaint(error.format_message())  # type: ignore[attr-defined]
     except InputError as error:
+        if is_interrupt(error):
+            _end_bars()
+            return 130, INTERRUPTED
         return 2, _complaint(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except ranks.RankFailed:
+    except (ranks.RankFailed, BrokenPipeError):
+        raise
+    except SystemExit as leaving:  # so click ends where nobody reads what is printed
+        if isinstance(leaving.__context__, BrokenPipeError):
+            raise leaving.__context__ from None
         raise
     except Exception as error:
+        if is_interrupt(error):
+            _end_bars()
+            return 130, INTERRUPTED
         reason = disk_error(error)
         if reason is not None:
             file = getattr(error, "filename", None)
