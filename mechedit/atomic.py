@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mechedit.disk_errors import writing
 from mechedit.errors import InputError
-from mechedit.paths import checked_path, writable_folder
+from mechedit.paths import checked_path, writable_file, writable_folder
 from mechedit.temporary_names import sweep, sweep_once, temporary_name
 
 
@@ -22,9 +22,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     (`mechedit.temporary_names`): what writers leave beside their files is removed with it.
 
     Raises:
-        InputError: the folder cannot be made or written to, or the disk does not take the file.
+        InputError: the folder cannot be made or written to, something else than a file is there, or the disk does not
+            take the file.
     """
-    path = Path(path)
+    path = writable_file(path)
     writable_folder(path.parent)
     sweep_once(path.parent)
     folder = path.parent / temporary_name(path.stem)

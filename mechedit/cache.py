@@ -16,6 +16,7 @@ import pandas as pd
 from platformdirs import user_cache_dir
 
 from mechedit.files import read_parquet, write_parquet
+from mechedit.paths import expanded_path
 from mechedit.provenance import value_hash
 
 Value = TypeVar("Value")
@@ -30,7 +31,7 @@ def cache_folder() -> Path:
     On Linux that is ~/.cache/mechedit.
     """
     if configured := os.environ.get(CACHE_VARIABLE):
-        return Path(configured).expanduser()
+        return expanded_path(configured)
     return Path(user_cache_dir("mechedit"))
 
 

@@ -23,6 +23,7 @@ from mechedit.disk_errors import writing
 from mechedit.errors import InputError
 from mechedit.paths import writable_folder
 from mechedit.processes import ProcessIdentity
+from mechedit.temporary_names import sweep_once
 
 _POLL = 0.1
 """Seconds between two looks at a lock."""
@@ -48,6 +49,7 @@ def locked(path: str | Path, what: str, *, made_with: str | None = None, wait: b
             and since when. Or the folder cannot be written to.
     """
     path = Path(path)
+    sweep_once(path.parent)
     file = writable_folder(path.parent) / f".{path.name}.lock"
     with writing(path):
         lock = _acquire(file, what, made_with, wait)

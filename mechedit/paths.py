@@ -6,6 +6,8 @@ import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from mechedit.errors import InputError, brief
@@ -29,6 +31,20 @@ def checked_path(path: str | Path) -> Path:
     return Path(path)
 
 
+def expanded_path(path: str | Path) -> Path:
+    """The path, `~` at its beginning being a user's home.
+
+    Raises:
+        InputError: there is no such user, or as `checked_path`.
+    """
+    try:
+        return checked_path(Path(path).expanduser())
+    except RuntimeError as error:
+        raise InputError(
+            f"{brief(str(path))} begins with the home of a user who is not known here, expected a path; write it out"
+        ) from error
+
+
 def readable_path(path: str | Path) -> Path:
     """The path, unless reading from it might never end: what is there is a pipe, a socket or a device.
 
@@ -46,6 +62,21 @@ def readable_path(path: str | Path) -> Path:
     return path
 
 
+_made: ContextVar[list[Path] | None] = ContextVar("mechedit_made_folders", default=None)
+"""Where folders are noted that are made; None where nobody asks for them."""
+
+
+@contextlib.contextmanager
+def made_folders() -> Iterator[list[Path]]:
+    """The folders that `writable_folder` makes until the block ends, in the order in which they are asked for."""
+    made: list[Path] = []
+    token = _made.set(made)
+    try:
+        yield made
+    finally:
+        _made.reset(token)
+
+
 def writable_folder(folder: str | Path) -> Path:
     """Make `folder` when absent and return it.
 
@@ -54,7 +85,10 @@ def writable_folder(folder: str | Path) -> Path:
     """
     folder = checked_path(folder)
     try:
+        absent = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        if (made := _made.get()) is not None:
+            made.extend(absent)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
@@ -62,3 +96,19 @@ def writable_folder(folder: str | Path) -> Path:
             f"cannot write to the folder {str(folder)!r} ({error.strerror}); expected a folder that can be "
             f"written to: choose another with --out"
         ) from error
+
+
+def writable_file(path: str | Path) -> Path:
+    """The path, unless a file that is written there would take the place of what is no file.
+
+    Raises:
+        InputError: there is a folder, a pipe, a socket or a device, or as `checked_path`.
+    """
+    path = checked_path(path)
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(
+                f"{brief(str(path))} is a folder, a pipe, a socket or a device, expected a file or nothing there; "
+                f"choose another path"
+            )
+    return path

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import psutil
 
+_PIDS = 2**31
+"""Above every process id."""
 CLOCK_TOLERANCE = 2
 """Seconds by which the recorded start may differ from the measured one: a clock may be set meanwhile."""
 
@@ -37,6 +39,8 @@ class ProcessIdentity:
     @property
     def is_dead(self) -> bool:
         """Whether it is certain that the process has ended; never of one on another host."""
+        if self.host == host_name() and not 0 < self.pid < _PIDS:
+            return True  # no process has such an id: the name or file that says so is damaged
         if self.host != host_name() or (self.pid == os.getpid() and self.start == _identity(self.pid).start):
             return False
         try:

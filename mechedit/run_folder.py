@@ -23,7 +23,7 @@ from mechedit.cache import Cache, Codec, Value
 from mechedit.checksums import checks_content
 from mechedit.errors import InputError, brief
 from mechedit.files import plain_copy, read_object, write_json
-from mechedit.locks import locked
+from mechedit.locks import locked, remove_free_locks
 from mechedit.paths import writable_folder
 from mechedit.provenance import (
     ALGORITHMS,
@@ -42,8 +42,9 @@ _FOLDERS = (".", "figures", "moments", "moments/parts", "targets", "trace_parts"
 
 
 def sweep_run_folder(folder: str | Path) -> None:
-    """Remove what killed processes left half-written in a run folder; what a living one writes stays."""
+    """Remove what killed processes left half-written in a run folder, and their locks; a living one's stays."""
     sweep(Path(folder) / name for name in _FOLDERS)
+    remove_free_locks(folder, "*")
 
 
 def check_seen_by_all(folder: Path) -> None:

@@ -10,9 +10,12 @@ import pytest
 import torch
 from helpers.edits import random_edit
 
+import mechedit as me
 from mechedit import Edit
-from mechedit.cache import PARQUET, Cache, Codec, codec_of
+from mechedit.cache import CACHE_VARIABLE, PARQUET, Cache, Codec, cache_folder, codec_of
 from mechedit.errors import InputError
+from mechedit.methods.tuned_settings import TUNED_VARIABLE, tuned_folder
+from mechedit.models import ModelShapes
 
 EDIT = codec_of(Edit, suffix=".safetensors")
 
@@ -79,6 +82,19 @@ def test_an_edit_is_kept_with_its_manifest(lens_model: Any, tmp_path: Path) -> N
     assert loaded.manifest == edit.manifest
     for layer in edit.layers:
         assert torch.equal(loaded.delta(layer), edit.delta(layer))
+
+
+def test_the_home_of_a_user_who_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = "~no-such-user-of-this-machine/folder"
+    for variable, folder in ((CACHE_VARIABLE, cache_folder), (TUNED_VARIABLE, tuned_folder)):
+        monkeypatch.setenv(variable, nobody)
+        with pytest.raises(me.InputError, match="the home of a user who is not known"):
+            folder()
+        monkeypatch.setenv(variable, "~/folder")
+        assert folder() == Path.home() / "folder", "the control"
+    for read in (me.load_model, ModelShapes.of_config):
+        with pytest.raises(me.InputError, match="the home of a user who is not known"):
+            read(nobody)
 
 
 def test_a_damaged_file_is_refused_and_not_made_again(lens_model: Any, tmp_path: Path) -> None:

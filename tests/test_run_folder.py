@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import call, complaint
 
 import mechedit as me
 from mechedit import pipeline, provenance, run_folder
@@ -210,3 +211,34 @@ def test_a_refused_first_step_writes_nothing(tmp_path):
     with pytest.raises(InputError, match="no"):
         folder.step("trace", {"model": MODEL}, refused, PARQUET, at="effects.parquet")
     assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["edit", "--layers=1", "--moments=new/deeper", "--out=new/deeper/edit.safetensors"],
+        ["edit", "--layers=1", "--requests=none.json", "--out=new/deeper/edit.safetensors"],
+        ["train-mend", "--requests=none.json", "--out=new/deeper/mend.safetensors"],
+        ["tune", "--requests=none.json", "--out=new/deeper"],
+        ["moments", "--layers=99", "--out=new/deeper"],
+        ["apply", "--edit=none.safetensors", "--out=new/deeper/model"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_refused_command_leaves_no_empty_folder(tmp_path, monkeypatch, capsys, lens_model, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", lambda *arguments: lens_model)
+    complaint(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_command_leaves_no_empty_folder(tmp_path, monkeypatch):
+    def interrupt(*arguments: object) -> None:
+        assert (tmp_path / "new" / "deeper").is_dir(), "the control"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", interrupt)
+    (tmp_path / "before").mkdir()
+    assert call("trace", f"--out={tmp_path}/new/deeper") == 130
+    assert call("trace", f"--out={tmp_path}/before/../new/deeper") == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["before"], "what was there before stays"

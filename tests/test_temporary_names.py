@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import subprocess
@@ -13,12 +14,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.commands import complaint
 from helpers.run_folder import write_run
 
 from mechedit.atomic import atomic, atomic_folder
 from mechedit.cache import Codec
 from mechedit.errors import InputError
 from mechedit.files import read_json, write_json, write_tensors
+from mechedit.locks import locked
 from mechedit.moments.checkpoints import remove_temporary_files
 from mechedit.moments.chunks import Rank
 from mechedit.processes import ProcessIdentity, host_name
@@ -88,6 +91,21 @@ def test_an_id_that_was_given_to_another_process_fools_nobody(tmp_path: Path) ->
         path = leftover(tmp_path, owner)
         sweep([tmp_path])
         assert not path.exists()
+
+
+@pytest.mark.parametrize("pid", [10**30, 2**31, 0, -1])
+def test_an_id_that_no_process_can_have_is_that_of_a_dead_one(tmp_path: Path, pid: int) -> None:
+    """Of a file or a lock that is damaged."""
+    owner = ProcessIdentity(host_name(), pid, 1)
+    assert owner.is_dead
+    assert not ProcessIdentity("another", pid, 1).is_dead
+    (tmp_path / ".file.lock").write_text(json.dumps({"host": owner.host, "pid": pid, "start": 1}))
+    with locked(tmp_path / "file", "the file"):
+        assert json.loads((tmp_path / ".file.lock").read_text())["pid"] == os.getpid()
+    if pid > 0:
+        left = leftover(tmp_path, owner)
+        sweep([tmp_path])
+        assert not left.exists()
 
 
 def test_a_process_that_nobody_waited_for_has_ended() -> None:
@@ -208,3 +226,22 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(InputError, match="loop"), atomic_folder(tmp_path / "loop"):
         pass
+
+
+@pytest.mark.parametrize("command", [["edit", "--layers=1"], ["train-mend", "--steps=1"]])
+def test_what_is_no_file_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, command: list[str]
+) -> None:
+    """A device by that name, such as /dev/null, would be gone for the whole machine."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.mkdir("folder")
+    for name in ("pipe", "folder"):
+        with pytest.raises(InputError, match=f"'{name}' is a folder, a pipe, a socket or a device"), atomic(name):
+            pass
+        assert "a pipe, a socket or a device" in complaint(capsys, *command, f"--out={name}", "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert not (tmp_path / "pipe").is_file()
+    with atomic("file") as temporary:  # the control
+        temporary.write_text("content")
+    assert Path("file").read_text() == "content"

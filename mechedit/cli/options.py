@@ -9,7 +9,6 @@ from typing import Any
 
 from mechedit.chat import Prompted, prompted
 from mechedit.cli.app import print_json, say
-from mechedit.cli.new_folders import new_run_folder
 from mechedit.cli.parsing import load_quietly, method_settings
 from mechedit.data import Conflicts, EditRequest, Fact, read_edit_requests, read_facts
 from mechedit.errors import InputError
@@ -96,8 +95,8 @@ class RunFolderOptions(ModelOptions):
     """Folder for the results."""
 
     def run_folder(self) -> RunFolder:
-        """Open the folder; it is made if it is not there, and removed again where the command is refused at once."""
-        return new_run_folder(self.out, overwrite=self.overwrite)
+        """Open the folder, which is made if it is not there."""
+        return RunFolder.at(self.out, overwrite=self.overwrite)
 
 
 @dataclass(frozen=True, kw_only=True)

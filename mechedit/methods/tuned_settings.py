@@ -18,7 +18,9 @@ from mechedit.edit.applied_edits import applied_edits
 from mechedit.errors import InputError, brief
 from mechedit.files import plain_copy, read_object, write_json
 from mechedit.models import Model
+from mechedit.paths import expanded_path
 from mechedit.provenance import CAST_HASHES, VERSION, ModelIdentity, value_hash
+from mechedit.records import ModelRecord, check_record
 
 TUNED_FILE = "tuned.json"
 """Name of the file."""
@@ -83,7 +85,7 @@ class TunedSettings:
 def tuned_folder() -> Path:
     """The folder of tuned settings: $MECHEDIT_TUNED, else `tuned` in mechedit's cache folder."""
     if configured := os.environ.get(TUNED_VARIABLE):
-        return Path(configured).expanduser()
+        return expanded_path(configured)
     return cache_folder() / "tuned"
 
 
@@ -171,6 +173,7 @@ def _sections(path: Path) -> dict[str, Any]:
     content = read_object(path, "model", "methods")
     if not content.get("model") or not content.get("methods"):
         raise _damaged(path, "it has no model or no methods")
+    check_record(content["model"], ModelRecord, f"the model in {str(path)!r}", _REMEDY)
     return content
 
 

@@ -17,7 +17,7 @@ from mechedit.atomic import atomic_folder
 from mechedit.cache import cache_folder
 from mechedit.errors import InputError
 from mechedit.files import write_json
-from mechedit.paths import checked_path, writable_folder
+from mechedit.paths import expanded_path, writable_folder
 from mechedit.provenance import value_hash
 
 _MARK = "gguf.json"
@@ -33,7 +33,7 @@ def gguf_file(source: str | Path) -> Path | None:
     Raises:
         InputError: a folder holds several of them and no other weights.
     """
-    path = checked_path(Path(source).expanduser())
+    path = expanded_path(source)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path
     if not path.is_dir() or any(next(path.glob(pattern), None) for pattern in _WEIGHTS):

@@ -25,6 +25,7 @@ from mechedit.models.saving import source_file, stored_dtype
 from mechedit.models.self_check import self_check
 from mechedit.models.vocabulary import check_tokenizer
 from mechedit.models.weights_hash import DTYPES
+from mechedit.paths import expanded_path
 
 Backend = Literal["transformer_lens", "nnsight"]
 _UNPICKLED = (
@@ -102,7 +103,7 @@ def load_model(
             target_dtype = torch.float32
         placing = _device_map(target_device, spread)
         if (file := gguf_file(source)) is not None:
-            with _input_errors(name):
+            with input_errors(name):
                 location = str(dequantized(file, target_dtype))
         hf = _load(location, name, placing, target_dtype, merge_adapter, allow_pickle)
         _check_in_memory(hf)
@@ -122,7 +123,7 @@ def load_model(
         _check_loaded(hf, target_device if device and not spread else None, target_dtype)
     # Of a damaged checkpoint some settings are only read once the model runs.
     of_files = location is not None
-    with _input_errors(name) if of_files else contextlib.nullcontext():
+    with input_errors(name) if of_files else contextlib.nullcontext():
         check_tokenizer(tokenizer, hf.get_input_embeddings().weight.shape[0], name)
     try:
         model = _wrap(hf, tokenizer, name, backend)
@@ -136,7 +137,7 @@ def load_model(
             raise InputError(
                 f"{_first_line(error)}. But {shown}: remove it (.remove() of its handle) and load again"
             ) from error
-        with _input_errors(name) if of_files else contextlib.nullcontext():
+        with input_errors(name) if of_files else contextlib.nullcontext():
             raise
     if location is not None:
         model.checkpoint_dtype = stored_dtype(location)
@@ -152,7 +153,7 @@ def checkpoint_config(source: str | Path) -> Any:
     from transformers import AutoConfig
 
     name = str(source)
-    with _input_errors(name):
+    with input_errors(name):
         location = name if Path(name).is_file() else _location(source)
         _check_reachable(location if not Path(name).is_file() else str(Path(name).parent))
         return AutoConfig.from_pretrained(location, trust_remote_code=False)
@@ -183,7 +184,7 @@ def _load(
     """Load weights to their device; the config is checked before, so that refusing a model costs no download."""
     from transformers import AutoConfig
 
-    with _input_errors(name):
+    with input_errors(name):
         _check_reachable(location)
         if adapters.adapter_config(location) is not None:
             if not merge_adapter:
@@ -260,7 +261,7 @@ def _load_tokenizer(location: str, name: str) -> Any:
     """The tokenizer of a checkpoint; an adapter without one has its base model's."""
     from transformers import AutoTokenizer
 
-    with _input_errors(name):
+    with input_errors(name):
         if adapters.adapter_config(location) is not None and not _has_tokenizer(location):
             return _load_tokenizer(_location(adapters.base_of(location)), name)
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
@@ -273,7 +274,7 @@ def _has_tokenizer(location: str) -> bool:
 
 
 @contextlib.contextmanager
-def _input_errors(name: str) -> Iterator[None]:
+def input_errors(name: str) -> Iterator[None]:
     """Turn errors of files, network and checkpoints into an InputError."""
     try:
         yield
@@ -311,7 +312,7 @@ def _location(source: str | Path) -> str:
     """The source as transformers takes it: an existing folder, or a hub name."""
     name = str(source)
     # The source itself is compared, so that Path("tiny") is a folder like any other.
-    folder = _TINY if source == "tiny" else Path(name).expanduser()
+    folder = _TINY if source == "tiny" else expanded_path(name)
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return str(folder)
     if source == "tiny":

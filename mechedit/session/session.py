@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -304,9 +303,9 @@ class EditSession:
     def _try_batch(self, requests: tuple[EditRequest, ...], overridden: tuple[str, ...]) -> EditedBatch:
         """Make the edit of a batch and measure the model with it; the model is then as it was before."""
         start = time.perf_counter()
-        previous_keys = active_keys(self._accepted, overridden) if self._editor.accumulate else {}
-        edit, keys = self._editor.edit_batch(requests, previous_keys, self._folder.targets)
         number = len(self._batches) + 1
+        previous_keys = active_keys(self._accepted, overridden) if self._editor.accumulate else {}
+        edit, keys = self._editor.edit_batch(requests, previous_keys, self._folder.targets(number))
         batch = EditedBatch(number=number, requests=requests, edit=edit, keys=keys, overridden=overridden)
         with restoring(self._editor.model, self._editor.layers):
             self._switch_to([*self._accepted, batch])
@@ -340,8 +339,7 @@ class EditSession:
             self._folder.save_batch(batch)
             self._batches = (*self._batches, batch)
             self._n_written += 1
-        if self._folder.targets is not None:
-            shutil.rmtree(self._folder.targets, ignore_errors=True)
+        self._folder.remove_targets(batch.number)
 
     def _switch_to(self, batches: Sequence[EditedBatch]) -> None:
         """Replace the accepted batches on the model by `batches`."""

@@ -17,7 +17,7 @@ from mechedit.provenance import VERSION, check_provenance, value_hash
 from mechedit.records import check_record
 from mechedit.session.edited_batch import EditedBatch
 from mechedit.session.metrics import HistoryEntry
-from mechedit.temporary_names import sweep
+from mechedit.temporary_names import remove_folder, sweep
 
 
 class SessionRecord(TypedDict):
@@ -33,10 +33,20 @@ class SessionFolder:
 
     path: Path | None
 
-    @property
-    def targets(self) -> Path | None:
-        """Folder in which the search for z caches its results while a batch is written."""
-        return None if self.path is None else self.path / "targets"
+    def targets(self, number: int) -> Path | None:
+        """Folder in which the search for z caches its results while the batch of this number is written."""
+        return None if self.path is None else self.path / "targets" / f"{number:04}"
+
+    def remove_targets(self, n_batches: int) -> None:
+        """Remove what the searches for the first batches left, which are finished."""
+        if self.path is None:
+            return
+        folder = self.path / "targets"
+        for path in folder.glob("[0-9]*"):
+            if path.name.isdecimal() and int(path.name) <= n_batches:
+                remove_folder(path)
+        with contextlib.suppress(OSError):  # it is not there, or holds those of the next batch
+            folder.rmdir()
 
     def save_settings(self, settings: Mapping[str, Any], unedited: Sequence[HistoryEntry]) -> None:
         """Write session.json.
@@ -124,7 +134,8 @@ class SessionFolder:
         """
         if self.path is None:
             return ()
-        sweep([self.path, self.path / "batches", self.path / "targets"])
+        targets = self.path / "targets"
+        sweep([self.path, self.path / "batches", targets, *targets.glob("[0-9]*")])
         for temporary in (self.path / "batches").glob(".*.safetensors"):
             if temporary.is_file():  # by a name without a process
                 temporary.unlink()
@@ -136,6 +147,7 @@ class SessionFolder:
             check_provenance(chain, {"number": number, "made_on": weights_hash}, repr(str(file)), remedy=remedy)
             batches.append(batch)
             weights_hash = batch.weights_hash
+        self.remove_targets(len(batches))  # of a process that was killed as it had saved the last one
         return tuple(batches)
 
     def save_batch(self, batch: EditedBatch) -> None:

@@ -460,6 +460,18 @@ def test_a_half_written_checkpoint_is_cleared_away(begin: Any, uninterrupted: Ed
     assert_same_session(session, uninterrupted)
 
 
+def test_targets_of_finished_batches_go_and_those_of_the_next_stay(begin: Any, tmp_path: Path) -> None:
+    """As a process leaves them that was killed when it had saved a batch, or while it searched for the next."""
+    with begin(folder=tmp_path) as session:
+        session.write(BATCHES[0])
+    assert not (tmp_path / "targets").exists()
+    for number in (1, 2):
+        (tmp_path / "targets" / f"000{number}").mkdir(parents=True)
+        (tmp_path / "targets" / f"000{number}" / "z.safetensors").write_bytes(b"z")
+    begin(folder=tmp_path)
+    assert [path.name for path in (tmp_path / "targets").iterdir()] == ["0002"]
+
+
 def test_a_folder_can_be_read_and_gone_on_with_in_another_session(
     begin: Any, lively: Any, uninterrupted: EditSession, tmp_path: Path
 ) -> None:
