@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Hashable
 from itertools import pairwise
 from typing import Any
 
 import yaml
 
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, brief_list
 from mechedit.files import read_text
 
 SEPARATED = "Several are separated by commas."
@@ -38,8 +40,10 @@ def config_defaults(group: Any, arguments: list[str]) -> dict[str, Any]:
     for key, value in content.items():
         option = str(key).lstrip("-").replace("_", "-")
         if option not in options:
+            likely = difflib.get_close_matches(option, sorted(options), cutoff=0.5)
             raise InputError(
-                f"{path!r} names the option {brief(option)}, expected some of {', '.join(sorted(options))}"
+                f"{path!r} names the option {brief(option)}, expected one of `mechedit {name}`, such as "
+                f"{', '.join(likely) or brief_list(sorted(options))}"
             )
         if options[option].name in values:
             raise InputError(f"{path!r} gives the option {brief(option)} twice, expected it once; drop one")
@@ -86,10 +90,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Read an object whose keys are all different."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
+        keys: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # refused by YAML's own reader
+            if key in keys:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {brief(key)} is given twice", problem_mark=node.value[i][0].start_mark
+                    problem=f"the key {brief(key)} is given twice", problem_mark=key_node.start_mark
                 )
+            keys.add(key)
         return super().construct_mapping(node, deep)

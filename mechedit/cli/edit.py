@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import typer
@@ -11,7 +11,8 @@ from mechedit import ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import command
 from mechedit.cli.describe import describe_edit, format_description, say_unconverged
-from mechedit.cli.options import MethodOptions, RequestsOption
+from mechedit.cli.idle import refuse_idle
+from mechedit.cli.options import MethodOptions, ModelOptions, RequestsOption
 from mechedit.cli.parsing import (
     method_settings,
     parse_layers,
@@ -34,7 +35,7 @@ from mechedit.methods import (
 )
 from mechedit.models import Model
 from mechedit.moments import is_published, load_moments
-from mechedit.paths import writable_folder
+from mechedit.paths import writable_file, writable_folder
 from mechedit.run_folder import check_seen_by_all
 from mechedit.selection import Selection
 from mechedit.shards import Rank
@@ -101,6 +102,12 @@ def edit_command(options: EditOptions) -> int:
     """Make an edit file from requests; the model is not changed. With --show, print what an edit file changes."""
     if options.show is not None:
         path = options.show
+        read = {"show", *(field.name for field in fields(ModelOptions))} - {"seed", "overwrite"}
+        refuse_idle(
+            options,
+            names={field.name for field in fields(options)} - read,
+            reason="is for making an edit, and --show only prints what one holds; leave one of them out",
+        )
         return ranks.current().from_first(lambda: _show(path, options), "the description")
     if options.shard is not None and not options.targets_only:
         raise InputError("--shard is for a search of targets, expected --targets-only with it; add that, then --merge")
@@ -110,6 +117,7 @@ def edit_command(options: EditOptions) -> int:
         raise InputError("give the layers either by --layers or by --selection, and not by both")
     if not ranks.current().is_first or options.targets_only:
         return _make(options)
+    writable_file(options.out)
     with locked(options.out, f"the edit {str(options.out)!r}"):
         return _make(options)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mechedit import pipeline, ranks
 from mechedit.cli.command import command, options_of
+from mechedit.cli.idle import refuse_idle
 from mechedit.cli.options import EVALUATION_OPTIONS, RequestsOption, RunFolderOptions
 from mechedit.cli.parsing import first_texts
 from mechedit.data import Conflicts, load_texts
@@ -40,6 +41,12 @@ def evaluate_command(options: EvaluateOptions, evaluation: EvaluationConfig) -> 
     The unedited model's answers are kept in baseline/; another edit is compared with them (with --overwrite in the
     same folder).
     """
+    if options.texts is None:
+        refuse_idle(
+            options,
+            names={"max_texts"},
+            reason="is how many of --texts are read; add --texts, or leave it out",
+        )
     folder = options.run_folder()
     requests = options.read_named_requests(options.conflicts)
     references = None if options.references is None else load_references(options.references, requests)

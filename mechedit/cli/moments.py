@@ -9,6 +9,7 @@ from pathlib import Path
 from mechedit import pipeline, ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import command, options_of
+from mechedit.cli.idle import refuse_idle
 from mechedit.cli.options import RunFolderOptions, TextsOption
 from mechedit.cli.parsing import existing_folder, parse_layers, parse_shard, require_layers, require_one_process
 from mechedit.errors import InputError
@@ -54,6 +55,12 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
     A killed run goes on from its last checkpoint. With --shard each process reads its part of the text; when all have
     ended, --merge makes the files from these parts.
     """
+    if not options.convergence:
+        refuse_idle(
+            curve,
+            names={"weight"},
+            reason="is that of the update which --convergence measures; add --convergence, or leave it out",
+        )
     if options.merge:
         return ranks.current().from_first(lambda: _merge(options), "the merge")
     if options.shard and options.npz:

@@ -11,6 +11,7 @@ import typer
 
 from mechedit.cli.app import one_line
 from mechedit.cli.command import POSITIONAL, command, options_of
+from mechedit.cli.idle import refuse_idle
 from mechedit.cli.options import JsonOption
 from mechedit.cli.parsing import parse_layers, quiet, require_layers
 from mechedit.errors import check_at_least, check_choice, check_positive
@@ -78,6 +79,12 @@ def plan_command(options: PlanOptions, prompt: PromptShape, trace: TraceConfig) 
 
     Nothing is computed, but for the rate where none is given.
     """
+    if options.rate is not None:
+        refuse_idle(
+            options,
+            names={"device"},
+            reason="is where a rate is measured, and --rate gives one; leave one of them out",
+        )
     for name in ("facts", "edits", "tokens"):
         check_at_least(name, getattr(options, name), 1)
     check_at_least("text_tokens", options.text_tokens, 1, optional=True)
@@ -88,6 +95,7 @@ def plan_command(options: PlanOptions, prompt: PromptShape, trace: TraceConfig) 
     with quiet():
         shapes = ModelShapes.of_config(options.model or "tiny", dtype)
     layers = _layers(options, shapes)
+    prompt.require_room(shapes)
     steps = (
         plan_trace_step(shapes, options.facts, prompt, trace),
         plan_moments_step(shapes, int(options.tokens), layers, text_tokens=options.text_tokens),

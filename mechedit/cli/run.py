@@ -11,6 +11,7 @@ from mechedit import pipeline, ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import command, options_of
 from mechedit.cli.describe import say_unconverged
+from mechedit.cli.idle import refuse_idle
 from mechedit.cli.options import (
     ALL_SEVERED,
     EVALUATION_OPTIONS,
@@ -89,6 +90,12 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     (`mechedit tune`) are edited whatever the trace selects.
     """
     # Whatever can be refused is refused before the long steps.
+    if options.layers is not None:
+        refuse_idle(
+            options,
+            names={"by", "accept_unsettled"},
+            reason="says how the layers are chosen, and --layers names them; leave one of them out",
+        )
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
     all_requests = options.read_requests(options.requests, options.conflicts)

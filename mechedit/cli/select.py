@@ -9,10 +9,10 @@ from typing import Annotated
 from mechedit import pipeline, ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import POSITIONAL, command, options_of
+from mechedit.cli.idle import refuse_idle
 from mechedit.cli.options import RULE_NOTE, MethodOptions, ModelOptions, RequestsOption, TextsOption
 from mechedit.cli.parsing import existing_folder
 from mechedit.data import Conflicts
-from mechedit.errors import InputError
 from mechedit.figures import run_figures
 from mechedit.moments import MomentsConfig
 from mechedit.run_folder import RunFolder
@@ -91,14 +91,12 @@ def _refuse_idle(options: SelectOptions, *settings: SweepConfig | MomentsConfig)
     """
     shared = {field.name for kind in (ModelOptions, SelectConfig) for field in fields(kind)}
     for chosen in (options, *settings):
-        names = [field.name for field in fields(chosen) if field.name not in {*shared, *_ALWAYS_READ}]
-        changed = [name for name in names if getattr(chosen, name) != getattr(type(chosen), name)]
-        if changed:
-            option = _RENAMED.get(changed[0], changed[0]) if isinstance(chosen, SweepConfig) else changed[0]
-            raise InputError(
-                f"--{option.replace('_', '-')} is for the sweep of edits, expected a sweep; add --validate, or --by "
-                f"sweep or both, or leave it out"
-            )
+        refuse_idle(
+            chosen,
+            names={field.name for field in fields(chosen)} - {*shared, *_ALWAYS_READ},
+            reason="is for the sweep of edits, expected one; add --validate, or --by sweep or both, or leave it out",
+            option_names=_RENAMED if isinstance(chosen, SweepConfig) else None,
+        )
 
 
 def _validate(

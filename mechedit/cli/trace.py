@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mechedit import pipeline, ranks
 from mechedit.cli.app import say
 from mechedit.cli.command import command, options_of
+from mechedit.cli.idle import refuse_idle
 from mechedit.cli.options import (
     ALL_SEVERED,
     STOPPED,
@@ -72,6 +73,12 @@ def trace_command(
         raise InputError(
             "--minutes is for a trace that ends when the selection settles, expected --until-settled; add it, or leave "
             "--minutes out"
+        )
+    if not options.approximate:
+        refuse_idle(
+            approximation,
+            names={field.name for field in fields(approximation)},
+            reason="is for an approximate trace, expected --approximate with it; add that, or leave it out",
         )
     if options.merge:
         existing_folder(options.out)

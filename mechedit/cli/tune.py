@@ -11,6 +11,7 @@ from typing import Annotated
 from mechedit import pipeline
 from mechedit.cli.app import say
 from mechedit.cli.command import POSITIONAL, command, options_of
+from mechedit.cli.idle import refuse_idle
 from mechedit.cli.options import MethodOptions, RequestsOption, TextsOption
 from mechedit.cli.parsing import existing_folder
 from mechedit.errors import InputError
@@ -51,6 +52,13 @@ def tune_command(options: TuneOptions, tuning: TuneConfig, reading: MomentsConfi
 
     `edit`, `run` and `select --validate` then take them by themselves. An interrupted search goes on where it stopped.
     """
+    if options.moments is not None:
+        refuse_idle(
+            options,
+            reading,
+            names={"texts", "tokens", "max_length"},
+            reason="is for collecting second moments, and --moments names those that are there; leave one of them out",
+        )
     check_method(options.method)
     requests = options.read_requests(options.requests, "first")  # one per subject is taken in any case
     candidates, traced = _of_trace(options.trace)
