@@ -38,6 +38,9 @@ READ_BYTES = 1 << 18
 SLOWEST = 1000
 """Bytes per second below which a download is given up: a server that sends a byte now and then never ends."""
 
+LARGEST = 1 << 35
+"""Bytes above which a file of unknown size is given up: a server that never ends would fill the disk."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
@@ -95,9 +98,9 @@ def fetch(
             fails.
 
     Raises:
-        InputError: the server cannot be reached, refuses, is too slow, or ends early; what it sent is empty or cannot
-            be read; the file's size or hash is not the expected one, or not that of the first download; the folder
-            cannot be written to.
+        InputError: the server cannot be reached, refuses, is too slow, ends early or sends too much; what it sent is
+            empty or cannot be read; the file's size or hash is not the expected one, or not that of the first download;
+            the folder cannot be written to.
     """
     path = Path(cache or cache_folder()) / remote.name
     expected = _expected(remote, path)
@@ -216,7 +219,9 @@ def _download(remote: RemoteFile, path: Path, timeout: float) -> Path:
             _append(_in_time(_blocks(stream), timeout), partial, response.offset, size, path.name)
     except urllib.error.HTTPError as error:
         raise InputError(f"{remote.url} answers {error.code} ({error.reason}); {_by_hand(path)}") from error
-    except (OSError, http.client.HTTPException) as error:
+    except InputError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:  # a redirect to what is no address
         raise InputError(
             f"cannot download {remote.url} ({getattr(error, 'reason', None) or error or type(error).__name__}); "
             f"try again, which goes on from what was read; {_by_hand(path)}"
@@ -297,13 +302,18 @@ def _read_headers(stream: Any) -> _Response:
     validator = tag if tag and not tag.startswith("W/") else headers.get("Last-Modified")
     length = headers.get("Content-Length")
     if stream.status != 206:
-        return _Response(0, int(length) if length and length.isdigit() else None, validator)
+        return _Response(0, _size(length), validator)
     # Content-Range: bytes FIRST-LAST/TOTAL
     span, _, total = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-    first = span.partition("-")[0]
-    if not first.isdigit():
+    first = _size(span.partition("-")[0])
+    if first is None:
         raise http.client.HTTPException(f"a part without its place: {brief(headers.get('Content-Range'))}")
-    return _Response(int(first), int(total) if total.isdigit() else None, validator)
+    return _Response(first, _size(total), validator)
+
+
+def _size(text: str | None) -> int | None:
+    """A number of bytes in a header; None where there is none that a file could have."""
+    return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def _append(blocks: Iterable[bytes], partial: Path, offset: int, size: int | None, name: str) -> None:
@@ -313,17 +323,27 @@ def _append(blocks: Iterable[bytes], partial: Path, offset: int, size: int | Non
         blocks: the body, piece by piece.
         partial: path of the partial download.
         offset: byte of the file at which the body begins.
-        size: size of the complete file, for the progress bar.
+        size: size of the complete file.
         name: name of the file, for the progress bar.
+
+    Raises:
+        InputError: more came than the file has, or than `LARGEST` where its size is not known.
     """
     n_present = partial.stat().st_size if offset else 0
     if offset != n_present:
         _remove_partial(partial)
         raise http.client.HTTPException(f"what was sent begins at byte {offset}, expected {n_present}")
+    most = LARGEST if size is None else size
     with partial.open("ab" if n_present else "wb") as file:
         bar = {"total": size, "initial": offset, "unit": "B", "unit_scale": True, "desc": f"downloading {name}"}
         with tqdm(**bar, leave=False) as progress:
             for data in blocks:
+                if file.tell() + len(data) > most:
+                    _remove_partial(partial)
+                    raise InputError(
+                        f"the server sent more than {most:,} bytes of {name}, expected no more; what was read is "
+                        f"removed: try again"
+                    )
                 file.write(data)
                 progress.update(len(data))
         os.fsync(file.fileno())

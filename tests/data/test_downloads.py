@@ -300,7 +300,7 @@ class RawHandler(BaseHTTPRequestHandler):
 
 
 def answer(*headers, body=b"", status="200 OK"):
-    return "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode() + body
+    return "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode("latin-1") + body
 
 
 def chunk(data):
@@ -325,6 +325,14 @@ MISBEHAVIORS = {
     "a redirect to a file": (answer("Location: file:///etc/hostname", status="302 Found"), "answers 302"),
     "an error": (answer("Content-Length: 0", status="500 Internal Server Error"), "answers 500"),
     "no HTTP": (b"\0\1\2\3\r\n\r\n", "cannot download"),
+    "a redirect to no address": (answer("Location: http://[::1", status="302 Found"), "cannot download .*IPv6"),
+    "a redirect to no name": (answer(f"Location: http://{'a' * 70}.x/", status="302 Found"), "cannot download"),
+    "a length in other digits": (answer("Content-Length: \u00b2", body=HTML), "sent what is not facts.json"),
+    "a length of thousands of digits": (answer(f"Content-Length: {'9' * 5000}", body=HTML), "sent what is not facts"),
+    "a part in other digits": (
+        answer("Content-Range: bytes \u00b2-3/\u00b2", body=WHOLE, status="206 Partial Content"),
+        "cannot download .*a part without its place",
+    ),
     "part of a part": (answer("Content-Range: bytes x/y", body=WHOLE, status="206 Partial Content"), "cannot download"),
 }
 
@@ -355,6 +363,21 @@ def test_what_a_server_sends_instead_of_a_file_is_never_trusted(no_proxy, monkey
         assert len(load_facts("known_1000", cache=tmp_path)) == 4
     assert len(load_facts("known_1000", cache=tmp_path)) == 4  # from the cache, without a server
     assert names(tmp_path) == ["facts.json", "facts.json.sha256.json"]
+
+
+def test_a_server_that_never_ends_fills_no_disk(no_proxy, monkeypatch, tmp_path):
+    more = answer(CHUNKED, body=chunk(WHOLE) * 50)
+    with Misbehaving(more) as server:
+        sized = RemoteFile(url=server.url, size=len(WHOLE))
+        with pytest.raises(InputError, match=rf"sent more than {len(WHOLE)} bytes of facts\.json, .*try again"):
+            fetch(sized, tmp_path)
+        assert names(tmp_path) == []
+        monkeypatch.setattr(downloads, "LARGEST", 2 * len(WHOLE))
+        with pytest.raises(InputError, match=rf"sent more than {2 * len(WHOLE)} bytes of facts\.json"):
+            fetch(RemoteFile(url=server.url), tmp_path)
+        assert names(tmp_path) == []
+        server.answer = answer(CHUNKED, body=chunk(WHOLE) + b"0\r\n\r\n")  # the control
+        assert fetch(sized, tmp_path).read_bytes() == WHOLE
 
 
 def test_a_slow_server_is_waited_for(no_proxy, monkeypatch, tmp_path):
