@@ -34,6 +34,7 @@ from mechedit.checksums import (
 )
 from mechedit.errors import InputError, brief
 from mechedit.paths import readable_path
+from mechedit.unpacked_size import check_packed, check_rows
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,6 +64,7 @@ def read_parquet(path: str | Path, **options: Any) -> pd.DataFrame:
         InputError: there is no such file; it is not parquet, was cut short or is damaged.
     """
     with parquet_errors(path):
+        check_rows(path, pq.read_metadata(readable_path(path)).num_rows)
         return pd.read_parquet(path, page_checksum_verification=True, **options)
 
 
@@ -235,6 +237,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         if isinstance(content, np.ndarray):
             return {"": content}
         with content as archive:
+            check_packed(archive.zip.infolist(), path)
             return {name: archive[name] for name in archive.files}
     except InputError:
         raise

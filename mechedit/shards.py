@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +24,7 @@ from mechedit.provenance import check_provenance
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_FILE_NAME = re.compile(r"shard_(?P<index>\d+)_of_(?P<world_size>\d+)\.json")
+_FILE_NAME = re.compile(r"shard_(?P<index>0|[1-9][0-9]*)_of_(?P<world_size>[1-9][0-9]*)\.json")
 
 
 class Rank(NamedTuple):
@@ -211,7 +212,8 @@ class ShardRecords:
     def _ranks(self, partly: bool) -> list[Rank]:
         """The shards that must be there, or with `partly` those that are."""
         names = [_FILE_NAME.fullmatch(path.name) for path in sorted(self.folder.glob("shard_*_of_*.json"))]
-        present = {Rank(int(name["index"]), int(name["world_size"])) for name in names if name is not None}
+        named = [Rank(int(name["index"]), int(name["world_size"])) for name in names if name is not None]
+        present = {rank for rank in named if rank.index < rank.world_size}
         sizes = sorted({rank.world_size for rank in present})
         if not sizes and not partly:
             raise InputError(
@@ -223,16 +225,13 @@ class ShardRecords:
                 f"{str(self.folder)!r} holds shards of {sizes} processes, expected those of one number, or the same "
                 f"work counts twice; remove the others"
             )
-        if partly:
-            return sorted(present)
-        ranks = [Rank(index, sizes[0]) for index in range(sizes[0])]
-        missing = [rank for rank in ranks if rank not in present]
-        if missing:
+        if not partly and len(present) < sizes[0]:
+            missing = next(rank for rank in map(Rank, count(), repeat(sizes[0])) if rank not in present)
             raise InputError(
-                f"the shard {missing[0]} is missing ({str(self.path(missing[0]))!r}); make it with {self.command} "
-                f"--shard {missing[0]}"
+                f"the shard {missing} is missing ({str(self.path(missing))!r}); make it with {self.command} "
+                f"--shard {missing}"
             )
-        return ranks
+        return sorted(present)
 
     def _read(self, rank: Rank) -> Mapping[str, Any]:
         remedy = f"remove it, and make it again with {self.command} --shard {rank}"

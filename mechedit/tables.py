@@ -15,6 +15,7 @@ from mechedit.bounds import LARGEST
 from mechedit.errors import InputError, brief
 from mechedit.files import parquet_errors, parse_json, read_parquet
 from mechedit.paths import readable_path
+from mechedit.unpacked_size import check_rows
 
 NUMERIC = frozenset(
     ("layer", "position", "score", "corrupted", "clean", "effect", "samples", "value", "first", "last", "mean", "low",
@@ -60,6 +61,7 @@ def iter_table(path: str | Path, columns: Sequence[str], optional: Sequence[str]
         InputError: as `read_table`; or the file lacks a column.
     """
     with parquet_errors(path), ParquetFile(readable_path(path), page_checksum_verification=True) as file:
+        check_rows(path, file.metadata.num_rows)
         attrs = _checked_attrs(file.schema_arrow, path)
         _check_schema(file.schema_arrow, path, columns)
         present = [column for column in optional if column in file.schema_arrow.names]

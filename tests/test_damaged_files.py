@@ -7,14 +7,17 @@ import json
 import os
 import socket
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.commands import limited_memory
 from helpers.mutations import refusal
 from helpers.run_folder import make_effects
 
@@ -23,7 +26,16 @@ from mechedit.cli.config_file import config_defaults, read_yaml
 from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.evaluation import Scores
 from mechedit.figures import run_figures
-from mechedit.files import read_arrays, read_header, read_json, read_object, write_json, write_tensors
+from mechedit.files import (
+    read_arrays,
+    read_header,
+    read_json,
+    read_object,
+    read_parquet,
+    write_json,
+    write_parquet,
+    write_tensors,
+)
 from mechedit.moments.second_moment import load_moment
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
@@ -247,6 +259,33 @@ def test_tensors_that_are_no_matrices_of_numbers_are_refused(
     assert load_moment(tmp_path, 2).count == 100
     write_tensors(tmp_path / "edit.safetensors", {**factors, "layer.2.left": torch.ones(4, 4)}, "manifest", MANIFEST)
     assert Edit.load(tmp_path / "edit.safetensors").layers == [2]
+
+
+def test_a_small_file_that_stands_for_a_large_one_is_refused(tmp_path: Path) -> None:
+    """Before it is read: equal rows and zeros are packed to nothing."""
+    table, arrays = tmp_path / "effects.parquet", tmp_path / "moment.npz"
+    write_parquet(table, pd.DataFrame({"effect": np.zeros(2_000_000)}))
+    assert table.stat().st_size < 10_000
+    with limited_memory(), pytest.raises(InputError, match=r"effects\.parquet' says that it has 2,000,000 rows"):
+        read_parquet(table)
+    with zipfile.ZipFile(arrays, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("mom2.mom2.npy", "w") as member:
+        np.lib.format.write_array(member, np.zeros((4000, 2000)))
+    assert arrays.stat().st_size < 100_000
+    with limited_memory(), pytest.raises(InputError, match=r"moment\.npz' holds 64,000,128 bytes of arrays packed"):
+        read_arrays(arrays)
+    rows = np.random.default_rng(0).normal(size=1_200_000)
+    write_parquet(table, pd.DataFrame({"effect": rows}))  # the controls: measurements
+    assert len(read_parquet(table)) == len(rows)
+    np.savez_compressed(arrays, mom2=rows)
+    assert (read_arrays(arrays)["mom2"] == rows).all()
+
+
+@pytest.mark.parametrize("layer", ["9" * 5000, "2\uff12", "2x", "-2", "02", ""])
+def test_a_layer_that_is_no_number_is_refused(tmp_path: Path, layer: str) -> None:
+    factors = {f"layer.{layer}.{side}": torch.ones(2, 2) for side in ("left", "right")}
+    write_tensors(tmp_path / "edit.safetensors", factors, "manifest", MANIFEST)
+    with pytest.raises(InputError, match=r"is not an edit \(unknown"):
+        Edit.load(tmp_path / "edit.safetensors")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")

@@ -164,7 +164,7 @@ def factors_of(tensors: Mapping[str, Tensor], path: str | Path) -> dict[int, Fac
     Raises:
         InputError: a tensor is unknown or missing, or the factors of a layer do not fit each other.
     """
-    names = {name: re.fullmatch(r"layer\.(0|[1-9]\d*)\.(left|right)", name) for name in tensors}
+    names = {name: re.fullmatch(r"layer\.(0|[1-9][0-9]{0,5})\.(left|right)", name) for name in tensors}
     unknown = sorted(name for name, match in names.items() if match is None)
     layers = sorted({int(match[1]) for match in names.values() if match})
     expected = [f"layer.{layer}.{side}" for layer in layers for side in SIDES]

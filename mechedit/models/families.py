@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models.discovery import find_family
 from mechedit.models.family import Family
+from mechedit.models.layer_ranges import MOST_LAYERS
 from mechedit.models.unsupported import UnsupportedModelError
 
 
@@ -137,8 +138,16 @@ def check_config(config: Any) -> None:
 
     Raises:
         UnsupportedModelError: quantized weights, or no causal language model.
+        InputError: more layers than any model has, each of which would take memory before the weights are looked at.
     """
     _check_not_quantized(config)
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        count = getattr(part, "num_hidden_layers", 0)
+        if isinstance(count, int) and count > MOST_LAYERS:
+            raise InputError(
+                f"the config ({config.model_type}) has {brief(count)} layers, expected at most {MOST_LAYERS:,}; it is "
+                f"damaged: download it again"
+            )
     model_type = config.model_type
     if not _architectures(config):
         raise UnsupportedModelError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mechedit.models.families import auto_class, check_config
-from mechedit.models.loading import checkpoint_config, load_model, shipped_tokenizer
+from mechedit.models.loading import checkpoint_config, input_errors, load_model, shipped_tokenizer
 from mechedit.models.protocol import Model
 
 
@@ -33,8 +33,9 @@ def few_random_blocks(
     if getattr(text, "layer_types", None):
         text.layer_types = list(text.layer_types)[: text.num_hidden_layers]
     text.vocab_size = max(text.vocab_size, len(tokenizer))
-    with torch.random.fork_rng(), torch.device(device or "cpu"):
-        torch.manual_seed(0)
-        hf = auto_class(config).from_config(config, dtype=dtype or config.dtype or torch.float32)
-    hf.tie_weights()
-    return load_model(hf.eval(), tokenizer=tokenizer)
+    with input_errors(str(source)):
+        with torch.random.fork_rng(), torch.device(device or "cpu"):
+            torch.manual_seed(0)
+            hf = auto_class(config).from_config(config, dtype=dtype or config.dtype or torch.float32)
+        hf.tie_weights()
+        return load_model(hf.eval(), tokenizer=tokenizer)

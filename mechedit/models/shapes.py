@@ -13,7 +13,7 @@ from mechedit.models.backend import BackendModel
 from mechedit.models.engines import max_positions
 from mechedit.models.families import attention_window, auto_class, check_config, family_of
 from mechedit.models.family import Family
-from mechedit.models.loading import checkpoint_config
+from mechedit.models.loading import checkpoint_config, input_errors
 from mechedit.models.protocol import Model
 
 
@@ -90,9 +90,9 @@ class ModelShapes:
         """
         config = checkpoint_config(source)
         check_config(config)
-        with torch.device("meta"):
+        with input_errors(str(source)), torch.device("meta"):
             hf = auto_class(config).from_config(config, dtype=dtype or config.dtype or torch.float32)
-        hf.tie_weights()
+            hf.tie_weights()
         try:
             family = family_of(hf)
         except InputError:
@@ -102,7 +102,8 @@ class ModelShapes:
                 f"the parts of {str(source)!r} ({config.model_type}) are only seen by running it, expected a family "
                 f"that is known beforehand (such as Llama, Mistral, Qwen, Gemma, GPT-2, GPT-J); plan with one of those"
             ) from error
-        return _shapes(hf, family, str(source))
+        with input_errors(str(source)):
+            return _shapes(hf, family, str(source))
 
 
 def _shapes(hf: Any, family: Family, name: str) -> ModelShapes:

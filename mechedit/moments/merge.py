@@ -29,7 +29,10 @@ from mechedit.moments.second_moment import (
 )
 from mechedit.shards import SINGLE_PROCESS, Rank
 
-_FILE_NAME = re.compile(r"layer_(?P<layer>\d+)\.shard_\d+_of_(?P<world_size>\d+)\.safetensors")
+_NUMBER = "0|[1-9][0-9]*"
+_FILE_NAME = re.compile(
+    rf"layer_(?P<layer>{_NUMBER})\.shard_(?P<index>{_NUMBER})_of_(?P<world_size>{_NUMBER})\.safetensors"
+)
 
 
 def merge_moments(
@@ -61,9 +64,12 @@ def merge_moments(
             f"{str(checkpoints_folder(folder))!r} holds shards of the layers {sorted(world_sizes)}, expected "
             f"{'some' if layers is None else layers_to_merge}; collect them with mechedit moments --shard I/N"
         )
+    for layer in layers_to_merge:  # before each of them has a lock: there may be more that are missing than can be open
+        if layer not in merged:
+            _checked_header(folder, layer, world_sizes[layer])
     with contextlib.ExitStack() as stack:
         for layer in layers_to_merge:
-            for rank in dict.fromkeys((SINGLE_PROCESS, *_ranks(world_sizes.get(layer, 1)))):
+            for rank in dict.fromkeys((SINGLE_PROCESS, *_present(folder, layer, world_sizes.get(layer, 0)))):
                 stack.enter_context(shard_lock(folder, layer, rank))
         moments = _merge(folder, layers_to_merge, merged, world_sizes, overwrite)
     for layer in layers_to_merge:
@@ -71,8 +77,13 @@ def merge_moments(
     return moments
 
 
-def _ranks(world_size: int) -> list[Rank]:
-    return [Rank(index, world_size) for index in range(world_size)]
+def _present(folder: str | Path, layer: int, world_size: int) -> list[Rank]:
+    """The shards of a layer whose sums are there, by rank."""
+    pattern = f"layer_{layer}.shard_*_of_{world_size}.safetensors"
+    names = [_FILE_NAME.fullmatch(path.name) for path in checkpoints_folder(folder).glob(pattern)]
+    return sorted(
+        Rank(index, world_size) for name in names if name is not None and (index := int(name["index"])) < world_size
+    )
 
 
 def _merge(
@@ -105,7 +116,7 @@ def _merge(
 
 def _merge_layer(folder: str | Path, layer: int, world_size: int) -> SecondMoment:
     """Add one layer's sums, write its moment, and remove the sums' files."""
-    first, *others = _ranks(world_size)
+    first, *others = _present(folder, layer, world_size)
     merged = load_checkpoint(checkpoint_path(folder, layer, first), "cpu")
     for rank in others:
         checkpoint = load_checkpoint(checkpoint_path(folder, layer, rank), "cpu")
@@ -118,7 +129,7 @@ def _merge_layer(folder: str | Path, layer: int, world_size: int) -> SecondMomen
 
 def _remove_sums(folder: str | Path, layer: int, world_size: int) -> None:
     """Remove the files of one layer's sums, and their folder when it is then empty."""
-    for rank in _ranks(world_size):
+    for rank in _present(folder, layer, world_size):
         remove_checkpoint(folder, layer, rank)
     with contextlib.suppress(OSError):
         checkpoints_folder(folder).rmdir()
@@ -131,17 +142,16 @@ def _merged_layers(folder: str | Path, world_sizes: Mapping[int, int]) -> set[in
     """
     headers: dict[int, Mapping[str, Any]] = {}
     for layer, size in world_sizes.items():
-        paths = [path for rank in _ranks(size) if (path := checkpoint_path(folder, layer, rank)).exists()]
-        if paths:
-            headers[layer] = read_header(paths[0], METADATA_KEY)
+        if present := _present(folder, layer, size):
+            headers[layer] = read_header(checkpoint_path(folder, layer, present[0]), METADATA_KEY)
     merged = set()
     for path in sorted((Path(folder) / "moments").glob("layer_*.safetensors")):
         number = path.stem.removeprefix("layer_")
         if not number.isdecimal():
             continue
         layer = int(number)
-        sums = [checkpoint_path(folder, layer, rank) for rank in _ranks(world_sizes.get(layer, 0))]
-        if sums and all(sum_path.exists() for sum_path in sums):
+        size = world_sizes.get(layer, 0)
+        if size and len(_present(folder, layer, size)) == size:
             continue
         with contextlib.suppress(InputError):
             header = read_header(path, METADATA_KEY)

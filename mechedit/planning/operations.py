@@ -60,7 +60,7 @@ class Operations:
             tokens: how many.
             before: positions before them, whose keys and values are there.
         """
-        keys = sum(range(before + 1, before + tokens + 1))
+        keys = tokens * before + tokens * (tokens + 1) // 2
         return sum(tokens * self.blocks[layer].matrices + keys * self.blocks[layer].per_key for layer in layers)
 
     def last_block(self, tokens: int, read: int, *, before: int = 0) -> int:

@@ -6,12 +6,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mechedit.bounds import check_numbers
 from mechedit.data import Fact
-from mechedit.errors import check_at_least
+from mechedit.errors import InputError, check_at_least
+from mechedit.models import ModelShapes
 from mechedit.targets.search_prompts import KL_PROMPT, SearchPrompt
 from mechedit.trace.labels import role_of
 from mechedit.trace.traced_fact import TracedFact
 
+LONGEST = 1000
+"""Tokens of each part at most: the cells of each token are counted one by one."""
 _KL_AFTER = 2
 """Tokens of the KL prompt after the subject, as of `{} is a`."""
 
@@ -32,8 +36,22 @@ class PromptShape:
     """Tokens of a generated text in front of the prompt."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, **dict.fromkeys(("before", "subject", "after", "target", "prefix"), LONGEST))
         for name, least in (("before", 0), ("subject", 1), ("after", 0), ("target", 1), ("prefix", 0)):
             check_at_least(name, getattr(self, name), least)
+
+    def require_room(self, shapes: ModelShapes) -> None:
+        """Refuse a model whose context is shorter than such a fact behind a generated text.
+
+        Raises:
+            InputError: says how long both are.
+        """
+        length = self.prefix + self.prompt + self.target - 1
+        if length > shapes.max_positions:
+            raise InputError(
+                f"a prompt of {length} tokens (with its prefix and its object) is longer than the context of "
+                f"{shapes.name!r:.80}, expected at most {shapes.max_positions}; choose smaller numbers of tokens"
+            )
 
     @property
     def prompt(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, read_whole
 from mechedit.ranks.group import CURRENT, SINGLE, Group, current
 from mechedit.ranks.processes import TIMEOUT_VARIABLE, Processes
 
@@ -17,6 +17,8 @@ TIMEOUT = 60.0
 """Seconds without a sign of life after which a process counts as dead."""
 _JOIN_TIMEOUT = 600.0
 """Seconds for which the processes wait for each other at the start, where the variable is not set."""
+_MOST = 1_000_000
+"""Processes of one command at most."""
 _TRANSFER = 1800.0
 """Seconds that one transfer between processes may take, all of which are there by then."""
 
@@ -48,7 +50,7 @@ def joined() -> Iterator[Group]:
         group.close()
 
 
-def _whole(name: str) -> int:
+def _whole(name: str, most: int = _MOST) -> int:
     text = os.environ.get(name, "")
     if not text.isdecimal() or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise InputError(
@@ -56,7 +58,7 @@ def _whole(name: str) -> int:
             f"MASTER_ADDR and MASTER_PORT are {'there' if 'MASTER_ADDR' in os.environ else 'absent'}; start several "
             f"processes by torchrun or accelerate launch, or unset WORLD_SIZE"
         )
-    return int(text)
+    return read_whole(f"{name} in the environment", text, most)
 
 
 def _seconds(default: float) -> float:
@@ -84,6 +86,7 @@ def _join(world_size: int, rank: int) -> Processes:
 
     if not rank < world_size:
         raise InputError(f"RANK is {rank}, expected one of 0 … {world_size - 1}; start the processes by torchrun")
+    _whole("MASTER_PORT", 65_535)
     patience = _seconds(_JOIN_TIMEOUT)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
@@ -98,7 +101,7 @@ def _join(world_size: int, rank: int) -> Processes:
             world_size=world_size,
             timeout=datetime.timedelta(seconds=_TRANSFER),
         )
-    except (RuntimeError, OSError) as error:  # torch's errors of the network are RuntimeErrors
+    except (RuntimeError, OSError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
         if isinstance(error, InputError):
             raise
         raise InputError(

@@ -19,6 +19,7 @@ from mechedit.cli.app import app
 from mechedit.cli.config_file import config_defaults
 from mechedit.methods import METHODS, SpreadConfig
 from mechedit.models import Tokens, load_model
+from mechedit.planning import PromptShape
 from mechedit.trace import Approximation
 
 SETTINGS = {
@@ -29,6 +30,7 @@ SETTINGS = {
     me.Convergence,
     me.StopRule,
     Approximation,
+    PromptShape,
 }
 FIELDS = [(kind, name) for kind in sorted(SETTINGS, key=lambda kind: kind.__name__) for name in numeric_fields(kind)]
 NUMBERS = [
@@ -68,6 +70,10 @@ def test_no_noise_is_refused():
     for name in ("noise", "noise_std"):
         with pytest.raises(me.InputError, match=f"{name} is 0"):
             me.TraceConfig(**{name: 0})  # type: ignore[arg-type]
+
+
+BOMB = ", ".join(["&a0 [x, x, x, x, x, x, x, x]", *(f"&a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 30))])
+"""Lists of lists that are 8³⁰ texts when they are written out."""
 
 
 def refuse_model(*arguments: object) -> None:
@@ -113,6 +119,9 @@ def test_every_number_of_the_command_line_is_refused_before_anything_is_read(
         ("a: " + "[" * 3000, "nested too deep"),
         ("seed: !!python/object/apply:os.mkdir [made]", "is neither YAML nor JSON (could not determine a constructor"),
         ('{"seed": -1}', "seed is -1"),
+        (f"seed: [{BOMB}]", "the option 'seed' is [['x', 'x'"),
+        ("? [1]\n: 2", "found unhashable key"),
+        ("\n".join(f"{number}: 1" for number in range(60_000)), "names the option '0'"),
         ("[]", "holds a list"),
         ("5", "holds a int"),
     ],

@@ -268,6 +268,12 @@ def test_an_environment_without_an_address_is_refused(monkeypatch: pytest.Monkey
         monkeypatch.setenv(variable, value)
     with pytest.raises(InputError, match="MECHEDIT_RANK_TIMEOUT is 'soon', expected seconds"), ranks.joined():
         pass
+    for variable in ("WORLD_SIZE", "RANK", "MASTER_PORT"):
+        for value in ("9" * 5000, "99999999", "-1", "x", ""):
+            with monkeypatch.context() as changed:
+                changed.setenv(variable, value)
+                with pytest.raises(InputError, match=f"{variable} |MASTER_ADDR"), ranks.joined():
+                    pass
 
 
 def test_a_process_that_never_comes_is_missed(tmp_path: Path) -> None:

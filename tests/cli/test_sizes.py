@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.commands import limited_memory
 from helpers.smallest import write_data
 from helpers.zygote import Zygote
 
@@ -21,21 +19,6 @@ from mechedit.paths import checked_path
 
 DIGITS = "9" * 5000
 """More digits than Python reads."""
-
-
-@contextlib.contextmanager
-def limited_memory() -> Iterator[None]:
-    """Let the process take half a GiB more, so that what is too large is a MemoryError and not the machine's end."""
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def refuse_model(*arguments: object) -> None:

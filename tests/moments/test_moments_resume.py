@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.commands import limited_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ from mechedit.moments.checkpoints import checkpoint_path, checkpoints_folder
 from mechedit.moments.chunks import TextPosition, batches, read_chunks
 from mechedit.moments.key_reader import KeyReader
 from mechedit.moments.second_moment import moment_path
-from mechedit.shards import Rank
+from mechedit.shards import Rank, ShardRecords
 
 TEXTS = [
     "The mother tongue of Leon Blum is French, and that of Go Hyeon-jeong is Korean.",
@@ -278,6 +279,24 @@ def test_shards_that_are_missing_unfinished_or_of_another_model_are_named(
     assert not list(tmp_path.glob("moments/layer_*"))
     with pytest.raises(InputError, match="the shard is 3/3"):
         collect(3)
+
+
+@pytest.mark.parametrize("count", [10**6, 10**30])
+def test_shards_of_more_processes_than_there_can_be_are_missing_at_once(
+    lens_model: Any, tmp_path: Path, count: int
+) -> None:
+    """By the name of a file alone: as many may not even be counted."""
+    collect_shard(lens_model, TEXTS, LAYERS[:1], (0, 2), tmp_path, OFTEN)
+    present = checkpoint_path(tmp_path, LAYERS[0], Rank(0, 2))
+    present.rename(checkpoint_path(tmp_path, LAYERS[0], Rank(0, count)))
+    records = ShardRecords(folder=tmp_path / "records", command="mechedit trace")
+    records.write(Rank(0, count), {"facts": "ab"}, {"n": 1})
+    with limited_memory():
+        with pytest.raises(InputError, match=f"shard 1/{count} of layer 0 is missing"):
+            merge_moments(tmp_path)
+        with pytest.raises(InputError, match=f"the shard 1/{count} is missing"):
+            records.merged()
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import call, complaint
+from helpers.commands import call, complaint, limited_memory
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import mechedit as me
@@ -170,10 +170,29 @@ def test_the_rate_is_measured_on_few_blocks(tmp_path: Path, capsys: Any) -> None
         (["tiny", "--facts", 0], "facts is 0, expected at least 1"),
         (["tiny", "--dtype", "int8"], "the dtype is 'int8'"),
         (["tiny", "--subject-tokens", 0], "subject is 0, expected at least 1"),
+        (["tiny", "--before-tokens", 10**9], "before is 1000000000, expected a whole number of at least 0 and at most"),
+        (["tiny", "--prefix-tokens", 2**63 - 1], "prefix is 9223372036854775807, expected a whole number"),
+        (["tiny", "--after-tokens", 900], "is longer than the context of 'tiny', expected at most"),
     ],
 )
 def test_bad_input_is_refused(capsys: Any, options: list[object], message: str) -> None:
     assert message in complaint(capsys, "plan", *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 10**9), ("num_hidden_layers", "80"), ("num_hidden_layers", -1), ("hidden_size", 0),
+        ("hidden_size", 2**62), ("num_attention_heads", 0), ("num_key_value_heads", "8"), ("intermediate_size", None),
+        ("vocab_size", 2**63), ("vocab_size", [1]), ("hidden_act", "none"), ("model_type", 5), ("dtype", "text"),
+        ("max_position_embeddings", -1),
+    ],
+)  # fmt: skip
+def test_a_config_that_no_model_has_is_refused(tmp_path: Path, capsys: Any, name: str, value: Any) -> None:
+    """Layers by the billion, before any of them is made."""
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 2, name: value}))
+    with limited_memory():
+        complaint(capsys, "plan", tmp_path, "--layers", "1", "--rate", "2e14")
 
 
 def test_a_model_too_large_to_be_measured_is_refused(tmp_path: Path, capsys: Any) -> None:
