@@ -29,7 +29,9 @@ from mechedit.evaluation.baseline import Baseline
 from mechedit.evaluation.summary_file import write_summary_file
 from mechedit.figures import run_figures
 from mechedit.files import read_json, write_json, write_tensors
-from mechedit.methods import recommended
+from mechedit.methods import MendConfig, MendEditor, TunedSettings, recommended
+from mechedit.methods.mend_editor import EditorNetwork, read_editor_record
+from mechedit.methods.tuned_settings import is_of_model, record_hash
 from mechedit.moments.accumulator import MomentAccumulator
 from mechedit.moments.checkpoints import Checkpoint, load_checkpoint
 from mechedit.moments.chunks import SINGLE_PROCESS
@@ -116,6 +118,12 @@ def use_edit(path: Path) -> None:
     Edit.load(path.with_name("merged.safetensors"))
     write_summary_file(path.with_name("summary_of_edit.json"), None, None, edit)
     sorted(set(edit.manifest.get("unconverged", ())))
+
+
+def use_editor(path: Path, model: Any) -> None:
+    MendEditor.load(path)
+    MendConfig(editor=str(path)).suited(model)
+    is_of_model(read_editor_record(path), model)
 
 
 def use_moment(path: Path) -> None:
@@ -245,6 +253,16 @@ def write_files(folder: Path) -> None:
     with ledger.timed("speed"):
         pass
     write_json(folder / "seconds.json", {"seconds": 1.5})
+    section = {"layers": [1, 2], "settings": {"steps": 3}, "seed": 0, "trials": [{"seconds": 1.5}]}
+    methods = {"memit": {**section, "hash": record_hash(section)}}
+    write_json(folder / "tuned" / "tuned.json", {"model": {**PROVENANCE, "weights_hash_as": {}}, "methods": methods})
+    curve = [{"step": 0, "loss": 0.5, "edit": 0.25, "locality": 0.25, "exact_match": 50.0}]
+    record = {
+        **PROVENANCE, "weights_hash_as": {"float16": "ab"}, "layers": [1, 2], "rank": 2, "d_key": 4, "d_model": 2,
+        "steps": 3, "curve": curve, "settings": {},
+    }  # fmt: skip
+    network = EditorNetwork(4, 2, 2, 2)
+    MendEditor(network=network, layers=(1, 2), record=record).save(folder / "tuned" / "mend.safetensors")
     (folder / "cache").mkdir()
     (folder / "cache" / "file.json").write_text("{}")
     url = "http://127.0.0.1:1/file.json"
@@ -287,6 +305,8 @@ def loaders(folder: Path, model: Any) -> dict[str, Loader]:
     of_runs = {
         "edit.safetensors": use_edit,
         "truncated.safetensors": use_edit,
+        "tuned/mend.safetensors": partial(use_editor, model=model),
+        "tuned/tuned.json": lambda path: TunedSettings.load(path, "memit").fits(model),
         "moments/layer_2.safetensors": use_moment,
         "checkpoint.safetensors": lambda path: load_checkpoint(path, "cpu", Convergence()),
         "targets.safetensors": RESULTS.read,

@@ -8,6 +8,7 @@ import contextvars
 import copy
 import pickle
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from mechedit.trace import tokenize_fact
 from mechedit.workers import run_batches
 
 REQUEST = me.EditRequest(id="1", subject="Miles Davis", prompt="{} plays the", target_new="guitar", target_true="piano")
+OTHER = me.EditRequest(id="2", subject="Leon Blum", prompt="{} plays the", target_new="piano")
 SAYS_FRENCH = me.EditRequest(id="1", subject="Miles Davis", prompt="{} plays the sport of", target_new="French")
 FACT = me.Fact(id="1", subject="Miles Davis", prompt="{} plays the sport of", object="French")
 SOON = 0.2
@@ -118,6 +120,13 @@ def in_session(model: Any) -> list[Tensor]:
         return [session.write([REQUEST]).edit.delta(0), logits(model)]
 
 
+def units_of_a_trained_editor(model: Any) -> Tensor:
+    settings = me.MendTrainingConfig(steps=1, batch_size=1, rank=2, text_tokens=8, validation=1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/mend.safetensors"
+        return me.train_mend(model, [REQUEST, OTHER], list(TEXTS), [0], settings, path).network.mean
+
+
 CONFIG = me.EvaluationConfig(generation_prompts=1, generation_tokens=8)
 ENTRIES: dict[str, Callable[[Any], Any]] = {
     "run": logits,
@@ -140,6 +149,7 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
     "trace_facts": lambda model: me.trace_facts(model, [FACT], me.TraceConfig(samples=2)),
     "find_targets": lambda model: me.find_targets(model, [REQUEST], 1, ["{}"], me.TargetConfig(steps=2)).z,
     "collect_moments": lambda model: me.collect_moments(model, list(TEXTS), [2])[2].matrix,
+    "train_mend": units_of_a_trained_editor,
     "a method": lambda model: me.ft(model, [REQUEST], [0], config=me.FineTuneConfig(steps=2)).delta(0),
 }
 """Public calls that read or write the weights; each depends on what `random_edit` changes."""

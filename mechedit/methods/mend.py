@@ -19,10 +19,9 @@ import torch
 from mechedit.bounds import check_numbers
 from mechedit.edit import Edit, Factors
 from mechedit.errors import InputError, check_positive
-from mechedit.files import read_header
 from mechedit.methods.gradient_factors import gradient_factors
 from mechedit.methods.manifest import edit_manifest
-from mechedit.methods.mend_editor import METADATA_KEY, REMEDY, EditorNetwork, MendEditor, find_editor
+from mechedit.methods.mend_editor import REMEDY, EditorNetwork, MendEditor, find_editor, read_editor_record
 from mechedit.methods.method import EditTask, edit_method
 from mechedit.methods.settings import MethodConfig
 from mechedit.methods.training import TrainingRow, dense_factors, evaluate_loss, training_rows, unwritten
@@ -49,7 +48,7 @@ class MendConfig(MethodConfig):
         check_numbers(self)
         for name in ("batch_size", "scale"):
             check_positive(name, getattr(self, name))
-        content = None if self.editor is None else value_hash(read_header(self.editor, METADATA_KEY))
+        content = None if self.editor is None else value_hash(read_editor_record(self.editor))
         object.__setattr__(self, "editor_hash", content)
 
     def default_prefixes(self, model: Model) -> tuple[str, ...]:
@@ -61,7 +60,7 @@ class MendConfig(MethodConfig):
         path = self.editor or find_editor(model)
         if path is None:
             return self, None
-        return replace(self, editor=str(path)), tuple(read_header(path, METADATA_KEY)["layers"])
+        return replace(self, editor=str(path)), tuple(read_editor_record(path)["layers"])
 
     @property
     def record(self) -> dict[str, Any]:

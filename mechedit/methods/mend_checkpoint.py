@@ -13,7 +13,7 @@ from typing import Any, Required
 import torch
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, check_finite
 from mechedit.files import read_tensors, write_tensors
 from mechedit.methods.mend_editor import METADATA_KEY, EditorNetwork, MendRecord, network_of
 from mechedit.provenance import check_provenance
@@ -95,6 +95,8 @@ def read_checkpoint(
     parts = {part: _part(tensors, f"{part}.") for part in ("now", "best", *_MOMENTS)}
     network.load_state_dict(network_of(parts["now"], header, path).state_dict())
     best = copied(network_of(parts["best"], header, path))
+    for name, value in tensors.items():
+        check_finite(f"the values of {name!r:.80} in {str(path)!r}", value)
     for name, parameter in network.named_parameters():
         moments = {moment: parts[moment].get(name) for moment in _MOMENTS}
         if any(value is None or value.shape != parameter.shape for value in moments.values()):

@@ -25,9 +25,10 @@ from typing import Any, Required
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from mechedit.edit import Factors
-from mechedit.errors import InputError, check_finite
+from mechedit.errors import InputError, brief, check_finite
 from mechedit.files import read_header, read_tensors, write_tensors
 from mechedit.methods.tuned_settings import is_of_model, tuned_folder_of, unedited_identity
 from mechedit.models import Model
@@ -43,6 +44,16 @@ _LEAST_DEVIATION = 1e-2
 """Standard deviation that a coordinate has at least, in units of the mean one of its kind and layer."""
 
 
+class CurveRow(TypedDict):
+    """A validation."""
+
+    step: Whole
+    loss: Number
+    edit: Number
+    locality: Number
+    exact_match: Number
+
+
 class MendRecord(ModelRecord, total=False):
     """What an editor's file says of itself: the model that it is of, and how it was trained."""
 
@@ -52,7 +63,7 @@ class MendRecord(ModelRecord, total=False):
     d_model: Required[Whole]
     steps: Required[Whole]
     trained: Whole
-    curve: Required[list[dict[str, Number]]]
+    curve: Required[list[CurveRow]]
     requests: str
     texts: str
     settings: dict[str, Any]
@@ -199,6 +210,21 @@ def network_of(tensors: Mapping[str, Tensor], record: Mapping[str, Any], path: s
     return network
 
 
+def read_editor_record(path: str | Path) -> dict[str, Any]:
+    """What an editor's file says of itself, without its network.
+
+    Raises:
+        InputError: the file is absent, damaged or not an editor.
+    """
+    record = read_header(path, METADATA_KEY)
+    check_record(record, MendRecord, f"the record of {str(path)!r}", REMEDY)
+    if not (layers := record["layers"]) or layers != sorted(set(layers)):
+        raise InputError(
+            f"the editor {str(path)!r} is of the layers {brief(layers)}, expected some, ascending; {REMEDY}"
+        )
+    return record
+
+
 def find_editor(model: Model) -> Path | None:
     """The file of the model's editor: that beside its checkpoint, else that in the folder of tuned settings.
 
@@ -207,7 +233,7 @@ def find_editor(model: Model) -> Path | None:
     folders = [Path(model.checkpoint)] if model.checkpoint else []
     for path in [*(folder / MEND_FILE for folder in folders), tuned_folder_of(model) / MEND_FILE]:
         if path.is_file():
-            if is_of_model(read_header(path, METADATA_KEY), model):
+            if is_of_model(read_editor_record(path), model):
                 return path
             warnings.warn(f"{str(path)!r} was trained for another model, and is left out: {REMEDY}", stacklevel=2)
     return None

@@ -33,15 +33,15 @@ from mechedit.bounds import check_numbers
 from mechedit.data import EditRequest, load_texts, texts_hash
 from mechedit.edit import Factors, copy_weights, restoring
 from mechedit.errors import InputError, check_finite, check_positive
-from mechedit.files import read_header
 from mechedit.locks import locked
 from mechedit.methods.checks import check_layers
 from mechedit.methods.gradient_factors import GradientFactors, gradient_factors
 from mechedit.methods.mend_checkpoint import copied, read_checkpoint, state_path, write_checkpoint
-from mechedit.methods.mend_editor import METADATA_KEY, EditorNetwork, MendEditor
+from mechedit.methods.mend_editor import EditorNetwork, MendEditor, read_editor_record
 from mechedit.methods.mend_examples import MendExample, mend_example, split_by_subject
 from mechedit.methods.training import projection_gradients, run_rows, trainable
 from mechedit.models import Model, exclusive
+from mechedit.paths import writable_file
 from mechedit.prompt_tokens import encode_documents
 from mechedit.provenance import CAST_HASHES, ModelIdentity, check_provenance, value_hash
 
@@ -130,7 +130,7 @@ def train_mend(
         InputError: too few requests or no text; a request that the model has no room for; layers that the model does
             not have; a file or a checkpoint of another model or of other settings; a loss that is not finite.
     """
-    config, path = config or MendTrainingConfig(), Path(path)
+    config, path = config or MendTrainingConfig(), writable_file(path)
     layers = check_layers(layers, model)
     texts = load_texts(texts) if isinstance(texts, str | Path) else texts
     # Where a training ends decides nothing before: a checkpoint is also one of a shorter or longer training.
@@ -143,7 +143,7 @@ def train_mend(
     made_with = value_hash([ModelIdentity.of(record).record, *(record[name] for name in _DETERMINING)])
     with locked(path, f"the editor {str(path)!r}", made_with=made_with):
         if path.exists() and not overwrite:
-            finished = read_header(path, METADATA_KEY)
+            finished = read_editor_record(path)
             expected = {"made_with": made_with, "trained": config.steps}
             check_provenance(finished, expected, f"the editor {str(path)!r}", _REMEDY)
             state_path(path).unlink(missing_ok=True)  # of a call that was killed as it had written the editor
@@ -264,7 +264,8 @@ class _Training:
         Raises:
             InputError: it is of another model or of other settings, or damaged.
         """
-        expected = {**ModelIdentity.of(self.record).record, **{name: self.record[name] for name in _DETERMINING}}
+        fields = (*_DETERMINING, "rank", "d_key", "d_model")
+        expected = {**ModelIdentity.of(self.record).record, **{name: self.record[name] for name in fields}}
         expected["made_with"] = made_with
         header, self.best = read_checkpoint(path, expected, _REMEDY, self.network, self.optimizer)
         if header["step"] > self.config.steps:

@@ -140,8 +140,16 @@ class TargetCache:
         notes: dict[Path, list[str]] = {}
         for path in [] if self.cache.folder is None else self.cache.folder.glob(f"*{UNFINISHED}"):
             with contextlib.suppress(InputError):  # another process may have removed its note by now
-                notes[path] = read_object(path).get("keys", [])
+                content = read_object(path)
+                check_record(content, UnfinishedRecord, repr(str(path)), "remove it")
+                notes[path] = content["keys"]
         return notes
+
+
+class UnfinishedRecord(TypedDict):
+    """A note on a batch whose results are being written: their keys."""
+
+    keys: list[str]
 
 
 class ResultsRecord(TypedDict):

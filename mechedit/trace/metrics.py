@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models import log_probabilities
 
 NORMALIZED = "normalized_"
@@ -104,7 +104,7 @@ def find_metric(metric: str | Metric) -> Metric:
     base = metric_name(metric).removeprefix(NORMALIZED)
     if base not in METRICS:
         raise InputError(
-            f"the metric is {metric!r}, expected one of {', '.join(METRICS)}, one of them after {NORMALIZED!r}, "
+            f"the metric is {brief(metric)}, expected one of {', '.join(METRICS)}, one of them after {NORMALIZED!r}, "
             f"or a function of mechedit.trace.MetricInputs"
         )
     return METRICS[base]

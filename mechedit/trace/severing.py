@@ -46,10 +46,12 @@ class Sever:
 
     def __post_init__(self) -> None:
         if self.module not in MODULES:
-            raise InputError(f"sever holds {self.module!r}, {_EXPECTED}")
+            raise InputError(f"sever holds {brief(self.module)}, {_EXPECTED}")
         for role in self.places:
             if isinstance(role, str) and role not in ROLES:
-                raise InputError(f"sever holds the place {role!r}, expected a position or one of {', '.join(ROLES)}")
+                raise InputError(
+                    f"sever holds the place {brief(role)}, expected a position or one of {', '.join(ROLES)}"
+                )
 
     @staticmethod
     def parse(label: str) -> Sever:

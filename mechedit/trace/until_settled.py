@@ -23,7 +23,7 @@ from mechedit import ranks
 from mechedit.bounds import check_numbers
 from mechedit.data import Fact
 from mechedit.errors import InputError, check_at_least, check_positive
-from mechedit.files import read_object, write_json, write_parquet, write_parquet_parts
+from mechedit.files import read_checked_object, write_checked_json, write_parquet, write_parquet_parts
 from mechedit.models import Model, exclusive
 from mechedit.records import Number, check_record
 from mechedit.tables import where
@@ -231,8 +231,10 @@ class _Seconds:
         """The time in a file; none without the file."""
         if not file.is_file():
             return _Seconds(file, 0.0, monotonic())
-        content = read_object(file)
-        check_record(content, SecondsRecord, repr(str(file)), "remove it, and the time is counted from now on")
+        remedy = "remove it, and the time is counted from now on"
+        content = read_checked_object(file, remedy=remedy)
+        check_record(content, SecondsRecord, repr(str(file)), remedy)
+        check_at_least(f"the seconds in {str(file)!r}", content["seconds"], 0, remedy)
         return _Seconds(file, content["seconds"], monotonic())
 
     def passed(self) -> float | int:
@@ -241,4 +243,4 @@ class _Seconds:
 
     def save(self) -> None:
         """Write the file."""
-        write_json(self.file, {"seconds": self.passed()})
+        write_checked_json(self.file, {"seconds": self.passed()})

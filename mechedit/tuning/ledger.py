@@ -11,7 +11,8 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from mechedit.files import read_object, write_json
+from mechedit.errors import brief, check_at_least, check_positive
+from mechedit.files import read_checked_object, write_checked_json
 from mechedit.provenance import value_hash
 from mechedit.records import Number, check_record
 from mechedit.tuning.plan import Speed
@@ -56,9 +57,13 @@ class Ledger:
         file = folder / "ledger" / f"{value_hash(key)[:32]}.json"
         if not file.is_file():
             return Ledger(file)
-        content = read_object(file)
-        check_record(content, LedgerRecord, repr(str(file)), "remove it, and the search measures its speed again")
+        remedy = "remove it, and the search measures its speed again"
+        content = read_checked_object(file, remedy=remedy)
+        check_record(content, LedgerRecord, repr(str(file)), remedy)
         speed = content["speed"]
+        for name, value in [*(speed or {}).items(), *content["seconds"].items()]:
+            check_at_least(f"{brief(name)} in {str(file)!r}", value, 0, remedy)
+        check_positive(f"'edit' in {str(file)!r}", speed and speed["edit"], remedy, optional=True)
         measured = speed and Speed(**{name: speed[name] for name in SpeedRecord.__annotations__})
         return Ledger(file, measured, content["seconds"])
 
@@ -74,4 +79,4 @@ class Ledger:
 
     def save(self) -> None:
         """Write the file."""
-        write_json(self.file, {"speed": self.speed, "seconds": self.seconds})
+        write_checked_json(self.file, {"speed": self.speed, "seconds": self.seconds})

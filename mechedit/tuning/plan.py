@@ -16,6 +16,8 @@ ENDS = (12, 8, 6, 5, 4, 3, 2)
 """Numbers of end layers that a search may begin with, the most thorough first."""
 FACTS = (16, 12, 8, 4)
 """Facts that the last windows should be compared with: as many ends and settings are tried as leave so many."""
+MOST_EDITS = 100_000_000
+"""Edits of any budget at most."""
 FEW_ENDS = 4
 """End layers below which a plan goes only where facts are fewest."""
 FEWEST = 4
@@ -147,7 +149,7 @@ def plan_for_seconds(
             f"the budget is {seconds / 60:.2g} minutes, expected at least {takes(low) / 60:.2g} at {speed.edit:.2g} "
             f"seconds per edit ({make_plan(low, *arguments, fixed=fixed).in_words()}); raise it"
         )
-    high = max(low + 1, int(seconds / speed.edit) + 1)
+    high = max(low + 1, int(min(seconds / speed.edit, MOST_EDITS)) + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if takes(middle) <= seconds else (low, middle)

@@ -261,6 +261,30 @@ def test_a_file_of_another_model_or_other_layers_is_refused(lively: Any, lens_mo
         MendEditor.load(path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"layers": []}, {"layers": [2, 1]}, {"layers": "1"}, {"layers": None}, {"curve": [{"step": 1}]}, {"rank": -1},
+        {"weights_hash_as": ["ab"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_editor_whose_record_is_damaged_is_refused_by_all_that_read_it(
+    lively: Any, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    path, editor = tmp_path / "mend.safetensors", identity_editor(lively, (1,))
+    editor.save(path)
+    assert MendConfig(editor=str(path)).suited(lively)[1] == (1,)  # the control
+    dataclasses.replace(editor, record={**editor.record, **damage}).save(path)
+    for read in (
+        lambda: MendConfig(editor=str(path)),
+        lambda: MendEditor.load(path),
+        lambda: train_mend(lively, FACTS, TEXTS, [1], QUICK, path),
+    ):
+        with pytest.raises(InputError, match=r"mend\.safetensors"):
+            read()
+
+
 def test_the_editor_beside_a_checkpoint_is_taken_by_itself(
     make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

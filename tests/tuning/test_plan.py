@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
 from mechedit import InputError, MemitConfig, TuneConfig
 from mechedit.methods import AlphaEditConfig
 from mechedit.tuning.alternatives import alternatives, changed, weights, wider_weight
+from mechedit.tuning.ledger import Ledger
 from mechedit.tuning.plan import FEWEST, Plan, Rung, Speed, make_plan, plan_for_seconds, smallest_plan
 
 SEARCHED = ("relative_lr", "clamp", "kl_weight", "generated_prefixes")
@@ -73,6 +76,28 @@ def test_minutes_become_the_most_edits_that_fit_into_them() -> None:
         InputError, match=r"the budget is 0\.5 minutes, expected at least [\d.]+ at 2\.5 seconds per edit"
     ):
         plan_for_seconds(30, speed, *arguments)
+
+
+def test_a_speed_that_no_machine_has_gives_a_plan_all_the_same() -> None:
+    fast = Speed(edit=1e-300, trial=0, fact=0)
+    assert plan_for_seconds(1e30, fast, 6, 100, ()) == make_plan(10**8, 6, 100, ())
+
+
+@pytest.mark.parametrize("speed", [{"edit": 0}, {"edit": -1.0}, {"trial": -1}, {"fact": -1}])
+def test_a_ledger_of_no_speed_is_refused(tmp_path: Path, speed: dict[str, float]) -> None:
+    ledger = Ledger.at(tmp_path, {})
+    ledger.speed = Speed(edit=0.5, trial=0.0, fact=0.0)
+    with ledger.timed("trial"):
+        pass
+    assert Ledger.at(tmp_path, {}).speed == ledger.speed  # the control
+    content = json.loads(ledger.file.read_text())
+    for damage in ({"speed": {**content["speed"], **speed}}, {"seconds": {"trial": -1}}):
+        ledger.file.write_text(json.dumps({**content, **damage}))
+        with pytest.raises(InputError, match=r"is not as it was written.*remove it, and the search measures"):
+            Ledger.at(tmp_path, {})
+        ledger.file.write_text(json.dumps({"speed": content["speed"], "seconds": content["seconds"], **damage}))
+        with pytest.raises(InputError, match=r"is -?\d.*, expected .*remove it, and the search measures"):
+            Ledger.at(tmp_path, {})
 
 
 @pytest.mark.parametrize(
