@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pytest
 from helpers.smallest import write_data
 from helpers.zygote import Ended, Zygote
 
+from mechedit.cli.app import INTERRUPTED
 from mechedit.files import open_tensors, read_tensors
 
 KILLS = int(os.environ.get("MECHEDIT_KILLS", "2"))
@@ -163,8 +165,12 @@ def differences(folder: Path, expected: dict[str, bytes | None]) -> list[str]:
     return sorted({name for name, _ in {*actual.items()} ^ {*expected.items()}})
 
 
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+"""What ends commands."""
+
+
 def killed(command: Command, folder: Path, draw: random.Random, *, at_change: bool, late: bool) -> str:
-    """Run a command and kill it at a random moment, in a folder in which it begins; the moment in words.
+    """Run a command and kill or interrupt it at a random moment, in a folder in which it begins; the moment in words.
 
     Args:
         command: the command.
@@ -174,13 +180,25 @@ def killed(command: Command, folder: Path, draw: random.Random, *, at_change: bo
         late: whether that is one of the last changes, by which what is of no more use is removed.
     """
     latest = command.uninterrupted.changes if at_change else command.uninterrupted.seconds
+    number = draw.choice(SIGNALS)
     while True:
         earliest = max(1, int(latest) - 9) if late else 1
         moment = draw.randint(earliest, max(earliest, int(latest))) if at_change else draw.uniform(0, latest)
-        limits = {"kill_at" if at_change else "kill_after": moment}
-        if command.run(command.copy(folder), **limits).code == -9:
-            return f"change {moment} of {latest}" if at_change else f"{moment:.3f} of {latest:.3f} seconds"
+        limits = {"kill_at" if at_change else "kill_after": moment, "signal": number}
+        ended = command.run(command.copy(folder), **limits)
+        if ended.code in (-number, 130):
+            if ended.code == 130:
+                check_interrupted(ended)
+            when = f"change {moment} of {latest}" if at_change else f"{moment:.3f} of {latest:.3f} seconds"
+            return f"{number.name} at {when}"
+        assert ended.code == command.uninterrupted.code, ended.printed
         latest = moment  # it ended before that
+
+
+def check_interrupted(ended: Ended) -> None:
+    """What has to hold of a command that was interrupted: it says so in one line."""
+    assert "Traceback" not in ended.printed
+    assert ended.refusals == [INTERRUPTED], ended.printed
 
 
 def test_a_killed_command_gives_the_bytes_of_one_that_nothing_interrupted(command: Command, tmp_path: Path) -> None:

@@ -23,28 +23,31 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from tqdm import tqdm
 
 import mechedit as me
-from helpers.fuzz_inputs import COMMANDS, Example, examples, parameters
-from helpers.models import random_hf, small_tokenizer
+from helpers.fuzz_base import make_base, patched, small_model
+from helpers.fuzz_inputs import COMMANDS, READ, Example, examples, parameters
+from helpers.fuzz_settings import fuzz_settings
 from mechedit.checksums import without_checksum
 from mechedit.cli import main as run_command_line
 from mechedit.cli.app import CUT, LONGEST_LINE
 from mechedit.files import open_tensors, read_object, read_parquet, read_tensors
 from mechedit.run_folder import check_step, read_stamps
-from mechedit.trace import tokenize_fact
 
 CPU_SECONDS, WALL_SECONDS = 20, 120
 """Limits of one example, after which it hangs."""
+SETTINGS = 100
+"""Settings of each kind that are made in Python."""
+TURN = 20
+"""Examples for which one generator is asked: of many, those of hypothesis resemble each other."""
 MEMORY = 4 * 2**30
 """Bytes of address space that an example may take beside what it begins with."""
 STEPS = {
@@ -90,101 +93,15 @@ class Report:
         }
 
 
-SUBJECTS = ("Leon Blum", "Miles Davis", "Toko Yasuda", "Apple", "Danielle Darrieux", "LeBron James", "Kate Bush",
-            "Edwin", "Anaal Nathrakh", "Go Hyeon-jeong", "Windows Media Player", "Space Needle")  # fmt: skip
-
-
-def small_model() -> Any:
-    """A random model that says French of all subjects, and only just."""
-    hf = random_hf("gpt2", initializer_range=0.05)
-    model: Any = me.load_model(hf, tokenizer=small_tokenizer(), backend="nnsight")
-    facts = [me.Fact(id=name, subject=name, prompt="{} plays the sport of", object="French") for name in SUBJECTS]
-    all_traced = [tokenize_fact(model, fact) for fact in facts]
-    row = model.hf.transformer.wte.weight[all_traced[0].object_ids[0]]
-    for _ in range(100):
-        prompts = [torch.tensor([traced.ids]) for traced in all_traced]
-        answers = [int(model.next_logits(ids, torch.ones_like(ids))[0].argmax()) for ids in prompts]
-        if all(answer == traced.object_ids[0] for answer, traced in zip(answers, all_traced, strict=True)):
-            return model
-        with torch.no_grad():
-            model.hf.transformer.ln_f.bias += 0.3 * row
-    raise AssertionError("it does not learn")
-
-
-def make_base(folder: Path, model: Any) -> None:
-    """Fill a folder with files of every format, made by the commands themselves."""
-    facts = [{"id": str(i), "subject": name, "prompt": "{} plays the sport of", "object": "French", "relation": "r"}
-             for i, name in enumerate(SUBJECTS)]  # fmt: skip
-    requests = [
-        {"id": str(i), "subject": name, "prompt": "{} plays the sport of", "target_new": "Korean",
-         "target_true": "French",
-         "paraphrases": [f"Every day {name} plays"], "neighbors": [{"prompt": "Kate Bush speaks", "object": "French"}]}
-        for i, name in enumerate(SUBJECTS[:2])
-    ]  # fmt: skip
-    (folder / "facts.json").write_text(json.dumps(facts))
-    (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
-    names = list(facts[0])
-    (folder / "facts.csv").write_text("\n".join([",".join(names), *(",".join(fact.values()) for fact in facts)]))
-    (folder / "requests.json").write_text(json.dumps(requests))
-    many = [{**requests[0], "id": str(i), "subject": name, "paraphrases": []} for i, name in enumerate(SUBJECTS[:4])]
-    (folder / "many.json").write_text(json.dumps(many))
-    columns = ["id", "subject", "prompt", "target_new", "target_true"]
-    rows = [",".join(str(request[name]) for name in columns) for request in requests]
-    (folder / "requests.csv").write_text("\n".join([",".join(columns), *rows]))
-    texts = [
-        f"{a} and {b} speak French in the city of Paris, number {i}."
-        for i in range(2)
-        for a in SUBJECTS
-        for b in SUBJECTS
-    ]
-    (folder / "texts.txt").write_text("\n\n".join(texts))
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    (folder / "config.yaml").write_text("seed: 1\n")
-    with contextlib.chdir(folder), patched(model, draws=False):
-        for words in (
-            ["trace", "--facts=facts.json", "--samples=2", "--sever=nothing,mlp,attn", "--out=run"],
-            ["select", "run"],
-            ["moments", "--layers=0-2", "--texts=texts.txt", "--out=run"],
-            ["edit", "--requests=requests.json", "--layers=0", "--moments=run", "--set=steps=1",
-             "--out=edit.safetensors"],
-            ["evaluate", "--requests=requests.json", "--edit=edit.safetensors", "--generation-prompts=1",
-             "--generation-tokens=2", "--out=run"],
-        ):  # fmt: skip
-            with contextlib.suppress(SystemExit):
-                run_command_line(words)
-    shutil.rmtree(folder / "run" / "targets", ignore_errors=True)
-
-
-@contextlib.contextmanager
-def patched(model: Any, *, draws: bool) -> Iterator[None]:
-    """Let "tiny" be the small model where nothing else is asked of it, and leave figures out."""
-    from mechedit.cli import options
-
-    load = options.load_quietly
-
-    def load_small(
-        name: str, backend: str, device: str | None, dtype: str | None, merge_adapter: bool, allow_pickle: bool
-    ) -> Any:
-        plain = device in (None, "cpu") and dtype in (None, "float32") and not merge_adapter
-        if name == "tiny" and plain and backend in ("transformer_lens", "nnsight"):
-            return model
-        return load(name, backend, device, dtype, merge_adapter, allow_pickle)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(options, "load_quietly", load_small))
-        if not draws:
-            for module in ("select", "evaluate", "run", "report"):
-                stack.enter_context(mock.patch(f"mechedit.cli.{module}.run_figures", return_value=[]))
-            stack.enter_context(mock.patch("mechedit.cli.trace.refresh_figures", return_value=[]))
-        yield
-
-
 def tree(folder: Path) -> dict[str, str]:
-    """The files of a folder with hashes of their bytes."""
+    """The files of a folder with hashes of their bytes, and its folders."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "link"
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "link"
+        if path.is_symlink()
+        else "folder"
         for path in sorted(folder.rglob("*"))
-        if path.is_symlink() or path.is_file()
     }
 
 
@@ -318,9 +235,10 @@ def judge(
         return f"fault: a traceback beside the refusal, {said[-200:]}"
     if len(lines) != 1:
         return f"fault: {len(lines)} lines for a refusal"
-    if len(lines[0]) > LONGEST_LINE or CUT in lines[0]:
+    if len(lines[0]) > LONGEST_LINE or (CUT in lines[0] and len(lines[0]) > LONGEST_LINE - 2 * len(CUT)):
         return f"fault: a line of {len(lines[0])} characters: {lines[0][:60]}"
     changed = {name for name in {*before, *after} if after.get(name) != before.get(name)} - set(finished)
+    changed -= {str(folder) for name in finished for folder in Path(name).parents}
     if changed:
         return f"fault: a refused command wrote {sorted(changed)}: {lines[0][:100]}"
     return "refused"
@@ -350,6 +268,8 @@ def fuzz(
     with tempfile.TemporaryDirectory(prefix="fuzzbase") as name:
         base, model = Path(name), small_model()
         make_base(base, model)
+        absent = {file for files in READ.values() for file in files if not any(base.glob(file))}
+        assert command_line is not run_command_line or not absent, f"what is damaged is there: {absent}"
 
         def try_example(example: Example) -> None:
             if done():
@@ -370,7 +290,7 @@ def fuzz(
             if done():
                 break
             rules = settings(
-                max_examples=200, deadline=None, database=None, phases=[Phase.generate],
+                max_examples=TURN, deadline=None, database=None, phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )  # fmt: skip
             seed(seed_number * 10_000 + turn)(rules(given(examples())(try_example)))()
@@ -388,9 +308,14 @@ def main() -> None:
     print(f"seed {number}", flush=True)
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # a thread less in what is forked
+    settings_made, settings_faults = fuzz_settings(number, SETTINGS if chosen.seconds is None else 20 * SETTINGS)
+    for fault, example in settings_faults.items():
+        print(f"{fault}\n    {example}", flush=True)
     report = fuzz(number, n_examples=chosen.examples, seconds=chosen.seconds)
-    print(json.dumps(report.summary(), ensure_ascii=False))
-    sys.exit(1 if report.faults or report.summary()["accepted"] < 0.2 else 0)
+    faults = len(report.faults) + len(settings_faults)
+    summary = {**report.summary(), "settings": dict(settings_made), "faults": faults}
+    print(json.dumps(summary, ensure_ascii=False))
+    sys.exit(1 if faults or summary["accepted"] < 0.2 else 0)
 
 
 if __name__ == "__main__":

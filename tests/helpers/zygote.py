@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,9 @@ class Zygote:
         Args:
             arguments: of the command line; `session FOLDER` writes a session from Python.
             folder: the current folder of the command.
-            **limits: it is killed `kill_after` seconds, or before the change `kill_at`; `largest` is the size in bytes
-                of the largest file that it may write; `unprivileged` lets permissions bind it, also where root runs it;
-                `sketched` has it write what figures show in place of pictures.
+            **limits: it gets the `signal`, SIGKILL by default, `kill_after` seconds, or before the change `kill_at`;
+                `largest` is the size in bytes of the largest file that it may write; `unprivileged` lets permissions
+                bind it, also where root runs it; `sketched` has it write what figures show in place of pictures.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -79,11 +79,13 @@ def _serve() -> None:
     """Answer requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    _prepare()
+    prepare_for = _prepare()
     for line in sys.stdin:
         request = json.loads(line)
+        prepare_for(request["arguments"])
         (reading, writing), (counted, counting) = os.pipe(), os.pipe()
         start = time.perf_counter()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         child = os.fork()
         if child == 0:
             os.close(reading)
@@ -91,7 +93,7 @@ def _serve() -> None:
             _run(request["arguments"], request["folder"], request["limits"], writing, counting)
         os.close(writing)
         os.close(counting)
-        printed = _read(reading, child, start, request["limits"].get("kill_after"))
+        printed = _read(reading, child, start, request["limits"].get("kill_after"), _signal(request["limits"]))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with os.fdopen(counted) as count:
             changes = int(count.read() or 0)
@@ -99,16 +101,21 @@ def _serve() -> None:
         ended = {"code": code, "seconds": seconds, "changes": changes, "printed": printed}
         answers.write(json.dumps(ended) + "\n")
         answers.flush()
+    os._exit(0)  # without all that libraries do as they end
 
 
-def _read(reading: int, child: int, start: float, kill_after: float | None) -> str:
+def _signal(limits: dict[str, Any]) -> int:
+    return limits.get("signal") or signal.SIGKILL
+
+
+def _read(reading: int, child: int, start: float, kill_after: float | None, number: int) -> str:
     """What the child prints until it ends; it is killed when its time has come."""
     printed, killed = b"", False
     with os.fdopen(reading, "rb", buffering=0) as stream:
         while True:
             rest = None if kill_after is None or killed else max(0.0, start + kill_after - time.perf_counter())
             if not select.select([stream], [], [], rest)[0]:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
                 killed = True
                 continue
             data = stream.read(65536)
@@ -117,24 +124,46 @@ def _read(reading: int, child: int, start: float, kill_after: float | None) -> s
             printed += data
 
 
-def _prepare() -> None:
-    """Import everything and load the models, so that no child has to."""
+def _prepare() -> Callable[[Sequence[str]], None]:
+    """Import everything and load the smallest model, so that no child has to.
+
+    Returns:
+        What loads the tiny model before the first command that takes it.
+    """
+    import nltk.tokenize
+    import peft
     import torch
+    import typer
 
     from helpers.smallest import NAME, smallest_model
-    from mechedit.cli import options
+    from mechedit.cli import app, options
+    from mechedit.evaluation import references
     from mechedit.figures import style
     from mechedit.models import load_model
+
+    del nltk, peft, references  # which commands import when they need them
+    typer.main.get_command(app)  # reads the notes of all settings, which stay read
 
     # Figures take most of the time of a command: coarse ones, with fonts that no file has to hold.
     style._STYLE.update({"savefig.dpi": 20, "pdf.use14corefonts": True})
     torch.set_num_threads(1)
-    models, load = {NAME: smallest_model(), "tiny": load_model("tiny")}, options.load_quietly
+    models, load = {NAME: smallest_model()}, options.load_quietly
 
     def load_quietly(name: str, *arguments: Any) -> Any:
         return models[name] if name in models else load(name, *arguments)
 
     options.load_quietly = load_quietly
+
+    def prepare_for(arguments: Sequence[str]) -> None:
+        named = any(NAME in word for word in arguments)
+        if "tiny" not in models and arguments[0] in LOADING and not named and "--merge" not in arguments:
+            models["tiny"] = load_model("tiny")
+
+    return prepare_for
+
+
+LOADING = ("trace", "moments", "edit", "evaluate", "apply")
+"""Commands that load the tiny model where they name no other one."""
 
 
 class _Sketch:
@@ -174,8 +203,8 @@ CHANGES = frozenset(
 class _Changes:
     """Counts the changes in a folder, and kills the process before one of them."""
 
-    def __init__(self, folder: str, kill_at: int | None) -> None:
-        self.folder, self.kill_at, self.count = folder, kill_at, 0
+    def __init__(self, folder: str, kill_at: int | None, number: int) -> None:
+        self.folder, self.kill_at, self.number, self.count = folder, kill_at, number, 0
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -193,11 +222,30 @@ class _Changes:
             return
         self.count += 1
         if self.count == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 def _run(arguments: list[str], folder: str, limits: dict[str, Any], output: int, counting: int) -> None:
-    """Be the command, in the child."""
+    """Be the command, in the child, which an interrupt reaches only here."""
+    from mechedit.__main__ import LINE
+
+    counted: list[_Changes] = []
+    try:
+        try:
+            code = _code(arguments, folder, limits, output, counted)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    except KeyboardInterrupt:  # as the entry module does
+        print(LINE, end="")
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(counting, str(counted[0].count if counted else 0).encode())
+    os._exit(code)
+
+
+def _code(arguments: list[str], folder: str, limits: dict[str, Any], output: int, counted: list[_Changes]) -> int:
+    """The exit code of the command."""
     import resource
     import traceback
 
@@ -206,14 +254,14 @@ def _run(arguments: list[str], folder: str, limits: dict[str, Any], output: int,
     from mechedit.errors import InputError
 
     torch.set_num_threads(1)  # before threads do so at once, each for the first time after the fork
-
-    code, changes = 99, None
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
         os.chdir(folder)
         sys.stdin.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored in the background
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         if limits.get("largest") is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limits["largest"], limits["largest"]))
         if limits.get("unprivileged"):
@@ -222,26 +270,22 @@ def _run(arguments: list[str], folder: str, limits: dict[str, Any], output: int,
             _sketch_figures()
         if arguments[0] in ("tune", "train-mend"):
             _stop_the_clock()
-        changes = _Changes(folder, limits.get("kill_at"))
+        counted.append(_Changes(folder, limits.get("kill_at"), _signal(limits)))
         if arguments[0] == "session":
             _session(arguments[1])
-            code = 0
         else:
             from mechedit.cli import main
 
             main(arguments)
     except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+        return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
     except InputError as error:  # of a session, which no command line writes
         print(f"mechedit: {error}")
-        code = 2
-    except BaseException:
+        return 2
+    except Exception:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(counting, str(changes.count if changes else 0).encode())
-        os._exit(code)
+        return 99
+    return 0
 
 
 def _drop_privileges() -> None:
