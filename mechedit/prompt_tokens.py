@@ -7,6 +7,7 @@ character offsets, so merges across a boundary, BOS tokens and CJK text need no 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -319,8 +320,8 @@ def _holding(spans: Sequence[tuple[int, int]], start: int, end: int, text: str, 
 
 def check_token(token: str) -> None:
     """Refuse what names no token of a prompt, see `Prompt.position`."""
-    if token not in TOKENS and not (isinstance(token, str) and token.startswith("-") and token[1:].isdecimal()):
+    if token not in TOKENS and not (isinstance(token, str) and re.fullmatch("-[0-9]{1,6}", token)):
         raise InputError(
-            f"token is {token!r}, expected one of {', '.join(TOKENS)}, or a negative number that counts from the "
+            f"token is {brief(token)}, expected one of {', '.join(TOKENS)}, or a negative number that counts from the "
             f"prompt's end, such as '-2'; choose one of them"
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import mechedit as me
 from helpers.fuzz_inputs import BAD_TEXT
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.methods import METHODS, SpreadConfig
 from mechedit.planning import PromptShape
 from mechedit.sweep import Window
@@ -78,8 +78,8 @@ def fuzz_settings(seed: int, count: int) -> tuple[Counter[str], dict[str, str]]:
             except InputError as error:
                 outcomes["refused"] += 1
                 if len(str(error)) > 2000:
-                    faults.setdefault(f"a message of {len(str(error))} characters", f"{kind.__name__}: {chosen!r:.300}")
+                    faults.setdefault(f"a message of {len(str(error))} characters", f"{kind.__name__}: {brief(chosen)}")
             except Exception as error:
                 fault = f"{type(error).__name__} of {kind.__name__} ({error!s:.100})"
-                faults.setdefault(fault, repr({name: repr(value)[:60] for name, value in chosen.items()}))
+                faults.setdefault(fault, brief(chosen))
     return outcomes, faults
