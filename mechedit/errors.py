@@ -100,7 +100,7 @@ def is_interrupt(error: BaseException) -> bool:
             return True
         if id(error) not in seen:
             seen.add(id(error))
-            pending += [other for other in (error.__cause__, error.__context__) if other is not None]
+            pending += [cause for cause in (error.__cause__, error.__context__) if cause is not None]
     return False
 
 

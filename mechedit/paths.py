@@ -69,10 +69,10 @@ _made: ContextVar[list[Path] | None] = ContextVar("mechedit_made_folders", defau
 @contextlib.contextmanager
 def made_folders() -> Iterator[list[Path]]:
     """The folders that `writable_folder` makes until the block ends, in the order in which they are asked for."""
-    made: list[Path] = []
-    token = _made.set(made)
+    folders: list[Path] = []
+    token = _made.set(folders)
     try:
-        yield made
+        yield folders
     finally:
         _made.reset(token)
 
@@ -87,8 +87,8 @@ def writable_folder(folder: str | Path) -> Path:
     try:
         absent = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        if (made := _made.get()) is not None:
-            made.extend(absent)
+        if (folders := _made.get()) is not None:
+            folders.extend(absent)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:

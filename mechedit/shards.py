@@ -212,8 +212,8 @@ class ShardRecords:
     def _ranks(self, partly: bool) -> list[Rank]:
         """The shards that must be there, or with `partly` those that are."""
         names = [_FILE_NAME.fullmatch(path.name) for path in sorted(self.folder.glob("shard_*_of_*.json"))]
-        named = [Rank(int(name["index"]), int(name["world_size"])) for name in names if name is not None]
-        present = {rank for rank in named if rank.index < rank.world_size}
+        listed = [Rank(int(name["index"]), int(name["world_size"])) for name in names if name is not None]
+        present = {rank for rank in listed if rank.index < rank.world_size}
         sizes = sorted({rank.world_size for rank in present})
         if not sizes and not partly:
             raise InputError(

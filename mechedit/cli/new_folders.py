@@ -11,10 +11,10 @@ from mechedit.paths import made_folders
 @contextlib.contextmanager
 def no_empty_folders() -> Iterator[None]:
     """Remove the folders that the block made and left empty."""
-    with made_folders() as made:
+    with made_folders() as folders:
         try:
             yield
         finally:
-            for folder in sorted(set(made), key=lambda path: len(path.parts), reverse=True):
+            for folder in sorted(set(folders), key=lambda path: len(path.parts), reverse=True):
                 with contextlib.suppress(OSError):  # it is not empty
                     folder.rmdir()
