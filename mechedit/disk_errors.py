@@ -9,15 +9,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mechedit.errors import InputError, is_interrupt
+from mechedit.errors import DiskError, InputError, is_interrupt
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of a disk that does not take a file, whichever library writes it, into an InputError.
+    """Turn the errors of a disk that does not take a file, whichever library writes it, into a DiskError.
 
     Raises:
-        InputError: names the path and the reason.
+        DiskError: names the path and the reason.
         KeyboardInterrupt: an interrupt led to the error.
     """
     try:
@@ -28,7 +28,7 @@ def writing(path: Path) -> Iterator[None]:
         reason = disk_error(error)
         if reason is None:
             raise
-        raise InputError(
+        raise DiskError(
             f"cannot write {str(path)!r} ({reason}), and left nothing of it there; free space, or choose another "
             f"folder, and run the same again, which goes on from what is finished"
         ) from error

@@ -25,6 +25,10 @@ class InputError(ValueError):
     """
 
 
+class DiskError(InputError):
+    """A disk that does not take or give a file, which says nothing of what was to be computed."""
+
+
 def check_choice(name: str, value: object, choices: Iterable[str], hint: str = "choose one of them") -> None:
     """Raise InputError unless `value` is one of `choices`."""
     legal = list(choices)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
-from mechedit.errors import InputError, brief
+from mechedit.errors import DiskError, InputError, brief
 
 
 def checked_path(path: str | Path) -> Path:
@@ -92,7 +92,7 @@ def writable_folder(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise InputError(
+        raise DiskError(
             f"cannot write to the folder {str(folder)!r} ({error.strerror}); expected a folder that can be "
             f"written to: choose another with --out"
         ) from error

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from mechedit.cache import PARQUET, Cache
 from mechedit.data import EditRequest, check_requests
 from mechedit.edit import Edit, edited
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import DiskError, InputError, check_choice
 from mechedit.evaluation import PERCENT, QUICK, EvaluationConfig, Summary, evaluate, summarize_cases
 from mechedit.files import write_parquet
 from mechedit.methods import METHODS, MethodConfig, SearchConfig, moment_matrices, recommended
@@ -312,6 +312,8 @@ class _SweepJob:
         method = METHODS[self.method]
         try:
             edit = method(self.model, self.requests, window.layers, self.moments, config=self.config, targets=targets)
+        except DiskError:
+            raise
         except InputError as error:  # a layer whose keys are singular must not end the sweep of the others
             return _failure(str(error))
         with edited(self.model, edit):

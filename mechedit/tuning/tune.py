@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mechedit.data import EditRequest, check_requests
-from mechedit.errors import InputError
+from mechedit.errors import DiskError, InputError
 from mechedit.evaluation import QUICK, EvaluationConfig, Summary
 from mechedit.methods import METHODS, MethodConfig
 from mechedit.models import Model, exclusive
@@ -244,6 +244,8 @@ class _Search:
         try:
             with self.ledger.timed(name):
                 scored = self.sweep(windows, changes, facts)
+        except DiskError:
+            raise
         except InputError as error:  # a small λ may leave a system singular, which must not end the search
             if not self.trials:
                 raise

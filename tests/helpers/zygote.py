@@ -236,7 +236,7 @@ def _run(arguments: list[str], folder: str, limits: dict[str, Any], output: int,
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     except KeyboardInterrupt:  # as the entry module does
-        print(LINE, end="")
+        print(f"\n{LINE}", end="")  # below the bars of a session, which nobody ends
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,6 +25,7 @@ from mechedit import (
     evaluate,
 )
 from mechedit.edit import apply_
+from mechedit.errors import DiskError
 from mechedit.figures import sweep_figure
 from mechedit.methods import memit
 from mechedit.statistics import rank_interval, spearman
@@ -194,6 +195,26 @@ def test_a_window_that_cannot_be_edited_is_left_out_and_named(lively, moments, t
     alone = validate_selection(loaded, gap, [0])
     assert alone.outcome == "disagree"
     assert "layer 0, which it selects, cannot be edited" in alone.verdict
+
+
+@pytest.mark.parametrize(("error", "stays"), [(DiskError("the disk is full"), True), (InputError("singular"), False)])
+def test_a_full_disk_is_no_property_of_a_window(lively, moments, monkeypatch, tmp_path, error, stays):
+    """Nor is it kept as one for the next call."""
+
+    def method(model, requests, layers, *arguments, **options):
+        if list(layers) == [1]:
+            raise error
+        return memit(model, requests, layers, *arguments, **options)
+
+    methods = mechedit.sweep.sweep.METHODS
+    monkeypatch.setattr(mechedit.sweep.sweep, "METHODS", {**methods, "memit": method})
+    if stays:
+        with pytest.raises(DiskError, match="the disk is full"):
+            sweep(lively, moments, windows=[(0, 0), (1, 1)], parts=tmp_path)
+        monkeypatch.setattr(mechedit.sweep.sweep, "METHODS", methods)
+        assert not sweep(lively, moments, windows=[(0, 0), (1, 1)], parts=tmp_path).failed
+    else:
+        assert sweep(lively, moments, windows=[(0, 0), (1, 1)], parts=tmp_path).failed == {Window(1, 1): "singular"}
 
 
 @pytest.mark.parametrize(
