@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import torch
 
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, brief, check_choice
 from mechedit.models import adapters
 from mechedit.models.backend import BackendModel
 from mechedit.models.engine_check import settle_fast_engine
@@ -346,7 +346,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
-            f"the device {str(device)!r} cannot be used ({_first_line(error)}); expected cpu or an "
+            f"the device {brief(str(device))} cannot be used ({_first_line(error):.120}); expected cpu or an "
             f"accelerator of this machine: choose another with --device"
         ) from error
 

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from mechedit.errors import InputError
 from mechedit.files import read_object, write_json
-from mechedit.locks import locked
+from mechedit.locks import locked, remove_free_locks
 from mechedit.provenance import VERSION, check_provenance, value_hash
 from mechedit.records import check_record
 from mechedit.session.edited_batch import EditedBatch
@@ -135,6 +135,7 @@ class SessionFolder:
         if self.path is None:
             return ()
         targets = self.path / "targets"
+        remove_free_locks(self.path, "*")
         sweep([self.path, self.path / "batches", targets, *targets.glob("[0-9]*")])
         for temporary in (self.path / "batches").glob(".*.safetensors"):
             if temporary.is_file():  # by a name without a process
