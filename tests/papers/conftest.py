@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -33,6 +34,22 @@ def _short_searches() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Experiment, "config", config)
+        yield
+
+
+@pytest.fixture(scope="module")
+def light_figures() -> Iterator[None]:
+    """Figures are rendered small, as PNG alone: that `save_figure` writes PDF too has tests of its own."""
+    savefig = Figure.savefig
+
+    def save(figure: Figure, path: Path, **options: Any) -> None:
+        if path.suffix == ".pdf":
+            path.write_bytes(b"%PDF" + bytes(200))
+        else:
+            savefig(figure, path, **{**options, "dpi": 40})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
         yield
 
 

@@ -19,7 +19,7 @@ SMALL = ["--quick", "--count", "4", "--layers", "2-3"]
 
 
 @pytest.fixture(scope="module")
-def folder(papers_folder: Callable[[], Path]) -> Path:
+def folder(papers_folder: Callable[[], Path], light_figures: None) -> Path:
     """One folder for all three, as a reader would have; the ranges come first, whichever test runs here."""
     out = papers_folder()
     ablate_layers.main([*SMALL, "--out", str(out)])

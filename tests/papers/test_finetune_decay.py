@@ -20,7 +20,7 @@ SMALL = ["--quick", "--count", "4", "--layers", "2", "--decades", "3", "--decade
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, light_figures: None) -> Path:
     out = tmp_path_factory.mktemp("papers")
     finetune_decay.main([*SMALL, "--out", str(out)])
     return out

@@ -32,7 +32,7 @@ def arguments(out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def out(papers_folder) -> Path:
+def out(papers_folder, light_figures) -> Path:
     """One folder for all scripts, as for a reader."""
     return papers_folder()
 

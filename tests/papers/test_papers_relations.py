@@ -186,7 +186,7 @@ def test_facts_are_drawn_anew_and_the_same_for_a_seed():
 
 
 @pytest.fixture(scope="module")
-def out(papers_folder):
+def out(papers_folder, light_figures):
     return papers_folder()
 
 
