@@ -168,14 +168,12 @@ def train_scope(model: Model, requests: Sequence[EditRequest], config: SeracConf
     return Scope(model=model, layer=config.layer, head=head.requires_grad_(False))
 
 
-def train_counterfactual(model: Model, requests: Sequence[EditRequest], config: SeracConfig) -> Edit | None:
+def train_counterfactual(model: Model, requests: Sequence[EditRequest], config: SeracConfig) -> Edit:
     """Fine-tune the down-projections of all layers to say the new object after the edit's sentence and its prompts.
 
     Returns:
-        ΔW of h, or None where it is not trained.
+        ΔW of h.
     """
-    if not config.counterfactual_steps:
-        return None
     rows = []
     for request in requests:
         texts = [request.text, *request.paraphrases]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,6 +19,7 @@ from analyses.common.serac import (
     train_counterfactual,
     train_scope,
 )
+from analyses.papers import serac
 from analyses.tiny_model.mend import training_requests
 from mechedit import InputError, edited, evaluate, load_model, load_requests
 from mechedit.evaluation import QUICK, score_targets
@@ -127,7 +129,6 @@ def test_only_prompts_in_scope_see_the_other_model_and_no_weight_changes(
     model: Any, scored: list[Any], others: list[Any]
 ) -> None:
     change = train_counterfactual(model, others[:8], CONFIG)
-    assert change is not None
     before = model.weights_hash()
     request = scored[0]
     rows = Serac(model=model, scope=Chosen({request.text}), counterfactual=change, memory=[request]).evaluate(
@@ -143,4 +144,25 @@ def test_only_prompts_in_scope_see_the_other_model_and_no_weight_changes(
         scores[behind, target].probability(QUICK.likelihood) for target in (request.target_new, request.target_true)
     )
     assert where(rows, measure="EM")["value"].item() == pytest.approx(new - true, abs=1e-6)
-    assert train_counterfactual(model, others[:2], SeracConfig(layer=0, counterfactual_steps=0)) is None
+
+
+def test_the_script_scores_both_memories_and_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--quick", "--count", "2", "--training", "6", "--passes", "1", "--layer", "0", "--out", str(tmp_path)]
+    serac.main(arguments)
+    printed = pd.read_csv(tmp_path / "serac.csv")
+    assert list(zip(printed["method"], printed["memory"], strict=True)) == [
+        (serac.UNTRAINED, "one"), (serac.UNTRAINED, "all"), (serac.TRAINED, "one"), (serac.TRAINED, "all"),
+    ]  # fmt: skip
+    assert (printed["rewrite to h"] == 100).all(), "a prompt is in the scope of the edit that it is of"
+    assert {"S", "ES", "PS", "NS", "neighborhood to h"} <= set(printed)
+    table = (tmp_path / "serac.parquet").read_bytes()
+
+    def refuses(*_: object) -> None:
+        raise AssertionError("what is kept was made again")
+
+    monkeypatch.setattr(serac, "train_counterfactual", refuses)
+    monkeypatch.setattr(serac, "rows_of", refuses)
+    serac.main(arguments)
+    assert (tmp_path / "serac.parquet").read_bytes() == table
+    with pytest.raises(InputError, match="--layer is 10, expected 0 to 9"):
+        serac.main([*arguments, "--layer", "10"])
