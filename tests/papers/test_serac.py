@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -146,7 +147,9 @@ def test_only_prompts_in_scope_see_the_other_model_and_no_weight_changes(
     assert where(rows, measure="EM")["value"].item() == pytest.approx(new - true, abs=1e-6)
 
 
-def test_the_script_scores_both_memories_and_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_scores_both_memories_and_trains_once(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["--quick", "--count", "2", "--training", "6", "--passes", "1", "--layer", "0", "--out", str(tmp_path)]
     serac.main(arguments)
     printed = pd.read_csv(tmp_path / "serac.csv")
@@ -165,4 +168,4 @@ def test_the_script_scores_both_memories_and_trains_once(tmp_path: Path, monkeyp
     serac.main(arguments)
     assert (tmp_path / "serac.parquet").read_bytes() == table
     with pytest.raises(InputError, match="--layer is 10, expected 0 to 9"):
-        serac.main([*arguments, "--layer", "10"])
+        serac.config_of(SimpleNamespace(arguments=SimpleNamespace(layer=10), model=model))  # type: ignore[arg-type]
