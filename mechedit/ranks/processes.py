@@ -36,6 +36,7 @@ class Processes(Group):
         self._turn, self._bars = 0, 0
         self._bar: _SharedBar | None = None
         self._seen: dict[int, tuple[bytes, float]] = {}
+        self._dead: set[int] = set()
         self._closing = threading.Event()
         self._left, self._leaving = False, threading.Lock()
         self._beats = threading.Thread(target=self._beat, name="mechedit-ranks", daemon=True)
@@ -107,7 +108,7 @@ class Processes(Group):
         with contextlib.suppress(Exception):
             # The first process may be the one that holds the store: it stays until the others have read from it.
             gone, until = self._store.add("gone", 1), time.monotonic() + _FAREWELL
-            while self.is_first and gone < self.world_size and time.monotonic() < until:
+            while self.is_first and gone < self.world_size - len(self._dead) and time.monotonic() < until:
                 time.sleep(_GLANCE)
                 gone = self._store.add("gone", 0)
         self._closing.set()
@@ -192,6 +193,7 @@ class Processes(Group):
             before, since = self._seen.get(rank, (None, now))
             self._seen[rank] = (beat, now if beat != before else since)
             if now - self._seen[rank][1] > patience:
+                self._dead.add(rank)
                 raise InputError(
                     f"the process of rank {rank} of {self.world_size} has given no sign of life for {patience:g} s "
                     f"while the others wait for it ({step}): it has died, or was never started; run the same command "
