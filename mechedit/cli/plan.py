@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,13 +11,14 @@ import typer
 from mechedit.cli.app import one_line
 from mechedit.cli.command import POSITIONAL, command, options_of
 from mechedit.cli.idle import refuse_idle
-from mechedit.cli.options import JsonOption
+from mechedit.cli.options import ALL_SEVERED, JsonOption
 from mechedit.cli.parsing import parse_layers, quiet, require_layers
 from mechedit.errors import check_at_least, check_choice, check_positive
 from mechedit.models import DTYPES, ModelShapes
 from mechedit.planning import (
     Plan,
     PromptShape,
+    Rates,
     Step,
     in_units,
     measured_rates,
@@ -30,8 +30,6 @@ from mechedit.trace import TraceConfig
 
 DEPTH = 5
 """Layers of a range that is not given."""
-STEPS = ("trace", "moments", "targets", "spreading")
-"""The steps that are planned."""
 BASE_BYTES = 560 * 2**20
 """Bytes that Python, its libraries and what belongs to any model take on a CPU, measured with the tiny model."""
 
@@ -72,7 +70,7 @@ class PlanOptions(JsonOption):
             "prefix": "prefix_tokens",
         },
     ),
-    trace=options_of(TraceConfig, only=("samples",)),
+    trace=options_of(TraceConfig, only=("samples",), defaults=ALL_SEVERED),
 )
 def plan_command(options: PlanOptions, prompt: PromptShape, trace: TraceConfig) -> int:
     """Print what tracing, second moments and an edit will cost: operations, memory, disk and minutes.
@@ -99,7 +97,7 @@ def plan_command(options: PlanOptions, prompt: PromptShape, trace: TraceConfig) 
     steps = (
         plan_trace_step(shapes, options.facts, prompt, trace),
         plan_moments_step(shapes, int(options.tokens), layers, text_tokens=options.text_tokens),
-        *plan_edit(shapes, options.edits, layers, prompt),
+        *plan_edit(shapes, options.edits, layers, prompt, device="cpu" if _device(options) == "cpu" else "cuda"),
     )
     plan = Plan(shapes=shapes, steps=steps)
     rates = _rates(options, dtype)
@@ -111,6 +109,7 @@ def plan_command(options: PlanOptions, prompt: PromptShape, trace: TraceConfig) 
         "peak": plan.peak,
         "layers": layers,
         "steps": {step.name: _record(step, rates) for step in steps},
+        "rates": {"head": rates.head, "solving": rates.solving},
     }
     if options.json:
         options.print_summary(record)
@@ -123,9 +122,13 @@ def _dtype(options: PlanOptions) -> torch.dtype | None:
     """The dtype in which the model would run, as `load_model` chooses it; None for the config's."""
     if options.dtype is not None:
         return DTYPES[options.dtype]
-    here = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_measured = options.rate is None and here == "cpu"
+    is_measured = options.rate is None and _device(options) == "cpu"
     return torch.float32 if is_measured or options.model in (None, "tiny") else None
+
+
+def _device(options: PlanOptions) -> str:
+    """Type of the device on which the model would run."""
+    return (options.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
 
 
 def _layers(options: PlanOptions, shapes: ModelShapes) -> list[int]:
@@ -138,27 +141,28 @@ def _layers(options: PlanOptions, shapes: ModelShapes) -> list[int]:
     return list(range(first, min(first + DEPTH, shapes.n_layers)))
 
 
-def _rates(options: PlanOptions, dtype: torch.dtype | None) -> Mapping[str, float]:
-    """Operations per second of each step: the rate that was given, or measured ones."""
+def _rates(options: PlanOptions, dtype: torch.dtype | None) -> Rates:
+    """Operations per second: the rate that was given, or measured ones."""
     if options.rate is not None:
-        return dict.fromkeys((*STEPS, "solving"), float(options.rate))
+        return Rates.same(float(options.rate))
     with quiet():
         return measured_rates(options.model or "tiny", device=options.device, dtype=dtype)
 
 
-def _record(step: Step, rates: Mapping[str, float]) -> dict[str, float | int]:
+def _record(step: Step, rates: Rates) -> dict[str, float | int]:
     """A step as JSON has it."""
     return {
         "operations": step.operations,
+        "head": step.head,
         "solving": step.solving,
         "memory": step.memory,
         "disk": step.disk,
-        "rate": rates[step.name],
-        "minutes": step.minutes(rates[step.name], rates["solving"]),
+        "rate": rates.blocks[step.name],
+        "minutes": step.minutes(rates),
     }
 
 
-def _table(plan: Plan, rates: Mapping[str, float], options: PlanOptions, layers: list[int]) -> str:
+def _table(plan: Plan, rates: Rates, options: PlanOptions, layers: list[int]) -> str:
     """The plan as text for the terminal."""
     shapes, amounts = plan.shapes, {
         "trace": f"{options.facts:,} facts", "moments": f"{int(options.tokens):,} tokens",
@@ -175,10 +179,12 @@ def _table(plan: Plan, rates: Mapping[str, float], options: PlanOptions, layers:
         f"{'step':<10} {'amount':>20} {'operations':>11} {'in float64':>11} {'memory':>10} {'disk':>10} {'minutes':>9}",
     ]
     for step in plan.steps:
-        minutes = step.minutes(rates[step.name], rates["solving"])
+        minutes = step.minutes(rates)
         lines.append(
             f"{step.name:<10} {amounts[step.name]:>20} {step.operations:>11.3g} {step.solving:>11.3g} "
             f"{in_units(step.memory):>10} {in_units(step.disk):>10} {minutes:>9.3g}"
         )
     source = "as given" if options.rate is not None else "measured on a few random blocks of these sizes"
-    return "\n".join([*lines, "", f"rates   {source}: " + ", ".join(f"{rates[name]:.3g}/s {name}" for name in rates)])
+    blocks = ", ".join(f"{rate:.3g}/s {name}" for name, rate in rates.blocks.items())
+    others = f"{rates.head:.3g}/s unembedding, {rates.solving:.3g}/s linear systems"
+    return "\n".join([*lines, "", f"rates   {source}:", f"        blocks {blocks}", f"        {others}"])

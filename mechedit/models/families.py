@@ -112,6 +112,11 @@ def family_of(hf: Any) -> Family:
     return find_family(hf)
 
 
+def is_in_table(config: Any) -> bool:
+    """Whether our table has the parts of a model, by its config."""
+    return any(family.model_type == config.model_type for family in FAMILIES)
+
+
 def check_loadable(hf: Any) -> None:
     """Refuse a loaded model that cannot be used, as far as this is known without running it.
 
@@ -199,3 +204,9 @@ def attention_window(config: Any, layer: int) -> int | None:
         # Mistral and Phi-3 name no kinds: all of their layers slide when there is a window.
         return getattr(config, "sliding_window", None)
     return None
+
+
+def keeps_scores(config: Any) -> bool:
+    """Whether attention's scores are all in memory at once, by the config: where no fused kernel computes them."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return capped or getattr(config, "_attn_implementation", None) == "eager"

@@ -11,7 +11,7 @@ import torch
 from mechedit.errors import InputError
 from mechedit.models.backend import BackendModel
 from mechedit.models.engines import max_positions
-from mechedit.models.families import attention_window, auto_class, check_config, family_of
+from mechedit.models.families import attention_window, auto_class, check_config, family_of, keeps_scores
 from mechedit.models.family import Family
 from mechedit.models.loading import checkpoint_config, input_errors
 from mechedit.models.protocol import Model
@@ -33,6 +33,10 @@ class BlockShapes:
     """Key heads times d_head."""
     window: int | None
     """Positions that a token attends to at most; None for all."""
+    norms: int
+    """Norms on the way of the residual stream."""
+    is_gated: bool
+    """Whether the MLP multiplies two products (three matrices) or has one (two matrices)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,8 @@ class ModelShapes:
     head: int
     """Parameters of the output embedding."""
     dtype: torch.dtype
+    keeps_scores: bool
+    """Whether attention's scores are all in memory at once."""
     blocks: tuple[BlockShapes, ...]
 
     @property
@@ -121,6 +127,7 @@ def _shapes(hf: Any, family: Family, name: str) -> ModelShapes:
         parameters=sum(parameter.numel() for parameter in hf.parameters()),
         head=head.numel(),
         dtype=head.dtype,
+        keeps_scores=keeps_scores(hf.config),
         blocks=blocks,
     )
 
@@ -138,15 +145,19 @@ def _block(hf: Any, family: Family, layer: int, name: str) -> BlockShapes:
             f"hybrid), expected both in each block; costs of such a model are not known beforehand"
         )
     block = hf.get_submodule(f"{family.blocks}.{layer}")
+    matrices = sum(parameter.numel() for parameter in block.parameters() if parameter.ndim == 2)
     down, out = (block.get_submodule(path).weight.numel() for path in (parts.down, parts.attn_proj))
     heads_width = out // config.hidden_size
     n_heads = getattr(config, "num_attention_heads", 1)
     kv_width = heads_width * (getattr(config, "num_key_value_heads", None) or n_heads) // n_heads
+    keys_values = 2 * config.hidden_size * kv_width
     return BlockShapes(
-        matrices=sum(parameter.numel() for parameter in block.parameters() if parameter.ndim == 2),
-        keys_values=2 * config.hidden_size * kv_width,
+        matrices=matrices,
+        keys_values=keys_values,
         down=down,
         heads_width=heads_width,
         kv_width=kv_width,
         window=attention_window(hf.config, layer),
+        norms=2 + sum(path is not None for path in (parts.attn_norm, parts.mlp_norm)),
+        is_gated=matrices - 2 * out - keys_values > 2.5 * down,
     )

@@ -27,13 +27,15 @@ class MomentsPlan:
     """Bytes of the float64 sums of the largest pass, and of what a product and a snapshot need."""
     batch: int
     """Bytes of the keys and activations of a batch."""
+    mean: int
+    """Bytes of the one mean that is made at a time, once the text is read."""
     finished: int
     """Bytes of the finished matrices of all layers, in memory and again on disk when they are written."""
 
     @property
     def memory(self) -> int:
-        """Bytes in use at once, beside the weights and the finished matrices."""
-        return self.sums + self.batch
+        """Bytes in use at once, beside the weights: while a batch is read, or when the first mean is made."""
+        return self.sums + max(self.batch, self.mean)
 
     def __str__(self) -> str:
         layers = [layer for pass_layers in self.passes for layer in pass_layers]
@@ -79,6 +81,7 @@ def plan_moments(
         batch_tokens=batch_tokens,
         sums=sum_bytes(model, n_layers, convergence),
         batch=batch_bytes(model, n_layers, max(batch_tokens, length), length),
+        mean=mean_bytes(model),
         finished=len(layers) * 8 * model.d_key**2,
     )
 
@@ -90,7 +93,7 @@ def _layers_per_pass(
     length = config.text_length(model)
 
     def needed(count: int) -> int:
-        return sum_bytes(model, count, convergence) + batch_bytes(model, count, length, length)
+        return sum_bytes(model, count, convergence) + max(batch_bytes(model, count, length, length), mean_bytes(model))
 
     fitting = [count for count in range(1, n_layers + 1) if needed(count) <= limit]
     if n_layers and not fitting:
@@ -103,19 +106,25 @@ def _layers_per_pass(
 
 
 def sum_bytes(model: Model | ModelShapes, layers: int, convergence: bool) -> int:
-    """Bytes of the sums of some layers, of one strip's product, and of the one mean that is made at a time.
+    """Bytes of the sums of some layers, and of one strip's product.
 
     With `convergence`, also of a float32 snapshot per layer and of one layer's factorization.
     """
     square, strip = 8 * model.d_key**2, min(STRIP, model.d_key) * model.d_key * (4 + 8)
     snapshots = (layers * square // 2 + 2 * square) if convergence else 0
-    return (layers + 1) * square + strip + snapshots
+    return layers * square + strip + snapshots
+
+
+def mean_bytes(model: Model | ModelShapes) -> int:
+    """Bytes of the mean of one layer, which is made of its sum."""
+    return 8 * model.d_key**2
 
 
 def batch_bytes(model: Model | ModelShapes, layers: int, tokens: int, length: int) -> int:
     """Bytes of the keys of some layers for a batch, as computed and as buffered, and of one block's activations.
 
-    One layer's keys are also there in float32.
+    In half precision one layer's keys are also there in float32. Attention's scores are where no fused kernel computes
+    them.
 
     Args:
         model: model that is run.
@@ -123,9 +132,10 @@ def batch_bytes(model: Model | ModelShapes, layers: int, tokens: int, length: in
         tokens: tokens in the batch.
         length: tokens of its longest sequence.
     """
-    size, heads = model.dtype.itemsize, model.n_heads
-    keys = (2 * layers * size + 4) * model.d_key
-    block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + SCORE_COPIES * heads * length)
+    size = model.dtype.itemsize
+    keys = (2 * layers * size + (4 if size < 4 else 0)) * model.d_key
+    scores = SCORE_COPIES * model.n_heads * length if model.keeps_scores else 0
+    block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + scores)
     return tokens * (keys + block)
 
 

@@ -8,7 +8,7 @@ counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mechedit.models import Model, ModelShapes
@@ -51,6 +51,11 @@ class Operations:
     def head(self) -> int:
         """Of one position's logits."""
         return 2 * self.shapes.head
+
+    @property
+    def of_blocks(self) -> Operations:
+        """Those of the same model without its unembedding."""
+        return Operations(replace(self.shapes, head=0))
 
     def through(self, layers: range, tokens: int, *, before: int = 0) -> int:
         """Consecutive tokens of one row through some blocks.

@@ -14,11 +14,12 @@ Memory is that of the weights, and what the step takes beside them. Time is oper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mechedit.batching import GIB, MLP_COPIES
+from mechedit.batching import GIB, HIDDEN_COPIES, LAUNCH_COST, MLP_COPIES
 from mechedit.models import ModelShapes
+from mechedit.models.readout import CHUNK
 from mechedit.moments import MomentsConfig, plan_moments
 from mechedit.moments.accumulator import product_entries
 from mechedit.planning.operations import Operations
@@ -27,9 +28,11 @@ from mechedit.targets import TargetConfig
 from mechedit.targets.search_prompts import SearchPrompt
 from mechedit.trace import TraceConfig
 from mechedit.trace.cells import can_change, restored_spans
-from mechedit.trace.memory import GRADIENT_COPIES, batch_row_bytes, group_row_bytes, max_group_rows
+from mechedit.trace.memory import batch_row_bytes, group_row_bytes, max_group_rows
 from mechedit.trace.traced_fact import TracedFact, restored_positions
 
+STEPS = ("trace", "moments", "targets", "spreading")
+"""The steps that are planned."""
 FLOAT64 = 8
 """Bytes of a number of a second moment."""
 SYSTEM_COPIES = 4
@@ -40,12 +43,31 @@ _BYTES_PER_CELL = 12
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Operations per second."""
+
+    blocks: Mapping[str, float]
+    """Of the blocks, and of what surrounds them, in each step, by its name."""
+    head: float
+    """Of the unembedding, with what is computed from the logits."""
+    solving: float
+    """Of linear systems in float64."""
+
+    @staticmethod
+    def same(rate: float) -> Rates:
+        """One rate for all."""
+        return Rates(blocks=dict.fromkeys(STEPS, rate), head=rate, solving=rate)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """What one step costs."""
 
     name: str
     operations: float | int
     """Multiplications and additions of matrix products in the model's dtype, and of k kᵀ."""
+    head: float | int = 0
+    """Those of the unembedding among them, which computes at another rate than the blocks."""
     solving: float | int = 0
     """Operations in float64 of linear systems, which are not among `operations`."""
     memory: int
@@ -53,9 +75,10 @@ class Step:
     disk: int
     """Bytes of the files that the step leaves."""
 
-    def minutes(self, rate: float | int, solving_rate: float | int) -> float:
-        """Minutes at rates in operations per second: of the step, and of linear systems in float64."""
-        return (self.operations / rate + self.solving / solving_rate) / 60
+    def minutes(self, rates: Rates) -> float:
+        """Minutes that the step takes."""
+        blocks = (self.operations - self.head) / rates.blocks[self.name]
+        return (blocks + self.head / rates.head + self.solving / rates.solving) / 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +121,7 @@ def plan_moments_step(
         total += tokens // length * operations.text_pass([length], max(pass_layers))
         total += operations.text_pass(rest, max(pass_layers)) if rest else 0
     total += len(layers) * tokens * 2 * product_entries(shapes.d_key)
-    return Step(name="moments", operations=total, memory=plan.memory + plan.finished, disk=plan.finished)
+    return Step(name="moments", operations=total, memory=plan.memory, disk=plan.finished)
 
 
 def plan_trace_step(
@@ -112,8 +135,17 @@ def plan_trace_step(
     # The rows of one position run together.
     rows = min(max(config.batch_rows, config.samples), group * cells_of_position)
     memory = group * group_row_bytes(shapes, typical, config) + rows * batch_row_bytes(shapes, typical, config)
-    operations = facts * fact_operations(Operations(shapes), typical, config)
-    return Step(name="trace", operations=operations, memory=memory, disk=facts * cells * _BYTES_PER_CELL)
+    whole, of_blocks = (fact_operations(each, typical, config) for each in _with_and_without_head(shapes))
+    return Step(
+        name="trace", operations=facts * whole, head=facts * (whole - of_blocks), memory=memory,
+        disk=facts * cells * _BYTES_PER_CELL,
+    )  # fmt: skip
+
+
+def _with_and_without_head(shapes: ModelShapes) -> tuple[Operations, Operations]:
+    """Operations of a model, and of its blocks alone."""
+    operations = Operations(shapes)
+    return operations, operations.of_blocks
 
 
 def fact_operations(operations: Operations, traced: TracedFact, config: TraceConfig) -> float | int:
@@ -153,19 +185,32 @@ def plan_edit(
     layers: Sequence[int],
     prompt: PromptShape | None = None,
     config: TargetConfig | None = None,
+    device: str = "cpu",
 ) -> tuple[Step, Step]:
     """An edit of so many facts: the search for z at the last of the layers, and the spreading over them.
 
     A search that stops early takes less.
+
+    Args:
+        shapes: of the model.
+        facts: to write.
+        layers: to write into.
+        prompt: size of a typical fact.
+        config: settings of the search.
+        device: type of the device, `cpu` or `cuda`.
     """
     config, prompt, layers = config or TargetConfig(), prompt or PromptShape(), sorted(layers)
     operations = Operations(shapes)
     rows = prompt.search_prompts(config.generated_prefixes, kl=config.kl_weight > 0)
     moments = len(layers) * FLOAT64 * shapes.d_key**2
+    whole, of_blocks = (
+        search_operations(each, rows, layers[-1], config.updates) for each in _with_and_without_head(shapes)
+    )
     targets = Step(
         name="targets",
-        operations=facts * search_operations(operations, rows, layers[-1], config.updates),
-        memory=moments + _search_bytes(shapes, rows * min(facts, config.batch_size), layers[-1], config),
+        operations=facts * whole,
+        head=facts * (whole - of_blocks),
+        memory=moments + _search_bytes(shapes, rows * min(facts, config.batch_size), layers[-1], config, device),
         disk=facts * 2 * 4 * shapes.d_model,
     )
     stream = facts * sum(row.at + 1 for row in rows if row.labels) * shapes.d_model * shapes.dtype.itemsize
@@ -210,16 +255,52 @@ def spread_operations(operations: Operations, rows: Sequence[SearchPrompt], laye
     return total
 
 
-def _search_bytes(shapes: ModelShapes, rows: Sequence[SearchPrompt], layer: int, config: TargetConfig) -> int:
-    """Bytes of the cached keys and values of all rows, and of the activations that one pass's gradient reads."""
-    size, later = shapes.dtype.itemsize, max(1, shapes.n_layers - layer - 1)
-    cached = sum(
-        row.at * 2 * shapes.blocks[layer].kv_width * later + row.width * shapes.d_model for row in rows
-    ) * size  # fmt: skip
-    tokens = min(config.pass_tokens, sum(row.width for row in rows))
-    scored = min(tokens, sum(len(row.scored) for row in rows))
-    activations = tokens * later * (GRADIENT_COPIES * shapes.d_model + MLP_COPIES * shapes.d_mlp) * size
-    return cached + activations + scored * shapes.vocab_size * (2 * size + 4 * 4)
+def _search_bytes(
+    shapes: ModelShapes, rows: Sequence[SearchPrompt], layer: int, config: TargetConfig, device: str
+) -> int:
+    """Bytes of a batch of facts: what the clean run leaves for all rows, and what one pass needs besides.
+
+    Passes are of prompts with like numbers of tokens behind δ, one pass after another (`search_batches`). Real facts
+    differ where typical ones do not: with 1 to 2w − 1 tokens, all as often, the pass of the longest has 1/w of them.
+
+    Args:
+        shapes: of the model.
+        rows: all prompts of the batch.
+        layer: after which δ is added.
+        config: settings of the search.
+        device: type of the device.
+    """
+    size, before, width = shapes.dtype.itemsize, max(row.at for row in rows), sum(row.width for row in rows)
+    later = range(min(layer + 1, shapes.n_layers - 1), shapes.n_layers)
+    kv = [2 * block.kv_width for block in shapes.blocks]
+    # Keys and values of all tokens before δ, and the inputs of two spans of blocks.
+    cached = len(rows) * before * sum(kv[block] for block in later) + 2 * width * shapes.d_model
+    kl_logits = sum(not row.labels for row in rows) * shapes.vocab_size * 4
+    mean = width / len(rows)
+    # Padding tokens if all ran together, against those that cost as much as starting the other passes.
+    padding = len(rows) * (mean - 1)
+    starts = (
+        (2 * mean - 2) * LAUNCH_COST[device] / (2 * sum(block.matrices for block in shapes.blocks) / shapes.n_layers)
+    )
+    share = min(1.0, config.pass_tokens / width, 1 / mean if padding > starts else 1.0)
+    # The clean run has the keys and values of all blocks, and again as they are cut to each row's length.
+    preparing = share * len(rows) * before * (sum(kv) + sum(kv[block] for block in later))
+    saved = share * sum(saved_for_gradient(shapes, row, block) for row in rows for block in later)
+    block = share * width * (HIDDEN_COPIES * shapes.d_model + MLP_COPIES * shapes.d_mlp)
+    logits = 3 * 4 * min(share * sum(len(row.scored) for row in rows) * shapes.vocab_size, CHUNK[device])
+    return int(cached * size + kl_logits + max(preparing * size, (saved + block) * size + logits))
+
+
+def saved_for_gradient(shapes: ModelShapes, row: SearchPrompt, layer: int) -> int:
+    """Numbers that one block of a pass over one row keeps until its gradient has been computed.
+
+    The inputs of its norms, queries, attention's probabilities, what the MLP multiplies and activates, for the tokens
+    that δ reaches; and keys and values of these and of all tokens before, which stand together there.
+    """
+    block, tokens = shapes.blocks[layer], row.width
+    keys = min(len(row.ids), tokens - 1 + (block.window or len(row.ids)))
+    of_token = block.norms * shapes.d_model + block.heads_width + (3 if block.is_gated else 1) * shapes.d_mlp
+    return tokens * (of_token + shapes.n_heads * keys) + 2 * block.kv_width * keys
 
 
 def in_units(size: float | int) -> str:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from mechedit.data import load_facts, load_requests
+from mechedit.data import EditRequest, load_facts, load_requests
 from mechedit.errors import InputError
 from mechedit.models import Model, ModelShapes, few_random_blocks
 from mechedit.moments import MomentsConfig
 from mechedit.moments.accumulator import MomentAccumulator, product_entries
 from mechedit.moments.key_reader import KeyReader
 from mechedit.planning.operations import Operations
-from mechedit.planning.plan import fact_operations, search_operations
+from mechedit.planning.plan import Rates, fact_operations, search_operations
 from mechedit.prefixes import BARE
 from mechedit.targets import TargetConfig, find_targets
 from mechedit.targets.search_prompts import search_prompts
@@ -37,14 +38,21 @@ SECONDS = 2.0
 """Least seconds for which a step is repeated."""
 FACTS = 8
 """Facts whose z is searched for, and that are traced, at a time."""
-PREFIXES = (BARE, "The tower stands in the old city near the river. {}")
-"""Texts before the prompts."""
+HEAD_ROWS = 64
+"""Positions whose logits are computed at a time."""
+_TEXT = "{} stands in the old city near the river. {{}}"
+PREFIXES = (
+    BARE,
+    *(_TEXT.format(what) for what in ("The tower", "A bridge", "One house", "The school", "Their church")),
+)
+"""Texts before the prompts, as many as a search generates."""
 
 
-def measured_rates(
-    source: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
-) -> Mapping[str, float]:
-    """Operations per second of each step, by its name, and of the linear systems (`solving`).
+def measured_rates(source: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> Rates:
+    """Operations per second of the blocks in each step, of the unembedding, and of the linear systems.
+
+    The unembedding of a few blocks is a larger part of their work than that of all blocks, and its product is a larger
+    one; so it is measured by itself, and its seconds are taken off those of the steps.
 
     Args:
         source: as in `ModelShapes.of_config`.
@@ -63,24 +71,43 @@ def measured_rates(
         )
     with contextlib.redirect_stderr(io.StringIO()):  # no progress bars
         model = few_random_blocks(source, BLOCKS, device=device, dtype=dtype)
-        targets = _targets(model)
-        return {
-            "moments": _moments(model),
-            "targets": targets,
-            "spreading": targets,
-            "trace": _trace(model),
-            "solving": _solving(model),
-        }
+        head = _head(model)
+        targets = _targets(model, head)
+        blocks = {"trace": _trace(model, head), "moments": _moments(model), "targets": targets, "spreading": targets}
+        return Rates(blocks=blocks, head=head, solving=_solving(model))
 
 
-def _rate(operations: float | int, run: Callable[[], object]) -> float:
-    """Operations per second of what is repeated for a while, once it is warm."""
+def _seconds(run: Callable[[], object]) -> float:
+    """Seconds of what is repeated for a while, once it is warm."""
     run()
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < SECONDS:
         run()
         count += 1
-    return count * operations / (time.perf_counter() - begin)
+    return (time.perf_counter() - begin) / count
+
+
+def _blocks_rate(whole: float | int, of_blocks: float | int, seconds: float, head_rate: float) -> float:
+    """Operations per second of the blocks, once the unembedding's seconds are taken off (half of all at most)."""
+    return of_blocks / max(seconds - (whole - of_blocks) / head_rate, seconds / 2)
+
+
+def _head(model: Model) -> float:
+    """Of the unembedding, its log-probabilities and their gradient."""
+    readout, generator = model.readout(), torch.Generator().manual_seed(0)
+    width = model.d_model if readout.chunked else model.vocab_size
+    states = torch.randn(HEAD_ROWS, width, generator=generator).to(model.device, model.dtype).requires_grad_()
+    labels = torch.arange(HEAD_ROWS, device=model.device) % model.vocab_size
+    products = 2 if readout.chunked else 0
+
+    def score() -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(readout.score(states, labels).log_prob.sum(), states)
+
+    if not products:  # the logits are computed by the model itself
+        resid = torch.randn(HEAD_ROWS, model.d_model, generator=generator).to(model.device, model.dtype)
+        return HEAD_ROWS * Operations.of(model).head / _seconds(lambda: model.unembed(resid))
+    return products * HEAD_ROWS * Operations.of(model).head / _seconds(score)
 
 
 @torch.no_grad()
@@ -93,27 +120,35 @@ def _moments(model: Model) -> float:
     reader, summed = KeyReader(model, [last], config.batch_tokens), MomentAccumulator(model.d_key, model.device)
     operations = Operations.of(model).text_pass([length] * rows, last)
     operations += rows * length * 2 * product_entries(model.d_key)
-    return _rate(operations, lambda: summed.update(reader.read(texts)[last]).finite)
+    return operations / _seconds(lambda: summed.update(reader.read(texts)[last]).finite)
 
 
-def _targets(model: Model) -> float:
-    requests, config = load_requests("tiny")[:FACTS], TargetConfig(steps=4, threshold=1e-9)
-    layer = model.n_layers // 2 - 1
-    rows = search_prompts(model, requests, range(len(requests)), PREFIXES, config)
-    operations = search_operations(Operations.of(model), rows, layer, config.updates)
-    return _rate(operations, lambda: find_targets(model, requests, layer, PREFIXES, config))
+def _targets(model: Model, head_rate: float) -> float:
+    config = TargetConfig(steps=4, threshold=1e-9)
+    # Prompts of one width run together, as those of a whole batch do.
+    by_width: dict[int, list[EditRequest]] = defaultdict(list)
+    for request in load_requests("tiny"):
+        (prompt, *_) = search_prompts(model, [request], [0], PREFIXES[:1], config)
+        by_width[prompt.width].append(request)
+    requests = max(by_width.values(), key=len)[:FACTS]
+    rows, operations = search_prompts(model, requests, range(len(requests)), PREFIXES, config), Operations.of(model)
+    whole, of_blocks = (search_operations(each, rows, 0, config.updates) for each in (operations, operations.of_blocks))
+    seconds = _seconds(lambda: find_targets(model, requests, 0, PREFIXES, config))
+    return _blocks_rate(whole, of_blocks, seconds, head_rate)
 
 
 @torch.no_grad()
-def _trace(model: Model) -> float:
-    config = TraceConfig(window=2)
+def _trace(model: Model, head_rate: float) -> float:
+    config, operations = TraceConfig(window=2, sever=("nothing", "mlp", "attn")), Operations.of(model)
     facts = [tokenize_fact(model, fact) for fact in load_facts("known")[:FACTS]]
     facts = [fact for fact in facts if fact.shape == facts[0].shape]
-    operations = sum(fact_operations(Operations.of(model), fact, config) for fact in facts)
-    return _rate(operations, lambda: trace_group(model, facts, 0.1, config))
+    whole, of_blocks = (
+        sum(fact_operations(each, fact, config) for fact in facts) for each in (operations, operations.of_blocks)
+    )
+    return _blocks_rate(whole, of_blocks, _seconds(lambda: trace_group(model, facts, 0.1, config)), head_rate)
 
 
 def _solving(model: Model) -> float:
     size = min(model.d_key, 2048)
     matrix = torch.eye(size, dtype=torch.float64) * size + 1
-    return _rate(size**3 / 3, lambda: torch.linalg.cholesky_ex(matrix))
+    return size**3 / 3 / _seconds(lambda: torch.linalg.cholesky_ex(matrix))

@@ -1,0 +1,125 @@
+"""What `mechedit plan` states of moments, targets and a trace, against what the commands then take on this machine.
+
+    python -m benchmarks.planned MODEL --texts FILE --requests FILE [--layers 5-9] [--edits 8] [--facts 2]
+
+Memory is the most that the process had resident. Each command is run twice, and the second time finds all finished: the
+difference of the two is the time of the work, without the start of Python and the loading of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import mechedit as me
+from mechedit.batching import GIB
+from mechedit.cli.parsing import parse_layers
+from mechedit.cli.plan import BASE_BYTES
+from mechedit.data import EditRequest
+from mechedit.files import write_json
+from mechedit.models import Model, ModelShapes
+from mechedit.planning import PromptShape, Step, measured_rates, plan_edit, plan_moments_step, plan_trace_step
+from mechedit.prompt_tokens import encode_documents
+from mechedit.trace.traced_fact import tokenize_fact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a command took."""
+
+    seconds: float
+    memory: int
+    """Most bytes resident."""
+
+
+def main() -> None:
+    """Plan, run and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--texts", required=True, type=Path)
+    parser.add_argument("--requests", required=True)
+    parser.add_argument("--layers", default="5-9")
+    parser.add_argument("--edits", type=int, default=8)
+    parser.add_argument("--facts", type=int, default=2)
+    parser.add_argument("--only", help="one step")
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with tempfile.TemporaryDirectory() as folder:
+        requests = me.load_requests(arguments.requests, conflicts="first")[: arguments.edits]
+        steps, weights = planned(arguments, requests)
+        rates = measured_rates(arguments.model)
+        print(arguments.model)
+        for name, command in commands(arguments, requests, Path(folder)).items():
+            if arguments.only not in (None, name):
+                continue
+            step, first, again = steps[name], run(command), run(command)
+            memory, minutes = BASE_BYTES + weights + step.memory, step.minutes(rates)
+            taken = (first.seconds - again.seconds) / 60
+            print(
+                f"{name:<8} GiB: {memory / GIB:.2f} planned, {first.memory / GIB:.2f} taken, "
+                f"ratio {memory / first.memory:.2f}   minutes: {minutes:.3f} planned, {taken:.3f} taken, "
+                f"ratio {minutes / taken:.2f}",
+                flush=True,
+            )
+
+
+def planned(arguments: argparse.Namespace, requests: Sequence[EditRequest]) -> tuple[dict[str, Step], int]:
+    """The steps as planned for these texts, requests and facts, and the bytes of the weights."""
+    model, layers = me.load_model(arguments.model), parse_layers(arguments.layers)
+    shapes = ModelShapes.of(model)
+    lengths = [len(ids) for ids in encode_documents(model.tokenizer, me.load_texts(arguments.texts), 1024)]
+    config = me.TraceConfig(sever=("nothing", "mlp", "attn"))
+    facts = me.plan_trace(model, me.load_facts("known")[: arguments.facts], config).facts
+    moments = plan_moments_step(shapes, sum(lengths), layers, text_tokens=max(lengths))
+    targets, _ = plan_edit(shapes, len(requests), layers, prompt_shape(model, requests))
+    # Targets are searched for without moments in memory.
+    targets = Step(**{**vars(targets), "memory": targets.memory - len(layers) * 8 * shapes.d_key**2})
+    trace = plan_trace_step(shapes, len(facts), PromptShape.of(facts), config)
+    return {"moments": moments, "targets": targets, "trace": trace}, shapes.weight_bytes
+
+
+def prompt_shape(model: Model, requests: Sequence[EditRequest]) -> PromptShape:
+    """The mean size of requests."""
+    facts = [
+        me.Fact(id=request.id, subject=request.subject, prompt=request.prompt, object=request.target_new)
+        for request in requests
+    ]
+    return PromptShape.of([tokenize_fact(model, fact) for fact in facts])
+
+
+def commands(arguments: argparse.Namespace, requests: Sequence[EditRequest], folder: Path) -> dict[str, list[str]]:
+    """The commands, by step."""
+    fields = ("id", "subject", "prompt", "target_new")
+    write_json(folder / "requests.json", [{name: request.plain()[name] for name in fields} for request in requests])
+    model, out = ["--model", arguments.model], ["--out", str(folder)]
+    return {
+        "moments": ["moments", *model, *out, "--layers", arguments.layers, "--texts", str(arguments.texts)],
+        "targets": [
+            "edit", *model, "--targets-only", "--layers", arguments.layers, "--set", "threshold=1e-9",
+            "--requests", str(folder / "requests.json"), "--moments", str(folder),
+        ],
+        "trace": ["trace", *model, *out, "--facts", "known", "--max-facts", str(arguments.facts)],
+    }  # fmt: skip
+
+
+def run(command: Sequence[str]) -> Taken:
+    """Run a command, and say what it took."""
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "mechedit", *command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with {status}")
+    return Taken(seconds=time.perf_counter() - begin, memory=usage.ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    main()
