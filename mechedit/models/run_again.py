@@ -12,13 +12,13 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.protocol import Resume, Run, Tokens
 from mechedit.models.run_plan import RunPlan, SiteStep, Write
-from mechedit.models.sites import Site
+from mechedit.models.sites import EMBED, Site
 
 
 def run_again(plan: RunPlan, carry_out: Callable[[RunPlan], Run], n_layers: int) -> Run:
@@ -26,8 +26,9 @@ def run_again(plan: RunPlan, carry_out: Callable[[RunPlan], Run], n_layers: int)
     cache, width = plan.kv_cache, plan.tokens.ids.shape[1]
     joined = plan if cache is None else _behind_prefix(plan, cache)
     last = n_layers - 1 if plan.stop_after is None else plan.stop_after
-    # The input of block l + 1 is the residual after block l.
+    # The input of block l + 1 is the residual after block l; before the first stands the embedding.
     inputs = [Site(layer, "resid") for layer in range(plan.first_layer, last)] if plan.use_cache else []
+    inputs += [EMBED] if plan.use_cache and plan.first_layer == 0 else []
     run = carry_out(
         dataclasses.replace(joined, steps=_with_reads(joined.steps, inputs), use_cache=False, kv_cache=None)
     )
@@ -69,10 +70,28 @@ def _behind_prefix(plan: RunPlan, cache: KVCache) -> RunPlan:
     return dataclasses.replace(
         plan,
         tokens=Tokens(all_ids, all_mask),
-        steps=tuple(_shifted(step, starts) for step in plan.steps),
+        steps=_with_embeddings(tuple(_shifted(step, starts) for step in plan.steps), plan, states[:, 0], starts),
         resume=resume,
         logits_to_keep=_kept(plan, starts),
     )
+
+
+def _with_embeddings(
+    steps: tuple[SiteStep, ...],
+    plan: RunPlan,
+    states: Float[Tensor, "batch cached width"],
+    starts: Int[Tensor, " batch"],
+) -> tuple[SiteStep, ...]:
+    """The steps of a run from the tokens, which also writes the prefix's embeddings as they were, corrupted or not."""
+    if plan.resume is not None or not states.is_floating_point():
+        return steps
+    longest = states.shape[1]
+    rows, columns = (torch.arange(longest, device=starts.device) < starts[:, None]).nonzero(as_tuple=True)
+    value = states[rows.to(states.device), (columns + longest - starts[rows]).to(states.device)]
+    write = Write(rows, columns, value)
+    if steps and steps[0].site == EMBED:
+        return (dataclasses.replace(steps[0], writes=(write, *steps[0].writes)), *steps[1:])
+    return (SiteStep(EMBED, (write,), False), *steps)
 
 
 def _shifted(step: SiteStep, starts: Int[Tensor, " batch"]) -> SiteStep:
@@ -106,7 +125,7 @@ def _cache(plan: RunPlan, values: dict[Site, Tensor], n_layers: int) -> KVCache:
     ids, earlier = plan.tokens.ids, plan.kv_cache
     layers = []
     for layer in range(n_layers):
-        states = values.get(Site(layer - 1, "resid"))
+        states = values.get(Site(layer - 1, "resid") if layer else EMBED)
         if plan.resume is not None and layer == plan.resume.layer:
             states = plan.resume.resid
         entry = (ids.new_zeros(()).expand(*ids.shape, 1) if states is None else states)[:, None], ids[:, None, :, None]

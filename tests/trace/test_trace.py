@@ -628,3 +628,15 @@ def test_one_layer_and_windows_that_start_at_the_last_layer(make_model):
             slow = with_hooks(model, traced, row.kind, row.sever, span, row.position, config)
             assert row.score == pytest.approx(slow, rel=1e-4, abs=0), row
         assert frame[frame["role"] == "last"]["effect"].abs().max() > 1e-3 * frame["score"].abs().max()
+
+
+def test_a_model_that_keeps_no_keys_restores_behind_the_corrupted_prefix(lens_model, monkeypatch) -> None:
+    """What stands before the restored token is run again, with the embeddings that it had: corrupted ones."""
+    config = TraceConfig(samples=2, kinds=("mlp",), window=1, roles=("subject_last",), metrics=("log_probability",))
+    effects = []
+    for keeps_keys in (True, False):
+        monkeypatch.setattr(lens_model, "keeps_keys", keeps_keys)
+        frame = trace_group(lens_model, [tokenize_fact(lens_model, FACT)], STD, config)
+        effects.append(torch.tensor(frame["effect"].to_numpy()))
+    assert effects[0].abs().max() > 1e-3
+    assert relative(effects[1], effects[0]) < 1e-3
