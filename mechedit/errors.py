@@ -141,6 +141,11 @@ def _pieces(value: object) -> Iterator[str]:
             yield "a number of thousands of digits"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def brief_list(names: Iterable[object]) -> str:
     """Names between commas for a message, cut short; "nothing" where there are none."""
     text = ", ".join(map(str, names)) or "nothing"

@@ -196,4 +196,4 @@ def _weights_before_last(layer: int, applied: Sequence[AppliedEdit]) -> Float[Te
 
 @torch.no_grad()
 def _write_(model: Model, layer: int, weight: Float[Tensor, "d_mlp d_model"]) -> None:
-    model.projection(layer).copy_(weight)
+    model.write_projection_(layer, weight)

@@ -173,7 +173,7 @@ def _written(model: Model, matrices: Mapping[str, Mapping[int, Tensor]]) -> Iter
             view = model.writing(module)
             stack.enter_context(restoring(view, list(layers)))
             for layer, matrix in layers.items():
-                view.projection(layer).copy_(matrix)
+                view.write_projection_(layer, matrix)
         yield
 
 

@@ -101,9 +101,17 @@ def projection_parameter(model: Model, layer: int) -> tuple[str, nn.Parameter, b
     """The parameter that a down-projection is a view of: its name, itself, and whether it is [d_mlp, d_model] as well.
 
     A Conv1D's weight is, a Linear's is the transpose.
+
+    Raises:
+        InputError: the weights are split over processes.
     """
     view = model.projection(layer)
-    name, weight = next((n, w) for n, w in model.named_parameters() if w.data_ptr() == view.data_ptr())
+    name, weight = next(((n, w) for n, w in model.named_parameters() if w.data_ptr() == view.data_ptr()), ("", None))
+    if weight is None:
+        raise InputError(
+            f"the weights of {model.name!r} are split over processes, expected all of them in this one; load the "
+            f"model without tp to train its weights or to export an adapter"
+        )
     # Strides and not shapes, which are the same both ways when the matrix is square.
     return name, weight, weight.stride() == view.stride()
 
@@ -113,7 +121,7 @@ def restore_(model: Model, originals: Mapping[int, Float[Tensor, "d_mlp d_model"
     """Write copies of down-projections back; Ctrl-C waits until all are written."""
     with uninterrupted():
         for layer, original in originals.items():
-            model.projection(layer).copy_(original)
+            model.write_projection_(layer, original)
 
 
 @contextlib.contextmanager

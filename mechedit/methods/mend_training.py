@@ -335,11 +335,11 @@ class _Training:
         try:
             for layer, change in changes.items():
                 delta = change.left.detach() @ change.right.detach()
-                self.model.projection(layer).copy_(self.weights[layer] + delta.to(self.weights[layer]))
+                self.model.write_projection_(layer, self.weights[layer] + delta.to(self.weights[layer]))
             yield
         finally:
             for layer, weight in self.weights.items():
-                self.model.projection(layer).copy_(weight)
+                self.model.write_projection_(layer, weight)
 
     def _log_probs(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "text pos vocab"]:
         logits = self.model.run(pad(texts, self.model.tokenizer, self.model.device)).logits

@@ -137,7 +137,7 @@ def train(
                 for layer, delta in deltas.items():
                     if bound is not None:
                         delta.clamp_(-bound, bound)
-                    model.projection(layer).copy_(weights[layer] + delta)
+                    model.write_projection_(layer, weights[layer] + delta)
             losses.append(total / len(rows))
             bar.set_postfix(loss=f"{losses[-1]:.3g}")
             if losses[-1] < stop_loss:

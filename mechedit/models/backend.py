@@ -15,16 +15,16 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mechedit.errors import InputError, check_choice
 from mechedit.models.adapters import logits_with_adapter
 from mechedit.models.display import html_summary, summary
 from mechedit.models.engines import HookedEngine, UnhookedEngine, max_positions, takes
-from mechedit.models.families import attention_window, family_of
+from mechedit.models.families import attention_window, family_of, keeps_scores
 from mechedit.models.fast_engine import FastEngine
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.model_lock import ModelLock, Region, exclusive_method
+from mechedit.models.projections import projection_matrix, unwritable
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
 from mechedit.models.readout import Readout, WholeReadout, find_readout
 from mechedit.models.run_again import run_again
@@ -34,14 +34,12 @@ from mechedit.models.self_check import check_projection
 from mechedit.models.shared_copy import share_parameters, with_fast_gelu
 from mechedit.models.shortcuts import blocks_of, replace_forwards, skip_blocks
 from mechedit.models.sites import MODULES, Module, Site, key_part
+from mechedit.models.split_tensors import whole
 from mechedit.models.tokenizer_hash import tokenizer_hash
-from mechedit.models.unsupported import UnsupportedModelError
 from mechedit.models.vocabulary import has_tokens_without_row, padded_with_rows
 from mechedit.models.weights_hash import DTYPES, WeightsHash
 from mechedit.provenance import VERSION, ModelIdentity
 
-_MATRIX_NAMES = {"mlp": "down-projection", "attn": "output projection of attention"}
-_EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EDIT_LOG = "_mechedit_applied"
 _TEMPORARY_EDITS = "_mechedit_temporary_edits"
 _CHECKPOINT_DTYPE = "_mechedit_checkpoint_dtype"
@@ -63,6 +61,8 @@ class BackendModel:
     backend: str
     engine: ClassVar[type[HookedEngine]]
     """The backend's engine."""
+    has_own_functions: ClassVar[bool] = True
+    """Whether blocks may be computed by functions of our own in place of the modules'."""
 
     def __init__(self, hf: Any, tokenizer: Any, *, name: str) -> None:
         self.hf = hf
@@ -72,23 +72,9 @@ class BackendModel:
         self._weights_hash = WeightsHash()
         # In one step, as two threads may make models around the same weights.
         self._lock: ModelLock = vars(hf).setdefault(_LOCK, ModelLock())
-        self.unhooked_copy, self.hooked_copy = (with_fast_gelu(share_parameters(hf)) for _ in range(2))
-        attention = getattr(hf.config, "_attn_implementation", None)
-        # Other kinds of attention expect another mask than the one that the hooked copy makes.
-        interchangeable = attention in (None, "eager", "sdpa")
-        hooked = self.engine(self.hooked_copy, self.family, self.unhooked_copy if interchangeable else None)
-        # After wrapping, because a backend may have made parameters of its own.
-        self.hooked_copy.requires_grad_(False)
-        self._engines: tuple[Engine, ...] = (hooked,)
         self.fast_engine: FastEngine | None = None
         """The fast engine, once `engine_check` has found a way of its own that gives the model's numbers."""
-        if interchangeable:
-            if attention is not None:
-                chosen = self.hooked_copy.config._attn_implementation
-                self.unhooked_copy.config._attn_implementation = chosen
-            unhooked = UnhookedEngine(self.unhooked_copy, self.family)
-            self.fast_engine = FastEngine(self.unhooked_copy, self.family)
-            self._engines = (self.fast_engine, unhooked, hooked)
+        self._engines = self._make_engines()
         self.n_layers = len(hf.get_submodule(self.family.blocks))
         self.n_heads: int = _n_heads(hf.config.get_text_config())
         self.vocab_size: int = hf.get_input_embeddings().weight.shape[0]
@@ -100,6 +86,27 @@ class BackendModel:
         self._readout: Readout | WholeReadout | None = None
         self.keeps_keys = True
         """Whether earlier positions are skipped by keeping attention's keys and values; else they are run again."""
+
+    def _make_engines(self) -> tuple[Engine, ...]:
+        """Make weight-sharing copies of the model, and the engines that run them, the fastest first."""
+        self.unhooked_copy, self.hooked_copy = (share_parameters(self.hf) for _ in range(2))
+        if self.has_own_functions:
+            self.unhooked_copy, self.hooked_copy = map(with_fast_gelu, (self.unhooked_copy, self.hooked_copy))
+        attention = getattr(self.hf.config, "_attn_implementation", None)
+        # Other kinds of attention expect another mask than the one that the hooked copy makes.
+        interchangeable = attention in (None, "eager", "sdpa")
+        hooked = self.engine(self.hooked_copy, self.family, self.unhooked_copy if interchangeable else None)
+        # After wrapping, because a backend may have made parameters of its own.
+        self.hooked_copy.requires_grad_(False)
+        if not interchangeable:
+            return (hooked,)
+        if attention is not None:
+            self.unhooked_copy.config._attn_implementation = self.hooked_copy.config._attn_implementation
+        unhooked = UnhookedEngine(self.unhooked_copy, self.family)
+        if not self.has_own_functions:
+            return (unhooked, hooked)
+        self.fast_engine = FastEngine(self.unhooked_copy, self.family)
+        return (self.fast_engine, unhooked, hooked)
 
     def __repr__(self) -> str:
         return summary(self)
@@ -116,6 +123,11 @@ class BackendModel:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.hf.get_submodule(self.family.embedding).weight.dtype
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention's scores are all in memory at once; see `mechedit.models.protocol.Model.keeps_scores`."""
+        return keeps_scores(self.hf.config)
 
     @property
     def checkpoint(self) -> str:
@@ -279,26 +291,13 @@ class BackendModel:
         """A live view of the MLP's second matrix, always [d_mlp, d_model], whichever module is edited."""
         return self._matrix(layer, "mlp")
 
+    def write_projection_(self, layer: int, weight: Float[Tensor, "d_key d_model"]) -> None:
+        """Put other numbers into the edited module's matrix; see `mechedit.models.protocol.Model.write_projection_`."""
+        self.projection(layer).copy_(weight)
+
     def _matrix(self, layer: int, module: Module) -> Float[Tensor, "d_key d_model"]:
         """A live view of the matrix through which a module adds to the residual stream."""
-        blocks = self.hf.get_submodule(self.family.blocks)
-        if not 0 <= layer < len(blocks):
-            raise ValueError(f"layer {layer} is outside the model: expected 0 to {len(blocks) - 1}")
-        path = self.family.parts(layer).projection(module)
-        if path is None:
-            raise unwritable(self, layer, module)
-        projection = blocks[layer].get_submodule(path)
-        weight = getattr(projection, "weight", None)
-        if isinstance(weight, Tensor) and weight.dtype in _EDITABLE:
-            if isinstance(projection, Conv1D):
-                return weight.detach()
-            if isinstance(projection, nn.Linear):
-                return weight.detach().T
-        raise InputError(
-            f"the {_MATRIX_NAMES[module]} of layer {layer} is a {type(projection).__name__} of "
-            f"{getattr(weight, 'dtype', 'no weight')}, expected Linear or Conv1D in floating point: load the "
-            f"model unquantized and merge its adapters"
-        )
+        return projection_matrix(self, layer, module)
 
     @torch.no_grad()
     @exclusive_method
@@ -342,7 +341,7 @@ class BackendModel:
         assert path is not None, "the projection exists"
         bias: Any = block.get_submodule(path).bias
         out = keys.to(weight.device) @ weight.to(keys.dtype)
-        return out if bias is None else out + bias.to(out)
+        return out if bias is None else out + whole(bias).to(out)
 
     @torch.no_grad()
     @exclusive_method
@@ -439,15 +438,3 @@ def _n_heads(config: Any) -> int:
     if layers is None:
         return getattr(config, "num_attention_heads", 1)
     return max(getattr(layers[layer], "num_attention_heads", 1) for layer in range(config.num_hidden_layers))
-
-
-def unwritable(model: BackendModel, layer: int, module: Module) -> UnsupportedModelError:
-    """The error for writing into a module that has no matrix to write into."""
-    reason = model.family.parts(layer).unwritable.get(module, "built otherwise")
-    layers = [i for i in range(model.n_layers) if model.family.parts(i).projection(module) is not None]
-    remedy = f"choose among layers {layers}" if layers else "trace it, or choose another model to edit"
-    return UnsupportedModelError(
-        "mixture of experts" if "experts" in reason else "no matrix of its own",
-        f"the {_MATRIX_NAMES[module]} of layer {layer} of {model.name!r} ({model.family.name}) cannot be written: it "
-        f"is {reason}; expected one matrix that all tokens pass: {remedy}",
-    )

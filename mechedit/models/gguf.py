@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from mechedit.atomic import atomic_folder
 from mechedit.cache import cache_folder
-from mechedit.errors import InputError
+from mechedit.errors import InputError, first_line
 from mechedit.files import write_json
 from mechedit.paths import expanded_path, writable_folder
 from mechedit.provenance import value_hash
@@ -100,7 +100,7 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
     except Exception as error:
         # The readers of a damaged file raise what they stumble over, such as struct.error or IndexError.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"transformers cannot read the GGUF file {str(path)!r} ({reason}); expected one of an architecture that "
             f"it dequantizes: use the model's plain checkpoint"

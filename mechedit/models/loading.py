@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
 
 import torch
 
-from mechedit.errors import InputError, brief, check_choice
+from mechedit.errors import InputError, check_choice, first_line
 from mechedit.models import adapters
 from mechedit.models.backend import BackendModel
 from mechedit.models.engine_check import settle_fast_engine
-from mechedit.models.families import auto_class, check_config, check_loadable
+from mechedit.models.families import auto_class, check_config, check_loadable, is_in_table
 from mechedit.models.forward_hooks import user_hooks
 from mechedit.models.gguf import dequantized, gguf_file
+from mechedit.models.location import check_reachable, file_names, location_of
+from mechedit.models.placement import check_in_memory, check_loaded, device_map_of, find_device, find_dtype
 from mechedit.models.protocol import Model
-from mechedit.models.saving import source_file, stored_dtype
+from mechedit.models.saving import stored_dtype
 from mechedit.models.self_check import self_check
+from mechedit.models.tensor_parallel import split_config
 from mechedit.models.vocabulary import check_tokenizer
-from mechedit.models.weights_hash import DTYPES
-from mechedit.paths import expanded_path
 
 Backend = Literal["transformer_lens", "nnsight"]
 _UNPICKLED = (
@@ -33,7 +31,6 @@ _UNPICKLED = (
     "allow_pickle=True (--allow-pickle)"
 )
 """What to do about a checkpoint without safetensors."""
-_TINY = Path(__file__).parent / "tiny"
 _MERGED = " with its adapter merged"
 """Ends the name of a model whose weights no checkpoint holds."""
 
@@ -49,6 +46,8 @@ def load_model(
     module: str = "mlp",
     merge_adapter: bool = False,
     allow_pickle: bool = False,
+    tp: bool = False,
+    remote: bool | str = False,
 ) -> Model:
     """Load a causal language model, find its parts and check that reading and writing them works.
 
@@ -83,6 +82,12 @@ def load_model(
         allow_pickle: read weights also from files of pickle (pytorch_model.bin), by torch's reader that makes tensors
             alone (`weights_only`). A pickle is a program; this reader refuses nearly all that one may say, but has had
             holes. Without it only safetensors are read, in which no program can be.
+        tp: split each matrix over the processes that torchrun started (tensor parallel), by transformers' plan for the
+            family; every process then makes the same calls. For a name or a folder, without `device`. It is run by
+            torch's hooks on transformers' modules, whatever the backend.
+        remote: run the model on NDIF (nnsight's servers), which needs neither its weights nor an accelerator here;
+            a URL names another server, and `local` goes the same way within this process. For tracing: activations are
+            read and patched, nothing is written, and no gradient is computed. The self-check is left out.
 
     Raises:
         InputError: an unknown backend, model, device, dtype or module; weights in pickle alone; damaged files; no fast
@@ -91,22 +96,26 @@ def load_model(
             self-check.
     """
     check_choice("the backend", backend, get_args(Backend))
+    if remote:
+        return _load_remote(source, tokenizer, remote, dtype, {"device": device, "tp": tp, "module": module != "mlp"})
+    if tp:
+        _check_split(source, device)
     spread = device == "auto"
-    target_device, target_dtype = _device(None if spread else device), _dtype(dtype)
+    target_device, target_dtype = find_device(None if spread else device), find_dtype(dtype)
     location = None
     if source == "":
         raise InputError('the name of the model is empty, expected "tiny", a hub name, a folder or a GGUF file')
     if isinstance(source, str | Path):
         name = str(source)
-        location = _location(source) if gguf_file(source) is None else ""
+        location = location_of(source) if gguf_file(source) is None else ""
         if target_dtype is None and (source == "tiny" or target_device.type == "cpu"):
             target_dtype = torch.float32
-        placing = _device_map(target_device, spread)
+        placing = device_map_of(target_device, spread)
         if (file := gguf_file(source)) is not None:
             with input_errors(name):
                 location = str(dequantized(file, target_dtype))
-        hf = _load(location, name, placing, target_dtype, merge_adapter, allow_pickle)
-        _check_in_memory(hf)
+        hf = _load(location, name, placing, target_dtype, merge_adapter, allow_pickle, tp)
+        check_in_memory(hf)
         tokenizer = _load_tokenizer(location, name) if tokenizer is None else tokenizer
         if not hf.name_or_path:
             name = f"{name}{_MERGED}"
@@ -120,13 +129,13 @@ def load_model(
             hf, name = adapters.merged(hf, name), f"{name}{_MERGED}"
         adapters.refuse_adapter(hf, name)
         check_loadable(hf)
-        _check_loaded(hf, target_device if device and not spread else None, target_dtype)
+        check_loaded(hf, target_device if device and not spread else None, target_dtype)
     # Of a damaged checkpoint some settings are only read once the model runs.
     of_files = location is not None
     with input_errors(name) if of_files else contextlib.nullcontext():
         check_tokenizer(tokenizer, hf.get_input_embeddings().weight.shape[0], name)
     try:
-        model = _wrap(hf, tokenizer, name, backend)
+        model = _wrap(hf, tokenizer, name, "transformers" if tp else backend)
         self_check(model)
         settle_fast_engine(model)
         model = model.writing(module)
@@ -135,7 +144,7 @@ def load_model(
         if hooks := user_hooks(hf):
             shown = "; ".join(hooks[:3]) + (f"; {len(hooks) - 3} more" if len(hooks) > 3 else "")
             raise InputError(
-                f"{_first_line(error)}. But {shown}: remove it (.remove() of its handle) and load again"
+                f"{first_line(error)}. But {shown}: remove it (.remove() of its handle) and load again"
             ) from error
         with input_errors(name) if of_files else contextlib.nullcontext():
             raise
@@ -154,14 +163,14 @@ def checkpoint_config(source: str | Path) -> Any:
 
     name = str(source)
     with input_errors(name):
-        location = name if Path(name).is_file() else _location(source)
-        _check_reachable(location if not Path(name).is_file() else str(Path(name).parent))
+        location = name if Path(name).is_file() else location_of(source)
+        check_reachable(location if not Path(name).is_file() else str(Path(name).parent))
         return AutoConfig.from_pretrained(location, trust_remote_code=False)
 
 
 def shipped_tokenizer() -> Any:
     """The tokenizer of the model that ships with the package."""
-    return _load_tokenizer(_location("tiny"), "tiny")
+    return _load_tokenizer(location_of("tiny"), "tiny")
 
 
 def transformers_model(model: Model) -> Any:
@@ -169,9 +178,65 @@ def transformers_model(model: Model) -> Any:
     return model.hf
 
 
+def _load_remote(
+    source: Any, tokenizer: Any, remote: bool | str, dtype: Any, others: Mapping[str, object]
+) -> BackendModel:
+    """A model that runs on a server: config and tokenizer are read, weights are not.
+
+    Raises:
+        InputError: no name, options that do not go with it, or a family whose parts are only found by running it.
+    """
+    if not isinstance(source, str | Path) or gguf_file(source) is not None:
+        raise InputError(f"the model is {source!r:.80}, expected a hub name with remote: the server has the weights")
+    if conflicting := [name for name, value in others.items() if value]:
+        raise InputError(
+            f"remote is given together with {', '.join(conflicting)}, expected alone: the server decides these"
+        )
+    from nnsight import TransformersModel
+
+    from mechedit.models.remote_backend import RemoteModel
+
+    name, location = str(source), location_of(source)
+    config = checkpoint_config(source)
+    check_config(config)
+    if not is_in_table(config):
+        raise InputError(
+            f"the parts of {name!r} ({config.model_type}) are only found by running it, expected a family that is "
+            f"known beforehand with remote (such as Llama, Mistral, Qwen, Gemma, GPT-2, GPT-J)"
+        )
+    tokenizer = _load_tokenizer(location, name) if tokenizer is None else tokenizer
+    with input_errors(name):
+        placing: dict[str, Any] = (
+            {"device": "cpu", "dtype": find_dtype(dtype) or torch.float32} if remote == "local" else {}
+        )
+        # It has a tokenizer of its own, since nnsight changes its padding.
+        wrapped = TransformersModel(
+            location, task="text-generation", tokenizer=_load_tokenizer(location, name), dispatch=False, **placing
+        )
+    check_tokenizer(tokenizer, wrapped._module.get_input_embeddings().weight.shape[0], name)
+    return RemoteModel(wrapped, tokenizer, name=name, remote=remote)
+
+
+def _check_split(source: Any, device: object) -> None:
+    """Refuse what cannot be split over processes.
+
+    Raises:
+        InputError: no checkpoint of transformers, or a device, which each process has of its own.
+    """
+    if not isinstance(source, str | Path) or gguf_file(source) is not None:
+        raise InputError(
+            f"the model is {source!r:.80}, expected a hub name or a folder with tp, since each process reads its part "
+            f"of the weights: save the model with save_pretrained, and pass the folder"
+        )
+    if device is not None:
+        raise InputError(f"the device is {str(device)!r}, expected none with tp: each process has its own")
+
+
 def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> BackendModel:
     # Imported here: importing TransformerLens takes seconds, and importing nnsight adds methods to all objects.
-    if backend == "nnsight":
+    if backend == "transformers":
+        from mechedit.models.tensor_parallel_backend import TensorParallelModel as ModelClass
+    elif backend == "nnsight":
         from mechedit.models.nnsight_backend import NNsightModel as ModelClass
     else:
         from mechedit.models.transformer_lens_backend import TransformerLensModel as ModelClass
@@ -179,14 +244,24 @@ def _wrap(hf: Any, tokenizer: Any, name: str, backend: str) -> BackendModel:
 
 
 def _load(
-    location: str, name: str, device_map: Any, dtype: torch.dtype | None, merge_adapter: bool, allow_pickle: bool
+    location: str,
+    name: str,
+    device_map: Any,
+    dtype: torch.dtype | None,
+    merge_adapter: bool,
+    allow_pickle: bool,
+    tp: bool = False,
 ) -> Any:
     """Load weights to their device; the config is checked before, so that refusing a model costs no download."""
     from transformers import AutoConfig
 
     with input_errors(name):
-        _check_reachable(location)
+        check_reachable(location)
         if adapters.adapter_config(location) is not None:
+            if tp:
+                raise InputError(
+                    f"the model {name!r} is an adapter, expected a whole model with tp: merge it and save it"
+                )
             if not merge_adapter:
                 raise InputError(
                     f"the model {name!r} is an adapter (adapter_config.json) for the base model "
@@ -196,18 +271,19 @@ def _load(
             if not allow_pickle:
                 _refuse_pickle(location, name, "adapter_model.safetensors", "adapter_model.bin")
             adapted = adapters.load_adapter(
-                location, lambda base: _load(_location(base), base, device_map, dtype, True, allow_pickle)
+                location, lambda base: _load(location_of(base), base, device_map, dtype, True, allow_pickle)
             )
             return adapters.merged(adapted, name)
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         check_config(config)
+        placing = {"distributed_config": split_config(config, name)} if tp else {"device_map": device_map}
         if not allow_pickle:
             _refuse_pickle(location, name, "model*.safetensors", "pytorch_model*.bin")
         try:
             loaded: Any = auto_class(config).from_pretrained(
                 location,
                 dtype=dtype or "auto",
-                device_map=device_map,
+                **placing,
                 trust_remote_code=False,
                 # None takes what there is, safetensors first.
                 use_safetensors=None if allow_pickle else True,
@@ -217,7 +293,7 @@ def _load(
             if allow_pickle or "safetensors" not in str(error):
                 raise
             raise InputError(
-                f"the model {name!r} has no weights in safetensors ({_first_line(error)}); expected some: {_UNPICKLED}"
+                f"the model {name!r} has no weights in safetensors ({first_line(error)}); expected some: {_UNPICKLED}"
             ) from error
     hf, report = loaded
     if report["missing_keys"]:
@@ -241,7 +317,7 @@ def _refuse_pickle(location: str, name: str, safetensors: str, pickle: str) -> N
     Raises:
         InputError: says how to convert it, and how to read it all the same.
     """
-    names = _file_names(location)
+    names = file_names(location)
     pickled = fnmatch.filter(names, pickle)
     if pickled and not fnmatch.filter(names, safetensors):
         raise InputError(
@@ -250,20 +326,13 @@ def _refuse_pickle(location: str, name: str, safetensors: str, pickle: str) -> N
         )
 
 
-def _file_names(location: str) -> list[str]:
-    """Names of the files in a folder, or of those of a hub name that are in the cache."""
-    config = source_file(location, "config.json") or source_file(location, "adapter_config.json")
-    folder = Path(location) if Path(location).is_dir() else Path(config).parent if config else None
-    return [] if folder is None else [path.name for path in folder.iterdir()]
-
-
 def _load_tokenizer(location: str, name: str) -> Any:
     """The tokenizer of a checkpoint; an adapter without one has its base model's."""
     from transformers import AutoTokenizer
 
     with input_errors(name):
         if adapters.adapter_config(location) is not None and not _has_tokenizer(location):
-            return _load_tokenizer(_location(adapters.base_of(location)), name)
+            return _load_tokenizer(location_of(adapters.base_of(location)), name)
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
 
 
@@ -282,118 +351,10 @@ def input_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # Configs and checkpoints that are damaged fail with any error.
         raise InputError(
-            f'cannot load the model {name!r} ({_first_line(error)}); expected "tiny", a hub name or a folder '
+            f'cannot load the model {name!r} ({first_line(error)}); expected "tiny", a hub name or a folder '
             f"with config.json, weights and tokenizer: check the name, the folder or the network"
         ) from error
 
 
-def _check_reachable(location: str) -> None:
-    """Fail at once when a hub name is not in the cache and there is no network.
-
-    The hub's client would retry for half a minute.
-    """
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if Path(location).is_dir() or constants.HF_HUB_OFFLINE:
-        return
-    if isinstance(try_to_load_from_cache(location, "config.json"), str):
-        return
-    try:
-        urlopen(constants.ENDPOINT, timeout=10).close()
-    except HTTPError:
-        return
-    except URLError as error:
-        # The hub's client has certificates of its own, which may work.
-        if not isinstance(error.reason, ssl.SSLError):
-            raise
-
-
-def _location(source: str | Path) -> str:
-    """The source as transformers takes it: an existing folder, or a hub name."""
-    name = str(source)
-    # The source itself is compared, so that Path("tiny") is a folder like any other.
-    folder = _TINY if source == "tiny" else expanded_path(name)
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        return str(folder)
-    if source == "tiny":
-        raise InputError(
-            'the model "tiny" is missing from this installation (its folder holds no config.json); expected '
-            "it to ship with the package: install mechedit again"
-        )
-    if folder.is_dir():
-        raise InputError(
-            f"the folder {name!r} holds no config.json, expected a transformers checkpoint (config, weights, "
-            f"tokenizer): pass the folder that save_pretrained wrote"
-        )
-    if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-        raise InputError(
-            f'there is no model folder {name!r}; expected "tiny", a hub name or an existing folder: check the path'
-        )
-    return name
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if str(device).partition(":")[0] == "meta":
-        raise InputError(
-            "the device is 'meta', which holds no numbers; expected cpu or an accelerator of this machine: choose "
-            "another with --device"
-        )
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        # An empty tensor there shows that the device exists and works.
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"the device {brief(str(device))} cannot be used ({_first_line(error):.120}); expected cpu or an "
-            f"accelerator of this machine: choose another with --device"
-        ) from error
-
-
-def _device_map(device: torch.device, spread: bool) -> Any:
-    """Where transformers puts weights while it reads them; None for the CPU, where it puts them by itself."""
-    if device.type == "cpu":
-        return None
-    return "auto" if spread else {"": device}
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
-    check_choice("the dtype", name, DTYPES)
-    return DTYPES[name]
-
-
-def _check_in_memory(hf: Any) -> None:
-    """Refuse weights that are elsewhere: an edit in place would not reach them."""
-    if any(parameter.is_meta for parameter in hf.parameters()):
-        raise InputError(
-            "the loaded model has weights without data (on the device 'meta'), as when offloaded to disk; "
-            "expected all of them in memory: load it without offloading, in a smaller dtype or on more devices"
-        )
-
-
-def _check_loaded(hf: Any, device: Any, dtype: torch.dtype | None) -> None:
-    """A loaded model belongs to the caller: refuse to move or convert it."""
-    _check_in_memory(hf)
-    if any(parameter.is_inference() for parameter in hf.parameters()):
-        raise InputError(
-            "the loaded model was made under torch.inference_mode(), so its weights cannot be written to outside of "
-            "it and give no gradients; expected ordinary weights: load it before, or pass its name or folder"
-        )
-    weight = hf.get_input_embeddings().weight
-    if (device and device != weight.device) or (dtype and dtype != weight.dtype):
-        raise InputError(
-            f"the loaded model is {weight.dtype} on {weight.device}, but dtype {dtype} on device {device} "
-            f"was asked for; a loaded model is used where it is: call .to(...) on it first"
-        )
-
-
 def _name(hf: Any) -> str:
     return getattr(hf, "name_or_path", "") or type(hf).__name__
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -137,7 +137,7 @@ class Model(Protocol):
     name: str
     """The name that the user loaded it by: `tiny`, a hub name, a folder."""
     backend: str
-    """`transformer_lens` or `nnsight`."""
+    """`transformer_lens` or `nnsight`; `transformers` where the weights are split over processes."""
     family: Family
     """The architecture, and where it keeps its parts."""
     hf: Any
@@ -165,6 +165,11 @@ class Model(Protocol):
     def runs_at_once(self) -> bool:
         """Whether several threads may call `run` at once; else runs replace forwards of modules that they share."""
         ...
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention's scores are all in memory at once, since no fused kernel computes them (Gemma 2's cap)."""
+        return False
 
     @property
     def device(self) -> device:
@@ -276,11 +281,16 @@ class Model(Protocol):
         ...
 
     def projection(self, layer: int) -> Float[Tensor, "d_key d_model"]:
-        """A live view of the edited module's matrix, always [d_key, d_model]; writing to it edits the model.
+        """The edited module's matrix, always [d_key, d_model]: a live view, writing to which edits the model.
 
-        The MLP's second matrix [d_mlp, d_model], or attention's output projection [head · d_head, d_model].
+        The MLP's second matrix [d_mlp, d_model], or attention's output projection [head · d_head, d_model]. Where the
+        weights are split over processes it is a copy: only `write_projection_` edits every model.
         """
         ...
+
+    def write_projection_(self, layer: int, weight: Float[Tensor, "d_key d_model"]) -> None:
+        """Put other numbers into the edited module's matrix."""
+        self.projection(layer).copy_(weight)
 
     def down_projection(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """A live view of the MLP's second matrix, always [d_mlp, d_model], whichever module is edited."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, first_line
 from mechedit.files import open_tensors, read_object, write_json
 from mechedit.models.families import loader_of
 from mechedit.models.shared_copy import share_parameters
@@ -286,7 +286,7 @@ def _reloaded(hf: Any, folder: Path) -> tuple[Any, Mapping[str, Any]]:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise _lossy(f"it does not load ({reason})") from error
 
 

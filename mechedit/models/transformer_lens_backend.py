@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from mechedit.models.backend import BackendModel
-from mechedit.models.engines import HookedEngine
 from mechedit.models.family import Family
-from mechedit.models.protocol import Run
-from mechedit.models.run_plan import RunStopped, SiteStep
+from mechedit.models.hook_points import HookPointEngine, ModulePoint
 from mechedit.models.sites import Site
 from mechedit.models.unsupported import UnsupportedModelError
 
-_LEVEL = 2_000
-"""Level that marks our hooks, so that only they are removed afterwards."""
 _HOOK_POINTS = {"attn_key": "attn.o.hook_in", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
 """Hook points whose components do not lie where the modules were, in some architectures."""
 
 
-class TransformerLensEngine(HookedEngine):
+class TransformerLensEngine(HookPointEngine):
     """Runs a copy with TransformerLens's hook points.
 
     The bridge keeps the raw weights (nothing is folded or centered). GPT-NeoX's fused attention matrix is the
@@ -59,36 +54,8 @@ class TransformerLensEngine(HookedEngine):
                 for point in (block.attn.hook_rot_q, block.attn.hook_rot_k):
                     point.add_perma_hook(_cast_to(dtype))
 
-    def forward(
-        self, arguments: dict[str, Any], steps: Sequence[SiteStep], exit_site: Site | None, *, unembed: bool = True
-    ) -> Run:
-        """Call the copy with hooks; see `HookedEngine.forward`."""
-        values: dict[Site, Tensor] = {}
-        shape = tuple(arguments["input_ids"].shape)
-        with self._hooks(steps, shape, values, exit_site), contextlib.suppress(RunStopped):
-            # The copy and not the bridge is called: it takes ids and mask as they are.
-            return Run(self.model(**arguments).logits, values)
-        return Run(None, values)
-
-    @contextlib.contextmanager
-    def _hooks(
-        self, steps: Sequence[SiteStep], shape: tuple[int, int], values: dict[Site, Tensor], exit_site: Site | None
-    ) -> Iterator[None]:
-        points = []
-        try:
-            for step in steps:
-                points.append(self._point(step.site))
-                points[-1].add_hook(_visitor(step, shape, values), level=_LEVEL)
-            if exit_site is not None:
-                # Registered last, so that it runs after the reads and writes of the same site.
-                points.append(self._point(exit_site))
-                points[-1].add_hook(_stop, level=_LEVEL)
-            yield
-        finally:
-            for point in points:
-                point.remove_hooks("fwd", level=_LEVEL)
-
-    def _point(self, site: Site) -> Any:
+    def point(self, site: Site) -> Any:
+        """The hook point of a site; see `HookPointEngine.point`."""
         # The bridge puts its components where the modules were, so that most paths lead to the hook points.
         side = "hook_in" if site.part in ("attn_key", "mlp_key") else "hook_out"
         with contextlib.suppress(AttributeError):
@@ -97,36 +64,7 @@ class TransformerLensEngine(HookedEngine):
                 return point
         point = self.bridge.get_hook_point(f"blocks.{site.layer}.{_HOOK_POINTS.get(site.part)}")
         # Modules that an adapter leaves as they are have no hook point, but are run as they are.
-        return _ModulePoint(self.model.get_submodule(self.family.path(site)), side) if point is None else point
-
-
-class _ModulePoint:
-    """The input or output of a plain module, with the methods of a `HookPoint` that are used here."""
-
-    def __init__(self, module: nn.Module, side: str) -> None:
-        self.module, self.side = module, side
-        self.handles: list[RemovableHandle] = []
-
-    def add_hook(self, visit: Callable[..., Tensor | None], level: int) -> None:
-        """Call `visit` on the module's first input, or on its output (the first item of a tuple)."""
-
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            after = visit(args[0], None)
-            return None if after is None else (after, *args[1:])
-
-        def behind(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            after = visit(output[0] if isinstance(output, tuple) else output, None)
-            return (after, *output[1:]) if isinstance(output, tuple) and after is not None else after
-
-        if self.side == "hook_in":
-            self.handles.append(self.module.register_forward_pre_hook(before))
-        else:
-            self.handles.append(self.module.register_forward_hook(behind))
-
-    def remove_hooks(self, direction: str, level: int) -> None:
-        """Remove what was added."""
-        while self.handles:
-            self.handles.pop().remove()
+        return ModulePoint(self.model.get_submodule(self.family.path(site)), side) if point is None else point
 
 
 class TransformerLensModel(BackendModel):
@@ -136,18 +74,6 @@ class TransformerLensModel(BackendModel):
     engine = TransformerLensEngine
 
 
-def _visitor(step: SiteStep, shape: tuple[int, int], values: dict[Site, Tensor]) -> Callable[..., Tensor | None]:
-    def visit(activation: Tensor, hook: Any) -> Tensor | None:
-        after = step.on_module(activation, shape, values)
-        return after if step.writes else None
-
-    return visit
-
-
 def _cast_to(dtype: torch.dtype) -> Callable[..., Tensor]:
     """OLMo 2 rotates queries and keys in float32; the bridge leaves them so, and fails in half precision."""
     return lambda activation, hook: activation.to(dtype)
-
-
-def _stop(activation: Tensor, hook: Any) -> None:
-    raise RunStopped

@@ -20,6 +20,7 @@ Category = Literal[
     "mixture of experts",
     "no matrix of its own",
     "no TransformerLens adapter",
+    "no tensor parallel plan",
     "TransformerLens differs",
     "a package is absent",
     "failed self-check",

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechedit.models.split_tensors import gathered_objects, is_split, part_here, whole
+
 Key = TypeVar("Key", bound=Hashable)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,7 +58,8 @@ class WeightsHash:
         def cast_hash(dtype: torch.dtype) -> str:
             return _remembered(self._cast_hashes, (state, dtype), lambda: cast_sha256_of(parameters, dtype))
 
-        with ThreadPoolExecutor(len(DTYPES)) as pool:
+        # What is split over processes is gathered by all of them in one order.
+        with ThreadPoolExecutor(1 if any(map(is_split, parameters.values())) else len(DTYPES)) as pool:
             return dict(zip(dtypes, pool.map(cast_hash, dtypes), strict=True))
 
 
@@ -75,7 +78,7 @@ def sha256_of(parameters: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
         digest.update(_header(name, parameter))
-        digest.update(_bytes(parameter))
+        digest.update(_bytes(whole(parameter)))
     return digest.hexdigest()
 
 
@@ -86,7 +89,7 @@ def cast_sha256_of(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> str:
     for name, parameter in sorted(parameters.items()):
         cast = dtype if parameter.is_floating_point() else parameter.dtype
         digest.update(_header(name, parameter, cast))
-        for numbers in parameter.detach().reshape(-1).split(_NUMBERS):
+        for numbers in whole(parameter).detach().reshape(-1).split(_NUMBERS):
             digest.update(_bytes(numbers.to(cast)))
     return digest.hexdigest()
 
@@ -101,7 +104,8 @@ def checksum(parameters: Mapping[str, Tensor]) -> bytes:
 
     On a CPU it consists of CRC-32 and of the sum of the bytes read as words of 64 bits. A number that changes lies in
     one word, and so changes the sum; several that change leave CRC-32 alone with a probability of 2⁻³². Elsewhere it
-    consists of weighted sums (`weighted_sums`), which a GPU takes as fast as it reads.
+    consists of weighted sums (`weighted_sums`), which a GPU takes as fast as it reads. Of weights that are split over
+    processes it is the same in all of them, and changes with any part.
     """
     digest = hashlib.blake2b()
     ordered = sorted(parameters.items())
@@ -111,11 +115,13 @@ def checksum(parameters: Mapping[str, Tensor]) -> bytes:
             ordered, pool.map(_checksum, (tensor for _, tensor in ordered)), strict=True
         ):
             digest.update(_header(name, parameter) + content)
+    if any(is_split(parameter) for parameter in parameters.values()):
+        digest.update(b"".join(gathered_objects(digest.digest())))
     return digest.digest()
 
 
 def _checksum(parameter: Tensor) -> bytes:
-    words = words_of(parameter)
+    words = words_of(part_here(parameter))
     if words.device.type != "cpu":
         return weighted_sums(words).cpu().numpy().tobytes()
     content: Any = words.numpy()

@@ -119,10 +119,7 @@ def _layer_in(path: Path) -> int | None:
 
 def module_name(model: Model, layer: int) -> str:
     """The dotted path of the edited module's matrix in the transformers model, such as transformer.h.17.mlp.c_proj."""
-    start = model.projection(layer).data_ptr()
-    return next(
-        name.removesuffix(".weight") for name, parameter in model.named_parameters() if parameter.data_ptr() == start
-    )
+    return f"{model.family.blocks}.{layer}.{model.family.parts(layer).projection(model.module)}"
 
 
 def read_npz(path: Path, layer: int, width: int) -> PublishedMoment:

@@ -135,9 +135,9 @@ def plan_trace_step(
     # The rows of one position run together.
     rows = min(max(config.batch_rows, config.samples), group * cells_of_position)
     memory = group * group_row_bytes(shapes, typical, config) + rows * batch_row_bytes(shapes, typical, config)
-    whole, of_blocks = (fact_operations(each, typical, config) for each in _with_and_without_head(shapes))
+    total, of_blocks = (fact_operations(counts, typical, config) for counts in _with_and_without_head(shapes))
     return Step(
-        name="trace", operations=facts * whole, head=facts * (whole - of_blocks), memory=memory,
+        name="trace", operations=facts * total, head=facts * (total - of_blocks), memory=memory,
         disk=facts * cells * _BYTES_PER_CELL,
     )  # fmt: skip
 
@@ -203,13 +203,13 @@ def plan_edit(
     operations = Operations(shapes)
     rows = prompt.search_prompts(config.generated_prefixes, kl=config.kl_weight > 0)
     moments = len(layers) * FLOAT64 * shapes.d_key**2
-    whole, of_blocks = (
-        search_operations(each, rows, layers[-1], config.updates) for each in _with_and_without_head(shapes)
+    total, of_blocks = (
+        search_operations(counts, rows, layers[-1], config.updates) for counts in _with_and_without_head(shapes)
     )
     targets = Step(
         name="targets",
-        operations=facts * whole,
-        head=facts * (whole - of_blocks),
+        operations=facts * total,
+        head=facts * (total - of_blocks),
         memory=moments + _search_bytes(shapes, rows * min(facts, config.batch_size), layers[-1], config, device),
         disk=facts * 2 * 4 * shapes.d_model,
     )
@@ -282,12 +282,12 @@ def _search_bytes(
     starts = (
         (2 * mean - 2) * LAUNCH_COST[device] / (2 * sum(block.matrices for block in shapes.blocks) / shapes.n_layers)
     )
-    share = min(1.0, config.pass_tokens / width, 1 / mean if padding > starts else 1.0)
+    fraction = min(1.0, config.pass_tokens / width, 1 / mean if padding > starts else 1.0)
     # The clean run has the keys and values of all blocks, and again as they are cut to each row's length.
-    preparing = share * len(rows) * before * (sum(kv) + sum(kv[block] for block in later))
-    saved = share * sum(saved_for_gradient(shapes, row, block) for row in rows for block in later)
-    block = share * width * (HIDDEN_COPIES * shapes.d_model + MLP_COPIES * shapes.d_mlp)
-    logits = 3 * 4 * min(share * sum(len(row.scored) for row in rows) * shapes.vocab_size, CHUNK[device])
+    preparing = fraction * len(rows) * before * (sum(kv) + sum(kv[block] for block in later))
+    saved = fraction * sum(saved_for_gradient(shapes, row, block) for row in rows for block in later)
+    block = fraction * width * (HIDDEN_COPIES * shapes.d_model + MLP_COPIES * shapes.d_mlp)
+    logits = 3 * 4 * min(fraction * sum(len(row.scored) for row in rows) * shapes.vocab_size, CHUNK[device])
     return int(cached * size + kl_logits + max(preparing * size, (saved + block) * size + logits))
 
 

@@ -87,9 +87,9 @@ def _seconds(run: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def _blocks_rate(whole: float | int, of_blocks: float | int, seconds: float, head_rate: float) -> float:
+def _blocks_rate(total: float | int, of_blocks: float | int, seconds: float, head_rate: float) -> float:
     """Operations per second of the blocks, once the unembedding's seconds are taken off (half of all at most)."""
-    return of_blocks / max(seconds - (whole - of_blocks) / head_rate, seconds / 2)
+    return of_blocks / max(seconds - (total - of_blocks) / head_rate, seconds / 2)
 
 
 def _head(model: Model) -> float:
@@ -125,16 +125,18 @@ def _moments(model: Model) -> float:
 
 def _targets(model: Model, head_rate: float) -> float:
     config = TargetConfig(steps=4, threshold=1e-9)
-    # Prompts of one width run together, as those of a whole batch do.
+    # Prompts of one width run together, as those of a large batch do.
     by_width: dict[int, list[EditRequest]] = defaultdict(list)
     for request in load_requests("tiny"):
         (prompt, *_) = search_prompts(model, [request], [0], PREFIXES[:1], config)
         by_width[prompt.width].append(request)
     requests = max(by_width.values(), key=len)[:FACTS]
     rows, operations = search_prompts(model, requests, range(len(requests)), PREFIXES, config), Operations.of(model)
-    whole, of_blocks = (search_operations(each, rows, 0, config.updates) for each in (operations, operations.of_blocks))
+    total, of_blocks = (
+        search_operations(counts, rows, 0, config.updates) for counts in (operations, operations.of_blocks)
+    )
     seconds = _seconds(lambda: find_targets(model, requests, 0, PREFIXES, config))
-    return _blocks_rate(whole, of_blocks, seconds, head_rate)
+    return _blocks_rate(total, of_blocks, seconds, head_rate)
 
 
 @torch.no_grad()
@@ -142,10 +144,10 @@ def _trace(model: Model, head_rate: float) -> float:
     config, operations = TraceConfig(window=2, sever=("nothing", "mlp", "attn")), Operations.of(model)
     facts = [tokenize_fact(model, fact) for fact in load_facts("known")[:FACTS]]
     facts = [fact for fact in facts if fact.shape == facts[0].shape]
-    whole, of_blocks = (
-        sum(fact_operations(each, fact, config) for fact in facts) for each in (operations, operations.of_blocks)
+    total, of_blocks = (
+        sum(fact_operations(counts, fact, config) for fact in facts) for counts in (operations, operations.of_blocks)
     )
-    return _blocks_rate(whole, of_blocks, _seconds(lambda: trace_group(model, facts, 0.1, config)), head_rate)
+    return _blocks_rate(total, of_blocks, _seconds(lambda: trace_group(model, facts, 0.1, config)), head_rate)
 
 
 def _solving(model: Model) -> float:

@@ -53,7 +53,7 @@ def launch(
 
     Args:
         count: number of processes.
-        arguments: of the command.
+        arguments: of the command; none where `first` is all.
         folder: for what they print.
         instead: arguments of single ranks in place of these.
         first: Python code that single ranks run before the command.
@@ -74,7 +74,7 @@ def launch(
         own_arguments = [str(argument) for argument in (instead or {}).get(rank, arguments)]
         files = [str(folder / f"{name}_{rank}") for name in ("out", "err")]
         code = (first or {}).get(rank, "")
-        settings = (own_arguments, {**variables, "RANK": str(rank)}, files, code)
+        settings = (own_arguments, {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}, files, code)
         processes.append(_CONTEXT.Process(target=_run, args=settings, daemon=True))
         processes[-1].start()
     for process in processes:
@@ -124,4 +124,5 @@ def _run(arguments: list[str], environment: Mapping[str, str], files: Sequence[s
 
     torch.set_num_threads(1)
     exec(code, {})
-    main(arguments)
+    if arguments:
+        main(arguments)

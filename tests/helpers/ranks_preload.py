@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import torch.distributed
+import torch.distributed.tensor
 
 import mechedit.cli
 import mechedit.cli.options
