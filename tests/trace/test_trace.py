@@ -638,5 +638,5 @@ def test_a_model_that_keeps_no_keys_restores_behind_the_corrupted_prefix(lens_mo
         monkeypatch.setattr(lens_model, "keeps_keys", keeps_keys)
         frame = trace_group(lens_model, [tokenize_fact(lens_model, FACT)], STD, config)
         effects.append(torch.tensor(frame["effect"].to_numpy()))
-    assert effects[0].abs().max() > 1e-3
-    assert relative(effects[1], effects[0]) < 1e-3
+    assert effects[0].abs().max() > 1e-4
+    assert relative(effects[1], effects[0]) < 1e-2
