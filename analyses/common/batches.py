@@ -66,13 +66,13 @@ def scored_in_batches(
 
 def summarized(rows: pd.DataFrame, cases: Sequence[str], evaluation: EvaluationConfig) -> pd.DataFrame:
     """`SCORE_COLUMNS` of the rows of several evaluations, with the mean of what their edits left."""
-    residuals = where(rows, measure=LEFT)["value"]
+    residuals = where(rows, measure=LEFT)["value"].to_numpy(dtype=float)
     scores = Scores(
         table=rows.loc[rows["measure"] != LEFT, :], answers=pd.DataFrame(columns=list(ANSWER_COLUMNS)),
         cases=tuple(cases), config=evaluation,
     )  # fmt: skip
     frame = score_frame(scores.summary())
-    if residuals.empty:
+    if not len(residuals):
         return frame
     return pd.concat(
         [frame, pd.DataFrame([{"measure": LEFT, "mean": float(residuals.mean()), "n": len(cases)}])], ignore_index=True

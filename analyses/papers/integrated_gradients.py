@@ -21,6 +21,7 @@ corruption hurts most. Writes:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -73,7 +74,8 @@ def hurt_most(effects: pd.DataFrame, count: int) -> list[str]:
         InputError: fewer were traced.
     """
     first = effects.drop_duplicates("fact").set_index("fact")
-    totals = (first["clean"] - first["corrupted"]).sort_values(ascending=False, kind="stable")
+    totals: Any = first["clean"] - first["corrupted"]
+    totals = totals.sort_values(ascending=False, kind="stable")
     if not 1 <= count <= len(totals):
         raise InputError(f"--cases is {count}, expected 1 to {len(totals)}, the facts traced; give other facts")
     return [str(name) for name in totals.index[:count]]
