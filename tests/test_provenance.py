@@ -200,8 +200,11 @@ def test_only_the_last_states_are_remembered(hashed: list[str]) -> None:
     assert len(hashed) == 11
 
 
-def test_one_edit_command_hashes_the_weights_once(tmp_path: Path, hashed: list[str]) -> None:
+def test_one_edit_command_hashes_the_weights_once(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It checks moments and targets against the model, names it in two places, and used to hash five times."""
+    monkeypatch.setattr("mechedit.cli.parsing.load_model", load_model)  # a model of its own, that nobody hashed before
     model = load_model("tiny")
     collect_moments(model, load_texts("tiny")[:600], [2, 3], MomentsConfig(max_length=16), tmp_path)
     hashed.clear()
