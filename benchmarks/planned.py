@@ -1,6 +1,7 @@
 """What `mechedit plan` states of moments, targets and a trace, against what the commands then take on this machine.
 
-    python -m benchmarks.planned MODEL --texts FILE --requests FILE [--layers 5-9] [--edits 8] [--facts 2]
+    python -m benchmarks.planned MODEL --texts FILE --requests FILE [--known FILE] [--layers 5-9]
+        [--edits 8] [--facts 2]
 
 Memory is the most that the process had resident. Each command is run twice, and the second time finds all finished: the
 difference of the two is the time of the work, without the start of Python and the loading of the model.
@@ -31,6 +32,9 @@ from mechedit.planning import PromptShape, Step, measured_rates, plan_edit, plan
 from mechedit.prompt_tokens import encode_documents
 from mechedit.trace.traced_fact import tokenize_fact
 
+TRIED = 20
+"""Facts that are tried for each that is traced."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
@@ -47,6 +51,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--texts", required=True, type=Path)
     parser.add_argument("--requests", required=True)
+    parser.add_argument("--known", default="known", help="facts to trace, of which the first that the model knows")
     parser.add_argument("--layers", default="5-9")
     parser.add_argument("--edits", type=int, default=8)
     parser.add_argument("--facts", type=int, default=2)
@@ -55,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory() as folder:
         requests = me.load_requests(arguments.requests, conflicts="first")[: arguments.edits]
-        steps, weights = planned(arguments, requests)
+        steps, weights = planned(arguments, requests, Path(folder) / "facts.json")
         rates = measured_rates(arguments.model)
         print(arguments.model)
         for name, command in commands(arguments, requests, Path(folder)).items():
@@ -72,13 +77,19 @@ def main() -> None:
             )
 
 
-def planned(arguments: argparse.Namespace, requests: Sequence[EditRequest]) -> tuple[dict[str, Step], int]:
-    """The steps as planned for these texts, requests and facts, and the bytes of the weights."""
+def planned(arguments: argparse.Namespace, requests: Sequence[EditRequest], file: Path) -> tuple[dict[str, Step], int]:
+    """The steps as planned for these texts, requests and facts, and the bytes of the weights.
+
+    The facts that the model knows are written to the file.
+    """
     model, layers = me.load_model(arguments.model), parse_layers(arguments.layers)
     shapes = ModelShapes.of(model)
     lengths = [len(ids) for ids in encode_documents(model.tokenizer, me.load_texts(arguments.texts), 1024)]
     config = me.TraceConfig(sever=("nothing", "mlp", "attn"))
-    facts = me.plan_trace(model, me.load_facts("known")[: arguments.facts], config).facts
+    known = me.plan_trace(model, me.load_facts(arguments.known)[: TRIED * arguments.facts], config).facts
+    facts = known[: arguments.facts]
+    fields = ("id", "subject", "prompt", "object")
+    write_json(file, [{name: getattr(traced.fact, name) for name in fields} for traced in facts])
     moments = plan_moments_step(shapes, sum(lengths), layers, text_tokens=max(lengths))
     targets, _ = plan_edit(shapes, len(requests), layers, prompt_shape(model, requests))
     # Targets are searched for without moments in memory.
@@ -107,7 +118,7 @@ def commands(arguments: argparse.Namespace, requests: Sequence[EditRequest], fol
             "edit", *model, "--targets-only", "--layers", arguments.layers, "--set", "threshold=1e-9",
             "--requests", str(folder / "requests.json"), "--moments", str(folder),
         ],
-        "trace": ["trace", *model, *out, "--facts", "known", "--max-facts", str(arguments.facts)],
+        "trace": ["trace", *model, *out, "--facts", str(folder / "facts.json")],
     }  # fmt: skip
 
 

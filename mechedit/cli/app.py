@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -42,6 +43,8 @@ LONGEST_LINE = 400
 """Characters of a message's line at most; of a longer one the middle is left out."""
 CUT = " … "
 """Stands for the middle of a line that was cut."""
+_QUOTED = re.compile(r"'([^']{80})[^']*'")
+"""A long value that typer quotes whole, and its beginning."""
 _TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
 """Bidirectional classes of the characters that turn the direction of what follows them."""
 
@@ -101,7 +104,7 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
         with no_empty_folders():
             code = run() if is_dealt else group.from_first(run, "mechedit")
     except UsageError as error:
-        return 2, _complaint(error.format_message())  # type: ignore[attr-defined]
+        return 2, _complaint(_QUOTED.sub(r"'\1 …'", error.format_message()).replace(" Value error,", ""))  # type: ignore[attr-defined]
     except InputError as error:
         if is_interrupt(error):
             _end_bars()

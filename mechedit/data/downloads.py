@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
@@ -29,7 +28,7 @@ from mechedit.cache import cache_folder
 from mechedit.data.json_records import UnclearRecordError
 from mechedit.errors import InputError, brief
 from mechedit.files import read_json, read_object, write_json
-from mechedit.paths import writable_folder
+from mechedit.locks import locked
 from mechedit.provenance import VERSION, file_hash
 from mechedit.records import Whole, check_record
 
@@ -107,7 +106,7 @@ def fetch(
     if path.is_file() and expected.sha256:
         _check(path, expected, f"remove {str(path)!r} and download it again")
         return path
-    with FileLock(writable_folder(path.parent) / f".{path.name}.lock"):
+    with locked(path, f"the download {str(path)!r}", wait=True):
         if not path.is_file():
             _download_and_check(remote, path, check, timeout)
         _check(path, _expected(remote, path), f"remove {str(path)!r} and download it again")

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from mechedit.files import read_checked_object, write_checked_json
 from mechedit.published import PublishedRange, published_ranges
-from mechedit.records import Number, Whole, check_record, read_record
+from mechedit.records import ModelRecord, Number, Whole, check_record, read_record
 from mechedit.selection.bootstrap import BootstrapSelections, bootstrap_selections, resampled_curves
 from mechedit.selection.config import SelectConfig
 from mechedit.selection.curves import SubjectEffects, subject_effects
@@ -125,6 +125,12 @@ class Selection:
         return read_record(_with_agreement(content), Selection, what, remedy)
 
 
+class _EffectsRecord(TypedDict, total=False):
+    """The attributes of effects that a selection takes over."""
+
+    provenance: ModelRecord
+
+
 def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: SelectConfig | None = None) -> Selection:
     """Choose the layers whose MLPs recall facts at the subject's last token.
 
@@ -156,6 +162,7 @@ def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: Sel
     selections = bootstrap_selections(subject, resampled, config, site.found)
     selected = selections[config.rule]
     state = state_of(selected, config, subject.n_layers)
+    check_record(effects.attrs, _EffectsRecord, "the attributes of the effects", "trace again")
     model = effects.attrs.get("provenance", {})
     return Selection(
         layers=selected.layers,

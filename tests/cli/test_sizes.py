@@ -40,6 +40,7 @@ def refuse_model(*arguments: object) -> None:
         (["trace", "--kinds", "s" * 100_000], "an entry of kinds is"),
         (["select", ".", "--validate", "--windows", "1-99999999999"], "expected a whole number from 0 to 9,999"),
         (["trace", "--out", ""], "it is empty, expected a path"),
+        (["edit", "--conflicts", "9" * 600], "9 …' is not one of 'refuse', 'first'"),
         *(
             ([*arguments, path], "cannot be a path")
             for path in ("p" * 5000, "a\0b")

@@ -176,6 +176,16 @@ def test_a_missing_file_and_a_missing_server_are_named(site, tmp_path):
         fetch(RemoteFile(url=f"http://127.0.0.1:{closed}/data.bin"), tmp_path)
 
 
+def test_a_download_that_fails_leaves_no_lock(site, tmp_path):
+    locks = []
+    site.files["/other.bin"] = b"other"
+    fetch(RemoteFile(url=f"{site.url}/other.bin"), tmp_path, check=lambda path: locks.extend(tmp_path.glob(".*.lock")))
+    assert {path.name for path in locks} == {".other.bin.lock"}, "the control: there is one while it runs"
+    with pytest.raises(InputError, match="404"):
+        fetch(RemoteFile(url=f"{site.url}/nowhere.bin"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.bin", "other.bin.sha256.json"]
+
+
 def test_a_silent_server_is_given_up(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/data.bin"

@@ -694,3 +694,11 @@ def test_the_registry_holds_conflicts_and_sources():
     for entry in [*qwen, *published_ranges("gpt2-medium"), *published_ranges("gpt-j-6b")]:
         assert entry.source
         assert list(entry.layers) == sorted(set(entry.layers))
+
+
+def test_attributes_of_another_type_are_refused():
+    effects = effects_of([0.0, 0.3, 0.2, 0.1, 0.0])
+    select_layers(effects)
+    effects.attrs["provenance"] = 7
+    with pytest.raises(InputError, match="the attributes of the effects"):
+        select_layers(effects)
