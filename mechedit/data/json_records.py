@@ -186,4 +186,4 @@ def is_empty(value: Any) -> bool:
 def meant(name: str, known: Collection[str]) -> str:
     """Say which known name is most like an unknown one; without any that is, which are known."""
     matches = get_close_matches(name.lower(), known, n=1)
-    return f"{brief(matches[0])} may be meant" if matches else f"expected some of {', '.join(known)}"
+    return f"{brief(matches[0])} may be meant" if matches else f"expected some of {brief_list(known)}"
