@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mechedit.errors import InputError
 from mechedit.evaluation import Measure, measure_named
@@ -218,13 +218,15 @@ def _level_line(ax: Axes, rows: pd.DataFrame, name: str, style: dict[str, Any]) 
 
 
 def _setting_axis(ax: Axes, settings: pd.Series, *, numeric: bool, log: bool) -> None:
-    """Plain numbers on a logarithmic axis; a tick per name where the settings are no numbers."""
+    """Plain numbers on a logarithmic axis, whole ones where settings are; a tick per name where they are no numbers."""
     if not numeric:
         names = [str(name) for name in dict.fromkeys(settings)]
         ax.set_xticks(range(len(names)), names)
         ax.set_xlim(-0.5, len(names) - 0.5)
     elif log:
         number_axis(ax, settings)
+    elif len(settings) and (settings % 1 == 0).all():  # no tick between two layers
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
 
 
 def _score_axis(ax: Axes, measure: Measure) -> None:

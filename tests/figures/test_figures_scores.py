@@ -60,6 +60,12 @@ def test_a_setting_without_a_number_has_places_in_order_of_appearance(ax):
     assert not np.allclose(at[0], at[1])  # bars of two methods do not hide one another
 
 
+@pytest.mark.parametrize(("layers", "whole"), [([0, 1, 2, 3], True), ([0.0, 1.5, 3.0], False)])
+def test_ticks_stand_at_layers_and_not_between_them(ax, layers, whole):
+    plot_scores_against(make_scores(layers, name="layer"), ax, x="layer", measure="ES")
+    assert all(tick == round(tick) for tick in ax.get_xticks()) == whole
+
+
 def test_rows_without_a_setting_are_level_lines(ax):
     table = make_scores([1.0, 10.0], methods=("memit",))
     table = pd.concat([table, make_scores([np.nan], methods=("unedited",))])
