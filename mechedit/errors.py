@@ -142,8 +142,9 @@ def _pieces(value: object) -> Iterator[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what another library's error says, cut short, or its type where it says nothing."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 2 * _BRIEF else f"{line[: 2 * _BRIEF]} …"
 
 
 def brief_list(names: Iterable[object]) -> str:

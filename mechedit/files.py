@@ -32,7 +32,7 @@ from mechedit.checksums import (
     with_checksum,
     without_checksum,
 )
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, first_line
 from mechedit.paths import readable_path
 from mechedit.unpacked_size import check_packed, check_rows
 
@@ -242,9 +242,9 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     except InputError:
         raise
     except (Exception, MemoryError) as error:  # a damaged header fails with any error, or asks for any memory
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
-            f"{str(path)!r} cannot be read as a NumPy file ({reason:.200}); expected arrays of numbers in .npy or "
+            f"{str(path)!r} cannot be read as a NumPy file ({reason}); expected arrays of numbers in .npy or "
             f".npz: check the path, or download it again"
         ) from error
 
@@ -374,7 +374,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
             yield reader
     except (SafetensorError, AttributeError) as error:  # torch may lack the dtype that a header names
         raise InputError(
-            f"{str(path)!r} is not a safetensors file, or was cut short ({error}); expected one that "
+            f"{str(path)!r} is not a safetensors file, or was cut short ({first_line(error)}); expected one that "
             f"mechedit wrote: make it again"
         ) from error
     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,12 @@ class TraceRecord(TypedDict, total=False):
     config: SeedRecord
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, draw: Callable[[Path], object] | None = None) -> Path:
     """Write `folder`/report.html from the results and figures that lie there, and return its path.
+
+    Args:
+        folder: where the results lie.
+        draw: draws the figures in a folder, once its results are read, so that no figure of damaged ones is left there.
 
     Raises:
         InputError: no such folder, nothing in it that mechedit wrote, or a file that cannot be read or is not as its
@@ -74,22 +78,25 @@ def write_report(folder: str | Path) -> Path:
             f"pass a folder that mechedit wrote"
         )
     with locked(folder / "report.html", f"the report in {str(folder)!r}", wait=True):
-        return _write_report(folder)
+        return _write_report(folder, draw)
 
 
-def _write_report(folder: Path) -> Path:
+def _write_report(folder: Path, draw: Callable[[Path], object] | None) -> Path:
     sweep_run_folder(folder)
     # An edit holds its own checksums: it may be another one than the folder's step made.
     check_step(folder, "trace", "sweep", "evaluate")
     with as_written(folder, UndefinedError):
-        page = _template().render(contents(folder))
+        results = read_results(folder)
+        if draw:
+            draw(folder)
+        page = _template().render({**results, **read_files(folder)})
     with atomic(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "report.html"
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """Data of the template: one entry per section, None where its files are absent."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """What the template says of the results: one entry per section, None where its files are absent."""
     sections = {
         "trace": _if_present(folder / "effects.parquet", trace_section),
         "selection": _if_present(folder / "selection.json", selection_section),
@@ -101,16 +108,22 @@ def contents(folder: Path) -> dict[str, Any]:
     steps = read_stamps(folder)
     return {
         **sections,
-        "figures": {path.stem: inlined(path) for path in _visible(folder.glob("figures/*.png"))},
         "model": model_card(sections, steps),
         "command": reproducing_command(steps, sections),
         "steps": json.dumps(steps, indent=2, ensure_ascii=False) if steps else None,
+        "version": VERSION,
+    }
+
+
+def read_files(folder: Path) -> dict[str, Any]:
+    """What the template shows as it lies there: figures, and names, sizes and hashes of files."""
+    return {
+        "figures": {path.stem: inlined(path) for path in _visible(folder.glob("figures/*.png"))},
         "files": [
             {"name": path.name, "size": path.stat().st_size, "hash": file_hash(path)}
             for path in _visible(folder.iterdir())
             if path.suffix in (".parquet", ".json", ".safetensors") and path.is_file()
         ],
-        "version": VERSION,
     }
 
 

@@ -27,6 +27,7 @@ from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.evaluation import Scores
 from mechedit.figures import run_figures
 from mechedit.files import (
+    open_tensors,
     read_arrays,
     read_header,
     read_json,
@@ -309,6 +310,18 @@ def test_a_pipe_or_a_socket_is_refused_and_not_waited_for(tmp_path: Path, kind: 
     data.unlink()
     data.write_text("{}")
     assert read_json(data) == {}  # the control
+
+
+def test_what_another_library_says_is_cut(tmp_path: Path) -> None:
+    header = json.dumps({"t" * 5000: {"dtype": "X" * 5000, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with (
+        pytest.raises(InputError, match=r"is not a safetensors file.*make it again") as caught,
+        open_tensors(tmp_path / "a.safetensors"),
+    ):
+        pass
+    assert len(str(caught.value.__cause__)) > 5000, "the control: it says much"
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 320
 
 
 def test_messages_stay_short_whatever_is_quoted(tmp_path: Path) -> None:

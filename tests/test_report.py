@@ -275,3 +275,20 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path):
     addresses = [address for groups in sources for address in groups if address]
     assert any(address.startswith("data:image/png") for address in addresses)  # the control: there is something to find
     assert all(address.startswith(("data:", "#")) for address in addresses)
+
+
+@pytest.mark.parametrize("name", ["facts.parquet", "edit.safetensors", "scores.json"])
+def test_no_figure_of_damaged_results_is_left(tmp_path, name):
+    write_run(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+
+    def draw(folder):
+        (folder / "figures").mkdir()
+
+    with pytest.raises(InputError, match=name):
+        write_report(tmp_path, draw)
+    assert not (tmp_path / "figures").exists()
+    (tmp_path / name).write_bytes(whole)
+    write_report(tmp_path, draw)
+    assert (tmp_path / "figures").is_dir(), "the control: figures of whole results are drawn"

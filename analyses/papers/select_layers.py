@@ -67,8 +67,7 @@ def main() -> int:
             run, model, selection, requests, options.texts, sweep, "memit", settings.config, reading
         )
         print(selection.validation["verdict"])
-    run_figures(run.path)
-    write_report(run.path)
+    write_report(run.path, draw=run_figures)
     card = write_card(run, selection, options)
     print(f"see {card} and {run.path / 'report.html'}")
     return 0 if selection.layers else 3

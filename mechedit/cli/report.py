@@ -25,8 +25,7 @@ class ReportOptions(VerifyOption):
 @command()
 def report_command(options: ReportOptions) -> int:
     """Draw a folder's figures again and write report.html."""
-    run_figures(existing_folder(options.directory))
-    report = write_report(options.directory)
+    report = write_report(existing_folder(options.directory), draw=run_figures)
     say(f"the report is {report}")
     options.print_summary({"report": str(report)})
     return 0

@@ -164,12 +164,7 @@ def others_than(requests: Sequence[EditRequest], all_requests: Sequence[EditRequ
 
 def _draw(folder: RunFolder) -> Path:
     """Draw the folder's figures and write its report."""
-
-    def draw() -> Path:
-        run_figures(folder.path)
-        return write_report(folder.path)
-
-    return ranks.current().from_first(draw, "the report")
+    return ranks.current().from_first(partial(write_report, folder.path, run_figures), "the report")
 
 
 def _trace(

@@ -12,7 +12,7 @@ import numpy as np
 
 from mechedit.data.json_files import read_records
 from mechedit.data.loading import tiny_data
-from mechedit.errors import InputError, brief, brief_list
+from mechedit.errors import InputError, brief, brief_list, first_line
 from mechedit.files import read_text
 from mechedit.paths import checked_path
 
@@ -131,10 +131,9 @@ def _load_dataset(source: str) -> Sequence[str]:
     try:
         dataset = load_dataset(name, configuration or default, split="train")
     except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{brief(source)} is neither a file nor a data set that could be loaded ({reason}); expected a .txt "
-            f"or .jsonl file, or a name as in wikitext:wikitext-103-raw-v1"
+            f"{brief(source)} is neither a file nor a data set that could be loaded ({first_line(error)}); "
+            f"expected a .txt or .jsonl file, or a name as in wikitext:wikitext-103-raw-v1"
         ) from error
     if "text" not in dataset.column_names:
         raise InputError(f"the data set {brief(source)} has columns {dataset.column_names}, expected 'text'")

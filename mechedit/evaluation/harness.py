@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, first_line
 from mechedit.models import Model, exclusive, transformers_model
 
 COLUMNS = ("task", "metric", "value", "stderr", "n")
@@ -106,6 +106,7 @@ def _harness() -> tuple[Any, Any, Any]:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ImportError as error:
         raise InputError(
-            f"lm-evaluation-harness cannot be imported ({error}); it is an extra: pip install mechedit[harness]"
+            f"lm-evaluation-harness cannot be imported ({first_line(error)}); it is an extra: "
+            f"pip install mechedit[harness]"
         ) from error
     return simple_evaluate, HFLM, TaskManager

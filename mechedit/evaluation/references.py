@@ -17,7 +17,7 @@ import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, first_line
 from mechedit.evaluation.probe_prompts import ScoreRow
 from mechedit.paths import checked_path
 from mechedit.provenance import value_hash
@@ -48,8 +48,8 @@ class References:
             vectorizer = TfidfVectorizer().fit([text for group in texts.values() for text in group])
         except ValueError as error:
             raise InputError(
-                f"the reference texts hold no words ({error}), expected texts about subjects that have the new "
-                f"objects: give some, or none at all to leave RS out"
+                f"the reference texts hold no words ({first_line(error)}), expected texts about subjects that have the "
+                f"new objects: give some, or none at all to leave RS out"
             ) from error
         return References(texts=texts, vectorizer=vectorizer)
 

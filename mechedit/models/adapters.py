@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, first_line
 from mechedit.files import read_object
 from mechedit.models.shared_copy import share_parameters
 
@@ -173,8 +173,8 @@ def _merged_module(module: Any, path: str, name: str) -> nn.Module:
         return module.get_base_layer()
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise InputError(
-            f"the adapter of {name!r} cannot be merged into {path!r} ({error}); expected an adapter of weights, such "
-            f"as LoRA: edit the base model instead"
+            f"the adapter of {name!r} cannot be merged into {path!r} ({first_line(error)}); expected an adapter "
+            f"of weights, such as LoRA: edit the base model instead"
         ) from error
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mechedit.errors import first_line
 from mechedit.models.family import BlockParts, Family
 from mechedit.models.shared_copy import share_parameters
 from mechedit.models.unsupported import Category, UnsupportedModelError
@@ -84,7 +85,7 @@ def find_family(hf: Any) -> Family:
         calls = _recorded_calls(model, ordinary_ids(hf, 2, _WIDTH).to(hf.get_input_embeddings().weight.device))
     except Exception as error:
         # The model's own code, which may raise anything.
-        reason = f"it does not run on ids and a mask alone ({(str(error).strip() or repr(error)).splitlines()[0]})"
+        reason = f"it does not run on ids and a mask alone ({first_line(error)})"
         raise _unsupported("does not run on text alone", name, reason) from error
     blocks = _blocks_path(model, calls, name)
     layers = [f"{blocks}.{layer}" for layer in range(len(model.get_submodule(blocks)))]

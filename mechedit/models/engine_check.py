@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.errors import first_line
 from mechedit.models.discovery import ordinary_ids
 from mechedit.models.fast_engine import Way
 from mechedit.models.protocol import Patch, Resume, Tokens
@@ -69,7 +70,7 @@ def _agreement(model: Any, way: Way, expected: list[Tensor]) -> str:
     except _DiffersError:
         raise
     except Exception as error:
-        engine.reason = f"by {way}: {type(error).__name__}: {error}".splitlines()[0]
+        engine.reason = f"by {way}: {type(error).__name__}: {first_line(error)}"
         _LOGGER.info("%s: %s", model.name, engine.reason)
         raise _DiffersError from error
     worst = max(_distance(result, right) for result, right in zip(results, expected, strict=True))

@@ -29,7 +29,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
-            f"the device {brief(str(device))} cannot be used ({first_line(error):.120}); expected cpu or an "
+            f"the device {brief(str(device))} cannot be used ({first_line(error)}); expected cpu or an "
             f"accelerator of this machine: choose another with --device"
         ) from error
 

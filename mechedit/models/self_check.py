@@ -13,7 +13,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, first_line
 from mechedit.models.discovery import ordinary_ids
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
 from mechedit.models.shared_copy import share_parameters
@@ -40,7 +40,7 @@ def self_check(model: Model) -> None:
         raise
     except Exception as error:
         # The backend's and the model's own code, which may raise anything.
-        reason = f"it raised {type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        reason = f"it raised {type(error).__name__}: {first_line(error)}"
         raise _failed(model, "a run of two short rows", reason, "TransformerLens differs") from error
     absent = [site for site in sites if site not in clean.values]
     if absent:

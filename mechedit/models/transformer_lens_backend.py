@@ -12,6 +12,7 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+from mechedit.errors import first_line
 from mechedit.models.backend import BackendModel
 from mechedit.models.family import Family
 from mechedit.models.hook_points import HookPointEngine, ModulePoint
@@ -42,11 +43,10 @@ class TransformerLensEngine(HookPointEngine):
             self.bridge = build_bridge_from_module(model, family.architecture, hf_config=model.config)
         except Exception as error:
             # TransformerLens's own code, on an architecture that it may know in another form.
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UnsupportedModelError(
                 "TransformerLens differs",
-                f"TransformerLens cannot wrap this {family.architecture} ({type(error).__name__}: {reason}); "
-                f"pass backend='nnsight', which wraps any module",
+                f"TransformerLens cannot wrap this {family.architecture} ({type(error).__name__}: "
+                f"{first_line(error)}); pass backend='nnsight', which wraps any module",
             ) from error
         self.bridge.requires_grad_(False)
         if family.model_type == "olmo2":

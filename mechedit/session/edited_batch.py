@@ -21,7 +21,7 @@ from mechedit.data import EditRequest
 from mechedit.edit import Edit
 from mechedit.edit.edit import SIDES, check_factors, factors_of
 from mechedit.edit.manifest_record import ManifestRecord
-from mechedit.errors import InputError
+from mechedit.errors import InputError, first_line
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import value_hash
 from mechedit.records import Number, Whole, check_record, read_record
@@ -143,8 +143,8 @@ class EditedBatch:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{str(path)!r} is not a batch of a session ({type(error).__name__}: {error}); expected what "
-                f"EditSession wrote: {remedy}"
+                f"{str(path)!r} is not a batch of a session ({type(error).__name__}: {first_line(error)}); expected "
+                f"what EditSession wrote: {remedy}"
             ) from error
         check_factors(edit)
         return batch
