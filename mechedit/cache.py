@@ -18,6 +18,7 @@ from platformdirs import user_cache_dir
 from mechedit.files import read_parquet, write_parquet
 from mechedit.paths import expanded_path
 from mechedit.provenance import value_hash
+from mechedit.temporary_names import sweep_once
 
 Value = TypeVar("Value")
 
@@ -90,6 +91,8 @@ class Cache:
     def read(self, key: Any, codec: Codec[Value]) -> Value | None:
         """The result of a key; None when it is not finished."""
         path = self.path(key, codec)
+        if path is not None:
+            sweep_once(path.parent)
         return codec.read(path) if path is not None and codec.finished(path) else None
 
     def write(self, key: Any, value: Value, codec: Codec[Value]) -> None:

@@ -37,7 +37,10 @@ from mechedit.provenance import (
 from mechedit.records import ModelRecord, check_record
 from mechedit.temporary_names import remove_folder, sweep
 
-_FOLDERS = (".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts", "finals")
+_FOLDERS = (
+    ".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts", "finals", "baseline",
+    "baseline_zsre",
+)  # fmt: skip
 """Folders of a run folder in which files are written."""
 
 

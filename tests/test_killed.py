@@ -25,11 +25,14 @@ from helpers.zygote import Ended, Zygote
 
 from mechedit.cli.app import INTERRUPTED
 from mechedit.files import open_tensors, read_tensors
+from mechedit.processes import host_name
 
 KILLS = int(os.environ.get("MECHEDIT_KILLS", "2"))
 SEED = int(os.environ.get("MECHEDIT_SEED", "0"))
 DISKS = max(1, KILLS // 5)
 """Full disks of each kind per command."""
+NO_PROCESS = 2**22 + 1
+"""An id above those that Linux gives."""
 DATA = "--model smallest"
 TRACE = f"trace {DATA} --facts facts.json --max-facts 12 --samples 1 --kinds state,mlp --sever nothing,mlp --out run"
 SETTLED = (
@@ -209,11 +212,22 @@ def test_a_killed_command_gives_the_bytes_of_one_that_nothing_interrupted(comman
         again = command.run(folder)
         assert again.code == command.uninterrupted.code or "exists" in again.printed, f"{moment}: {again.printed}"
         assert not differences(folder, command.expected), f"killed at {moment}"
+    leave_as_killed(command, folder)
     finished = command.run(folder)
     assert finished.code == command.uninterrupted.code or "exists" in finished.printed, finished.printed
-    assert not differences(folder, command.expected), "a finished command changes nothing"
+    assert not differences(folder, command.expected), "a finished command changes nothing, and sweeps"
     assert midway or KILLS < 10, "some kills leave a part of the files"
     print(f"{command.name}: {KILLS} kills, {midway} with a part of the files there; seed {SEED}")
+
+
+def leave_as_killed(command: Command, folder: Path) -> None:
+    """Leave what a process does that is killed after its last file: the empty folder in which it wrote it."""
+    changed = differences(command.before, command.expected)
+    written = {Path(name).parent for name in changed if command.expected.get(name)}
+    # These refuse to begin where their file or folder is.
+    for parent in {Path()} if command.name in ("edit", "edit merge", "apply", "lora") else written:
+        (folder / parent / f".file.mechedit-{host_name()}-{NO_PROCESS}-1-{'0' * 8}").mkdir()
+    assert differences(folder, command.expected)
 
 
 def check_full(ended: Ended, command: Command, folder: Path, reason: str) -> None:

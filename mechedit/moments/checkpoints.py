@@ -186,10 +186,15 @@ def check_checkpoint(
     check_provenance({"convergence": header.get("curve", {}).get("settings")}, {"convergence": settings}, what, remedy)
 
 
+def sweep_moments(folder: str | Path) -> None:
+    """Remove what killed processes left where moments and checkpoints are written in a results folder."""
+    parts = checkpoints_folder(folder)
+    sweep([parts, parts.parent])
+
+
 def remove_temporary_files(folder: str | Path, layer: int, rank: Rank) -> None:
-    """Remove what a process left that was killed while it wrote a checkpoint, also by names without a process."""
+    """Remove what a process left, killed while it wrote a checkpoint, under a name that says of no process."""
     path = checkpoint_path(folder, layer, rank)
-    sweep([path.parent, path.parent.parent])
     for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
         if temporary.is_file():
             temporary.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from mechedit.moments.checkpoints import (
     load_checkpoint,
     remove_checkpoint,
     shard_lock,
+    sweep_moments,
 )
 from mechedit.moments.conditioning import warn_if_singular
 from mechedit.moments.second_moment import (
@@ -71,6 +72,7 @@ def merge_moments(
         for layer in layers_to_merge:
             for rank in dict.fromkeys((SINGLE_PROCESS, *_present(folder, layer, world_sizes.get(layer, 0)))):
                 stack.enter_context(shard_lock(folder, layer, rank))
+        sweep_moments(folder)
         moments = _merge(folder, layers_to_merge, merged, world_sizes, overwrite)
     for layer in layers_to_merge:
         remove_free_locks(folder, f"moments_layer_{layer}.shard_*")

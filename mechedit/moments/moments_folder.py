@@ -21,6 +21,7 @@ from mechedit.moments.checkpoints import (
     remove_checkpoint,
     remove_temporary_files,
     shard_lock,
+    sweep_moments,
 )
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.convergence_file import ConvergenceFile
@@ -61,6 +62,8 @@ class MomentsFolder:
                 made_with = value_hash(determining(self.provenance))
                 for layer in sorted(set(layers)):
                     stack.enter_context(shard_lock(self.path, layer, self.rank, made_with=made_with))
+                # A process that is killed after its last file leaves the folder in which it wrote it.
+                sweep_moments(self.path)
             yield
 
     def finished(self, layers: Iterable[int]) -> dict[int, SecondMoment]:
