@@ -1,4 +1,4 @@
-"""The numbers of a settings dataclass, each held against its type and range; its fields say what is a number.
+"""The numbers of a settings dataclass, each held against its type and range, and its sequences; its fields say which.
 
 A field annotated `int` takes whole numbers, one with `float` also others; NaN and infinity are no settings, and none is
 negative. A class's own checks narrow this where a field has a smaller range.
@@ -6,6 +6,7 @@ negative. A class's own checks narrow this where a field has a smaller range.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import functools
 from numbers import Integral, Real
@@ -43,15 +44,47 @@ def check_numbers(settings: Any, **largest: int) -> None:
             )
 
 
+def check_sequences(settings: Any) -> None:
+    """Make tuples of the fields of a dataclass that hold several values, and refuse what is no list and no tuple.
+
+    A text would pass for its letters, and a generator holds nothing any more once somebody has looked at it.
+
+    Args:
+        settings: a value of a dataclass.
+
+    Raises:
+        InputError: names the field.
+    """
+    for name, optional in _sequence_fields(type(settings)).items():
+        value = getattr(settings, name)
+        if optional and value is None:
+            continue
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{name} is {brief(value)}, expected a list or a tuple: put what it holds between [ and ]")
+        object.__setattr__(settings, name, tuple(value))
+
+
+@functools.cache
+def _sequence_fields(kind: type) -> dict[str, bool]:
+    """The fields of a dataclass that hold several values: whether each may be None."""
+    hints = get_type_hints(kind)
+    kinds = {field.name: _alternatives(hints[field.name]) for field in dataclasses.fields(kind)}
+    sequences = (tuple, collections.abc.Sequence)
+    return {
+        name: NoneType in types for name, types in kinds.items() if any(get_origin(one) in sequences for one in types)
+    }
+
+
+def _alternatives(hint: Any) -> set[Any]:
+    """The types that an annotation allows."""
+    return set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+
+
 @functools.cache
 def numeric_fields(kind: type) -> dict[str, tuple[bool, bool]]:
     """The fields of a dataclass that hold a number: whether it must be whole, and whether it may be None."""
     hints = get_type_hints(kind)
-    kinds = {
-        field.name: set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
-        for field in dataclasses.fields(kind)
-        for hint in (hints[field.name],)
-    }
+    kinds = {field.name: _alternatives(hints[field.name]) for field in dataclasses.fields(kind)}
     return {
         name: (float not in types, NoneType in types)
         for name, types in kinds.items()

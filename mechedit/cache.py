@@ -16,7 +16,7 @@ import pandas as pd
 from platformdirs import user_cache_dir
 
 from mechedit.files import read_parquet, write_parquet
-from mechedit.paths import expanded_path
+from mechedit.paths import checked_path, expanded_path
 from mechedit.provenance import value_hash
 from mechedit.temporary_names import sweep_once
 
@@ -70,8 +70,12 @@ class Cache:
 
     @staticmethod
     def at(folder: str | Path | None) -> Cache:
-        """The cache in a folder, which is made with the first result."""
-        return Cache(None if folder is None else Path(folder))
+        """The cache in a folder, which is made with the first result.
+
+        Raises:
+            InputError: it cannot be a path.
+        """
+        return Cache(None if folder is None else checked_path(folder))
 
     def get(self, key: Any, make: Callable[[], Value], codec: Codec[Value]) -> Value:
         """Read the result of a key, or make it and keep it.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from mechedit.data import EditRequest, Fact, fill
+from mechedit.data import EditRequest, Fact, fill, records_of
 from mechedit.data.facts import NO_TURN
 from mechedit.errors import InputError, brief
 
@@ -42,11 +42,7 @@ def prompted(
         InputError: `chat` with a tokenizer whose template does not show a question once, or that has none; a prompt
             that the template shows with something else around it, or in which it hides the subject.
     """
-    if isinstance(items, str) or not all(isinstance(item, Fact | EditRequest) for item in items):
-        raise InputError(
-            f"the facts or requests are {brief(items)}, expected a list of Fact or EditRequest: read them with "
-            f"load_facts or load_requests"
-        )
+    items = records_of(items, Fact, EditRequest)
     turn, turn_joint = chat_turn(tokenizer) if chat else (NO_TURN, None)
     default = turn_joint if joint is None else joint
     if chat:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechedit.arguments import checked
 from mechedit.errors import InputError
 
 LARGE = 256 * 2**20
@@ -28,6 +29,7 @@ HEADER, CONTENT = "header_sha256", "sha256"
 _verifying: ContextVar[bool] = ContextVar("verifying", default=False)
 
 
+@checked
 @contextlib.contextmanager
 def verify_contents(enabled: bool = True) -> Iterator[None]:
     """Check, within the `with` block, also the contents of files of 256 MB and more whenever they are read.

@@ -7,6 +7,7 @@ remedy with which the message ends.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import TypeGuard
@@ -16,6 +17,7 @@ from torch import Tensor
 
 _BRIEF = 80
 """Characters of a value that a message shows."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -48,6 +50,18 @@ def check_at_least(
     """Raise InputError unless `value` is a number of at least `least`, or None where it is `optional`."""
     if not (optional and value is None) and not (_is_number(value) and value >= least):
         raise InputError(f"{name} is {brief(value)}, expected at least {least:g}; {hint}")
+
+
+def check_characters(name: str, text: str) -> None:
+    """Raise InputError where a text holds half of a surrogate pair, which no file and no tokenizer takes.
+
+    Bytes that are no UTF-8 come so from the command line and the environment.
+    """
+    if not text.isascii() and _SURROGATE.search(text):
+        raise InputError(
+            f"{name} is {brief(text)}, which holds half of a surrogate pair; expected whole characters: fix its "
+            f"encoding"
+        )
 
 
 def read_whole(name: str, text: str, most: int) -> int:
@@ -136,7 +150,7 @@ def _pieces(value: object) -> Iterator[str]:
         yield "}"
     else:
         try:
-            yield repr(value[: 2 * _BRIEF] if isinstance(value, str) else value)
+            yield repr(value[: 2 * _BRIEF]) if isinstance(value, str) else repr(value).replace("\n", " ")
         except ValueError:
             yield "a number of thousands of digits"
 

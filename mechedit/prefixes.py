@@ -59,7 +59,7 @@ def check_prefixes(prefixes: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: there are none, or one lacks its one {}.
     """
-    if isinstance(prefixes, str) or not prefixes:
+    if not isinstance(prefixes, list | tuple) or not prefixes:
         raise InputError(f"the prefixes are {brief(prefixes)}, expected a list of templates such as ['{{}}']")
     for prefix in prefixes:
         check_template(prefix, "prefix")

@@ -4,7 +4,7 @@ A fact is a subject, a prompt with one `{}` for it, and the object that complete
 request is the same with the object to write instead (MEMIT §3, Eq. 5), and with the prompts that evaluate the edit.
 """
 
-from mechedit.data.checks import check_requests, check_unique_ids, conflicts
+from mechedit.data.checks import check_requests, check_unique_ids, conflicts, records_of
 from mechedit.data.facts import EditRequest, Fact, Neighbor, check_template, check_text, fill
 from mechedit.data.json_files import read_records
 from mechedit.data.loading import (
@@ -48,6 +48,7 @@ __all__ = [
     "read_edit_requests",
     "read_facts",
     "read_records",
+    "records_of",
     "revised",
     "sample_documents",
     "texts_by_object",

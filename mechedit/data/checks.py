@@ -5,11 +5,34 @@ Texts that differ only in white space and invisible characters at their ends are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from mechedit.data.characters import visible
-from mechedit.data.facts import EditRequest
+from mechedit.data.facts import EditRequest, Fact
 from mechedit.errors import InputError, brief
+
+Record = TypeVar("Record", bound=Fact | EditRequest)
+
+
+def records_of(records: Any, *kinds: type[Record]) -> list[Record]:
+    """Facts or requests as a list, whatever holds them: what a generator gives can be looked at once.
+
+    Args:
+        records: of a caller.
+        *kinds: of which they may be.
+
+    Raises:
+        InputError: something else is there.
+    """
+    several = isinstance(records, Iterable) and not isinstance(records, str | bytes | Mapping)
+    items = list(records) if several else []
+    if not several or not all(isinstance(item, kinds) for item in items):
+        raise InputError(
+            f"the facts or requests are {brief(items or records)}, expected a list of "
+            f"{' or '.join(kind.__name__ for kind in kinds)}: read them with load_facts or load_requests"
+        )
+    return items
 
 
 def check_requests(requests: Sequence[EditRequest]) -> None:

@@ -156,7 +156,7 @@ def starting_over(path: Path) -> Iterator[None]:
     except UnclearRecordError:
         raise
     except InputError as error:
-        if not hash_file(path).is_file():
+        if not os.path.isfile(hash_file(path)):
             raise
         raise InputError(
             f"{error}. It was downloaded: to do that again, remove {str(path)!r} and {str(hash_file(path))!r}"
@@ -165,7 +165,7 @@ def starting_over(path: Path) -> Iterator[None]:
 
 def hash_file(path: Path) -> Path:
     """The file beside a download that holds its size and hash."""
-    return path.with_name(f"{path.name}.sha256.json")
+    return path.parent / f"{path.name}.sha256.json"  # a folder such as . has no name
 
 
 def _expected(remote: RemoteFile, path: Path) -> RemoteFile:
@@ -217,13 +217,13 @@ def _download(remote: RemoteFile, path: Path, timeout: float) -> Path:
             write_json(_version_file(partial), {"url": remote.url, "validator": response.validator})
             _append(_in_time(_blocks(stream), timeout), partial, response.offset, size, path.name)
     except urllib.error.HTTPError as error:
-        raise InputError(f"{remote.url} answers {error.code} ({error.reason}); {_by_hand(path)}") from error
+        raise InputError(f"{remote.url} answers {error.code} ({error.reason!s:.200}); {_by_hand(path)}") from error
     except InputError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:  # a redirect to what is no address
+        reason = str(getattr(error, "reason", None) or error or type(error).__name__)[:200]
         raise InputError(
-            f"cannot download {remote.url} ({getattr(error, 'reason', None) or error or type(error).__name__}); "
-            f"try again, which goes on from what was read; {_by_hand(path)}"
+            f"cannot download {remote.url} ({reason}); try again, which goes on from what was read; {_by_hand(path)}"
         ) from error
     n_read = partial.stat().st_size
     if size is not None and n_read < size:
@@ -307,7 +307,9 @@ def _read_headers(stream: Any) -> _Response:
     first = _size(span.partition("-")[0])
     if first is None:
         raise http.client.HTTPException(f"a part without its place: {brief(headers.get('Content-Range'))}")
-    return _Response(first, _size(total), validator)
+    if (size := _size(total)) is None:  # nothing would tell that more is missing
+        raise http.client.HTTPException(f"a part of a file of unknown size: {brief(headers.get('Content-Range'))}")
+    return _Response(first, size, validator)
 
 
 def _size(text: str | None) -> int | None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mechedit.data.json_records import UnclearRecordError
-from mechedit.errors import InputError, brief
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
+from mechedit.errors import InputError, brief, check_characters
 
 NO_TURN = "{}"
 """The turn of a prompt that stands alone."""
@@ -41,12 +38,12 @@ class Fact:
     """Text around the whole prompt, context template included, with `{}` for it: a chat template's user turn."""
 
     def __post_init__(self) -> None:
+        check_text(self.id, "the id of a fact")
         check_template(self.prompt, f"fact {brief(self.id)}")
         check_surroundings(self.joint, self.turn, f"fact {brief(self.id)}")
         check_text(self.subject, f"fact {brief(self.id)}: the subject")
         check_text(self.object, f"fact {brief(self.id)}: the object")
-        if self.foil is not None:
-            check_text(self.foil, f"fact {brief(self.id)}: the foil")
+        check_names(f"fact {brief(self.id)}", foil=self.foil, relation=self.relation)
 
     @property
     def template(self) -> str:
@@ -116,12 +113,13 @@ class EditRequest:
     """Text around the whole prompt, context template included, with `{}` for it: a chat template's user turn."""
 
     def __post_init__(self) -> None:
+        check_text(self.id, "the id of a request")
         check_template(self.prompt, f"request {brief(self.id)}")
         check_surroundings(self.joint, self.turn, f"request {brief(self.id)}")
         check_text(self.subject, f"request {brief(self.id)}: the subject")
         check_text(self.target_new, f"request {brief(self.id)}: target_new")
-        if self.target_true is not None:
-            check_text(self.target_true, f"request {brief(self.id)}: target_true")
+        names = {"target_true": self.target_true, "relation": self.relation, "target_id": self.target_id}
+        check_names(f"request {brief(self.id)}", **names)
         for name in ("paraphrases", "attributes", "generations"):
             for text in _items(self, name, str):
                 check_text(text, f"request {brief(self.id)}: one of its {name}")
@@ -178,6 +176,7 @@ def check_template(template: str, where: str, name: str = "prompt", content: str
             f"{where}: the {name} {brief(template)} holds {count} times '{{}}', expected exactly one; "
             f"put {{}} where the {content} goes"
         )
+    check_characters(f"{where}: the {name}", template)
 
 
 def check_surroundings(joint: str | None, turn: str, where: str) -> None:
@@ -188,18 +187,23 @@ def check_surroundings(joint: str | None, turn: str, where: str) -> None:
             f"the "
             f"characters that meet"
         )
+    if joint is not None:
+        check_characters(f"{where}: the joint", joint)
     check_template(turn, where, "turn", "prompt")
 
 
 def check_text(text: str, where: str) -> None:
     """Raise InputError when `text` is empty or blank, or holds half a character."""
-    if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
-        raise InputError(
-            f"{where} is {brief(text)}, which holds half of a surrogate pair; expected whole characters: fix its "
-            f"encoding"
-        )
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where} is {brief(text)}, expected text that is not empty; fill it in or drop the record")
+    check_characters(where, text)
+
+
+def check_names(where: str, **texts: str | None) -> None:
+    """As `check_text`, of fields by name that may be absent."""
+    for name, text in texts.items():
+        if text is not None:
+            check_text(text, f"{where}: the {name}")
 
 
 def _items(request: EditRequest, name: str, kind: type) -> Sequence[Any]:

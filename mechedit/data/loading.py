@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar, get_args
 
+from mechedit.arguments import checked
 from mechedit.data.checks import check_requests, check_unique_ids, without_conflicts
 from mechedit.data.downloads import Check, starting_over
 from mechedit.data.facts import EditRequest, Fact, Neighbor
@@ -51,6 +52,7 @@ class Reading(Generic[Record]):
         return f"{self.path.name}: {text}" + (f"; left out: {len(self.omitted):,}" if self.omitted else "")
 
 
+@checked
 def load_facts(
     source: str | Path, *, joint: str | None = None, strict: bool = False, cache: str | Path | None = None
 ) -> list[Fact]:
@@ -91,6 +93,7 @@ def read_facts(
     return Reading(records=[_joined(fact, joint) for fact in facts], path=path, omitted=tuple(omitted))
 
 
+@checked
 def load_requests(
     source: str | Path,
     *,

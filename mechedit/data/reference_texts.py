@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from mechedit.arguments import checked
 from mechedit.data.downloads import starting_over
 from mechedit.data.facts import EditRequest
 from mechedit.data.json_files import read_records
@@ -33,6 +34,7 @@ class WordWeights:
     """ln((1 + texts) / (1 + texts with the word)) + 1, as scikit-learn computes it."""
 
 
+@checked
 def load_snippets(source: str | Path = "counterfact", *, cache: str | Path | None = None) -> Snippets:
     """Read reference texts: `counterfact` for the published ones (downloaded once, large), or a path.
 
@@ -71,6 +73,7 @@ def texts_by_object(snippets: Snippets, requests: Iterable[EditRequest]) -> Snip
     return selected
 
 
+@checked
 def load_word_weights(source: str | Path = "counterfact", *, cache: str | Path | None = None) -> WordWeights:
     """Read TF-IDF weights: `counterfact` for the published ones (downloaded once), or a folder.
 

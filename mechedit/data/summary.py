@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mechedit.arguments import checked
 from mechedit.data.facts import EditRequest, Fact
 
 
+@checked
 def describe_requests(requests: Sequence[EditRequest], not_scored: Mapping[str, int] | None = None) -> str:
     """Say in a line what requests hold.
 
@@ -23,6 +25,7 @@ def describe_requests(requests: Sequence[EditRequest], not_scored: Mapping[str, 
     return _describe(len(requests), "request", counts, {name: n for name, n in (not_scored or {}).items() if n})
 
 
+@checked
 def describe_facts(facts: Sequence[Fact]) -> str:
     """Say in a line what facts hold.
 

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from mechedit.arguments import checked
 from mechedit.data.json_files import read_records
 from mechedit.data.loading import tiny_data
 from mechedit.errors import InputError, brief, brief_list, first_line
@@ -24,6 +25,7 @@ DEFAULT_CONFIGURATIONS = {
 """For data sets without a configuration of their own by default: repository and configuration, by name."""
 
 
+@checked
 def load_texts(source: str | Path) -> Sequence[str]:
     """Read running text, one document per entry.
 

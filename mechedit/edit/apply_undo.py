@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.arguments import checked
 from mechedit.edit.applied_edits import (
     AppliedEdit,
     applied_edits,
@@ -25,11 +26,12 @@ from mechedit.edit.applied_edits import (
 )
 from mechedit.edit.edit import Edit, check_factors, has_same_factors
 from mechedit.edit.weights import digest, rounded_sum
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.models import DTYPES, Model, exclusive
 from mechedit.provenance import CAST_HASHES
 
 
+@checked
 @contextlib.contextmanager
 def edited(model: Model, edit: Edit) -> Iterator[Model]:
     """Apply `edit` within a `with` block; on leaving, however it is left, the weights are what they were.
@@ -166,6 +168,8 @@ def _has_weights(model: Model, made_for: Mapping[str, Any]) -> bool:
 
 def check_module(model: Model, edit: Edit) -> None:
     """Raise InputError when the model writes into another module than the edit does."""
+    if not isinstance(edit, Edit):
+        raise InputError(f"the edit is {brief(edit)}, expected an Edit, as a method returns it or Edit.load reads it")
     if edit.module != model.module:
         raise InputError(
             f"the edit was made for the module {edit.module!r}, found {model.name!r} writing into {model.module!r}, "

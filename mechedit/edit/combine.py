@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.arguments import checked
 from mechedit.edit.edit import Edit, Factors
 from mechedit.errors import InputError
 from mechedit.provenance import VERSION, ModelIdentity
 
 
+@checked
 def merge(edits: Sequence[Edit]) -> Edit:
     """One edit whose ΔW is the sum of those of `edits`: ΔW = [left₁ left₂ …] · [right₁; right₂; …].
 
@@ -37,6 +39,7 @@ def merge(edits: Sequence[Edit]) -> Edit:
     return _signed_sum(edits, [1] * len(edits), {"method": "merge", **requests_and_facts})
 
 
+@checked
 def subtract(edit: Edit, subtrahend: Edit) -> Edit:
     """One edit whose ΔW is that of `edit` less that of `subtrahend`.
 
@@ -50,6 +53,7 @@ def subtract(edit: Edit, subtrahend: Edit) -> Edit:
     return _signed_sum([edit, subtrahend], [1, -1], {"method": "subtract"})
 
 
+@checked
 def truncate(edit: Edit, rank: int | None = None, *, error: float | int | None = None) -> Edit:
     """The nearest edit of lower rank: by Eckart, Young and Mirsky the first terms of ΔW's singular value decomposition.
 

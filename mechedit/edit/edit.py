@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.arguments import checked
 from mechedit.bounds import LARGEST
 from mechedit.edit.manifest_record import ManifestRecord
 from mechedit.errors import InputError, check_finite
@@ -74,6 +75,7 @@ class Edit:
         factors = self.factors[layer]
         return factors.left.double() @ factors.right.double()
 
+    @checked
     def without(self, ids: Sequence[str] | str) -> Edit:
         """The edit that its method would have made without some of its requests: they are revoked.
 
@@ -98,6 +100,7 @@ class Edit:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "remake": None}
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically, with the manifest in its header."""
         tensors = {
@@ -106,6 +109,7 @@ class Edit:
         write_tensors(path, tensors, METADATA_KEY, dict(self.manifest))
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Edit:
         """Read what `save` wrote.
 

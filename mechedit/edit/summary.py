@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechedit.arguments import checked
 from mechedit.edit.apply_undo import check_model
 from mechedit.edit.combine import orthogonal_factors
 from mechedit.edit.edit import Edit
@@ -15,6 +16,7 @@ from mechedit.models import Model
 COLUMNS = ("layer", "rank", "norm", "relative", "left", "error", "condition", "truncation")
 
 
+@checked
 def summarize(edit: Edit, model: Model | None = None) -> pd.DataFrame:
     """One row per layer; unknown values are NaN.
 

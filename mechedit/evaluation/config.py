@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from mechedit.bounds import check_numbers
-from mechedit.errors import InputError, brief, check_at_least, check_choice, check_fraction
+from mechedit.bounds import check_numbers, check_sequences
+from mechedit.errors import InputError, brief, check_at_least, check_characters, check_choice, check_fraction
 
 Likelihood = Literal["joint", "normalized"]
 EntropyForm = Literal["averaged", "sum"]
@@ -56,13 +56,13 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, resamples=1_000_000, generation_tokens=1_000_000, answer_tokens=1_000_000)
-        if isinstance(self.stop_words, str) or not all(self.stop_words):
-            raise InputError(
-                f"stop_words is {brief(self.stop_words)}, expected a list of texts that are not empty, such as "
-                f"['.']; leave "
-                f"it empty for none"
-            )
-        object.__setattr__(self, "stop_words", tuple(self.stop_words))
+        check_sequences(self)
+        for word in self.stop_words:
+            if not isinstance(word, str) or not word:
+                raise InputError(
+                    f"one of stop_words is {brief(word)}, expected a text that is not empty, such as '.'; drop it"
+                )
+            check_characters("one of stop_words", word)
         check_choice("likelihood", self.likelihood, get_args(Likelihood))
         check_choice("entropy", self.entropy, get_args(EntropyForm))
         check_choice("free_text", self.free_text, get_args(FreeText))

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from mechedit.arguments import checked
 from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
 from mechedit.errors import InputError, brief, first_line
 from mechedit.evaluation.probe_prompts import ScoreRow
@@ -100,6 +101,7 @@ class References:
         return float((rows[0] @ rows[1].T).toarray().item())
 
 
+@checked
 def load_references(
     source: str | Path, requests: Sequence[EditRequest], *, cache: str | Path | None = None
 ) -> References:

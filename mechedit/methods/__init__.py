@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mechedit.arguments import checked
 from mechedit.methods.alphaedit import AlphaEditConfig, alphaedit
-from mechedit.methods.checks import check_layers, moment_matrices
+from mechedit.methods.checks import by_layer, check_layers, moment_matrices
 from mechedit.methods.emmet import EmmetConfig, emmet
 from mechedit.methods.finetune import FineTuneBallConfig, FineTuneConfig, FineTuneDecayConfig, ft, ft_l, ft_w
 from mechedit.methods.keys import KeyExtractor, prefix_mean
@@ -67,6 +68,7 @@ __all__ = [
     "TunedSettings",
     "UpdateRule",
     "alphaedit",
+    "by_layer",
     "check_layers",
     "edit_keys",
     "edit_method",
@@ -99,6 +101,7 @@ METHODS: Mapping[str, Method[Any]] = {
 """The editing methods by name, as the command line, sweeps, sessions and analyses know them."""
 
 
+@checked
 def recommended(method: str, model: Model) -> MethodConfig:
     """The settings that a method, given by name, uses for this model when it is passed none.
 

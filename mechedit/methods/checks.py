@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.data import EditRequest, check_requests
-from mechedit.errors import InputError, check_finite
+from mechedit.errors import InputError, brief, check_finite
 from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig
-from mechedit.models import Model, out_part
+from mechedit.models import Model, layer_numbers, out_part
 from mechedit.moments import SecondMoment, check_moments
 from mechedit.prompt_tokens import one_spelling
 from mechedit.provenance import ModelIdentity, check_provenance, value_hash
@@ -51,9 +51,10 @@ def check_input(
     if config.preserves_keys:
         moment_matrices(moments, config.edited_layers(layers), model)
     for layer, keys in previous.items():
-        if keys.ndim != 2 or len(keys) != model.d_key:
+        shape = tuple(getattr(keys, "shape", ()))
+        if len(shape) != 2 or shape[0] != model.d_key or not isinstance(keys, Tensor):
             raise InputError(
-                f"the earlier keys of layer {layer} are {tuple(keys.shape)}, expected ({model.d_key}, number of "
+                f"the earlier keys of layer {layer} are {shape or brief(keys)}, expected ({model.d_key}, number of "
                 f"earlier facts); take them from edit_keys"
             )
         check_finite(f"the earlier keys of layer {layer}", keys)
@@ -69,7 +70,7 @@ def check_layers(layers: Sequence[int], model: Model) -> list[int]:
         InputError: none, not ascending, repeated, or not in the model; a block without a matrix to write into, or
             with keys of another width.
     """
-    numbers = [int(layer) for layer in layers]
+    numbers = layer_numbers(layers)
     if not numbers or numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < model.n_layers:
         raise InputError(
             f"the layers are {numbers}, expected some of 0 … {model.n_layers - 1} of {model.name!r}, ascending "
@@ -83,6 +84,19 @@ def check_layers(layers: Sequence[int], model: Model) -> list[int]:
                 f"of {model.name!r} that can be written; leave the layer out"
             )
     return numbers
+
+
+def by_layer(name: str, values: Any) -> dict[int, Any]:
+    """What a caller gives by layer, nothing where it is None.
+
+    Raises:
+        InputError: it is no mapping of layers.
+    """
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise InputError(f"{name} are {brief(values)}, expected one for each layer, such as {{3: …, 4: …}}")
+    return dict(values)
 
 
 def moment_matrices(
@@ -102,7 +116,13 @@ def moment_matrices(
             )
         moment = moments[layer]
         matrix = moment.matrix if isinstance(moment, SecondMoment) else moment
-        matrices[layer] = matrix if isinstance(matrix, Tensor) else torch.as_tensor(matrix, device="cpu")
+        try:
+            matrices[layer] = matrix if isinstance(matrix, Tensor) else torch.as_tensor(matrix, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the second moment for layer {layer} is {brief(matrix)}, expected a SecondMoment or a matrix; collect "
+                f"it with collect_moments"
+            ) from error
         if tuple(matrices[layer].shape) != (model.d_key, model.d_key):
             raise InputError(
                 f"the second moment for layer {layer} is {tuple(matrices[layer].shape)}, expected "

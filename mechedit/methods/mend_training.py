@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from mechedit.batching import pad
 from mechedit.bounds import check_numbers
-from mechedit.data import EditRequest, load_texts, texts_hash
+from mechedit.data import EditRequest, load_texts, records_of, texts_hash
 from mechedit.edit import Factors, copy_weights, restoring
 from mechedit.errors import InputError, check_finite, check_positive
 from mechedit.locks import locked
@@ -131,7 +131,7 @@ def train_mend(
             not have; a file or a checkpoint of another model or of other settings; a loss that is not finite.
     """
     config, path = config or MendTrainingConfig(), writable_file(path)
-    layers = check_layers(layers, model)
+    layers, requests = check_layers(layers, model), records_of(requests, EditRequest)
     texts = load_texts(texts) if isinstance(texts, str | Path) else texts
     # Where a training ends decides nothing before: a checkpoint is also one of a shorter or longer training.
     settings = {name: value for name, value in asdict(config).items() if name != "steps"}

@@ -26,10 +26,10 @@ import torch
 
 from mechedit import ranks
 from mechedit.chat import prompted
-from mechedit.data import EditRequest, revised
+from mechedit.data import EditRequest, records_of, revised
 from mechedit.edit import Edit, check_model
 from mechedit.errors import InputError
-from mechedit.methods.checks import check_input, check_target_settings
+from mechedit.methods.checks import by_layer, check_input, check_target_settings
 from mechedit.methods.manifest import search_record
 from mechedit.methods.plausibility import WARNINGS, edit_warnings
 from mechedit.methods.recommendation import SETTINGS_FROM, Recommendation, published_for, recommendation
@@ -162,8 +162,8 @@ class Method(Generic[Config]):
             recommended = self.recommendation(model)
             config, sources = recommended.config, recommended.record
         self._check_arguments(config, targets, previous)
-        moments, previous = dict(moments or {}), dict(previous or {})
-        plain_requests = list(requests)
+        moments, previous = by_layer("the second moments", moments), by_layer("the earlier keys", previous)
+        requests = plain_requests = records_of(requests, EditRequest)
         requests = prompted(model.tokenizer, requests, chat=chat, joint=joint)
         task = EditTask(
             method=self.name, model=model, requests=requests, prefixes=prefixes, config=config, targets=targets,

@@ -14,7 +14,7 @@ or names a transformers class.
 from mechedit.models.families import loader_of
 from mechedit.models.few_blocks import few_random_blocks
 from mechedit.models.kv_cache import KVCache
-from mechedit.models.layer_ranges import MOST_LAYERS, read_layer_range
+from mechedit.models.layer_ranges import MOST_LAYERS, layer_numbers, read_layer_range
 from mechedit.models.loading import load_model, transformers_model
 from mechedit.models.model_lock import exclusive
 from mechedit.models.protocol import Model, Patch, Resume, Run, Tokens
@@ -47,6 +47,7 @@ __all__ = [
     "WholeReadout",
     "exclusive",
     "few_random_blocks",
+    "layer_numbers",
     "load_model",
     "loader_of",
     "log_probabilities",

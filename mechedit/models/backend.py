@@ -24,6 +24,7 @@ from mechedit.models.families import attention_window, family_of, keeps_scores
 from mechedit.models.fast_engine import FastEngine
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.model_lock import ModelLock, Region, exclusive_method
+from mechedit.models.plain_state import plain_state
 from mechedit.models.projections import projection_matrix, unwritable
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
 from mechedit.models.readout import Readout, WholeReadout, find_readout
@@ -185,7 +186,7 @@ class BackendModel:
             use_cache=use_cache,
             unembed=unembed,
         )
-        with self._lock.running(lambda: self.runs_at_once):
+        with self._lock.running(lambda: self.runs_at_once), plain_state(self):
             if not self.keeps_keys and (plan.use_cache or plan.kv_cache is not None):
                 return run_again(plan, self._carry_out, self.n_layers)
             return self._carry_out(plan)

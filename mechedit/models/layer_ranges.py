@@ -1,13 +1,29 @@
-"""Ranges of layers as people write them, `3-8` or `3`, read without making a list of their layers."""
+"""Layers as people write them, `3-8` or `3`, read without making a list of them, and as programs give them."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any, Final
 
-from mechedit.errors import InputError, read_whole
+from mechedit.errors import InputError, brief, read_whole
 
 MOST_LAYERS: Final = 10_000
 """More layers than any model has: a range up to here may become a list before the model is known."""
+
+
+def layer_numbers(layers: Any) -> list[int]:
+    """Layers that a caller gives, as a list: whole numbers of any kind, also those of NumPy and torch.
+
+    Raises:
+        InputError: something else.
+    """
+    given = layers.tolist() if callable(getattr(layers, "tolist", None)) else layers
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
+    numbers = list(given) if several else []
+    if not several or not all(isinstance(layer, Integral) and not isinstance(layer, bool) for layer in numbers):
+        raise InputError(f"the layers are {brief(numbers or layers)}, expected whole numbers, such as [3, 4, 5]")
+    return list(map(int, numbers))
 
 
 def read_layer_range(text: str, what: str) -> range:

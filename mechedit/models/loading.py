@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from mechedit.arguments import checked
 from mechedit.errors import InputError, check_choice, first_line
 from mechedit.models import adapters
 from mechedit.models.backend import BackendModel
@@ -35,6 +36,7 @@ _MERGED = " with its adapter merged"
 """Ends the name of a model whose weights no checkpoint holds."""
 
 
+@checked
 @torch.inference_mode(False)
 def load_model(
     source: Any = "tiny",

@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Final, ParamSpec, TypeVar
 
+from mechedit.arguments import fitted
 from mechedit.errors import InputError
+from mechedit.models.plain_state import plain_state
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -162,16 +164,19 @@ class ModelLock:
     def _close(self, region: Region) -> None:
         if not region.open:
             return
-        self.settle(region)
-        with self._changed:
-            inner = region.inner
-            for later in inner:
-                later.broken = True
-            if region in self.regions:
-                self.regions.remove(region)
-            region.open = False
-            self._changed.notify_all()
-        _REGIONS.set(tuple(outer for outer in _REGIONS.get() if outer.open))
+        inner: list[Region] = []
+        try:
+            self.settle(region)  # which Ctrl-C may end
+        finally:
+            with self._changed:
+                inner = region.inner
+                for later in inner:
+                    later.broken = True
+                if region in self.regions:
+                    self.regions.remove(region)
+                region.open = False
+                self._changed.notify_all()
+            _REGIONS.set(tuple(outer for outer in _REGIONS.get() if outer.open))
         if inner or region.broken:
             raise InputError(
                 "two uses of one model overlap: the one that began first ended first, so that each saw the other's "
@@ -219,17 +224,21 @@ class ModelLock:
 
 
 def exclusive(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Let a function hold the model that it is given as `model` while it runs (`ModelLock.exclusive`)."""
-    position = list(inspect.signature(function).parameters).index("model")
+    """Let a function hold the model that it is given as `model` while it runs (`ModelLock.exclusive`).
+
+    Arguments of other types than its own are refused first.
+    """
 
     @functools.wraps(function)
     def holding(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        model: Any = kwargs.get("model", args[position] if position < len(args) else None)
+        positional, named = fitted(function, args, kwargs)
+        model: Any = named.get("model", positional[position] if position < len(positional) else None)
         if model is None:  # the call is refused
             return function(*args, **kwargs)
-        with model.exclusive():
-            return function(*args, **kwargs)
+        with model.exclusive(), plain_state(model):
+            return function(*positional, **named)
 
+    position = list(inspect.signature(function).parameters).index("model")
     return holding
 
 
@@ -239,7 +248,7 @@ def exclusive_method(method: Callable[Parameters, Result]) -> Callable[Parameter
     @functools.wraps(method)
     def holding(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         model: Any = args[0]
-        with model.exclusive():
+        with model.exclusive(), plain_state(model):
             return method(*args, **kwargs)
 
     return holding

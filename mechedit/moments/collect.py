@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mechedit.data import check_texts, load_texts, sample_documents, texts_hash
-from mechedit.errors import InputError
-from mechedit.models import Model, exclusive
+from mechedit.errors import InputError, brief
+from mechedit.models import Model, exclusive, layer_numbers
 from mechedit.moments.checkpoints import Checkpoint
 from mechedit.moments.conditioning import warn_if_singular
 from mechedit.moments.config import MomentsConfig
@@ -213,7 +213,9 @@ def _prepare(
 
 
 def _checked_layers(layers: Sequence[int], model: Model) -> list[int]:
-    unique_layers = sorted(set(layers))
+    unique_layers = sorted(set(layer_numbers(layers)))
     if not unique_layers or not 0 <= unique_layers[0] <= unique_layers[-1] < model.n_layers:
-        raise InputError(f"the layers are {list(layers)}, expected some of 0 … {model.n_layers - 1} of {model.name!r}")
+        raise InputError(
+            f"the layers are {brief(unique_layers)}, expected some of 0 … {model.n_layers - 1} of {model.name!r}"
+        )
     return unique_layers

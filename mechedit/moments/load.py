@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mechedit.arguments import checked
 from mechedit.errors import InputError
 from mechedit.models import Model
 from mechedit.moments.key_energy import TEXTS, check_energies
@@ -16,6 +17,7 @@ from mechedit.moments.second_moment import SecondMoment, check_moments, load_mom
 from mechedit.provenance import ALGORITHMS, file_hash
 
 
+@checked
 def load_moments(
     source: str | Path, layers: Sequence[int], model: Model | None = None, *, texts: Sequence[str] = TEXTS
 ) -> dict[int, SecondMoment]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mechedit.arguments import checked
 from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES
 from mechedit.errors import InputError
 from mechedit.models import Model, ModelShapes
@@ -48,6 +49,7 @@ class MomentsPlan:
         )
 
 
+@checked
 def plan_moments(
     model: Model | ModelShapes, layers: Sequence[int], config: MomentsConfig | None = None, *, convergence: bool = False
 ) -> MomentsPlan:

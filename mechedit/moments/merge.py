@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mechedit.arguments import checked
 from mechedit.errors import InputError
 from mechedit.files import read_header
 from mechedit.locks import remove_free_locks
@@ -36,6 +37,7 @@ _FILE_NAME = re.compile(
 )
 
 
+@checked
 def merge_moments(
     folder: str | Path, layers: Sequence[int] | None = None, *, overwrite: bool = False
 ) -> dict[int, SecondMoment]:

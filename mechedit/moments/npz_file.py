@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechedit.arguments import checked
 from mechedit.atomic import atomic
 from mechedit.bounds import LARGEST_WHOLE
 from mechedit.errors import InputError, brief, check_at_least
@@ -181,6 +182,7 @@ def _whole(array: np.ndarray, name: str, path: Path, absent: float | None = None
     return int(value)
 
 
+@checked
 def write_npz(moment: SecondMoment, model: Model, folder: str | Path, *, samples: int = SAMPLES) -> Path:
     """Write a moment as the published code reads it, in float32, and return the file's path.
 

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mechedit.arguments import checked
+
 FILE = Path(__file__).with_name("settings.json")
 
 
@@ -68,6 +70,7 @@ class PublishedSettings:
         return f"{published.model}, layers {layers} ({published.source}{note})"
 
 
+@checked
 def published_settings(model: str, shape: Shape | None = None, method: str | None = None) -> list[PublishedSettings]:
     """The settings published for a model: by its name, and else by its architecture and size.
 
@@ -84,6 +87,7 @@ def published_settings(model: str, shape: Shape | None = None, method: str | Non
     return by_name or [entry for _, entry in entries if shape is not None and entry.shape == shape]
 
 
+@checked
 def published_ranges(model: str) -> list[PublishedRange]:
     """Ranges published for a model, MEMIT's first; none when it is not in the registry.
 

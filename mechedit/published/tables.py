@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mechedit.arguments import checked
 from mechedit.errors import InputError, check_choice
 
 FOLDER = Path(__file__).with_name("tables")
@@ -25,6 +26,7 @@ unedited model, 1."""
 _KEYS = ("model", "method", "edits")
 
 
+@checked
 def published_table(name: str) -> pd.DataFrame:
     """A table as its CSV has it.
 
@@ -36,6 +38,7 @@ def published_table(name: str) -> pd.DataFrame:
     return _read(name).copy()
 
 
+@checked
 def published_scores(name: str, model: str) -> pd.DataFrame:
     """The scores of one model in a table, tidy: `method, measure, mean, low, high`, in the papers' units and order.
 

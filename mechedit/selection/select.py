@@ -10,6 +10,7 @@ from typing import Any, Literal, Required
 import pandas as pd
 from typing_extensions import TypedDict
 
+from mechedit.arguments import checked
 from mechedit.files import read_checked_object, write_checked_json
 from mechedit.published import PublishedRange, published_ranges
 from mechedit.records import ModelRecord, Number, Whole, check_record, read_record
@@ -131,6 +132,7 @@ class _EffectsRecord(TypedDict, total=False):
     provenance: ModelRecord
 
 
+@checked
 def select_layers(effects: pd.DataFrame, rule: str | None = None, *, config: SelectConfig | None = None) -> Selection:
     """Choose the layers whose MLPs recall facts at the subject's last token.
 

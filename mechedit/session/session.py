@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.data import EditRequest, check_requests, check_unique_ids, conflicts
+from mechedit.data import EditRequest, check_requests, check_unique_ids, conflicts, records_of
 from mechedit.edit import Edit, apply_, restoring, transaction, undo_
 from mechedit.edit.weights import uninterrupted
 from mechedit.errors import InputError, brief, check_choice
@@ -248,7 +248,7 @@ class EditSession:
         """
         if self._restore is None:
             raise InputError("the session is not open, expected a `with` block around every write; put it in one")
-        batch = tuple(requests)
+        batch = tuple(records_of(requests, EditRequest))
         if self._n_written < len(self._batches):
             return self._replay(batch)
         if self.stopped:

@@ -16,12 +16,12 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from mechedit.cache import PARQUET, Cache
-from mechedit.data import EditRequest, check_requests
+from mechedit.data import EditRequest, check_requests, records_of
 from mechedit.edit import Edit, edited
 from mechedit.errors import DiskError, InputError, check_choice
 from mechedit.evaluation import PERCENT, QUICK, EvaluationConfig, Summary, evaluate, summarize_cases
 from mechedit.files import write_parquet
-from mechedit.methods import METHODS, MethodConfig, SearchConfig, moment_matrices, recommended
+from mechedit.methods import METHODS, MethodConfig, SearchConfig, by_layer, moment_matrices, recommended
 from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
 from mechedit.provenance import ModelIdentity, determining, numbered, value_hash
@@ -198,17 +198,22 @@ def sweep_windows(
         cache: folder for the targets, so that other sweeps and edits can share them; see `find_targets`.
 
     Raises:
-        ValueError: `parts` with bare matrices as moments, which do not say where they come from.
         InputError: no windows, or one outside the model; an unknown method; moments that are absent or of
-            another model; conflicting requests; no window that can be edited.
+            another model; conflicting requests; no window that can be edited; `parts` with bare matrices as moments,
+            which do not say where they come from.
     """
     check_choice("the method", method, METHODS)
     checked = check_windows(windows, model.n_layers)
     config = config or recommended(method, model)
     layers = sorted({layer for window in checked for layer in window.layers}) if config.preserves_keys else []
+    moments = by_layer("the second moments", moments)
     if parts is not None and not all(isinstance(moments.get(layer), SecondMoment) for layer in layers):
-        raise ValueError("parts can only be kept with second moments that say where they come from")
+        raise InputError(
+            "parts can only be kept with second moments that say where they come from, expected a SecondMoment for "
+            "each layer: collect them with collect_moments, or leave parts out"
+        )
     # Bad input is refused before the long search.
+    requests = records_of(requests, EditRequest)
     check_requests(requests)
     moment_matrices(moments, layers, model)
     job = _SweepJob(
@@ -222,10 +227,16 @@ def sweep_windows(
     )
     finished = Cache.at(parts)
 
+    def measure_window(window: Window | None) -> pd.DataFrame:
+        frame = finished.read(job.key(window), PARQUET)
+        if frame is None:
+            frame = _case_scores(model, requests, evaluation) if window is None else job.measure(window)
+            if "refused" not in frame.attrs:  # what stands in the way, such as damaged moments, may be mended
+                finished.write(job.key(window), frame, PARQUET)
+        return frame
+
     def measure(piece: Sequence[Window | None]) -> list[pd.DataFrame]:
-        unedited = partial(_case_scores, model, requests, evaluation)
-        makes = [unedited if window is None else partial(job.measure, window) for window in piece]
-        return [finished.get(job.key(window), make, PARQUET) for window, make in zip(piece, makes, strict=True)]
+        return list(map(measure_window, piece))
 
     # Windows that share their targets are one piece of work; the unedited model is another one.
     pieces: dict[int | None, list[Window | None]] = {None: [None]}

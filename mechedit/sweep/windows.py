@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
-from mechedit.bounds import check_numbers
+from mechedit.arguments import checked
+from mechedit.bounds import check_numbers, check_sequences
 from mechedit.data import EditRequest
-from mechedit.errors import InputError, check_at_least, check_choice
+from mechedit.errors import InputError, brief, check_at_least, check_choice
+from mechedit.models import MOST_LAYERS
 
 By = Literal["trace", "sweep", "both"]
 """How the layers are chosen: by the trace, by the sweep, or by both."""
@@ -35,12 +38,15 @@ class Window(NamedTuple):
         return f"layers {self.first}–{self.last}" if self.width > 1 else f"layer {self.first}"
 
 
+@checked
 def windows_of(n_layers: int, *widths: int) -> list[Window]:
     """Every window of the given widths in a model of `n_layers`, narrow ones first, each once.
 
     Raises:
-        InputError: a width below 1 or above the number of layers.
+        InputError: a width below 1 or above the number of layers; more layers than any model has.
     """
+    if not 0 <= n_layers <= MOST_LAYERS:
+        raise InputError(f"n_layers is {brief(n_layers)}, expected at most {MOST_LAYERS:,}; give a model's number")
     for width in widths:
         if not 1 <= width <= n_layers:
             raise InputError(f"the width is {width}, expected 1 to {n_layers}, the model's layers; choose another")
@@ -66,6 +72,12 @@ def check_windows(windows: Iterable[tuple[int, int]], n_layers: int) -> list[Win
     Raises:
         InputError: none, one that runs backwards, or one that leaves the model.
     """
+    windows = list(windows)
+    for ends in windows:
+        if not isinstance(ends, tuple | list) or [isinstance(end, Integral) for end in ends] != [True, True]:
+            raise InputError(
+                f"one of the windows is {brief(ends)}, expected its first and its last layer, such as (1, 4); fix it"
+            )
     ordered = sorted({Window(*ends) for ends in windows}, key=lambda window: (window.last, window.first))
     if not ordered:
         raise InputError("there are no windows to sweep, expected at least one; name some, such as 1-4,2-5")
@@ -96,6 +108,7 @@ class SweepConfig:
     """Seed of the sample of requests and of the bootstrap."""
 
     def __post_init__(self) -> None:
+        check_sequences(self)
         check_numbers(self, width=10_000)
         check_at_least("width", self.width, 1, optional=True)
         check_choice("by", self.by, get_args(By))

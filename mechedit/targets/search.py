@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechedit import ranks
-from mechedit.data import EditRequest, check_requests
+from mechedit.data import EditRequest, check_requests, records_of
 from mechedit.errors import InputError
 from mechedit.locks import locked
-from mechedit.models import Model, exclusive
+from mechedit.models import Model, exclusive, layer_numbers
 from mechedit.prefixes import check_prefixes, make_prefixes
 from mechedit.prompt_tokens import one_spelling
 from mechedit.provenance import value_hash
@@ -200,6 +200,7 @@ class TargetSearch:
     ) -> TargetSearch:
         """A search whose arguments, those of `find_targets`, are checked."""
         config = config or TargetConfig()
+        requests, (layer,) = records_of(requests, EditRequest), layer_numbers([layer])
         check_requests(one_spelling(model.tokenizer, requests))
         config.parts(model.module)
         if not 0 <= layer < model.n_layers:

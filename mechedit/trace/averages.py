@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.errors import InputError, brief, check_at_least, check_fraction
+from mechedit.arguments import checked
+from mechedit.bounds import LARGEST_WHOLE
+from mechedit.errors import InputError, brief, check_fraction
 from mechedit.statistics import bootstrap_means, percentile_interval
 from mechedit.tables import iter_table
 from mechedit.trace.columns import with_present_metric_names
@@ -50,6 +52,7 @@ class RoleMeans:
     """Entries of the frames' attrs that all frames share."""
 
 
+@checked
 def average_effects(effects: Source, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """Average indirect effects by kind, severing, metric, role and layer, with intervals over facts.
 
@@ -72,7 +75,7 @@ def average_effects(effects: Source, *, resamples: int = 2000, confidence: float
     Raises:
         InputError: no effects, a column missing, a token measured twice, or settings out of range.
     """
-    _check(resamples, confidence)
+    _check(resamples, confidence, seed)
     means = role_means(effects)
     table = pd.concat([means.cells, _intervals(means.values, resamples, confidence, seed)], axis=1)
     order = np.lexsort([_ranks(table, column) for column in reversed(CELL)])
@@ -81,6 +84,7 @@ def average_effects(effects: Source, *, resamples: int = 2000, confidence: float
     return table
 
 
+@checked
 def total_effects(effects: Source, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """Average total effect by metric: how much the corruption lowers the clean score, over facts.
 
@@ -92,7 +96,7 @@ def total_effects(effects: Source, *, resamples: int = 2000, confidence: float =
     Raises:
         InputError: as `average_effects`.
     """
-    _check(resamples, confidence)
+    _check(resamples, confidence, seed)
     totals = fact_totals(effects)
     facts = totals["fact"].unique()
     rows = []
@@ -262,8 +266,10 @@ def _shared_attrs(attrs: dict[Hashable, Any] | None, new: dict[Hashable, Any]) -
     return dict(new) if attrs is None else {key: value for key, value in attrs.items() if new.get(key) == value}
 
 
-def _check(resamples: int, confidence: float) -> None:
-    check_at_least("resamples", resamples, 1)
+def _check(resamples: int, confidence: float, seed: int) -> None:
+    for name, value, least, most in (("resamples", resamples, 1, 1_000_000), ("seed", seed, 0, LARGEST_WHOLE)):
+        if not least <= value <= most:
+            raise InputError(f"{name} is {brief(value)}, expected a number from {least} to {most:,}; choose another")
     check_fraction("confidence", confidence)
 
 

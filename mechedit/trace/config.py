@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from mechedit.bounds import check_numbers
-from mechedit.errors import InputError, check_at_least, check_choice, check_positive
+from mechedit.bounds import check_numbers, check_sequences
+from mechedit.errors import InputError, brief, check_at_least, check_choice, check_positive
 from mechedit.models import MOST_LAYERS, Part
 from mechedit.trace.approximation import Approximation
 from mechedit.trace.corruption import Corruption
@@ -52,10 +52,17 @@ class TraceConfig:
     """Estimate effects from gradients, and trace exactly only what this says; None means to trace all cells."""
 
     def __post_init__(self) -> None:
-        severings = [Sever.parse(sever) if isinstance(sever, str) else sever for sever in self.sever]
+        check_sequences(self)
+        severings = [sever if isinstance(sever, Sever) else Sever.parse(sever) for sever in self.sever]
         object.__setattr__(self, "sever", tuple(sever.label for sever in severings))
         if isinstance(self.corruption, str):
             object.__setattr__(self, "corruption", Corruption(distribution=self.corruption))
+        if not isinstance(self.corruption, Corruption):
+            raise InputError(
+                f"corruption is {brief(self.corruption)}, expected a Corruption, or the name of its distribution"
+            )
+        if not (self.approximation is None or isinstance(self.approximation, Approximation)):
+            raise InputError(f"approximation is {brief(self.approximation)}, expected an Approximation or None")
         check_numbers(self, samples=100_000, window=MOST_LAYERS)
         check_positive("noise", self.noise, "choose a number such as 3")
         check_positive("noise_std", self.noise_std, optional=True)

@@ -99,10 +99,10 @@ def find_metric(metric: str | Metric) -> Metric:
     Raises:
         InputError: an unknown name.
     """
-    if not isinstance(metric, str):
+    if callable(metric):
         return metric
-    base = metric_name(metric).removeprefix(NORMALIZED)
-    if base not in METRICS:
+    base = metric_name(metric).removeprefix(NORMALIZED) if isinstance(metric, str) else None
+    if base is None or base not in METRICS:
         raise InputError(
             f"the metric is {brief(metric)}, expected one of {', '.join(METRICS)}, one of them after {NORMALIZED!r}, "
             f"or a function of mechedit.trace.MetricInputs"

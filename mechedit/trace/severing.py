@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mechedit.bounds import check_sequences
 from mechedit.errors import InputError, brief, read_whole
 from mechedit.models import read_layer_range
 from mechedit.trace.labels import ROLES, SEVER_LABELS
@@ -45,7 +46,8 @@ class Sever:
     """Roles, or positions in the prompt (negative ones from its end)."""
 
     def __post_init__(self) -> None:
-        if self.module not in MODULES:
+        check_sequences(self)
+        if not isinstance(self.module, str) or self.module not in MODULES:
             raise InputError(f"sever holds {brief(self.module)}, {_EXPECTED}")
         for role in self.places:
             if isinstance(role, str) and role not in ROLES:
@@ -60,7 +62,7 @@ class Sever:
         Raises:
             InputError: it cannot be read.
         """
-        match = _FORM.fullmatch(label)
+        match = _FORM.fullmatch(label) if isinstance(label, str) else None
         if match is None or (match["module"] == "nothing" and match[0] != "nothing"):
             raise InputError(f"sever holds {brief(label)}, {_EXPECTED}")
         try:

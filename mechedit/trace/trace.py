@@ -16,7 +16,7 @@ from mechedit import ranks
 from mechedit.batching import batches_of, group_by_shape
 from mechedit.cache import PARQUET, Cache
 from mechedit.chat import prompted
-from mechedit.data import Fact, check_unique_ids
+from mechedit.data import Fact, check_unique_ids, records_of
 from mechedit.errors import InputError
 from mechedit.models import Model, exclusive
 from mechedit.provenance import ModelIdentity, numbered
@@ -70,9 +70,9 @@ def trace_facts(
         joint: text between prompt and object where a fact names none; by default the characters that meet decide.
 
     Raises:
-        ValueError: `parts` with explicit `noise`, whose draws no file name can tell apart.
         InputError: no facts, none that the model knows, noise of the wrong shape, scores that are not finite, or
-            estimates that do not rank cells as exact effects do (`config.approximation`).
+            estimates that do not rank cells as exact effects do (`config.approximation`); `parts` with explicit
+            `noise`, whose draws no file name can tell apart.
 
     Example:
         >>> model, facts = me.load_model("tiny"), me.load_facts("known")
@@ -220,7 +220,8 @@ def plan_trace(
     """
     config = config or TraceConfig()
     if parts is not None and noise is not None:
-        raise ValueError("parts cannot be kept with explicit noise: pass one of the two")
+        raise InputError("parts cannot be kept with explicit noise, expected one of the two: leave the other out")
+    facts = records_of(facts, Fact)
     if not facts:
         raise InputError("there are no facts to trace, expected at least one; check the facts file")
     check_unique_ids((fact.id for fact in facts), "facts")

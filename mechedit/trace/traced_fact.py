@@ -22,6 +22,9 @@ from mechedit.trace.labels import role_of
 KNOWN_ROWS = 64
 """Facts per forward pass when their greedy completions are read."""
 
+_REASONS = 270
+"""Characters of the reasons that a message gives why facts are not traced."""
+
 Dropped = tuple[str, str]
 """A fact's id, and why it is not traced."""
 
@@ -140,15 +143,17 @@ def require_known(known: int, facts: int, dropped: Sequence[Dropped], least: int
         least: fewest that are needed.
 
     Raises:
-        InputError: says how many of how many can be traced, and why five others cannot.
+        InputError: says how many of how many can be traced, and why up to five others cannot, as many as a line holds.
     """
     if known >= least:
         return
-    reasons = "; ".join(f"{name!r}: {reason}" for name, reason in dropped[:5])
+    reasons = [f"{brief(name)}: {reason}" for name, reason in dropped[:5]]
+    while len(reasons) > 1 and len("; ".join(reasons)) > _REASONS:
+        reasons.pop()
+    shown = "; ".join(reasons)[:_REASONS] + ("; …" if len(reasons) < len(dropped) else "")
     raise InputError(
-        f"{known or 'none'} of the {facts} facts can be traced, expected at least {least} that the model completes "
-        f"with their object (not so {reasons}{'; …' if len(dropped) > 5 else ''}); check that the facts suit the "
-        f"model, or give more"
+        f"{known or 'none'} of the {facts} facts can be traced, expected at least {least}"
+        f"{f' ({shown})' if shown else ''}; give more facts that the model knows"
     )
 
 

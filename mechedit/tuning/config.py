@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mechedit.bounds import check_numbers
+from mechedit.bounds import check_numbers, check_sequences
 from mechedit.errors import InputError, check_at_least, check_positive
 from mechedit.sweep import Window
 from mechedit.tuning.plan import MOST_EDITS
@@ -33,6 +33,7 @@ class TuneConfig:
     """Seed of the order of the facts and of the bootstrap."""
 
     def __post_init__(self) -> None:
+        check_sequences(self)
         check_numbers(self, width=10_000, facts=1_000_000, edits=MOST_EDITS)
         check_positive("minutes", self.minutes, optional=True)
         check_at_least("edits", self.edits, 1, optional=True)

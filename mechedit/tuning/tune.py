@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from mechedit.data import EditRequest, check_requests
+from mechedit.data import EditRequest, check_requests, records_of
 from mechedit.errors import DiskError, InputError
 from mechedit.evaluation import QUICK, EvaluationConfig, Summary
-from mechedit.methods import METHODS, MethodConfig
+from mechedit.methods import METHODS, MethodConfig, by_layer
 from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
 from mechedit.provenance import ModelIdentity, determining, value_hash
@@ -98,7 +98,8 @@ def tune(
     tuning = tuning or TuneConfig()
     check_method(method)
     base: Any = config or METHODS[method].recommendation(model, tuned=False).config
-    facts = tuning_facts(requests, tuning)
+    moments = by_layer("the second moments", moments)
+    facts = tuning_facts(records_of(requests, EditRequest), tuning)
     check_requests(facts)
     windows = tuned_windows(model, list(moments), tuning, candidates)
     if folder is not None:

@@ -10,14 +10,14 @@ import unicodedata
 
 import pytest
 
-from mechedit import EditRequest, InputError, Neighbor, load_requests
+from mechedit import EditRequest, InputError, Neighbor, load_facts, load_requests
 
 BASE = {"id": "1", "subject": "Rome", "prompt": "{} is in", "target_new": "France"}
 
 
 WRONG_TYPES = {
     **{
-        f"load_{what}({source})": "read from .*expected a path"
+        f"load_{what}({source})": "the argument source is .*expected a text or Path"
         for what in ("facts", "requests", "texts")
         for source in ("None", "5", "[{}]", "b'file.json'")
     },
@@ -28,6 +28,8 @@ WRONG_TYPES = {
     "request(neighbors='Paris')": "neighbors are 'Paris', expected a tuple of Neighbor",
     "request(neighbors=('Paris is in',))": "neighbors are .*expected a tuple of Neighbor",
     "request(neighbors=Neighbor(prompt='Paris is in', object='France'))": "neighbors are Neighbor.*expected a tuple",
+    "request(id=5)": "the id of a request is 5, expected text",
+    "request(relation=['capital'])": r"the relation is \['capital'\], expected text",
     "Neighbor(prompt='Paris is in', object=None)": "a neighbor: the object is None",
     "Neighbor(prompt=None, object='France')": "a neighbor: the prompt is None",
     "Neighbor(prompt='Paris is in', object=5)": "a neighbor: the object is 5",
@@ -67,6 +69,22 @@ def test_an_empty_prompt_or_half_a_character_is_refused(name, text):
         Neighbor(prompt=text, object="France")
     with pytest.raises(InputError, match="a neighbor: the object is"):
         Neighbor(prompt="Paris is in", object=text)
+
+
+@pytest.mark.parametrize("name", ["id", "prompt", "turn", "joint", "relation", "target_true", "target_id"])
+def test_half_a_character_is_refused_in_every_text(name):
+    good = {"prompt": "{} is in", "turn": "Q: {}", "joint": ": "}.get(name, "Rome")
+    assert getattr(EditRequest(**{**BASE, name: good}), name) == good
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        EditRequest(**{**BASE, name: f"{good}\udce9"})
+
+
+@pytest.mark.parametrize("load", [load_facts, load_requests])
+def test_a_folder_without_a_name_is_no_file(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "..", "/"):
+        with pytest.raises(InputError, match="cannot read the file"):
+            load(path)
 
 
 @pytest.mark.parametrize("name", ["paraphrases", "generations"])

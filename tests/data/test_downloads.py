@@ -343,6 +343,11 @@ MISBEHAVIORS = {
         answer("Content-Range: bytes \u00b2-3/\u00b2", body=WHOLE, status="206 Partial Content"),
         "cannot download .*a part without its place",
     ),
+    "a part of unknown size": (
+        answer("Content-Range: bytes 0-99/*", body=WHOLE[: WHOLE.index(b"\n") + 1], status="206 Partial Content"),
+        "cannot download .*a part of a file of unknown size",
+    ),
+    "an error in many words": (answer("Content-Length: 0", status=f"500 {'No ' * 9000}"), "answers 500 .No No"),
     "part of a part": (answer("Content-Range: bytes x/y", body=WHOLE, status="206 Partial Content"), "cannot download"),
 }
 

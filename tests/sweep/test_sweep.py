@@ -182,6 +182,8 @@ def test_a_window_that_cannot_be_edited_is_left_out_and_named(lively, moments, t
     assert "not positive definite" in found.failed[Window(0, 0)]
     kept = sweep(lively, broken, windows=[(0, 0), (1, 1), (2, 2)], parts=tmp_path / "parts")
     assert kept.failed == found.failed
+    mended = sweep(lively, moments, windows=[(0, 0), (1, 1), (2, 2)], parts=tmp_path / "parts")
+    assert not mended.failed, "the moments are of the same provenance, and no longer damaged"
     found.save(tmp_path)
     loaded = Sweep.load(tmp_path)
     assert loaded.failed == found.failed
