@@ -11,13 +11,16 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 _PIDS = 2**31
 """Above every process id."""
 CLOCK_TOLERANCE = 2
-"""Seconds by which the recorded start may differ from the measured one: a clock may be set meanwhile."""
+"""Seconds by which the recorded start may differ from the measured one where it is by a clock that may be set."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Linux names each start of its kernel here."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ProcessIdentity:
     pid: int
     """Process id."""
     start: int
-    """When it started, in seconds since 1970."""
+    """When it started, by `start_of`."""
 
     @staticmethod
     def current() -> ProcessIdentity:
@@ -44,15 +47,40 @@ class ProcessIdentity:
         if self.host != host_name() or (self.pid == os.getpid() and self.start == _identity(self.pid).start):
             return False
         try:
-            process = psutil.Process(self.pid)
-            started = process.create_time()
-            ended = process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            started = start_of(self.pid)
+            ended = psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             # Where processes of others are hidden, their ids still answer to signals.
             return not psutil.pid_exists(self.pid)
         except (psutil.Error, OSError):
             return False
-        return ended or abs(started - self.start) > CLOCK_TOLERANCE
+        return ended or abs(started - self.start) > (CLOCK_TOLERANCE if _boot() is None else 0)
+
+
+def start_of(pid: int) -> int:
+    """When a process started.
+
+    On Linux in ticks since the kernel's start, behind a number for that: setting the clock, which moves the second at
+    which all processes seem to have started, would pass a living one for dead. Elsewhere in seconds since 1970.
+
+    Raises:
+        psutil.NoSuchProcess: there is no such process.
+        OSError: as it ends meanwhile.
+    """
+    process, boot = psutil.Process(pid), _boot()
+    if boot is None:
+        return round(process.create_time())
+    ticks = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]  # behind the name, its 22nd field
+    return boot * 10**12 + int(ticks)
+
+
+@functools.cache
+def _boot() -> int | None:
+    """A number for the kernel's start; None where it has no name."""
+    try:
+        return int(_BOOT.read_text()[:8], 16)
+    except (OSError, ValueError):
+        return None
 
 
 @functools.cache
@@ -63,4 +91,4 @@ def host_name() -> str:
 
 @functools.cache
 def _identity(pid: int) -> ProcessIdentity:
-    return ProcessIdentity(host=host_name(), pid=pid, start=round(psutil.Process(pid).create_time()))
+    return ProcessIdentity(host=host_name(), pid=pid, start=start_of(pid))

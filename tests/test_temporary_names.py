@@ -24,7 +24,7 @@ from mechedit.files import read_json, write_json, write_tensors
 from mechedit.locks import locked
 from mechedit.moments.checkpoints import remove_temporary_files
 from mechedit.moments.chunks import Rank
-from mechedit.processes import ProcessIdentity, host_name
+from mechedit.processes import ProcessIdentity, host_name, start_of
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
 from mechedit.session.session_folder import SessionFolder
@@ -37,7 +37,7 @@ NUMBER: Codec[int] = Codec(read=read_json, write=write_json, suffix=".json")
 def ended() -> ProcessIdentity:
     """A process that has ended."""
     child = subprocess.Popen([sys.executable, "-c", ""])
-    start = round(psutil.Process(child.pid).create_time())
+    start = start_of(child.pid)
     child.wait()
     return ProcessIdentity(host_name(), child.pid, start)
 
@@ -55,7 +55,7 @@ def owners(ended: ProcessIdentity) -> dict[str, ProcessIdentity]:
     """Owners whose files stay."""
     return {
         "this process": ProcessIdentity.current(),
-        "its parent": ProcessIdentity(host_name(), os.getppid(), round(psutil.Process(os.getppid()).create_time())),
+        "its parent": ProcessIdentity(host_name(), os.getppid(), start_of(os.getppid())),
         "another host": ProcessIdentity(f"not-{host_name()}"[:63], ended.pid, ended.start),
     }
 
@@ -85,12 +85,22 @@ def test_an_id_that_was_given_to_another_process_fools_nobody(tmp_path: Path) ->
     current = ProcessIdentity.current()
     earlier = ProcessIdentity(current.host, current.pid, current.start - 60)
     parent = psutil.Process(os.getppid())
-    assert not ProcessIdentity(host_name(), parent.pid, round(parent.create_time())).is_dead
-    for owner in (earlier, ProcessIdentity(host_name(), parent.pid, round(parent.create_time()) - 60)):
+    assert not ProcessIdentity(host_name(), parent.pid, start_of(parent.pid)).is_dead
+    for owner in (earlier, ProcessIdentity(host_name(), parent.pid, start_of(parent.pid) - 60)):
         assert owner.is_dead
         path = leftover(tmp_path, owner)
         sweep([tmp_path])
         assert not path.exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes have no start that no clock moves")
+def test_a_clock_that_is_set_makes_nobody_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    living = leftover(tmp_path, ProcessIdentity(host_name(), os.getppid(), start_of(os.getppid())))
+    before = psutil.Process(os.getppid()).create_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1e9)  # the clock was set by years
+    assert abs(psutil.Process(os.getppid()).create_time() - before) > 60, "the control"
+    sweep([tmp_path])
+    assert living.exists()
 
 
 @pytest.mark.parametrize("pid", [10**30, 2**31, 0, -1])
@@ -110,7 +120,7 @@ def test_an_id_that_no_process_can_have_is_that_of_a_dead_one(tmp_path: Path, pi
 
 def test_a_process_that_nobody_waited_for_has_ended() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    identity = ProcessIdentity(host_name(), child.pid, round(psutil.Process(child.pid).create_time()))
+    identity = ProcessIdentity(host_name(), child.pid, start_of(child.pid))
     assert not identity.is_dead
     child.kill()
     deadline = time.monotonic() + 30

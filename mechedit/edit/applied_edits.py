@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.edit.edit import Edit
-from mechedit.edit.weights import copy_weights, digest, restore_
+from mechedit.edit.weights import copy_weights, digest, insist, restore_
 from mechedit.models import Model
 
 
@@ -116,15 +116,21 @@ def restoring(model: Model, layers: Sequence[int]) -> Iterator[None]:
     with model.exclusive() as region:
         snapshot = Snapshot(module=model.module, originals=copy_weights(model, layers), applied=applied_edits(model))
         region.snapshot = snapshot
-        try:
-            yield
-        finally:
-            region.settle()
+
+        def put_back() -> None:
             restore_(model, snapshot.originals)
             set_applied_edits_(model, snapshot.applied)
             for later in region.inner:
                 if later.snapshot is not None:
                     later.snapshot.inherit(snapshot)
+
+        try:
+            yield
+        finally:
+            try:
+                region.settle()  # which Ctrl-C may end
+            finally:
+                insist(put_back)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import hashlib
 import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -119,9 +119,26 @@ def projection_parameter(model: Model, layer: int) -> tuple[str, nn.Parameter, b
 @torch.no_grad()
 def restore_(model: Model, originals: Mapping[int, Float[Tensor, "d_mlp d_model"]]) -> None:
     """Write copies of down-projections back; Ctrl-C waits until all are written."""
-    with uninterrupted():
-        for layer, original in originals.items():
-            model.write_projection_(layer, original)
+
+    def write() -> None:
+        with uninterrupted():
+            for layer, original in originals.items():
+                model.write_projection_(layer, original)
+
+    insist(write)
+
+
+def insist(action: Callable[[], object]) -> None:
+    """Do what puts a model back, again from its start where Ctrl-C comes in between, which is passed on afterwards."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            action()
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 @contextlib.contextmanager

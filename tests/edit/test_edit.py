@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mechedit.edit.applied_edits
 import mechedit.edit.apply_undo
 from mechedit.edit import Edit, Factors, apply_, copy_weights, edited, export, restore_, undo_
 from mechedit.errors import InputError
 from mechedit.models import load_model
+from mechedit.models.model_lock import Region
 
 
 def test_delta_is_the_product_of_its_factors(lens_model: Any) -> None:
@@ -140,6 +142,32 @@ def test_ctrl_c_waits_until_all_layers_are_back(lens_model: Any, monkeypatch: py
         restore_(lens_model, originals)
     assert identical(lens_model, before)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("place", ["settle", "restore_"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_ctrl_c_again_while_the_weights_come_back_leaves_them_whole(
+    lens_model: Any, monkeypatch: pytest.MonkeyPatch, place: str, times: int
+) -> None:
+    """The second press of who is impatient: as threads are waited for, or before signals are held back."""
+    before, edit, presses = weights(lens_model), random_edit(lens_model), []
+    owner: Any = Region if place == "settle" else mechedit.edit.applied_edits
+    original = getattr(owner, place)
+
+    def interrupted(*arguments: Any) -> None:
+        presses.append(place)
+        if len(presses) <= times:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    monkeypatch.setattr(owner, place, interrupted)
+    with pytest.raises(KeyboardInterrupt), edited(lens_model, edit):
+        assert not identical(lens_model, before)
+    assert presses
+    assert identical(lens_model, before)
+    monkeypatch.undo()
+    with ThreadPoolExecutor(1) as pool:  # who would wait for a region that nobody ends
+        assert pool.submit(logits, lens_model).result().isfinite().all()
 
 
 def test_other_threads_edit_too(lens_model: Any) -> None:
