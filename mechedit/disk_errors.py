@@ -57,6 +57,7 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _DISK_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY,
      errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EMFILE,
-     errno.ENFILE, errno.EXDEV, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMLINK, errno.ETXTBSY)
+     errno.ENFILE, errno.EXDEV, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMLINK, errno.ETXTBSY, errno.ELOOP,
+     errno.ENOLCK, errno.EOPNOTSUPP, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 )  # fmt: skip
 """Errors that say something about a disk or a folder, and nothing about a program."""

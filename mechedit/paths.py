@@ -98,6 +98,17 @@ def writable_folder(folder: str | Path) -> Path:
         ) from error
 
 
+def check_folder(folder: str | Path) -> None:
+    """Refuse what is there in the place of a folder that will be needed.
+
+    Raises:
+        InputError: a file is there, or as `checked_path`.
+    """
+    folder = checked_path(folder)
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise InputError(f"{brief(str(folder))} is a file, expected a folder or nothing there; move it away")
+
+
 def writable_file(path: str | Path) -> Path:
     """The path, unless a file that is written there would take the place of what is no file.
 

@@ -24,7 +24,7 @@ from mechedit.checksums import checks_content
 from mechedit.errors import InputError, brief
 from mechedit.files import plain_copy, read_object, write_json
 from mechedit.locks import locked, remove_free_locks
-from mechedit.paths import writable_folder
+from mechedit.paths import writable_file, writable_folder
 from mechedit.provenance import (
     ALGORITHMS,
     DEFAULTS,
@@ -134,12 +134,14 @@ class RunFolder:
         self, name: str, stamp: Mapping[str, Any], make: Callable[[], Value], codec: Codec[Value], at: str
     ) -> Value:
         path, group = self.path / at, ranks.current()
-
+        files = [path / file for file in codec.files] or [path]
         before = self.stamps()
 
         def begin() -> bool:
             if codec.finished(path) and self._made_from(name, stamp) and self._is_intact(name):
                 return True
+            for file in [self.path / "config.json", *files]:
+                writable_file(file)  # before the work that it takes, and before its neighbors are replaced
             # Without its stamp a half-replaced result cannot be mistaken for a whole one.
             self._replace_stamp(name, None)
             return False
@@ -147,8 +149,8 @@ class RunFolder:
         def end() -> None:
             if codec.write is not None:
                 codec.write(path, value)
-            files = [str(Path(at) / file) for file in codec.files] or [at]
-            self._replace_stamp(name, {**stamp, "files": {file: _record(self.path / file) for file in files}})
+            records = {str(file.relative_to(self.path)): _record(file) for file in files}
+            self._replace_stamp(name, {**stamp, "files": records})
 
         if group.from_first(begin, f"the beginning of the {name}"):
             return group.from_first(lambda: codec.read(path), f"the {name} as it was made before")

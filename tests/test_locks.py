@@ -253,3 +253,13 @@ def test_a_lock_needs_a_folder_that_can_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to the folder"), locked(tmp_path / "file" / "thing", "it"):
         pass
+
+
+def test_a_link_in_the_place_of_a_lock_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".file.lock").symlink_to("elsewhere")
+    with pytest.raises(InputError, match="Too many levels of symbolic links"), locked(tmp_path / "file", "the file"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / ".file.lock").unlink()
+    with locked(tmp_path / "file", "the file"):
+        assert (tmp_path / ".file.lock").exists(), "the control"

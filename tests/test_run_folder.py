@@ -202,6 +202,24 @@ def test_a_renamed_model_and_a_new_release_make_neither_trace_nor_moments_again(
         pipeline.moments_step(run, renamed, texts, [2], reading)
 
 
+@pytest.mark.parametrize("file", ["config.json", "number.json"])
+@pytest.mark.parametrize("to", [".", "/dev/full"])
+def test_what_cannot_be_replaced_is_seen_before_the_work(tmp_path: Path, file: str, to: str) -> None:
+    (tmp_path / file).symlink_to(to)
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(1)
+        return 1
+
+    folder = RunFolder.at(tmp_path)
+    with pytest.raises(InputError, match=f"{file}' is a folder, a pipe, a socket or a device"):
+        folder.step("trace", STAMP, make, NUMBER, at="number.json")
+    assert made == []
+    (tmp_path / file).unlink()
+    assert folder.step("trace", STAMP, make, NUMBER, at="number.json") == len(made) == 1, "the control"
+
+
 def test_a_refused_first_step_writes_nothing(tmp_path):
     folder = RunFolder.at(tmp_path / "run")
 

@@ -17,6 +17,7 @@ from mechedit.moments.checkpoints import (
     Checkpoint,
     check_checkpoint,
     checkpoint_path,
+    checkpoints_folder,
     load_checkpoint,
     remove_checkpoint,
     remove_temporary_files,
@@ -26,6 +27,7 @@ from mechedit.moments.checkpoints import (
 from mechedit.moments.convergence import Convergence
 from mechedit.moments.convergence_file import ConvergenceFile
 from mechedit.moments.second_moment import METADATA_KEY, REPLACE, SecondMoment, check_header, load_moment, moment_path
+from mechedit.paths import check_folder
 from mechedit.provenance import determining, numbered, value_hash
 from mechedit.shards import Rank
 
@@ -59,6 +61,7 @@ class MomentsFolder:
         """
         with contextlib.ExitStack() as stack:
             if self.path is not None:
+                check_folder(checkpoints_folder(self.path))
                 made_with = value_hash(determining(self.provenance))
                 for layer in sorted(set(layers)):
                     stack.enter_context(shard_lock(self.path, layer, self.rank, made_with=made_with))

@@ -366,3 +366,14 @@ def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         assert (killed / "moments" / name).read_bytes() == (uninterrupted / "moments" / name).read_bytes()
     assert load_moments(killed, [1])[1].count > max(done)
     assert not list(killed.glob("moments/parts")) + list(killed.glob("moments/.*"))
+
+
+def test_a_file_in_the_place_of_checkpoints_is_refused_before_the_text_is_read(lens_model: Any, tmp_path: Path) -> None:
+    folder = checkpoints_folder(tmp_path)
+    folder.parent.mkdir()
+    folder.write_text("precious")
+    with pytest.raises(InputError, match="parts' is a file, expected a folder"):
+        collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path)
+    assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == ["parts"]
+    folder.unlink()
+    assert list(collect_moments(lens_model, TEXTS, LAYERS, out=tmp_path)) == LAYERS
