@@ -77,7 +77,7 @@ def parquet_errors(path: str | Path) -> Iterator[None]:
         raise
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"cannot read the table {str(path)!r} ({str(error).partition(chr(10))[0]}); expected a parquet "
+            f"cannot read the table {str(path)!r} ({first_line(error)}); expected a parquet "
             f"file that mechedit wrote: remove it, and make it again"
         ) from error
 

@@ -23,7 +23,7 @@ from mechedit import ranks
 from mechedit.cli.config_file import config_defaults
 from mechedit.cli.new_folders import no_empty_folders
 from mechedit.disk_errors import disk_error
-from mechedit.errors import InputError, is_interrupt
+from mechedit.errors import InputError, check_characters, is_interrupt
 from mechedit.provenance import VERSION
 
 app = typer.Typer(
@@ -40,11 +40,13 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 LONGEST_LINE = 400
-"""Characters of a message's line at most; of a longer one the middle is left out."""
+"""Characters of a message's line at most; of a longer one its long values are cut, then its middle."""
 CUT = " … "
 """Stands for the middle of a line that was cut."""
-_QUOTED = re.compile(r"'([^']{80})[^']*'")
-"""A long value that typer quotes whole, and its beginning."""
+_LONG = re.compile(r"(?<!\w)(['\"])(.{50}).{3,}?(.{20})\1(?!\w)")
+"""A long value that a message quotes whole, with its beginning and its end."""
+_LONG_WORD = re.compile(r"(\S{50})\S{3,}(\S{20})")
+"""One that it does not quote."""
 _TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
 """Bidirectional classes of the characters that turn the direction of what follows them."""
 
@@ -59,6 +61,8 @@ DEALT = ("run", "trace", "select", "moments", "edit", "evaluate")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if not os.environ.get("TERMINAL_WIDTH", "0").isdecimal():
+        del os.environ["TERMINAL_WIDTH"]  # typer reads it as a number as it writes its help
     streams = (sys.stdout, sys.stderr)  # as they are: click has others in their place once nobody reads them
     try:
         with plain_warnings(), ranks.joined() as group:
@@ -97,14 +101,23 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
     """The exit code of a command, and the line that says why it failed."""
     command = typer.main.get_command(app)
     try:
+        for argument in arguments:
+            check_characters("an argument", argument)
         group.agree("the command", {"arguments": shlex.join(arguments), **_versions()})
         defaults = config_defaults(command, arguments)
-        run = partial(command.main, args=arguments, prog_name="mechedit", standalone_mode=False, default_map=defaults)
+        run = partial(
+            command.main,
+            args=arguments,
+            prog_name="mechedit",
+            standalone_mode=False,
+            default_map=defaults,
+            complete_var="",
+        )
         is_dealt = any(argument in DEALT for argument in arguments[:1])
         with no_empty_folders():
             code = run() if is_dealt else group.from_first(run, "mechedit")
     except UsageError as error:
-        return 2, _complaint(_QUOTED.sub(r"'\1 …'", error.format_message()).replace(" Value error,", ""))  # type: ignore[attr-defined]
+        return 2, _complaint(error.format_message().replace(" Value error,", ""))  # type: ignore[attr-defined]
     except InputError as error:
         if is_interrupt(error):
             _end_bars()
@@ -149,7 +162,7 @@ def plain_warnings() -> Iterator[None]:
     def plain(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
         if category is not UserWarning:
             return standard(message, category, *where, **line)
-        return f"mechedit: warning: {_line(str(message))}\n"
+        return _line(f"mechedit: warning: {message}") + "\n"
 
     warnings.formatwarning = plain
     try:
@@ -160,7 +173,7 @@ def plain_warnings() -> Iterator[None]:
 
 def _complaint(message: str) -> str:
     _end_bars()
-    return f"mechedit: {_line(message)}"
+    return _line(f"mechedit: {message}")
 
 
 def _end_bars() -> None:
@@ -185,12 +198,17 @@ def _visible(character: str) -> str:
 
 
 def _line(message: str) -> str:
-    """A message as one line of at most `LONGEST_LINE` characters."""
-    line = one_line(message)
-    if len(line) > LONGEST_LINE:  # what was found comes first, what to do last
-        half = (LONGEST_LINE - len(CUT)) // 2
-        line = f"{line[:half]}{CUT}{line[-half:]}"
-    return line
+    """A message as one line of at most `LONGEST_LINE` characters, of which long values are cut first."""
+    line = _without_middle(one_line(message), 10 * LONGEST_LINE)
+    if len(line) > LONGEST_LINE:
+        line = _LONG_WORD.sub(r"\1…\2", _LONG.sub(r"\1\2…\3\1", line))
+    return _without_middle(line, LONGEST_LINE)
+
+
+def _without_middle(line: str, most: int) -> str:
+    """A line of at most so many characters: what was found comes first in it, what to do last."""
+    half = (most - len(CUT)) // 2
+    return line if len(line) <= most else f"{line[:half]}{CUT}{line[-half:]}"
 
 
 def _print_version(requested: bool | None) -> None:

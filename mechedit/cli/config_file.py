@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mechedit.errors import InputError, brief, brief_list
+from mechedit.errors import InputError, brief, brief_list, check_characters
 from mechedit.files import read_text
 
 SEPARATED = "Several are separated by commas."
@@ -53,6 +53,7 @@ def config_defaults(group: Any, arguments: list[str]) -> dict[str, Any]:
         for item in value if is_list else [value]:
             if not isinstance(item, str | int | float):
                 raise InputError(f"{path!r}: the option {brief(option)} is {brief(item)}, {_HINT}")
+            check_characters(f"{path!r}: the option {brief(option)}", str(item))
         values[options[option].name] = value
     return {name: values}
 
@@ -79,8 +80,10 @@ def read_yaml(path: str) -> Any:
     text = read_text(path)
     try:
         content = yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        if not isinstance(error, yaml.YAMLError | ValueError | RecursionError):
+            reason = "a value is not what its tag says"  # such as !!bool maybe, which YAML's reader takes for sure
         raise InputError(f"{path!r} is neither YAML nor JSON ({reason}); fix the file") from error
     return {} if content is None else content
 

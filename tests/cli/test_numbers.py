@@ -118,6 +118,11 @@ def test_every_number_of_the_command_line_is_refused_before_anything_is_read(
         ("seed: " + "9" * 5000, "is neither YAML nor JSON"),
         ("a: " + "[" * 3000, "nested too deep"),
         ("seed: !!python/object/apply:os.mkdir [made]", "is neither YAML nor JSON (could not determine a constructor"),
+        *(
+            (f"seed: !!{tag}", "a value is not what its tag says")
+            for tag in ("bool x", "timestamp x", "int ''", "float")
+        ),
+        ('joint: "\\ud800"', "holds half of a surrogate pair"),
         ('{"seed": -1}', "seed is -1"),
         (f"seed: [{BOMB}]", "the option 'seed' is [['x', 'x'"),
         ("? [1]\n: 2", "found unhashable key"),

@@ -40,7 +40,8 @@ def refuse_model(*arguments: object) -> None:
         (["trace", "--kinds", "s" * 100_000], "an entry of kinds is"),
         (["select", ".", "--validate", "--windows", "1-99999999999"], "expected a whole number from 0 to 9,999"),
         (["trace", "--out", ""], "it is empty, expected a path"),
-        (["edit", "--conflicts", "9" * 600], "9 …' is not one of 'refuse', 'first'"),
+        (["trace", "--" + "a" * 600], f"No such option: --{'a' * 48}…{'a' * 20}"),
+        (["edit", "--conflicts", "9" * 600], "9…99999999999999999999' is not one of 'refuse', 'first'"),
         *(
             ([*arguments, path], "cannot be a path")
             for path in ("p" * 5000, "a\0b")
@@ -84,7 +85,7 @@ def test_a_text_of_any_length_is_refused_in_a_short_line(zygote: Zygote, tmp_pat
         ended = zygote.run(words, tmp_path, sketched=True)
         assert ended.code == 2, ended.printed
         (line,) = ended.refusals
-        assert len(line) <= len("mechedit: ") + LONGEST_LINE
+        assert len(line) <= LONGEST_LINE
         assert not out.exists()
     file.write_text(json.dumps(requests))
     assert zygote.run(words, tmp_path, sketched=True).code == 0, "the control"
@@ -98,9 +99,37 @@ def test_a_long_message_is_cut_in_its_middle(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         main(["trace", "--out", str(tmp_path / "run")])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mechedit:")]
-    assert LONGEST_LINE - 2 < len(line) - len("mechedit: ") <= LONGEST_LINE
+    assert LONGEST_LINE - 2 < len(line) <= LONGEST_LINE
     assert line.startswith("mechedit: it begins")
     assert line.endswith(" and ends")
+
+
+def test_of_a_long_message_the_values_are_cut_first(capsys, tmp_path, monkeypatch):
+    path = f"{'folder/' * 80}facts.json"
+
+    def refuse(*arguments: object) -> None:
+        raise InputError(f"cannot read the model's file {path!r}; expected an existing file, not the model's folder")
+
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", refuse)
+    with pytest.raises(SystemExit):
+        main(["trace", "--out", str(tmp_path / "run")])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mechedit:")]
+    assert len(line) < 200
+    for part in ("file 'folder/folder/", "older/facts.json'; expected an existing file, not the model's folder"):
+        assert part in line
+
+
+@pytest.mark.parametrize("words", [["trace", "--joint"], ["evaluate", "--stop-words"], ["run", "--out"]])
+def test_an_argument_in_another_encoding_is_refused(capsys, tmp_path, monkeypatch, words):
+    """Bytes that are no UTF-8 come as halves of surrogate pairs, which failed where they were written down."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mechedit.cli.options.load_quietly", refuse_model)
+    for word, said in (("caf\udce9", "half of a surrogate pair"), ("café", "the model was asked for")):
+        with pytest.raises(SystemExit) as leaving:
+            main([*words, word])
+        assert leaving.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_what_models_may_have_is_read():

@@ -13,6 +13,7 @@ import pytest
 
 from mechedit.cli import main
 from mechedit.cli.app import UNREAD, say
+from mechedit.provenance import VERSION
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,3 +115,16 @@ def test_what_a_terminal_cannot_show_is_written_out() -> None:
         command = [sys.executable, "-c", script.format(call)]
         ended = subprocess.run(command, env=environment, capture_output=True, check=False)
         assert (ended.returncode, ended.stdout) == (code, printed)
+
+
+def test_odd_variables_of_the_terminal_end_no_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Of such variables libraries of the command line end with 1 or in a traceback."""
+    monkeypatch.setenv("_MECHEDIT_COMPLETE", "bash_source")
+    monkeypatch.setenv("TERMINAL_WIDTH", "wide")
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out.strip() == VERSION
+    with pytest.raises(SystemExit) as leaving:
+        main(["report", "--help"])
+    assert leaving.value.code == 0
