@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,34 @@ class Damage:
             forget_checksums(path)
         damage_file(path, draw)
 
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Something in the place of what a command writes: it is replaced or refused, and nothing else is touched."""
+
+    file: str
+    """Its path."""
+    thing: str
+    """One of `OBSTACLES`."""
+
+    def apply(self, folder: Path) -> None:
+        """Put it there."""
+        path = folder / self.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        if self.thing == "folder":
+            path.mkdir()
+            (path / "precious").write_text("of the user")
+        elif self.thing == "file":
+            path.write_text("of the user")
+        else:
+            path.symlink_to(self.thing)
+
+
+OBSTACLES = ("folder", "file", "/dev/null", "/dev/full", "nowhere", "no/where", ".")
+"""A folder or file of the user's, or where a link leads."""
 
 _VALUES: list[Any] = [
     None, True, [], {}, "", 0, -1, 1.5, 10**30, 1e308, float("nan"), float("inf"), "\ud800", "a" * 20_000, "{}", "\x00",
@@ -156,7 +185,9 @@ def damage_yaml(path: Path, draw: random.Random) -> None:
     line = draw.choice(
         ["seed: null", "seed: 1\nseed: 2", "seed: [1]", "a: {", "2024-02-31", "seed: 2024-02-31", "no-such: 1", "- a",
          "*a", "seed: &a [*a]", "seed: !!python/object:os.system x", "? [1]\n: 2", "seed: 1e400", "seed: 0o17",
-         "out: ''", "seed: ~", "seed: 'x'", "seed: true", "\t", "%YAML 9", "seed: " + "9" * 5000, "overwrite: maybe"]
+         "out: ''", "seed: ~", "seed: 'x'", "seed: true", "\t", "%YAML 9", "seed: " + "9" * 5000, "overwrite: maybe",
+         "seed: !!bool x", "seed: !!timestamp x", "seed: !!int ''", "seed: !!float", "joint: \"\\ud800\"",
+         "? !!bool x\n: 1", "seed: !!set {a}", "seed: 0b_", "seed: 1:30"]
     )  # fmt: skip
     path.write_text(path.read_text() + line + "\n")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hypothesis import strategies as st
 
 from helpers.fuzz_base import TRAINING
-from helpers.fuzz_damage import Damage
+from helpers.fuzz_damage import OBSTACLES, Damage, Obstacle
 from mechedit.cli.app import app
 from mechedit.evaluation import EvaluationConfig
 from mechedit.methods import METHODS, MendTrainingConfig
@@ -107,6 +107,20 @@ READ: dict[str, tuple[str, ...]] = {
     "run": ("facts.json", "requests.json", "texts.txt", "config.yaml"),
 }  # fmt: skip
 """Files that a command reads, which may be damaged; the command is pointed to them."""
+WRITTEN: dict[str, tuple[str, ...]] = {
+    "trace": ("out", "out/effects.parquet", "out/facts.parquet", "out/config.json", "out/trace_parts"),
+    "select": ("run/selection.json", "run/config.json"),
+    "moments": ("out", "out/moments", "out/moments/layer_0.safetensors", "out/moments/parts"),
+    "edit": ("new.safetensors", "cache"),
+    "evaluate": ("out", "out/summary.json", "out/scores.parquet", "out/config.json", "out/baseline"),
+    "apply": ("out",),
+    "report": ("run/report.html",),
+    "plan": ("models",),
+    "train-mend": ("out", "out/mend.safetensors", "out/mend.training.safetensors"),
+    "tune": ("out", "out/tuned.json", "out/ledger", "out/targets", "out/parts"),
+    "run": ("out", "out/effects.parquet", "out/moments", "out/edit.safetensors", "out/summary.json"),
+}
+"""Files and folders that a command writes, in whose place something else may lie."""
 READERS = {"facts": "facts", "requests": "requests", "many": "requests", "texts": "texts", "config": "config"}
 """The option that takes a file of the folder itself, by the beginning of its name."""
 POINTED: dict[tuple[str, str], dict[str, str | None]] = {
@@ -189,7 +203,7 @@ class Example:
     arguments: tuple[str, ...]
     options: tuple[str, ...]
     """Names of the options that were changed."""
-    damage: Damage | None
+    damage: Damage | Obstacle | None
     draws: bool
     """Whether figures are drawn, which takes most of the time."""
 
@@ -303,8 +317,11 @@ def examples(draw: st.DrawFn) -> Example:
             values[name] = draw(good_values(command, param))
         else:
             values[name] = draw(bad_values(command, param))
-    damage = None
-    if draw(st.integers(0, 9)) < 4:
+    damage: Damage | Obstacle | None = None
+    chance = draw(st.integers(0, 9))
+    if chance == 9:
+        damage = Obstacle(draw(st.sampled_from(WRITTEN[command])), draw(st.sampled_from(OBSTACLES)))
+    elif chance < 4:
         damage = Damage(draw(st.sampled_from(READ[command])), draw(st.integers(0, 2**32)))
         option = next((name for start, name in READERS.items() if damage.file.startswith(start)), None)
         pointed = POINTED.get((command, damage.file)) or ({option: damage.file} if option in available else {})
