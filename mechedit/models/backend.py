@@ -153,6 +153,17 @@ class BackendModel:
     def temporary_edits(self, count: int) -> None:
         setattr(self.hf, _TEMPORARY_EDITS, count)
 
+    def __copy__(self) -> BackendModel:
+        view = object.__new__(type(self))
+        vars(view).update(vars(self))
+        return view
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise InputError(
+            f"{self!r} is to be pickled or copied deeply, expected its transformers model: load_model(copy.deepcopy("
+            f"model.hf), tokenizer=model.tokenizer) wraps a copy of it"
+        )
+
     def exclusive(self) -> AbstractContextManager[Region]:
         """Nobody else uses the model within the block; see `mechedit.models.protocol.Model.exclusive`."""
         return self._lock.exclusive()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mechedit.batching import pad
+from mechedit.errors import InputError
 from mechedit.models import EMBED, KVCache, Patch, Resume, Site, Tokens, load_model
 
 LLAMA_PATHS = ("model.embed_tokens", "model.layers", "self_attn", "mlp.down_proj")
@@ -489,3 +492,11 @@ def test_the_hash_outside_blocks_sees_only_what_lies_outside(lens_model: Any) ->
     with torch.no_grad():
         lens_model.hf.transformer.ln_f.bias.add_(1)
     assert hashes()[1] != start[1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_deep_copy_is_made_of_the_transformers_model(lens_model: Any, copied: Any) -> None:
+    with pytest.raises(InputError, match=r"expected its transformers model: load_model\(copy.deepcopy\("):
+        copied(lens_model)
+    assert copied(lens_model.hf) is not None, "the control"
+    assert copy.copy(lens_model).hf is lens_model.hf
