@@ -31,8 +31,8 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 
     @functools.wraps(function)
     def checking(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        positional, named = fitted(function, args, kwargs)
-        return function(*positional, **named)
+        positional, keywords = fitted(function, args, kwargs)
+        return function(*positional, **keywords)
 
     return checking
 
@@ -136,10 +136,10 @@ def _listed(value: Any, items: tuple[Any, ...]) -> Any:
         value = list(value)
     if not isinstance(value, list | tuple) or not items:  # others may be as long as a disk
         return value
-    each = items * len(value) if len(items) == 1 else items[:1] * len(value) if items[-1] is Ellipsis else items
-    if len(each) != len(value):
+    item_hints = items * len(value) if len(items) == 1 else items[:1] * len(value) if items[-1] is Ellipsis else items
+    if len(item_hints) != len(value):
         raise _Misfit
-    read = [_fitted(item, hint) for item, hint in zip(value, each, strict=True)]
+    read = [_fitted(item, hint) for item, hint in zip(value, item_hints, strict=True)]
     if all(after is before for after, before in zip(read, value, strict=True)):
         return value
     return tuple(read) if isinstance(value, tuple) else read

@@ -71,7 +71,7 @@ def _sequence_fields(kind: type) -> dict[str, bool]:
     kinds = {field.name: _alternatives(hints[field.name]) for field in dataclasses.fields(kind)}
     sequences = (tuple, collections.abc.Sequence)
     return {
-        name: NoneType in types for name, types in kinds.items() if any(get_origin(one) in sequences for one in types)
+        name: NoneType in types for name, types in kinds.items() if any(get_origin(hint) in sequences for hint in types)
     }
 
 

@@ -18,9 +18,9 @@ def layer_numbers(layers: Any) -> list[int]:
     Raises:
         InputError: something else.
     """
-    given = layers.tolist() if callable(getattr(layers, "tolist", None)) else layers
-    several = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
-    numbers = list(given) if several else []
+    layers = layers.tolist() if callable(getattr(layers, "tolist", None)) else layers
+    several = isinstance(layers, Iterable) and not isinstance(layers, str | bytes | Mapping)
+    numbers = list(layers) if several else []
     if not several or not all(isinstance(layer, Integral) and not isinstance(layer, bool) for layer in numbers):
         raise InputError(f"the layers are {brief(numbers or layers)}, expected whole numbers, such as [3, 4, 5]")
     return list(map(int, numbers))

@@ -231,12 +231,12 @@ def exclusive(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
 
     @functools.wraps(function)
     def holding(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        positional, named = fitted(function, args, kwargs)
-        model: Any = named.get("model", positional[position] if position < len(positional) else None)
+        positional, keywords = fitted(function, args, kwargs)
+        model: Any = keywords.get("model", positional[position] if position < len(positional) else None)
         if model is None:  # the call is refused
             return function(*args, **kwargs)
         with model.exclusive(), plain_state(model):
-            return function(*positional, **named)
+            return function(*positional, **keywords)
 
     position = list(inspect.signature(function).parameters).index("model")
     return holding
