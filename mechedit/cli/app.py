@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
                 code = group.leave(130, INTERRUPTED)
     except InputError as error:
         code = 2
-        print(_complaint(str(error)), file=sys.stderr)
+        _print_whole(_complaint(str(error)))
     except BrokenPipeError:
         code = UNREAD
     sys.exit(_printed(code, streams))
@@ -92,7 +92,7 @@ def _printed(code: int, streams: Sequence[Any]) -> int:
                 code = UNREAD
                 continue
             line = f"what is printed cannot be written ({error.strerror}); check where it goes"
-            print(_complaint(line), file=sys.stderr)
+            _print_whole(_complaint(line))
             code = code or 2
     return code
 
@@ -228,7 +228,12 @@ def _root(
 
 def say(line: str) -> None:
     """Tell the person at the terminal, in one line."""
-    print(one_line(line), file=sys.stderr)
+    _print_whole(one_line(line))
+
+
+def _print_whole(line: str) -> None:
+    """Print a line by one write: an interrupt between the two of `print` would let the next words follow on it."""
+    print(f"{line}\n", end="", file=sys.stderr)
 
 
 def print_json(summary: dict[str, Any]) -> None:

@@ -51,7 +51,8 @@ class GenerationPlan:
     def announce(self, model: Model) -> None:
         """Say on the standard error what the plan takes, with a measured estimate, if it takes long."""
         if self.batches and self.tokens_run * _parameters(model) >= ANNOUNCED:
-            tqdm.write(f"writing {self}, at most about {_duration(self.seconds(model))}", file=sys.stderr)
+            line = f"writing {self}, at most about {_duration(self.seconds(model))}"
+            tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
     def seconds(self, model: Model) -> float:
         """Most seconds that writing takes, from one pass of each batch size that is timed."""

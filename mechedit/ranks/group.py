@@ -81,7 +81,7 @@ class Group:
             line: what it says on the standard error; the first process that fails says it for all.
         """
         if line is not None:
-            print(line, file=sys.stderr)
+            print(f"{line}\n", end="", file=sys.stderr)
         return code
 
 

@@ -97,7 +97,7 @@ class Processes(Group):
                 self._depart()
                 return json.loads(winner)["code"]
         if line is not None:
-            print(line, file=sys.__stderr__, flush=True)
+            print(f"{line}\n", end="", file=sys.__stderr__, flush=True)
         self._depart()
         return code
 

@@ -128,3 +128,15 @@ def test_odd_variables_of_the_terminal_end_no_command(monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit) as leaving:
         main(["report", "--help"])
     assert leaving.value.code == 0
+
+
+def test_a_line_is_printed_by_one_write_so_that_nothing_comes_between_it_and_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", type("Stream", (), {"write": lambda self, text: written.append(text)})())
+    say("layers 1–2")
+    assert [text for text in written if text] == ["layers 1–2\n"]
+    written.clear()
+    print("layers 1–2", file=sys.stderr)
+    assert written == ["layers 1–2", "\n"], "the control: print itself takes two"
