@@ -220,6 +220,14 @@ def test_what_cannot_be_replaced_is_seen_before_the_work(tmp_path: Path, file: s
     assert folder.step("trace", STAMP, make, NUMBER, at="number.json") == len(made) == 1, "the control"
 
 
+def test_a_folder_in_the_place_of_the_summary_is_seen_before_scoring(lens_model: Any, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").mkdir()
+    requests, config = me.load_requests("tiny")[:1], me.EvaluationConfig()
+    with pytest.raises(InputError, match=r"summary\.json' is a folder"):
+        pipeline.evaluate_step(RunFolder.at(tmp_path), lens_model, requests, None, config)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["summary.json"]
+
+
 def test_a_refused_first_step_writes_nothing(tmp_path):
     folder = RunFolder.at(tmp_path / "run")
 

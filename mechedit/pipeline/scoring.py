@@ -24,6 +24,7 @@ from mechedit.evaluation.baseline import FILE as STATES_FILE
 from mechedit.evaluation.scores import SCORE_FILES
 from mechedit.evaluation.summary_file import write_summary_file
 from mechedit.models import Model
+from mechedit.paths import writable_file
 from mechedit.provenance import value_hash
 from mechedit.run_folder import RunFolder
 from mechedit.selection import Selection
@@ -32,6 +33,7 @@ Protocol = Literal["counterfact", "zsre"]
 """How requests are scored: by `evaluate`, or by `evaluate_zsre`."""
 SCORES: Codec[Scores] = codec_of(Scores, files=SCORE_FILES)
 BASELINE: Codec[Baseline] = codec_of(Baseline, files=(*SCORE_FILES, STATES_FILE))
+SUMMARY = "summary.json"
 
 
 def evaluate_step(
@@ -50,10 +52,12 @@ def evaluate_step(
     them again.
 
     Raises:
-        InputError: references with zsRE's protocol, which has no free text; and as `evaluate`.
+        InputError: references with zsRE's protocol, which has no free text; something else in the place of the
+            summary; and as `evaluate`.
     """
     if references is not None and protocol == "zsre":
         raise InputError("references are given, and zsRE's protocol has no RS; leave them out, or use CounterFact's")
+    writable_file(folder.path / SUMMARY)  # which is written when all is scored
     stamp = {
         "model": model.provenance(),
         "requests": value_hash([request.plain() for request in requests]),
@@ -114,6 +118,6 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write and return summary.json; see `write_summary_file`."""
     return ranks.current().from_first(
-        lambda: write_summary_file(folder.path / "summary.json", scores, selection and selection.short, edit),
+        lambda: write_summary_file(folder.path / SUMMARY, scores, selection and selection.short, edit),
         "the summary",
     )
