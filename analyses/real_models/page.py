@@ -124,7 +124,8 @@ def page(options: argparse.Namespace, cost: Cost, texts: Sequence[Sequence[str]]
         f"# {options.model}",
         f"Weights `{model['weights_hash'][:16]}`, {model['dtype']}, {selection.n_facts} known facts traced, "
         f"{len(edit.manifest['requests'])} edits with {edit.manifest['method']}. {cost.minutes:.0f} minutes in "
-        f"{cost.calls} calls, at most {cost.gib:.1f} GiB, on {os.cpu_count()} CPU cores ({platform.machine()}).",
+        f"{cost.calls} call{'s' if cost.calls > 1 else ''}, at most {cost.gib:.1f} GiB, on {os.cpu_count()} CPU cores "
+        f"({platform.machine()}).",
         "## Layers",
         f"**Layers {span(selection.layers)}.** {selection.reason[:1].upper()}{selection.reason[1:]}.",
         markdown_table(

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mechedit.errors import InputError
@@ -111,6 +113,8 @@ def plot_window_contribution(
 def sweep_figure(table: pd.DataFrame, selection: Mapping[str, Any]) -> Figure:
     """Edit scores above the trace's contributions, on one axis of layers; the scores alone without a trace.
 
+    Bars are single MLPs' contributions, and points those of windows, in the colors of the scores.
+
     Raises:
         InputError: as the two plots.
     """
@@ -123,6 +127,8 @@ def sweep_figure(table: pd.DataFrame, selection: Mapping[str, Any]) -> Figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         plot_sweep(table, above, validation)
         plot_window_contribution(table, evidence, below, validation)
+        # The colors of the widths are those above.
+        below.get_legend().remove()
     return figure
 
 
@@ -130,7 +136,10 @@ def _colors(rows: pd.DataFrame) -> list[tuple[int, str]]:
     """Widths, widest first, with their colors; single layers are gray."""
     widths = sorted({int(width) for width in rows["width"]}, reverse=True)
     wide = [width for width in widths if width > 1]
-    colors = {width: WIDTH_COLORS[i % len(WIDTH_COLORS)] for i, width in enumerate(wide)}
+    if len(wide) <= len(WIDTH_COLORS):
+        colors = dict(zip(wide, WIDTH_COLORS, strict=False))
+    else:  # from dark to light, and no two alike
+        colors = dict(zip(wide, map(to_hex, colormaps["viridis"](np.linspace(0, 0.9, len(wide)))), strict=True))
     return [(width, colors.get(width, GRAY)) for width in widths]
 
 

@@ -37,14 +37,16 @@ def test_the_page_says_what_the_files_say(tmp_path: Path) -> None:
     dataclasses.replace(selection, validation=validation).save(tmp_path / "run" / "selection.json")
     options = argparse.Namespace(model="smollm2", out=tmp_path)
     text = page(
-        options, Cost(minutes=41.6, gib=3.21, calls=2), [["A prompt | with a bar", "Rome", "Paris", "Rome it is"]]
+        options,
+        Cost(minutes=41.6, gib=3.21, calls=2),
+        [["A prompt | with a bar\n\nand lines", "Rome", "Paris", "Rome it is"]],
     )
     summary = read_json(tmp_path / "run" / "summary.json")
     assert "**Layers 2–5.**" in text
     assert "42 minutes in 2 calls, at most 3.2 GiB" in text
     assert f"| ES | {summary['before']['ES']['mean']:.1f} [" in text
     assert "| 2–5 | 91.6 [85.0, 95.0] |\n| 1–2 | 70.5 [60.0, 80.0] |" in text, "the best window first"
-    assert "| A prompt \\| with a bar | Rome | Paris | Rome it is |" in text
+    assert "| A prompt \\| with a bar and lines | Rome | Paris | Rome it is |" in text
     assert "run/figures/roles.png" in text
     assert "run/figures/sweep.png" not in text, "a figure that is not there"
 

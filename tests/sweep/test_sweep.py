@@ -479,6 +479,14 @@ def test_the_figure_shows_every_window_and_marks_the_choice(tmp_path):
         sweep_figure(table, {"evidence": evidence[:5]})
 
 
+def test_no_two_widths_have_one_color() -> None:
+    for widths in ((2, 3), range(2, 9)):
+        swept = planted({Window(first, first + width - 1): 50.0 for width in widths for first in (0, 1)})
+        figure = sweep_figure(swept.table, {})
+        colors = {line.get_label(): line.get_color() for line in figure.axes[0].lines if "layers" in line.get_label()}
+        assert len(colors) == len({*colors.values()}) == len(widths)
+
+
 def test_a_short_sweep_covers_the_depth_and_the_ranges_that_resamples_give():
     windows = short_sweep([(7, 8, 9), (), (4, 5), tuple(range(12))], n_layers=14, width=4)
     assert set(windows) == {Window(0, 3), Window(4, 7), Window(8, 11), Window(4, 5), Window(7, 9)}
