@@ -15,6 +15,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from mechedit.split_tensors import whole
+
 _BRIEF = 80
 """Characters of a value that a message shows."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -106,7 +108,7 @@ def check_finite(name: str, value: Tensor | float | int) -> None:
 def count_not_finite(value: Tensor) -> int:
     """Count the entries that are NaN or infinite."""
     # One pass: a sum is not finite where a term is not. Finite terms may add up to infinity, so that is no proof.
-    return 0 if math.isfinite(float(value.sum())) else int((~torch.isfinite(value)).sum())
+    return 0 if math.isfinite(float(whole(value.sum()))) else int(whole((~torch.isfinite(value)).sum()))
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ Behind it, `backend` holds weight-sharing copies of the transformers model (`sha
 in the table of `families` or measured by `discovery`; what cannot be used is `unsupported`. A run is a `run_plan`,
 carried out by the first engine that can: `fast_engine`, in the way that `engine_check` settles when a model is loaded,
 or one of `engines`, which the two backends complete; where a prefix cannot be cut off, it is `run_again`. Two more
-backends have models whose weights are not in this process alone: `tensor_parallel_backend` (`split_tensors`), and
+backends have models whose weights are not in this process alone: `tensor_parallel_backend`, and
 `remote_backend`. Who may use a model now is up to its `model_lock`. What a model costs follows from its `shapes`, which
 a config alone has, and is measured on `few_blocks`. Nothing outside this package imports transformer_lens or nnsight,
 or names a transformers class.

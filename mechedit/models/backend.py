@@ -1,4 +1,4 @@
-"""The model that both backends implement: weight-sharing copies, the engines that run them, and the edited matrices.
+"""The model that both backends implement: weight-sharing copies, and the engines that run them.
 
 `Model.run` makes a plan (`plan`) and hands it to the first engine that can run it: the fast one (`fast_engine`), the
 unhooked copy's own forward, or the backend's hooks (`engines`).
@@ -15,17 +15,19 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mechedit.errors import InputError, check_choice
 from mechedit.models.adapters import logits_with_adapter
 from mechedit.models.display import html_summary, summary
+from mechedit.models.edited_module import EditedModule
 from mechedit.models.engines import HookedEngine, UnhookedEngine, max_positions, takes
 from mechedit.models.families import attention_window, family_of, keeps_scores
 from mechedit.models.fast_engine import FastEngine
 from mechedit.models.kv_cache import KVCache
 from mechedit.models.model_lock import ModelLock, Region, exclusive_method
 from mechedit.models.plain_state import plain_state
-from mechedit.models.projections import projection_matrix, unwritable
+from mechedit.models.projections import unwritable
 from mechedit.models.protocol import LogitsToKeep, Patch, Resume, Run, Tokens
 from mechedit.models.readout import Readout, WholeReadout, find_readout
 from mechedit.models.run_again import run_again
@@ -34,8 +36,7 @@ from mechedit.models.saving import check_checkpoint, save_checkpoint
 from mechedit.models.self_check import check_projection
 from mechedit.models.shared_copy import share_parameters, with_fast_gelu
 from mechedit.models.shortcuts import blocks_of, replace_forwards, skip_blocks
-from mechedit.models.sites import MODULES, Module, Site, key_part
-from mechedit.models.split_tensors import whole
+from mechedit.models.sites import MODULES, Module, Site
 from mechedit.models.tokenizer_hash import tokenizer_hash
 from mechedit.models.vocabulary import has_tokens_without_row, padded_with_rows
 from mechedit.models.weights_hash import DTYPES, WeightsHash
@@ -47,7 +48,7 @@ _CHECKPOINT_DTYPE = "_mechedit_checkpoint_dtype"
 _LOCK = "_mechedit_lock"
 
 
-class BackendModel:
+class BackendModel(EditedModule):
     """A transformers model, run through copies that share its parameters; the base of both backends' models.
 
     The backend wraps a copy, never `hf`: edits in place are seen by both, while `hf` keeps its modules,
@@ -66,24 +67,18 @@ class BackendModel:
     """Whether blocks may be computed by functions of our own in place of the modules'."""
 
     def __init__(self, hf: Any, tokenizer: Any, *, name: str) -> None:
-        self.hf = hf
+        super().__init__(hf, family_of(hf), name)
         self.tokenizer = tokenizer
-        self.name = name
-        self.family = family_of(hf)
         self._weights_hash = WeightsHash()
         # In one step, as two threads may make models around the same weights.
         self._lock: ModelLock = vars(hf).setdefault(_LOCK, ModelLock())
         self.fast_engine: FastEngine | None = None
         """The fast engine, once `engine_check` has found a way of its own that gives the model's numbers."""
         self._engines = self._make_engines()
-        self.n_layers = len(hf.get_submodule(self.family.blocks))
         self.n_heads: int = _n_heads(hf.config.get_text_config())
         self.vocab_size: int = hf.get_input_embeddings().weight.shape[0]
         self.max_positions: int = max_positions(hf.config)
         self._lacks_rows = has_tokens_without_row(tokenizer, self.vocab_size)
-        self.module: Module = "mlp"
-        self.d_model: int = hf.config.get_text_config().hidden_size
-        self.d_mlp = self.d_key = self._key_width("mlp")
         self._readout: Readout | WholeReadout | None = None
         self.keeps_keys = True
         """Whether earlier positions are skipped by keeping attention's keys and values; else they are run again."""
@@ -116,14 +111,14 @@ class BackendModel:
         return html_summary(self)
 
     @property
+    def mesh(self) -> DeviceMesh | None:
+        """The processes over which the weights are split; see `mechedit.models.protocol.Model.mesh`."""
+        return None
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights (of the token embedding, when they are spread)."""
         return self.hf.get_submodule(self.family.embedding).weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.hf.get_submodule(self.family.embedding).weight.dtype
 
     @property
     def keeps_scores(self) -> bool:
@@ -199,8 +194,11 @@ class BackendModel:
         )
         with self._lock.running(lambda: self.runs_at_once), plain_state(self):
             if not self.keeps_keys and (plan.use_cache or plan.kv_cache is not None):
-                return run_again(plan, self._carry_out, self.n_layers)
-            return self._carry_out(plan)
+                run = run_again(plan, self._carry_out, self.n_layers)
+            else:
+                run = self._carry_out(plan)
+        # Layers may be on several devices.
+        return run.on(self.device)
 
     @property
     def runs_at_once(self) -> bool:
@@ -265,95 +263,9 @@ class BackendModel:
             check_projection(view)
         return view
 
-    def key_site(self, layer: int) -> Site:
-        """Site of a layer's keys: the input of `projection`."""
-        return Site(layer, key_part(self.module))
-
-    def width(self, site: Site) -> int:
-        """Width of the activation at a site.
-
-        Raises:
-            InputError: a key of a module that has no matrix between key and output.
-        """
-        if site.part in ("attn_key", "mlp_key"):
-            return len(self._matrix(site.layer, "attn" if site.part == "attn_key" else "mlp"))
-        return self.hf.get_input_embeddings().weight.shape[1] if site.part == "embed" else self.d_model
-
-    def scale(self, site: Site) -> float | int:
-        """Factor between what a module computes at a site and what is added to the residual stream."""
-        if site.part not in ("attn_out", "mlp_out"):
-            return 1
-        return self.family.parts(site.layer).scale("attn" if site.part == "attn_out" else "mlp")
-
-    def _key_width(self, module: Module) -> int:
-        """Width of a module's keys in the first block that has a matrix to write into; 0 where none has."""
-        layers = (layer for layer in range(self.n_layers) if self.family.parts(layer).projection(module) is not None)
-        first = next(layers, None)
-        return 0 if first is None else len(self._matrix(first, module))
-
     def window(self, layer: int) -> int | None:
         """Width of a block's attention window, the token itself included; None where all positions are seen."""
         return attention_window(self.hf.config, layer)
-
-    def projection(self, layer: int) -> Float[Tensor, "d_key d_model"]:
-        """A live view of the edited module's matrix, always [d_key, d_model]; writing to it edits the model."""
-        return self._matrix(layer, self.module)
-
-    def down_projection(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """A live view of the MLP's second matrix, always [d_mlp, d_model], whichever module is edited."""
-        return self._matrix(layer, "mlp")
-
-    def write_projection_(self, layer: int, weight: Float[Tensor, "d_key d_model"]) -> None:
-        """Put other numbers into the edited module's matrix; see `mechedit.models.protocol.Model.write_projection_`."""
-        self.projection(layer).copy_(weight)
-
-    def _matrix(self, layer: int, module: Module) -> Float[Tensor, "d_key d_model"]:
-        """A live view of the matrix through which a module adds to the residual stream."""
-        return projection_matrix(self, layer, module)
-
-    @torch.no_grad()
-    @exclusive_method
-    def module_output(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
-        """The edited module's addition to the residual stream at these keys: keys · W + b, after any post-norm."""
-        return self.output_gain(layer, keys) * self._raw_output(layer, keys)
-
-    @torch.no_grad()
-    def output_gain(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
-        """`module_output` in units of the projection's output: g / rms(keys · W + b) with a post-norm, else 1."""
-        parts = self.family.parts(layer)
-        after, scale = parts.norm_after(self.module), parts.scale(self.module)
-        if after is None:
-            return keys.new_full((*keys.shape[:-1], self.d_model), scale)
-        raw = self._raw_output(layer, keys)
-        norm = blocks_of(self.hf, self.family)[layer].get_submodule(after)
-        direction = self._norm_weight(norm, raw)
-        # The norm's own output tells its scale, whatever it adds to rms(x) under the root.
-        unit, out = direction * raw, norm(raw.to(self.dtype)).to(raw)
-        return scale * direction * (out * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
-
-    @torch.no_grad()
-    def norm_gain(self, layer: int) -> Float[Tensor, " d_model"] | None:
-        """The norm's g where the edited module adds g ⊙ x / rms(x) of its projection's output x; None without one."""
-        parts = self.family.parts(layer)
-        after = parts.norm_after(self.module)
-        if after is None:
-            return None
-        norm = blocks_of(self.hf, self.family)[layer].get_submodule(after)
-        like = torch.empty(0, device=self.projection(layer).device, dtype=torch.float32)
-        return parts.scale(self.module) * self._norm_weight(norm, like)
-
-    def _norm_weight(self, norm: nn.Module, like: Tensor) -> Float[Tensor, " d_model"]:
-        """What a norm makes of ones, whose rms is 1."""
-        return norm(torch.ones(self.d_model, device=like.device, dtype=self.dtype)).to(like)
-
-    def _raw_output(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
-        weight = self.projection(layer)
-        block = blocks_of(self.hf, self.family)[layer]
-        path = self.family.parts(layer).projection(self.module)
-        assert path is not None, "the projection exists"
-        bias: Any = block.get_submodule(path).bias
-        out = keys.to(weight.device) @ weight.to(keys.dtype)
-        return out if bias is None else out + whole(bias).to(out)
 
     @torch.no_grad()
     @exclusive_method

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, device, dtype, nn
 from torch import dtype as torch_dtype
+from torch.distributed.device_mesh import DeviceMesh
 
 from mechedit.models.family import Family
 from mechedit.models.kv_cache import KVCache
@@ -79,6 +80,15 @@ class Run:
     def __getitem__(self, site: Site) -> Float[Tensor, "batch pos width"]:
         return self.values[site]
 
+    def on(self, device: device) -> Run:
+        """The same with its activations and logits on one device; keys and values stay where their layers are."""
+        return Run(
+            _on(self.final_logits, device),
+            {site: value.to(device) for site, value in self.values.items()},
+            self.final_cache,
+            _on(self.final_head_inputs, device),
+        )
+
     @property
     def logits(self) -> Float[Tensor, "batch kept vocab"]:
         """Logits at the positions of `logits_to_keep`.
@@ -115,6 +125,10 @@ class Run:
         if self.final_cache is None:
             raise ValueError("this run has no KV cache: call Model.run with use_cache=True")
         return self.final_cache
+
+
+def _on(tensor: Tensor | None, device: device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +184,11 @@ class Model(Protocol):
     def keeps_scores(self) -> bool:
         """Whether attention's scores are all in memory at once, since no fused kernel computes them (Gemma 2's cap)."""
         return False
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The processes over which the weights are split, and so the rows of second moments; None without others."""
+        return None
 
     @property
     def device(self) -> device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -57,6 +57,8 @@ class ModelShapes:
     keeps_scores: bool
     """Whether attention's scores are all in memory at once."""
     blocks: tuple[BlockShapes, ...]
+    mesh: ClassVar[None] = None
+    """As of a model whose weights are whole in each process."""
 
     @property
     def n_layers(self) -> int:

@@ -4,8 +4,8 @@ TransformerLens and nnsight call a module's own forward, and pass by the one in 
 together: their products then mix whole tensors and split ones. A hook on a module leaves its forward as it is.
 
 The residual stream, and what attention and MLPs add to it, are whole in each process. The keys of a down-projection are
-split along d_mlp; a hook there gathers them, and each process takes its columns of what is written. All else in
-mechedit then works on whole tensors, in each process the same.
+split along d_mlp; a hook there gathers them, and each process takes its columns of what is written. Second moments are
+split in rows (`Model.mesh`). All else in mechedit works on whole tensors, in each process the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from mechedit.errors import InputError
@@ -23,7 +24,7 @@ from mechedit.models.backend import BackendModel
 from mechedit.models.hook_points import HookPointEngine, ModulePoint, Visit
 from mechedit.models.readout import WholeReadout
 from mechedit.models.sites import Site
-from mechedit.models.split_tensors import columns_here, gathered_columns, is_split, whole, write_
+from mechedit.split_tensors import columns_here, gathered_columns, is_split, whole, write_
 
 
 class SplitEngine(HookPointEngine):
@@ -57,6 +58,11 @@ class TensorParallelModel(BackendModel):
     backend = "transformers"
     engine = SplitEngine
     has_fast_engine = False
+
+    @property
+    @override
+    def mesh(self) -> DeviceMesh:
+        return next(weight for _, weight in self.named_parameters() if is_split(weight)).device_mesh
 
     @override
     def projection(self, layer: int) -> Float[Tensor, "d_key d_model"]:

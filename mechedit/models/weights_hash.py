@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechedit.models.split_tensors import gathered_objects, is_split, part_here, whole
+from mechedit.split_tensors import gathered_objects, is_split, part_here, whole
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from mechedit.errors import InputError
 from mechedit.moments.second_moment import SecondMoment
+from mechedit.solve.row_blocks import diagonal, transposed
+from mechedit.split_tensors import is_split, part_here, rows_here, split_in_rows
 
 STRIP = 256
 """Rows of the sum computed by one product. Only the diagonal and what lies right of it is computed, so that
@@ -25,17 +28,21 @@ def product_entries(width: int) -> int:
 class MomentAccumulator:
     """Σ k kᵀ of one layer: `update` adds keys, `finalize` divides by their number.
 
-    The product of each batch is computed in float32 at least; the sum is kept in float64.
+    The product of each batch is computed in float32 at least; the sum is kept in float64. Where the model's weights are
+    split over processes, so are the rows of the sum.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu", mesh: DeviceMesh | None = None) -> None:
         """Start with a sum of zero.
 
         Args:
             width: d_mlp.
             device: where the sum is kept.
+            mesh: processes of which each keeps its rows of the sum.
         """
-        self.total: Float[Tensor, "d_mlp d_mlp"] = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._rows = rows_here(width, mesh)
+        rows = torch.zeros(len(self._rows), width, dtype=torch.float64, device=device)
+        self.total: Float[Tensor, "d_mlp d_mlp"] = rows if mesh is None else split_in_rows(rows, mesh)
         """Σ k kᵀ on the diagonal and right of it; entries left of the diagonal are not up to date."""
         self.count = 0
         """Tokens in the sum."""
@@ -43,8 +50,10 @@ class MomentAccumulator:
     def update(self, keys: Float[Tensor, "token d_mlp"]) -> MomentAccumulator:
         """Add the keys of some tokens."""
         keys = keys.to(self.total.device, torch.promote_types(keys.dtype, torch.float32))
-        for first in range(0, len(self.total), STRIP):
-            self.total[first : first + STRIP, first:] += keys[:, first : first + STRIP].T @ keys[:, first:]
+        total, first_row = part_here(self.total), self._rows.start
+        for first in self._rows[::STRIP]:
+            stop = min(first + STRIP, self._rows.stop)
+            total[first - first_row : stop - first_row, first:] += keys[:, first:stop].T @ keys[:, first:]
         self.count += len(keys)
         return self
 
@@ -57,16 +66,20 @@ class MomentAccumulator:
     @property
     def finite(self) -> bool:
         """Whether no key has overflowed so far; an overflow shows on the diagonal, Σ k²."""
-        return bool(torch.isfinite(self.total.diagonal()).all())
+        return bool(torch.isfinite(diagonal(self.total)).all())
 
     def mean(self) -> Float[Tensor, "d_mlp d_mlp"]:
         """Σ k kᵀ / count so far, exactly symmetric."""
         matrix = self.total / self.count
-        for first in range(0, len(matrix), STRIP):
+        rows, before = part_here(matrix), self._rows.start
+        own = rows[:, before : self._rows.stop]
+        for first in range(0, len(own), STRIP):
             strip = slice(first, first + STRIP)
-            square = matrix[strip, strip]
+            square = own[strip, strip]
             square.copy_(square.triu() + square.triu(1).T)
-            matrix[first + STRIP :, strip] = matrix[strip, first + STRIP :].T
+            own[first + STRIP :, strip] = own[strip, first + STRIP :].T
+        if is_split(matrix):
+            rows[:, :before] = part_here(transposed(matrix))[:, :before]
         return matrix
 
     def finalize(self, layer: int, provenance: Mapping[str, Any]) -> SecondMoment:
@@ -84,7 +97,7 @@ class MomentAccumulator:
         self.check_finite(layer)
         return SecondMoment(
             layer=layer,
-            matrix=self.mean().cpu(),
+            matrix=self.mean() if is_split(self.total) else self.mean().cpu(),
             count=self.count,
             provenance={**provenance, "layer": layer, "count": self.count},
         )

@@ -188,6 +188,11 @@ def _prepare(
             f"tokens is {config.tokens}, expected at least d_mlp = {model.d_key} (better {100 * model.d_key}), else "
             f"the second moments are singular"
         )
+    if model.mesh is not None and (out is not None or convergence is not None):
+        raise InputError(
+            f"the model {model.name!r} is split over processes, whose moments are neither written nor measured before "
+            f"their end; expected no out and no convergence: write them by SecondMoment.save in all processes"
+        )
     plan = plan_moments(model, unique_layers, config, convergence=convergence is not None)
     texts = load_texts(texts) if isinstance(texts, (str, Path)) else texts
     if config.documents is not None:

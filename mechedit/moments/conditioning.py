@@ -13,6 +13,7 @@ from torch import Tensor
 from mechedit.errors import InputError
 from mechedit.solve import factorize
 from mechedit.solve.checks import symmetrized
+from mechedit.split_tensors import whole
 
 MOST_CONDITION = 1e9
 """Condition number (in the 1-norm) above which a moment counts as nearly singular. Over 38,000 tokens it is between 9e3
@@ -111,5 +112,5 @@ def warn_if_singular(conditioning: Conditioning) -> None:
 
 def _rank(matrix: Float[Tensor, "d_mlp d_mlp"]) -> int:
     """Eigenvalues above `SEEN` of the largest."""
-    values = torch.linalg.eigvalsh(symmetrized(matrix, "the second moment"))
+    values = torch.linalg.eigvalsh(symmetrized(whole(matrix), "the second moment"))
     return int((values > SEEN * values[-1]).sum())

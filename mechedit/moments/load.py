@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechedit.arguments import checked
 from mechedit.errors import InputError
@@ -15,6 +17,7 @@ from mechedit.moments.key_energy import TEXTS, check_energies
 from mechedit.moments.npz_file import is_published, npz_path, read_npz
 from mechedit.moments.second_moment import SecondMoment, check_moments, load_moment
 from mechedit.provenance import ALGORITHMS, file_hash
+from mechedit.split_tensors import rows_here, split_in_rows
 
 
 @checked
@@ -46,13 +49,24 @@ def load_moments(
             )
         moments = _published(source, layers, model, texts)
     else:
-        moments = {layer: load_moment(source, layer) for layer in layers}
+        mapped = model is not None and model.mesh is not None
+        moments = {layer: load_moment(source, layer, mapped=mapped) for layer in layers}
     if model is None:
         return moments
     check_moments(moments, model)
+    return {
+        layer: dataclasses.replace(moment, matrix=_placed(moment.matrix, model)) for layer, moment in moments.items()
+    }
+
+
+def _placed(matrix: Float[Tensor, "d_mlp d_mlp"], model: Model) -> Float[Tensor, "d_mlp d_mlp"]:
+    """The matrix on the model's device; of a model that is split over processes, the rows that belong here."""
     # MPS has no float64: there the moments stay on the CPU, and so does all that is solved with them.
     device = torch.device("cpu") if model.device.type == "mps" else model.device
-    return {layer: dataclasses.replace(moment, matrix=moment.matrix.to(device)) for layer, moment in moments.items()}
+    if model.mesh is None:
+        return matrix.to(device)
+    rows = rows_here(len(matrix), model.mesh)
+    return split_in_rows(matrix[rows.start : rows.stop].to(device, copy=True), model.mesh)
 
 
 def _published(

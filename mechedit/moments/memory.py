@@ -11,6 +11,7 @@ from mechedit.errors import InputError
 from mechedit.models import Model, ModelShapes
 from mechedit.moments.accumulator import STRIP
 from mechedit.moments.config import MomentsConfig
+from mechedit.split_tensors import rows_here
 
 SCORE_COPIES = 3
 """Copies of attention's scores of a block that are in memory at once."""
@@ -84,7 +85,7 @@ def plan_moments(
         sums=sum_bytes(model, n_layers, convergence),
         batch=batch_bytes(model, n_layers, max(batch_tokens, length), length),
         mean=mean_bytes(model),
-        finished=len(layers) * 8 * model.d_key**2,
+        finished=len(layers) * square_bytes(model),
     )
 
 
@@ -112,14 +113,19 @@ def sum_bytes(model: Model | ModelShapes, layers: int, convergence: bool) -> int
 
     With `convergence`, also of a float32 snapshot per layer and of one layer's factorization.
     """
-    square, strip = 8 * model.d_key**2, min(STRIP, model.d_key) * model.d_key * (4 + 8)
+    square, strip = square_bytes(model), min(STRIP, model.d_key) * model.d_key * (4 + 8)
     snapshots = (layers * square // 2 + 2 * square) if convergence else 0
     return layers * square + strip + snapshots
 
 
 def mean_bytes(model: Model | ModelShapes) -> int:
-    """Bytes of the mean of one layer, which is made of its sum."""
-    return 8 * model.d_key**2
+    """Bytes of the mean of one layer, which is made of its sum; where rows are split, with what mirrors them."""
+    return square_bytes(model) * (1 if model.mesh is None else 4)
+
+
+def square_bytes(model: Model | ModelShapes) -> int:
+    """Bytes of one matrix in float64, or of the rows of it that this process holds."""
+    return 8 * len(rows_here(model.d_key, model.mesh)) * model.d_key
 
 
 def batch_bytes(model: Model | ModelShapes, layers: int, tokens: int, length: int) -> int:

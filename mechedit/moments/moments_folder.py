@@ -108,7 +108,7 @@ class MomentsFolder:
         new = Checkpoint(
             layer=layer,
             rank=self.rank,
-            accumulator=MomentAccumulator(model.d_key, model.device),
+            accumulator=MomentAccumulator(model.d_key, model.device, model.mesh),
             provenance=self.provenance,
             layers_read=tuple(layers_read),
         )

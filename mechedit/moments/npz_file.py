@@ -28,6 +28,7 @@ from mechedit.models import Model
 from mechedit.moments.second_moment import SecondMoment, check_matrix, check_moments
 from mechedit.paths import writable_folder
 from mechedit.solve.checks import symmetrized
+from mechedit.split_tensors import whole
 
 SAMPLES = 100_000
 """Texts that the published settings ask for (`mom2_n_samples`)."""
@@ -202,7 +203,7 @@ def write_npz(moment: SecondMoment, model: Model, folder: str | Path, *, samples
     arrays: dict[str, Any] = {
         "mom2.constructor": "util.runningstats.SecondMoment()",
         "mom2.count": moment.count,
-        "mom2.mom2": (moment.matrix * moment.count).float().cpu().numpy(),
+        "mom2.mom2": (whole(moment.matrix) * moment.count).float().cpu().numpy(),
         "sample_size": samples,
     }
     with atomic(path) as temporary:

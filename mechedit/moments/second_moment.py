@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Required
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,11 +20,14 @@ from mechedit.moments.conditioning import Conditioning, measure_conditioning, wa
 from mechedit.provenance import ALGORITHMS, MAKE_AGAIN, ModelIdentity, check_provenance
 from mechedit.records import ModelRecord, Whole, check_record
 from mechedit.solve import Factor, NullSpace, damped, factorize, null_space
+from mechedit.split_tensors import gathered_in_first, is_split, wait_for_all
 
 METADATA_KEY = "provenance"
 """Key of the provenance in the file's metadata."""
 INPUT_FIELDS = ("algorithm", "texts", "max_length", "tokens", "layer")
 """Fields of the provenance that decide a moment besides the model."""
+_ROWS_CHECKED = 256
+"""Rows of a matrix that are checked at a time."""
 REPLACE = "choose another --out, or pass --overwrite to replace it"
 """What to do about a file of another provenance in the folder for results."""
 
@@ -53,7 +55,7 @@ class SecondMoment:
     layer: int
     """Index of the layer, 0-based."""
     matrix: Float[Tensor, "d_mlp d_mlp"]
-    """Mean of k kᵀ over tokens, in float64."""
+    """Mean of k kᵀ over tokens, in float64; split in rows where the model is (`mechedit.split_tensors`)."""
     count: int
     """Tokens in the mean."""
     provenance: Mapping[str, Any]
@@ -110,9 +112,14 @@ class SecondMoment:
         return {}
 
     def save(self, folder: str | Path) -> None:
-        """Write `folder`/moments/layer_L.safetensors, atomically."""
-        path = moment_path(folder, self.layer)
-        write_tensors(path, {"matrix": self.matrix}, METADATA_KEY, dict(self.provenance))
+        """Write `folder`/moments/layer_L.safetensors, atomically.
+
+        Where it is split over processes, all call this, and the first one gathers and writes it.
+        """
+        matrix = gathered_in_first(self.matrix) if is_split(self.matrix) else self.matrix
+        if matrix is not None:
+            write_tensors(moment_path(folder, self.layer), {"matrix": matrix}, METADATA_KEY, dict(self.provenance))
+        wait_for_all(self.matrix)
 
 
 def load_moment(folder: str | Path, layer: int, *, mapped: bool = False) -> SecondMoment:
@@ -188,7 +195,8 @@ def check_matrix(matrix: Tensor, count: int, what: str) -> None:
             f"{what} is the mean over {count} tokens and thus singular, expected at least d_mlp = {width} "
             f"(better {100 * width}); collect it again over more text"
         )
-    if not torch.isfinite(matrix).all() or float(matrix.abs().max()) > LARGEST:
+    # A few rows at a time, as it may be larger than what memory has to spare.
+    if any(not bool((rows.abs() <= LARGEST).all()) for rows in matrix.split(_ROWS_CHECKED)):
         raise InputError(
             f"{what} holds values that are not finite, or beyond {LARGEST:g}; collect it again in float32 or bfloat16"
         )

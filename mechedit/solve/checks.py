@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError, check_finite
+from mechedit.solve.row_blocks import transposed
+from mechedit.split_tensors import most, part_here
 
 
 def symmetrized(matrix: Float[Tensor, "n n"], name: str) -> Float[Tensor, "n n"]:
@@ -21,15 +23,15 @@ def symmetrized(matrix: Float[Tensor, "n n"], name: str) -> Float[Tensor, "n n"]
         raise InputError(f"{name} is empty, expected a matrix [d_mlp, d_mlp]; check what was passed")
     check_finite(f"the entries of {name}", matrix)
     converted = to_float64(matrix)
-    transposed = converted.T.clone(memory_format=torch.contiguous_format)
-    skew = float(torch.dist(converted, transposed, p=math.inf))
-    largest = float(torch.linalg.vector_norm(converted, math.inf))
+    mirrored = transposed(converted)
+    skew = most(float(torch.dist(part_here(converted), part_here(mirrored), p=math.inf)), converted)
+    largest = most(float(torch.linalg.vector_norm(part_here(converted), math.inf)), converted)
     if skew > 1e-4 * largest:
         raise InputError(
             f"{name} is not symmetric (entries differ from their mirror by {skew:.3g}, the largest is {largest:.3g}), "
             f"expected a second moment E[k kᵀ]; check what was passed"
         )
-    return transposed.add_(converted).div_(2)
+    return mirrored.add_(converted).div_(2)
 
 
 def key_columns(

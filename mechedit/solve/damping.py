@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mechedit.errors import check_at_least, check_finite
 from mechedit.solve.checks import to_float64
+from mechedit.solve.row_blocks import diagonal, plus_identity
 
 
 def damped(matrix: Float[Tensor, "n n"], damping: float | int) -> Float[Tensor, "n n"]:
@@ -21,6 +22,5 @@ def damped(matrix: Float[Tensor, "n n"], damping: float | int) -> Float[Tensor, 
     check_finite("the damping", damping)
     if not damping:
         return matrix
-    sum_with_identity = to_float64(matrix).clone()
-    sum_with_identity.diagonal().add_(damping * float(sum_with_identity.diagonal().mean()))
-    return sum_with_identity
+    matrix = to_float64(matrix)
+    return plus_identity(matrix, damping * float(diagonal(matrix).mean()))

@@ -9,6 +9,7 @@ from torch import Tensor
 from mechedit.errors import check_at_least, check_finite
 from mechedit.solve.checks import key_columns
 from mechedit.solve.factor import TINY, Factor, factorize
+from mechedit.solve.row_blocks import plus_gram
 from mechedit.solve.saddle_point import PrimalDualPair, SaddlePointSystem, SketchedResidual, saddle_point_system
 from mechedit.solve.update import Update, rounded_update
 
@@ -51,7 +52,7 @@ def equality_update(
     earlier = columns.shape[1] - facts
     if earlier >= len(columns):
         old = columns[:, :earlier]
-        factor = factorize(torch.addmm(factor.matrix, old, old.T), precision=factor.precision)
+        factor = factorize(plus_gram(factor.matrix, old), precision=factor.precision)
         columns, earlier = columns[:, earlier:], 0
     diagonal = torch.cat([columns.new_ones(earlier), columns.new_full((facts,), relaxation)])
     system = saddle_point_system(columns, diagonal, factor)

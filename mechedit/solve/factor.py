@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechedit.errors import InputError, check_choice
 from mechedit.solve.checks import symmetrized
+from mechedit.solve.row_blocks import cholesky_rows, cholesky_solution, diagonal, one_norm, product
 
 Precision = Literal["float64", "mixed"]
 EPS = torch.finfo(torch.float64).eps
@@ -60,7 +61,7 @@ class Factor:
     @cached_property
     def norm(self) -> float:
         """‖M‖₁."""
-        return float(self.matrix.abs().sum(0).max())
+        return one_norm(self.matrix)
 
     @cached_property
     def inverse_norm(self) -> float:
@@ -70,7 +71,8 @@ class Factor:
     @cached_property
     def sketch(self) -> Float[Tensor, "probe n"]:
         """Ω M, where Ω is the `gaussian_sketch` of its rows: with it, Ω(B − M X) takes no pass over M."""
-        return gaussian_sketch(len(self.matrix), self.matrix) @ self.matrix
+        # M is its own transpose.
+        return product(self.matrix, gaussian_sketch(len(self.matrix), self.matrix).T).T
 
     @property
     def precision(self) -> Precision:
@@ -87,7 +89,7 @@ class Factor:
         solution, residual, previous_error = torch.zeros_like(right_side), right_side, float("inf")
         for _ in range(REFINEMENTS):
             solution = solution + _cholesky_solve(self.lower, residual)
-            residual = right_side - self.matrix @ solution
+            residual = right_side - product(self.matrix, solution)
             error = residual.norm(dim=0) / (self.norm * solution.norm(dim=0) + right_norm).clamp_min(TINY)
             if bool((error <= rounding).all()):
                 return solution
@@ -128,10 +130,8 @@ def factorize_symmetric(matrix: Float[Tensor, "n n"], precision: Precision, name
 
 def cholesky(matrix: Float[Tensor, "n n"], tolerance: float) -> tuple[Float[Tensor, "n n"], int]:
     """L, and the number of its rows before the first pivot at or below `tolerance` times its diagonal entry."""
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    sound = lower.diagonal().square() > tolerance * matrix.diagonal()
-    if int(info):
-        sound[int(info) - 1 :] = False
+    lower, computed = cholesky_rows(matrix)
+    sound = computed & (diagonal(lower).square() > tolerance * diagonal(matrix))
     return lower, int(sound.int().cumprod(0).sum())
 
 
@@ -161,12 +161,12 @@ def estimate_one_norm(product: Callable[[Tensor], Tensor], like: Float[Tensor, "
         product: maps X, [n, 1], to A X.
         like: gives the size n, the dtype and the device.
     """
-    vector = like.new_full((len(like), 1), 1 / len(like))
+    vector = torch.full((len(like), 1), 1 / len(like), dtype=like.dtype, device=like.device)
     norm = 0.0
     for _ in range(5):
         image = product(vector)
         norm = max(norm, float(image.abs().sum()))
-        gradient = product(torch.where(image < 0, -1.0, 1.0).to(like))
+        gradient = product(torch.where(image < 0, -1.0, 1.0).to(image))
         steepest = int(gradient.abs().argmax())
         if float(gradient[steepest].abs()) <= float((gradient * vector).sum()):
             break
@@ -180,16 +180,12 @@ def _cholesky_solve(lower: Float[Tensor, "n n"], right_side: Float[Tensor, "n m"
     if lower.dtype != right_side.dtype:
         scale = right_side.norm(dim=0).clamp_min(TINY)
         return _cholesky_solve(lower, (right_side / scale).to(lower)).double() * scale
-    # torch.cholesky_solve would copy L each time.
-    forward = torch.linalg.solve_triangular(lower, right_side, upper=False)
-    # In place, as fresh memory costs more to touch than to fill; autograd does not allow it.
-    out = None if forward.requires_grad else forward
-    return torch.linalg.solve_triangular(lower.mT, forward, upper=True, out=out)
+    return cholesky_solution(lower, right_side)
 
 
 def _breakdown(matrix: Float[Tensor, "n n"], sound_rows: int, name: str) -> str:
     """Where the factorization broke down, why, and what to do."""
-    dead = int((matrix.diagonal() <= 0).sum())
+    dead = int((diagonal(matrix) <= 0).sum())
     dead_units = f"{dead} diagonal entries are not positive (units that never fire); " if dead else ""
     return (
         f"{name} is not positive definite (its Cholesky factor breaks down at {sound_rows + 1} of {len(matrix)}); "

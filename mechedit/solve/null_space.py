@@ -13,6 +13,7 @@ from mechedit.solve.checks import key_columns, symmetrized
 from mechedit.solve.ridge import solve_sum
 from mechedit.solve.saddle_point import saddle_point_system
 from mechedit.solve.update import Update, rounded_update
+from mechedit.split_tensors import whole
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,14 +43,15 @@ class NullSpace:
 def null_space(moment: Float[Tensor, "d_mlp d_mlp"], threshold: float | int) -> NullSpace:
     """The approximate null space of M: eigenvectors whose eigenvalues are at most threshold · the largest.
 
-    AlphaEdit (Fang et al. 2024, §3.2) with a relative threshold, so that the scale of the keys does not matter.
+    AlphaEdit (Fang et al. 2024, §3.2) with a relative threshold, so that the scale of the keys does not matter. An M
+    that is split over processes is gathered in each.
 
     Raises:
         InputError: a threshold outside (0, 1); M is not finite, not symmetric or zero, or has negative eigenvalues;
             no eigenvalue is small enough.
     """
     check_positive("the threshold of the null space", threshold, "choose a fraction of the largest eigenvalue")
-    values, vectors = torch.linalg.eigh(symmetrized(moment, "the second moment"))
+    values, vectors = torch.linalg.eigh(symmetrized(whole(moment), "the second moment"))
     largest, smallest = float(values[-1]), float(values[0])
     if largest <= 0 or smallest < -1e-6 * largest:
         raise InputError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import check_at_least, check_finite
 from mechedit.solve.checks import key_columns, symmetrized
 from mechedit.solve.factor import TINY, Factor, Precision, factorize_symmetric
+from mechedit.solve.row_blocks import plus_gram, product
 from mechedit.solve.saddle_point import saddle_point_system
 from mechedit.solve.update import Update, rounded_update
 
@@ -70,8 +70,8 @@ def solve_sum(
         InputError: the sum is not positive definite.
     """
     name = "the system λ·E[k kᵀ] + K Kᵀ"
-    system = factorize_symmetric(torch.addmm(matrix, columns, columns.T), precision, name)
+    system = factorize_symmetric(plus_gram(matrix, columns), precision, name)
     keys = columns[:, -facts:]
     solution = system.solve(keys)
-    error = float((system.matrix @ solution - keys).norm() / keys.norm().clamp_min(TINY))
+    error = float((product(system.matrix, solution) - keys).norm() / keys.norm().clamp_min(TINY))
     return solution, error, system.condition

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mechedit.errors import InputError
 from mechedit.solve.factor import EPS, TINY, Factor, cholesky, gaussian_sketch
+from mechedit.solve.row_blocks import product
 
 CORRECTIONS = 5
 """Most corrections of one solution."""
@@ -155,9 +156,9 @@ class SaddlePointSystem:
     def _residual(self, pair: PrimalDualPair, right_side: Float[Tensor, "column m"]) -> PrimalDualPair:
         """The full residuals of (X, Y) in both equations."""
         x, y = pair.primal, pair.dual
-        product = x if self.factor is None else self.factor.matrix @ x
+        moment_term = x if self.factor is None else product(self.factor.matrix, x)
         return PrimalDualPair(
-            primal=self.columns @ y - product,
+            primal=self.columns @ y - moment_term,
             dual=right_side - self.columns.T @ x - self.relaxation[:, None] * y,
         )
 

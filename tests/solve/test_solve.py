@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.matrices import random_matrix, with_condition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,18 +34,6 @@ FORMS: dict[str, Callable[[Tensor], Tensor | Factor]] = {
 }
 few_examples = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
-
-
-def random_matrix(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def with_condition(size: int, condition: float, seed: int = 4) -> Tensor:
-    """Symmetric positive definite, eigenvalues spread evenly in the logarithm from 1 down."""
-    basis = torch.linalg.qr(random_matrix(size, size, seed=seed)).Q
-    values = torch.logspace(0, -float(torch.tensor(condition).log10()), size, dtype=torch.float64)
-    matrix = basis * values @ basis.T
-    return (matrix + matrix.T) / 2
 
 
 def relative_error(solution: Tensor, expected: Tensor) -> float:
