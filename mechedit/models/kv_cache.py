@@ -48,7 +48,11 @@ class KVCache:
         lengths = None if self.lengths is None else self.lengths[index]
         used = range(first, len(self.layers) if last is None else last + 1)
         shape = (len(index), length)
-        return KVCache(self._map(lambda states: states[:, :, :length].index_select(0, index), shape, used), lengths)
+
+        def taken(states: Tensor) -> Tensor:  # layers may be on several devices
+            return states[:, :, :length].index_select(0, index.to(states.device))
+
+        return KVCache(self._map(taken, shape, used), lengths)
 
     def since(self, first: int) -> KVCache:
         """The same for a run that resumes at `first`; see `take` for the other layers."""
@@ -64,9 +68,11 @@ class KVCache:
         begins = 0 if self.lengths is None else self.length - self.lengths
         at = ((begins + ends)[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)
         rows, used = torch.arange(len(ends), device=ends.device)[:, None], range(first, len(self.layers))
-        return KVCache(
-            self._map(lambda states: states.transpose(1, 2)[rows, at].transpose(1, 2), (len(ends), width), used), ends
-        )
+
+        def taken(states: Tensor) -> Tensor:
+            return states.transpose(1, 2)[rows.to(states.device), at.to(states.device)].transpose(1, 2)
+
+        return KVCache(self._map(taken, (len(ends), width), used), ends)
 
     def _map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, int], used: range) -> KeysAndValues:
         """Apply `change` to the layers that are used; elsewhere put a placeholder of `shape` (rows, positions)."""

@@ -75,7 +75,7 @@ def narrow_mlp(mlp: nn.Module, positions: LogitsToKeep) -> Forwards:
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if hidden.ndim != 3 or positions.shape[-1] >= hidden.shape[1]:
             return compute(hidden, *args, **kwargs)
-        at = positions.expand(len(hidden), -1)[..., None]
+        at = positions.to(hidden.device).expand(len(hidden), -1)[..., None]
         output = compute(hidden.take_along_dim(at, 1), *args, **kwargs)
         first, *rest = output if isinstance(output, tuple) else (output,)
         # Some experts return their rows joined.
