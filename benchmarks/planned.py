@@ -4,7 +4,8 @@
         [--edits 8] [--facts 2]
 
 Memory is the most that the process had resident. Each command is run twice, and the second time finds all finished: the
-difference of the two is the time of the work, without the start of Python and the loading of the model.
+difference of the two is the time of the work, without the start of Python and the loading of the model. Time is that of
+the processor, of one thread (OMP_NUM_THREADS=1), planned and taken, so that other jobs of the machine do not count.
 """
 
 from __future__ import annotations
@@ -24,11 +25,18 @@ import torch
 import mechedit as me
 from mechedit.batching import GIB
 from mechedit.cli.parsing import parse_layers
-from mechedit.cli.plan import BASE_BYTES
 from mechedit.data import EditRequest
 from mechedit.files import write_json
 from mechedit.models import Model, ModelShapes
-from mechedit.planning import PromptShape, Step, measured_rates, plan_edit, plan_moments_step, plan_trace_step
+from mechedit.planning import (
+    PromptShape,
+    Step,
+    measured_rates,
+    plan_edit,
+    plan_moments_step,
+    plan_trace_step,
+    surrounding_bytes,
+)
 from mechedit.prompt_tokens import encode_documents
 from mechedit.trace.traced_fact import tokenize_fact
 
@@ -41,6 +49,7 @@ class Taken:
     """What a command took."""
 
     seconds: float
+    """Of the processor."""
     memory: int
     """Most bytes resident."""
 
@@ -60,14 +69,15 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory() as folder:
         requests = me.load_requests(arguments.requests, conflicts="first")[: arguments.edits]
-        steps, weights = planned(arguments, requests, Path(folder) / "facts.json")
-        rates = measured_rates(arguments.model)
+        steps, shapes = planned(arguments, requests, Path(folder) / "facts.json")
+        rates = measured_rates(arguments.model, clock=time.process_time)
         print(arguments.model)
         for name, command in commands(arguments, requests, Path(folder)).items():
             if arguments.only not in (None, name):
                 continue
             step, first, again = steps[name], run(command), run(command)
-            memory, minutes = BASE_BYTES + weights + step.memory, step.minutes(rates)
+            memory = surrounding_bytes(shapes) + shapes.weight_bytes + step.memory
+            minutes = step.minutes(rates)
             taken = (first.seconds - again.seconds) / 60
             print(
                 f"{name:<8} GiB: {memory / GIB:.2f} planned, {first.memory / GIB:.2f} taken, "
@@ -77,8 +87,10 @@ def main() -> None:
             )
 
 
-def planned(arguments: argparse.Namespace, requests: Sequence[EditRequest], file: Path) -> tuple[dict[str, Step], int]:
-    """The steps as planned for these texts, requests and facts, and the bytes of the weights.
+def planned(
+    arguments: argparse.Namespace, requests: Sequence[EditRequest], file: Path
+) -> tuple[dict[str, Step], ModelShapes]:
+    """The steps as planned for these texts, requests and facts, and the sizes of the model.
 
     The facts that the model knows are written to the file.
     """
@@ -95,7 +107,7 @@ def planned(arguments: argparse.Namespace, requests: Sequence[EditRequest], file
     # Targets are searched for without moments in memory.
     targets = Step(**{**vars(targets), "memory": targets.memory - len(layers) * 8 * shapes.d_key**2})
     trace = plan_trace_step(shapes, len(facts), PromptShape.of(facts), config)
-    return {"moments": moments, "targets": targets, "trace": trace}, shapes.weight_bytes
+    return {"moments": moments, "targets": targets, "trace": trace}, shapes
 
 
 def prompt_shape(model: Model, requests: Sequence[EditRequest]) -> PromptShape:
@@ -124,12 +136,22 @@ def commands(arguments: argparse.Namespace, requests: Sequence[EditRequest], fol
 
 def run(command: Sequence[str]) -> Taken:
     """Run a command, and say what it took."""
-    begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "mechedit", *command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    memory, ended = 0, 0
+    while not ended:
+        time.sleep(0.02)
+        # Not `ru_maxrss`, which begins with what this process had when it started the other.
+        memory = max(memory, _most_resident(process.pid))
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {status}")
-    return Taken(seconds=time.perf_counter() - begin, memory=usage.ru_maxrss * 1024)
+    return Taken(seconds=usage.ru_utime + usage.ru_stime, memory=memory)
+
+
+def _most_resident(pid: int) -> int:
+    """Most bytes that a process has had resident; 0 once it has ended. Linux alone says it of another process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,12 @@ from mechedit.planning import (
     plan_edit,
     plan_moments_step,
     plan_trace_step,
+    surrounding_bytes,
 )
 from mechedit.trace import TraceConfig
 
 DEPTH = 5
 """Layers of a range that is not given."""
-BASE_BYTES = 560 * 2**20
-"""Bytes that Python, its libraries and what belongs to any model take on a CPU, measured with the tiny model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +172,8 @@ def _table(plan: Plan, rates: Rates, options: PlanOptions, layers: list[int]) ->
         f"weights {shapes.parameters:,} parameters in {str(shapes.dtype).removeprefix('torch.')}, "
         f"{in_units(shapes.weight_bytes)}",
         f"layers  {layers[0]} to {layers[-1]} of 0 to {shapes.n_layers - 1}",
-        f"memory  {in_units(plan.peak)} at most, weights included; Python and its libraries take about "
-        f"{in_units(BASE_BYTES)} besides",
+        f"memory  {in_units(plan.peak)} at most, weights included; Python, its libraries and the tokenizer take "
+        f"about {in_units(surrounding_bytes(shapes))} besides",
         "",
         f"{'step':<10} {'amount':>20} {'operations':>11} {'in float64':>11} {'memory':>10} {'disk':>10} {'minutes':>9}",
     ]

@@ -14,6 +14,7 @@ Memory is that of the weights, and what the step takes beside them. Time is oper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ from mechedit.targets import TargetConfig
 from mechedit.targets.search_prompts import SearchPrompt
 from mechedit.trace import TraceConfig
 from mechedit.trace.cells import can_change, restored_spans
+from mechedit.trace.folder import whole_and_severed
 from mechedit.trace.memory import batch_row_bytes, group_row_bytes, max_group_rows
 from mechedit.trace.traced_fact import TracedFact, restored_positions
 
@@ -38,6 +40,11 @@ FLOAT64 = 8
 SYSTEM_COPIES = 4
 """Matrices of d_mlp² in float64 that are there while a layer's system is solved: moment, sum, factor, and one more."""
 
+BASE_BYTES = 560 * 2**20
+"""Bytes that Python, its libraries and what belongs to any model take on a CPU, measured with the tiny model."""
+TOKEN_BYTES = 1100
+"""Bytes that a tokenizer takes for each token of its vocabulary; measured: 0.9 KiB with SmolLM2's 49,152 tokens, and
+1.3 KiB with Gemma 3's 262,144."""
 _BYTES_PER_CELL = 12
 """Bytes that a cell takes in effects.parquet."""
 
@@ -94,6 +101,11 @@ class Plan:
         return self.shapes.weight_bytes + max((step.memory for step in self.steps), default=0)
 
 
+def surrounding_bytes(shapes: ModelShapes) -> int:
+    """Bytes that are in use beside weights and steps: Python, its libraries and the tokenizer."""
+    return BASE_BYTES + TOKEN_BYTES * shapes.vocab_size
+
+
 def plan_moments_step(
     shapes: ModelShapes,
     tokens: int,
@@ -113,7 +125,8 @@ def plan_moments_step(
     """
     config = config or MomentsConfig()
     length = min(tokens, config.text_length(shapes), text_tokens or tokens)
-    plan = plan_moments(shapes, layers, replace(config, max_length=length))
+    batch_tokens = min(config.batch_tokens, tokens)
+    plan = plan_moments(shapes, layers, replace(config, max_length=length, batch_tokens=batch_tokens))
     operations = Operations(shapes)
     rest = [tokens % length] if tokens % length else []
     total = 0
@@ -127,19 +140,26 @@ def plan_moments_step(
 def plan_trace_step(
     shapes: ModelShapes, facts: int, prompt: PromptShape | None = None, config: TraceConfig | None = None
 ) -> Step:
-    """Tracing of so many facts of a size, all cells that the settings ask for."""
-    config, typical = config or TraceConfig(), (prompt or PromptShape()).traced_fact()
-    group = min(max_group_rows(shapes, typical, config), facts * config.samples)
-    cells_of_position = len(restored_spans(config, shapes.n_layers))
-    cells = cells_of_position * len(restored_positions(typical, config))
-    # The rows of one position run together.
-    rows = min(max(config.batch_rows, config.samples), group * cells_of_position)
-    memory = group * group_row_bytes(shapes, typical, config) + rows * batch_row_bytes(shapes, typical, config)
-    total, of_blocks = (fact_operations(counts, typical, config) for counts in _with_and_without_head(shapes))
+    """Tracing of so many facts of a size as `trace_to_folder` does: whole, and states with modules severed."""
+    typical = (prompt or PromptShape()).traced_fact()
+    parts = whole_and_severed(config or TraceConfig())
+    total, of_blocks = (
+        sum(fact_operations(counts, typical, part) for part in parts) for counts in _with_and_without_head(shapes)
+    )
+    cells = sum(len(restored_spans(part, shapes.n_layers)) * len(restored_positions(typical, part)) for part in parts)
     return Step(
-        name="trace", operations=facts * total, head=facts * (total - of_blocks), memory=memory,
-        disk=facts * cells * _BYTES_PER_CELL,
+        name="trace", operations=facts * total, head=facts * (total - of_blocks),
+        memory=max(_trace_bytes(shapes, facts, typical, part) for part in parts), disk=facts * cells * _BYTES_PER_CELL,
     )  # fmt: skip
+
+
+def _trace_bytes(shapes: ModelShapes, facts: int, typical: TracedFact, config: TraceConfig) -> int:
+    """Bytes of a group's corrupted runs, and of a batch of cells; those of one position run together, evenly cut."""
+    group = min(max_group_rows(shapes, typical, config), facts * config.samples)
+    together = max(group // config.samples, 1) * len(restored_spans(config, shapes.n_layers))
+    batches = math.ceil(together * config.samples / max(config.batch_rows, config.samples))
+    rows = math.ceil(together / batches) * config.samples
+    return group * group_row_bytes(shapes, typical, config) + rows * batch_row_bytes(shapes, typical, config)
 
 
 def _with_and_without_head(shapes: ModelShapes) -> tuple[Operations, Operations]:

@@ -7,6 +7,7 @@ So the rate holds what surrounds the matrix products, too: the start of operatio
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import time
 from collections import defaultdict
@@ -48,7 +49,19 @@ PREFIXES = (
 """Texts before the prompts, as many as a search generates."""
 
 
-def measured_rates(source: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> Rates:
+Clock = Callable[[], float]
+"""Seconds since some time."""
+Timer = Callable[[Callable[[], object]], float]
+"""Seconds of what is repeated."""
+
+
+def measured_rates(
+    source: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    clock: Clock = time.perf_counter,
+) -> Rates:
     """Operations per second of the blocks in each step, of the unembedding, and of the linear systems.
 
     The unembedding of a few blocks is a larger part of their work than that of all blocks, and its product is a larger
@@ -58,6 +71,7 @@ def measured_rates(source: str | Path, *, device: str | None = None, dtype: torc
         source: as in `ModelShapes.of_config`.
         device: where it is measured.
         dtype: of the weights.
+        clock: what counts as time; that of one thread alone, `time.process_time`, leaves out other jobs.
 
     Raises:
         InputError: even a few blocks take more than `MOST_BYTES`.
@@ -71,20 +85,21 @@ def measured_rates(source: str | Path, *, device: str | None = None, dtype: torc
         )
     with contextlib.redirect_stderr(io.StringIO()):  # no progress bars
         model = few_random_blocks(source, BLOCKS, device=device, dtype=dtype)
-        head = _head(model)
-        targets = _targets(model, head)
-        blocks = {"trace": _trace(model, head), "moments": _moments(model), "targets": targets, "spreading": targets}
-        return Rates(blocks=blocks, head=head, solving=_solving(model))
+        seconds = functools.partial(_seconds, clock=clock)
+        head = _head(model, seconds)
+        targets, trace = _targets(model, head, seconds), _trace(model, head, seconds)
+        blocks = {"trace": trace, "moments": _moments(model, seconds), "targets": targets, "spreading": targets}
+        return Rates(blocks=blocks, head=head, solving=_solving(model, seconds))
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], clock: Clock) -> float:
     """Seconds of what is repeated for a while, once it is warm."""
     run()
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < SECONDS:
+    begin, count = clock(), 0
+    while clock() - begin < SECONDS:
         run()
         count += 1
-    return (time.perf_counter() - begin) / count
+    return (clock() - begin) / count
 
 
 def _blocks_rate(total: float | int, of_blocks: float | int, seconds: float, head_rate: float) -> float:
@@ -92,7 +107,7 @@ def _blocks_rate(total: float | int, of_blocks: float | int, seconds: float, hea
     return of_blocks / max(seconds - (total - of_blocks) / head_rate, seconds / 2)
 
 
-def _head(model: Model) -> float:
+def _head(model: Model, seconds: Timer) -> float:
     """Of the unembedding, its log-probabilities and their gradient."""
     readout, generator = model.readout(), torch.Generator().manual_seed(0)
     width = model.d_model if readout.chunked else model.vocab_size
@@ -106,12 +121,12 @@ def _head(model: Model) -> float:
 
     if not products:  # the logits are computed by the model itself
         resid = torch.randn(HEAD_ROWS, model.d_model, generator=generator).to(model.device, model.dtype)
-        return HEAD_ROWS * Operations.of(model).head / _seconds(lambda: model.unembed(resid))
-    return products * HEAD_ROWS * Operations.of(model).head / _seconds(score)
+        return HEAD_ROWS * Operations.of(model).head / seconds(lambda: model.unembed(resid))
+    return products * HEAD_ROWS * Operations.of(model).head / seconds(score)
 
 
 @torch.no_grad()
-def _moments(model: Model) -> float:
+def _moments(model: Model, seconds: Timer) -> float:
     config = MomentsConfig()
     length, last = config.text_length(model), model.n_layers - 1
     rows = max(1, config.batch_tokens // length)
@@ -120,10 +135,10 @@ def _moments(model: Model) -> float:
     reader, summed = KeyReader(model, [last], config.batch_tokens), MomentAccumulator(model.d_key, model.device)
     operations = Operations.of(model).text_pass([length] * rows, last)
     operations += rows * length * 2 * product_entries(model.d_key)
-    return operations / _seconds(lambda: summed.update(reader.read(texts)[last]).finite)
+    return operations / seconds(lambda: summed.update(reader.read(texts)[last]).finite)
 
 
-def _targets(model: Model, head_rate: float) -> float:
+def _targets(model: Model, head_rate: float, seconds: Timer) -> float:
     config = TargetConfig(steps=4, threshold=1e-9)
     # Prompts of one width run together, as those of a large batch do.
     by_width: dict[int, list[EditRequest]] = defaultdict(list)
@@ -135,22 +150,22 @@ def _targets(model: Model, head_rate: float) -> float:
     total, of_blocks = (
         search_operations(counts, rows, 0, config.updates) for counts in (operations, operations.of_blocks)
     )
-    seconds = _seconds(lambda: find_targets(model, requests, 0, PREFIXES, config))
-    return _blocks_rate(total, of_blocks, seconds, head_rate)
+    taken = seconds(lambda: find_targets(model, requests, 0, PREFIXES, config))
+    return _blocks_rate(total, of_blocks, taken, head_rate)
 
 
 @torch.no_grad()
-def _trace(model: Model, head_rate: float) -> float:
+def _trace(model: Model, head_rate: float, seconds: Timer) -> float:
     config, operations = TraceConfig(window=2, sever=("nothing", "mlp", "attn")), Operations.of(model)
     facts = [tokenize_fact(model, fact) for fact in load_facts("known")[:FACTS]]
     facts = [fact for fact in facts if fact.shape == facts[0].shape]
     total, of_blocks = (
         sum(fact_operations(counts, fact, config) for fact in facts) for counts in (operations, operations.of_blocks)
     )
-    return _blocks_rate(total, of_blocks, _seconds(lambda: trace_group(model, facts, 0.1, config)), head_rate)
+    return _blocks_rate(total, of_blocks, seconds(lambda: trace_group(model, facts, 0.1, config)), head_rate)
 
 
-def _solving(model: Model) -> float:
+def _solving(model: Model, seconds: Timer) -> float:
     size = min(model.d_key, 2048)
     matrix = torch.eye(size, dtype=torch.float64) * size + 1
-    return size**3 / 3 / _seconds(lambda: torch.linalg.cholesky_ex(matrix))
+    return size**3 / 3 / seconds(lambda: torch.linalg.cholesky_ex(matrix))

@@ -123,11 +123,16 @@ def trace_plans(
         statistics = ranks.current().from_first(
             lambda: embedding_statistics(model, subjects, covariance_root=correlated), "the statistics of embeddings"
         )
+    return [plan_trace(model, facts, part, statistics=statistics, parts=parts) for part in whole_and_severed(config)]
+
+
+def whole_and_severed(config: TraceConfig) -> list[TraceConfig]:
+    """The settings of a trace with nothing severed; and of single states at the subject's last token with the rest."""
     severed = tuple(sever for sever in config.sever if sever != "nothing")
     settings = [_changed(config, sever=("nothing",))]
     if severed:
         settings.append(_changed(config, kinds=("state",), sever=severed, roles=("subject_last",)))
-    return [plan_trace(model, facts, changed, statistics=statistics, parts=parts) for changed in settings]
+    return settings
 
 
 def facts_frame(facts: Sequence[Fact], effects: Path, dropped: Sequence[Sequence[str]]) -> pd.DataFrame:

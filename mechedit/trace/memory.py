@@ -24,13 +24,24 @@ def group_row_bytes(model: Model | ModelShapes, traced: TracedFact, config: Trac
 
 
 def batch_row_bytes(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
-    """Bytes needed per row of a batch: a layer's keys and values, a block's activations, fp32 logits three times."""
+    """Bytes needed per row of a batch: a layer's keys and values, and a block's activations or, at the end, logits."""
     tokens, size = len(traced.ids), model.dtype.itemsize
     cached = 2 * 2 * model.d_model * tokens * size
     block = tokens * size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp)
-    logits = len(traced.object_ids) * model.vocab_size * (size + 3 * 4)
     patched = (len(config.sever) + len(config.kinds)) * model.d_model * size
-    return cached + block + logits + patched
+    return cached + patched + max(block, _logit_bytes(model, traced, config))
+
+
+def _logit_bytes(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
+    """Bytes of a row's logits, in float32 too where they are not, of its log-probabilities, and of other metrics'.
+
+    A divergence takes the clean run's logits and log-probabilities as well, and their difference.
+    """
+    size = model.dtype.itemsize
+    each = size + (4 if size < 4 else 0) + 4
+    if any(not isinstance(metric, str) or "kl" in metric for metric in config.metrics):
+        each += size + 3 * 4
+    return len(traced.object_ids) * model.vocab_size * each
 
 
 def gradient_row_bytes(model: Model | ModelShapes, traced: TracedFact) -> int:
