@@ -72,12 +72,12 @@ class MomentAccumulator:
         """Σ k kᵀ / count so far, exactly symmetric."""
         matrix = self.total / self.count
         rows, before = part_here(matrix), self._rows.start
-        own = rows[:, before : self._rows.stop]
-        for first in range(0, len(own), STRIP):
+        square = rows[:, before : self._rows.stop]
+        for first in range(0, len(square), STRIP):
             strip = slice(first, first + STRIP)
-            square = own[strip, strip]
-            square.copy_(square.triu() + square.triu(1).T)
-            own[first + STRIP :, strip] = own[strip, first + STRIP :].T
+            tile = square[strip, strip]
+            tile.copy_(tile.triu() + tile.triu(1).T)
+            square[first + STRIP :, strip] = square[strip, first + STRIP :].T
         if is_split(matrix):
             rows[:, :before] = part_here(transposed(matrix))[:, :before]
         return matrix

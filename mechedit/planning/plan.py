@@ -156,9 +156,9 @@ def plan_trace_step(
 def _trace_bytes(shapes: ModelShapes, facts: int, typical: TracedFact, config: TraceConfig) -> int:
     """Bytes of a group's corrupted runs, and of a batch of cells; those of one position run together, evenly cut."""
     group = min(max_group_rows(shapes, typical, config), facts * config.samples)
-    together = max(group // config.samples, 1) * len(restored_spans(config, shapes.n_layers))
-    batches = math.ceil(together * config.samples / max(config.batch_rows, config.samples))
-    rows = math.ceil(together / batches) * config.samples
+    cells = max(group // config.samples, 1) * len(restored_spans(config, shapes.n_layers))
+    batches = math.ceil(cells * config.samples / max(config.batch_rows, config.samples))
+    rows = math.ceil(cells / batches) * config.samples
     return group * group_row_bytes(shapes, typical, config) + rows * batch_row_bytes(shapes, typical, config)
 
 
@@ -297,7 +297,7 @@ def _search_bytes(
     cached = len(rows) * before * sum(kv[block] for block in later) + 2 * width * shapes.d_model
     kl_logits = sum(not row.labels for row in rows) * shapes.vocab_size * 4
     mean = width / len(rows)
-    # Padding tokens if all ran together, against those that cost as much as starting the other passes.
+    # Padding tokens if all ran cells, against those that cost as much as starting the other passes.
     padding = len(rows) * (mean - 1)
     starts = (
         (2 * mean - 2) * LAUNCH_COST[device] / (2 * sum(block.matrices for block in shapes.blocks) / shapes.n_layers)

@@ -49,8 +49,8 @@ def plus_gram(matrix: Float[Tensor, "n n"], columns: Float[Tensor, "n m"]) -> Fl
     """M + C Cᵀ, split as M is."""
     if not is_split(matrix):
         return torch.addmm(matrix, columns, columns.T)
-    own = columns[_span(matrix)]
-    return split_in_rows(torch.addmm(part_here(matrix), own, columns.T), matrix.device_mesh)
+    part = columns[_span(matrix)]
+    return split_in_rows(torch.addmm(part_here(matrix), part, columns.T), matrix.device_mesh)
 
 
 def plus_identity(matrix: Float[Tensor, "n n"], weight: float | int) -> Float[Tensor, "n n"]:
@@ -104,19 +104,19 @@ def cholesky_solution(lower: Float[Tensor, "n n"], right_side: Float[Tensor, "n 
 def _split_solution(lower: Tensor, right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     """Forward and backward substitution: one process after another computes its rows and sends what the next needs."""
     assert is_split(lower)
-    mesh, here, own = lower.device_mesh, part_here(lower), _span(lower)
-    before, square = here[:, : own.start], here[:, own]
+    mesh, here, span = lower.device_mesh, part_here(lower), _span(lower)
+    before, square = here[:, : span.start], here[:, span]
     solution = right_side.clone(memory_format=torch.contiguous_format)
     for rank in range(mesh.size()):
         rows = solution[rank * len(here) : (rank + 1) * len(here)]
         if rank == mesh.get_local_rank():
-            rows.copy_(torch.linalg.solve_triangular(square, rows - before @ solution[: own.start], upper=False))
+            rows.copy_(torch.linalg.solve_triangular(square, rows - before @ solution[: span.start], upper=False))
         torch.distributed.broadcast(rows, group=mesh.get_group(), group_src=rank)
     for rank in reversed(range(mesh.size())):
         if rank == mesh.get_local_rank():
-            rows = solution[own]
+            rows = solution[span]
             rows.copy_(torch.linalg.solve_triangular(square.mT, rows, upper=True))
-            solution[: own.start] -= before.mT @ rows
+            solution[: span.start] -= before.mT @ rows
         torch.distributed.broadcast(solution[: (rank + 1) * len(here)], group=mesh.get_group(), group_src=rank)
     return solution
 

@@ -38,10 +38,10 @@ def _logit_bytes(model: Model | ModelShapes, traced: TracedFact, config: TraceCo
     A divergence takes the clean run's logits and log-probabilities as well, and their difference.
     """
     size = model.dtype.itemsize
-    each = size + (4 if size < 4 else 0) + 4
+    bytes_per_token = size + (4 if size < 4 else 0) + 4
     if any(not isinstance(metric, str) or "kl" in metric for metric in config.metrics):
-        each += size + 3 * 4
-    return len(traced.object_ids) * model.vocab_size * each
+        bytes_per_token += size + 3 * 4
+    return len(traced.object_ids) * model.vocab_size * bytes_per_token
 
 
 def gradient_row_bytes(model: Model | ModelShapes, traced: TracedFact) -> int:

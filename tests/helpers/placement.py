@@ -36,7 +36,7 @@ def every_step(hf: Any, backend: str, folder: Path | None = None) -> dict[str, t
     """Trace, moments, targets, an edit, its evaluation, apply and undo; export where there is a folder."""
     model = me.load_model(hf, tokenizer=tiny_tokenizer(), backend=backend)
     requests, layers, before = me.load_requests("tiny")[:1], [2, 4], weights(model)
-    config = me.TraceConfig(samples=1, roles=("subject_last", "last"), sever=("nothing", "mlp", "attn"))
+    config = me.TraceConfig(samples=1, kinds=("state", "mlp"), roles=("subject_last",), sever=("nothing", "attn"))
     effects = me.trace_facts(model, me.load_facts("known")[:1], config)
     moments = me.collect_moments(model, me.load_texts("tiny")[:60], layers)
     targets = me.find_targets(model, requests, layers[-1], ["{}"], me.TargetConfig(steps=3))
