@@ -9,10 +9,14 @@ from __future__ import annotations
 import collections.abc
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from mechedit.errors import InputError, brief, check_characters
 
@@ -94,6 +98,12 @@ def _fitted(value: Any, hint: Any) -> Any:
         value = int(value) if fits else value
     elif hint is float:
         fits = isinstance(value, Real) and not isinstance(value, bool)
+    elif hint is bool:
+        fits = isinstance(value, bool | np.bool_)
+        value = bool(value) if fits else value
+    elif hint is Path:
+        fits = isinstance(value, os.PathLike)
+        value = Path(value) if fits and not isinstance(value, Path) else value
     elif hint is str and isinstance(value, str):
         check_characters("a text in an argument", value)
         fits = True
