@@ -90,7 +90,7 @@ def test_what_takes_long_is_announced_before_it_starts(lens_model, monkeypatch, 
     assert "at most" not in capsys.readouterr().err
     monkeypatch.setattr(generation_plan, "ANNOUNCED", 1)
     printed: list[str] = []
-    monkeypatch.setattr(generation_plan.tqdm, "write", lambda text, file: printed.append(text))
+    monkeypatch.setattr(generation_plan.tqdm, "write", lambda text, **where: printed.append(text.rstrip()))
     monkeypatch.setattr(generation, "_write", lambda *_: printed.append("starts"))
     generate(lens_model, ["Danielle Darrieux was", "The Space Needle was"], tokens=5)
     assert re.fullmatch(r"writing 2 texts of up to 5 new tokens in .*: at most \d+ forward passes, .* 0 s", printed[0])
