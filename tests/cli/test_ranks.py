@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import Ended, launch
+from helpers.ranks import Ended, launch, launch_by
 from torch.distributed import HashStore
 
 import mechedit as me
@@ -362,16 +362,12 @@ def by_launcher(launcher: Sequence[str], *arguments: object, folder: Path) -> su
 
 
 def test_by_torchrun(at_once: Path, tmp_path: Path) -> None:
-    """Figures take most of the time of a small command, and are left out."""
-    (tmp_path / "command.py").write_text(
-        "import importlib, sys\n"
-        "importlib.import_module('mechedit.cli.trace').refresh_figures = lambda folder: None\n"
-        "importlib.import_module('mechedit.cli').main(sys.argv[1:])\n"
-    )
+    """Its variables and its store, with processes of the server: others would have to import first."""
     arguments = [*TRACE, "--out", tmp_path / "run", "--json"]
-    done = by_launcher(TORCHRUN, tmp_path / "command.py", *arguments, folder=tmp_path)
-    assert json.loads(done.stdout)["facts"] == 5, "said once, by the first"
-    assert done.stderr.count("read ") == 1, done.stderr
+    first = succeeded(launch_by(TORCHRUN, 2, arguments, tmp_path / "log"))
+    assert json.loads(first.out)["facts"] == 5
+    environment = json.loads((tmp_path / "log" / "environment_1").read_text())
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("1", "2")
     for name in ("effects.parquet", "facts.parquet"):
         assert same(name, tmp_path / "run", at_once), name
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -69,12 +71,62 @@ def launch(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "MECHEDIT_RANK_TIMEOUT": "20", **(environment or {}),
     }  # fmt: skip
-    processes, begin = [], time.monotonic()
-    for rank in range(count):
-        own_arguments = [str(argument) for argument in (instead or {}).get(rank, arguments)]
+    environments = [{**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    own_arguments = [(instead or {}).get(rank, arguments) for rank in range(count)]
+    return _ended(own_arguments, environments, folder, [(first or {}).get(rank, "") for rank in range(count)], limit)
+
+
+def launch_by(launcher: Sequence[str], count: int, arguments: Sequence[object], folder: Path) -> list[Ended]:
+    """Run a command as a launcher does: it starts stand-ins, and the server a process for each, with its variables.
+
+    Args:
+        launcher: modules and options of Python, such as those of torchrun.
+        count: number of processes that it starts.
+        arguments: of the command.
+        folder: for what they print.
+    """
+    _start_server()
+    folder.mkdir(exist_ok=True)
+    (folder / "stand_in.py").write_text(_STAND_IN)
+    command = [sys.executable, "-m", *launcher, str(folder / "stand_in.py"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launched = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        files = [folder / f"environment_{rank}" for rank in range(count)]
+        while not all(file.exists() for file in files):
+            assert launched.poll() is None, "the launcher has ended"
+            time.sleep(0.05)
+        environments = [json.loads(file.read_text()) for file in files]
+        ended = _ended([arguments] * count, environments, folder, [""] * count, 100)
+        (folder / "ended").touch()
+        assert launched.wait(60) == 0
+    finally:
+        launched.kill()
+    return ended
+
+
+_STAND_IN = """
+import json, os, pathlib, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+(folder / f"new_{rank}").write_text(json.dumps(dict(os.environ)))
+(folder / f"new_{rank}").rename(folder / f"environment_{rank}")
+while not (folder / "ended").exists():
+    time.sleep(0.05)
+"""
+
+
+def _ended(
+    arguments: Sequence[Sequence[object]],
+    environments: Sequence[Mapping[str, str]],
+    folder: Path,
+    codes: Sequence[str],
+    limit: float,
+) -> list[Ended]:
+    """Start a process for each environment, and wait for all of them."""
+    processes, begin, count = [], time.monotonic(), len(environments)
+    for rank, environment in enumerate(environments):
         files = [str(folder / f"{name}_{rank}") for name in ("out", "err")]
-        code = (first or {}).get(rank, "")
-        settings = (own_arguments, {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}, files, code)
+        settings = ([str(argument) for argument in arguments[rank]], environment, files, codes[rank])
         processes.append(_CONTEXT.Process(target=_run, args=settings, daemon=True))
         processes[-1].start()
     for process in processes:
