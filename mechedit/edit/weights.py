@@ -119,17 +119,22 @@ def projection_parameter(model: Model, layer: int) -> tuple[str, nn.Parameter, b
 @torch.no_grad()
 def restore_(model: Model, originals: Mapping[int, Float[Tensor, "d_mlp d_model"]]) -> None:
     """Write copies of down-projections back; Ctrl-C waits until all are written."""
+    left = dict(originals)
 
     def write() -> None:
         with uninterrupted():
-            for layer, original in originals.items():
-                model.write_projection_(layer, original)
+            for layer in list(left):
+                model.write_projection_(layer, left[layer])
+                del left[layer]
 
     insist(write)
 
 
 def insist(action: Callable[[], object]) -> None:
-    """Do what puts a model back, again from its start where Ctrl-C comes in between, which is passed on afterwards."""
+    """Do what puts a model back, again where Ctrl-C comes in between, which is passed on afterwards.
+
+    What has been put back is left out the second time, or interrupts that come with each of its writes would never end.
+    """
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
