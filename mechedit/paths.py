@@ -56,7 +56,7 @@ def readable_path(path: str | Path) -> Path:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise InputError(
-                f"{brief(str(path))} is a pipe, a socket or a device, expected a file, which can be read twice; "
+                f"{str(path)!r} is a pipe, a socket or a device, expected a file, which can be read twice; "
                 f"write its content to a file first"
             )
     return path
@@ -106,7 +106,7 @@ def check_folder(folder: str | Path) -> None:
     """
     folder = checked_path(folder)
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise InputError(f"{brief(str(folder))} is a file, expected a folder or nothing there; move it away")
+        raise InputError(f"{str(folder)!r} is a file, expected a folder or nothing there; move it away")
 
 
 def writable_file(path: str | Path) -> Path:
@@ -119,7 +119,7 @@ def writable_file(path: str | Path) -> Path:
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(
-                f"{brief(str(path))} is a folder, a pipe, a socket or a device, expected a file or nothing there; "
+                f"{str(path)!r} is a folder, a pipe, a socket or a device, expected a file or nothing there; "
                 f"choose another path"
             )
     return path

@@ -193,7 +193,8 @@ def sweep_moments(folder: str | Path) -> None:
 
 
 def remove_temporary_files(folder: str | Path, layer: int, rank: Rank) -> None:
-    """Remove what a process left, killed while it wrote a checkpoint, under a name that says of no process."""
+    """Remove what a process left that was killed while it wrote a checkpoint, also by names without a process."""
+    sweep_moments(folder)
     path = checkpoint_path(folder, layer, rank)
     for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
         if temporary.is_file():
