@@ -42,18 +42,18 @@ def prompted(
         InputError: `chat` with a tokenizer whose template does not show a question once, or that has none; a prompt
             that the template shows with something else around it, or in which it hides the subject.
     """
-    items = records_of(items, Fact, EditRequest)
+    known: Any = records_of(items, Fact, EditRequest)
     turn, turn_joint = chat_turn(tokenizer) if chat else (NO_TURN, None)
     default = turn_joint if joint is None else joint
     if chat:
-        items = _as_shown(tokenizer, items, turn)
+        known = _as_shown(tokenizer, known, turn)
     return [
         dataclasses.replace(
             item,
             turn=turn if item.turn == NO_TURN else item.turn,
             joint=default if item.joint is None and item.turn in (NO_TURN, turn) else item.joint,
         )
-        for item in items
+        for item in known
     ]
 
 

@@ -23,6 +23,7 @@ from mechedit.moments import (
     plan_moments,
     write_npz,
 )
+from mechedit.paths import writable_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ def moments_command(options: MomentsOptions, settings: MomentsConfig, curve: Con
             names={"weight"},
             reason="is that of the update which --convergence measures; add --convergence, or leave it out",
         )
+    if options.npz is not None:
+        writable_folder(options.npz)
     if options.merge:
         return ranks.current().from_first(lambda: _merge(options), "the merge")
     if options.shard and options.npz:

@@ -26,7 +26,7 @@ def records_of(records: Any, *kinds: type[Record]) -> list[Record]:
         InputError: something else is there.
     """
     several = isinstance(records, Iterable) and not isinstance(records, str | bytes | Mapping)
-    items = list(records) if several else []
+    items: list[Any] = list(records) if several else []
     if not several or not all(isinstance(item, kinds) for item in items):
         raise InputError(
             f"the facts or requests are {brief(items or records)}, expected a list of "

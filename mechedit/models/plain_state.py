@@ -16,7 +16,8 @@ def plain_state(model: Any) -> Iterator[None]:
     Args:
         model: of transformers inside, in training mode perhaps, as one is that was just made, or is being trained.
     """
-    hf, kind = getattr(model, "hf", None), model.device.type
+    hf: Any = getattr(model, "hf", None)
+    kind = model.device.type
     training = [module for module in hf.modules() if module.training] if getattr(hf, "training", False) else []
     with contextlib.ExitStack() as stack:
         if torch.is_autocast_enabled(kind):

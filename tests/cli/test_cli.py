@@ -145,6 +145,13 @@ def test_bad_input_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, argumen
     assert files == [], "nothing half-written may stay"
 
 
+def test_a_file_in_the_place_of_the_npz_folder_is_refused_before_the_text_is_read(capsys, tmp_path):
+    (tmp_path / "stats").write_text("mine")
+    arguments = ["moments", "--layers", "1", "--out", tmp_path / "out", "--npz", tmp_path / "stats"]
+    assert "expected a folder that can be written to" in complaint(capsys, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["stats"]
+
+
 def test_an_unknown_model_is_named(capsys, tmp_path):
     arguments = ["--model", tmp_path / "no-such-model", "--facts", "known", "--out", tmp_path]
     assert "no-such-model" in complaint(capsys, "trace", *arguments)
