@@ -145,8 +145,9 @@ def window_spans(windows: pd.DataFrame, n_layers: int) -> tuple[range, ...]:
     The column `window` holds their number, cut at the edges; the width given to the trace follows from it.
 
     Raises:
-        InputError: the widths are not those of one trace.
+        InputError: the widths are not those of one trace, or there are none.
     """
+    _require_columns(windows, ("window",))
     widths = windows.groupby("layer")["window"].agg(["min", "max"]).to_numpy().tolist()
     for width in range(max(high for _, high in widths), 2 * n_layers + 1):
         spans = tuple(window_span("mlp", layer, n_layers, int(width)) for layer in range(n_layers))
@@ -160,11 +161,7 @@ def window_spans(windows: pd.DataFrame, n_layers: int) -> tuple[range, ...]:
 
 def _subject_rows(effects: pd.DataFrame, config: SelectConfig) -> pd.DataFrame:
     """Rows at the subject's last token, of one metric, of which larger is better."""
-    missing = [column for column in NEEDED_COLUMNS if column not in effects]
-    if missing:
-        raise InputError(
-            f"the effects lack the columns {', '.join(missing)}, expected what `mechedit trace` or trace_facts made"
-        )
+    _require_columns(effects, NEEDED_COLUMNS)
     rows = with_present_metric_names(where(effects, role="subject_last"))
     metrics = list(dict.fromkeys(map(str, rows["metric"])))
     by_default = "probability" if "probability" in metrics or not metrics else metrics[0]
@@ -178,6 +175,14 @@ def _subject_rows(effects: pd.DataFrame, config: SelectConfig) -> pd.DataFrame:
     rows = where(rows, metric=metric)
     rows = rows.assign(effect=corrected_effects(rows))
     return rows.assign(effect=-rows["effect"]) if metric.startswith("kl") else rows
+
+
+def _require_columns(effects: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in effects]
+    if missing:
+        raise InputError(
+            f"the effects lack the columns {', '.join(missing)}, expected what `mechedit trace` or trace_facts made"
+        )
 
 
 def _check_one_model(rows: pd.DataFrame) -> None:

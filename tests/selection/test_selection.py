@@ -565,6 +565,23 @@ def test_selections_that_lack_a_field_are_refused(tmp_path, name):
 # Bad input
 
 
+def refusal_of(effects):
+    """What the selection says of these effects; None where it takes them."""
+    try:
+        select_layers(effects)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_a_column_that_is_missing_is_named_or_not_needed():
+    effects = effects_of(PLANTED, window=np.array(PLANTED))
+    refused = {column: refusal_of(effects.drop(columns=column)) for column in effects}
+    refused = {column: message for column, message in refused.items() if message}
+    assert {"fact", "kind", "sever", "layer", "role", "effect", "window"} <= set(refused)
+    assert all(column in message for column, message in refused.items())
+
+
 def test_effects_that_do_not_suffice_are_refused():
     effects = effects_of(PLANTED)
     with pytest.raises(InputError, match="sever = 'mlp'"):
