@@ -159,8 +159,12 @@ def _pieces(value: object) -> Iterator[str]:
 
 def first_line(error: BaseException) -> str:
     """The first line of what another library's error says, cut short, or its type where it says nothing."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 2 * _BRIEF else f"{line[: 2 * _BRIEF]} …"
+    return shortened((str(error).strip() or type(error).__name__).splitlines()[0], 2 * _BRIEF)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters, and a sign where it was cut."""
+    return text if len(text) <= most else f"{text[: most - 2].rstrip()} …"
 
 
 def brief_list(names: Iterable[object]) -> str:

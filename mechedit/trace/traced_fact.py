@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechedit.batching import group_by_shape
 from mechedit.data import Fact
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, shortened
 from mechedit.models import Model, Tokens
 from mechedit.models.vocabulary import check_ids
 from mechedit.prompt_tokens import Prompt, complete_fact, tokenize_prompt
@@ -129,7 +129,7 @@ def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], 
             known.append(traced)
         else:
             text = model.tokenizer.decode(completion).strip()
-            dropped.append((traced.fact.id, f"the model says {brief(text)}, the object is {brief(traced.fact.object)}"))
+            dropped.append((traced.fact.id, f"the model says {brief(text)}, not {brief(traced.fact.object)}"))
     return known, dropped
 
 
@@ -143,14 +143,14 @@ def require_known(known: int, facts: int, dropped: Sequence[Dropped], least: int
         least: fewest that are needed.
 
     Raises:
-        InputError: says how many of how many can be traced, and why up to five others cannot, as many as a line holds.
+        InputError: says how many of how many can be traced, and why five others cannot, each in its part of a line.
     """
     if known >= least:
         return
     reasons = [f"{brief(name)}: {reason}" for name, reason in dropped[:5]]
-    while len(reasons) > 1 and len("; ".join(reasons)) > _REASONS:
-        reasons.pop()
-    shown = "; ".join(reasons)[:_REASONS] + ("; …" if len(reasons) < len(dropped) else "")
+    if len("; ".join(reasons)) > _REASONS:
+        reasons = [shortened(reason, _REASONS // len(reasons) - 2) for reason in reasons]
+    shown = "; ".join(reasons) + ("; …" if len(reasons) < len(dropped) else "")
     raise InputError(
         f"{known or 'none'} of the {facts} facts can be traced, expected at least {least}"
         f"{f' ({shown})' if shown else ''}; give more facts that the model knows"

@@ -177,7 +177,7 @@ def make_facts(effects: pd.DataFrame) -> pd.DataFrame:
     frame = pd.DataFrame([texts[name.partition("-")[0]] for name in ids], columns=columns)
     frame = frame.assign(id=ids, relation="city", traced=True, reason=None)
     unknown = {"id": "louvre", "subject": "Louvre", "prompt": "The {} is in the city of", "object": "Paris"}
-    reason = "the model says 'Rome', the object is 'Paris'"
+    reason = "the model says 'Rome', not 'Paris'"
     frame.loc[len(frame)] = {**unknown, "relation": "city", "traced": False, "reason": reason}
     return frame.join(means, on="id")
 

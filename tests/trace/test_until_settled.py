@@ -156,7 +156,7 @@ def test_minutes_end_it(tiny: Any, facts: list[Fact], monkeypatch: pytest.Monkey
 def test_too_few_known_facts_are_refused_with_what_the_model_says(tiny: Any, facts: list[Fact], tmp_path: Path) -> None:
     message = (
         r"3 of the 10 facts can be traced, expected at least 10 .*"
-        r"('no\d': the model says '[^']*', the object is 'Tuesday'; ){3}'no\d': [^;]*; …\)"
+        r"('no\d': the model says '[^']*', not 'Tuesday'; ){4}'no\d': [^;]*; …\)"
     )
     mixed = [*UNKNOWN, *facts[:3]]
     with pytest.raises(InputError, match=message):
