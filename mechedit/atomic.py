@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from mechedit.disk_errors import writing
 from mechedit.errors import InputError
 from mechedit.paths import checked_path, writable_file, writable_folder
-from mechedit.temporary_names import sweep, sweep_once, temporary_name
+from mechedit.temporary_names import remove, sweep, sweep_once, temporary_name
 
 
 @contextlib.contextmanager
@@ -40,7 +39,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 @contextlib.contextmanager
@@ -72,8 +71,7 @@ def atomic_folder(folder: str | Path, *, replaces: str | None = None) -> Iterato
                 folder.rename(temporary.with_name(temporary.name + ".old"))
             temporary.replace(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_name(temporary.name + ".old"), ignore_errors=True)
+        remove(temporary, temporary.with_name(temporary.name + ".old"))
 
 
 def _umask() -> int:

@@ -21,6 +21,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from mechedit.disk_errors import writing
 from mechedit.errors import InputError
+from mechedit.interrupts import insist
 from mechedit.paths import writable_folder
 from mechedit.processes import ProcessIdentity
 from mechedit.temporary_names import sweep_once
@@ -59,9 +60,7 @@ def locked(path: str | Path, what: str, *, made_with: str | None = None, wait: b
                 file.write_text(json.dumps(_record(made_with)))
         yield
     finally:
-        # Removed while it is held: who waits for this file finds that it has no name any more, and makes another one.
-        file.unlink(missing_ok=True)
-        lock.release()
+        insist(lambda: _release(lock, file))
 
 
 def remove_free_locks(folder: str | Path, names: str) -> None:
@@ -77,6 +76,14 @@ def remove_free_locks(folder: str | Path, names: str) -> None:
             return  # a file that is there is a lock that is held
         with contextlib.suppress(Timeout, OSError), lock:
             file.unlink(missing_ok=True)
+
+
+def _release(lock: Any, file: Path) -> None:
+    # Removed while it is held: who waits for this file finds that it has no name any more, and makes another one. Once
+    # it is released, a file of this name is another process's.
+    if lock.is_locked:
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
 def _acquire(file: Path, what: str, made_with: str | None, wait: bool) -> Any:

@@ -35,7 +35,7 @@ from mechedit.provenance import (
     value_hash,
 )
 from mechedit.records import ModelRecord, check_record
-from mechedit.temporary_names import remove_folder, sweep
+from mechedit.temporary_names import remove, remove_folder, sweep
 
 _FOLDERS = (
     ".", "figures", "moments", "moments/parts", "targets", "trace_parts", "sweep_parts", "finals", "baseline",
@@ -66,7 +66,7 @@ def check_seen_by_all(folder: Path) -> None:
         seen = group.gather(file.exists(), "the look at the folder")
     finally:
         if group.is_first:
-            file.unlink(missing_ok=True)
+            remove(file)
     if not all(seen):
         raise InputError(
             f"the process of rank {seen.index(False)} does not see what that of rank 0 writes to {str(folder)!r}, "

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from mechedit.interrupts import insist
 from mechedit.processes import ProcessIdentity
 
 _NAME = re.compile(r"\..*\.mechedit-(?P<host>[A-Za-z0-9_-]+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}(\.old)?", re.S)
@@ -39,7 +40,7 @@ def sweep(folders: Iterable[str | Path]) -> None:
             for entry in list(entries):
                 owner = owner_of(entry.name) if entry.name.startswith(".") else None
                 if owner is not None and owner.is_dead:
-                    _remove(Path(entry.path))
+                    remove(Path(entry.path))
 
 
 def sweep_once(folder: str | Path) -> None:
@@ -53,12 +54,26 @@ def sweep_once(folder: str | Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder at once: killed midway, what is left has a temporary name, and the next sweep removes it."""
     hidden = folder.with_name(temporary_name(folder.name))
-    with contextlib.suppress(OSError):
-        folder.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+
+    def hide() -> None:
+        with contextlib.suppress(OSError):
+            folder.rename(hidden)
+        _remove_now(hidden)
+
+    insist(hide)
 
 
-def _remove(path: Path) -> None:
+def remove(*paths: Path) -> None:
+    """Remove files and folders that are there and can be removed; an interrupt waits until they are gone."""
+
+    def remove_all() -> None:
+        for path in paths:
+            _remove_now(path)
+
+    insist(remove_all)
+
+
+def _remove_now(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from helpers.run_folder import write_run
 
 from mechedit.atomic import atomic, atomic_folder
 from mechedit.cache import Codec
+from mechedit.cli.new_folders import no_empty_folders
 from mechedit.errors import InputError
 from mechedit.files import read_json, write_json, write_tensors
 from mechedit.locks import locked
@@ -28,7 +31,7 @@ from mechedit.processes import ProcessIdentity, host_name, start_of
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
 from mechedit.session.session_folder import SessionFolder
-from mechedit.temporary_names import owner_of, sweep, temporary_name
+from mechedit.temporary_names import owner_of, remove_folder, sweep, temporary_name
 
 NUMBER: Codec[int] = Codec(read=read_json, write=write_json, suffix=".json")
 
@@ -128,6 +131,55 @@ def test_a_process_that_nobody_waited_for_has_ended() -> None:
         time.sleep(0.01)
     assert identity.is_dead
     child.wait()
+
+
+def remove_parts(folder: Path) -> None:
+    parts = folder / "parts"
+    parts.mkdir(parents=True)
+    for name in "abc":
+        (parts / name).write_text(name)
+    remove_folder(parts)
+
+
+def write_locked(folder: Path) -> None:
+    with no_empty_folders(), locked(folder / "new.json", "the file"):
+        write_json(folder / "new.json", 1)
+
+
+def write_folder(folder: Path) -> None:
+    for text in "ab":
+        with atomic_folder(folder / "new", replaces="mark") as new:
+            (new / "mark").write_text(text)
+
+
+@pytest.mark.parametrize("act", [remove_parts, write_locked, write_folder])
+def test_an_interrupt_while_something_is_removed_leaves_nothing(
+    act: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = {"removals": 0, "interrupted": 0}
+
+    def interrupting(remove: Callable[..., None], at: int) -> Callable[..., None]:
+        def removing(*arguments: Any, **keywords: Any) -> None:
+            counted["removals"] += 1
+            if counted["removals"] == at:
+                counted["interrupted"] += 1
+                raise KeyboardInterrupt
+            remove(*arguments, **keywords)
+
+        return removing
+
+    removals = {name: getattr(os, name) for name in ("unlink", "rmdir")}
+    for at in range(1, 20):
+        counted["removals"] = 0
+        for name, remove in removals.items():
+            monkeypatch.setattr(os, name, interrupting(remove, at))
+        folder = tmp_path / str(at)
+        with contextlib.suppress(KeyboardInterrupt):
+            act(folder)
+        if counted["removals"] < at:
+            break
+        assert not [path for path in folder.rglob(".*") if owner_of(path.name) or path.suffix == ".lock"], at
+    assert counted["interrupted"] == at - 1 >= 2, "the control"
 
 
 def run_step(folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+from mechedit.interrupts import insist
 from mechedit.paths import made_folders
 
 
@@ -15,6 +17,10 @@ def no_empty_folders() -> Iterator[None]:
         try:
             yield
         finally:
-            for folder in sorted(set(folders), key=lambda path: len(path.parts), reverse=True):
-                with contextlib.suppress(OSError):  # it is not empty
-                    folder.rmdir()
+            insist(lambda: _remove_empty(folders))
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in sorted(set(folders), key=lambda path: len(path.parts), reverse=True):
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()

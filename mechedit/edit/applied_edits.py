@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.edit.edit import Edit
-from mechedit.edit.weights import copy_weights, digest, insist, restore_
+from mechedit.edit.weights import copy_weights, digest, restore_
+from mechedit.interrupts import insist
 from mechedit.models import Model
 
 

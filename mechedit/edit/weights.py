@@ -14,12 +14,9 @@ sums agree.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechedit.errors import InputError
+from mechedit.interrupts import insist, uninterrupted
 from mechedit.models import Model
 
 HALF = (torch.bfloat16, torch.float16)
@@ -128,35 +126,3 @@ def restore_(model: Model, originals: Mapping[int, Float[Tensor, "d_mlp d_model"
                 del left[layer]
 
     insist(write)
-
-
-def insist(action: Callable[[], object]) -> None:
-    """Do what puts a model back, again where Ctrl-C comes in between, which is passed on afterwards.
-
-    What has been put back is left out the second time, or interrupts that come with each of its writes would never end.
-    """
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            action()
-            break
-        except KeyboardInterrupt as error:
-            interrupted = error
-    if interrupted is not None:
-        raise interrupted
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the block has ended (only the main thread receives signals)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
-        if received:
-            signal.raise_signal(signal.SIGINT)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mechedit.data import EditRequest, check_requests, check_unique_ids, conflicts, records_of
 from mechedit.edit import Edit, apply_, restoring, transaction, undo_
-from mechedit.edit.weights import uninterrupted
 from mechedit.errors import InputError, brief, check_choice
 from mechedit.evaluation import QUICK, EvaluationConfig
+from mechedit.interrupts import uninterrupted
 from mechedit.methods import MethodConfig, check_layers, moment_matrices
 from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
