@@ -93,10 +93,11 @@ def plan_command(options: PlanOptions, prompt: PromptShape, trace: TraceConfig) 
         shapes = ModelShapes.of_config(options.model or "tiny", dtype)
     layers = _layers(options, shapes)
     prompt.require_room(shapes)
+    device = "cpu" if _device(options) == "cpu" else "cuda"
     steps = (
         plan_trace_step(shapes, options.facts, prompt, trace),
-        plan_moments_step(shapes, int(options.tokens), layers, text_tokens=options.text_tokens),
-        *plan_edit(shapes, options.edits, layers, prompt, device="cpu" if _device(options) == "cpu" else "cuda"),
+        plan_moments_step(shapes, int(options.tokens), layers, text_tokens=options.text_tokens, device=device),
+        *plan_edit(shapes, options.edits, layers, prompt, device=device),
     )
     plan = Plan(shapes=shapes, steps=steps)
     rates = _rates(options, dtype)

@@ -128,7 +128,9 @@ def square_bytes(model: Model | ModelShapes) -> int:
     return 8 * len(rows_here(model.d_key, model.mesh)) * model.d_key
 
 
-def batch_bytes(model: Model | ModelShapes, layers: int, tokens: int, length: int) -> int:
+def batch_bytes(
+    model: Model | ModelShapes, layers: int, tokens: int, length: int, *, at_once: int | None = None
+) -> int:
     """Bytes of the keys of some layers for a batch, as computed and as buffered, and of one block's activations.
 
     In half precision one layer's keys are also there in float32. Attention's scores are where no fused kernel computes
@@ -139,12 +141,14 @@ def batch_bytes(model: Model | ModelShapes, layers: int, tokens: int, length: in
         layers: number of layers in the pass.
         tokens: tokens in the batch.
         length: tokens of its longest sequence.
+        at_once: tokens of one forward pass, by default all of the batch.
     """
     size = model.dtype.itemsize
-    keys = (2 * layers * size + (4 if size < 4 else 0)) * model.d_key
+    buffered = layers * size * model.d_key
+    keys = (layers * size + (4 if size < 4 else 0)) * model.d_key
     scores = SCORE_COPIES * model.n_heads * length if model.keeps_scores else 0
     block = size * (HIDDEN_COPIES * model.d_model + MLP_COPIES * model.d_mlp + scores)
-    return tokens * (keys + block)
+    return tokens * buffered + (tokens if at_once is None else at_once) * (keys + block)
 
 
 def _gib(size: int) -> str:

@@ -37,8 +37,8 @@ MOST_BYTES = 4 * 2**30
 """Bytes of weights above which nothing is measured."""
 SECONDS = 2.0
 """Least seconds for which a step is repeated."""
-FACTS = 8
-"""Facts whose z is searched for, and that are traced, at a time."""
+TRACED, SEARCHED = 8, 16
+"""Facts that are traced, and whose z is searched for, at a time; more are no faster a fact."""
 HEAD_ROWS = 64
 """Positions whose logits are computed at a time."""
 _TEXT = "{} stands in the old city near the river. {{}}"
@@ -145,7 +145,7 @@ def _targets(model: Model, head_rate: float, seconds: Timer) -> float:
     for request in load_requests("tiny"):
         (prompt, *_) = search_prompts(model, [request], [0], PREFIXES[:1], config)
         by_width[prompt.width].append(request)
-    requests = max(by_width.values(), key=len)[:FACTS]
+    requests = max(by_width.values(), key=len)[:SEARCHED]
     rows, operations = search_prompts(model, requests, range(len(requests)), PREFIXES, config), Operations.of(model)
     total, of_blocks = (
         search_operations(counts, rows, 0, config.updates) for counts in (operations, operations.of_blocks)
@@ -157,7 +157,7 @@ def _targets(model: Model, head_rate: float, seconds: Timer) -> float:
 @torch.no_grad()
 def _trace(model: Model, head_rate: float, seconds: Timer) -> float:
     config, operations = TraceConfig(window=2, sever=("nothing", "mlp", "attn")), Operations.of(model)
-    facts = [tokenize_fact(model, fact) for fact in load_facts("known")[:FACTS]]
+    facts = [tokenize_fact(model, fact) for fact in load_facts("known")[:TRACED]]
     facts = [fact for fact in facts if fact.shape == facts[0].shape]
     total, of_blocks = (
         sum(fact_operations(counts, fact, config) for fact in facts) for counts in (operations, operations.of_blocks)
