@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -12,13 +13,22 @@ from pathlib import Path
 
 from mechedit.errors import DiskError, InputError, brief
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins; a drive has one letter."""
+
 
 def checked_path(path: str | Path) -> Path:
     """The path, unless no file system could hold it.
 
     Raises:
-        InputError: it is too long, has a null character in it, or is no UTF-8, which not every library writes to.
+        InputError: it is too long, has a null character in it, or is no UTF-8, which not every library writes to; or
+            it is an address such as s3://bucket/run, which would become a folder here, and which some libraries follow.
     """
+    if _URL.match(str(path)):
+        raise InputError(
+            f"{brief(str(path))} is an address, expected a path on this machine: copy what is there, or give the whole "
+            f"path of a folder of this name"
+        )
     try:
         str(path).encode()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):

@@ -93,6 +93,25 @@ def test_bytes_that_are_no_utf8_are_refused(zygote: Zygote, folder: Path, words:
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["texts.txt"]
 
 
+@pytest.mark.parametrize("address", ["http://x/y", "s3://bucket/run", "file:///tmp/run", "zip:/run"])
+def test_an_address_is_no_path(zygote: Zygote, folder: Path, address: str) -> None:
+    before = sorted(folder.rglob("*"))
+    for words in (
+        ["moments", "--layers=1", "--texts=texts.txt", f"--out={address}"],
+        ["moments", "--layers=1", f"--texts={address}", "--out=run"],
+        ["trace", f"--facts={address}", "--out=run"],
+        ["trace", f"--out={address}"],
+        ["select", address],
+        ["report", address],
+        ["edit", f"--requests={address}", "--layers=1"],
+        ["apply", f"--edit={address}", "--out=run"],
+    ):
+        ended = zygote.run(words, folder)
+        check_lines(ended, 2)
+        assert "is an address, expected a path on this machine" in ended.printed
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_steps_in_a_folder_and_of_records_with_such_names(zygote: Zygote, folder: Path) -> None:
     facts = [fact.plain() for fact in me.load_facts("known")[:12]]
     odd = list(NAMES.values())
