@@ -167,10 +167,10 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 2].rstrip()} …"
 
 
-def brief_list(names: Iterable[object]) -> str:
-    """Names between commas for a message, cut short; "nothing" where there are none."""
+def brief_list(names: Iterable[object], most: int = 3 * _BRIEF) -> str:
+    """Names between commas for a message, cut after so many characters; "nothing" where there are none."""
     text = ", ".join(map(str, names)) or "nothing"
-    return text if len(text) <= 3 * _BRIEF else f"{text[: 3 * _BRIEF]} …"
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import mechedit
+from mechedit.cli.app import LONGEST_LINE
 from mechedit.errors import (
     InputError,
     brief,
@@ -78,3 +82,33 @@ def test_tensors_are_checked_entry_by_entry() -> None:
     assert count_not_finite(torch.full((4,), 3e38)) == 0
     with pytest.raises(InputError, match="the keys hold 2 values of 4 that are not finite, expected none; look for"):
         check_finite("the keys", values)
+
+
+def messages_of_errors(tree: ast.AST) -> Iterator[tuple[int, int]]:
+    """Line and characters of each message that an error is made with, of which each value takes a dozen."""
+    for call in ast.walk(tree):
+        name = getattr(call, "func", None)
+        if (
+            isinstance(call, ast.Call)
+            and call.args
+            and getattr(name, "id", getattr(name, "attr", "")).endswith("Error")
+        ):
+            parts = [
+                12 if isinstance(part, ast.FormattedValue) else len(part.value)
+                for part in ast.walk(call.args[0])
+                if isinstance(part, ast.FormattedValue) or (isinstance(part, ast.Constant) and type(part.value) is str)
+            ]
+            yield call.lineno, sum(parts)
+
+
+def test_no_message_is_so_long_that_its_middle_is_cut() -> None:
+    """Of a line that is longer than `LONGEST_LINE` the middle is cut; values and an outer message need room too."""
+    package = Path(mechedit.__file__).parent
+    lengths = {
+        f"{path.relative_to(package)}:{line}": length
+        for path in package.rglob("*.py")
+        for line, length in messages_of_errors(ast.parse(path.read_text()))
+    }
+    assert len(lengths) > 300, "the control"
+    longest = 0.8 * LONGEST_LINE
+    assert {place: length for place, length in lengths.items() if length > longest} == {}

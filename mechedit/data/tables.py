@@ -60,7 +60,7 @@ def _read_rows(path: Path) -> Iterator[TableRow]:
     for location, cells in lines:
         if len(cells) != len(header):
             raise InputError(
-                f"{location} has {len(cells)} cells, expected {len(header)} ({brief_list(header)}); "
+                f"{location} has {len(cells)} cells, expected {len(header)} ({brief_list(header, 120)}); "
                 f"put a cell that holds a {_separator_name(path)} in double quotes"
             )
         rows = zip(header, cells, strict=True)
@@ -101,7 +101,7 @@ def _separator_name(path: Path) -> str:
 
 
 def _check_header(header: list[str], location: str, separator: str) -> None:
-    columns = f"found: {brief_list(header)}"
+    columns = f"found: {brief_list(header, 120)}"
     known = (*REQUIRED, *OPTIONAL)
     unknown = [name for name in header if name not in known and not PARAPHRASE.fullmatch(name)]
     if missing := [name for name in REQUIRED if name not in header]:

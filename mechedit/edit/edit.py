@@ -18,7 +18,7 @@ from torch import Tensor
 from mechedit.arguments import checked
 from mechedit.bounds import LARGEST
 from mechedit.edit.manifest_record import ManifestRecord
-from mechedit.errors import InputError, check_finite
+from mechedit.errors import InputError, brief_list, check_finite
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import ModelIdentity
 from mechedit.records import check_record
@@ -176,8 +176,8 @@ def factors_of(tensors: Mapping[str, Tensor], path: str | Path) -> dict[int, Fac
     misfits = [] if missing else _misfits(tensors, layers)
     if unknown or missing or not layers or misfits:
         raise InputError(
-            f"{str(path)!r} is not an edit (unknown: {unknown or 'none'}; missing: {missing or 'none'}; layers that "
-            f"do not fit: {'; '.join(misfits) or 'none'}), expected layer.L.left [d_mlp, r] and layer.L.right "
+            f"{str(path)!r} is not an edit (unknown: {brief_list(unknown)}; missing: {brief_list(missing)}; "
+            f"layers that do not fit: {brief_list(misfits)}), expected layer.L.left [d_mlp, r] and layer.L.right "
             f"[r, d_model] in floating point for at least one layer; make it again"
         )
     return {

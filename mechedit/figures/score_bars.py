@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list
 from mechedit.evaluation import Entry, measure_named
 from mechedit.figures.style import BLUE, GRAY, INK, legend_above
 
@@ -34,7 +34,7 @@ def plot_scores(
     """
     shown = [name for name in names if name in before or name in after]
     if not shown:
-        present = ", ".join({**before, **after}) or "nothing"
+        present = brief_list({**before, **after})
         raise InputError(f"the summaries hold {present}, expected some of {', '.join(names)}: evaluate first")
     states = [(n, s, c) for n, s, c in (("before", before, GRAY), ("after", after, BLUE)) if s]
     for i, (state, summary, color) in enumerate(states):

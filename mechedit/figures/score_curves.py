@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list
 from mechedit.evaluation import Measure, measure_named
 from mechedit.figures.method_styles import line_styles
 from mechedit.figures.style import (
@@ -145,7 +145,7 @@ def measures_in(table: pd.DataFrame, measures: Sequence[str]) -> list[str]:
     """
     if shown := [measure for measure in measures if len(where(table, measure=measure))]:
         return shown
-    present = ", ".join(dict.fromkeys(table["measure"])) or "nothing"
+    present = brief_list(dict.fromkeys(table["measure"]))
     raise InputError(f"the table holds {present}, expected some of {', '.join(measures)}: score first")
 
 
@@ -157,11 +157,11 @@ def rows_of_measure(table: pd.DataFrame, measure: str, *columns: str) -> pd.Data
     """
     if missing := [column for column in (*columns, "measure", "mean", "low", "high") if column not in table]:
         raise InputError(
-            f"the table of scores lacks {', '.join(missing)}, it has {', '.join(map(str, table))}; name a column it has"
+            f"the table of scores lacks {', '.join(missing)}, it has {brief_list(table)}; name a column it has"
         )
     rows = where(table, measure=measure)
     if rows.empty:
-        present = ", ".join(dict.fromkeys(table["measure"])) or "nothing"
+        present = brief_list(dict.fromkeys(table["measure"]))
         raise InputError(f"the table holds no rows of {measure!r}, expected one of {present}: score first")
     return rows
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list
 from mechedit.figures.style import GRAY, INK, SEVER_COLORS, SPARE, layer_axis, legend_above, runs
 from mechedit.figures.trace_averages import aie_label, averaged, curve
 from mechedit.tables import where
@@ -36,10 +36,10 @@ def plot_severed(
     rows = averaged(effects, kind="state", role="subject_last")
     traced = list(dict.fromkeys(rows["sever"]))
     if missing := [sever for sever in severings or () if sever not in traced]:
-        raise InputError(f"the effects hold nothing of severing {missing[0]!r}, expected one of {', '.join(traced)}")
+        raise InputError(f"the effects hold nothing of severing {missing[0]!r}, expected one of {brief_list(traced)}")
     shown = list(severings or [sever for sever in SEVER_LABELS if sever in traced])
     if not shown:
-        raise InputError(f"the effects hold severings {', '.join(traced)} only, expected some: name them in severings")
+        raise InputError(f"the effects hold severings {brief_list(traced)} only, expected some: name them in severings")
     for first, last in runs(selection or ()):
         ax.axvspan(first - 0.5, last + 0.5, color=GRAY, alpha=0.22, linewidth=0, zorder=0)
     width = 0.8 / len(shown)

@@ -7,7 +7,7 @@ import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list
 from mechedit.figures.style import wrapped
 from mechedit.tables import where
 from mechedit.trace import KIND_LABELS, ROLE_LABELS, average_effects, unit_of
@@ -26,7 +26,7 @@ def select_effects(effects: pd.DataFrame, **equal: str) -> pd.DataFrame:
         raise InputError(f"the effects hold no rows of {criteria}, expected some: trace facts with those settings")
     if len(metrics := sorted(set(rows["metric"]))) > 1:
         raise InputError(
-            f"the effects hold {len(metrics)} metrics ({', '.join(metrics)}), expected one: pick one, "
+            f"the effects hold {len(metrics)} metrics ({brief_list(metrics)}), expected one: pick one, "
             f"effects[effects.metric == {metrics[0]!r}]"
         )
     return rows

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list
 from mechedit.figures.style import (
     BLUE,
     GREEN,
@@ -118,11 +118,11 @@ def _comparable(
     tables = {name: averaged(effects, **equal) for name, effects in traces.items()}
     metrics = {name: str(table["metric"].iloc[0]) for name, table in tables.items()}
     if len(set(metrics.values())) > 1:
-        listed = ", ".join(f"{name}: {metric}" for name, metric in metrics.items())
+        listed = brief_list(f"{name}: {metric}" for name, metric in metrics.items())
         raise InputError(f"the traces are of several metrics ({listed}), expected one: pick the same from each")
     traced = {kind for table in tables.values() for kind in table["kind"]}
     if missing := [kind for kind in kinds or () if kind not in traced]:
-        raise InputError(f"no trace holds the kind {missing[0]!r}, expected one of {', '.join(sorted(traced))}")
+        raise InputError(f"no trace holds the kind {missing[0]!r}, expected one of {brief_list(sorted(traced))}")
     return tables, list(kinds or [kind for kind in KIND_LABELS if kind in traced])
 
 

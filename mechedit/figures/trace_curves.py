@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list
 from mechedit.figures.style import (
     INK,
     KIND_COLORS,
@@ -134,7 +134,7 @@ def _rows_with(rows: pd.DataFrame, column: str, values: Sequence[str] | None) ->
     if values is None:
         return rows
     if missing := [value for value in values if value not in traced]:
-        raise InputError(f"the effects hold no {column} {missing[0]!r}, expected one of {', '.join(traced)}")
+        raise InputError(f"the effects hold no {column} {missing[0]!r}, expected one of {brief_list(traced)}")
     return rows.loc[rows[column].isin(list(values))]
 
 

@@ -28,7 +28,7 @@ from mechedit import ranks
 from mechedit.chat import prompted
 from mechedit.data import EditRequest, records_of, revised
 from mechedit.edit import Edit, check_model
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list
 from mechedit.methods.checks import by_layer, check_input, check_target_settings
 from mechedit.methods.manifest import search_record
 from mechedit.methods.plausibility import WARNINGS, edit_warnings
@@ -199,7 +199,7 @@ class Method(Generic[Config]):
             again = regrouped(model.tokenizer, plain_requests, remaining, config.targets)
             if again:
                 warnings.warn(
-                    f"searched for again, since they share a subject with those: {', '.join(again)}", stacklevel=3
+                    f"searched for again, since they share a subject with those: {brief_list(again)}", stacklevel=3
                 )
             return self(
                 model, remaining, layers, moments, prefixes, config, None, previous,

@@ -15,7 +15,7 @@ from typing import Any
 
 from mechedit.cache import cache_folder
 from mechedit.edit.applied_edits import applied_edits
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, brief_list
 from mechedit.files import plain_copy, read_object, write_json
 from mechedit.models import Model
 from mechedit.paths import expanded_path
@@ -62,7 +62,7 @@ class TunedSettings:
         sections = _sections(Path(path))
         if method not in sections["methods"]:
             raise InputError(
-                f"{str(path)!r} holds tuned settings of {', '.join(sections['methods'])}, expected {method!r}; tune "
+                f"{str(path)!r} holds tuned settings of {brief_list(sections['methods'])}, expected {method!r}; tune "
                 f"that method, or leave the file out"
             )
         return _of_section(sections["methods"][method], method, sections["model"], Path(path))

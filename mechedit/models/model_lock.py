@@ -179,10 +179,9 @@ class ModelLock:
             _REGIONS.set(tuple(outer for outer in _REGIONS.get() if outer.open))
         if inner or region.broken:
             raise InputError(
-                "two uses of one model overlap: the one that began first ended first, so that each saw the other's "
-                "edit; expected the one that began last to end first. The model's weights are what they were once both "
-                "have ended; discard the results of both and let one end before the other begins (generators and "
-                "coroutines that hold an edit while they are suspended)"
+                "two uses of one model overlap (generators or coroutines, say): the one that began first ended first, "
+                "so that each saw the other's edit; expected the one that began last to end first. The weights are "
+                "what they were once both have ended; discard the results of both, and let one end first"
             )
 
     def _wait_until_free(self) -> None:
@@ -209,9 +208,9 @@ class ModelLock:
                 elif time.monotonic() - since > PATIENCE:
                     raise InputError(
                         f"the thread {holder.thread.name!r} holds the model (within `edited` or a session, say), and "
-                        f"has itself only waited for {PATIENCE:g} seconds, perhaps for this thread; expected a model "
-                        f"that becomes free. End the region before starting threads that use its model, or run them in "
-                        f"its context: contextvars.copy_context().run"
+                        f"has only waited for {PATIENCE:g} seconds, perhaps for this thread; expected a model that "
+                        f"becomes free: end its block before starting threads, or run them in its context "
+                        f"(contextvars.copy_context().run)"
                     )
             self._changed.wait(_GLANCE)
 

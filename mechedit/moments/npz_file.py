@@ -22,7 +22,7 @@ from torch import Tensor
 from mechedit.arguments import checked
 from mechedit.atomic import atomic
 from mechedit.bounds import LARGEST_WHOLE
-from mechedit.errors import InputError, brief, check_at_least
+from mechedit.errors import InputError, brief, brief_list, check_at_least
 from mechedit.files import read_arrays
 from mechedit.models import Model
 from mechedit.moments.second_moment import SecondMoment, check_matrix, check_moments
@@ -103,10 +103,11 @@ def _file_in(folder: Path, layer: int, module: str) -> Path:
     if not candidates:
         layers = sorted({number for path in _npz_files(folder) if (number := _layer_in(path)) is not None})
         raise InputError(
-            f"the folder {str(folder)!r} holds moments of the layers {layers}, expected layer {layer}, in a file such "
-            f"as {module}_float32_mom2_{SAMPLES}.npz; choose other layers, or collect it with mechedit moments"
+            f"the folder {str(folder)!r} holds moments of the layers {brief_list(layers)}, expected layer {layer}, in "
+            f"a file such as {module}_float32_mom2_{SAMPLES}.npz; choose other layers, or collect it with mechedit "
+            f"moments"
         )
-    listed = ", ".join(str(path.relative_to(folder)) for path in candidates)
+    listed = brief_list(path.relative_to(folder) for path in candidates)
     raise InputError(
         f"the folder {str(folder)!r} holds {len(candidates)} moments of layer {layer} ({listed}), expected one; give "
         f"the path of a file, with {{}} in place of the layer's number"
@@ -140,7 +141,7 @@ def read_npz(path: Path, layer: int, width: int) -> PublishedMoment:
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}mom2" in arrays), None)
     if prefix is None or f"{prefix}count" not in arrays:
         raise InputError(
-            f"{str(path)!r} holds {', '.join(arrays) or 'nothing'}, expected mom2.mom2 (the sum of k kᵀ) and "
+            f"{str(path)!r} holds {brief_list(arrays)}, expected mom2.mom2 (the sum of k kᵀ) and "
             f"mom2.count (the number of tokens), as the published code writes second moments; check the path"
         )
     sums, count = _numbers(arrays[f"{prefix}mom2"], "the sum", path), _whole(arrays[f"{prefix}count"], "count", path)

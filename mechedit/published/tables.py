@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from mechedit.arguments import checked
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, brief_list, check_choice
 
 FOLDER = Path(__file__).with_name("tables")
 SCORES = (
@@ -48,7 +48,7 @@ def published_scores(name: str, model: str) -> pd.DataFrame:
     check_choice("the published table of scores", name, SCORES)
     table = published_table(name)
     if model not in set(table["model"]):
-        raise InputError(f"{name} has no {model!r}, expected one of {', '.join(dict.fromkeys(table['model']))}")
+        raise InputError(f"{name} has no {model!r}, expected one of {brief_list(dict.fromkeys(table['model']))}")
     rows = []
     for record in table.loc[table["model"] == model, :].to_dict("records"):
         for measure in [column for column in table if column not in _KEYS and not str(column).endswith("_half")]:

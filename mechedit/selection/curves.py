@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, brief_list
 from mechedit.selection.config import SelectConfig
 from mechedit.tables import where
 from mechedit.trace import Sever, window_span, with_present_metric_names
@@ -168,7 +168,7 @@ def _subject_rows(effects: pd.DataFrame, config: SelectConfig) -> pd.DataFrame:
     metric = metric_name(config.metric) if config.metric else by_default
     if metric not in metrics or (config.metric is None and metric != "probability" and len(metrics) > 1):
         raise InputError(
-            f"the effects at subject_last are in the metrics {', '.join(metrics) or 'none'}, expected "
+            f"the effects at subject_last are in the metrics {brief_list(metrics)}, expected "
             f"{metric if config.metric else 'probability, or a choice of one by `metric`'}: "
             f"{'choose one of these' if metrics else 'trace the subject_last role'}"
         )

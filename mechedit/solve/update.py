@@ -45,10 +45,9 @@ def rounded_update(
     bad = count_not_finite(rounded)
     if bad:
         raise InputError(
-            f"the solution of the linear system holds {bad} values of {rounded.numel()} that are not finite in "
-            f"{keys.dtype} (the largest in float64: {float(solution.abs().max()):.3g}, condition about "
-            f"{condition:.3g}), expected none. Usually the system is nearly singular: collect moments over more and "
-            f"more varied text, set damping (such as 1e-4), or leave out facts with nearly the same key; a larger "
-            f"weight does not help. If the largest value is finite, pass keys of a wider dtype"
+            f"the solution holds {bad} values of {rounded.numel()} that are not finite in {keys.dtype} (largest "
+            f"{float(solution.abs().max()):.3g}, condition about {condition:.3g}), expected none: collect moments over "
+            f"more text, set damping (such as 1e-4), leave out facts with like keys, or take a wider dtype; a larger "
+            f"weight does not help"
         )
     return Update(left=rounded, right=residuals.T.to(keys), error=error, condition=condition)

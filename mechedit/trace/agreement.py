@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,11 +86,14 @@ def check_agreement(agreements: Iterable[Agreement], approximation: Approximatio
     least = approximation.least_correlation
     failing = [agreement for agreement in agreements if least and not agreement.correlation >= least]
     if failing:
-        listed = "; ".join(agreement.in_words() for agreement in failing)
+        # One whose effects are all equal has no correlation.
+        worst = min(failing, key=lambda agreement: -2 if math.isnan(agreement.correlation) else agreement.correlation)
+        more = f", and {len(failing) - 1} more that fail" if len(failing) > 1 else ""
+        kinds = ", ".join(dict.fromkeys(agreement.kind for agreement in failing))
         raise InputError(
-            f"estimates do not stand for exact effects here ({listed}), expected a rank correlation of at least "
-            f"{least:g}: trace {', '.join(dict.fromkeys(agreement.kind for agreement in failing))} without "
-            f"approximation, or lower least_correlation and trust no single cell"
+            f"estimates do not stand for exact effects here ({worst.in_words()}{more}), expected a rank correlation of "
+            f"at least {least:g}: trace {kinds} without approximation, or lower least_correlation and trust no single "
+            f"cell"
         )
 
 

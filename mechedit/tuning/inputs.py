@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from mechedit.data import EditRequest
-from mechedit.errors import InputError, check_choice
+from mechedit.errors import InputError, brief_list, check_choice
 from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.models import Model
 from mechedit.selection import SelectConfig, moving_width
@@ -86,7 +86,7 @@ def tuned_windows(
     if not fitting:
         raise InputError(
             f"no window of {width} layers fits into the model's {model.n_layers} and the layers with second moments "
-            f"({', '.join(map(str, sorted(layers))) or 'none'}); choose another --width, or collect more moments"
+            f"({brief_list(sorted(layers))}); choose another --width, or collect more moments"
         )
     extra = [Window(*ends) for ends in candidates]
     extra = [window for window in extra if set(window.layers) <= set(layers) and window.width <= 2 * width]

@@ -12,6 +12,7 @@ import torch
 
 import mechedit as me
 from mechedit import Fact, InputError, TraceConfig, trace_facts
+from mechedit.cli.app import LONGEST_LINE
 from mechedit.statistics import spearman
 from mechedit.trace import (
     APPROXIMATE_COLUMNS,
@@ -22,6 +23,7 @@ from mechedit.trace import (
     run_clean_and_corrupted,
     tokenize_fact,
 )
+from mechedit.trace.agreement import Agreement, check_agreement
 from mechedit.trace.approximation import draw_cells
 from mechedit.trace.attribution import SCALES, estimate_cells
 from mechedit.trace.averages import corrected_effects
@@ -217,6 +219,21 @@ def test_estimates_that_do_not_rank_cells_are_refused(small_model, known, monkey
     )
     with pytest.raises(InputError, match=r"state.*nothing severed.*rank correlation .* on 20 cells.*at least 0\.5"):
         trace_facts(small_model, known, config)
+
+
+def test_a_refusal_names_the_worst_of_many_in_one_line():
+    sizes = {"largest_miss": 0.1234, "mean_miss": 0.0123, "mean_effect": 0.00123, "metric": "normalized_probability"}
+    agreements = [
+        Agreement(kind=kind, sever=sever, correlation=correlation, cells=2000, **sizes)
+        for kind in ("state", "mlp", "attn")
+        for sever, correlation in (("mlp", 0.2), ("attn", 0.1), ("nothing", 0.9))
+    ]
+    with pytest.raises(InputError, match=r"attention severed.*0\.100 .*, and 5 more that fail") as raised:
+        check_agreement(agreements, Approximation(least_correlation=0.5))
+    assert len(str(raised.value)) < LONGEST_LINE
+    nan = dataclasses.replace(agreements[-1], correlation=float("nan"))
+    with pytest.raises(InputError, match=r"nothing severed.*nan .*, and 6 more"):
+        check_agreement([*agreements, nan], Approximation(least_correlation=0.5))
 
 
 def test_a_refused_trace_writes_no_effects_and_is_resumed(small_model, known, tmp_path, monkeypatch):
