@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 from mechedit.data import EditRequest, Fact, fill, records_of
 from mechedit.data.facts import NO_TURN
 from mechedit.errors import InputError, brief
+from mechedit.notices import warn
 
 Prompted = TypeVar("Prompted", Fact, EditRequest)
 
@@ -88,10 +88,9 @@ def chat_turn(tokenizer: Any) -> tuple[str, str]:
         return before + "{}" + after[0], ""
     if not until_answer.startswith(shown):
         # Where the turn begins otherwise, as with a thought, an answer stands where the history shows it.
-        warnings.warn(
+        warn(
             f"the chat template begins an answer with {brief(after[0])}, and shows one that was given after "
-            f"{brief(until_answer.partition(_QUESTION)[2])}; objects are put there",
-            stacklevel=2,
+            f"{brief(until_answer.partition(_QUESTION)[2])}; objects are put there"
         )
         return until_answer.replace(_QUESTION, "{}"), ""
     return before + "{}" + after[0], until_answer.removeprefix(shown)
@@ -100,10 +99,9 @@ def chat_turn(tokenizer: Any) -> tuple[str, str]:
 @functools.cache
 def _warn_of_date(template: str, day: str) -> None:
     """Say that a template writes the date, once a day for each template."""
-    warnings.warn(
+    warn(
         f"the chat template writes the date into the turn ({day}), so what is computed today is of other prompts than "
-        f"on another day, and is not reused then; to keep the day, give the records this turn as their `turn`",
-        stacklevel=4,
+        f"on another day, and is not reused then; to keep the day, give the records this turn as their `turn`"
     )
 
 

@@ -11,7 +11,6 @@ import json
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from mechedit.disk_errors import writing
 from mechedit.errors import InputError
 from mechedit.interrupts import insist
+from mechedit.notices import warn
 from mechedit.paths import writable_folder
 from mechedit.processes import ProcessIdentity
 from mechedit.temporary_names import sweep_once
@@ -101,7 +101,7 @@ def _acquire(file: Path, what: str, made_with: str | None, wait: bool) -> Any:
                 f"or choose another --out"
             )
         if is_same and not told:
-            warnings.warn(f"{what} is being made by {_in_words(owner)}; waiting for it", stacklevel=4)
+            warn(f"{what} is being made by {_in_words(owner)}; waiting for it")
             told = True
         time.sleep(_POLL)
 

@@ -8,7 +8,6 @@ character offsets, so merges across a boundary, BOS tokens and CJK text need no 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from mechedit.data import EditRequest, check_template, fill
 from mechedit.data.characters import visible
 from mechedit.data.joint import following
 from mechedit.errors import InputError, brief
+from mechedit.notices import warn
 
 _SAID: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 """Warnings that were given, by tokenizer."""
@@ -260,7 +260,7 @@ def _say_once(tokenizer: Any, message: str) -> None:
     messages = _SAID.setdefault(tokenizer, set())
     if message not in messages:
         messages.add(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
 
 def _nonempty(text: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, repeat
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from mechedit import ranks
 from mechedit.errors import InputError
 from mechedit.files import plain_copy, read_checked_object, write_checked_json
+from mechedit.notices import warn
 from mechedit.provenance import check_provenance
 
 Item = TypeVar("Item")
@@ -139,10 +139,9 @@ def warn_if_idle(n_pieces: int, what: str) -> None:
     """
     world_size = ranks.current().world_size
     if n_pieces < world_size:
-        warnings.warn(
+        warn(
             f"{world_size - n_pieces} of the {world_size} processes have nothing to do: there are only {n_pieces} "
-            f"{what}",
-            stacklevel=3,
+            f"{what}"
         )
 
 

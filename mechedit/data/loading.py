@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from mechedit.data.scored_prompts import RecordRequests
 from mechedit.data.summary import describe_facts, describe_requests
 from mechedit.data.tables import is_table, read_table
 from mechedit.errors import InputError, brief, check_choice
+from mechedit.notices import warn
 from mechedit.paths import checked_path
 
 Conflicts = Literal["refuse", "first"]
@@ -267,4 +267,4 @@ def _warn(path: Path, omitted: Sequence[str], remaining: int, what: str) -> None
         names = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in omitted[:10])
         names += ", …" if len(omitted) > 10 else ""
         total = remaining + len(omitted)
-        warnings.warn(f"{str(path)!r}: {len(omitted)} of {total} {what} are left out: {names}", stacklevel=4)
+        warn(f"{str(path)!r}: {len(omitted)} of {total} {what} are left out: {names}")

@@ -6,7 +6,6 @@ Both are read back and held against the model in memory before they appear at th
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mechedit.files import write_json
 from mechedit.locks import locked
 from mechedit.models import DTYPES, MODULES, Model, exclusive
 from mechedit.models.saving import is_checkpoint_file
+from mechedit.notices import warn
 from mechedit.paths import checked_path
 
 MANIFEST = "mechedit.json"
@@ -194,10 +194,9 @@ def _warn_of_rounding(
         return
     error = float((rounded - exact).norm()) / effect
     if error > MOST_ROUNDING:
-        warnings.warn(
+        warn(
             f"in {dtype} rounding changes what the edit does to the logits of its first prompt by {error:.0%}; "
-            f"evaluate the exported model, or export it in float32 (dtype, --dtype)",
-            stacklevel=3,
+            f"evaluate the exported model, or export it in float32 (dtype, --dtype)"
         )
 
 

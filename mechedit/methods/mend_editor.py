@@ -16,7 +16,6 @@ U, b and o are zero at first and s is one, so that g_l is the identity.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from mechedit.errors import InputError, brief, check_finite
 from mechedit.files import read_header, read_tensors, write_tensors
 from mechedit.methods.tuned_settings import is_of_model, tuned_folder_of, unedited_identity
 from mechedit.models import Model
+from mechedit.notices import warn
 from mechedit.provenance import ModelIdentity
 from mechedit.records import ModelRecord, Number, Whole, check_record
 
@@ -235,7 +235,7 @@ def find_editor(model: Model) -> Path | None:
         if path.is_file():
             if is_of_model(read_editor_record(path), model):
                 return path
-            warnings.warn(f"{str(path)!r} was trained for another model, and is left out: {REMEDY}", stacklevel=2)
+            warn(f"{str(path)!r} was trained for another model, and is left out: {REMEDY}")
     return None
 
 

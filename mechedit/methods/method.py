@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig
 from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Model, exclusive
+from mechedit.notices import warn
 from mechedit.provenance import CAST_HASHES
 from mechedit.published import PublishedSettings
 from mechedit.targets import Targets, find_targets, regrouped
@@ -182,7 +182,7 @@ class Method(Generic[Config]):
         if lines := edit_warnings(edit, model, config):
             manifest[WARNINGS] = lines
             for line in lines:
-                warnings.warn(line, stacklevel=4)  # above the decorators
+                warn(line)
         if sources is not None:
             manifest[SETTINGS_FROM] = sources
 
@@ -198,9 +198,7 @@ class Method(Generic[Config]):
             check_model(model, edit)
             again = regrouped(model.tokenizer, plain_requests, remaining, config.targets)
             if again:
-                warnings.warn(
-                    f"searched for again, since they share a subject with those: {brief_list(again)}", stacklevel=3
-                )
+                warn(f"searched for again, since they share a subject with those: {brief_list(again)}")
             return self(
                 model, remaining, layers, moments, prefixes, config, None, previous,
                 cache=cache, chat=chat, joint=joint,

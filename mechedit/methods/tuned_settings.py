@@ -7,7 +7,6 @@ lies beside the checkpoint that it is of, or in the folder of `tuned_folder`, fr
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from mechedit.edit.applied_edits import applied_edits
 from mechedit.errors import InputError, brief, brief_list
 from mechedit.files import plain_copy, read_object, write_json
 from mechedit.models import Model
+from mechedit.notices import warn
 from mechedit.paths import expanded_path
 from mechedit.provenance import CAST_HASHES, VERSION, ModelIdentity, value_hash
 from mechedit.records import ModelRecord, check_record
@@ -112,7 +112,7 @@ def tuned_settings(method: str, model: Model) -> TunedSettings | None:
         tuned = _of_section(sections["methods"][method], method, sections["model"], file)
         if tuned.fits(model):
             return tuned
-        warnings.warn(f"{str(file)!r} was tuned for another model, and is left out: {_REMEDY}", stacklevel=2)
+        warn(f"{str(file)!r} was tuned for another model, and is left out: {_REMEDY}")
     return None
 
 

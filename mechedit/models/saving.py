@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +25,7 @@ from mechedit.files import open_tensors, read_object, write_json
 from mechedit.models.families import loader_of
 from mechedit.models.shared_copy import share_parameters
 from mechedit.models.tokenizer_hash import tokenizer_hash
+from mechedit.notices import warn
 from mechedit.records import check_record
 
 TOKENIZER_FILES = (
@@ -307,10 +307,9 @@ def _check_tokenizer(tokenizer: Any, folder: Path, text: str) -> None:
 
     stored = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if stored(text)["input_ids"] != tokenizer(text)["input_ids"]:
-        warnings.warn(
+        warn(
             f"the exported tokenizer, loaded again by transformers, gives other tokens for {text!r} than the one in "
-            f"memory; expected the same: copy the source's tokenizer files over those of the export",
-            stacklevel=4,
+            f"memory; expected the same: copy the source's tokenizer files over those of the export"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import InputError
+from mechedit.notices import warn
 from mechedit.solve import factorize
 from mechedit.solve.checks import symmetrized
 from mechedit.split_tensors import whole
@@ -107,7 +107,7 @@ def measure_conditioning(
 def warn_if_singular(conditioning: Conditioning) -> None:
     """Warn of a moment that is singular or nearly so."""
     if conditioning.warning:
-        warnings.warn(conditioning.warning, stacklevel=3)
+        warn(conditioning.warning)
 
 
 def _rank(matrix: Float[Tensor, "d_mlp d_mlp"]) -> int:

@@ -6,7 +6,6 @@ on: so an interrupted collection that goes on with another number of processes g
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from mechedit.moments.convergence import Convergence
 from mechedit.moments.load import load_moments
 from mechedit.moments.merge import merge_moments, shard_counts
 from mechedit.moments.second_moment import SecondMoment
+from mechedit.notices import warn
 from mechedit.shards import SINGLE_PROCESS, warn_if_idle
 
 
@@ -67,7 +67,7 @@ def collect_dealt(
     open_layers = [layer for layer in record.layers if layer not in finished]
     count = group.from_first(lambda: _shards(out, open_layers, group.world_size, overwrite), "the shards")
     if open_layers and count == 1:
-        warnings.warn("what one process began is finished by one process", stacklevel=2)
+        warn("what one process began is finished by one process")
         arguments = (model, texts, open_layers, config, out)
         group.from_first(lambda: list(collect_moments(*arguments, overwrite=overwrite)), "the second moments")
     elif open_layers:
