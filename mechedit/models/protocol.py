@@ -31,8 +31,7 @@ LogitsToKeep = Int[Tensor, " kept"] | Int[Tensor, "batch kept"] | int
 class Patch:
     """Overwrite the activation at `site`: row b, position positions[b, s] becomes value[b, s].
 
-    A position of −1 writes nothing, so rows may have different numbers of patched positions. Gradients
-    flow into `value`.
+    A position of −1 writes nothing, as rows may differ in their numbers of positions. Gradients flow into `value`.
     """
 
     site: Site
@@ -255,8 +254,7 @@ class Model(Protocol):
 
         Args:
             tokens: right-padded batch.
-            patches: in any order; they are written in forward order. With two patches on one site, the
-                later in the sequence is written last.
+            patches: written in forward order; of two patches on one site, the later in the sequence is written last.
             read: sites to return.
             resume: skip the blocks below `resume.layer`. Sites below it can be neither read nor patched.
             logits_to_keep: positions whose logits are returned: [kept] for all rows, or [batch, kept] with each row's
@@ -346,8 +344,7 @@ class Model(Protocol):
     def readout(self) -> Readout | WholeReadout:
         """What reads log-probabilities and divergences off `Run.head_inputs` without all logits in memory.
 
-        Held against the model's own logits when it is first called; where they do not agree it takes `Run.logits`, and
-        so it does for a model that defines none.
+        Held against the model's own logits when first called; without agreement, or a readout, it takes `Run.logits`.
         """
         return WholeReadout()
 
