@@ -25,6 +25,7 @@ from mechedit.models import Model
 from mechedit.provenance import file_hash, value_hash
 from mechedit.published import PublishedSettings, Shape, published_settings
 from mechedit.records import read_record
+from mechedit.targets.config import TargetSettings
 
 Config = TypeVar("Config", bound=MethodConfig)
 SETTINGS_FROM = "settings_from"
@@ -199,12 +200,14 @@ def with_settings(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dic
     """Settings with those of a stronger source, which replace the weaker one's.
 
     A setting in one unit also replaces the same in the other unit, and a published convention, which has absolute
-    units of its own, those in relative units.
+    units of its own, those in relative units. The convention `paper` fixes others (`TargetSettings.by_text`).
     """
     replaced = {absolute for absolute, relative in UNITS.items() if stronger.get(relative) is not None}
     replaced |= {relative for absolute, relative in UNITS.items() if stronger.get(absolute) is not None}
     if stronger.get("convention", "default") != "default":
         replaced |= set(UNITS.values())
+    if stronger.get("convention") == "paper":
+        replaced |= set(TargetSettings.by_text)
     return {**{name: value for name, value in weaker.items() if name not in replaced}, **stronger}
 
 

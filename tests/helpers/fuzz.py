@@ -52,6 +52,7 @@ MEMORY = 4 * 2**30
 """Bytes of address space that an example may take beside what it begins with."""
 STEPS = {
     "select": ("targets", "moments", "sweep_parts", "config.json"),
+    "trace": ("trace_parts",),
     "edit": ("targets",),
     "evaluate": ("baseline", "baseline_zsre", "config.json"),
     "tune": ("targets", "moments", "parts", "ledger"),
@@ -149,7 +150,7 @@ def _is_whole(path: Path) -> bool:
                     "sha256" in content and bool(without_checksum(content, path.name, "make it again"))
                 )
             case ".parquet":
-                return path.parent.name in ("sweep_parts", "parts") and len(read_parquet(path)) > 0
+                return path.parent.name in ("sweep_parts", "trace_parts", "parts") and len(read_parquet(path)) > 0
             case ".safetensors":
                 with open_tensors(path) as reader:
                     (key,) = reader.metadata()

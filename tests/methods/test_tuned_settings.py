@@ -56,7 +56,20 @@ def test_a_setting_in_one_unit_replaces_a_weaker_one_in_the_other() -> None:
     assert with_settings({"lr": 0.5, "covariance_weight": 100, "clamp": 2}, tuned) == {"clamp": 2, **tuned}
     assert with_settings(tuned, {"lr": 0.5}) == {"lr": 0.5, "relative_covariance_weight": 0.01}
     assert with_settings(tuned, {"convention": "memit-2022"}) == {"convention": "memit-2022"}
+    by_text = {"convention": "paper"}
+    assert with_settings({"kl_weight": 0.25, "weight_decay": 0.1, "clamp": 2}, by_text) == {"clamp": 2, **by_text}
     assert with_settings({"lr": 0.5}, {"clamp": 1}) == {"lr": 0.5, "clamp": 1}, "the control: what is not replaced"
+
+
+def test_a_convention_replaces_what_a_file_says(lens_model: Any, checkpoint: Path) -> None:
+    (checkpoint / "editing.json").write_text('{"memit": {"kl_weight": 0.25}}')
+    settings = METHODS["memit"].recommendation(lens_model, tuned=False)
+    assert settings.config.kl_weight == 0.25, "the control"
+    assert settings.changed({"convention": "memit-2022"}).config.kl_weight == settings.config.kl_weight
+    by_text = settings.changed({"convention": "paper"}).config
+    assert by_text.kl_weight == by_text.weight_decay == 0.0
+    with pytest.raises(InputError, match=r"kl_weight is 0\.25, expected 0\.0 with the convention 'paper'"):
+        settings.changed({"convention": "paper", "kl_weight": 0.25})
 
 
 def test_an_edit_says_where_its_settings_come_from(lens_model: Any, checkpoint: Path) -> None:
