@@ -119,7 +119,7 @@ class RunFolder:
         """
         group = ranks.current()
         stamp = plain_copy({"algorithm": ALGORITHMS[name], **stamp})
-        what, made_with = f"the {name} in {str(self.path)!r}", value_hash([name, at, _deciding(stamp)])
+        what, made_with = f"the {_noun(name)} in {str(self.path)!r}", value_hash([name, at, _deciding(stamp)])
         group.agree(what, _deciding(stamp))
         if not group.is_first:
             return self._read_or_make(name, stamp, make, codec, at)
@@ -152,15 +152,15 @@ class RunFolder:
             records = {str(file.relative_to(self.path)): _record(file) for file in files}
             self._replace_stamp(name, {**stamp, "files": records})
 
-        if group.from_first(begin, f"the beginning of the {name}"):
-            return group.from_first(lambda: codec.read(path), f"the {name} as it was made before")
+        if group.from_first(begin, f"the beginning of the {_noun(name)}"):
+            return group.from_first(lambda: codec.read(path), f"the {_noun(name)} as it was made before")
         try:
             value = make()
         except InputError:
             if group.is_first:
                 self._restore_stamp(name, before)
             raise
-        group.from_first(end, f"the end of the {name}")
+        group.from_first(end, f"the end of the {_noun(name)}")
         return value
 
     def refuse_other(self, name: str, stamp: Mapping[str, Any]) -> None:
@@ -191,7 +191,7 @@ class RunFolder:
             return False
         recorded, expected = _deciding(stamps[name]), _deciding(stamp)
         if recorded != expected and not self.overwrite:
-            what = f"the {name} in {str(self.path)!r}"
+            what = f"the {_noun(name)} in {str(self.path)!r}"
             check_provenance(recorded, expected, what, "choose another --out, or pass --overwrite")
         return recorded == expected
 
@@ -281,8 +281,8 @@ def _check_file(path: Path, record: Any, step: str) -> None:
     else:
         return
     raise InputError(
-        f"{str(path)!r} is not as the {step} wrote it ({problem}): it was damaged or changed; remove it, or pass "
-        f"--overwrite, and {_COMMANDS.get(step, 'the same command')} makes it again"
+        f"{str(path)!r} is not as the {_noun(step)} wrote it ({problem}): it was damaged or changed; remove it, "
+        f"or pass --overwrite, and {_COMMANDS.get(step, 'the same command')} makes it again"
     )
 
 
@@ -291,6 +291,16 @@ def _record(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_hash(path)}
 
 
+def _noun(step: str) -> str:
+    """What a step is called in a message: those whose name is no noun have another one."""
+    return _NOUNS.get(step, step)
+
+
+_NOUNS = {
+    "evaluate": "evaluation",
+    "baseline_zsre": "baseline of zsRE's protocol",
+    "finals": "last round of the sweep",
+}
 _COMMANDS = {
     **{name: f"mechedit {name}" for name in ("trace", "edit", "evaluate")},
     **dict.fromkeys(("baseline", "baseline_zsre"), "mechedit evaluate"),

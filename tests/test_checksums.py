@@ -250,7 +250,7 @@ def test_the_option_verify_checks_the_contents_of_large_files(
     (run / "scores.json").write_text(text[:-1] + " ")
     assert code() == 0
     assert code("--verify") == 2
-    assert "scores.json' is not as the evaluate wrote it" in capsys.readouterr().err
+    assert "scores.json' is not as the evaluation wrote it" in capsys.readouterr().err
     (run / "scores.json").write_text(text)
     assert code("--verify") == 0
 

@@ -89,6 +89,16 @@ def test_other_input_is_refused_by_name_and_replaced_only_on_demand(
     assert step(tmp_path, 6, **changes) == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "noun"), [("evaluate", "evaluation"), ("finals", "last round of the sweep"), ("edit", "edit")]
+)
+def test_a_refused_step_is_called_by_a_noun(tmp_path: Path, name: str, noun: str) -> None:
+    run = RunFolder.at(tmp_path)
+    run.step(name, STAMP, lambda: 1, NUMBER, at="number.json")
+    with pytest.raises(InputError, match=f"^the {noun} in .* was made with facts"):
+        run.step(name, {**STAMP, "facts": "g"}, lambda: 1, NUMBER, at="number.json")
+
+
 def test_another_algorithm_number_is_another_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step(tmp_path, 1)
     number = ALGORITHMS["trace"]

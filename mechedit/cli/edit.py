@@ -21,8 +21,10 @@ from mechedit.cli.parsing import (
     require_one_process,
 )
 from mechedit.data import Conflicts, EditRequest, revised
+from mechedit.data.facts import fill
+from mechedit.data.joint import following
 from mechedit.edit import Edit
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list, shortened
 from mechedit.locks import locked
 from mechedit.methods import (
     METHODS,
@@ -47,6 +49,9 @@ from mechedit.targets import (
     regrouped,
     target_shards,
 )
+
+SENTENCE, LEFT_OUT = 80, 300
+"""Characters of a request that is left out, and of all of them, in the line that names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +213,20 @@ def _revised(
 ) -> list[EditRequest]:
     """The requests to write; says which known targets are of no use, since those who shared them are others now."""
     remaining = revised(requests, without=options.without, added=added)
-    say(f"requests left out: {len(options.without)}; added: {len(added)}; in all: {len(remaining)}")
+    left_out = [request for request in requests if request.id in set(options.without)]
+    sentences = f" ({brief_list(map(_sentence, left_out), LEFT_OUT)})" if left_out else ""
+    say(f"requests left out: {len(left_out)}{sentences}; added: {len(added)}; in all: {len(remaining)}")
     if isinstance(config, SearchConfig) and config.shares_targets:
         again = regrouped(model.tokenizer, requests, remaining, config.targets)
         if again:
             say(f"searched for again, since they share a subject with one of those: {', '.join(again)}")
     return remaining
+
+
+def _sentence(request: EditRequest) -> str:
+    """A request's id and what it would have the model say."""
+    prompt = fill(request.prompt, request.subject)
+    return f"{request.id}: {shortened(prompt + following(prompt, request.target_new, request.joint), SENTENCE)}"
 
 
 def _show(path: Path, options: EditOptions) -> int:

@@ -6,7 +6,9 @@ units (MEMIT Appendix C.2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +17,8 @@ from mechedit.evaluation.config import EvaluationConfig
 from mechedit.evaluation.measures import PERCENT, measure_named
 from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval, rate_interval
 
+ROUNDING: Final = 1e-12
+"""Relative difference below which two means of float64 differ by their rounding alone."""
 Entry = dict[str, float | int]
 """`mean`, the ends `low` and `high` of its interval, and `n`, the number of cases that the mean is over."""
 Summary = dict[str, Entry]
@@ -58,6 +62,8 @@ def summarize_cases(
             success = PERCENT / factor  # the value of a case that succeeds wholly
             low, high = rate_interval(cases / success, draws[:, column] / success, config.confidence)
             ends = low * PERCENT, high * PERCENT
+        elif np.ptp(cases) == 0:
+            ends = (float(means[column]) * factor,) * 2  # means of resamples round, each in its way
         else:
             ends = _percentiles(draws[:, column] * factor, config)
         summary[name] = entry(float(means[column]) * factor, ends, counts[column])
@@ -65,7 +71,7 @@ def summarize_cases(
         columns = [list(measures).index(name) for name in score_measures]
         factor = 1.0 if in_percent else PERCENT
         ends = _percentiles(harmonic_mean(draws[:, columns]) * factor, config)
-        if ends[0] == ends[1]:
+        if math.isclose(*ends, rel_tol=ROUNDING):
             rates = [[summary[name][end] for name in score_measures] for end in ("low", "high")]
             ends = tuple(harmonic_mean(np.array(rates, dtype=float)).tolist())
         mean = float(harmonic_mean(means[None, columns])[0]) * factor

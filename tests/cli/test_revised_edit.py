@@ -83,7 +83,9 @@ def test_who_shared_a_subject_with_it_is_searched_for_again_and_named(edit: Any,
     capsys.readouterr()
     revoked, searched = edit(requests, "--without", names[3])
     said = "".join(capsys.readouterr())
-    assert "requests left out: 1; added: 0; in all: 3" in said
+    said_of = SHARED["prompt"].replace("{}", SHARED["subject"])[:30]
+    assert f"requests left out: 1 ({names[3]}: {said_of}" in said
+    assert "; added: 0; in all: 3" in said
     assert f"searched for again, since they share a subject with one of those: {names[1]}" in said
     # Its own target was found where this file's facts were written without the other; else just it is searched for.
     assert searched in ([], [names[1]])

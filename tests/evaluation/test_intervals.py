@@ -54,6 +54,17 @@ def test_twenty_of_twenty_is_not_certain(successes: int) -> None:
     assert control[0] == control[1] == successes / 20, "the percentile bootstrap, which this replaces, was certain"
 
 
+def test_a_magnitude_of_one_case_among_others_has_equal_ends() -> None:
+    """Means of resamples that hold the case several times round otherwise than the case."""
+    values = np.full((3, 2), np.nan)
+    values[:, 0], values[0, 1] = (0.1, 0.2, 0.3), 0.0014450582666751
+    draws = bootstrap_means(values, seed=0, resamples=500)[:, 1]
+    assert len(np.unique(draws[~np.isnan(draws)])) > 1, "the control: they do"
+    summary = summarize_cases(values, ("ES", "NM"), CONFIG)
+    assert summary["NM"]["low"] == summary["NM"]["mean"] == summary["NM"]["high"]
+    assert summary["ES"]["low"] < summary["ES"]["high"]
+
+
 @pytest.mark.parametrize("rate", [0.5, 0.9, 0.97])
 def test_wilsons_interval_covers_the_truth(rate: float) -> None:
     generator = np.random.default_rng(0)
