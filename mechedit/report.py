@@ -28,6 +28,7 @@ from mechedit.locks import locked
 from mechedit.moments.second_moment import MomentRecord
 from mechedit.provenance import VERSION, file_hash
 from mechedit.records import ModelRecord, Number, Whole, check_record
+from mechedit.reproduction import Reproduction, unfinished_parts
 from mechedit.run_folder import as_written, check_step, read_stamps, sweep_run_folder
 from mechedit.sweep.validation import read_selection_fields
 from mechedit.tables import read_table, where
@@ -106,10 +107,12 @@ def read_results(folder: Path) -> dict[str, Any]:
         "examples": _if_present(folder / "scores.json", examples_section),
     }
     steps = read_stamps(folder)
+    card = model_card(sections, steps)
     return {
         **sections,
-        "model": model_card(sections, steps),
-        "command": reproducing_command(steps, sections),
+        "model": card,
+        "reproduction": Reproduction.of(steps, sections, card),
+        "unfinished": unfinished_parts(steps, sections, summarized=(folder / "summary.json").is_file()),
         "steps": json.dumps(steps, indent=2, ensure_ascii=False) if steps else None,
         "version": VERSION,
     }
@@ -291,25 +294,6 @@ def model_card(sections: Mapping[str, Any], steps: Mapping[str, Any]) -> dict[st
         **card,
         "seed": next((setting["seed"] for setting in settings if "seed" in setting), None),
     }
-
-
-def reproducing_command(steps: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
-    """The command that makes such a folder again."""
-    card, samples = model_card(sections, steps), steps.get("trace", {}).get("settings", {}).get("samples")
-    # Measuring the unedited model is a step of its own, but not a command.
-    names = ["evaluate" if step.startswith("baseline") else step for step in steps]
-    name = "run" if "evaluate" in names and "trace" in names else next(iter(names), "trace")
-    edit, selection = sections["edit"], sections["selection"]
-    overruled = edit["layers"] if edit and selection and edit["layers"] != list(selection["layers"]) else []
-    options = {
-        "--model": card["model"],
-        "--backend": card["backend"],
-        "--seed": card["seed"],
-        "--samples": samples if "trace" in steps else None,
-        "--layers": ",".join(map(str, overruled)) or None,
-        "--out": "NEW_FOLDER",
-    }
-    return " ".join(["mechedit", name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
 
 
 def inlined(path: Path) -> str:

@@ -25,6 +25,7 @@ from mechedit.cli.new_folders import no_empty_folders
 from mechedit.disk_errors import disk_error
 from mechedit.errors import InputError, check_characters, is_interrupt
 from mechedit.provenance import VERSION
+from mechedit.run_folder import made_by
 
 app = typer.Typer(
     add_completion=False,
@@ -114,10 +115,11 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
             complete_var="",
         )
         is_dealt = any(argument in DEALT for argument in arguments[:1])
-        with no_empty_folders():
+        with no_empty_folders(), made_by(shlex.join(["mechedit", *arguments])):
             code = run() if is_dealt else group.from_first(run, "mechedit")
     except UsageError as error:
-        return 2, _complaint(error.format_message().replace(" Value error,", ""))  # type: ignore[attr-defined]
+        message: str = error.format_message()  # type: ignore[attr-defined]
+        return 2, _complaint(_placed(error) or message.replace(" Value error,", ""))
     except InputError as error:
         if is_interrupt(error):
             _end_bars()
@@ -147,6 +149,19 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
         _end_bars()
         return 130, INTERRUPTED
     return code or 0, None
+
+
+def _placed(error: Exception) -> str | None:
+    """What to do about an argument that was given as if it were an option; None of any other error."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if option is None or context is None:
+        return None
+    arguments = [parameter for parameter in context.command.params if parameter.param_type_name == "argument"]
+    for argument in arguments:
+        if argument.name == str(option).lstrip("-").replace("-", "_"):
+            word = argument.name.upper()
+            return f"No such option: {option}; {word} comes first, without {option}: {context.command_path} {word}"
+    return None
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import pandas as pd
 from mechedit.data import Fact
 from mechedit.models import Model
 from mechedit.provenance import value_hash
-from mechedit.run_folder import RunFolder
+from mechedit.run_folder import RunFolder, inputs_of
 from mechedit.selection import SelectConfig, select_layers
 from mechedit.selection.select import layers_in_words
 from mechedit.shards import Rank
@@ -64,7 +64,7 @@ def merge_trace_step(folder: RunFolder) -> dict[str, Any]:
     """
     traced = folder.stamps().get("trace")
     if traced is not None and not (folder.path / TRACE_PARTS).exists():
-        stamp = {name: value for name, value in traced.items() if name != "files"}
+        stamp = inputs_of(traced)
     else:
         stamp = merged_stamp(folder.path)
     return folder.step("trace", stamp, partial(merge_trace, folder.path), TRACE, parts=TRACE_PARTS)

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,9 @@ def unwritten_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], "Missing command"),
         (["find"], "No such command 'find'"),
         (["trace", "--color", "red"], "No such option"),
+        (["plan", "--model", "tiny"], "MODEL comes first, without --model: mechedit plan MODEL"),
+        (["tune", "--model=tiny"], "MODEL comes first, without --model: mechedit tune MODEL"),
+        (["report", "--directory", "run"], "DIRECTORY comes first, without --directory"),
         (["trace", "--backend", "jax"], "the backend is 'jax', expected one of transformer_lens, nnsight"),
         (["trace", "--facts", "/no/such/file.jsonl"], "cannot read the file '/no/such/file.jsonl'"),
         (["trace", "--sever", "everything"], "sever holds 'everything', expected"),
@@ -223,7 +227,9 @@ def test_trace_writes_what_the_contract_says(traced):
     facts = pd.read_parquet(traced / "facts.parquet")
     assert len(facts) == 12
     assert facts["traced"].sum() == effects["fact"].nunique()
-    assert read_json(traced / "config.json")["steps"]["trace"]["settings"]["samples"] == 3
+    stamp = read_json(traced / "config.json")["steps"]["trace"]
+    assert stamp["settings"]["samples"] == 3
+    assert stamp["command"] == shlex.join(["mechedit", *map(str, TRACE), "--out", str(traced)])
     assert (traced / "figures" / "severed.pdf").is_file()
 
 
