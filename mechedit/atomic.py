@@ -66,6 +66,10 @@ def atomic_folder(folder: str | Path, *, replaces: str | None = None) -> Iterato
         with writing(folder):
             temporary.mkdir(mode=0o700)
             yield temporary
+            # Some writers make files private, as for a file above.
+            for file in temporary.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(0o666 & ~_umask())
             temporary.chmod(0o777 & ~_umask())
             if replaced:
                 folder.rename(temporary.with_name(temporary.name + ".old"))

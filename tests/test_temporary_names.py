@@ -182,6 +182,18 @@ def test_an_interrupt_while_something_is_removed_leaves_nothing(
     assert counted["interrupted"] == at - 1 >= 2, "the control"
 
 
+def test_files_of_a_folder_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "any").write_bytes(b"")
+    with atomic_folder(tmp_path / "new") as new:
+        (new / "inner").mkdir()
+        for name in ("private", "inner/private"):
+            (new / name).write_bytes(b"")
+            (new / name).chmod(0o600)
+    usual = (tmp_path / "any").stat().st_mode
+    assert usual & 0o077, "the control"
+    assert {(tmp_path / "new" / name).stat().st_mode for name in ("private", "inner/private")} == {usual}
+
+
 def run_step(folder: Path) -> None:
     RunFolder.at(folder).step("trace", {"facts": "f"}, lambda: 1, NUMBER, at="number.json")
 

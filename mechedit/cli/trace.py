@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from mechedit import pipeline, ranks
@@ -19,7 +20,7 @@ from mechedit.cli.options import (
     say_agreement,
 )
 from mechedit.cli.parsing import existing_folder, parse_shard, require_one_process, sampled
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief
 from mechedit.figures import refresh_figures
 from mechedit.selection import SelectConfig
 from mechedit.trace import Approximation, Corruption, TraceConfig, UntilSettled
@@ -110,6 +111,10 @@ def _finish(options: TraceOptions, traced: dict[str, Any]) -> int:
     agreement = say_agreement(traced)
     refresh_figures(options.out)
     summary = {"facts": traced["n_facts"], "dropped": len(traced["dropped"])}
+    if traced["dropped"]:
+        (name, reason), *_ = traced["dropped"]
+        say(f"{len(traced['dropped'])} facts are left out, such as {brief(name)}: {reason}")
+    say(f"traced {traced['n_facts']} facts: {Path(options.out) / 'effects.parquet'}")
     if options.until_settled:
         say(f"stopped after {traced['n_facts']} facts: {STOPPED[traced['stopped']]}")
         summary["stopped"] = traced["stopped"]

@@ -20,6 +20,7 @@ from mechedit.methods import TUNED_FILE, tuned_folder_of
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, is_published, load_moments, plan_moments
 from mechedit.moments.second_moment import moment_path
+from mechedit.paths import check_folder, writable_file
 from mechedit.run_folder import RunFolder
 from mechedit.selection import Selection
 from mechedit.sweep import Window
@@ -69,7 +70,8 @@ def tune_command(options: TuneOptions, tuning: TuneConfig, reading: MomentsConfi
     windows = tuned_windows(model, range(model.n_layers), tuning, candidates)
     check_budget(config, windows, len(tuning_facts(held_out, tuning)), tuning)
     folder = RunFolder.at(options.out or tuned_folder_of(model) / "search", overwrite=options.overwrite)
-    file = tuned_file(options, model)
+    file = writable_file(tuned_file(options, model))
+    check_folder(folder.path / "figures")
     moments = _moments(folder, model, options, windows, reading)
     tuned = tune(
         model, held_out, moments, method=options.method, tuning=tuning, candidates=candidates, folder=folder.path,

@@ -54,6 +54,13 @@ class Edit:
     """Makes the edit again without the requests of some ids, by the method that made it; None once it was saved and
     loaded, pickled, or changed."""
 
+    def __repr__(self) -> str:
+        written = len(self.manifest.get("requests", ()))
+        return (
+            f"Edit(method={self.manifest.get('method')!r}, requests={written}, module={self.module!r}, "
+            f"layers={self.layers}, rank={max((factors.rank for factors in self.factors.values()), default=0)})"
+        )
+
     @property
     def module(self) -> str:
         """The module whose projections are edited: `mlp`, also where an older manifest does not say so, or `attn`."""

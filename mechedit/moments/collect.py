@@ -65,6 +65,7 @@ def collect_moments(
     collection = _prepare(model, texts, layers, config, out, SINGLE_PROCESS, overwrite, convergence)
     with collection.folder.locked(collection.layers):
         moments = collection.folder.finished(collection.layers)
+        unfinished = [layer for layer in collection.layers if layer not in moments]
         collection.folder.remove_checkpoints(moments)
         for pass_layers in collection.plan.passes:
             checkpoints = collection.sum_keys(pass_layers, finished=moments)
@@ -72,7 +73,8 @@ def collect_moments(
                 # Layers that do not fit in memory together need not lie there together at the end.
                 mapped = len(collection.plan.passes) > 1
                 moments[layer] = collection.folder.finish(checkpoints.pop(layer), mapped=mapped)
-                warn_if_singular(moments[layer].conditioning)
+        # Of all that this call made; what was finished before was warned of then.
+        warn_if_singular(*(moments[layer].conditioning for layer in unfinished))
     return {layer: moments[layer] for layer in collection.layers}
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief_list
 from mechedit.notices import warn
 from mechedit.solve import factorize
 from mechedit.solve.checks import symmetrized
@@ -23,6 +23,11 @@ SEEN = torch.finfo(torch.float32).eps
 k kᵀ is computed in float32, and smaller eigenvalues are its rounding."""
 TOKENS_PER_DIMENSION = 100
 """Tokens per dimension of the keys that a moment should be collected over."""
+
+_REMEDY = (
+    "Updates fail or are far too large whatever the weight: collect over more varied text, edit other layers, set "
+    "damping (such as 1e-4), or use alphaedit"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +59,13 @@ class Conditioning:
         degree = (
             f"nearly singular (condition about {self.condition:.1e})" if math.isfinite(self.condition) else "singular"
         )
-        return (
-            f"the second moment of layer {self.layer} is {degree}: {self.width - self.rank} of the {self.width} "
-            f"dimensions of its keys were never seen in {self.tokens:,} tokens ({self._need}). An update solved with "
-            f"it fails, or is far larger than it needs to be, whatever the weight. Collect over more and more varied "
-            f"text, edit other layers, set the method's damping (such as 1e-4), or use alphaedit, which keeps to the "
-            f"dimensions that the text does not use"
-        )
+        return f"the second moment of layer {self.layer} is {degree}: {self.unseen_in_words}. {_REMEDY}"
+
+    @property
+    def unseen_in_words(self) -> str:
+        """How many dimensions the text has not shown."""
+        unseen = f"{self.width - self.rank} of its keys' {self.width} dimensions were never seen"
+        return f"{unseen} in {self.tokens:,} tokens ({self._need})"
 
     def in_words(self) -> str:
         """The rank and the number of tokens on one line."""
@@ -79,7 +84,7 @@ class Conditioning:
         if self.rank == self.width:
             return f"{needed} suffice" if enough else f"better {needed}"
         if enough:
-            return f"more than the {needed} that are needed, so that more text of this kind shows no others"
+            return f"above {needed}: such text shows no others"
         return f"{needed} tokens are needed"
 
 
@@ -104,10 +109,18 @@ def measure_conditioning(
     return Conditioning(layer=layer, width=width, rank=rank, tokens=tokens, condition=condition)
 
 
-def warn_if_singular(conditioning: Conditioning) -> None:
-    """Warn of a moment that is singular or nearly so."""
-    if conditioning.warning:
-        warn(conditioning.warning)
+def warn_if_singular(*measured: Conditioning) -> None:
+    """Warn, in one line for all, of moments that are singular or nearly so."""
+    singular = [conditioning for conditioning in measured if conditioning.warning]
+    if len(singular) > 1:
+        worst = min(singular, key=lambda conditioning: conditioning.rank)
+        layers = brief_list((conditioning.layer for conditioning in singular), 20)
+        warn(
+            f"the second moments of layers {layers} are singular or nearly so: of {worst.layer}, "
+            f"{worst.unseen_in_words}. {_REMEDY}"
+        )
+    elif singular:
+        warn(str(singular[0].warning))
 
 
 def _rank(matrix: Float[Tensor, "d_mlp d_mlp"]) -> int:

@@ -114,7 +114,7 @@ def _merge(
             _remove_sums(folder, layer, world_sizes.get(layer, 0))
         else:
             moments[layer] = _merge_layer(folder, layer, world_sizes[layer])
-        warn_if_singular(moments[layer].conditioning)
+    warn_if_singular(*(moment.conditioning for moment in moments.values()))
     return moments
 
 

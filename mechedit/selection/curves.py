@@ -98,8 +98,7 @@ def subject_effects(effects: pd.DataFrame, config: SelectConfig) -> SubjectEffec
     facts = list(dict.fromkeys(state["fact"]))
     if len(facts) < config.min_facts:
         raise InputError(
-            f"the effects hold {len(facts)} fact(s), expected at least {config.min_facts} to select layers: trace "
-            f"more facts, or lower min_facts and do not trust the intervals"
+            f"the effects hold {len(facts)} fact(s), expected at least {config.min_facts} to select layers: trace more"
         )
     layers = _all_layers(state)
     state_effects = {

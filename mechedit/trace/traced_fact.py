@@ -128,7 +128,10 @@ def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], 
         if completion == list(traced.object_ids):
             known.append(traced)
         else:
-            text = model.tokenizer.decode(completion).strip()
+            # What comes behind the first other token was computed behind the object's, and is not what it would say.
+            pairs = zip(completion, traced.object_ids, strict=True)
+            wrong = next(index for index, (token, expected) in enumerate(pairs) if token != expected)
+            text = model.tokenizer.decode(completion[: wrong + 1]).strip()
             dropped.append((traced.fact.id, f"the model says {brief(text)}, not {brief(traced.fact.object)}"))
     return known, dropped
 

@@ -86,3 +86,15 @@ def test_a_budget_too_small_is_refused_before_anything_is_searched(
     assert not (out / "targets").exists()
     assert call("tune", "tiny", *inputs, "--method", "ft", "--edits", 300) == 2
     assert "expected one of memit, emmet, alphaedit, pmet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("there", "message"), [("tuned.json", "is a folder, a pipe"), ("figures", "is a file")])
+def test_what_lies_where_results_go_is_refused_before_the_work(
+    there: str, message: str, tmp_path: Path, inputs: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / there).mkdir() if message == "is a folder, a pipe" else (out / there).touch()
+    assert call("tune", "tiny", *inputs, "--edits", 8, "--windows", "1-2,3-4", "--facts", 4, "--out", out) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [there]

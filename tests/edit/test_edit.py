@@ -29,6 +29,7 @@ def test_delta_is_the_product_of_its_factors(lens_model: Any) -> None:
     assert torch.equal(edit.delta(2), factors.left @ factors.right)
     assert edit.delta(2).shape == (96, 32)
     assert edit.layers == [0, 2]
+    assert repr(edit).endswith(f"layers=[0, 2], rank={factors.rank})"), "not all of its numbers"
     with pytest.raises(InputError, match=r"no layer 1, expected one of \[0, 2\]"):
         edit.delta(1)
 

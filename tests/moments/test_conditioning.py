@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import torch
 
 import mechedit as me
 from mechedit.cli import main
+from mechedit.cli.app import LONGEST_LINE
 from mechedit.errors import InputError
-from mechedit.moments.conditioning import MOST_CONDITION, measure_conditioning
+from mechedit.moments.conditioning import MOST_CONDITION, Conditioning, measure_conditioning, warn_if_singular
 from mechedit.moments.key_energy import TEXTS
 
 REPEATED = ["Miles Davis plays the trumpet in Seattle."] * 20
 """Tokens enough, but always the same few keys."""
 REQUEST = me.EditRequest(id="1", subject="Miles Davis", prompt="{} plays the", target_new="guitar")
-REMEDY = "Collect over more and more varied text, edit other layers, set the method's damping .*, or use alphaedit"
+REMEDY = "collect over more varied text, edit other layers, set damping .*, or use alphaedit"
 
 
 def test_uniform_text_is_warned_of_and_varied_text_is_not(lens_model: Any) -> None:
@@ -28,7 +30,7 @@ def test_uniform_text_is_warned_of_and_varied_text_is_not(lens_model: Any) -> No
         varied = me.collect_moments(lens_model, [f"{n} {text}" for n in range(9) for text in TEXTS], [1])[1]
     assert varied.factor.condition < MOST_CONDITION
     with pytest.warns(
-        UserWarning, match=f"the second moment of layer 1 is singular: .* 96 dimensions .*never seen.*{REMEDY}"
+        UserWarning, match=f"the second moment of layer 1 is singular: .* keys' 96 dimensions .*never seen.*{REMEDY}"
     ):
         uniform = me.collect_moments(lens_model, REPEATED, [1])[1]
     # Products are float32's, so that what is zero is so to seven digits.
@@ -45,14 +47,28 @@ def test_directions_that_no_key_has_are_counted_and_the_tokens_that_are_needed()
     assert "better 100 · d_mlp = 5,000" in seen_by_all.in_words()
     keys = torch.randn(50, 30, generator=draw) @ torch.randn(30, 4_000, generator=draw)
     subspace = (keys @ keys.T).double() / 4_000
-    for tokens, need in ((4_000, "5,000 tokens are needed"), (6_000, "more text of this kind shows no others")):
+    for tokens, need in ((4_000, "5,000 tokens are needed"), (6_000, "such text shows no others")):
         in_subspace = measure_conditioning(subspace, layer=3, tokens=tokens)
         assert in_subspace.rank == 30
         assert "20 never seen" in in_subspace.in_words()
         assert need in in_subspace.in_words()
         assert in_subspace.warning is not None
-        assert f"20 of the 50 dimensions of its keys were never seen in {tokens:,} tokens" in in_subspace.warning
+        assert f"20 of its keys' 50 dimensions were never seen in {tokens:,} tokens" in in_subspace.warning
         assert need in in_subspace.warning
+
+
+def test_one_line_warns_of_all_layers_and_is_not_cut(lens_model: Any) -> None:
+    with pytest.warns(UserWarning, match=f"of layers 0, 1 are singular or nearly so: of [01], .*{REMEDY}") as said:
+        me.collect_moments(lens_model, REPEATED, [0, 1])
+    assert len(said) == 1
+    long = [
+        Conditioning(layer=layer, width=28_672, rank=10_000, tokens=100_000_000, condition=math.inf)
+        for layer in range(80)
+    ]
+    for count in (1, len(long)):
+        with pytest.warns(UserWarning, match="singular") as said:
+            warn_if_singular(*long[:count])
+        assert len(f"mechedit: warning: {said[0].message}") < LONGEST_LINE
 
 
 def test_parts_that_merge_to_a_singular_moment_are_warned_of(lens_model: Any, tmp_path: Path) -> None:

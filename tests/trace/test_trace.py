@@ -30,7 +30,7 @@ from mechedit.trace.labels import role_of
 from mechedit.trace.metrics import find_metric
 from mechedit.trace.restore import Cell, restore_cells
 from mechedit.trace.runs import corruption_patch
-from mechedit.trace.traced_fact import as_batch, with_replacements
+from mechedit.trace.traced_fact import as_batch, known_facts, with_replacements
 
 FACT = Fact(id="f", subject="Leon Blum", prompt="The mother tongue of {} is the", object="Korean guitar")
 STD = 1.5
@@ -229,6 +229,18 @@ def test_only_known_facts_are_traced_and_the_others_are_named(lens_model):
     assert frame.attrs["dropped"][0][0] == "f"
     with pytest.raises(InputError, match="none of the 1 facts can be traced"):
         trace_facts(lens_model, [FACT], CONFIG)
+
+
+def test_what_the_model_says_ends_where_it_says_something_else(lens_model):
+    """Behind the object's tokens it might say anything, which it would not come to by itself."""
+    fact = dataclasses.replace(FACT, object=f"{FACT.object} guitar in Seattle")
+    (dropped,) = known_facts(lens_model, [fact])[1]
+    traced = tokenize_fact(lens_model, fact)
+    with torch.no_grad():
+        logits = lens_model.hf(torch.tensor([traced.ids])).logits[0, traced.prompt_length - 1]
+    assert int(logits.argmax()) != traced.object_ids[0], "the control"
+    text = lens_model.tokenizer.decode(int(logits.argmax())).strip()
+    assert dropped == (fact.id, f"the model says {text!r}, not {fact.object!r}")
 
 
 def test_an_interrupted_trace_goes_on_where_it_stopped(lens_model, tmp_path, monkeypatch):
