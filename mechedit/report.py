@@ -28,7 +28,7 @@ from mechedit.locks import locked
 from mechedit.moments.second_moment import MomentRecord
 from mechedit.provenance import VERSION, file_hash
 from mechedit.records import ModelRecord, Number, Whole, check_record
-from mechedit.reproduction import Reproduction, unfinished_parts
+from mechedit.reproduction import Reproduction
 from mechedit.run_folder import as_written, check_step, read_stamps, sweep_run_folder
 from mechedit.sweep.validation import read_selection_fields
 from mechedit.tables import read_table, where
@@ -112,7 +112,6 @@ def read_results(folder: Path) -> dict[str, Any]:
         **sections,
         "model": card,
         "reproduction": Reproduction.of(steps, sections, card),
-        "unfinished": unfinished_parts(steps, sections, summarized=(folder / "summary.json").is_file()),
         "steps": json.dumps(steps, indent=2, ensure_ascii=False) if steps else None,
         "version": VERSION,
     }

@@ -1,8 +1,7 @@
-"""How the results in a run folder are made again: the commands that made them, as their stamps hold them.
+"""How the results in a run folder are made again: a command with the main settings, and the names of all that is kept.
 
-In: the stamps of config.json, and what a report says of each result. Out: the commands as they were typed. Steps that
-were made from Python have none; for a folder of such steps a command is built from the main settings, and beside it
-stand the names of all settings that were recorded.
+In: the stamps of config.json, and what a report says of each result. A stamp holds what went into a step, whoever made
+it, and not the command line: so it is the same in each folder, of one process and of many.
 """
 
 from __future__ import annotations
@@ -11,80 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_STEPS = {
-    "trace": ("trace",),
-    "selection": ("sweep", "finals"),
-    "moments": (),
-    "edit": ("edit",),
-    "evaluation": ("evaluate", "baseline", "baseline_zsre"),
-}
-"""The steps whose command made a section of the report."""
-_SETTINGS = {
-    "trace": "the trace (its settings are in effects.parquet)",
-    "selection": "the selection (its settings are in selection.json)",
-    "moments": "the second moments (each file's header has its settings)",
-    "edit": "the edit (its manifest has its settings)",
-    "evaluation": "the evaluation (its settings are in scores.json)",
-}
-"""Each section, and where its settings are kept if no command is."""
-_RUN_SECTIONS = ("selection", "edit", "evaluation")
-"""What a run makes after its trace."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """The commands that made the results in a folder."""
+    """What is said of how the results in a folder are made again."""
 
-    commands: list[str]
-    """Each once, in the order in which their steps were finished; empty where no step has its command."""
-    without: list[str]
-    """Results whose command is not kept, and where their settings are."""
-    merged: bool
-    """Whether a command put together what others had computed."""
     rebuilt: str
-    """A command from the main settings, for where there are no others."""
+    """A command with the model and the main settings."""
     settings: dict[str, list[str]]
     """Names of the recorded settings of each step."""
 
     @staticmethod
     def of(steps: Mapping[str, Any], sections: Mapping[str, Any], card: Mapping[str, Any]) -> Reproduction:
-        """Read the commands of the stamps.
+        """Read the stamps.
 
         Args:
             steps: stamps of the finished steps.
             sections: of the report, None where there is no result.
             card: of the model.
         """
-        commands = _commands(steps)
-        unknown = [
-            section
-            for section, names in _STEPS.items()
-            if sections[section] and not any(name in commands for name in names)
-        ]
         return Reproduction(
-            commands=list(dict.fromkeys(commands.values())),
-            without=[] if _has_run(commands) else [_SETTINGS[section] for section in unknown],
-            merged=any("--merge" in command.split() for command in commands.values()),
             rebuilt=_rebuilt(steps, sections, card),
             settings={name: sorted(stamp["settings"]) for name, stamp in steps.items() if stamp.get("settings")},
         )
-
-
-def unfinished_parts(steps: Mapping[str, Any], sections: Mapping[str, Any], *, summarized: bool) -> list[str]:
-    """What is missing where `mechedit run` made a step and has not come to its summary, which it writes at its end."""
-    if summarized or not _has_run(_commands(steps)):
-        return []
-    return [section for section in _RUN_SECTIONS if not sections[section]]
-
-
-def _commands(steps: Mapping[str, Any]) -> dict[str, str]:
-    """The command of each step that has one."""
-    return {name: stamp["command"] for name, stamp in steps.items() if isinstance(stamp.get("command"), str)}
-
-
-def _has_run(commands: Mapping[str, str]) -> bool:
-    """Whether one command made all steps."""
-    return any(command.split()[:2] == ["mechedit", "run"] for command in commands.values())
 
 
 def _rebuilt(steps: Mapping[str, Any], sections: Mapping[str, Any], card: Mapping[str, Any]) -> str:

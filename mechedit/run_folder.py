@@ -7,8 +7,6 @@ there were algorithm numbers count as of algorithm 1.
 
 A stamp also holds the size and the SHA-256 of each of the step's files, which are held against it before they are read.
 Stamps from before there were checksums have none, and their files are read unchecked.
-
-Beside them a stamp holds the command line that made the step, where there was one (`made_by`). It decides nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,19 +42,6 @@ _FOLDERS = (
     "baseline_zsre",
 )  # fmt: skip
 """Folders of a run folder in which files are written."""
-_BESIDES = ("command", "files")
-"""Fields of a stamp that are not what went in."""
-_command: ContextVar[str | None] = ContextVar("mechedit_command", default=None)
-
-
-@contextlib.contextmanager
-def made_by(command: str) -> Iterator[None]:
-    """Note the command line, as it was typed, in the stamps of the steps that are made within the `with` block."""
-    token = _command.set(command)
-    try:
-        yield
-    finally:
-        _command.reset(token)
 
 
 def sweep_run_folder(folder: str | Path) -> None:
@@ -166,9 +150,7 @@ class RunFolder:
             if codec.write is not None:
                 codec.write(path, value)
             records = {str(file.relative_to(self.path)): _record(file) for file in files}
-            command = _command.get()
-            besides = {"files": records} if command is None else {"command": command, "files": records}
-            self._replace_stamp(name, {**stamp, **besides})
+            self._replace_stamp(name, {**stamp, "files": records})
 
         if group.from_first(begin, f"the beginning of the {_noun(name)}"):
             return group.from_first(lambda: codec.read(path), f"the {_noun(name)} as it was made before")
@@ -355,7 +337,7 @@ def read_stamps(folder: Path) -> dict[str, Any]:
 
 def inputs_of(stamp: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a stamp that say what went into its step."""
-    return {name: value for name, value in stamp.items() if name not in _BESIDES}
+    return {name: value for name, value in stamp.items() if name != "files"}
 
 
 def _deciding(stamp: Mapping[str, Any]) -> dict[str, Any]:

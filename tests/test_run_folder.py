@@ -89,19 +89,6 @@ def test_other_input_is_refused_by_name_and_replaced_only_on_demand(
     assert step(tmp_path, 6, **changes) == 5
 
 
-def test_a_stamp_has_the_command_that_made_the_step_and_it_decides_nothing(tmp_path: Path) -> None:
-    with run_folder.made_by("mechedit trace --samples 3"):
-        step(tmp_path, 1)
-    assert RunFolder.at(tmp_path).stamps()["trace"]["command"] == "mechedit trace --samples 3"
-    before = (tmp_path / "config.json").read_bytes()
-    with run_folder.made_by("mechedit run --samples 3"):
-        assert step(tmp_path, 2) == 1, "made by another command, of the same input"
-    assert step(tmp_path, 2) == 1, "the same from Python"
-    assert (tmp_path / "config.json").read_bytes() == before
-    assert step(RunFolder.at(tmp_path, overwrite=True), 3, facts="g") == 3
-    assert "command" not in RunFolder.at(tmp_path).stamps()["trace"], "Python made this one"
-
-
 @pytest.mark.parametrize(
     ("name", "noun"), [("evaluate", "evaluation"), ("finals", "last round of the sweep"), ("edit", "edit")]
 )

@@ -25,7 +25,6 @@ from mechedit.cli.new_folders import no_empty_folders
 from mechedit.disk_errors import disk_error
 from mechedit.errors import InputError, check_characters, is_interrupt
 from mechedit.provenance import VERSION
-from mechedit.run_folder import made_by
 
 app = typer.Typer(
     add_completion=False,
@@ -115,7 +114,7 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
             complete_var="",
         )
         is_dealt = any(argument in DEALT for argument in arguments[:1])
-        with no_empty_folders(), made_by(shlex.join(["mechedit", *arguments])):
+        with no_empty_folders():
             code = run() if is_dealt else group.from_first(run, "mechedit")
     except UsageError as error:
         message: str = error.format_message()  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -229,7 +228,6 @@ def test_trace_writes_what_the_contract_says(traced):
     assert facts["traced"].sum() == effects["fact"].nunique()
     stamp = read_json(traced / "config.json")["steps"]["trace"]
     assert stamp["settings"]["samples"] == 3
-    assert stamp["command"] == shlex.join(["mechedit", *map(str, TRACE), "--out", str(traced)])
     assert (traced / "figures" / "severed.pdf").is_file()
 
 
