@@ -27,6 +27,7 @@ WRONG: dict[Any, tuple[Any, ...]] = {
     "moments": (5, [], torch.eye(2), pd.DataFrame()),
     "prefixes": ("{}", [5], 5),
     "edit": (None, "edit.safetensors", [], {}),
+    "prompts": (5, None, [5]),
     "edits": (None, "edit.safetensors", [5]),
     "config": (5, "fast", [], me.TraceConfig),
     "texts": (5, [5], None),
@@ -61,8 +62,8 @@ def good() -> dict[str, Any]:
     return {
         "model": smallest_model(),
         **dict.fromkeys(("source", "path", "out", "folder", "name", "method", "dtype"), "none"),
-        **dict.fromkeys(("facts", "requests", "texts", "edits", "windows"), ()),
-        **{"layers": [1], "layer": 1, "moments": {}, "shard": (0, 1), "n_layers": 3, "rank": 1},
+        **dict.fromkeys(("facts", "requests", "texts", "prompts", "edits", "windows"), ()),
+        **{"layers": [1], "layer": 1, "moments": {}, "shard": (0, 1), "n_layers": 3, "rank": 1, "tokens": 1},
         **{"edit": edit, "subtrahend": edit, "moment": moment, "effects": pd.DataFrame()},
     }
 

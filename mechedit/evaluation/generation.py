@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechedit.errors import InputError, brief
+from mechedit.errors import InputError, brief, check_at_least
 from mechedit.evaluation.config import EntropyForm, Words
 from mechedit.evaluation.generation_plan import plan_generation
 from mechedit.models import Model, exclusive
@@ -60,10 +60,17 @@ def generate(
         The continuations, without the prompts.
 
     Raises:
-        InputError: a prompt without tokens, or one that fills the model's context.
+        InputError: a prompt without tokens, or one that fills the model's context; numbers out of range; no numbers to
+            draw by.
     """
+    for name, value, least in (("tokens", tokens, 0), ("top_k", top_k, 1), ("batch_size", batch_size, 1)):
+        check_at_least(name, value, least)
     if uniform is None:
-        assert top_k == 1, "sampling needs uniform draws"
+        if top_k > 1:
+            raise InputError(
+                f"top_k is {top_k} without uniform numbers, expected 1, the likeliest token, or a number in [0, 1) for "
+                f"each prompt and token to draw by: pass uniform"
+            )
         uniform = np.zeros((len(prompts), tokens))
     encoded = _prompt_ids(model, prompts)
     plan = plan_generation([len(ids) for ids in encoded], tokens, batch_size)

@@ -167,7 +167,7 @@ def _subject_rows(effects: pd.DataFrame, config: SelectConfig) -> pd.DataFrame:
     metric = metric_name(config.metric) if config.metric else by_default
     if metric not in metrics or (config.metric is None and metric != "probability" and len(metrics) > 1):
         raise InputError(
-            f"the effects at subject_last are in the metrics {brief_list(metrics)}, expected "
+            f"the effects at subject_last are in the metrics {brief_list(metrics or ['none'])}, expected "
             f"{metric if config.metric else 'probability, or a choice of one by `metric`'}: "
             f"{'choose one of these' if metrics else 'trace the subject_last role'}"
         )

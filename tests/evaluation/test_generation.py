@@ -31,6 +31,13 @@ def test_texts_of_several_lengths_are_those_of_each_prompt_alone(family_model):
     assert generate(family_model, [*prompts[:2], cut], uniform=draws, **options)[2] != together[2]
 
 
+@pytest.mark.parametrize("settings", [{"tokens": -1}, {"top_k": 0}, {"batch_size": 0}, {"top_k": 3}])
+def test_numbers_that_no_text_can_be_written_by_are_refused(small_model, settings):
+    with pytest.raises(InputError, match=rf"{next(iter(settings))} is {next(iter(settings.values()))}.*expected"):
+        generate(small_model, ["Leon Blum is"], **{"tokens": 2, **settings})
+    assert len(generate(small_model, ["Leon Blum is"], tokens=0)) == 1, "the control"
+
+
 def test_a_stop_word_ends_its_own_text_and_its_runs(small_model, monkeypatch):
     prompts = ["Danielle Darrieux was", "The Eiffel Tower is in", "The Space Needle was"]
     draws = uniform_draws(3, prompts, 20)
