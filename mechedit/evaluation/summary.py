@@ -62,7 +62,7 @@ def summarize_cases(
             success = PERCENT / factor  # the value of a case that succeeds wholly
             low, high = rate_interval(cases / success, draws[:, column] / success, config.confidence)
             ends = low * PERCENT, high * PERCENT
-        elif np.ptp(cases) == 0:
+        elif len(cases) and np.ptp(cases) == 0:
             ends = (float(means[column]) * factor,) * 2  # means of resamples round, each in its way
         else:
             ends = _percentiles(draws[:, column] * factor, config)
@@ -73,7 +73,8 @@ def summarize_cases(
         ends = _percentiles(harmonic_mean(draws[:, columns]) * factor, config)
         if math.isclose(*ends, rel_tol=ROUNDING):
             rates = [[summary[name][end] for name in score_measures] for end in ("low", "high")]
-            ends = tuple(harmonic_mean(np.array(rates, dtype=float)).tolist())
+            low, high = harmonic_mean(np.array(rates, dtype=float)).tolist()
+            ends = low, high
         mean = float(harmonic_mean(means[None, columns])[0]) * factor
         summary[score] = entry(mean, ends, min(counts[column] for column in columns))
     return summary
