@@ -63,7 +63,8 @@ def summarize_cases(
             low, high = rate_interval(cases / success, draws[:, column] / success, config.confidence)
             ends = low * PERCENT, high * PERCENT
         elif len(cases) and np.ptp(cases) == 0:
-            ends = (float(means[column]) * factor,) * 2  # means of resamples round, each in its way
+            mean = float(means[column]) * factor
+            ends = mean, mean  # means of resamples round, each in its way
         else:
             ends = _percentiles(draws[:, column] * factor, config)
         summary[name] = entry(float(means[column]) * factor, ends, counts[column])
