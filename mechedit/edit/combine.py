@@ -98,6 +98,14 @@ def lost_fraction(edit: Edit, written: Edit) -> float:
     return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
 
 
+def update_norm(factors: Factors) -> float:
+    """‖ΔW‖ (Frobenius norm), in float64."""
+    if factors.rank < min(factors.left.shape[0], factors.right.shape[1]):
+        return float(orthogonal_factors(factors)[1].norm())
+    # With as many terms as ΔW is wide the product is smaller than its factors.
+    return float((factors.left.double() @ factors.right.double()).norm())
+
+
 def orthogonal_factors(
     factors: Factors,
 ) -> tuple[Float[Tensor, "d_mlp m"], Float[Tensor, "m n"], Float[Tensor, "d_model n"]]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from mechedit.arguments import checked
 from mechedit.edit.apply_undo import check_model
-from mechedit.edit.combine import orthogonal_factors
+from mechedit.edit.combine import update_norm
 from mechedit.edit.edit import Edit
 from mechedit.models import Model
 
@@ -32,7 +32,7 @@ def summarize(edit: Edit, model: Model | None = None) -> pd.DataFrame:
     residuals, truncated = (_by_layer(edit.manifest.get(name)) for name in ("residuals", "truncated"))
     rows = []
     for layer in edit.layers:
-        norm = float(orthogonal_factors(edit.factors[layer])[1].norm())
+        norm = update_norm(edit.factors[layer])
         record = residuals.get(layer, {})
         rows.append(
             {

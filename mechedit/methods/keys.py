@@ -157,10 +157,14 @@ def prefix_mean(keys: Float[Tensor, "fact prefix d_mlp"], convention: str = "def
     `convention="memit-2022"` takes the mean of the first prefix's key and of the mean over the other prefixes, as the
     published code does.
     """
-    weights = keys.new_full((keys.shape[1],), 1 / keys.shape[1], dtype=torch.float64)
+    weights = [1 / keys.shape[1]] * keys.shape[1]
     if convention == "memit-2022" and len(weights) > 1:
-        weights[0], weights[1:] = 1 / 2, 1 / (2 * (len(weights) - 1))
-    return torch.einsum("fpk,p->kf", keys.double(), weights)
+        weights = [1 / 2, *[1 / (2 * (len(weights) - 1))] * (len(weights) - 1)]
+    total = keys.new_zeros(keys.shape[0], keys.shape[2], dtype=torch.float64)
+    # One prefix after another: all of them in float64 would take as many times the memory.
+    for weight, prefix_keys in zip(weights, keys.unbind(1), strict=True):
+        total.add_(prefix_keys, alpha=weight)
+    return total.T
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from mechedit.edit import Edit
-from mechedit.edit.combine import orthogonal_factors
+from mechedit.edit.combine import update_norm
 from mechedit.methods.settings import DampedConfig, MethodConfig
 from mechedit.models import Model
 
@@ -45,7 +45,7 @@ def _larger_updates(edit: Edit, model: Model) -> list[str]:
     """A phrase for each layer with ‖ΔW‖ > ‖W‖ (Frobenius)."""
     phrases = []
     for layer in edit.layers:
-        norm = float(orthogonal_factors(edit.factors[layer])[1].norm())
+        norm = update_norm(edit.factors[layer])
         weight = float(model.projection(layer).double().norm())
         if not norm <= weight:
             phrases.append(f"layer {layer}: ‖ΔW‖ = {norm:.3g}, ‖W‖ = {weight:.3g}")

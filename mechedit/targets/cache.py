@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -55,15 +54,6 @@ class TargetResult:
     def norm_ratio(self) -> float:
         """‖δ‖ / ‖h‖."""
         return float((self.z - self.initial).norm() / self.initial.norm())
-
-    def frame(self, name: str) -> pd.DataFrame:
-        """The terms as a table with one row per step.
-
-        Args:
-            name: id of the fact.
-        """
-        values = {term: column.tolist() for term, column in zip(TERMS, self.terms.T, strict=True)}
-        return pd.DataFrame({"id": name, **values, "step": range(len(self.terms))})
 
 
 @dataclass(frozen=True, kw_only=True)

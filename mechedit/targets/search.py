@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -25,7 +26,7 @@ from mechedit.provenance import value_hash
 from mechedit.shards import Rank, ShardRecords, deal, pieces_of, warn_if_idle
 from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.objective import LossTerms, Objective, prepare_objective
+from mechedit.targets.objective import TERMS, LossTerms, Objective, prepare_objective
 from mechedit.targets.search_prompts import search_prompts
 from mechedit.targets.subject_groups import SubjectGroup, subject_groups
 from mechedit.targets.targets import Targets
@@ -78,6 +79,7 @@ def find_targets(
     group = ranks.current()
     group.agree("the search for targets", search.made_with)
     results = group.from_first(search.cached, "the targets that are known")
+    search.check_prompts(results)
     batches = search.batches()
     costs = [search.cost(batch) if group.world_size > 1 else 0 for batch in batches]
     warn_if_idle(len(batches), "batches of facts (batch_size)")
@@ -132,10 +134,11 @@ def find_target_shard(
     with locked(Path(cache) / f"shard_{rank.index}_of_{rank.world_size}", f"the shard {rank} of the targets"):
         if not overwrite:
             records.check(rank, search.made_with)
+        results = search.cached()
+        search.check_prompts(results)
         batches = search.batches()
         pieces = pieces_of([search.cost(batch) for batch in batches], rank, "batches of facts (batch_size)")
         n_facts = sum(len(group) for piece in pieces for group in batches[piece])
-        results = search.cached()
         with tqdm(total=n_facts, desc=f"targets z, shard {rank}", unit="fact", leave=None) as bar:
             for piece in pieces:
                 bar.update(sum(len(group) for group in batches[piece] if search.cache.key(group) in results))
@@ -213,8 +216,6 @@ class TargetSearch:
                 lambda: make_prefixes(model, seed=config.seed, count=config.generated_prefixes), "the prefixes"
             )
         )
-        # Whatever can be refused is refused before the long search.
-        search_prompts(model, requests, range(len(requests)), prefixes, config)
         provenance = model.provenance()
         return TargetSearch(
             model=model,
@@ -238,6 +239,11 @@ class TargetSearch:
     def cached(self) -> dict[str, list[TargetResult]]:
         """The results that are finished, by key."""
         return self.cache.read(self.groups)
+
+    def check_prompts(self, finished: Collection[str]) -> None:
+        """Tokenize what is not finished: whatever can be refused is refused before the long search."""
+        missing = [request for group in self.groups if self.cache.key(group) not in finished for request in group]
+        search_prompts(self.model, missing, range(len(missing)), self.prefixes, self.config)
 
     def batches(self) -> list[list[SubjectGroup]]:
         """Batches of whole groups, finished ones too, each with at least `batch_size` facts but for the last.
@@ -379,7 +385,7 @@ def _targets(
     provenance: Mapping[str, Any],
 ) -> Targets:
     """The results of all requests as `Targets`, in order."""
-    losses = pd.concat([result.frame(name) for name, result in results.items()], ignore_index=True)
+    losses = _terms_by_step(results)
     # The last step that was evaluated is the state returned, since nothing moves after it.
     summary = losses.groupby("id", sort=False).last().reset_index().rename(columns={"step": "updates"})
     return Targets(
@@ -396,4 +402,17 @@ def _targets(
             converged=[result.converged for result in results.values()],
         ),
         provenance=provenance,
+    )
+
+
+def _terms_by_step(results: Mapping[str, TargetResult]) -> pd.DataFrame:
+    """`TERMS` of every fact at every step, one row each."""
+    steps = [len(result.terms) for result in results.values()]
+    terms = torch.cat([result.terms for result in results.values()]).double().numpy()
+    return pd.DataFrame(
+        {
+            "id": np.repeat(np.array(list(results), dtype=object), steps),
+            **dict(zip(TERMS, terms.T, strict=True)),
+            "step": np.concatenate([np.arange(count) for count in steps]),
+        }
     )

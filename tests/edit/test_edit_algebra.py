@@ -176,3 +176,11 @@ def test_the_summary_has_what_each_layer_gets(lens_model: Any, small_model: Any)
     assert short["left"][0] == 0.5
     with edited(lens_model, edit), pytest.raises(InputError, match="undo other edits"):
         summarize(edit, lens_model)
+
+
+@pytest.mark.parametrize("rank", [1, 11, 12, 40])
+def test_the_norm_is_that_of_the_product_with_fewer_and_with_more_terms_than_its_width(rank: int) -> None:
+    edit = drawn(rank, {0: rank})
+    (norm,) = summarize(edit)["norm"]
+    np.testing.assert_allclose(norm, float(edit.delta(0).norm()), rtol=1e-12)
+    assert norm > 1
