@@ -29,6 +29,7 @@ from mechedit.edit.weights import digest, rounded_sum
 from mechedit.errors import InputError, brief
 from mechedit.models import DTYPES, Model, exclusive
 from mechedit.provenance import CAST_HASHES
+from mechedit.split_tensors import whole
 
 
 @checked
@@ -50,7 +51,7 @@ def edited(model: Model, edit: Edit) -> Iterator[Model]:
         check_model(model, edit)
         stack.enter_context(restoring(model, edit.layers))
         for layer in edit.layers:
-            add_(model, layer, edit.delta(layer))
+            add_(model, layer, edit.delta(layer, model.mesh))
         model.temporary_edits += 1
         try:
             yield model
@@ -76,7 +77,7 @@ def apply_(model: Model, edit: Edit) -> None:
     with_base = [layer for layer in edit.layers if is_as_applied(model, layer)]
     with transaction(model, edit.layers) as originals:
         for layer in edit.layers:
-            add_(model, layer, edit.delta(layer))
+            add_(model, layer, edit.delta(layer, model.mesh))
         bases = {layer: original for layer, original in originals.items() if layer not in with_base}
         digests = {layer: digest(model.projection(layer)) for layer in edit.layers}
         entry = AppliedEdit(edit=edit, bases=bases, digests=digests)
@@ -104,7 +105,7 @@ def undo_(model: Model, edit: Edit) -> None:
         raise InputError(f"{later} edits were applied after this one, expected none; undo the last one first")
     with transaction(model, edit.layers):
         for layer in edit.layers:
-            _write_(model, layer, _weights_before_last(layer, edits_of_module(model)))
+            _write_(model, layer, _weights_before_last(model, layer, edits_of_module(model)))
         set_applied_edits_(model, applied[:-1])
 
 
@@ -112,15 +113,16 @@ def add_(model: Model, layer: int, delta: Float[Tensor, "d_mlp d_model"]) -> Non
     """Add `delta` to a layer's down-projection; the sum is taken in float64 and rounded once (`rounded_sum`).
 
     Where edits are applied, the sum starts from the weights before the first of them. An edit that is made on a model
-    and applied to it afterwards leaves the same bits both times.
+    and applied to it afterwards leaves the same bits both times. Where the weights are split over processes, each adds
+    its rows of `delta`, which may be split or whole.
 
     Raises:
         InputError: some weights would exceed the range of their dtype; the layer is left as it was.
     """
     base, edits = exact_weights(model, layer)
     # Computed one at a time, since each is as large as the layer.
-    earlier = (edit.delta(layer) for edit in edits)
-    _write_(model, layer, rounded_sum(base, itertools.chain(earlier, [delta]), f"layer {layer}"))
+    earlier = (edit.delta(layer, model.mesh) for edit in edits)
+    _write_(model, layer, rounded_sum(base, itertools.chain(earlier, [delta]), f"layer {layer}", mesh=model.mesh))
 
 
 def check_model(model: Model, edit: Edit) -> None:
@@ -177,7 +179,7 @@ def check_module(model: Model, edit: Edit) -> None:
         )
 
 
-def _weights_before_last(layer: int, applied: Sequence[AppliedEdit]) -> Float[Tensor, "d_mlp d_model"]:
+def _weights_before_last(model: Model, layer: int, applied: Sequence[AppliedEdit]) -> Float[Tensor, "d_mlp d_model"]:
     """A layer's weights before the last of the applied edits.
 
     Raises:
@@ -188,8 +190,9 @@ def _weights_before_last(layer: int, applied: Sequence[AppliedEdit]) -> Float[Te
         return last.bases[layer]
     base, edits = base_and_edits(layer, earlier)
     assert base is not None, layer
-    weight = rounded_sum(base, (edit.delta(layer) for edit in edits), f"layer {layer}")
-    if (actual := digest(weight)) != (expected := expected_digest(layer, earlier)):
+    deltas = (edit.delta(layer, model.mesh) for edit in edits)
+    weight = rounded_sum(base, deltas, f"layer {layer}", mesh=model.mesh)
+    if (actual := digest(whole(weight))) != (expected := expected_digest(layer, earlier)):
         raise InputError(
             f"layer {layer} would come back with digest {actual[:12]}, expected {str(expected)[:12]}: float64 products "
             f"no longer give the same bits as when the edits were applied; set the number of threads "

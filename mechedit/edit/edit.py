@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from mechedit.arguments import checked
 from mechedit.bounds import LARGEST
@@ -22,6 +23,7 @@ from mechedit.errors import InputError, brief_list, check_finite
 from mechedit.files import read_tensors, write_tensors
 from mechedit.provenance import ModelIdentity
 from mechedit.records import check_record
+from mechedit.split_tensors import row_wise, rows_of
 
 METADATA_KEY = "manifest"
 """Name of the manifest in the file's metadata."""
@@ -71,8 +73,12 @@ class Edit:
         """The edited layers, ascending."""
         return sorted(self.factors)
 
-    def delta(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    def delta(self, layer: int, mesh: DeviceMesh | None = None) -> Float[Tensor, "d_mlp d_model"]:
         """ΔW of one layer, in float64.
+
+        Args:
+            layer: 0-based.
+            mesh: processes over which ΔW is split in rows (`Model.mesh`); each computes its own.
 
         Raises:
             InputError: the edit does not touch this layer.
@@ -80,7 +86,8 @@ class Edit:
         if layer not in self.factors:
             raise InputError(f"the edit has no layer {layer}, expected one of {self.layers}; choose one of them")
         factors = self.factors[layer]
-        return factors.left.double() @ factors.right.double()
+        right = factors.right.double()
+        return row_wise(lambda rows: rows.double() @ right.to(rows.device), rows_of(factors.left, mesh))
 
     @checked
     def without(self, ids: Sequence[str] | str) -> Edit:

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mechedit.errors import InputError
 from mechedit.interrupts import insist, uninterrupted
 from mechedit.models import Model
+from mechedit.split_tensors import is_split, part_here, rows_here, split_in_rows, whole
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes in which sums are rounded stochastically."""
@@ -38,6 +40,7 @@ def rounded_sum(
     deltas: Iterable[Float[Tensor, "d_mlp d_model"]],
     where: str,
     dtype: torch.dtype | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Float[Tensor, "d_mlp d_model"]:
     """`base` + Σ `deltas`, summed in float64 and rounded once to `dtype`, by default that of `base`.
 
@@ -45,29 +48,41 @@ def rounded_sum(
 
     Args:
         base: exact weights; they also seed the random numbers in half precision.
-        deltas: added one after another.
+        deltas: added one after another, whole or split over `mesh`.
         where: name of the weights in the error message.
         dtype: of the result.
+        mesh: processes over which the sum is split in rows; each computes its own, to the same bits.
 
     Raises:
         InputError: the sum is not finite, or exceeds the range of the dtype.
     """
     dtype = dtype or base.dtype
-    half = dtype in HALF
-    total = base.to(device="cpu" if half else base.device, dtype=torch.float64, copy=True)
+    half, rows = dtype in HALF, rows_here(len(base), mesh)
+    here = slice(rows.start, rows.stop)
+    total = base[here].to(device="cpu" if half else base.device, dtype=torch.float64, copy=True)
     for delta in deltas:
-        total.add_(delta.to(total))
+        total.add_((part_here(delta) if is_split(delta) else delta[here]).to(total))
     largest = torch.finfo(dtype).max
-    overflows = int((~(total.abs() <= largest)).sum())
-    if overflows:
+    overflows = (~(total.abs() <= largest)).sum()[None].to(base.device)
+    if mesh is not None:
+        overflows = whole(split_in_rows(overflows, mesh))
+    if overflows := int(overflows.sum()):
         raise InputError(
             f"the edit would take {overflows} weights of {where} beyond what {dtype} holds (±{largest:.6g}), "
             f"expected none; load the model in bfloat16 or float32, or make the edit again with milder settings"
         )
-    if not half:
-        return total.to(dtype)
-    generator = torch.Generator().manual_seed(int(digest(base.to(dtype))[:8], 16))
-    return torch.cat([stochastically_rounded(rows, dtype, generator) for rows in total.split(_ROWS)])
+    rounded = _stochastically_rounded_rows(total, base.to(dtype), rows.start) if half else total.to(dtype)
+    return rounded if mesh is None else split_in_rows(rounded.to(base.device), mesh)
+
+
+def _stochastically_rounded_rows(
+    value: Float[Tensor, "here column"], base: Float[Tensor, "row column"], first: int
+) -> Float[Tensor, "here column"]:
+    """Rows from `first` on, rounded to the dtype of `base`, which seeds the random numbers, as they are among all."""
+    generator = torch.Generator().manual_seed(int(digest(base)[:8], 16))
+    for skipped in base[:first].split(_ROWS):
+        torch.rand(skipped.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.cat([stochastically_rounded(rows, base.dtype, generator) for rows in value.split(_ROWS)])
 
 
 def stochastically_rounded(

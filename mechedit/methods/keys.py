@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from mechedit.batching import batches_of, pad
 from mechedit.data import EditRequest
 from mechedit.models import Model, Patch, Resume, Run, Site, Tokens
 from mechedit.prefixes import BARE, prefixed_prompts
+from mechedit.split_tensors import is_split, part_here, rows_here, split_in_columns, split_in_rows
 
 
 class KeyExtractor:
@@ -88,6 +90,8 @@ class KeyExtractor:
     def keys(self, layer: int) -> Float[Tensor, "fact prefix d_mlp"]:
         """The keys of `layer` at the token, in float32 at least; the stream is taken on to `layer`.
 
+        Where the model is split over processes, so are they, along d_mlp: of a batch each process keeps its columns.
+
         Raises:
             ValueError: the stream is beyond that block already.
         """
@@ -97,12 +101,13 @@ class KeyExtractor:
         keys, streams = [], []
         for batch in self._batches:
             run = self._run(batch, sites)
-            keys.append(_at_last_token(run[key], batch.tokens))
+            keys.append(_columns_here(_at_last_token(run[key], batch.tokens), self.model.mesh))
             if block_input in sites:
                 streams.append(run[block_input].to(self._cache_device))
         if streams:
             self._cache_(layer, streams)
-        return torch.cat(keys)[self._rows[:, :-1]]
+        here = torch.cat(keys)[self._rows[:, :-1]]
+        return here if self.model.mesh is None else split_in_columns(here, self.model.mesh)
 
     @torch.no_grad()
     def states(self, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "fact d_model"]]:
@@ -152,7 +157,7 @@ class KeyExtractor:
 
 
 def prefix_mean(keys: Float[Tensor, "fact prefix d_mlp"], convention: str = "default") -> Float[Tensor, "d_mlp fact"]:
-    """Each fact's key: the mean over prefixes (MEMIT Eq. 19), in float64.
+    """Each fact's key: the mean over prefixes (MEMIT Eq. 19), in float64; split in rows where keys are split.
 
     `convention="memit-2022"` takes the mean of the first prefix's key and of the mean over the other prefixes, as the
     published code does.
@@ -160,11 +165,12 @@ def prefix_mean(keys: Float[Tensor, "fact prefix d_mlp"], convention: str = "def
     weights = [1 / keys.shape[1]] * keys.shape[1]
     if convention == "memit-2022" and len(weights) > 1:
         weights = [1 / 2, *[1 / (2 * (len(weights) - 1))] * (len(weights) - 1)]
-    total = keys.new_zeros(keys.shape[0], keys.shape[2], dtype=torch.float64)
+    here = part_here(keys)
+    total = here.new_zeros(here.shape[0], here.shape[2], dtype=torch.float64)
     # One prefix after another: all of them in float64 would take as many times the memory.
-    for weight, prefix_keys in zip(weights, keys.unbind(1), strict=True):
+    for weight, prefix_keys in zip(weights, here.unbind(1), strict=True):
         total.add_(prefix_keys, alpha=weight)
-    return total.T
+    return split_in_rows(total.T, keys.device_mesh) if is_split(keys) else total.T
 
 
 @dataclass(eq=False)
@@ -210,6 +216,14 @@ def _at_last_token(values: Float[Tensor, "batch pos width"], tokens: Tokens) -> 
     last = (tokens.lengths - 1).to(values.device)[:, None, None]
     chosen = values.take_along_dim(last, 1)[:, 0]
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+
+
+def _columns_here(keys: Float[Tensor, "batch width"], mesh: DeviceMesh | None) -> Float[Tensor, "batch here"]:
+    """A copy of this process's columns, so that the others can be freed; all of them where there are no others."""
+    if mesh is None:
+        return keys
+    columns = rows_here(keys.shape[1], mesh)
+    return keys[:, columns.start : columns.stop].clone()
 
 
 def _fits_in_memory(size: int, device: torch.device, fraction: float) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 
+import torch
+
 from mechedit.edit import Edit
 from mechedit.edit.combine import update_norm
 from mechedit.methods.settings import DampedConfig, MethodConfig
 from mechedit.models import Model
+from mechedit.solve.products import norm
 
 MOST_CONDITION = 1e12
 """Condition number of a layer's linear system above which at most four of float64's sixteen digits are left."""
@@ -45,11 +48,16 @@ def _larger_updates(edit: Edit, model: Model) -> list[str]:
     """A phrase for each layer with ‖ΔW‖ > ‖W‖ (Frobenius)."""
     phrases = []
     for layer in edit.layers:
-        norm = update_norm(edit.factors[layer])
-        weight = float(model.projection(layer).double().norm())
-        if not norm <= weight:
-            phrases.append(f"layer {layer}: ‖ΔW‖ = {norm:.3g}, ‖W‖ = {weight:.3g}")
+        update = _update_norm(edit, layer, model)
+        weight = float(torch.linalg.vector_norm(model.projection(layer), dtype=torch.float64))
+        if not update <= weight:
+            phrases.append(f"layer {layer}: ‖ΔW‖ = {update:.3g}, ‖W‖ = {weight:.3g}")
     return phrases
+
+
+def _update_norm(edit: Edit, layer: int, model: Model) -> float:
+    """‖ΔW‖; where the weights are split over processes, each computes its rows of ΔW and no more."""
+    return update_norm(edit.factors[layer]) if model.mesh is None else float(norm(edit.delta(layer, model.mesh)))
 
 
 def _singular_systems(edit: Edit) -> list[str]:

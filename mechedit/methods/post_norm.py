@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.models import Model
+from mechedit.split_tensors import is_split, part_here, split_in_columns
 
 
 def change_before_norm(
@@ -21,7 +22,20 @@ def change_before_norm(
     Without a norm the two differ by a factor at most. With one, the output behind each prefix is to be the point of the
     ellipsoid that is nearest to y + change (`nearest_output`), the length of x stays as it is, and the changes of x are
     averaged over the prefixes, as the keys are (MEMIT Eq. 19).
+
+    Where keys are split over processes, outputs are computed for some facts at a time, in sums over the processes.
     """
+    if is_split(keys):
+        key_parts = [split_in_columns(part, keys.device_mesh) for part in part_here(keys).split(_FACTS)]
+        parts = zip(key_parts, change.split(_FACTS), strict=True)
+        return torch.cat([_change_before_norm(model, layer, *part) for part in parts])
+    return _change_before_norm(model, layer, keys, change)
+
+
+def _change_before_norm(
+    model: Model, layer: int, keys: Float[Tensor, "fact prefix d_key"], change: Float[Tensor, "fact d_model"]
+) -> Float[Tensor, "fact d_model"]:
+    """The same for all facts at once."""
     gain, norm = model.output_gain(layer, keys), model.norm_gain(layer)
     if norm is None:
         gain = gain.mean(1)

@@ -24,6 +24,7 @@ from mechedit.methods.settings import DampedConfig
 from mechedit.models import Model
 from mechedit.prefixes import BARE, check_prefixes, make_prefixes
 from mechedit.solve import Factor, Update, equality_update
+from mechedit.split_tensors import whole
 from mechedit.targets import Targets, find_targets
 
 
@@ -113,12 +114,13 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
 
 
 def _keys(task: EditTask[RomeConfig], prefixes: Sequence[str], layer: int) -> Float[Tensor, "fact prefix d_mlp"]:
-    """The keys of every fact behind all prefixes, and last that of the bare prompt."""
+    """The keys of every fact behind all prefixes, and last that of the bare prompt; whole in every process."""
     config = task.config
     read = partial(KeyExtractor, task.model, task.requests, token=config.token, batch_size=config.batch_size)
     if config.convention == "paper":
-        return torch.cat([read(prefixes, subject_alone=True).keys(layer), read([BARE]).keys(layer)], 1)
-    return read([*prefixes, BARE]).keys(layer)
+        parts = read(prefixes, subject_alone=True).keys(layer), read([BARE]).keys(layer)
+        return torch.cat([whole(part) for part in parts], 1)
+    return whole(read([*prefixes, BARE]).keys(layer))
 
 
 def _single_layer(layers: Sequence[int]) -> int:

@@ -1,7 +1,8 @@
 """Update rules of the methods: each turns a layer's keys and the changes wanted at them into ΔW.
 
 What a rule preserves is the second moments E[k kᵀ] of old keys by layer, and the keys of earlier edits
-([d_mlp, earlier facts] by layer) if it is given any.
+([d_mlp, earlier facts] by layer) if it is given any. Where a model is split over processes, all of these come split in
+rows (`mechedit.split_tensors`): `Ridge` leaves them so, and the other two gather the keys.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from mechedit.solve import (
     ridge_update,
 )
 from mechedit.solve.checks import to_float64
+from mechedit.solve.products import column_products
+from mechedit.split_tensors import row_wise, split_like, whole
 
 Moments = Mapping[int, SecondMoment | Tensor]
 """E[k kᵀ] by layer, as collected or as a bare matrix [d_mlp, d_mlp]."""
@@ -75,7 +78,8 @@ class Equality:
     previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
-        """See `equality_update`; the rank is at most the number of different keys."""
+        """See `equality_update`; the rank is at most the number of different keys. Keys that are split are gathered."""
+        keys = whole(keys)
         unique, index = torch.unique(keys, dim=1, return_inverse=True)
         counts = torch.bincount(index, minlength=unique.shape[1])
         sums = residuals.new_zeros(len(residuals), unique.shape[1]).index_add_(1, index, residuals)
@@ -96,7 +100,8 @@ class InNullSpace:
     previous: EarlierKeys = field(default_factory=dict)
 
     def update(self, layer: int, keys: Float[Tensor, "d_mlp fact"], residuals: Float[Tensor, "d_model fact"]) -> Update:
-        """See `null_space_update`."""
+        """See `null_space_update`; keys that are split are gathered, as eigenvectors are whole."""
+        keys = whole(keys)
         moment, earlier = self.moments[layer], self.previous.get(layer)
         if isinstance(moment, SecondMoment):
             space = moment.null_space(self.threshold)
@@ -111,8 +116,8 @@ def key_strength(keys: Float[Tensor, "d_mlp fact"], factor: Factor) -> float:
     Alone, or with keys orthogonal in M⁻¹, a fact is written to kᵀM⁻¹k / (λ + kᵀM⁻¹k) by `Ridge`. The strength has the
     mean d_mlp for keys drawn like the text's, and does not change when all keys are multiplied by a number.
     """
-    columns = to_float64(keys).to(factor.matrix.device)
-    return float((columns * factor.solve(columns)).sum(0).median())
+    columns = split_like(row_wise(to_float64, keys).to(factor.matrix.device), factor.matrix)
+    return float(column_products(columns, factor.solve(columns)).median())
 
 
 def damped_moment(moment: SecondMoment | Tensor, damping: float | int) -> SecondMoment | Tensor:

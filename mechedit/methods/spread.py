@@ -28,6 +28,7 @@ from mechedit.methods.settings import SpreadConfig
 from mechedit.models import Model, Site, exclusive
 from mechedit.prefixes import check_prefixes
 from mechedit.solve import Update
+from mechedit.split_tensors import whole
 from mechedit.targets import Targets
 
 
@@ -47,7 +48,8 @@ class SpreadResult:
     edit: Edit
     keys: Mapping[int, Float[Tensor, "d_mlp fact"]]
     """For each edited layer, the mean over prefixes, in float64. They are also the keys of the model after the edit,
-    since a layer's keys do not depend on its own down-projection: a later edit has to preserve them (`previous`)."""
+    since a layer's keys do not depend on its own down-projection: a later edit has to preserve them (`previous`). Where
+    the model is split over processes, so are they, in rows."""
 
 
 @exclusive
@@ -96,17 +98,15 @@ def spread(
     extractor.advance_(layers[0])
     target_states = find_target_states(extractor, targets, layers, config)
     last = max(target_states, key=lambda site: site.order)
-    factors, keys, records = {}, {}, []
+    updates, keys, records = {}, {}, []
     with restoring(model, layers):
         residuals = start = _residuals(extractor, target_states)
         for index, layer in enumerate(tqdm(layers, desc="spread", unit="layer", leave=None)):
             # Keys come from the partly edited model: earlier layers have already moved them.
-            prefix_keys, site = extractor.keys(layer), _next_site(target_states, layer)
-            keys[layer] = prefix_mean(prefix_keys, config.convention)
+            site = _next_site(target_states, layer)
             layer_share = residuals[site] / share_divisor(layers, index, config)
-            change = change_before_norm(model, layer, prefix_keys, layer_share)
-            update = rule.update(layer, keys[layer], change.T.to(keys[layer]))
-            factors[layer] = Factors(left=update.left, right=update.right)
+            keys[layer], change = _keys_and_change(extractor, layer, layer_share, config)
+            updates[layer] = update = rule.update(layer, keys[layer], change.T)
             add_(model, layer, update.delta)
             before, residuals = residuals, _residuals(extractor, target_states)
             records.append(
@@ -124,6 +124,8 @@ def spread(
         "residuals": records,
         "left": relative_residuals(residuals[last], start[last]),
     }
+    # An edit is whole; the parts of its factors are gathered once no linear system is in memory any more.
+    factors = {layer: Factors(left=whole(update.left), right=update.right) for layer, update in updates.items()}
     return SpreadResult(edit=Edit(factors=factors, manifest=manifest), keys=keys)
 
 
@@ -131,7 +133,8 @@ def spread(
 def edit_keys(model: Model, requests: Sequence[EditRequest], edit: Edit) -> dict[int, Float[Tensor, "d_mlp fact"]]:
     """The keys that `edit` was fitted at, [d_mlp, fact] for each of its layers, computed again.
 
-    A later edit preserves what this one wrote when it is given them as `previous`.
+    A later edit preserves what this one wrote when it is given them as `previous`. Where the model is split over
+    processes, so are they, in rows: `mechedit.split_tensors.whole` gathers them.
 
     Args:
         model: as it was before the edit.
@@ -154,6 +157,18 @@ def edit_keys(model: Model, requests: Sequence[EditRequest], edit: Edit) -> dict
             model, requests, edit.manifest["prefixes"], token=token, subject_alone=convention == "paper"
         )
         return {layer: prefix_mean(extractor.keys(layer), convention) for layer in edit.layers}
+
+
+def _keys_and_change(
+    extractor: KeyExtractor, layer: int, change: Float[Tensor, "fact d_model"], config: SpreadConfig
+) -> tuple[Float[Tensor, "d_mlp fact"], Float[Tensor, "fact d_model"]]:
+    """The facts' keys at a layer, and the change of its projection's output that moves the module's by `change`.
+
+    Both in float64 on the device of the keys; the keys behind all prefixes are in memory no longer than this takes.
+    """
+    prefix_keys = extractor.keys(layer)
+    keys = prefix_mean(prefix_keys, config.convention)
+    return keys, change_before_norm(extractor.model, layer, prefix_keys, change).to(keys.device, keys.dtype)
 
 
 def find_target_states(

@@ -105,7 +105,7 @@ class EditedModule:
         if after is None:
             return None
         norm = blocks_of(self.hf, self.family)[layer].get_submodule(after)
-        like = torch.empty(0, device=self.projection(layer).device, dtype=torch.float32)
+        like = torch.empty(0, device=self._matrix(layer, self.module).device, dtype=torch.float32)
         return parts.scale(self.module) * self._norm_weight(norm, like)
 
     def _norm_weight(self, norm: nn.Module, like: Tensor) -> Float[Tensor, " d_model"]:
@@ -114,10 +114,14 @@ class EditedModule:
 
     def _raw_output(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
         """Keys · W + b, on the layer's device."""
-        weight = self.projection(layer)
+        out = self._key_product(layer, keys)
         block = blocks_of(self.hf, self.family)[layer]
         path = self.family.parts(layer).projection(self.module)
         assert path is not None, "the projection exists"
         bias: Any = block.get_submodule(path).bias
-        out = keys.to(weight.device) @ weight.to(keys.dtype)
         return out if bias is None else out + whole(bias).to(out)
+
+    def _key_product(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
+        """Keys · W, on the layer's device."""
+        weight = self.projection(layer)
+        return keys.to(weight.device) @ weight.to(keys.dtype)

@@ -4,8 +4,9 @@ TransformerLens and nnsight call a module's own forward, and pass by the one in 
 together: their products then mix whole tensors and split ones. A hook on a module leaves its forward as it is.
 
 The residual stream, and what attention and MLPs add to it, are whole in each process. The keys of a down-projection are
-split along d_mlp; a hook there gathers them, and each process takes its columns of what is written. Second moments are
-split in rows (`Model.mesh`). All else in mechedit works on whole tensors, in each process the same.
+split along d_mlp; a hook there gathers those of a batch, and each process takes its columns of what is written. Second
+moments and the keys of an edit are split in rows (`Model.mesh`). All else in mechedit works on whole tensors, in each
+process the same.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 from typing_extensions import override
 
 from mechedit.errors import InputError
@@ -24,7 +26,7 @@ from mechedit.models.backend import BackendModel
 from mechedit.models.hook_points import HookPointEngine, ModulePoint, Visit
 from mechedit.models.readout import WholeReadout
 from mechedit.models.sites import Site
-from mechedit.split_tensors import columns_here, gathered_columns, is_split, whole, write_
+from mechedit.split_tensors import columns_here, gathered_columns, is_split, part_here, rows_of, summed, whole, write_
 
 
 class SplitEngine(HookPointEngine):
@@ -78,6 +80,16 @@ class TensorParallelModel(BackendModel):
     @torch.no_grad()
     def write_projection_(self, layer: int, weight: Float[Tensor, "d_key d_model"]) -> None:
         write_(self._matrix(layer, self.module), weight)
+
+    @override
+    def _key_product(self, layer: int, keys: Float[Tensor, "*batch d_key"]) -> Float[Tensor, "*batch d_model"]:
+        """Keys · W, whole; of keys that are split along d_key, the sum of what each process makes of its part."""
+        if not is_split(keys):
+            return super()._key_product(layer, keys)
+        weight = self._matrix(layer, self.module)
+        has_rows_here = is_split(weight) and weight.placements == (Shard(0),)
+        in_rows = weight if has_rows_here else rows_of(whole(weight), keys.device_mesh)
+        return summed(part_here(keys) @ part_here(in_rows).to(keys.dtype), keys)
 
     @override
     def readout(self) -> WholeReadout:

@@ -24,6 +24,7 @@ from mechedit.provenance import ALGORITHMS, ModelIdentity, value_hash
 from mechedit.session.edited_batch import EditedBatch
 from mechedit.session.metrics import HistoryEntry, ScoredPrompts, finite_or_none, score_requests, weight_norms
 from mechedit.session.stop_rule import StopRule
+from mechedit.split_tensors import whole
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +94,7 @@ class BatchEditor:
             previous=previous_keys if self.config.preserves_keys else None,
             cache=cache,
         )
-        keys = {layer: keys.cpu() for layer, keys in edit_keys(self.model, requests, edit).items()}
+        keys = {layer: whole(keys).cpu() for layer, keys in edit_keys(self.model, requests, edit).items()}
         return dataclasses.replace(edit, manifest=plain_copy(edit.manifest), remake=None), keys
 
     def merge(self, batches: Sequence[EditedBatch]) -> Edit:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechedit.errors import InputError, check_finite
 from mechedit.solve.row_blocks import transposed
-from mechedit.split_tensors import most, part_here
+from mechedit.split_tensors import is_split, most, part_here, split_in_rows, split_like
 
 
 def symmetrized(matrix: Float[Tensor, "n n"], name: str) -> Float[Tensor, "n n"]:
@@ -40,7 +40,7 @@ def key_columns(
     previous: Float[Tensor, "size earlier"] | None,
     like: Float[Tensor, "d_mlp width"],
 ) -> Float[Tensor, "d_mlp column"]:
-    """C: the keys of earlier edits, then the new keys, in float64 on the device of `like`.
+    """C: the keys of earlier edits, then the new keys, in float64 on the device of `like`, and split in rows as it is.
 
     Each column is contiguous, which is LAPACK's layout, so that the solve does not transpose them again.
 
@@ -61,8 +61,10 @@ def key_columns(
             f"there are {keys.shape[1]} keys and {residuals.shape[1]} residuals, expected one of each per fact; "
             f"pass both of the same requests"
         )
-    rows = [to_float64(value.T).contiguous().to(like.device) for value in blocks.values()]
-    return (rows[0] if previous is None else torch.cat(rows)).T
+    parts = [part_here(split_like(value, like)) for value in blocks.values()]
+    rows = [to_float64(part.T).contiguous().to(like.device) for part in parts]
+    columns = (rows[0] if previous is None else torch.cat(rows)).T
+    return split_in_rows(columns, like.device_mesh) if is_split(like) else columns
 
 
 def to_float64(value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from mechedit.errors import check_at_least, check_finite
 from mechedit.solve.checks import key_columns
 from mechedit.solve.factor import TINY, Factor, factorize
+from mechedit.solve.products import combination, norm
 from mechedit.solve.row_blocks import plus_gram
 from mechedit.solve.saddle_point import PrimalDualPair, SaddlePointSystem, SketchedResidual, saddle_point_system
 from mechedit.solve.update import Update, rounded_update
@@ -54,7 +55,8 @@ def equality_update(
         old = columns[:, :earlier]
         factor = factorize(plus_gram(factor.matrix, old), precision=factor.precision)
         columns, earlier = columns[:, earlier:], 0
-    diagonal = torch.cat([columns.new_ones(earlier), columns.new_full((facts,), relaxation)])
+    ones = torch.ones(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    diagonal = torch.cat([ones[:earlier], relaxation * ones[earlier:]])
     system = saddle_point_system(columns, diagonal, factor)
     solution, residual = system.solve(facts)
     error, condition = _error(system, solution, residual, facts), _condition(system, facts)
@@ -63,7 +65,7 @@ def equality_update(
 
 def _error(system: SaddlePointSystem, solution: PrimalDualPair, residual: SketchedResidual, facts: int) -> float:
     """The larger relative residual of the two equations."""
-    right_side = (system.columns @ solution.dual).norm().clamp_min(TINY)
+    right_side = norm(combination(system.columns, solution.dual)).clamp_min(TINY)
     return max(float(residual.primal.norm() / right_side), float(residual.dual.norm()) / facts**0.5)
 
 

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from mechedit.errors import InputError, check_choice
 from mechedit.solve.checks import symmetrized
-from mechedit.solve.row_blocks import cholesky_rows, cholesky_solution, diagonal, one_norm, product
+from mechedit.solve.products import column_norms, product
+from mechedit.solve.row_blocks import cholesky_rows, diagonal, one_norm
+from mechedit.solve.substitution import cholesky_solution
+from mechedit.split_tensors import row_wise
 
 Precision = Literal["float64", "mixed"]
 EPS = torch.finfo(torch.float64).eps
@@ -41,6 +44,8 @@ class Factor:
 
     def solve(self, right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """M⁻¹ B in float64, for the right-hand side B: with a float64 factor, `scipy.linalg.cho_solve`.
+
+        Where M is split in rows, B may be so or be whole, and the solution is like it.
 
         A float32 factor is refined until ‖M x − b‖ ≤ √n·ε·(‖M‖₁‖x‖ + ‖b‖) for every column. Where that does not
         converge (a condition number above about 1e7) a float64 factor is made, cached, and used instead.
@@ -85,12 +90,13 @@ class Factor:
 
     def _refined(self, right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"] | None:
         """Refine X += (L Lᵀ)⁻¹(B − M X) until the residual is at rounding; None if it stops shrinking."""
-        rounding, right_norm = len(right_side) ** 0.5 * EPS, right_side.norm(dim=0)
+        rounding, right_norm = len(right_side) ** 0.5 * EPS, column_norms(right_side)
         solution, residual, previous_error = torch.zeros_like(right_side), right_side, float("inf")
         for _ in range(REFINEMENTS):
             solution = solution + _cholesky_solve(self.lower, residual)
             residual = right_side - product(self.matrix, solution)
-            error = residual.norm(dim=0) / (self.norm * solution.norm(dim=0) + right_norm).clamp_min(TINY)
+            size = (self.norm * column_norms(solution) + right_norm).clamp_min(TINY)
+            error = column_norms(residual) / size
             if bool((error <= rounding).all()):
                 return solution
             if not float(error.max()) < previous_error / 2:
@@ -178,8 +184,9 @@ def estimate_one_norm(product: Callable[[Tensor], Tensor], like: Float[Tensor, "
 def _cholesky_solve(lower: Float[Tensor, "n n"], right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     """(L Lᵀ)⁻¹ B, in the dtype of B and the precision of L."""
     if lower.dtype != right_side.dtype:
-        scale = right_side.norm(dim=0).clamp_min(TINY)
-        return _cholesky_solve(lower, (right_side / scale).to(lower)).double() * scale
+        scale = column_norms(right_side).clamp_min(TINY)
+        scaled = row_wise(lambda rows: (rows / scale).to(lower.dtype), right_side)
+        return row_wise(lambda rows: rows.double() * scale, _cholesky_solve(lower, scaled))
     return cholesky_solution(lower, right_side)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.errors import check_at_least, check_finite
 from mechedit.solve.checks import key_columns, symmetrized
 from mechedit.solve.factor import TINY, Factor, Precision, factorize_symmetric
-from mechedit.solve.row_blocks import plus_gram, product
+from mechedit.solve.products import norm, product
+from mechedit.solve.row_blocks import plus_gram
 from mechedit.solve.saddle_point import saddle_point_system
 from mechedit.solve.update import Update, rounded_update
 
@@ -29,15 +31,17 @@ def ridge_update(
     Args:
         keys: K, one column per fact.
         residuals: R, the requested change of the output at each key.
-        moment: M = E[k kᵀ], symmetric and positive semi-definite, or its factor.
+        moment: M = E[k kᵀ], symmetric and positive semi-definite, or its factor. Where it is split in rows over
+            processes, so is all of the system with d_mlp rows; K and K_p may be split or whole.
         weight: λ ≥ 0, the weight of the old keys in units of one new fact.
         previous: K_p, keys of earlier edits, whose outputs are to stay.
 
     Returns:
-        Factors of rank at most the number of facts. `error` is ‖(λM + K_p K_pᵀ + K Kᵀ) X − K‖ / ‖K‖ (from a `Factor`:
-        estimated by a sketch of 16 rows, where there are more); `condition` is that of the sum, ‖A‖₁‖A⁻¹‖₁ with
-        Hager's estimate of the latter (from a `Factor`: (λ‖M‖₁ + ‖C Cᵀ‖₁)‖M⁻¹‖₁/λ with C = [K_p, K], which ignores
-        that new keys lift the smallest eigenvalues of λM and is then too high).
+        Factors of rank at most the number of facts; the left one is split as K is. `error` is
+        ‖(λM + K_p K_pᵀ + K Kᵀ) X − K‖ / ‖K‖ (from a `Factor`: estimated by a sketch of 16 rows, where there are more);
+        `condition` is that of the sum, ‖A‖₁‖A⁻¹‖₁ with Hager's estimate of the latter (from a `Factor`:
+        (λ‖M‖₁ + ‖C Cᵀ‖₁)‖M⁻¹‖₁/λ with C = [K_p, K], which ignores that new keys lift the smallest eigenvalues of λM
+        and is then too high).
 
     Raises:
         InputError: an input is not finite or of the wrong size; M is not symmetric; the sum is too singular.
@@ -50,7 +54,8 @@ def ridge_update(
     columns = key_columns(keys, residuals, previous, matrix)
     facts = keys.shape[1]
     if isinstance(moment, Factor) and weight > 0 and columns.shape[1] < len(columns):
-        system = saddle_point_system(columns, columns.new_full((columns.shape[1],), weight), moment)
+        relaxation = torch.full((columns.shape[1],), weight, dtype=columns.dtype, device=columns.device)
+        system = saddle_point_system(columns, relaxation, moment)
         solution, residual = system.solve(facts)
         error, condition = system.ridge_error(residual, weight), system.ridge_condition(weight)
         return rounded_update(solution.primal, error, condition, keys, residuals)
@@ -73,5 +78,5 @@ def solve_sum(
     system = factorize_symmetric(plus_gram(matrix, columns), precision, name)
     keys = columns[:, -facts:]
     solution = system.solve(keys)
-    error = float((product(system.matrix, solution) - keys).norm() / keys.norm().clamp_min(TINY))
+    error = float(norm(product(system.matrix, solution) - keys) / norm(keys).clamp_min(TINY))
     return solution, error, system.condition

@@ -1,8 +1,8 @@
-"""What is done with a symmetric matrix M whose rows may be split over processes, one block of rows in each.
+"""What is made of a symmetric matrix M whose rows may be split over processes, one block of rows in each.
 
-A vector or a matrix beside it, [n, m], is whole in each process, and so is each result: the same, bit for bit. No
-process ever holds more of M than its rows, once or a few times over. Without other processes these are torch's own
-functions.
+No process ever holds more of M than its rows, once or a few times over, and of a matrix C beside it, [n, m] and split
+alike, more than two blocks. Numbers and vectors that come out are whole in each process: the same, bit for bit.
+Without other processes these are torch's own functions.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import torch.distributed
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechedit.split_tensors import gathered_rows, is_split, part_here, rows_here, split_in_rows
-
-
-def product(matrix: Float[Tensor, "n n"], right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    """M B."""
-    return gathered_rows(part_here(matrix) @ right_side, matrix) if is_split(matrix) else matrix @ right_side
+from mechedit.split_tensors import (
+    blocks_of_rows,
+    gathered_rows,
+    is_split,
+    part_here,
+    rows_here,
+    sent,
+    split_in_rows,
+)
 
 
 def one_norm(matrix: Float[Tensor, "n n"]) -> float:
@@ -49,8 +52,11 @@ def plus_gram(matrix: Float[Tensor, "n n"], columns: Float[Tensor, "n m"]) -> Fl
     """M + C Cᵀ, split as M is."""
     if not is_split(matrix):
         return torch.addmm(matrix, columns, columns.T)
-    part = columns[_span(matrix)]
-    return split_in_rows(torch.addmm(part_here(matrix), part, columns.T), matrix.device_mesh)
+    assert is_split(columns)
+    total, part = part_here(matrix).clone(), part_here(columns)
+    for rows, block in blocks_of_rows(columns):
+        total[:, rows].addmm_(part, block.T)
+    return split_in_rows(total, matrix.device_mesh)
 
 
 def plus_identity(matrix: Float[Tensor, "n n"], weight: float | int) -> Float[Tensor, "n n"]:
@@ -80,45 +86,14 @@ def cholesky_rows(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], B
             panel.copy_(square)
             here[:, (block + 1) * size :] = 0
             info = int(code)
-        square = _sent(panel, buffer, block, matrix)
+        square = sent(panel, buffer, block, mesh)
         if rank > block:
             panel.copy_(torch.linalg.solve_triangular(square, panel.T, upper=False).T)
         for below in range(block + 1, mesh.size()):
-            panel_below = _sent(panel, buffer, below, matrix)
+            panel_below = sent(panel, buffer, below, mesh)
             if rank >= below:
                 here[:, below * size : (below + 1) * size] -= panel @ panel_below.T
     return split_in_rows(here, mesh), gathered_rows(_before_breakdown(here, info), matrix)
-
-
-def cholesky_solution(lower: Float[Tensor, "n n"], right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    """(L Lᵀ)⁻¹ B, in the dtype of both."""
-    if is_split(lower):
-        return _split_solution(lower, right_side)
-    # torch.cholesky_solve would copy L each time.
-    forward = torch.linalg.solve_triangular(lower, right_side, upper=False)
-    # In place, as fresh memory costs more to touch than to fill; autograd does not allow it.
-    out = None if forward.requires_grad else forward
-    return torch.linalg.solve_triangular(lower.mT, forward, upper=True, out=out)
-
-
-def _split_solution(lower: Tensor, right_side: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    """Forward and backward substitution: one process after another computes its rows and sends what the next needs."""
-    assert is_split(lower)
-    mesh, here, span = lower.device_mesh, part_here(lower), _span(lower)
-    before, square = here[:, : span.start], here[:, span]
-    solution = right_side.clone(memory_format=torch.contiguous_format)
-    for rank in range(mesh.size()):
-        rows = solution[rank * len(here) : (rank + 1) * len(here)]
-        if rank == mesh.get_local_rank():
-            rows.copy_(torch.linalg.solve_triangular(square, rows - before @ solution[: span.start], upper=False))
-        torch.distributed.broadcast(rows, group=mesh.get_group(), group_src=rank)
-    for rank in reversed(range(mesh.size())):
-        if rank == mesh.get_local_rank():
-            rows = solution[span]
-            rows.copy_(torch.linalg.solve_triangular(square.mT, rows, upper=True))
-            solution[: span.start] -= before.mT @ rows
-        torch.distributed.broadcast(solution[: (rank + 1) * len(here)], group=mesh.get_group(), group_src=rank)
-    return solution
 
 
 def _before_breakdown(lower: Tensor, info: int) -> Bool[Tensor, " row"]:
@@ -126,21 +101,8 @@ def _before_breakdown(lower: Tensor, info: int) -> Bool[Tensor, " row"]:
     return torch.arange(len(lower), device=lower.device) < (info - 1 if info else len(lower))
 
 
-def _sent(block: Tensor, buffer: Tensor, rank: int, like: Tensor) -> Tensor:
-    """The block of one process, in all of them: its own there, and in the buffer elsewhere."""
-    assert is_split(like)
-    mesh = like.device_mesh
-    sent = block.contiguous() if mesh.get_local_rank() == rank else buffer
-    torch.distributed.broadcast(sent, group=mesh.get_group(), group_src=rank)
-    return sent
-
-
-def _span(matrix: Tensor) -> slice:
-    """The rows that are here."""
-    rows = rows_here(len(matrix), matrix.device_mesh if is_split(matrix) else None)
-    return slice(rows.start, rows.stop)
-
-
 def _own_square(matrix: Tensor) -> Tensor:
     """The square on the diagonal of the rows that are here, as a view."""
-    return part_here(matrix)[:, _span(matrix)]
+    assert is_split(matrix)
+    rows = rows_here(len(matrix), matrix.device_mesh)
+    return part_here(matrix)[:, rows.start : rows.stop]

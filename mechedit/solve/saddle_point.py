@@ -5,7 +5,7 @@
 Eliminating X leaves the Schur complement system (Cᵀ M⁻¹ C + D) Y = E, with one row per column of C: D = λ gives the
 Woodbury form of X = (λM + C Cᵀ)⁻¹ C E, and D = 0 the constraint Cᵀ X = E. Refinement works on the pair (X, Y), in which
 nothing cancels. The residual is estimated by a Gaussian sketch of the equations (`gaussian_sketch`): with Ω M cached
-beside the factor, that takes no pass over M.
+beside the factor, that takes no pass over M. Where M is split in rows over processes, so are C and X.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mechedit.errors import InputError
 from mechedit.solve.factor import EPS, TINY, Factor, cholesky, gaussian_sketch
-from mechedit.solve.row_blocks import product
+from mechedit.solve.products import column_norms, combination, contraction, norm, product, row
+from mechedit.split_tensors import row_wise, whole
 
 CORRECTIONS = 5
 """Most corrections of one solution."""
@@ -79,7 +80,7 @@ class SaddlePointSystem:
         """
         right_side = torch.eye(len(self.relaxation), dtype=self.columns.dtype, device=self.columns.device)[:, -facts:]
         dual = self.schur.solve(right_side)
-        pair = PrimalDualPair(primal=self.solved_columns @ dual, dual=dual)
+        pair = PrimalDualPair(primal=combination(self.solved_columns, dual), dual=dual)
         residual = self.sketched_residual(pair, right_side)
         for _ in range(CORRECTIONS):
             if residual.relative_size <= len(self.columns) ** 0.5 * EPS:
@@ -95,8 +96,9 @@ class SaddlePointSystem:
         """Estimate the residual of (X, Y) by the sketch, in three products with X and Y."""
         x, y = pair.primal, pair.dual
         row_sketch = gaussian_sketch(len(self.relaxation), self.columns)
-        moment_term = self._moment_sketch @ x
-        column_term, constraint = (self._column_products @ x).tensor_split([len(self._moment_sketch)])
+        moment_term = contraction(self._moment_sketch, x)
+        both = contraction(self._column_products, x)
+        column_term, constraint = both.tensor_split([len(self._moment_sketch)])
         relaxed, sketched_right = (row_sketch * self.relaxation) @ y, row_sketch @ right_side
         primal, dual = self._column_sketch @ y - moment_term, sketched_right - constraint - relaxed
         scale = 1.0 if self.factor is None else self.factor.norm
@@ -130,12 +132,12 @@ class SaddlePointSystem:
     def _gram_norm(self) -> float:
         """‖C Cᵀ‖₁ from below: the 1-norm of that column whose 2-norm Ω C Cᵀ puts first, within √d of the largest."""
         longest = self._column_products[: len(self._moment_sketch)].square().sum(0).argmax()
-        return float((self.columns @ self.columns[longest]).abs().sum())
+        return float(whole(combination(self.columns, row(self.columns, longest))).abs().sum())
 
     @cached_property
     def _column_norms(self) -> Float[Tensor, " column"]:
         """The 2-norm of each column of C."""
-        return self.columns.norm(dim=0)
+        return column_norms(self.columns)
 
     @property
     def _moment_sketch(self) -> Float[Tensor, "probe d"]:
@@ -145,28 +147,29 @@ class SaddlePointSystem:
     @cached_property
     def _column_sketch(self) -> Float[Tensor, "probe column"]:
         """Ω C."""
-        return gaussian_sketch(len(self.columns), self.columns) @ self.columns
+        return contraction(gaussian_sketch(len(self.columns), self.columns), self.columns)
 
     @cached_property
     def _column_products(self) -> Float[Tensor, "probe d"]:
         """Ω C Cᵀ, and below it Ω Cᵀ: one product with X for both."""
         row_sketch = gaussian_sketch(len(self.relaxation), self.columns)
-        return torch.cat([self._column_sketch, row_sketch]) @ self.columns.T
+        sketches = torch.cat([self._column_sketch, row_sketch])
+        return whole(row_wise(lambda rows: (sketches @ rows.T).T, self.columns)).T
 
     def _residual(self, pair: PrimalDualPair, right_side: Float[Tensor, "column m"]) -> PrimalDualPair:
         """The full residuals of (X, Y) in both equations."""
         x, y = pair.primal, pair.dual
         moment_term = x if self.factor is None else product(self.factor.matrix, x)
         return PrimalDualPair(
-            primal=self.columns @ y - moment_term,
-            dual=right_side - self.columns.T @ x - self.relaxation[:, None] * y,
+            primal=combination(self.columns, y) - moment_term,
+            dual=right_side - contraction(self.columns.T, x) - self.relaxation[:, None] * y,
         )
 
     def _correction(self, residual: PrimalDualPair) -> PrimalDualPair:
         """The (X, Y) that M X − C Y and Cᵀ X + D Y send to the two residuals."""
         particular = residual.primal if self.factor is None else self.factor.solve(residual.primal)
-        y = self.schur.solve(residual.dual - self.columns.T @ particular)
-        return PrimalDualPair(primal=particular + self.solved_columns @ y, dual=y)
+        y = self.schur.solve(residual.dual - contraction(self.columns.T, particular))
+        return PrimalDualPair(primal=particular + combination(self.solved_columns, y), dual=y)
 
 
 def saddle_point_system(
@@ -184,7 +187,7 @@ def saddle_point_system(
     """
     solved_columns = columns if factor is None else factor.solve(columns)
     # Symmetric to within rounding, and only its lower triangle is read.
-    schur = columns.T @ solved_columns
+    schur = contraction(columns.T, solved_columns)
     schur.diagonal().add_(relaxation)
     lower, independent = cholesky(schur, len(schur) * EPS if bool((relaxation > 0).all()) else DEPENDENT)
     if independent < len(schur):
@@ -200,7 +203,7 @@ def saddle_point_system(
 
 def norms(*tensors: Tensor) -> list[float]:
     """Frobenius norms of the tensors, fetched from the device at once."""
-    return torch.stack([tensor.norm() for tensor in tensors]).tolist()
+    return torch.stack([norm(tensor) for tensor in tensors]).tolist()
 
 
 def _dependence(schur: Float[Tensor, "column column"], independent: int) -> str:

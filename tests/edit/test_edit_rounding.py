@@ -165,7 +165,7 @@ def test_an_undo_whose_sums_come_out_otherwise_is_refused(half_model: Any, monke
         edits.append(random_edit(half_model, seed))
         apply_(half_model, edits[-1])
     before, delta = weights(half_model), Edit.delta
-    monkeypatch.setattr(Edit, "delta", lambda self, layer: 1.01 * delta(self, layer))
+    monkeypatch.setattr(Edit, "delta", lambda self, layer, mesh: 1.01 * delta(self, layer, mesh))
     with pytest.raises(InputError, match="number of threads"):
         undo_(half_model, edits[1])
     assert identical(half_model, before)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import mechedit as me
 from helpers.edits import logits
+from helpers.largest_tensor import LargestTensor
+from helpers.matrices import random_matrix
 from helpers.models import SENTENCES
-from mechedit.edit.weights import copy_weights
+from mechedit.edit.weights import copy_weights, rounded_sum
 from mechedit.errors import InputError
+from mechedit.methods.rules import Ridge
+from mechedit.methods.settings import SpreadConfig
+from mechedit.methods.spread import spread
 from mechedit.solve.row_blocks import plus_identity
 from mechedit.split_tensors import whole
 from mechedit.trace.cells import trace_group
@@ -40,22 +42,11 @@ SETTINGS: dict[str, Any] = {"lr": 0.5, "clamp": 2.0, "steps": 2}
 WORDS = " ".join(SENTENCES).split()
 TEXTS = [" ".join(random.Random(seed).sample(WORDS, 12)) for seed in range(40)]
 """Enough for second moments that are not singular."""
-
-
-class LargestDouble(TorchDispatchMode):
-    """Numbers in the largest float64 tensor that this process makes: moments and linear systems alone are such."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:  # its parts come by once it has taken itself apart
-            return NotImplemented
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            is_real = isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor)  # by which shapes are found
-            if is_real and tensor.dtype == torch.float64:
-                self.numbers = max(self.numbers, tensor.numel())
-        return made
+MANY = [
+    me.EditRequest(id=str(i), subject=" ".join(WORDS[i : i + 2]), prompt="{} is", target_new="plays") for i in range(24)
+]
+MANY_PREFIXES = ["{}", *(f"{word}. {{}}" for word in WORDS[:5])]
+"""So many that their keys outnumber all else that spreading holds."""
 
 
 def results(model: Any, layers: Sequence[int] = LAYERS, texts: Sequence[str] = TEXTS) -> dict[str, Tensor]:
@@ -63,7 +54,7 @@ def results(model: Any, layers: Sequence[int] = LAYERS, texts: Sequence[str] = T
     before = model.weights_hash()
     effects = trace_group(model, [tokenize_fact(model, FACT)], 1.0, TRACE)["effect"]
     found = {"logits": logits(model), "effects": torch.tensor(effects.to_numpy())}
-    with LargestDouble() as largest:
+    with LargestTensor([torch.float64]) as largest:
         moments = me.collect_moments(model, texts, layers, config=me.MomentsConfig(max_length=16))
     found |= {f"moment {layer}": whole(moment.matrix) for layer, moment in moments.items()}
     targets = me.find_targets(model, REQUESTS, layers[-1], PREFIXES, me.TargetConfig(**SETTINGS))
@@ -78,13 +69,37 @@ def results(model: Any, layers: Sequence[int] = LAYERS, texts: Sequence[str] = T
         edit = me.memit(model, REQUESTS, layers, regular, config=config, prefixes=PREFIXES)
     found["largest float64"] = torch.tensor(largest.numbers)
     found |= {f"delta {layer}": edit.delta(layer) for layer in layers}
+    keys = me.edit_keys(model, REQUESTS, edit)
+    found |= {f"keys {layer}": whole(matrix) for layer, matrix in keys.items()}
     weights = copy_weights(model, layers)
     me.apply_(model, edit)
     found["edited logits"] = logits(model)
+    second, found["largest of many"] = edit_with_many(
+        model, targets, Ridge(moments=regular, weight=1.0, previous=keys), layers
+    )
+    found |= {f"second delta {layer}": second.delta(layer) for layer in layers}
+    me.apply_(model, second)
+    found["logits of both"] = logits(model)
+    me.undo_(model, second)
+    assert torch.equal(logits(model), found["edited logits"])
     me.undo_(model, edit)
     assert all(torch.equal(model.projection(layer), weight) for layer, weight in weights.items())
     assert model.weights_hash() == before, "undone, bit for bit"
+    # Sums in half precision are rounded by random numbers that follow all rows, 1,024 at a time.
+    half, delta = random_matrix(2400, 4).bfloat16(), 1e-2 * random_matrix(2400, 4, seed=1)
+    found["half"] = whole(rounded_sum(half, [delta], "the sum", mesh=model.mesh))
     return found
+
+
+def edit_with_many(model: Any, targets: me.Targets, rule: Ridge, layers: Sequence[int]) -> tuple[me.Edit, Tensor]:
+    """An edit of many facts on a model to which one is applied, and the numbers in the largest tensor meanwhile."""
+    shape, ids = (len(MANY), model.d_model), tuple(request.id for request in MANY)
+    z = targets.z.mean(0) + targets.z.std() * random_matrix(*shape).to(targets.z)
+    provenance = {**targets.provenance, "model": model.provenance()}
+    many = dataclasses.replace(targets, z=z, initial=z, ids=ids, provenance=provenance)
+    with LargestTensor() as largest:
+        result = spread(model, MANY, many, layers, rule, prefixes=MANY_PREFIXES, config=SpreadConfig(batch_size=3))
+    return result.edit, torch.tensor(largest.numbers)
 
 
 def save_results(folders: Sequence[Path], refused: Sequence[Path]) -> None:
@@ -111,17 +126,20 @@ def check_equal(model: Any, expected: dict[str, Tensor], ranks: Sequence[dict[st
     """Hold what the processes of a split model found against what one process has found for the whole one."""
     size, count = sum(parameter.numel() for _, parameter in model.named_parameters()), len(ranks)
     assert expected.pop("largest float64") >= model.d_mlp**2, "one process has whole moments and systems"
+    keys = len(MANY) * len(MANY_PREFIXES) * model.d_mlp
+    assert expected.pop("largest of many") == keys, "and all keys"
     for found in ranks:
         assert found.pop("hash") == model.weights_hash()
         # Norms and, in Qwen2, nothing else are whole in every process.
         assert size / count <= found.pop("numbers here") < 1.1 * size / count
-        # Rows of moments and systems; and a layer's weights, which an edit adds to in float64.
-        rows, weights = model.d_mlp**2 / count, model.d_mlp * model.d_model
-        assert rows <= found.pop("largest float64") <= max(rows, weights) < model.d_mlp**2
+        assert found.pop("largest float64") == model.d_mlp**2 / count, "rows of moments and of systems"
+        # Its part of the keys behind all prefixes, or the projection's outputs there, of at most 256 facts at a time.
+        assert found.pop("largest of many") == max(keys / count, keys / model.d_mlp * model.d_model) < keys
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             difference = (found[key] - value).abs().max()
             assert difference <= 1e-5 * value.abs().max().clamp_min(1), (key, difference)
         assert all(torch.equal(found[key], ranks[0][key]) for key in expected), "the processes agree bit for bit"
-    assert not torch.allclose(expected["edited logits"], expected["logits"], atol=1e-2)
+    for before, after in pairwise(("logits", "edited logits", "logits of both")):
+        assert not torch.allclose(expected[before], expected[after], atol=1e-2)
     assert expected["effects"].std() > 1e-2

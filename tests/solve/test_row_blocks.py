@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.matrices import CONDITIONS, SIZE, random_matrix, solutions, with_condition
+from helpers.matrices import CONDITIONS, MOST, SIZE, random_matrix, solutions, with_condition
 from helpers.ranks import launch
 from torch import Tensor
 
 from mechedit.moments.second_moment import load_moment
+from mechedit.solve.factor import SKETCH_ROWS
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -48,6 +49,8 @@ def test_they_are_those_of_one_process(ranks: list[dict[str, Tensor | str]], exp
         if isinstance(value, str):
             assert found[name] == value
             continue
+        if name.endswith("largest"):  # which are to differ, see below
+            continue
         if name.endswith("error"):  # of the linear system, which an ill-conditioned one leaves in one process, too
             assert found[name] <= 10 * value.clamp_min(SIZE * EPS)
             continue
@@ -55,6 +58,20 @@ def test_they_are_those_of_one_process(ranks: list[dict[str, Tensor | str]], exp
         bound = CONDITIONS["ill"] * EPS if name.startswith("ill") else 1e-12
         torch.testing.assert_close(found[name], value, rtol=0, atol=bound * float(value.abs().max().clamp_min(1)))
     assert torch.equal(found["file"], found["mean"])
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_no_process_holds_all_columns(
+    name: str, ranks: list[dict[str, Tensor | str]], expected: dict[str, Tensor | str]
+) -> None:
+    fewer, more = SIZE * MOST, SIZE * (5 + 2 * SIZE)
+    assert float(expected[f"{name}, fewer: largest"]) >= fewer
+    assert float(expected[f"{name}, more: largest"]) >= more
+    sketches = 2 * SKETCH_ROWS * SIZE
+    for found in ranks:
+        # The system of the facts themselves, and sketches, are whole.
+        assert found[f"{name}, fewer: largest"] == max(MOST**2, sketches) < fewer
+        assert found[f"{name}, more: largest"] == more / len(ranks) < more
 
 
 @pytest.mark.parametrize("name", CONDITIONS)
