@@ -214,7 +214,7 @@ def compared_rules(results: pd.DataFrame, score: str = "S") -> pd.DataFrame:
     """Each rule with the constant c at which it loses least: to the best λ of each model and number of facts.
 
     Scores between the λ that were measured are interpolated over log λ, and a constant counts only where it asks for no
-    λ outside of them.
+    λ outside of them. Models and numbers of facts without both absolute and relative λ are left out.
 
     Args:
         results: rows of `weights`.
@@ -222,8 +222,17 @@ def compared_rules(results: pd.DataFrame, score: str = "S") -> pd.DataFrame:
 
     Returns:
         Columns rule, c, `loss` (points below the best, mean over models and numbers of facts) and `worst` (largest).
+
+    Raises:
+        InputError: there is no model with both.
     """
-    groups = [rows for _, rows in results.dropna(subset=["value"]).groupby(["model", "window", "facts"])]
+    groups = [
+        rows
+        for _, rows in results.dropna(subset=["value"]).groupby(["model", "window", "facts"])
+        if {*rows["relative"]} == {True, False}
+    ]
+    if not groups:
+        raise InputError("no model has scores by both --relative and --absolute λ, expected both; measure the others")
     best = [rows[score].max() for rows in groups]
     rows = []
     for rule, factor in RULES.items():

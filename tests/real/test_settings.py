@@ -108,3 +108,12 @@ def test_the_rule_by_which_scores_were_made_loses_least(rule: str, exponents: di
     assert compared.loc[rule, "worst"] < 3  # the scores are measured half a decade apart
     assert compared.loc[rule, "c"] == pytest.approx(0.1, rel=0.8)
     assert (compared["worst"].drop(rule) > 3 + compared.loc[rule, "worst"]).all()
+
+
+def test_a_model_measured_in_one_unit_alone_is_left_out_of_the_comparison() -> None:
+    results = measured({"c": 0.1, "facts": 0, "d_mlp": 0, "strength": 0})
+    unfinished = results[results["relative"]].assign(model="c", S=50.0)
+    compared = settings.compared_rules(pd.concat([results, unfinished]))
+    pd.testing.assert_frame_equal(compared, settings.compared_rules(results))
+    with pytest.raises(InputError, match="no model has scores by both --relative and --absolute"):
+        settings.compared_rules(unfinished)
