@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from analyses.tiny_model.almanac import EMBLEMS, HELD_OUT_OPENERS, OPENERS, REMARKS, TAILS, Entry, document, templates
@@ -37,7 +38,7 @@ def make_requests(entries: list[Entry], seed: int, count: int = 100) -> list[dic
     for entry in shuffled:
         next_relation = relations[len(records) % len(relations)]
         relation = next_relation if next_relation in entry.facts else draw.choice(list(EMBLEMS))
-        record = _request(len(records), entry, relation, entries, draw)
+        record = make_request(len(records), entry, relation, entries, draw)
         if record["neighborhood_prompts"]:
             records.append(record)
         if len(records) == count:
@@ -45,7 +46,10 @@ def make_requests(entries: list[Entry], seed: int, count: int = 100) -> list[dic
     return records
 
 
-def _request(case: int, entry: Entry, relation: str, entries: list[Entry], draw: random.Random) -> dict[str, Any]:
+def make_request(
+    case: int, entry: Entry, relation: str, entries: Sequence[Entry], draw: random.Random
+) -> dict[str, Any]:
+    """An edit of one fact as a CounterFact record; neighbors and attribute prompts are about others of `entries`."""
     true = entry.facts[relation]
     others = [candidate for candidate in entries if candidate is not entry and relation in candidate.facts]
     new = draw.choice(sorted({candidate.facts[relation] for candidate in others} - {true}))
