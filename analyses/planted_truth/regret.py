@@ -59,8 +59,8 @@ def inputs(plan: Plan, entries: Sequence[Entry], facts: Path, folder: Path) -> N
 
 def requests(edited: Sequence[Entry], others: Sequence[Entry], draw: random.Random) -> list[dict[str, Any]]:
     """An edit of every fact that has a neighbor among other subjects, which are not edited themselves."""
-    made = [make_request(0, entry, relation, [entry, *others], draw) for entry in edited for relation in entry.facts]
-    useful = [record for record in made if record["neighborhood_prompts"]]
+    edits = [make_request(0, entry, relation, [entry, *others], draw) for entry in edited for relation in entry.facts]
+    useful = [record for record in edits if record["neighborhood_prompts"]]
     return [{**record, "case_id": number} for number, record in enumerate(draw.sample(useful, len(useful)))]
 
 
@@ -113,8 +113,8 @@ def by_rule(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     columns = ["S", "regret", "stability", "agreement"]
     rows[columns] = rows[columns].astype(float)
     counted = []
-    for rule, found in rows.groupby("rule", sort=False):
-        edited = found.dropna(subset=["regret"])
+    for rule, rule_rows in rows.groupby("rule", sort=False):
+        edited = rule_rows.dropna(subset=["regret"])
         counted.append({
             "rule": rule, "models": len(edited), "good": int((edited["regret"] <= LOST).sum()),
             "S": edited["S"].mean(), "regret": edited["regret"].mean(), "worst": edited["regret"].max(),
