@@ -7,6 +7,7 @@ images inside. Sections without data are left out.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -320,6 +321,7 @@ def _if_present(path: Path, section: Any) -> Any:
         return section(path)
 
 
+@functools.cache
 def _template() -> Any:
     # Facts and prompts are arbitrary text, so every value is escaped.
     folder = FileSystemLoader(Path(__file__).parent)

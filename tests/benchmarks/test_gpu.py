@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import gpu
 from benchmarks.run_on_devices import RunDifference, difference
@@ -18,22 +17,21 @@ from benchmarks.run_on_devices import RunDifference, difference
 SAME = RunDifference(layers=((2, 3), (2, 3)), effects=1e-6, magnitudes=1e-5, rates=0.0)
 
 
-def test_every_part_runs(tmp_path: Path) -> None:
+def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--device cpu --shape small --dtype float32 --facts 2 --updates 2 --edits 3 --texts 20"
     run_options = "--run-facts 10 --run-samples 1 --run-requests 2"
     files = ["--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]
-    # A process of its own, as a person starts it: types are not checked there, which would take most of the time.
-    command = [sys.executable, "-m", "benchmarks.gpu", *options.split(), *run_options.split(), *files]
-    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    process = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
+    monkeypatch.setitem(sys.modules, "__main__", gpu)  # a command says what Python ran
+    monkeypatch.setattr(sys, "argv", [gpu.__file__, *options.split(), *run_options.split(), *files])
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
+    assert gpu.main() == 0
+    printed = capsys.readouterr().out
     records = json.loads((tmp_path / "r.json").read_text())
     assert [record["step"] for record in records] == ["targets", "keys", "moments", "trace", "severed trio"]
     assert records[0]["command"].startswith("python -m benchmarks.gpu --device cpu")
-    assert "3 edits:" in process.stdout
-    assert "30 edits, with" in process.stdout
-    assert "mechedit run on cpu and cpu: layers" in process.stdout
+    assert "3 edits:" in printed
+    assert "30 edits, with" in printed
+    assert "mechedit run on cpu and cpu: layers" in printed
     # Control: a run with other scores is another.
     other = tmp_path / "other"
     (other / "run").mkdir(parents=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,21 @@ from mechedit.models import DTYPES, load_model
 from mechedit.provenance import CAST_HASHES
 
 
-@pytest.fixture(params=DTYPES)
-def source(request: pytest.FixtureRequest, make_hf: Any, tokenizer: Any, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", params=DTYPES)
+def source(
+    request: pytest.FixtureRequest, make_hf: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A checkpoint in each of the dtypes; its weights have digits that the other ones do not hold."""
-    folder = tmp_path / request.param
+    folder = tmp_path_factory.mktemp("source") / request.param
     make_hf("llama").to(DTYPES[request.param]).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def load(source: Path) -> Callable[..., Any]:
+    """Loads the checkpoint in a dtype, each copy once: tests leave them as they were."""
+    return functools.cache(lambda dtype, copy=0: load_model(source, device="cpu", dtype=dtype))
 
 
 def recorded(model: Any) -> Edit:
@@ -35,9 +45,9 @@ def recorded(model: Any) -> Edit:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("made_in", DTYPES)
-def test_it_goes_onto_every_copy(source: Path, tmp_path: Path, made_in: str, dtype: str) -> None:
+def test_it_goes_onto_every_copy(source: Path, load: Any, tmp_path: Path, made_in: str, dtype: str) -> None:
     """However the copies were rounded: each is the checkpoint, rounded once, as people load it."""
-    model, copy = (load_model(source, device="cpu", dtype=name) for name in (made_in, dtype))
+    model, copy = load(made_in), load(dtype, copy=1)
     edit, before = recorded(model), weights(copy)
     if source.name == "float32" and {made_in, dtype} == {"bfloat16", "float16"}:
         # Neither of two half precisions can tell what the other was rounded from.
@@ -57,8 +67,8 @@ def test_it_goes_onto_every_copy(source: Path, tmp_path: Path, made_in: str, dty
     assert (reached - expected).norm() < 0.05 * (expected - clean).norm()
 
 
-def test_not_onto_other_weights(source: Path) -> None:
-    model = load_model(source, device="cpu", dtype="float32")
+def test_not_onto_other_weights(source: Path, load: Any) -> None:
+    model = load("float32")
     edit = recorded(model)
     for dtype in DTYPES:
         copy = load_model(source, device="cpu", dtype=dtype)
@@ -70,9 +80,9 @@ def test_not_onto_other_weights(source: Path) -> None:
         assert identical(copy, before)
 
 
-def test_an_older_edit_goes_where_rounding_tells(source: Path) -> None:
+def test_an_older_edit_goes_where_rounding_tells(source: Path, load: Any) -> None:
     """Edits without hashes in other dtypes: from a half precision to a wider one of the same weights, and back."""
-    full, half = (load_model(source, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    full, half = load("float32"), load("bfloat16")
     with edited(full, random_edit(half)):
         pass
     if source.name == "bfloat16":

@@ -37,7 +37,7 @@ def every_step(hf: Any, backend: str, folder: Path | None = None) -> dict[str, t
     requests, layers, before = me.load_requests("tiny")[:1], [2, 4], weights(model)
     config = me.TraceConfig(samples=1, kinds=("state", "mlp"), roles=("subject_last",), sever=("nothing", "attn"))
     effects = me.trace_facts(model, me.load_facts("known")[:1], config)
-    moments = me.collect_moments(model, me.load_texts("tiny")[:60], layers)
+    moments = me.collect_moments(model, me.load_texts("tiny")[:15], layers)
     targets = me.find_targets(model, requests, layers[-1], ["{}"], me.TargetConfig(steps=2))
     edit = me.memit(model, requests, layers, moments, ["{}"], me.MemitConfig(steps=2, damping=0.01), targets)
     me.apply_(model, edit)

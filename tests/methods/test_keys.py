@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,15 +27,16 @@ REQUESTS = [
 ]
 
 
-def slowly(model: Any, site: Site, prefixes: list[str]) -> Tensor:
-    """[fact, prefix, width] by a full forward pass of every whole prompt, one by one."""
-    rows = []
+def slowly(model: Any, sites: Sequence[Site], prefixes: list[str]) -> list[Tensor]:
+    """[fact, prefix, width] of each site, by a full forward pass of every whole prompt, one by one."""
+    rows: list[list[Tensor]] = [[] for _ in sites]
     for request in REQUESTS:
         prompts = prefixed_prompts(model, request, prefixes)
         with torch.no_grad():
-            runs = [model.run(pad([prompt.ids], model.tokenizer), read=[site]) for prompt in prompts]
-        rows.append(torch.stack([run[site][0, p.last_subject] for run, p in zip(runs, prompts, strict=True)]))
-    return torch.stack(rows)
+            runs = [model.run(pad([prompt.ids], model.tokenizer), read=sites) for prompt in prompts]
+        for site, values in zip(sites, rows, strict=True):
+            values.append(torch.stack([run[site][0, p.last_subject] for run, p in zip(runs, prompts, strict=True)]))
+    return [torch.stack(values) for values in rows]
 
 
 def nudge_(model: Any, layer: int) -> None:
@@ -49,16 +51,19 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 
 def test_equals_full_forwards_after_every_layer(family_model: Any) -> None:
     model, last = family_model, family_model.n_layers - 1
-    clean = {layer: slowly(model, Site(layer, "mlp_key"), PREFIXES) for layer in range(1, last + 1)}
+    key_sites = [Site(layer, "mlp_key") for layer in range(last + 1)]
+    clean = slowly(model, key_sites, PREFIXES)
     prompts = KeyExtractor(model, REQUESTS, PREFIXES, batch_size=3)
-    sites = [Site(last, "mlp_out"), Site(last, "resid")]
+    sites, expected = [Site(last, "mlp_out"), Site(last, "resid")], clean[0]
+    assert PREFIXES[0] == BARE
     for layer in range(last + 1):
         keys = prompts.keys(layer)
-        assert close(keys, slowly(model, Site(layer, "mlp_key"), PREFIXES))
+        assert close(keys, expected)
         assert layer == 0 or (keys - clean[layer]).norm() > 0.05 * clean[layer].norm()
         nudge_(model, layer)
-        for site, actual in prompts.states(sites).items():
-            assert close(actual, slowly(model, site, [BARE])[:, 0])
+        *states, expected = slowly(model, [*sites, key_sites[min(layer + 1, last)]], PREFIXES)
+        actual = prompts.states(sites)
+        assert all(close(actual[site], state[:, 0]) for site, state in zip(sites, states, strict=True))
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -66,9 +71,9 @@ def test_goes_on_from_a_gap(small_model: Any, first: int) -> None:
     prompts = KeyExtractor(small_model, REQUESTS, PREFIXES[1:])
     prompts.advance_(first)
     assert torch.equal(prompts.keys(first), prompts.keys(first))
-    assert close(prompts.keys(first), slowly(small_model, Site(first, "mlp_key"), PREFIXES[1:]))
+    assert close(prompts.keys(first), slowly(small_model, [Site(first, "mlp_key")], PREFIXES[1:])[0])
     site = Site(2, "resid")
-    assert close(prompts.states([site])[site], slowly(small_model, site, [BARE])[:, 0])
+    assert close(prompts.states([site])[site], slowly(small_model, [site], [BARE])[0][:, 0])
     with pytest.raises(ValueError, match=f"at the input of block {first}, expected it at 0 or below"):
         prompts.keys(0)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import BACKENDS, VOCAB, hook_state
+from helpers.models import BACKENDS, SHAPES, VOCAB, hook_state
 from transformers import GPT2Config, GPT2Model, OPTConfig, OPTForCausalLM, T5Config
 
 from mechedit.errors import InputError
@@ -75,10 +75,21 @@ def test_a_folder_loads_in_the_dtype_asked_for(make_hf: Any, tokenizer: Any, bac
     assert low.provenance()["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "dtype"),
+    [
+        (family, backend, HALVES[(number + place) % 2])
+        for number, family in enumerate(SHAPES)
+        for place, backend in enumerate(BACKENDS)
+    ],
+)
 def test_low_precision_passes_the_self_check(
     make_hf: Any, tokenizer: Any, family: str, backend: str, dtype: torch.dtype, tokens: Tokens
 ) -> None:
+    """Every family on both backends, in one dtype on each."""
     model = load_model(make_hf(family).to(dtype), tokenizer=tokenizer, backend=backend)
     run = model.run(tokens, [one_patch(model)], [Site(1, "resid")])
     assert run[Site(1, "resid")].dtype == dtype

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from helpers.edits import logits
+from helpers.models import BACKENDS
 from helpers.placement import every_step, tiny_hf, tiny_tokenizer
 
 from mechedit.errors import InputError
@@ -35,7 +36,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
     return every_step(tiny_hf(), "transformer_lens", tmp_path_factory.mktemp("plain") / "out")
 
 
-@pytest.mark.parametrize("make", [dispatched, lambda: tiny_hf(device_map="auto")], ids=["dispatched", "auto"])
+@pytest.mark.parametrize(
+    ("make", "backend"),
+    [*((dispatched, backend) for backend in BACKENDS), (lambda: tiny_hf(device_map="auto"), BACKENDS[0])],
+    ids=[*(f"dispatched-{backend}" for backend in BACKENDS), "auto"],
+)
 def test_a_model_spread_by_accelerate_passes_every_step(
     make: Any, backend: str, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

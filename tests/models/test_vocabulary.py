@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.edits import identical, weights
 from helpers.models import SENTENCES, VOCAB
+from helpers.placement import tiny_hf, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -20,8 +21,8 @@ from mechedit.data import EditRequest, Fact, load_facts, load_requests, load_tex
 from mechedit.edit import edited
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig, evaluate, score_targets
-from mechedit.methods import METHODS
-from mechedit.models import Tokens, load_model, transformers_model
+from mechedit.methods import FineTuneConfig, ft
+from mechedit.models import Tokens, load_model
 from mechedit.moments import collect_moments
 from mechedit.prefixes import make_prefixes
 from mechedit.targets import find_targets
@@ -58,15 +59,14 @@ ADDITIONS: dict[str, dict[str, Any]] = {
 def every_step(backend: str, addition: str) -> tuple[list[torch.Tensor], tuple[str, ...]]:
     """Numbers of every step on the tiny model, and its prefixes."""
     facts, requests = load_facts("known")[:2], load_requests("tiny")[:2]
-    model = load_model("tiny", device="cpu")
-    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.add_special_tokens(ADDITIONS[addition])
+    model = load_model(tiny_hf(), tokenizer=tokenizer, backend=backend)
     assert (len(tokenizer) > model.vocab_size) == (addition != "none")
-    model = load_model(transformers_model(model), tokenizer=tokenizer, backend=backend)
     before = weights(model)
     effects = trace_facts(model, facts, TraceConfig(samples=1, kinds=("state",)))
     moments = collect_moments(model, load_texts("tiny")[:20], layers=[2])
-    edit = METHODS["ft"](model, requests, [2])
+    edit = ft(model, requests, [2], config=FineTuneConfig(steps=5))
     with edited(model, edit):
         scores = evaluate(model, requests, EvaluationConfig(generation_tokens=5, generation_prompts=1, resamples=10))
     assert identical(model, before)
@@ -75,7 +75,7 @@ def every_step(backend: str, addition: str) -> tuple[list[torch.Tensor], tuple[s
     return [torch.as_tensor(value) for value in values], make_prefixes(model)
 
 
-@pytest.mark.parametrize("addition", [name for name in ADDITIONS if name != "none"])
+@pytest.mark.parametrize(("backend", "addition"), [("transformer_lens", "image"), ("nnsight", "pad")])
 def test_ordinary_text_goes_through_every_step(backend: str, addition: str) -> None:
     """With the numbers that the tokenizer without the token gives."""
     (expected, prefixes), (values, more_prefixes) = every_step(backend, "none"), every_step(backend, addition)

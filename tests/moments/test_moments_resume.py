@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.commands import limited_memory
+from helpers.zygote import Zygote
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -341,27 +339,26 @@ def test_every_token_is_in_one_batch_of_one_chunk(
             assert sum(sizes) <= max(batch_tokens, max(sizes))
 
 
-def test_killed_the_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(me.load_texts("tiny")[:600]))
+def test_killed_the_command_resumes_to_the_same_bytes(zygote: Zygote, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(me.load_texts("tiny")[:350]))
     killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
-    options = ["moments", "--texts", str(texts), "--layers", "1-2", "--checkpoint-seconds", "0.05"]
-    command = [sys.executable, "-m", "mechedit", *options, "--out", str(killed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    command = ["moments", "--texts", str(tmp_path / "texts.txt"), "--layers", "1-2"]
+    command += ["--checkpoint-seconds", "0"]
+    ended = zygote.run([*command, "--out", "uninterrupted"], tmp_path)
+    assert ended.code == 0, ended.printed
     checkpoints = [checkpoint_path(killed, layer, Rank()) for layer in (1, 2)]
-    while process.poll() is None and not all(path.exists() for path in checkpoints):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed in its midst"
+    for kill_at in range(ended.changes * 4 // 9, ended.changes, 4):
+        shutil.rmtree(killed, ignore_errors=True)
+        assert zygote.run([*command, "--out", "killed"], tmp_path, kill_at=kill_at).code == -signal.SIGKILL
+        if all(path.exists() for path in checkpoints):
+            break
     assert not list(killed.glob("moments/layer_*"))
     done = [read_header(path, "provenance")["count"] for path in checkpoints]
     assert all(count > 0 for count in done)
     # To go on takes no process of its own.
-    for folder in (killed, uninterrupted):
-        with pytest.raises(SystemExit) as leaving:
-            main([*options, "--out", str(folder)])
-        assert leaving.value.code in (None, 0)
+    with pytest.raises(SystemExit) as leaving:
+        main([*command, "--out", str(killed)])
+    assert leaving.value.code in (None, 0)
     for name in ("layer_1.safetensors", "layer_2.safetensors"):
         assert (killed / "moments" / name).read_bytes() == (uninterrupted / "moments" / name).read_bytes()
     assert load_moments(killed, [1])[1].count > max(done)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from helpers.edits import identical, random_edit, weights
 from helpers.mend import identity_editor
 from helpers.models import random_hf
+from helpers.ranks import launch
 
 import mechedit.session.batch_editor
 import mechedit.session.session
@@ -367,13 +365,13 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("saved", [True, False])
-@pytest.mark.parametrize("point", list(POINTS))
+@pytest.mark.parametrize(
+    ("point", "saved"),
+    [(point, saved) for saved in (True, False) for point in POINTS if saved or point != "checkpoint"],
+)
 def test_an_interrupted_write_leaves_all_as_it_was(
     begin: Any, lively: Any, uninterrupted: EditSession, point: str, saved: bool, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    if point == "checkpoint" and not saved:
-        point = "scoring"
     with begin(folder=tmp_path if saved else None) as session:
         session.write(BATCHES[0])
         before, history, edit = weights(lively), session.history, session.edit
@@ -398,6 +396,7 @@ def interrupted(*args: Any, **options: Any) -> Any:
 KILLED = """
 import os, signal, sys
 import mechedit.session.batch_editor as batch_editor
+sys.path.insert(0, {tests!r})
 from test_session import tiny_session
 
 score_requests, calls = batch_editor.score_requests, []
@@ -409,7 +408,7 @@ def kills(*args):
     return score_requests(*args)
 
 batch_editor.score_requests = kills
-tiny_session(sys.argv[1])
+tiny_session({folder!r})
 """
 
 
@@ -428,11 +427,9 @@ def tiny_session(folder: Path | str | None) -> EditSession:
 
 
 def test_a_killed_session_goes_on_to_the_same_results(tmp_path: Path, monkeypatch: Any) -> None:
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    child = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
-    assert child.returncode == -signal.SIGKILL, "it was killed in its midst"
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    (child,) = launch(1, [], tmp_path.with_name("printed"), first={0: code})
+    assert child.code == -signal.SIGKILL, f"it was not killed in its midst: {child.err}"
     first = tmp_path / "batches" / "0001.safetensors"
     assert list((tmp_path / "batches").iterdir()) == [first]
     assert list((tmp_path / "targets").iterdir()), "the z that were found for the second batch are cached"

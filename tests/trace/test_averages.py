@@ -143,11 +143,11 @@ def test_a_token_with_some_effects_missing_is_meaned_over_the_others():
 
 @pytest.mark.parametrize("size", [1, 7, 400])
 def test_frames_in_any_pieces_give_the_same(size):
-    # Pieces cut facts and roles apart.
-    effects = EFFECTS.iloc[:1200]
-    pieces = (effects.iloc[i : i + size] for i in range(0, 1200, size))
+    # Pieces cut facts and roles apart; of a row each, fewer rows of all facts.
+    effects = EFFECTS.iloc[: 1200 : 6 if size == 1 else 1]
+    pieces = (effects.iloc[i : i + size] for i in range(0, len(effects), size))
     pd.testing.assert_frame_equal(average_effects(pieces, resamples=50), average_effects(effects, resamples=50))
-    pieces = (effects.iloc[i : i + size] for i in range(0, 1200, size))
+    pieces = (effects.iloc[i : i + size] for i in range(0, len(effects), size))
     pd.testing.assert_frame_equal(total_effects(pieces, resamples=50), total_effects(effects, resamples=50))
 
 
