@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mechedit.errors import InputError
 from mechedit.interrupts import insist, uninterrupted
 from mechedit.models import Model
-from mechedit.split_tensors import is_split, part_here, rows_here, split_in_rows, whole
+from mechedit.split_tensors import is_split, part_here, row_wise, rows_here, rows_of, split_in_rows, whole
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes in which sums are rounded stochastically."""
@@ -47,7 +47,7 @@ def rounded_sum(
     In half precision the bits are those that a base in that dtype gives, if `base` is such a one in a wider dtype.
 
     Args:
-        base: exact weights; they also seed the random numbers in half precision.
+        base: exact weights, whole or split over `mesh`; they also seed the random numbers in half precision.
         deltas: added one after another, whole or split over `mesh`.
         where: name of the weights in the error message.
         dtype: of the result.
@@ -58,10 +58,10 @@ def rounded_sum(
     """
     dtype = dtype or base.dtype
     half, rows = dtype in HALF, rows_here(len(base), mesh)
-    here = slice(rows.start, rows.stop)
-    total = base[here].to(device="cpu" if half else base.device, dtype=torch.float64, copy=True)
+    device = "cpu" if half else base.device
+    total = _rows_here(base, rows).to(device=device, dtype=torch.float64, copy=True)
     for delta in deltas:
-        total.add_((part_here(delta) if is_split(delta) else delta[here]).to(total))
+        total.add_(_rows_here(delta, rows).to(total))
     largest = torch.finfo(dtype).max
     overflows = (~(total.abs() <= largest)).sum()[None].to(base.device)
     if mesh is not None:
@@ -71,8 +71,13 @@ def rounded_sum(
             f"the edit would take {overflows} weights of {where} beyond what {dtype} holds (±{largest:.6g}), "
             f"expected none; load the model in bfloat16 or float32, or make the edit again with milder settings"
         )
-    rounded = _stochastically_rounded_rows(total, base.to(dtype), rows.start) if half else total.to(dtype)
+    rounded = _stochastically_rounded_rows(total, whole(base).to(dtype), rows.start) if half else total.to(dtype)
     return rounded if mesh is None else split_in_rows(rounded.to(base.device), mesh)
+
+
+def _rows_here(matrix: Float[Tensor, "row column"], rows: range) -> Float[Tensor, "here column"]:
+    """Views of the rows of a matrix that is whole, or split so that each process has those that belong to it."""
+    return part_here(matrix) if is_split(matrix) else matrix[rows.start : rows.stop]
 
 
 def _stochastically_rounded_rows(
@@ -106,8 +111,8 @@ def digest(weight: Float[Tensor, "d_mlp d_model"]) -> str:
 
 
 def copy_weights(model: Model, layers: Iterable[int]) -> dict[int, Float[Tensor, "d_mlp d_model"]]:
-    """Copies of the down-projections of `layers`."""
-    return {layer: model.projection(layer).detach().clone() for layer in layers}
+    """Copies of the down-projections of `layers`; where the model is split, each process copies its rows."""
+    return {layer: row_wise(torch.clone, rows_of(model.projection(layer).detach(), model.mesh)) for layer in layers}
 
 
 def projection_parameter(model: Model, layer: int) -> tuple[str, nn.Parameter, bool]:

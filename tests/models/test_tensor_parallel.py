@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.models import random_hf, small_tokenizer
 from helpers.ranks import launch
-from helpers.split import check_equal, results
+from helpers.split import check_equal, check_held, results
 
 import mechedit as me
 from mechedit.errors import InputError
@@ -46,7 +46,9 @@ def ran(count: int, split: Sequence[Path], refused: Sequence[Path], folder: Path
 @pytest.mark.parametrize(("name", "count"), [*((family, 2) for family in SHAPES), ("nine", 3)])
 def test_a_split_model_gives_what_the_whole_one_gives(name: str, count: int, folders: dict[str, Path]) -> None:
     model = me.load_model(folders[name])
-    check_equal(model, results(model), [torch.load(folders[name] / f"rank_{rank}.pt") for rank in range(count)])
+    expected, ranks = results(model), [torch.load(folders[name] / f"rank_{rank}.pt") for rank in range(count)]
+    check_equal(model, expected, ranks)
+    check_held(model, expected, ranks)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neo"])
