@@ -29,7 +29,6 @@ from mechedit.edit.weights import digest, rounded_sum
 from mechedit.errors import InputError, brief
 from mechedit.models import DTYPES, Model, exclusive
 from mechedit.provenance import CAST_HASHES
-from mechedit.split_tensors import whole
 
 
 @checked
@@ -192,7 +191,7 @@ def _weights_before_last(model: Model, layer: int, applied: Sequence[AppliedEdit
     assert base is not None, layer
     deltas = (edit.delta(layer, model.mesh) for edit in edits)
     weight = rounded_sum(base, deltas, f"layer {layer}", mesh=model.mesh)
-    if (actual := digest(whole(weight))) != (expected := expected_digest(layer, earlier)):
+    if (actual := digest(weight)) != (expected := expected_digest(layer, earlier)):
         raise InputError(
             f"layer {layer} would come back with digest {actual[:12]}, expected {str(expected)[:12]}: float64 products "
             f"no longer give the same bits as when the edits were applied; set the number of threads "

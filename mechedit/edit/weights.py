@@ -27,7 +27,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from mechedit.errors import InputError
 from mechedit.interrupts import insist, uninterrupted
 from mechedit.models import Model
-from mechedit.split_tensors import is_split, part_here, row_wise, rows_here, rows_of, split_in_rows, whole
+from mechedit.split_tensors import (
+    blocks_of_rows,
+    is_split,
+    part_here,
+    row_wise,
+    rows_here,
+    rows_of,
+    split_in_rows,
+    whole,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes in which sums are rounded stochastically."""
@@ -71,7 +80,7 @@ def rounded_sum(
             f"the edit would take {overflows} weights of {where} beyond what {dtype} holds (±{largest:.6g}), "
             f"expected none; load the model in bfloat16 or float32, or make the edit again with milder settings"
         )
-    rounded = _stochastically_rounded_rows(total, whole(base).to(dtype), rows.start) if half else total.to(dtype)
+    rounded = _stochastically_rounded_rows(total, base.to(dtype), rows.start) if half else total.to(dtype)
     return rounded if mesh is None else split_in_rows(rounded.to(base.device), mesh)
 
 
@@ -85,8 +94,9 @@ def _stochastically_rounded_rows(
 ) -> Float[Tensor, "here column"]:
     """Rows from `first` on, rounded to the dtype of `base`, which seeds the random numbers, as they are among all."""
     generator = torch.Generator().manual_seed(int(digest(base)[:8], 16))
-    for skipped in base[:first].split(_ROWS):
-        torch.rand(skipped.shape, generator=generator, dtype=torch.float32, device="cpu")
+    for begin in range(0, first, _ROWS):
+        skipped = (min(_ROWS, first - begin), base.shape[1])
+        torch.rand(skipped, generator=generator, dtype=torch.float32, device="cpu")
     return torch.cat([stochastically_rounded(rows, base.dtype, generator) for rows in value.split(_ROWS)])
 
 
@@ -105,9 +115,12 @@ def stochastically_rounded(
 
 
 def digest(weight: Float[Tensor, "d_mlp d_model"]) -> str:
-    """SHA-256 of a matrix's bytes, row by row, in hex."""
-    content: Any = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(content.numpy())).hexdigest()
+    """SHA-256 of a matrix's bytes, row by row, in hex; all processes compute that of a split one, block by block."""
+    hashed = hashlib.sha256()
+    for _, block in blocks_of_rows(weight) if is_split(weight) else [(slice(None), weight)]:
+        content: Any = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        hashed.update(memoryview(content.numpy()))
+    return hashed.hexdigest()
 
 
 def copy_weights(model: Model, layers: Iterable[int]) -> dict[int, Float[Tensor, "d_mlp d_model"]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from helpers.largest_tensor import LargestTensor
+from mechedit.edit.weights import digest
 from mechedit.errors import InputError
 from mechedit.methods.rules import key_strength
 from mechedit.moments.accumulator import MomentAccumulator
@@ -49,7 +50,8 @@ def solutions(placed: Callable[[Tensor], Tensor], mesh: DeviceMesh | None = None
     earlier = random_matrix(SIZE, 5, seed=5)
     most, for_most = random_matrix(SIZE, MOST, seed=1), random_matrix(7, MOST, seed=2)
     for_many = random_matrix(7, 2 * SIZE, seed=3)
-    found: dict[str, Tensor | str] = {"transposed": whole(transposed(placed(random_matrix(SIZE, SIZE))))}
+    square = placed(random_matrix(SIZE, SIZE))
+    found: dict[str, Tensor | str] = {"transposed": whole(transposed(square)), "digest": digest(square)}
     for name, condition in CONDITIONS.items():
         matrix = placed(with_condition(SIZE, condition))
         factor, mixed = factorize(matrix), factorize(matrix, precision="mixed")

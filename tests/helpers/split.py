@@ -24,7 +24,7 @@ from mechedit.methods.rules import Ridge
 from mechedit.methods.settings import SpreadConfig
 from mechedit.methods.spread import spread
 from mechedit.solve.row_blocks import plus_identity
-from mechedit.split_tensors import whole
+from mechedit.split_tensors import rows_of, whole
 from mechedit.trace.cells import trace_group
 from mechedit.trace.traced_fact import tokenize_fact
 
@@ -86,7 +86,7 @@ def results(model: Any, layers: Sequence[int] = LAYERS, texts: Sequence[str] = T
     assert model.weights_hash() == before, "undone, bit for bit"
     # Sums in half precision are rounded by random numbers that follow all rows, 1,024 at a time.
     half, delta = random_matrix(2400, 4).bfloat16(), 1e-2 * random_matrix(2400, 4, seed=1)
-    found["half"] = whole(rounded_sum(half, [delta], "the sum", mesh=model.mesh))
+    found["half"] = whole(rounded_sum(rows_of(half, model.mesh), [delta], "the sum", mesh=model.mesh))
     return found
 
 
