@@ -643,9 +643,9 @@ def test_an_option_that_does_nothing_is_refused(traced, tmp_path, capsys, idle):
 def test_run_lets_edits_decide_where_the_facts_do_not(tmp_path, capsys):
     requests, texts = tmp_path / "requests.json", tmp_path / "texts.txt"
     requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:3]))
-    texts.write_text("\n".join(me.load_texts("tiny")[:200]))
-    run = ["run", "--max-facts", 12, "--samples", 2, "--requests", requests, "--texts", texts, *SHORT_TEXTS]
-    run += ["--set", "steps=3"]
+    texts.write_text("\n".join(me.load_texts("tiny")[:60]))
+    run = ["run", "--max-facts", 10, "--samples", 1, "--requests", requests, "--texts", texts, *SHORT_TEXTS]
+    run += ["--set", "steps=2"]
     folder, accepting = tmp_path / "run", tmp_path / "accepting"
     code = call(*run, "--out", folder)
     assert "the choice is unsettled: a short sweep of edits decides" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from analyses.common import inputs
 from analyses.common.experiment import Experiment
 from analyses.common.inputs import QUICK_TOKENS
 from analyses.common.variants import Variant
@@ -19,11 +20,13 @@ from mechedit.methods import MethodConfig, SearchConfig
 
 STEPS, PREFIXES = 10, 2
 """Of each search in these tests, which are about what scripts do with edits and not about how good they are."""
+SAMPLES = 2
+"""Of noise per fact, with `--quick`."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _short_searches() -> Iterator[None]:
-    """Searches for z take few steps behind few texts, in scripts and in what they are compared with."""
+    """Searches take few steps behind few texts, traces few samples: in scripts and in what they are compared with."""
     config_of = Experiment.config
 
     def config(experiment: Experiment, variant: Variant) -> MethodConfig:
@@ -34,12 +37,16 @@ def _short_searches() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Experiment, "config", config)
+        patch.setattr(inputs, "QUICK_SAMPLES", SAMPLES)
         yield
 
 
 @pytest.fixture(scope="module")
-def light_figures() -> Iterator[None]:
-    """Figures are rendered small, as PNG alone: that `save_figure` writes PDF too has tests of its own."""
+def light_figures() -> Iterator[Callable[..., None]]:
+    """Figures are rendered small, as PNG alone: that `save_figure` writes PDF too has tests of its own.
+
+    It holds the `savefig` that renders them whole.
+    """
     savefig = Figure.savefig
 
     def save(figure: Figure, path: Path, **options: Any) -> None:
@@ -50,7 +57,7 @@ def light_figures() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", save)
-        yield
+        yield savefig
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from analyses.common.command import open_experiment, options
 from analyses.papers import trace_average, trace_severed
@@ -42,13 +43,13 @@ def words(folder) -> Sequence[str]:
 
 
 @pytest.fixture(scope="module")
-def averaged(folder, words) -> Path:
+def averaged(folder, words, light_figures) -> Path:
     trace_average.main(words)
     return folder
 
 
 @pytest.fixture(scope="module")
-def severed(folder, words) -> Path:
+def severed(folder, words, light_figures) -> Path:
     assert trace_severed.main(words) == 0
     return folder
 
@@ -164,7 +165,9 @@ def test_run_again_it_draws_again_from_what_was_traced(
         main([*words, "--out", str(averaged / "other")])
 
 
-def test_without_an_early_site_nothing_is_selected_and_the_bars_are_drawn(severed, words, monkeypatch, capsys):
+def test_without_an_early_site_nothing_is_selected_and_the_bars_are_drawn(
+    severed, words, light_figures, monkeypatch, capsys
+):
     """The MLPs at the subject's last token do nothing: severed or not, the effects are the same."""
     file = severed / "selection" / "effects.parquet"
     effects = pd.read_parquet(file)
@@ -175,6 +178,7 @@ def test_without_an_early_site_nothing_is_selected_and_the_bars_are_drawn(severe
         list(effects.loc[cut, cell].itertuples(index=False, name=None)), ["score", "effect"]
     ].to_numpy()
     with monkeypatch.context() as planted:
+        planted.setattr(Figure, "savefig", light_figures)
         planted.setattr(pipeline, "trace_step", lambda run, *_: write_parquet(run.path / "effects.parquet", effects))
         out = severed / "none"
         assert trace_severed.main([*words, "--out", str(out)]) == 3

@@ -58,7 +58,7 @@ def inputs(tmp_path) -> list[str]:
 
 
 def test_it_leaves_a_folder_to_cite_for_models_of_other_shapes(
-    script, checkpoint, inputs, tmp_path, monkeypatch, capsys
+    script, checkpoint, inputs, tmp_path, light_figures, monkeypatch, capsys
 ):
     assert len(continuation_ids(load_model(str(checkpoint)).tokenizer, OBJECT)) == 1, "a single token is easily taught"
     out = tmp_path / "out"

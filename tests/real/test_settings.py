@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("settings")
     settings.main(["rates", *SHARED, "--out", str(out), "--rates", "0.2", "0.001", "published"])
     model = me.load_model("tiny")
-    me.collect_moments(model, "tiny", [2, 3], me.MomentsConfig(tokens=20_000), out=out)
+    me.collect_moments(model, "tiny", [2, 3], me.MomentsConfig(tokens=5_000), out=out)
     weights = ["--facts", "4", "1", "--singles", "2", "--absolute", "1e8", "1", "--relative", "1e4", "0.01"]
     settings.main(["weights", *SHARED, "--out", str(out), "--moments", str(out), "--rate", "0.2", *weights])
     return out

@@ -108,23 +108,29 @@ def test_tuned_settings_are_no_worse_than_good_ones_on_facts_and_relations_that_
     assert score(tiny, facts[1], tuned.layers, moments, tuned.config) >= untuned - 1
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(make_model: Any) -> Any:
     """A random model with larger weights, in which edits do something."""
     return make_model("gpt2", initializer_range=0.05)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small_moments(small: Any) -> Mapping[int, Any]:
     return collect_moments(small, SENTENCES, [0, 1])
 
 
+@pytest.fixture(scope="module")
+def searched(small: Any, small_moments: Any) -> tuple[Any, list[str]]:
+    """What a search that nothing interrupts finds, and the lines that it says."""
+    lines: list[str] = []
+    return tune(small, REQUESTS, small_moments, config=SMALL, tuning=BUDGET, notify=lines.append), lines
+
+
 def test_an_interrupted_search_goes_on_and_gives_the_same(
-    small: Any, small_moments: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Any, small_moments: Any, searched: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     arguments = {"config": SMALL, "tuning": BUDGET}
-    lines: list[str] = []
-    at_once = tune(small, REQUESTS, small_moments, **arguments, notify=lines.append)
+    at_once, lines = searched
     assert "end layers with" in lines[0]
     assert at_once.record["edits"] <= BUDGET.edits, "the budget holds"
     assert at_once.record["edits"] == sum(trial["edits"] for trial in at_once.record["trials"])
@@ -168,8 +174,8 @@ def test_minutes_become_edits_once(
         tune(small, REQUESTS, small_moments, tuning=short, **arguments)
 
 
-def test_a_setting_at_the_end_of_what_was_tried_is_warned_of(small: Any, small_moments: Any) -> None:
-    tuned = tune(small, REQUESTS, small_moments, config=SMALL, tuning=BUDGET)
+def test_a_setting_at_the_end_of_what_was_tried_is_warned_of(searched: Any) -> None:
+    tuned, _ = searched
     assert "relative_lr" in tuned.record["plan"]["searched"]
     tried = {trial["settings"].get("relative_lr", SMALL.relative_lr) for trial in tuned.record["trials"]}
     assert len(tried) == 3
