@@ -383,7 +383,7 @@ def test_a_file_that_is_damaged_at_random_is_accepted_or_refused(
     refused = 0
     try:
         # A report takes a third of a second.
-        for seed in range(6 if name.startswith(("report", "figures")) else MUTATIONS):
+        for seed in range(4 if name.startswith(("report", "figures")) else MUTATIONS):
             loader.mutate(source, loader.file, random.Random(f"{name} {seed}"))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

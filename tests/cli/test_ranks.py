@@ -41,9 +41,9 @@ ROOT = Path(__file__).parents[2]
 def at_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes: a trace, moments, an edit, scores and a sweep."""
     folder = tmp_path_factory.mktemp("at_once")
-    (folder / "texts.txt").write_text("\n".join(me.load_texts("tiny")[:800]))
+    (folder / "texts.txt").write_text("\n".join(me.load_texts("tiny")[:520]))
     requests = [{**request.plain(), "generations": list(request.generations)} for request in me.load_requests("tiny")]
-    (folder / "few.txt").write_text("\n".join(me.load_texts("tiny")[:300]))
+    (folder / "few.txt").write_text("\n".join(me.load_texts("tiny")[:200]))
     (folder / "requests.json").write_text(json.dumps([short(request) for request in requests[:7]]))
     for arguments in (
         [*TRACE, "--out", folder],
@@ -204,7 +204,7 @@ def test_moments_are_those_of_one_process_and_go_on_with_another_number(at_once:
 
 def test_a_sweep_is_that_of_one_process(at_once: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
-    succeeded(launch(1, [*TRACE, "--max-facts", 12, "--out", folders[0]], tmp_path))
+    succeeded(launch(1, [*TRACE, "--max-facts", 10, "--out", folders[0]], tmp_path))
     folders[1].mkdir()
     for name in ("effects.parquet", "facts.parquet", "config.json"):
         (folders[1] / name).write_bytes((folders[0] / name).read_bytes())

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import mechedit as me
-from analyses.real_models.make import is_made, real_model_folder
+from analyses.real_models.make import is_made
 
 pytestmark = [
     pytest.mark.real,
@@ -48,13 +48,13 @@ print(json.dumps(texts))
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return me.load_model(real_model_folder("smollm2"), device="cpu")
+def model(load_real: Any) -> Any:
+    return load_real("smollm2")
 
 
 @pytest.fixture(scope="module")
 def effects(model: Any) -> pd.DataFrame:
-    config = me.TraceConfig(kinds=("state", "mlp"), samples=2, roles=("subject_last", "last"))
+    config = me.TraceConfig(kinds=("state", "mlp"), samples=1, roles=("subject_last", "last"))
     return me.trace_facts(model, FACTS, config)
 
 
@@ -100,7 +100,7 @@ def test_a_fact_is_edited_shipped_and_said_anew_in_a_fresh_process(model: Any, t
     prompts = [subject_prompt, *others, "The capital of France is the city of"]
     before = [greedy(model, prompt, 3)[0] for prompt in prompts]
     assert [text.split()[0].strip(".,") for text in before] == ["Paris", "Rome", "New", "Paris"]
-    moments = me.collect_moments(model, me.load_texts("tiny")[:400], LAYERS, me.MomentsConfig(tokens=8_000))
+    moments = me.collect_moments(model, me.load_texts("tiny")[:400], LAYERS, me.MomentsConfig(tokens=3_000))
     untouched = model.weights_hash()
     edit = me.memit(model, [REQUEST], LAYERS, moments, ["{}"], CONFIG)
     edit.save(tmp_path / "edit.safetensors")

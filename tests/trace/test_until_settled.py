@@ -80,7 +80,7 @@ def test_effects_permuted_over_layers_are_unsettled(tiny: Any, facts: list[Fact]
         states.append((selections[0].state, selections[1].state))
         return Verdict(settled=selections[1].state == "settled", record={})
 
-    traced = trace_until_settled(tiny, facts, CONFIG, UNTIL, judge, tmp_path, least=10)
+    traced = trace_until_settled(tiny, facts[:18], CONFIG, UNTIL, judge, tmp_path, least=10)
     assert traced["stopped"] == "facts"
     assert all(state != "settled" for _, state in states)
     assert states[-1][0] == "settled", "the control: in their order they are"
@@ -111,7 +111,7 @@ def test_the_order_is_random_and_seeded(tiny: Any, facts: list[Fact], tmp_path: 
 
         config = TraceConfig(**{**vars(CONFIG), "seed": seed})
         until = UntilSettled(first_facts=2)
-        trace_until_settled(tiny, facts, config, until, judge, tmp_path / f"{seed}", least=1)
+        trace_until_settled(tiny, facts[:10], config, until, judge, tmp_path / f"{seed}", least=1)
         shutil.rmtree(tmp_path / f"{seed}")
         return sorted(seen)
 
