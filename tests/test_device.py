@@ -19,7 +19,7 @@ import mechedit as me
 from mechedit.evaluation import EvaluationConfig
 from mechedit.session import EditSession
 
-TEXTS = 40
+TEXTS = 20
 
 
 @contextlib.contextmanager

@@ -313,7 +313,7 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     requests = tmp_path / "requests.json"
     requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:3]))
     texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(me.load_texts("tiny")[:200]))
+    texts.write_text("\n".join(me.load_texts("tiny")[:80]))
     assert call("select", traced) == 0
     layers = read_json(traced / "selection.json")["layers"]
     assert layers
@@ -552,7 +552,7 @@ def small_inputs(tmp_path: Path) -> list[object]:
     """Options that make a sweep of the tiny model short."""
     requests, texts = tmp_path / "requests.json", tmp_path / "texts.txt"
     requests.write_text(json.dumps(json.loads(tiny_data("requests.json").read_text())[:40]))
-    texts.write_text("\n".join(me.load_texts("tiny")[:200]))
+    texts.write_text("\n".join(me.load_texts("tiny")[:80]))
     return ["--requests", requests, "--texts", texts, "--validate-requests", 3, "--set", "steps=4"]
 
 

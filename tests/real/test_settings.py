@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -17,12 +20,19 @@ LAYERS = "2-3"
 SHARED = ["tiny", "--requests", "tiny", "--layers", LAYERS, "--count", "4"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _loaded_once() -> Iterator[None]:
+    """All runs of the script get one model, which they leave as it was."""
+    with mock.patch.object(me, "load_model", functools.cache(me.load_model)):
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both measurements, in one folder."""
     out = tmp_path_factory.mktemp("settings")
     settings.main(["rates", *SHARED, "--out", str(out), "--rates", "0.2", "0.001", "published"])
-    model = me.load_model("tiny")
+    model = me.load_model("tiny", device="cpu")
     me.collect_moments(model, "tiny", [2, 3], me.MomentsConfig(tokens=5_000), out=out)
     weights = ["--facts", "4", "1", "--singles", "2", "--absolute", "1e8", "1", "--relative", "1e4", "0.01"]
     settings.main(["weights", *SHARED, "--out", str(out), "--moments", str(out), "--rate", "0.2", *weights])
