@@ -52,7 +52,7 @@ folder = Path(tempfile.mkdtemp())  # what this notebook writes goes there
 # %%
 model = me.load_model("tiny")  # the line to change
 layers = [1, 2, 3, 4]  # what notebook 2 selects for it
-facts = me.load_facts("known")[::250]
+facts = me.load_facts("known")[::350]
 requests = me.load_requests("tiny")
 
 # %% [markdown]
@@ -62,8 +62,8 @@ requests = me.load_requests("tiny")
 # states at the subject's last token again with MLPs or attention severed. (Notebook 1 explains the terms.)
 
 # %%
-whole = me.trace_facts(model, facts, me.TraceConfig(samples=3))
-config = me.TraceConfig(kinds=("state",), sever=("mlp", "attn"), roles=("subject_last",), samples=3)
+whole = me.trace_facts(model, facts, me.TraceConfig(samples=2))
+config = me.TraceConfig(kinds=("state",), sever=("mlp", "attn"), roles=("subject_last",), samples=2)
 effects = pd.concat([whole, me.trace_facts(model, facts, config)], ignore_index=True)
 averages = me.average_effects(effects)
 averages.groupby("kind", sort=False).head(2).round(3)
@@ -114,7 +114,7 @@ for path in figures.save_figure(severed, folder, "severed"):
 # unedited model. Side by side: the whole range of layers, and one layer of it.
 
 # %%
-moments = me.collect_moments(model, "tiny", layers, me.MomentsConfig(tokens=50_000))
+moments = me.collect_moments(model, "tiny", layers, me.MomentsConfig(tokens=20_000))
 config = me.EvaluationConfig(generation_tokens=0, answer_tokens=0)
 rows = []
 for method, written in {"memit, layers 1–4": layers, "memit, layer 2 alone": [2]}.items():
@@ -142,7 +142,7 @@ scaling
 
 # %%
 repository = Path(me.__file__).parents[1]
-command = [sys.executable, "-m", "analyses.papers.trace_severed", "--quick", "--model", "tiny"]
+command = [sys.executable, "-m", "analyses.papers.trace_severed", "--quick", "--model", "tiny", "--max-facts", "12"]
 done = subprocess.run([*command, "--out", folder / "papers"], cwd=repository, check=True, capture_output=True)
 print(done.stdout.decode().splitlines()[-1])
 
@@ -150,7 +150,7 @@ print(done.stdout.decode().splitlines()[-1])
 Image(folder / "papers" / "trace_severed.png", width=860)
 
 # %% [markdown]
-# A quick trace of 20 facts need not select the layers that 200 facts do: look at the share of resamples that agree.
+# A quick trace of 12 facts need not select the layers that 200 facts do: look at the share of resamples that agree.
 #
 # The parquet holds the numbers of the figure, a row for each layer and measure. What one reads off the figure one can
 # also compute, such as the layers that make most of the MLPs' contribution:

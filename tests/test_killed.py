@@ -34,7 +34,7 @@ DISKS = max(1, KILLS // 5)
 NO_PROCESS = 2**22 + 1
 """An id above those that Linux gives."""
 DATA = "--model smallest"
-TRACE = f"trace {DATA} --facts facts.json --max-facts 12 --samples 1 --kinds state,mlp --sever nothing,mlp --out run"
+TRACE = f"trace {DATA} --facts facts.json --max-facts 10 --samples 1 --kinds state,mlp --sever nothing,mlp --out run"
 SETTLED = (
     f"trace {DATA} --until-settled --facts facts.json --samples 1 --kinds state,mlp --roles subject_last --out run"
 )
@@ -45,10 +45,10 @@ TARGETS = "--set batch_size=1 --targets-only --shard"
 EVALUATE = f"evaluate {DATA} --edit edit.safetensors --requests requests.json --generation-tokens 2 --out run"
 APPLY = f"apply {DATA} --edit edit.safetensors"
 RUN = (
-    f"run {DATA} --layers 1-2 --facts facts.json --max-facts 12 --all-facts --samples 1 --requests requests.json "
+    f"run {DATA} --layers 1-2 --facts facts.json --max-facts 10 --all-facts --samples 1 --requests requests.json "
     f"--texts texts.txt --set steps=2 --generation-tokens 2 --no-tuned --out run"
 )
-TUNE = "tune smallest --requests held_out.json --texts texts.txt --windows 0-0,0-1 --facts 4 --edits 16 --set steps=2"
+TUNE = "tune smallest --requests held_out.json --texts texts.txt --windows 0-0,0-1 --facts 4 --edits 12 --set steps=2"
 MEND = (
     "train-mend smallest --requests held_out.json --texts texts.txt --layers 1-2 --steps 3 --batch-size 2 --rank 4 "
     "--text-tokens 8 --validation 1 --validate-every 2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import warnings
@@ -51,7 +52,7 @@ from mechedit.trace.until_settled import _Seconds
 from mechedit.tuning.ledger import Ledger
 from mechedit.tuning.plan import Speed
 
-MUTATIONS = 25
+MUTATIONS = 16
 """Damaged copies of each file."""
 
 
@@ -352,6 +353,7 @@ def of_table(source: Path, target: Path, generator: random.Random) -> None:
     mutated_parquet(source, target, generator)
 
 
+@functools.cache
 def _commands() -> Any:
     import typer
 
