@@ -1,9 +1,10 @@
 """Seconds of a command by N processes of one thread each, against one process with N threads.
 
-    python -m benchmarks.several_processes [--model tiny] [--processes 2] [--facts 24] [--texts 4000]
+    python -m benchmarks.several_processes [--model tiny] [--processes 2] [--facts 24] [--texts 4000] [--steps targets]
 
 Each command is run twice: the second time all that is dealt out is finished, so that the difference is the work alone,
-without the start of Python and of the processes.
+without the start of Python and of the processes. That start varies by seconds: take enough facts and texts that the
+work is long beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import mechedit as me
 
+STEPS = ("trace", "targets", "moments")
+
 
 def main() -> None:
     """Trace, targets and moments, each both ways."""
@@ -28,10 +31,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--facts", type=int, default=24, help="facts to trace, and to search z for")
     parser.add_argument("--texts", type=int, default=4000, help="texts for the moments")
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, help="which to time (default all)")
     arguments = parser.parse_args()
     print(f"{'step':<8} {'1 process':>10} {arguments.processes:>4} processes {'ratio':>6}")
     with tempfile.TemporaryDirectory() as folder:
-        for step, command in commands(arguments, Path(folder)).items():
+        commands_by_step = commands(arguments, Path(folder))
+        for step in arguments.steps:
+            command = commands_by_step[step]
             threads = work_seconds(command, Path(folder) / f"{step}_threads", 1, arguments.processes)
             processes = work_seconds(command, Path(folder) / f"{step}_processes", arguments.processes, 1)
             print(f"{step:<8} {threads:>8.1f} s {processes:>12.1f} s {threads / processes:>6.2f}", flush=True)
