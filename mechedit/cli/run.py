@@ -39,7 +39,7 @@ from mechedit.moments import MomentsConfig
 from mechedit.report import write_report
 from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig, Selection
-from mechedit.sweep import By
+from mechedit.sweep import By, SweepConfig
 from mechedit.trace import TraceConfig, UntilSettled
 
 
@@ -153,13 +153,13 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
 
 
 def others_than(requests: Sequence[EditRequest], all_requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Requests to choose layers with: those about other subjects than `requests`, where there are enough, else these.
+    """Requests to choose layers with: those about other subjects than `requests`, where a sweep has enough, else all.
 
     What layers are chosen by does not show what they are worth: the chosen are the best on these requests by luck too.
     """
     edited = {request.subject for request in requests}
     others = [request for request in all_requests if request.subject not in edited]
-    return others if len(others) >= pipeline.MOST_REQUESTS else list(requests)
+    return others if len(others) >= SweepConfig.requests else list(all_requests)
 
 
 def _draw(folder: RunFolder) -> Path:

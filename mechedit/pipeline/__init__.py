@@ -9,7 +9,6 @@ from mechedit.pipeline.scoring import BASELINE, SCORES, Protocol, evaluate_step,
 from mechedit.pipeline.selecting import saved_selection, select_step, selecting, traced_model
 from mechedit.pipeline.sweeping import (
     FINALS,
-    MOST_REQUESTS,
     SWEEP,
     check_traced,
     settle_step,
@@ -28,7 +27,6 @@ __all__ = [
     "BASELINE",
     "EDIT",
     "FINALS",
-    "MOST_REQUESTS",
     "SCORES",
     "SWEEP",
     "Protocol",
