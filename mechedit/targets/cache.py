@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -54,6 +56,19 @@ class TargetResult:
     def norm_ratio(self) -> float:
         """‖δ‖ / ‖h‖."""
         return float((self.z - self.initial).norm() / self.initial.norm())
+
+
+def terms_by_step(results: Mapping[str, TargetResult]) -> pd.DataFrame:
+    """`TERMS` of every fact at every step, one row each."""
+    steps = [len(result.terms) for result in results.values()]
+    terms = torch.cat([result.terms for result in results.values()]).double().numpy()
+    return pd.DataFrame(
+        {
+            "id": np.repeat(np.array(list(results), dtype=object), steps),
+            **dict(zip(TERMS, terms.T, strict=True)),
+            "step": np.concatenate([np.arange(count) for count in steps]),
+        }
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,9 +22,9 @@ from mechedit.prefixes import check_prefixes, make_prefixes
 from mechedit.prompt_tokens import one_spelling
 from mechedit.provenance import value_hash
 from mechedit.shards import Rank, ShardRecords, deal, pieces_of, warn_if_idle
-from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult
+from mechedit.targets.cache import NOT_FINITE, TargetCache, TargetResult, terms_by_step
 from mechedit.targets.config import TargetConfig
-from mechedit.targets.objective import TERMS, LossTerms, Objective, prepare_objective
+from mechedit.targets.objective import LossTerms, Objective, prepare_objective
 from mechedit.targets.search_prompts import search_prompts
 from mechedit.targets.subject_groups import SubjectGroup, subject_groups
 from mechedit.targets.targets import Targets
@@ -385,7 +383,7 @@ def _targets(
     provenance: Mapping[str, Any],
 ) -> Targets:
     """The results of all requests as `Targets`, in order."""
-    losses = _terms_by_step(results)
+    losses = terms_by_step(results)
     # The last step that was evaluated is the state returned, since nothing moves after it.
     summary = losses.groupby("id", sort=False).last().reset_index().rename(columns={"step": "updates"})
     return Targets(
@@ -402,17 +400,4 @@ def _targets(
             converged=[result.converged for result in results.values()],
         ),
         provenance=provenance,
-    )
-
-
-def _terms_by_step(results: Mapping[str, TargetResult]) -> pd.DataFrame:
-    """`TERMS` of every fact at every step, one row each."""
-    steps = [len(result.terms) for result in results.values()]
-    terms = torch.cat([result.terms for result in results.values()]).double().numpy()
-    return pd.DataFrame(
-        {
-            "id": np.repeat(np.array(list(results), dtype=object), steps),
-            **dict(zip(TERMS, terms.T, strict=True)),
-            "step": np.concatenate([np.arange(count) for count in steps]),
-        }
     )
