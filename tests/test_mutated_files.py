@@ -250,7 +250,7 @@ def write_files(folder: Path) -> None:
     for name in ("selection.json", "summary.json"):
         write_json(folder / "drawn" / name, read_json(folder / name))
     ledger = Ledger.at(folder, {})
-    ledger.speed = Speed(edit=0.5, trial=0.25, fact=0.125)
+    ledger.speed = Speed(edit=0.5, low_edit=1.0, trial=0.25, fact=0.125)
     with ledger.timed("speed"):
         pass
     write_json(folder / "seconds.json", {"seconds": 1.5})

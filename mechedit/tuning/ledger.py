@@ -22,6 +22,7 @@ class SpeedRecord(TypedDict):
     """The fields of a `Speed`."""
 
     edit: Number
+    low_edit: Number
     trial: Number
     fact: Number
 
@@ -63,7 +64,8 @@ class Ledger:
         speed = content["speed"]
         for name, value in [*(speed or {}).items(), *content["seconds"].items()]:
             check_at_least(f"{brief(name)} in {str(file)!r}", value, 0, remedy)
-        check_positive(f"'edit' in {str(file)!r}", speed and speed["edit"], remedy, optional=True)
+        for name in ("edit", "low_edit"):
+            check_positive(f"{name!r} in {str(file)!r}", speed and speed[name], remedy, optional=True)
         measured = speed and Speed(**{name: speed[name] for name in SpeedRecord.__annotations__})
         return Ledger(file, measured, content["seconds"])
 

@@ -33,7 +33,9 @@ class Speed:
     """Seconds that the parts of a search take."""
 
     edit: float | int
-    """One search for z."""
+    """One search for z at the middle one of the end layers."""
+    low_edit: float | int
+    """One at the lowest end layer, above which most blocks are run."""
     trial: float | int
     """One choice of window and settings written and scored, besides its facts."""
     fact: float | int
@@ -76,11 +78,12 @@ class Plan:
         return total + (self.neighbors + 2 * len(self.searched)) * self.facts
 
     def seconds(self, speed: Speed) -> float | int:
-        """Time that the plan takes at most, about."""
+        """Time that the plan takes at most, about: after the first round all windows may be low ones."""
         trials = [(2 * rung.ends, rung.facts) for rung in self.rungs]
         trials.append((2 * self.neighbors + WIDTHS + 2 * WEIGHTS + 2 * len(self.searched), self.facts))
         written = sum(count * (speed.trial + facts * speed.fact) for count, facts in trials)
-        return speed.edit * self.edits + written
+        first = self.rungs[0].ends * self.rungs[0].facts
+        return speed.edit * first + speed.low_edit * (self.edits - first) + written
 
     def in_words(self) -> str:
         """What is tried, for those who wait for it."""
@@ -147,7 +150,7 @@ def plan_for_seconds(
     if takes(low) > seconds:
         raise InputError(
             f"the budget is {seconds / 60:.2g} minutes, expected at least {takes(low) / 60:.2g} at {speed.edit:.2g} "
-            f"seconds per edit ({make_plan(low, *arguments, fixed=fixed).in_words()}); raise it"
+            f"to {speed.low_edit:.2g} seconds per edit ({make_plan(low, *arguments, fixed=fixed).in_words()}); raise it"
         )
     high = max(low + 1, int(min(seconds / speed.edit, MOST_EDITS)) + 1)
     while high - low > 1:

@@ -192,7 +192,8 @@ class _Search:
         speed = self.speed()
         plan = plan_for_seconds(60 * (self.tuning.minutes or MINUTES), speed, *arguments, fixed=fixed)
         self.notify(
-            f"{speed.edit:.2g} seconds per edit, and {speed.trial:.2g} per trial with {speed.fact:.2g} per fact in it: "
+            f"{speed.edit:.2g} to {speed.low_edit:.2g} seconds per edit by its layer, and {speed.trial:.2g} per trial "
+            f"with {speed.fact:.2g} per fact in it: "
             f"at most some {plan.seconds(speed) / 60:.2g} minutes; --edits {plan.edits} gives the same"
         )
         return plan
@@ -212,7 +213,14 @@ class _Search:
             )
             per_fact = max(scored_many - scored_few, 0.0) / (many - few)
             per_edit = max(searched - scored_many, 0.1 * searched) / (many - few)
-            self.ledger.speed = Speed(edit=per_edit, trial=max(scored_few - per_fact, 0.0), fact=per_fact)
+            # A search runs the blocks above its layer.
+            above_middle, above_lowest = (self.model.n_layers - end for end in (self.end(middle), self.ends()[0]))
+            self.ledger.speed = Speed(
+                edit=per_edit,
+                low_edit=per_edit * above_lowest / above_middle,
+                trial=max(scored_few - per_fact, 0.0),
+                fact=per_fact,
+            )
             self.ledger.save()
         return self.ledger.speed
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mechedit import InputError, MemitConfig, TuneConfig
@@ -64,29 +66,48 @@ def test_few_facts_leave_edits_over_and_chosen_windows_are_all_tried() -> None:
 
 
 def test_minutes_become_the_most_edits_that_fit_into_them() -> None:
-    speed, arguments = Speed(edit=2.5, trial=2.0, fact=0.1), (25, 64, SEARCHED)
+    speed, arguments = Speed(edit=2.5, low_edit=2.5, trial=2.0, fact=0.1), (25, 64, SEARCHED)
     plan = plan_for_seconds(1200, speed, *arguments)
     assert plan.seconds(speed) <= 1200
     assert plan.edits > 250
     more = make_plan(plan.edits + 60, *arguments)
     assert more.seconds(speed) > 1200, "no larger plan fits"
-    assert plan_for_seconds(1200, Speed(edit=10, trial=2.0, fact=0.1), *arguments).edits < plan.edits
-    assert plan_for_seconds(1200, Speed(edit=2.5, trial=8.0, fact=0.1), *arguments).edits < plan.edits
+    for slower in ({"edit": 10}, {"low_edit": 5}, {"trial": 8.0}, {"fact": 1.0}):
+        assert plan_for_seconds(1200, replace(speed, **slower), *arguments).edits < plan.edits
     with pytest.raises(
-        InputError, match=r"the budget is 0\.5 minutes, expected at least [\d.]+ at 2\.5 seconds per edit"
+        InputError, match=r"the budget is 0\.5 minutes, expected at least [\d.]+ at 2\.5 to 2\.5 seconds per edit"
     ):
         plan_for_seconds(30, speed, *arguments)
 
 
+@pytest.mark.parametrize("best", [1, 12, 24])
+def test_minutes_hold_wherever_the_best_window_lies(best: int) -> None:
+    """Of 25 end layers: a search takes a second for each block above its own, and the middle one was measured."""
+    speed = Speed(edit=13.0, low_edit=25.0, trial=2.0, fact=0.1)
+    plan = plan_for_seconds(7200, speed, 25, 64, SEARCHED)
+    first, *rest = plan.rungs
+    ends = np.linspace(0, 24, first.ends).round()
+    near = sorted(ends, key=lambda end: abs(end - best))
+    seconds, facts = first.facts * (25 - ends).sum(), first.facts
+    for rung in rest:
+        seconds += (rung.facts - facts) * sum(25 - end for end in near[: rung.ends])
+        facts = rung.facts
+    seconds += (plan.neighbors + 2 * len(plan.searched)) * facts * (25 - best)
+    written = plan.seconds(replace(speed, edit=0.0, low_edit=0.0))
+    assert written < seconds + written <= 7200
+    if best == 1:
+        assert plan.seconds(replace(speed, low_edit=speed.edit)) < seconds + written, "the middle one says too little"
+
+
 def test_a_speed_that_no_machine_has_gives_a_plan_all_the_same() -> None:
-    fast = Speed(edit=1e-300, trial=0, fact=0)
+    fast = Speed(edit=1e-300, low_edit=1e-300, trial=0, fact=0)
     assert plan_for_seconds(1e30, fast, 6, 100, ()) == make_plan(10**8, 6, 100, ())
 
 
-@pytest.mark.parametrize("speed", [{"edit": 0}, {"edit": -1.0}, {"trial": -1}, {"fact": -1}])
+@pytest.mark.parametrize("speed", [{"edit": 0}, {"edit": -1.0}, {"low_edit": 0}, {"trial": -1}, {"fact": -1}])
 def test_a_ledger_of_no_speed_is_refused(tmp_path: Path, speed: dict[str, float]) -> None:
     ledger = Ledger.at(tmp_path, {})
-    ledger.speed = Speed(edit=0.5, trial=0.0, fact=0.0)
+    ledger.speed = Speed(edit=0.5, low_edit=1.0, trial=0.0, fact=0.0)
     with ledger.timed("trial"):
         pass
     assert Ledger.at(tmp_path, {}).speed == ledger.speed  # the control
