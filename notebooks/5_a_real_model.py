@@ -110,7 +110,7 @@ requests = [
     )
     for (name, capital), new in zip(others.items(), moved, strict=True)
 ]
-windows = [Window(1, 5), Window(8, 12), Window(18, 22)]
+windows = [Window(2, 4), Window(9, 11), Window(19, 21)]
 layers = sorted({layer for window in windows for layer in window.layers})
 moments = me.collect_moments(model, "tiny", layers, me.MomentsConfig(tokens=5_000))
 sweep = me.sweep_windows(model, requests, moments, windows)
