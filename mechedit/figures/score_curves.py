@@ -87,7 +87,7 @@ def plot_scores_against(
             _bars(ax, np.array([positions[value] for value in line[x]]) + offset, _ends(line), name, styles[name])
     _setting_axis(ax, settings[x], numeric=numeric, log=log)
     ax.set(xlabel=x if label is None else label, ylabel=measure_named(measure).axis_label)
-    _score_axis(ax, measure_named(measure))
+    _score_axis(ax, measure_named(measure), float(rows["mean"].min()))
     legend_above(ax, columns=3)
     return ax
 
@@ -229,9 +229,13 @@ def _setting_axis(ax: Axes, settings: pd.Series, *, numeric: bool, log: bool) ->
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
 
 
-def _score_axis(ax: Axes, measure: Measure) -> None:
+def _score_axis(ax: Axes, measure: Measure, least: float) -> None:
+    """From 0 to 100 %, or from -100 % where a difference of probabilities is below 0."""
     if measure.unit == "%":
-        ax.set(ylim=(-3, 103), yticks=range(0, 101, 20))
+        ax.set(
+            ylim=(-106, 106) if least < 0 else (-3, 103),
+            yticks=range(*((-100, 101, 50) if least < 0 else (0, 101, 20))),
+        )
     ax.grid(axis="y", color=INK, alpha=0.12, linewidth=0.5)
     ax.set_axisbelow(True)
 

@@ -66,6 +66,15 @@ def test_ticks_stand_at_layers_and_not_between_them(ax, layers, whole):
     assert all(tick == round(tick) for tick in ax.get_xticks()) == whole
 
 
+@pytest.mark.parametrize(("measure", "least", "bottom"), [("PM", -80.0, -100), ("PM", 10.0, 0), ("PS", 0.0, 0)])
+def test_a_difference_below_zero_is_drawn(ax, measure, least, bottom):
+    table = make_scores([1, 2], measures=(measure,))
+    table.loc[0, "mean"] = least
+    plot_scores_against(table, ax, x="edits", measure=measure)
+    assert ax.get_yticks().min() == bottom
+    assert ax.get_ylim()[0] < min(least, 0)
+
+
 def test_rows_without_a_setting_are_level_lines(ax):
     table = make_scores([1.0, 10.0], methods=("memit",))
     table = pd.concat([table, make_scores([np.nan], methods=("unedited",))])
