@@ -87,7 +87,7 @@ def plot_scores_against(
             _bars(ax, np.array([positions[value] for value in line[x]]) + offset, _ends(line), name, styles[name])
     _setting_axis(ax, settings[x], numeric=numeric, log=log)
     ax.set(xlabel=x if label is None else label, ylabel=measure_named(measure).axis_label)
-    _score_axis(ax, measure_named(measure), float(rows["mean"].min()))
+    _score_axis(ax, measure_named(measure), rows["mean"].to_numpy(dtype=float).min())
     legend_above(ax, columns=3)
     return ax
 
