@@ -119,7 +119,7 @@ config = me.EvaluationConfig(generation_tokens=0, answer_tokens=0)
 rows = []
 for method, written in {"memit, layers 1–4": layers, "memit, layer 2 alone": [2]}.items():
     for n in (1, 4, 16):
-        edit = me.memit(model, requests[:n], written, moments)
+        edit = me.memit(model, requests[:n], written, moments, cache=folder / "targets")  # z is searched for once
         with me.edited(model, edit):
             summary = me.evaluate(model, requests[:n], config).summary()
         rows += [{"facts": n, "method": method, "measure": name, **entry} for name, entry in summary.items()]

@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import pandas as pd
 
 from analyses.common.experiment import Experiment
-from mechedit.data import Fact, load_facts, load_texts
-from mechedit.errors import InputError
+from mechedit.data import EditRequest, Fact, load_facts, load_texts
 from mechedit.evaluation import EvaluationConfig, References
 from mechedit.evaluation.references import Key
 
+OWN = "GE own"
+"""The measure's name where no record brings prompts for free text, so that it is not taken for the papers'."""
 
-def free_text(experiment: Experiment) -> tuple[EvaluationConfig, References | None]:
-    """Evaluation settings, with GE for `--free` texts per case; and references for RS, if the text has any."""
+
+@dataclass(frozen=True, kw_only=True)
+class FreeText:
+    """What the scores of free text are made of."""
+
+    requests: Sequence[EditRequest]
+    """The experiment's, with prompts for free text where `--free` asks for it."""
+    config: EvaluationConfig
+    """With GE for `--free` texts per case."""
+    references: References | None
+    """What RS compares with; None without free text, and where the text has nothing about the facts' subjects."""
+    own: bool
+    """Whether the prompts are the records' own."""
+
+    def named(self, scores: pd.DataFrame) -> pd.DataFrame:
+        """Scores with GE under the name that it has here."""
+        return scores.replace({"measure": {"GE": OWN}}) if self.own else scores
+
+
+def free_text(experiment: Experiment) -> FreeText:
+    """What `--free` asks for: prompts, settings, and references for RS."""
+    requests, config = experiment.requests, experiment.evaluation
     if not experiment.arguments.free:
-        return experiment.evaluation, None
-    config = replace(experiment.evaluation, generation_tokens=100, generation_prompts=experiment.arguments.free)
-    return config, references_of(load_facts(experiment.arguments.facts), load_texts(experiment.arguments.texts))
+        return FreeText(requests=requests, config=config, references=None, own=False)
+    own = not any(request.generations for request in requests)
+    return FreeText(
+        requests=[with_own_prompts(request) for request in requests] if own else requests,
+        config=replace(config, generation_tokens=100, generation_prompts=experiment.arguments.free),
+        references=references_of(load_facts(experiment.arguments.facts), load_texts(experiment.arguments.texts)),
+        own=own,
+    )
 
 
-def references_of(facts: Sequence[Fact], texts: Sequence[str], limit: int = 20) -> References:
+def with_own_prompts(request: EditRequest) -> EditRequest:
+    """The request, whose reworded prompts start free text; its own prompt where it has none."""
+    return replace(request, generations=request.paraphrases or (request.text,))
+
+
+def references_of(facts: Sequence[Fact], texts: Sequence[str], limit: int = 20) -> References | None:
     """For each relation and object, the first texts that start with a subject of which the facts say so.
 
     The published release has such texts from Wikipedia, for CounterFact's objects alone.
@@ -31,8 +65,8 @@ def references_of(facts: Sequence[Fact], texts: Sequence[str], limit: int = 20) 
         texts: one document each; what counts as one about a subject starts with its name.
         limit: most texts per object.
 
-    Raises:
-        InputError: no text is about any of the subjects.
+    Returns:
+        None, with a warning, where no text is about any of the subjects.
     """
     having: dict[str, list[Key]] = defaultdict(list)
     for fact in facts:
@@ -45,7 +79,10 @@ def references_of(facts: Sequence[Fact], texts: Sequence[str], limit: int = 20) 
             if len(texts_of[key]) < limit:
                 texts_of[key].append(text)
     if not any(texts_of.values()):
-        raise InputError("no text starts with a subject of the facts, expected some for RS: give others, or --free 0")
+        warnings.warn(
+            "no text starts with a subject of the facts: RS is left out; it needs other --texts", stacklevel=2
+        )
+        return None
     return References.from_texts(texts_of)
 
 

@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
-from analyses.common.free_text import free_text
+from analyses.common.free_text import OWN, free_text
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant
 from mechedit.errors import InputError
 from mechedit.figures import GRAY, scores_figure
 
-MEASURES = ("ES", "PS", "NS", "S", "exact_match", "GE")
+MEASURES = ("ES", "PS", "NS", "S", "exact_match", "GE", OWN)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if experiment.arguments.free is None:
         experiment.arguments.free = 0 if experiment.quick else 1
     name, default = weight_setting(experiment)
-    config, references = free_text(experiment)
-    score = partial(experiment.scored, requests=experiment.requests, evaluation=config, references=references)
+    free = free_text(experiment)
+    score = partial(experiment.scored, requests=free.requests, evaluation=free.config, references=free.references)
     scores = [score(None).assign(model="unedited")]
     scores += [
         score(variant(experiment, {name: weight})).assign(weight=weight, model="edited")
         for weight in weights(experiment, default)
     ]
-    table = pd.concat(scores, ignore_index=True)
+    table = free.named(pd.concat(scores, ignore_index=True))
     experiment.write(table, format_table(table), figure(table, default))
 
 

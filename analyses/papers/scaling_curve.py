@@ -29,7 +29,7 @@ from analyses.common.beside import paper_scores
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
-from analyses.common.free_text import free_text
+from analyses.common.free_text import OWN, free_text
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant, by_name
 from mechedit.atomic import atomic
@@ -40,7 +40,7 @@ from mechedit.methods import SearchConfig
 from mechedit.report import span
 from mechedit.tables import where
 
-MEASURES = ("S", "ES", "PS", "NS", "GE", "RS")
+MEASURES = ("S", "ES", "PS", "NS", "GE", OWN, "RS")
 """The panels of the paper's figure."""
 BESIDE = ("exact_match", "KL")
 """Further measures in the table."""
@@ -90,11 +90,11 @@ def scaled(
         counts: each n.
         records: that are edited at least at each n, in batches.
     """
-    config, references = free_text(experiment)
+    free = free_text(experiment)
     edit_of_all = cache(lambda name: experiment.cached_edit(variants[name], experiment.requests))
     frames = []
     for count in tqdm(counts, desc="scaling", unit="size"):
-        batches = disjoint_batches(experiment.requests, count, records)
+        batches = disjoint_batches(free.requests, count, records)
         makes = {
             name: nested(experiment, variant, partial(edit_of_all, name), batches[0])
             for name, variant in variants.items()
@@ -102,10 +102,12 @@ def scaled(
         states = {"unedited": None, **variants}
         frames += [
             rows.assign(edits=count, method=name, layers=span(variants[name].layers) if name in variants else "")
-            for name, rows in scored_in_batches(experiment, states, batches, config, references, makes).items()
+            for name, rows in scored_in_batches(
+                experiment, states, batches, free.config, free.references, makes
+            ).items()
         ]
     columns = ["edits", "method", "layers", "measure", "mean", "low", "high", "n"]
-    return pd.concat(frames, ignore_index=True).loc[:, columns]
+    return free.named(pd.concat(frames, ignore_index=True)).loc[:, columns]
 
 
 def nested(

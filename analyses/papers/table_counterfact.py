@@ -9,7 +9,8 @@ NM besides, the files are called `table_counterfact_single`, and the paper's row
 All requests are edited at once (by ROME one after another) by each method with the settings that ship with the model,
 and what differs is said in its name. Without `--methods`: all of them, and on the tiny model the ways to share out
 MEMIT's residual besides. With `--free`, the texts per case, there are GE and RS; RS compares them with running text
-about subjects that have the new object. A measure without data is absent. Writes, with 95 % intervals over cases:
+about subjects that have the new object. Records without prompts for free text start it with their reworded ones, which
+is called `GE own`. A measure without data is absent. Writes, with 95 % intervals over cases:
 
 - `table_counterfact.csv`: one row per method, S, ES, PS, NS, GE, RS as `mean (half the interval)`; beside them greedy
   exact match, KL at the neighbors from the unedited model (nats), and *left*, the share of the residual at the last
@@ -31,13 +32,13 @@ from analyses.common.beside import paper_scores, printed_scores, with_paper
 from analyses.common.command import open_experiment, options, run
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
-from analyses.common.free_text import free_text
+from analyses.common.free_text import OWN, free_text
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant, by_name
 from mechedit.figures import score_rows_figure
 from mechedit.report import span
 
-MEASURES = ("S", "ES", "PS", "NS", "GE", "RS")
+MEASURES = ("S", "ES", "PS", "NS", "GE", OWN, "RS")
 """The columns of the paper's table."""
 BESIDE = ("exact_match", "KL", "left")
 PAPERS = {
@@ -45,7 +46,7 @@ PAPERS = {
     "single": {"rome_table_4": ("GPT-2 XL", "GPT-J"), "rome_table_5": ("GPT-2 Large", "GPT-2 Medium")},
 }
 """The papers' own numbers by protocol: tables and models, which stand below this model's."""
-SINGLE_MEASURES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS")
+SINGLE_MEASURES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", OWN, "RS")
 """The columns of ROME's tables."""
 SINGLE_METHODS = ("rome", "ft", "ft_l", "kn", "mend", "memit")
 VARIANTS = (
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     papers = PAPERS[parsed.protocol].items()
     paper = pd.concat([printed_scores(name, models, measures, parsed.protocol) for name, models in papers])
     scores = pd.concat([table, *(paper_scores(name, models, parsed.protocol) for name, models in papers)])
-    experiment.write(table, with_paper(format_table(table, measures), paper), score_rows_figure(scores, MEASURES))
+    drawn = [measure for measure in MEASURES if measure in set(table["measure"])]
+    experiment.write(table, with_paper(format_table(table, measures), paper), score_rows_figure(scores, drawn))
     return 0
 
 
@@ -93,17 +95,18 @@ def methods(experiment: Experiment) -> list[str]:
 
 def compared(experiment: Experiment, variants: Mapping[str, Variant]) -> pd.DataFrame:
     """The scores of the unedited model and of every edit."""
-    config, references = free_text(experiment)
+    free = free_text(experiment)
     frames = []
     for name, variant in tqdm([("unedited", None), *variants.items()], desc="methods", unit="edit"):
         if experiment.arguments.protocol == "single":
             rows = scored_alone(
-                experiment, variant, experiment.requests, "counterfact", evaluation=config, references=references
+                experiment, variant, free.requests, "counterfact", evaluation=free.config, references=free.references
             )
         else:
-            rows = experiment.scored(variant, experiment.requests, config, references=references)
+            rows = experiment.scored(variant, free.requests, free.config, references=free.references)
         frames.append(rows.assign(method=name, layers=span(variant.layers) if variant else ""))
-    return pd.concat(frames, ignore_index=True).loc[:, ["method", "layers", "measure", "mean", "low", "high", "n"]]
+    columns = ["method", "layers", "measure", "mean", "low", "high", "n"]
+    return free.named(pd.concat(frames, ignore_index=True)).loc[:, columns]
 
 
 def format_table(table: pd.DataFrame, measures: Sequence[str] = MEASURES) -> pd.DataFrame:

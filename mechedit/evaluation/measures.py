@@ -140,6 +140,14 @@ _TABLE = (
         "a fall means text that repeats itself.",
     ),
     Measure(
+        name="GE own",
+        unit="bits × 100",
+        title="Fluency on own prompts (bits × 100)",
+        definition="GE of text that a request's reworded prompts start, or its own prompt where it has none: of "
+        "records that bring no prompts for free text",
+        meaning="GE after prompts that were not written for it, so that it compares with itself alone.",
+    ),
+    Measure(
         name="RS",
         title="Consistency (RS)",
         definition="cosine of the TF-IDF vectors of a case's free texts with their prompts, and of its references",

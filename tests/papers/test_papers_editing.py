@@ -17,7 +17,7 @@ from analyses.common.beside import paper_scores
 from analyses.common.command import open_experiment, options
 from analyses.common.counterfacts import counterfacts
 from analyses.common.experiment import Experiment
-from analyses.common.free_text import references_of
+from analyses.common.free_text import references_of, with_own_prompts
 from analyses.common.variants import Variant
 from analyses.papers import runtime, scaling_curve, table_counterfact, table_zsre
 from mechedit import Fact, InputError, edited, evaluate, load_facts, published_scores
@@ -177,8 +177,26 @@ def test_references_are_texts_that_start_with_a_subject_of_the_object():
     by_object = references_of(facts, texts).texts
     assert by_object == {("drink", "tea"): (texts[0], texts[2]), ("drink", "milk"): (texts[1],)}
     assert references_of(facts, texts, limit=1).texts["drink", "tea"] == (texts[0],)
-    with pytest.raises(InputError, match="no text starts"):
-        references_of(facts, ["Nobody."])
+    with pytest.warns(UserWarning, match="no text starts with a subject.*RS is left out"):
+        assert references_of(facts, ["Nobody."]) is None
+
+
+def test_records_without_prompts_for_free_text_start_it_with_their_own(out, no_figures, monkeypatch):
+    bare = [dataclasses.replace(request, generations=()) for request in me.load_requests("tiny")[:2]]
+    monkeypatch.setattr("analyses.common.inputs.load_requests", lambda source: bare)
+    no_figures()
+    assert table_counterfact.main(arguments(out, "--free", "1", "--count", "2", "--methods", "ft@2")) == 0
+    tidy = pd.read_parquet(out / "table_counterfact.parquet")
+    assert "GE" not in set(tidy["measure"]), "it is not the papers' measure"
+    own = where(tidy, measure="GE own")
+    assert set(own["method"]) == {"unedited", "ft"}
+    assert own["mean"].between(100, 800).all()
+    printed = pd.read_csv(out / "table_counterfact.csv")
+    assert "GE" not in printed, "nor do the papers' numbers stand in its column"
+    assert printed["GE own"].notna().sum() == 2
+    asked = with_own_prompts(bare[0])
+    assert asked.generations == bare[0].paraphrases
+    assert with_own_prompts(dataclasses.replace(bare[0], paraphrases=())).generations == (bare[0].text,)
 
 
 def test_every_request_on_the_tiny_model_has_references():
