@@ -28,25 +28,25 @@ class FreeText:
     """With GE for `--free` texts per case."""
     references: References | None
     """What RS compares with; None without free text, and where the text has nothing about the facts' subjects."""
-    own: bool
+    has_own_prompts: bool
     """Whether the prompts are the records' own."""
 
     def named(self, scores: pd.DataFrame) -> pd.DataFrame:
         """Scores with GE under the name that it has here."""
-        return scores.replace({"measure": {"GE": OWN}}) if self.own else scores
+        return scores.replace({"measure": {"GE": OWN}}) if self.has_own_prompts else scores
 
 
 def free_text(experiment: Experiment) -> FreeText:
     """What `--free` asks for: prompts, settings, and references for RS."""
     requests, config = experiment.requests, experiment.evaluation
     if not experiment.arguments.free:
-        return FreeText(requests=requests, config=config, references=None, own=False)
-    own = not any(request.generations for request in requests)
+        return FreeText(requests=requests, config=config, references=None, has_own_prompts=False)
+    has_own_prompts = not any(request.generations for request in requests)
     return FreeText(
-        requests=[with_own_prompts(request) for request in requests] if own else requests,
+        requests=[with_own_prompts(request) for request in requests] if has_own_prompts else requests,
         config=replace(config, generation_tokens=100, generation_prompts=experiment.arguments.free),
         references=references_of(load_facts(experiment.arguments.facts), load_texts(experiment.arguments.texts)),
-        own=own,
+        has_own_prompts=has_own_prompts,
     )
 
 

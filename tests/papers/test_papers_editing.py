@@ -188,9 +188,9 @@ def test_records_without_prompts_for_free_text_start_it_with_their_own(out, no_f
     assert table_counterfact.main(arguments(out, "--free", "1", "--count", "2", "--methods", "ft@2")) == 0
     tidy = pd.read_parquet(out / "table_counterfact.parquet")
     assert "GE" not in set(tidy["measure"]), "it is not the papers' measure"
-    own = where(tidy, measure="GE own")
-    assert set(own["method"]) == {"unedited", "ft"}
-    assert own["mean"].between(100, 800).all()
+    of_own_prompts = where(tidy, measure="GE own")
+    assert set(of_own_prompts["method"]) == {"unedited", "ft"}
+    assert of_own_prompts["mean"].between(100, 800).all()
     printed = pd.read_csv(out / "table_counterfact.csv")
     assert "GE" not in printed, "nor do the papers' numbers stand in its column"
     assert printed["GE own"].notna().sum() == 2
