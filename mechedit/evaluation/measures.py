@@ -142,7 +142,7 @@ _TABLE = (
     Measure(
         name="GE own",
         unit="bits × 100",
-        title="Fluency on own prompts (bits × 100)",
+        title="Fluency (GE own, bits × 100)",
         definition="GE of text that a request's reworded prompts start, or its own prompt where it has none: of "
         "records that bring no prompts for free text",
         meaning="GE after prompts that were not written for it, so that it compares with itself alone.",
