@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, choice in tried.items()
     }  # fmt: skip
     frame = table(sweeps)
-    write_json(options.out / "tuned.json", {"model": options.model, "rows": records(frame)})
+    write_json(options.out / "gains.json", {"model": options.model, "rows": records(frame)})
     print(markdown_table(list(frame.columns), [[_in_words(cell) for cell in row.values()] for row in records(frame)]))
     return 0
 

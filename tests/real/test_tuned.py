@@ -65,7 +65,7 @@ def test_both_are_edited_and_scored_and_a_second_call_edits_nothing(
     command += ["--moments", tmp_path / "moments", "--out", tmp_path / "out", "--facts", "2"]
     main(list(map(str, command)))
     printed = capsys.readouterr().out
-    rows = read_json(tmp_path / "out" / "tuned.json")["rows"]
+    rows = read_json(tmp_path / "out" / "gains.json")["rows"]
     assert [row["layers"] for row in rows] == ["3–3", "1–2", "1–2"]
     assert rows[0]["gain"] == 0.0
     assert rows[2]["ES"] <= rows[1]["ES"], "one step of the search installs less"
