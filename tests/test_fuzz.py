@@ -25,7 +25,7 @@ from mechedit.files import read_json, write_checked_json, write_json, write_tens
 from mechedit.run_folder import RunFolder
 
 TESTS = Path(__file__).parent
-EXAMPLES = 80
+EXAMPLES = 120
 """Examples of the derandomized fuzz, about a minute's."""
 
 

@@ -24,9 +24,8 @@ from jaxtyping import Float
 
 import mechedit as me
 from analyses.common.frames import records
-from analyses.common.printing import markdown_table
 from analyses.real_models.make import REAL_MODELS, make
-from analyses.real_models.regret import RESAMPLES, score
+from analyses.real_models.regret import RESAMPLES, print_table, score
 from mechedit.cli.parsing import parse_layers
 from mechedit.data import load_requests
 from mechedit.errors import InputError
@@ -148,12 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     frame = table(sweeps)
     write_json(options.out / "gains.json", {"model": options.model, "rows": records(frame)})
-    print(markdown_table(list(frame.columns), [[_in_words(cell) for cell in row.values()] for row in records(frame)]))
+    print_table(frame)
     return 0
-
-
-def _in_words(cell: Any) -> str:
-    return f"{cell:.1f}" if isinstance(cell, float) else str(cell)
 
 
 def parser() -> argparse.ArgumentParser:

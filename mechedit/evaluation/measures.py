@@ -143,9 +143,8 @@ _TABLE = (
         name="GE own",
         unit="bits × 100",
         title="Fluency (GE own, bits × 100)",
-        definition="GE of text that a request's reworded prompts start, or its own prompt where it has none: of "
-        "records that bring no prompts for free text",
-        meaning="GE after prompts that were not written for it, so that it compares with itself alone.",
+        meaning="GE of text that the records' own prompts start, of records that bring none for free text; it compares "
+        "with itself alone.",
     ),
     Measure(
         name="RS",
