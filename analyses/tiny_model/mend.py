@@ -22,13 +22,10 @@ import pandas as pd
 
 from analyses.common.command import run
 from analyses.common.counterfacts import counterfacts
-from analyses.common.frames import means_by
+from analyses.common.mend_scores import mend_scores
 from mechedit.data import EditRequest, load_facts, load_requests
-from mechedit.edit import edited
-from mechedit.evaluation import QUICK, evaluate
-from mechedit.methods import MEND_FILE, MendConfig, MendTrainingConfig, mend, train_mend
-from mechedit.models import Model, load_model
-from mechedit.tables import where
+from mechedit.methods import MEND_FILE, MendTrainingConfig, train_mend
+from mechedit.models import load_model
 
 LAYERS = (1, 2, 3, 4)
 """Where the tiny model recalls."""
@@ -48,7 +45,6 @@ SETTINGS = MendTrainingConfig(
     validate_every=100,
 )
 """Settings for this model; the learning rate is larger than the default since the steps are few."""
-MEASURES = ("ES", "PS", "NS", "exact_match")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, training_requests(scored), "tiny", LAYERS, config, options.out / MEND_FILE, notify=print
     )  # fmt: skip
     pd.DataFrame(editor.record["curve"]).to_csv(options.out / "mend.csv", index=False)
-    table = scores(model, scored, options.out / MEND_FILE)
+    unseen = [request.relation in UNSEEN for request in scored]
+    table = mend_scores(model, scored, LAYERS, options.out / MEND_FILE, unseen)
     table.to_csv(options.out / "mend_scores.csv", index=False)
     print(table.to_string(index=False))
     return 0
@@ -82,29 +79,6 @@ def training_requests(scored: Sequence[EditRequest]) -> list[EditRequest]:
         for draw in range(DRAWS)
         for request in counterfacts(facts, seed=draw)
     ]
-
-
-def scores(model: Model, requests: Sequence[EditRequest], editor: Path) -> pd.DataFrame:
-    """The scores of single edits, in percent, by which relations are scored."""
-    config = MendConfig(editor=str(editor))
-    tables = []
-    for request in requests:
-        edit = mend(model, [request], LAYERS, config=config)
-        with edited(model, edit):
-            table = evaluate(model, [request], QUICK).table
-        tables.append(table.assign(relations="unseen" if request.relation in UNSEEN else "seen"))
-    rows = pd.concat(tables, ignore_index=True)
-    groups = {"all": rows, **{name: where(rows, relations=name) for name in ("seen", "unseen")}}
-    return pd.DataFrame(
-        [
-            {
-                "relations": name,
-                "requests": len(set(group["case"])),
-                **{name: 100 * means_by(where(group, measure=name), "case", "value").mean() for name in MEASURES},
-            }
-            for name, group in groups.items()
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechedit.batching import batches_of
+from mechedit.methods.block_inputs import resume_from
 from mechedit.methods.post_norm import gradient_before_norm
 from mechedit.methods.training import TrainingRow, run_rows
-from mechedit.models import Model, Patch, Site, out_part
+from mechedit.models import Model, Patch, Resume, Site, out_part
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +32,11 @@ class GradientFactors:
 
 
 def gradient_factors(
-    model: Model, rows: Sequence[TrainingRow], layers: Sequence[int], batch_size: int
+    model: Model,
+    rows: Sequence[TrainingRow],
+    layers: Sequence[int],
+    batch_size: int,
+    streams: Sequence[Float[Tensor, "_ d_model"]] | None = None,
 ) -> list[Mapping[int, GradientFactors]]:
     """Each row's u and δ at each layer, of its own loss: −1/T Σ_t log P(o_t | prompt, o_1 … o_{t−1}).
 
@@ -40,14 +45,20 @@ def gradient_factors(
         rows: prompts with their objects.
         layers: 0-based, ascending.
         batch_size: rows per pass.
+        streams: each row's residual stream at the input of the lowest of the layers, without its last token, where
+            that is known.
     """
     factors: list[Mapping[int, GradientFactors]] = []
-    for batch in batches_of(rows, batch_size):
-        factors += _of_batch(model, batch, layers)
+    for chosen in batches_of(range(len(rows)), batch_size):
+        of_batch = None if streams is None else [streams[index] for index in chosen]
+        resume = resume_from(of_batch, layers[0], model)
+        factors += _of_batch(model, [rows[index] for index in chosen], layers, resume)
     return factors
 
 
-def _of_batch(model: Model, rows: Sequence[TrainingRow], layers: Sequence[int]) -> list[Mapping[int, GradientFactors]]:
+def _of_batch(
+    model: Model, rows: Sequence[TrainingRow], layers: Sequence[int], resume: Resume | None
+) -> list[Mapping[int, GradientFactors]]:
     lengths = torch.tensor([len(row.ids) - 1 for row in rows], device=model.device)
     positions = torch.arange(int(lengths.max()), device=model.device).expand(len(rows), -1)
     # A position of −1 is not written to.
@@ -59,7 +70,8 @@ def _of_batch(model: Model, rows: Sequence[TrainingRow], layers: Sequence[int]) 
     }
     patches = [Patch(Site(layer, out_part(model.module)), positions, value, add=True) for layer, value in added.items()]
     with torch.enable_grad():
-        losses, _, run = run_rows(model, rows, patches=patches, read=[model.key_site(layer) for layer in layers])
+        read = [model.key_site(layer) for layer in layers]
+        losses, _, run = run_rows(model, rows, patches=patches, read=read, resume=resume)
         gradients = torch.autograd.grad(losses.sum(), list(added.values()))
     outputs = dict(zip(layers, gradients, strict=True))
     factors = []

@@ -34,6 +34,7 @@ from mechedit.data import EditRequest, load_texts, records_of, texts_hash
 from mechedit.edit import Factors, copy_weights, restoring
 from mechedit.errors import InputError, check_finite, check_positive
 from mechedit.locks import locked
+from mechedit.methods.block_inputs import RecentBlockInputs, resume_from
 from mechedit.methods.checks import check_layers
 from mechedit.methods.gradient_factors import GradientFactors, gradient_factors
 from mechedit.methods.mend_checkpoint import copied, read_checkpoint, state_path, write_checkpoint
@@ -186,6 +187,8 @@ class _Training:
         self.examples = [mend_example(model, request) for request in trained]
         self.validated = [mend_example(model, request) for request in validated]
         self.texts = texts
+        # Nothing below the lowest edited layer changes.
+        self.block_inputs = RecentBlockInputs(model, layers[0])
         self.n_texts = len(texts)
         self.network = EditorNetwork(model.d_key, model.d_model, len(layers), config.rank, config.rate, config.seed)
         self.network.to(model.device)
@@ -212,7 +215,7 @@ class _Training:
     def begin(self) -> None:
         """Take the units of what goes in from the requests."""
         chosen = Random(f"units {self.config.seed}").sample(self.examples, min(len(self.examples), _UNIT_REQUESTS))
-        factors = gradient_factors(self.model, [example.edit for example in chosen], self.layers, _ROWS)
+        factors = self._factors(chosen)
         for index, layer in enumerate(self.layers):
             self.network.fit_units(
                 index,
@@ -303,13 +306,19 @@ class _Training:
         self, examples: Sequence[MendExample], draw: Random
     ) -> Iterator[tuple[MendExample, Mapping[int, GradientFactors], list[Sequence[int]], Tensor]]:
         """Each example with its gradient's factors, the texts that it should leave, and these texts' log P before."""
-        factors = gradient_factors(self.model, [example.edit for example in examples], self.layers, _ROWS)
-        for example, of_example in zip(examples, factors, strict=True):
+        for example, of_example in zip(examples, self._factors(examples), strict=True):
             count = min(self.config.neighbors, len(example.neighbors))
             texts = [self._text(draw), *draw.sample(list(example.neighbors), count)]
             with torch.no_grad():
                 log_probs = self._log_probs(texts)
             yield example, of_example, texts, log_probs
+
+    def _factors(self, examples: Sequence[MendExample]) -> list[Mapping[int, GradientFactors]]:
+        """The gradients of the unedited model."""
+        streams = [self.block_inputs.of([_inputs(example)]) for example in examples]
+        # The prompt is the first of what is scored.
+        of_prompts = [stream[0] for stream in streams if stream is not None] or None
+        return gradient_factors(self.model, [example.edit for example in examples], self.layers, _ROWS, of_prompts)
 
     def _changes(self, factors: Mapping[int, GradientFactors]) -> dict[int, Factors]:
         """ΔW of one example, with its graph."""
@@ -323,7 +332,8 @@ class _Training:
         self, example: MendExample, texts: Sequence[Sequence[int]], log_probs: Float[Tensor, "text pos vocab"]
     ) -> tuple[Tensor, Tensor, bool]:
         """L_e, L_loc, and whether the object is the greedy answer to the prompt, on the model as it is now."""
-        losses, greedy, _ = run_rows(self.model, example.scored)
+        resume = resume_from(self.block_inputs.of([_inputs(example)]), self.layers[0], self.model)
+        losses, greedy, _ = run_rows(self.model, example.scored, resume=resume)
         edited = self._log_probs(texts)
         present = pad(texts, self.model.tokenizer, self.model.device).mask.bool()
         divergence = (log_probs.exp() * (log_probs - edited)).sum(-1)[present].mean()
@@ -342,7 +352,8 @@ class _Training:
                 self.model.write_projection_(layer, weight)
 
     def _log_probs(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "text pos vocab"]:
-        logits = self.model.run(pad(texts, self.model.tokenizer, self.model.device)).logits
+        resume = resume_from(self.block_inputs.of([[text] for text in texts]), self.layers[0], self.model)
+        logits = self.model.run(pad(texts, self.model.tokenizer, self.model.device), resume=resume).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _text(self, draw: Random) -> list[int]:
@@ -375,6 +386,11 @@ class _Training:
             f"step {self.step}: loss {loss:.4g} (edit {edit:.4g}, locality {locality:.4g} nats), exact match "
             f"{exact:.0f} %"
         )
+
+
+def _inputs(example: MendExample) -> list[Sequence[int]]:
+    """The tokens that go in where an example is scored."""
+    return [row.ids[:-1] for row in example.scored]
 
 
 _ROWS = 64

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mechedit.batching import batches_of, pad
@@ -25,6 +24,7 @@ from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors, add_, copy_weights, restoring
 from mechedit.edit.weights import projection_parameter
 from mechedit.errors import InputError
+from mechedit.methods.block_inputs import block_inputs, resume_from
 from mechedit.models import Model, Patch, Resume, Run, Site
 from mechedit.prefixes import completed_prompts
 from mechedit.targets import check_length
@@ -114,7 +114,7 @@ def train(
     }
     deltas = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
     optimizer = torch.optim.Adam(list(deltas.values()), lr=lr)
-    block_inputs = _block_inputs(model, rows, layers[0], batch_size)
+    streams = block_inputs(model, [row.ids[:-1] for row in rows], layers[0], batch_size)
     losses, updates = [], 0
     with (
         restoring(model, layers),
@@ -125,7 +125,7 @@ def train(
             total = 0.0
             for batch in torch.randperm(len(rows), generator=generator, device="cpu").split(batch_size):
                 with torch.enable_grad():
-                    loss = _loss(model, rows, block_inputs, batch.tolist(), layers[0])[0].mean()
+                    loss = _loss(model, rows, streams, batch.tolist(), layers[0])[0].mean()
                 total += _finite(loss, len(losses)) * len(batch)
                 bar.update()
                 if loss < stop_loss:
@@ -175,21 +175,18 @@ def dense_factors(delta: Float[Tensor, "d_mlp d_model"]) -> Factors:
 
 
 def _loss(
-    model: Model, rows: Sequence[TrainingRow], block_inputs: Sequence[Tensor] | None, chosen: Sequence[int], layer: int
+    model: Model, rows: Sequence[TrainingRow], streams: Sequence[Tensor] | None, chosen: Sequence[int], layer: int
 ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
     """`run_rows` of the chosen rows.
 
     Args:
         model: with the weights as trained so far.
         rows: all of them.
-        block_inputs: each row's residual stream at the input of block `layer`; None to run from the tokens.
+        streams: each row's residual stream at the input of block `layer`; None to run from the tokens.
         chosen: indices of the rows of the batch.
-        layer: where the run starts when there are `block_inputs`.
+        layer: where the run starts when there are `streams`.
     """
-    resume = None
-    if block_inputs is not None:
-        streams = pad_sequence([block_inputs[index] for index in chosen], batch_first=True)
-        resume = Resume(layer, streams.to(model.device))
+    resume = resume_from(None if streams is None else [streams[index] for index in chosen], layer, model)
     losses, greedy, _ = run_rows(model, [rows[index] for index in chosen], resume=resume)
     return losses, greedy
 
@@ -222,21 +219,6 @@ def run_rows(
     losses = nn.functional.cross_entropy(scores.transpose(1, 2), labels[:, positions], reduction="none")
     greedy = (scores.argmax(-1) == labels[:, positions]) | ~in_object
     return losses.where(in_object, losses.new_zeros(())).sum(1) / in_object.sum(1), greedy.all(1), run
-
-
-@torch.no_grad()
-def _block_inputs(
-    model: Model, rows: Sequence[TrainingRow], layer: int, batch_size: int
-) -> list[Float[Tensor, "pos d_model"]] | None:
-    """Each row's residual stream at the input of block `layer`, on the CPU; None where that is the model's input."""
-    if layer == 0:
-        return None
-    site, streams = Site(layer - 1, "resid"), []
-    for batch in batches_of(rows, batch_size):
-        inputs = pad([row.ids[:-1] for row in batch], model.tokenizer, model.device)
-        states = model.run(inputs, read=[site], stop_after=layer - 1)[site].cpu()
-        streams += [state[: len(row.ids) - 1].clone() for row, state in zip(batch, states, strict=True)]
-    return streams
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from mechedit.methods import (
     ft_w,
     recommended,
 )
+from mechedit.methods.block_inputs import block_inputs
 from mechedit.models import load_model
 from mechedit.session import EditSession, StopRule
 from mechedit.sweep import sweep_windows
@@ -84,7 +85,7 @@ def test_the_loss_is_that_of_labels_in_transformers(make_model: Any, backend: st
         actual = losses(model, requests)
         # The same from the stream at a later block, where rows are cut to their own lengths and padded again.
         rows = training.training_rows(model, requests, ["{}"])
-        resumed = losses(model, requests, training._block_inputs(model, rows, 2, batch_size=3), 2)
+        resumed = losses(model, requests, block_inputs(model, [row.ids[:-1] for row in rows], 2, batch_size=3), 2)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(resumed, expected, rtol=1e-5, atol=1e-5)
     assert expected.diff().abs().min() > 1e-2, "they differ, so that rows cannot be confused"

@@ -14,11 +14,13 @@ from helpers.mend import editor_of, identity_editor
 from helpers.spreading import REQUESTS
 from torch import Tensor
 
+import mechedit.methods.block_inputs as block_inputs_module
 import mechedit.methods.mend_training as training_module
 from mechedit.data import EditRequest, Neighbor
 from mechedit.edit import apply_, edited, export_lora, undo_
 from mechedit.errors import InputError
 from mechedit.methods import MendConfig, MendEditor, MendTrainingConfig, mend, recommended, train_mend
+from mechedit.methods.block_inputs import RecentBlockInputs
 from mechedit.methods.gradient_factors import gradient_factors
 from mechedit.methods.mend_editor import EditorNetwork
 from mechedit.methods.training import projection_gradients, run_rows, trainable, training_rows
@@ -220,6 +222,52 @@ def test_an_interrupted_training_ends_as_it_would_have(
     assert steps == [3], "it goes on from its checkpoint"
     assert again.record == uninterrupted.record
     assert path.read_bytes() == (tmp_path / "uninterrupted.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_training_that_starts_at_the_lowest_edited_block_is_that_from_the_tokens(
+    make_model: Any, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is kept of the streams below; and those blocks run once for each text and example that is kept."""
+    model = make_model(family)
+    lowest, runs = model.n_layers - 2, []
+    layers = [lowest, lowest + 1]
+    plain = block_inputs_module.block_inputs
+
+    def counted(*arguments: Any) -> Any:
+        runs.append(arguments[1])
+        return plain(*arguments)
+
+    monkeypatch.setattr(block_inputs_module, "block_inputs", counted)
+    config = dataclasses.replace(QUICK, steps=8)
+    kept = train_mend(model, FACTS, TEXTS[:2], layers, config, tmp_path / "kept.safetensors")
+    few, groups = len(runs), {str(rows) for rows in runs}
+    assert few == len(groups), "each once"
+    monkeypatch.setattr(training_module, "RecentBlockInputs", lambda model, layer: RecentBlockInputs(model, layer, 0))
+    train_mend(model, FACTS, TEXTS[:2], layers, config, tmp_path / "dropped.safetensors")
+    assert len(runs) > 3 * few, "the control: without what is kept they run again"
+    assert (tmp_path / "kept.safetensors").read_bytes() == (tmp_path / "dropped.safetensors").read_bytes()
+    monkeypatch.setattr(RecentBlockInputs, "of", lambda self, groups: None)
+    whole = train_mend(model, FACTS, TEXTS[:2], layers, config, tmp_path / "whole.safetensors")
+    for row, expected in zip(kept.record["curve"], whole.record["curve"], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    losses = [row["loss"] for row in whole.record["curve"]]
+    assert max(losses) - min(losses) > 1e-3, "the control: the training changes it"
+
+
+def test_streams_that_were_asked_for_last_stay(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_row = 5 * lively.d_model * 4
+    recent = RecentBlockInputs(lively, 1, most=2 * one_row)
+    runs = []
+    plain = block_inputs_module.block_inputs
+    monkeypatch.setattr(block_inputs_module, "block_inputs", lambda *arguments: runs.append(1) or plain(*arguments))
+    rows = [[index] * 5 for index in (1, 2, 3)]
+    for row, expected in (((0, 1)), ((1, 2)), ((0, 2)), ((2, 3)), ((0, 3)), ((1, 4))):
+        (stream,) = recent.of([[rows[row]]]) or []
+        assert len(runs) == expected, row
+        torch.testing.assert_close(stream, (plain(lively, [rows[row]], 1, 1) or [])[0])
+    assert recent.of([[rows[0]], [rows[2], rows[1]]]) is not None
+    assert RecentBlockInputs(lively, 0).of([[rows[0]]]) is None
 
 
 def test_an_edit_is_undone_saved_and_goes_into_lora(lively: Any, tmp_path: Path) -> None:
