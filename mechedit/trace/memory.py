@@ -6,6 +6,7 @@ from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES
 from mechedit.errors import InputError, brief
 from mechedit.models import Model, ModelShapes
 from mechedit.trace.config import TraceConfig
+from mechedit.trace.metrics import are_of_object
 from mechedit.trace.traced_fact import TracedFact
 
 GRADIENT_GIB = 1.0
@@ -35,8 +36,11 @@ def batch_row_bytes(model: Model | ModelShapes, traced: TracedFact, config: Trac
 def _logit_bytes(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
     """Bytes of a row's logits, in float32 too where they are not, of its log-probabilities, and of other metrics'.
 
-    A divergence takes the clean run's logits and log-probabilities as well, and their difference.
+    A divergence takes the clean run's logits and log-probabilities as well, and their difference. Metrics of the object
+    alone are read off a part of the vocabulary at a time.
     """
+    if are_of_object(config.metrics) and (isinstance(model, ModelShapes) or model.readout().chunked):
+        return 0
     size = model.dtype.itemsize
     bytes_per_token = size + (4 if size < 4 else 0) + 4
     if any(not isinstance(metric, str) or "kl" in metric for metric in config.metrics):

@@ -6,7 +6,7 @@ A metric maps `MetricInputs` to one number per row; several are read off one for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,15 +48,23 @@ class MetricInputs:
         return log_probs.gather(2, self.objects[:, :, None])[:, :, 0].sum(1)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ObjectInputs:
+    """What the metrics read that ask for the object alone: `OF_OBJECT`."""
+
+    log_probability: Float[Tensor, " row"]
+    """Σ log p(oᵢ | prompt, o<ᵢ), in nats."""
+
+
 Metric = Callable[[MetricInputs], Float[Tensor, " row"]]
 
 
-def probability(inputs: MetricInputs) -> Float[Tensor, " row"]:
+def probability(inputs: MetricInputs | ObjectInputs) -> Float[Tensor, " row"]:
     """Joint probability of the object, Π p(oᵢ | prompt, o<ᵢ)."""
     return inputs.log_probability.exp()
 
 
-def log_probability(inputs: MetricInputs) -> Float[Tensor, " row"]:
+def log_probability(inputs: MetricInputs | ObjectInputs) -> Float[Tensor, " row"]:
     """Joint log-probability of the object, in nats."""
     return inputs.log_probability
 
@@ -81,6 +89,11 @@ METRICS: Mapping[str, Metric] = {
     "logit_difference": logit_difference,
     "kl": kl,
 }
+OF_OBJECT: Mapping[str, Callable[[ObjectInputs], Float[Tensor, " row"]]] = {
+    "probability": probability,
+    "log_probability": log_probability,
+}
+"""Metrics for which no other token's logit is needed."""
 
 
 def metric_name(metric: str | Metric) -> str:
@@ -91,6 +104,13 @@ def metric_name(metric: str | Metric) -> str:
     if not isinstance(metric, str):
         return getattr(metric, "__name__", type(metric).__name__)
     return NORMALIZED + metric.removeprefix(_BRITISH) if metric.startswith(_BRITISH) else metric
+
+
+def are_of_object(metrics: Iterable[str | Metric]) -> bool:
+    """Whether all of these metrics are among `OF_OBJECT`, normalized or not."""
+    return all(
+        isinstance(metric, str) and metric_name(metric).removeprefix(NORMALIZED) in OF_OBJECT for metric in metrics
+    )
 
 
 def find_metric(metric: str | Metric) -> Metric:

@@ -186,6 +186,7 @@ def _last_block(batch: CellBatch, last: int, resid: Float[Tensor, "joined pos d_
         resume=None if resid is None else Resume(last, resid),
         logits_to_keep=runs.read_at - start,
         kv_cache=runs.kv_cache.take(batch.corrupted_row, start, last) if start else None,
+        unembed=runs.readout is None,
     )
     metrics = runs.metric_values(run, batch.fact)
     for name, values in metrics.items():

@@ -10,10 +10,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.models import EMBED, KVCache, Model, Part, Patch, Resume, Run, Site, Tokens, exclusive
+from mechedit.models import EMBED, KVCache, Model, Part, Patch, Readout, Resume, Run, Site, Tokens, exclusive
 from mechedit.trace.config import PART_OF_KIND, TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, checked_noise, draw_noise
-from mechedit.trace.metrics import NORMALIZED, MetricInputs, find_metric, metric_name
+from mechedit.trace.metrics import (
+    NORMALIZED,
+    OF_OBJECT,
+    MetricInputs,
+    ObjectInputs,
+    are_of_object,
+    find_metric,
+    metric_name,
+)
 from mechedit.trace.traced_fact import TracedFact, as_batch, read_positions, restored_positions
 
 MetricValues = dict[str, Float[Tensor, " row"]]
@@ -79,6 +87,8 @@ class TraceRuns:
     kv_cache: KVCache
     """Keys and values of the corrupted run."""
     foils: Int[Tensor, " fact"]
+    readout: Readout | None
+    """What reads the metrics off the states before the unembedding; None where they need all logits."""
     clean_scores: Mapping[str, Float[Tensor, " fact"]]
     corrupted_scores: Mapping[str, Float[Tensor, " fact"]]
     """Means over samples."""
@@ -111,7 +121,14 @@ class TraceRuns:
         return read_positions(self.facts[0], self.model)
 
     def metric_values(self, run: Run, facts: Int[Tensor, " row"]) -> MetricValues:
-        """Every metric of a run's rows, before normalization; `facts` says to which fact a row belongs."""
+        """Every metric of a run's rows, before normalization; `facts` says to which fact a row belongs.
+
+        Args:
+            run: with logits; where there is a `readout`, it may have ended before the unembedding.
+            facts: index of each row's fact.
+        """
+        if run.final_logits is None and self.readout is not None:
+            return object_values(run, self.readout, facts, self.facts, self.config)
         return metric_values(run, self.clean, facts, self.facts, self.foils, self.config)
 
     def with_normalized(
@@ -196,6 +213,25 @@ def metric_values(
     return {name: find_metric(metric)(inputs) for name, metric in metrics.items()}
 
 
+def object_values(
+    run: Run, readout: Readout, facts: Int[Tensor, " row"], group: Sequence[TracedFact], config: TraceConfig
+) -> MetricValues:
+    """As `metric_values`, of a run that ended before the unembedding, for metrics of the object alone."""
+    objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)[facts]
+    log_probs = readout.score(run.head_inputs.flatten(0, 1), objects.flatten()).log_prob
+    inputs = ObjectInputs(log_probability=log_probs.view(objects.shape).sum(1))
+    names = dict.fromkeys(metric_name(metric).removeprefix(NORMALIZED) for metric in config.metrics)
+    return {name: OF_OBJECT[name](inputs) for name in names}
+
+
+def find_trace_readout(model: Model, config: TraceConfig) -> Readout | None:
+    """What reads a trace's metrics off the states before the unembedding; None where they need all logits."""
+    if not are_of_object(config.metrics):
+        return None
+    readout = model.readout()
+    return readout if isinstance(readout, Readout) else None
+
+
 def metric_inputs(
     run: Run, clean: Run, facts: Int[Tensor, " row"], group: Sequence[TracedFact], foils: Int[Tensor, " fact"]
 ) -> MetricInputs:
@@ -241,12 +277,21 @@ def run_clean_and_corrupted(
         Site(layer, part) for part, layers_of_part in severed_layers.items() for layer in sorted(layers_of_part)
     ]
     states = [Site(layer, "resid") for layer in layers]
+    readout = find_trace_readout(model, config)
     corrupted = model.run(
-        repeated, [corruption], read=[*states, *severed_sites], logits_to_keep=read_at, use_cache=True
+        repeated,
+        [corruption],
+        read=[*states, *severed_sites],
+        logits_to_keep=read_at,
+        use_cache=True,
+        unembed=readout is None,
     )
     foils = _foils(clean, facts)
     fact_indices = torch.arange(len(facts), device=model.device)
-    values = metric_values(corrupted, clean, fact_of_row, facts, foils, config)
+    if readout is None:
+        values = metric_values(corrupted, clean, fact_of_row, facts, foils, config)
+    else:
+        values = object_values(corrupted, readout, fact_of_row, facts, config)
     return TraceRuns(
         model=model,
         facts=facts,
@@ -258,6 +303,7 @@ def run_clean_and_corrupted(
         severed=_severed_outputs(corrupted, facts, config, model.n_layers),
         kv_cache=corrupted.kv_cache,
         foils=foils,
+        readout=readout,
         clean_scores=metric_values(clean, clean, fact_indices, facts, foils, config),
         corrupted_scores={name: rows.view(len(facts), -1).mean(1) for name, rows in values.items()},
     )

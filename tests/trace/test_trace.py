@@ -497,6 +497,32 @@ def test_many_metrics_take_no_more_passes_and_any_function_is_one(small_model):
         TraceConfig(metrics=("accuracy",))
 
 
+@torch.no_grad()
+def test_metrics_of_the_object_alone_take_no_logits_but_the_clean_runs(small_model):
+    """All that is larger than a batch's states is read off a part of the vocabulary at a time."""
+    traced, rows_with_logits, run = tokenize_fact(small_model, FACT), [], small_model.run
+
+    def watched(*args, **kwargs):
+        result = run(*args, **kwargs)
+        if result.final_logits is not None:
+            rows_with_logits.append(len(result.logits))
+        return result
+
+    small_model.readout()
+    small_model.run = watched
+    try:
+        of_object = ("probability", "normalized_log_probability")
+        without = trace_group(small_model, [traced], STD, TraceConfig(samples=3, metrics=of_object))
+        assert rows_with_logits == [1], "the clean run's"
+        with_logits = trace_group(small_model, [traced], STD, TraceConfig(samples=3, metrics=(*of_object, "kl")))
+        assert max(rows_with_logits) > 3, "the control: a divergence needs them"
+    finally:
+        del small_model.run
+    expected = with_logits[with_logits["metric"] != "kl"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(without, expected, rtol=1e-5)
+    assert without.groupby("metric")["effect"].std().min() > 0
+
+
 def test_the_earlier_spelling_of_normalized_metrics_is_accepted():
     earlier, present = (TraceConfig(metrics=("kl", f"{word}_kl")) for word in ("normalised", "normalized"))
     assert earlier == present
