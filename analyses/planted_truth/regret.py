@@ -79,8 +79,8 @@ def judged(plan: Plan, models: Path, out: Path, count: int) -> pd.DataFrame:
         model=model, requests=load_requests(files["judges.json"])[:count], moments=moments, config=config, out=folder
     )
     rules = windows_by_rule(folder / "run", model.n_layers)
-    frame = table(judge, rules, judge.screened(SCREENED), len(judge.requests))
-    write_rows(folder / "regret.json", plan.name, frame)
+    frame, by_count = table(judge, rules, judge.screened(SCREENED), len(judge.requests))
+    write_rows(folder / "regret.json", plan.name, frame, by_count)
     return frame
 
 

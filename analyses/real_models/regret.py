@@ -10,6 +10,9 @@ rule selects from, with its sweep where there is one.
 2. The best three, the choice, the window of every rule, and ranges that others use are edited with `--facts` requests.
 3. Regret: the window that is best on one half of these, minus the rule's, on the other half; both ways, and averaged.
 
+4. What a choice by few costs: of the same windows, the one that is best on n requests is held against the one that is
+   best on half of the others, by its score on the other half; the mean over draws.
+
 Requests are about subjects that the run neither traced nor edited. Results are kept in `--out`: a call goes on where
 the last one stopped, and prints one row a rule.
 """
@@ -54,6 +57,8 @@ SHARES = {
 }
 """The same, as parts of the depth: layer / number of layers."""
 RESAMPLES = 2000
+COUNTS = (5, 10, 20, 40)
+"""Requests by which windows are chosen, to see what few of them cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +157,9 @@ def regret(sweep: Sweep, window: Window, seed: int = 0) -> dict[str, float]:
     Returns:
         `mean` over both halves, and the ends of its 95 % interval over resamples of the requests within each half.
     """
-    cases = list(dict.fromkeys(sweep.cases["case"]))
-    values = np.stack([
-        by_case(where(sweep.cases, first=w.first, last=w.last), cases, sweep.score_measures) for w in sweep.windows
-    ])  # fmt: skip
+    values = values_of(sweep)
     random_numbers = np.random.default_rng(seed)
-    halves = np.array_split(random_numbers.permutation(len(cases)), 2)
+    halves = np.array_split(random_numbers.permutation(values.shape[1]), 2)
     mine = sweep.windows.index(window)
     means, draws = [], []
     for choosing, judging in (halves, halves[::-1]):
@@ -166,10 +168,41 @@ def regret(sweep: Sweep, window: Window, seed: int = 0) -> dict[str, float]:
         measured = score(pair[:, judging])
         means.append(measured[0] - measured[1])
         resampled = random_numbers.choice(judging, (RESAMPLES, len(judging)))
-        best_scores, my_scores = (score(values_of[resampled]) for values_of in pair)
+        best_scores, my_scores = (score(of_window[resampled]) for of_window in pair)
         draws.append(best_scores - my_scores)
     low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
     return {"mean": float(np.mean(means)), "low": float(low), "high": float(high)}
+
+
+def values_of(sweep: Sweep) -> Float[np.ndarray, "window case measure"]:
+    """The measures of the score of every window and request."""
+    cases = list(dict.fromkeys(sweep.cases["case"]))
+    return np.stack([
+        by_case(where(sweep.cases, first=w.first, last=w.last), cases, sweep.score_measures) for w in sweep.windows
+    ])  # fmt: skip
+
+
+def regret_by_count(values: Float[np.ndarray, "window case measure"], seed: int = 0) -> dict[int, float]:
+    """Mean points that a choice by n requests loses to one by half of the others, on the rest; by n.
+
+    Args:
+        values: of all windows and requests.
+        seed: of the draws.
+    """
+    random_numbers, costs = np.random.default_rng(seed), {}
+    for count in COUNTS:
+        if values.shape[1] - count < count:
+            break
+        losses = []
+        for _ in range(RESAMPLES):
+            few, half, judging = np.split(
+                random_numbers.permutation(values.shape[1]), [count, (values.shape[1] + count) // 2]
+            )
+            mine, best = (int(score(values[:, chosen]).argmax()) for chosen in (few, half))
+            judged = score(values[[best, mine]][:, judging])
+            losses.append(judged[0] - judged[1])
+        costs[count] = float(np.mean(losses))
+    return costs
 
 
 def score(values: Float[np.ndarray, "row case measure"]) -> Float[np.ndarray, " row"]:
@@ -177,8 +210,10 @@ def score(values: Float[np.ndarray, "row case measure"]) -> Float[np.ndarray, " 
     return harmonic_mean(np.nanmean(values, axis=1))
 
 
-def table(judge: Judge, rules: Mapping[str, Any], best: Sequence[Window], count: int) -> pd.DataFrame:
-    """One row a rule: layers, score, regret, and how sure the rule is."""
+def table(
+    judge: Judge, rules: Mapping[str, Any], best: Sequence[Window], count: int
+) -> tuple[pd.DataFrame, dict[int, float]]:
+    """One row a rule: layers, score, regret, and how sure the rule is; and what choices by few requests cost."""
     windows = {name: Window(rule["layers"][0], rule["layers"][-1]) for name, rule in rules.items() if rule["layers"]}
     swept = judge.sweep(sorted({*windows.values(), *best}), count)
     window_of = {**windows, **{f"best of the screening, {rank}": w for rank, w in enumerate(best, 1)}}
@@ -197,12 +232,13 @@ def table(judge: Judge, rules: Mapping[str, Any], best: Sequence[Window], count:
             "stability": rule["stability"], "agreement": rule["agreement"],
         })  # fmt: skip
     rows += [{"rule": name, "layers": "none"} for name, rule in rules.items() if not rule["layers"]]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), regret_by_count(values_of(swept))
 
 
-def write_rows(path: Path, model: str, frame: pd.DataFrame) -> None:
+def write_rows(path: Path, model: str, frame: pd.DataFrame, by_count: Mapping[int, float]) -> None:
     """Write the table as JSON, with null where a rule has no value."""
-    write_json(path, {"model": model, "rows": records(frame.astype(object).where(frame.notna(), None))})
+    rows = records(frame.astype(object).where(frame.notna(), None))
+    write_json(path, {"model": model, "rows": rows, "by_count": dict(by_count)})
 
 
 def print_table(frame: pd.DataFrame) -> None:
@@ -242,9 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rules = windows_by_rule(options.run, model.n_layers)
     best = judge.screened(min(options.screen, len(requests)))
     print("best of the screening:", ", ".join(map(str, best)), flush=True)
-    frame = table(judge, rules, best, len(requests))
-    write_rows(options.out / "regret.json", options.model, frame)
+    frame, by_count = table(judge, rules, best, len(requests))
+    write_rows(options.out / "regret.json", options.model, frame, by_count)
     print_table(frame)
+    costs = ", ".join(f"{count}: {cost:.2f}" for count, cost in by_count.items())
+    print(f"points lost where so many requests choose: {costs or 'too few requests to tell'}")
     return 0
 
 

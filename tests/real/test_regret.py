@@ -11,7 +11,7 @@ import pytest
 
 import mechedit as me
 from analyses.real_models import regret as script
-from analyses.real_models.regret import judging_requests, regret, windows_by_rule
+from analyses.real_models.regret import judging_requests, regret, regret_by_count, values_of, windows_by_rule
 from mechedit.errors import InputError
 from mechedit.evaluation import EvaluationConfig
 from mechedit.files import read_json, write_parquet
@@ -67,6 +67,18 @@ def test_the_interval_holds_the_true_regret_as_often_as_it_says() -> None:
         covered += lost["low"] <= truth <= lost["high"]
     assert covered >= 16
     assert harmonic_mean(np.full((1, 3), 0.9))[0] == pytest.approx(0.9)
+
+
+def test_a_choice_by_few_requests_costs_what_chance_takes() -> None:
+    """By five requests windows of 90, 80 and 70 % are confused, by forty hardly; equal ones cost nothing."""
+    chances = {Window(0, 1): 90.0, Window(1, 2): 80.0, Window(2, 3): 70.0}
+    costs = regret_by_count(values_of(sweep_of(chances)))
+    assert list(costs) == [5, 10, 20, 40]
+    assert costs[5] > costs[10] > costs[20] > costs[40] > -0.5
+    assert 1.0 < costs[5] < 10.0, "less than a window chosen at random loses"
+    equal = [regret_by_count(values_of(sweep_of(dict.fromkeys(chances, 80.0), seed=seed)))[5] for seed in range(10)]
+    assert abs(np.mean(equal)) < 1.0
+    assert not regret_by_count(values_of(sweep_of(chances, n=8)))
 
 
 @pytest.fixture
@@ -127,7 +139,8 @@ def test_the_table_has_a_row_for_each_rule(monkeypatch: pytest.MonkeyPatch, tmp_
     unsure = {"stability": None, "agreement": None}
     rules = {"low": {"layers": [0, 1], **unsure}, "high": {"layers": [2, 3], **unsure}, "no": {"layers": [], **unsure}}
     judge = script.Judge(model=None, requests=[], moments={}, config=None, out=Path())  # type: ignore[arg-type]
-    frame = script.table(judge, rules, [Window(0, 1), Window(1, 1)], 200).set_index("rule")
+    frame, by_count = script.table(judge, rules, [Window(0, 1), Window(1, 1)], 200)
+    frame = frame.set_index("rule")
     assert list(frame.index) == ["low", "high", "best of the screening, 1", "best of the screening, 2", "no"]
     assert frame.loc["low", "layers"] == "0–1"
     assert frame.loc["no", "layers"] == "none"
@@ -135,7 +148,9 @@ def test_the_table_has_a_row_for_each_rule(monkeypatch: pytest.MonkeyPatch, tmp_
     assert frame.loc["high", "regret"] > frame.loc["best of the screening, 2", "regret"] > 5.0
     assert frame.loc["low", "S"] > frame.loc["high", "S"]
     # What has no value, as a rule without layers, is none in the file.
-    script.write_rows(tmp_path / "regret.json", "a model", frame.reset_index())
-    rows = {row["rule"]: row for row in read_json(tmp_path / "regret.json")["rows"]}
+    script.write_rows(tmp_path / "regret.json", "a model", frame.reset_index(), by_count)
+    written = read_json(tmp_path / "regret.json")
+    assert list(written["by_count"]) == ["5", "10", "20", "40"]
+    rows = {row["rule"]: row for row in written["rows"]}
     assert rows["no"]["S"] is rows["low"]["stability"] is None
     assert rows["low"]["S"] == frame.loc["low", "S"]
