@@ -4,8 +4,9 @@
 
 For every layer and token ROME writes each record there, from the unedited model, and the record is scored. The paper
 finds the best edits at the subject's last token in middle layers, with generalization highest at the 18th of GPT-2 XL's
-48. Records whose prompt lacks a token (such as one after a subject at its end) are left out of that token's row, which
-says how many it has. Writes, with 95 % intervals over records:
+48. Away from the layers that hold facts second moments may be singular: `--damping` times the mean of its diagonal is
+added to the diagonal of each. Records whose prompt lacks a token (such as one after a subject at its end) are left out
+of that token's row, which says how many it has. Writes, with 95 % intervals over records:
 
 - `rome_grid.parquet`: token, layer, measure, mean, low, high, n (records);
 - `rome_grid.csv`: one row per token and layer, EM, PM, NM and S;
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, count=20, quick_count=2)
     parser.set_defaults(requests="tiny")
     parser.add_argument("--tokens-at", default=",".join(TOKENS), help=f"(default {','.join(TOKENS)})")
+    parser.add_argument("--damping", type=float, default=1e-6, help="see above (default 1e-6)")
     experiment = open_experiment("rome_grid", parser, arguments)
     tokens = parse_names(experiment.arguments.tokens_at)
     for token in tokens:
@@ -68,9 +70,9 @@ def scored(experiment: Experiment, token: str, layers: Sequence[int]) -> pd.Data
         raise InputError(f"none of the {len(experiment.requests)} prompts has a token {token!r}; choose another")
     if len(requests) < len(experiment.requests):
         print(f"{token}: {len(experiment.requests) - len(requests)} records have no such token, and are left out")
-    frames = []
+    frames, settings = [], {"token": token, "damping": f"{experiment.arguments.damping:g}"}
     for layer in tqdm(layers, desc=token, unit="layer"):
-        variant = Variant(method="rome", layers=(layer,), settings={"token": token})
+        variant = Variant(method="rome", layers=(layer,), settings=settings)
         frames.append(scored_alone(experiment, variant, requests, "counterfact").assign(token=token, layer=layer))
     return pd.concat(frames, ignore_index=True).loc[:, ["token", "layer", "measure", "mean", "low", "high", "n"]]
 

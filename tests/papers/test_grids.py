@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_a_token_that_a_prompt_lacks_leaves_its_record_out(monkeypatch: pytest.M
     records = [second, type(first)(id="ends", subject=ending.subject, prompt=ending.prompt, target_new="teal")]
 
     class Stub:
-        requests, model = records, load_model("tiny")
+        requests, model, arguments = records, load_model("tiny"), argparse.Namespace(damping=0.0)
 
     scored: list[Any] = []
 
@@ -69,6 +70,17 @@ def test_a_token_that_a_prompt_lacks_leaves_its_record_out(monkeypatch: pytest.M
     Stub.requests = records[1:]
     with pytest.raises(InputError, match="none of the 1 prompts has a token 'after'"):
         rome_grid.scored(Stub(), "after", [2])  # type: ignore[arg-type]
+
+
+def test_rome_writes_at_every_layer_of_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the second moments are singular, as at layer 0; the control: without damping it cannot."""
+    command = ["--quick", "--count", "1", "--tokens-at", "subject_last", "--tokens", "20000", "--out", str(tmp_path)]
+    with pytest.raises(InputError, match="not positive definite"):
+        rome_grid.main([*command, "--layers", "0-1", "--damping", "0"])
+    rome_grid.main(command)
+    table = pd.read_parquet(tmp_path / "rome_grid.parquet")
+    assert sorted(set(table["layer"])) == list(range(10))
+    assert set(table["token"]) == {"subject_last"}
 
 
 def test_every_layers_attributions_add_up_to_the_total_effect() -> None:
