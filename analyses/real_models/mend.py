@@ -27,28 +27,18 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+import analyses.tiny_model.mend as tiny_model
 import mechedit as me
 from analyses.common.command import run
 from analyses.common.mend_scores import mend_scores
 from analyses.real_models.make import REAL_MODELS, make
 from analyses.real_models.regret import print_table
+from mechedit.cli.train_mend import PUBLISHED_BLOCKS
 from mechedit.data import load_requests
 from mechedit.methods import MEND_FILE
 
-BLOCKS = 3
-"""Blocks at the end that are edited, as in MEND's paper."""
-SETTINGS = me.MendTrainingConfig(
-    steps=2000,
-    batch_size=4,
-    rank=256,
-    lr=1e-3,
-    rate=1e-3,
-    text_tokens=16,
-    neighbors=1,
-    validation=20,
-    validate_every=100,
-)
-"""Those of the tiny model's editor, but for a larger rank, shorter texts and the one neighbor that records have."""
+SETTINGS = replace(tiny_model.SETTINGS, steps=2000, rank=256, text_tokens=16, neighbors=1, validation=20)
+"""Those of the tiny model's editor, but for more steps, a larger rank, shorter texts and a record's one neighbor."""
 
 
 def kinds(requests: Sequence[me.EditRequest]) -> list[int]:
@@ -81,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     requests = [request for request in load_requests(options.requests, conflicts="first") if request.target_true]
     scored = load_requests(options.scored)
     trained, unseen = divided(requests, scored, options.count)
-    layers = list(range(max(model.n_layers - BLOCKS, 0), model.n_layers))
+    layers = list(range(max(model.n_layers - PUBLISHED_BLOCKS, 0), model.n_layers))
     changes = {name: getattr(options, name) for name in ("steps", "batch_size", "rank", "lr", "rate")}
     editor = me.train_mend(
         model, trained, options.texts, layers, replace(SETTINGS, **changes), options.out / MEND_FILE, notify=print

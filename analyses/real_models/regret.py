@@ -9,7 +9,6 @@ rule selects from, with its sweep where there is one.
    edited with a few requests.
 2. The best three, the choice, the window of every rule, and ranges that others use are edited with `--facts` requests.
 3. Regret: the window that is best on one half of these, minus the rule's, on the other half; both ways, and averaged.
-
 4. What a choice by few costs: of the same windows, the one that is best on n requests is held against the one that is
    best on half of the others, by its score on the other half; the mean over draws.
 
