@@ -51,6 +51,9 @@ from mechedit.solve import Update, factorize, ridge_update
 
 WEIGHT = 15_000.0
 TINY_WEIGHT = 100.0
+DAMPING = 1e-2
+"""Damping of the moments of the writing that is compared: those of few texts are singular where units are dead, and the
+published moments are in float32."""
 LEARNING_RATE = 0.5
 SETTINGS = me.MemitConfig(convention="memit-2022", threshold=0.0, covariance_weight=WEIGHT)
 """Settings of the published code, but for the threshold."""
@@ -316,8 +319,9 @@ def weights(setting: Setting) -> Measurement | None:
     layers, requests = [layer for layer in setting.layers if layer <= setting.target], setting.requests[:8]
     config = target_config(setting.amounts.updates)
     z = me.find_targets(setting.model, requests, setting.target, setting.prefixes, config)
-    narrow = {layer: setting.moments[layer].matrix.float() for layer in layers}
-    rule = Ridge(moments=setting.moments, weight=WEIGHT)
+    moments = {layer: setting.moments[layer].damped(DAMPING) for layer in layers}
+    narrow = {layer: moment.matrix.float() for layer, moment in moments.items()}
+    rule = Ridge(moments=moments, weight=WEIGHT)
 
     def ours() -> dict[int, Tensor]:
         edit = spread(setting.model, requests, z, layers, rule, config=SETTINGS.spread).edit
