@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 import mechedit as me
 from mechedit.models import Tokens, load_model
 from mechedit.models.engine_check import SWITCH
+from mechedit.trace import Approximation
+from mechedit.trace.cells import trace_group
+from mechedit.trace.traced_fact import tokenize_fact
 from mechedit.workers import MOST, n_workers, run_batches
 
 PATIENCE = 20.0
@@ -137,6 +141,52 @@ def test_a_trace_gives_the_same_numbers_by_two_workers(model: me.Model) -> None:
     expected = scores(1)
     assert np.ptp(expected) > 0.1, "cells differ"
     np.testing.assert_allclose(scores(2), expected, atol=2e-6)
+
+
+def ways_to_the_workers(model: me.Model) -> dict[str, Callable[[], object]]:
+    """All that runs batches at once, called by itself."""
+    facts, requests, prefixes = (
+        me.load_facts("known")[:1],
+        me.load_requests("tiny")[:6],
+        ["{}", "So, it is said. {}", "Also, {}"],
+    )
+    traced, cells = [tokenize_fact(model, facts[0])], me.TraceConfig(samples=2, batch_rows=8, kinds=("state",))
+    approximated = dataclasses.replace(cells, approximation=Approximation(least_correlation=0.0))
+    return {
+        "a traced group": lambda: trace_group(model, traced, 0.1, cells),
+        "an approximated group": lambda: me.trace_facts(model, facts, approximated),
+        "a search": lambda: me.find_targets(model, requests, 4, prefixes, me.TargetConfig(steps=2)),
+        "moments": lambda: me.collect_moments(model, list(me.load_texts("tiny"))[:100], [4]),
+    }
+
+
+WAYS = ("a traced group", "an approximated group", "a search", "moments")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_run_the_model_at_once_whoever_begins(model: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in no region is alone with the model; so whatever has batches must hold it around them."""
+    both, running, changed, plain = threading.Event(), set(), threading.Lock(), model.fast_engine.run
+
+    def run(plan: Any) -> Any:
+        thread = threading.current_thread()
+        if not thread.name.startswith("mechedit"):
+            return plain(plan)
+        with changed:
+            running.add(thread.name)
+            if len(running) == 2:
+                both.set()
+        assert both.wait(PATIENCE), "no other thread runs the model"
+        try:
+            return plain(plan)
+        finally:
+            with changed:
+                running.discard(thread.name)
+
+    make = ways_to_the_workers(model)[way]
+    monkeypatch.setattr(model.fast_engine, "run", run)
+    make()
+    assert both.is_set()
 
 
 def test_what_is_recorded_of_a_batch_is_recorded_once_by_many_threads(model: Any) -> None:

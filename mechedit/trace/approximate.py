@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import torch
 
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.trace.approximation import Approximation, CellKey, DrawnCells, draw_cells
 from mechedit.trace.attribution import estimate_cells
 from mechedit.trace.averages import main_metric
@@ -52,6 +52,7 @@ def draw_for(facts: Sequence[TracedFact], config: TraceConfig, n_layers: int) ->
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@exclusive
 def approximate_group(
     model: Model,
     facts: list[TracedFact],

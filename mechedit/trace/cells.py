@@ -12,7 +12,7 @@ from itertools import groupby
 import pandas as pd
 
 from mechedit.batching import padding_budget
-from mechedit.models import Model
+from mechedit.models import Model, exclusive
 from mechedit.trace.columns import COLUMNS
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource
@@ -24,6 +24,7 @@ from mechedit.trace.windows import window_span
 from mechedit.workers import n_workers, run_batches
 
 
+@exclusive
 def trace_group(
     model: Model,
     facts: list[TracedFact],
