@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 LAUNCH_COST = {"cpu": 1e8, "cuda": 1e11}
 """Operations that take about as long as starting a block's run, per type of device."""
-WEIGHT_TOKENS: dict[str, float | int] = {"cpu": 32, "cuda": 128}
+WEIGHT_TOKENS: dict[str, float | int] = {"cpu": 64, "cuda": 128}
 """Tokens whose products with a matrix take as long as reading the matrix from memory, per type of device."""
 GIB = 2**30
 """Bytes per GiB."""
@@ -41,8 +41,8 @@ HIDDEN_COPIES, MLP_COPIES = 12, 4
 class PassCost:
     """Seconds of a pass over some blocks, in units of what one token takes in a large pass.
 
-    A pass of few tokens takes as long as its weights take to come from memory, one of many takes so long as the
-    products do; both take the time in which its operations are started.
+    A pass takes the time in which its operations are started, its weights come from memory, and its products are
+    computed.
     """
 
     start: float
@@ -61,7 +61,7 @@ class PassCost:
 
     def of_pass(self, tokens: int, scored: int) -> float:
         """The cost of a pass with so many tokens, padding included, of which some are unembedded."""
-        return self.start + max(tokens, self.least) + self.head * max(scored, self.least)
+        return self.start + tokens + self.least + self.head * (scored + self.least)
 
 
 def block_parameters(model: Model) -> int:

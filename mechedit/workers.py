@@ -13,19 +13,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mechedit.batching import Result, Rows, run_in_halves
+from mechedit.batching import Result, Rows, block_parameters, run_in_halves
 from mechedit.models import Model
 
 MOST = 4
 """Most passes at once: between the operations of a pass runs Python, in one thread at a time."""
+LARGE_BLOCK = 5e7
+"""Parameters of a block from which on all cores compute one pass: its products are long, and passes of their own would
+each read the weights from memory."""
 
 
 def n_workers(model: Model) -> int:
     """How many passes run at once: as many as the CPU has threads for, up to `MOST`.
 
-    One on other devices, and where runs replace the forwards of modules that they share (`Model.runs_at_once`).
+    One where blocks are large, on other devices, and where runs replace the forwards of modules that they share
+    (`Model.runs_at_once`).
     """
-    return min(torch.get_num_threads(), MOST) if model.device.type == "cpu" and model.runs_at_once else 1
+    if model.device.type != "cpu" or not model.runs_at_once or block_parameters(model) >= LARGE_BLOCK:
+        return 1
+    return min(torch.get_num_threads(), MOST)
 
 
 def run_batches(model: Model, batches: Iterable[Rows], run: Callable[[Rows], Result]) -> Iterator[Result]:

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import mechedit as me
+from mechedit.batching import block_parameters
 from mechedit.models import Tokens, load_model
 from mechedit.models.engine_check import SWITCH
 from mechedit.trace import Approximation
-from mechedit.trace.cells import trace_group
+from mechedit.trace.cells import _split, trace_group
+from mechedit.trace.restore import Cell
 from mechedit.trace.traced_fact import tokenize_fact
 from mechedit.workers import MOST, n_workers, run_batches
 
@@ -59,6 +61,24 @@ def test_there_are_no_more_workers_than_threads_and_most(model: me.Model) -> Non
     assert n_workers(model) == 2
     torch.set_num_threads(MOST + 1)
     assert n_workers(model) == MOST
+
+
+def test_all_cores_compute_one_pass_of_large_blocks(model: me.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechedit.workers.LARGE_BLOCK", block_parameters(model))
+    assert n_workers(model) == 1
+    monkeypatch.setattr("mechedit.workers.LARGE_BLOCK", block_parameters(model) + 1)
+    assert n_workers(model) == 2
+
+
+def test_batches_of_cells_come_in_a_multiple_of_the_workers() -> None:
+    cells = [Cell("state", "nothing", layer, 0, 3, layer, layer + 1) for layer in range(23)]
+    for most, workers, expected in ((23, 2, 1), (12, 2, 2), (8, 2, 4), (8, 1, 3), (1, 2, 23), (9, 4, 4)):
+        batches = list(_split(cells, most, workers))
+        assert len(batches) == expected
+        assert sorted(cell for batch in batches for cell in batch) == cells
+        sizes = [len(batch) for batch in batches]
+        assert max(sizes) <= most
+        assert max(sizes) - min(sizes) <= 1
 
 
 def test_a_model_whose_modules_are_replaced_runs_in_turn(

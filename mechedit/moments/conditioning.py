@@ -23,6 +23,10 @@ SEEN = torch.finfo(torch.float32).eps
 k kᵀ is computed in float32, and smaller eigenvalues are its rounding."""
 TOKENS_PER_DIMENSION = 100
 """Tokens per dimension of the keys that a moment should be collected over."""
+POWER_STEPS, POWER_TOLERANCE = 200, 1e-4
+"""Most steps of the power iteration for the largest eigenvalue, and the relative gain of a step that ends it: what is
+seen differs from rounding by more."""
+TINY = torch.finfo(torch.float64).tiny
 
 _REMEDY = (
     "Updates fail or are far too large whatever the weight: collect over more varied text, edit other layers, set "
@@ -124,6 +128,26 @@ def warn_if_singular(*measured: Conditioning) -> None:
 
 
 def _rank(matrix: Float[Tensor, "d_mlp d_mlp"]) -> int:
-    """Eigenvalues above `SEEN` of the largest."""
-    values = torch.linalg.eigvalsh(symmetrized(whole(matrix), "the second moment"))
-    return int((values > SEEN * values[-1]).sum())
+    """Eigenvalues above `SEEN` of the largest, counted without being computed.
+
+    By Sylvester's law of inertia they are the positive ones of D in M − s·I = L D Lᵀ (Bunch and Kaufman 1977), whose
+    blocks of two rows have one eigenvalue of each sign.
+    """
+    matrix = symmetrized(whole(matrix), "the second moment")
+    shift = SEEN * _largest_eigenvalue(matrix)
+    factor, pivots, _ = torch.linalg.ldl_factor_ex(matrix.clone().diagonal_scatter(matrix.diagonal() - shift))
+    in_pairs = pivots < 0
+    return int((factor.diagonal()[~in_pairs] > 0).sum() + in_pairs.sum() // 2)
+
+
+def _largest_eigenvalue(matrix: Float[Tensor, "n n"]) -> float:
+    """Of a positive semidefinite matrix, by power iteration from its largest column on."""
+    vector, value = matrix[:, matrix.diagonal().argmax()], 0.0
+    for _ in range(POWER_STEPS):
+        vector = vector / vector.norm().clamp_min(TINY)
+        image = matrix @ vector
+        before, value = value, float(vector @ image)
+        if value - before <= POWER_TOLERANCE * value:
+            break
+        vector = image
+    return value

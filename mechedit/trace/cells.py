@@ -101,9 +101,9 @@ def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]
 
     A row whose cell lies after the batch's first position computes the tokens between them in vain.
     """
-    model = runs.model
+    model, workers = runs.model, n_workers(runs.model)
     # What runs at once is in memory at once.
-    max_rows = max_batch_rows(model, runs.facts[0], runs.config) // n_workers(model)
+    max_rows = max_batch_rows(model, runs.facts[0], runs.config) // workers
     max_cells = max(1, max_rows // runs.samples)
     allowance = model.n_layers * padding_budget(model)
     batch: list[Cell] = []
@@ -112,17 +112,22 @@ def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]
         cells_here = list(group)
         blocks = runs.samples * sum(model.n_layers - 1 - cell.first for cell in cells_here)
         if batch and (position - batch[0].position) * blocks > allowance:
-            yield from _split(batch, max_cells)
+            yield from _split(batch, max_cells, workers)
             batch = []
         batch += cells_here
-    yield from _split(batch, max_cells)
+    yield from _split(batch, max_cells, workers)
 
 
-def _split(cells: Sequence[Cell], max_cells: int) -> Iterator[list[Cell]]:
-    """Batches of at most `max_cells` cells of nearly equal number, each in the order of their first layers."""
+def _split(cells: Sequence[Cell], max_cells: int, workers: int) -> Iterator[list[Cell]]:
+    """Batches of at most `max_cells` cells of nearly equal number, each in the order of their first layers.
+
+    Several come in a multiple of the workers, none of whom then waits for the last one.
+    """
     ordered = sorted(cells, key=lambda cell: cell.first)
     # Two batches of nearly equal size rather than a full one and a remainder.
     count = -(-len(ordered) // max_cells)
+    if count > 1:
+        count = min(len(ordered), -(-count // workers) * workers)
     return (ordered[i::count] for i in range(count))
 
 

@@ -15,7 +15,7 @@ import mechedit as me
 from mechedit.cli import main
 from mechedit.cli.app import LONGEST_LINE
 from mechedit.errors import InputError
-from mechedit.moments.conditioning import MOST_CONDITION, Conditioning, measure_conditioning, warn_if_singular
+from mechedit.moments.conditioning import MOST_CONDITION, SEEN, Conditioning, measure_conditioning, warn_if_singular
 from mechedit.moments.key_energy import TEXTS
 
 REPEATED = ["Miles Davis plays the trumpet in Seattle."] * 20
@@ -55,6 +55,25 @@ def test_directions_that_no_key_has_are_counted_and_the_tokens_that_are_needed()
         assert in_subspace.warning is not None
         assert f"20 of its keys' 50 dimensions were never seen in {tokens:,} tokens" in in_subspace.warning
         assert need in in_subspace.warning
+
+
+@pytest.mark.parametrize(("width", "rank"), [(40, 1), (64, 40), (100, 99), (200, 120)])
+def test_directions_are_counted_as_by_all_eigenvalues(width: int, rank: int) -> None:
+    draw = torch.Generator().manual_seed(width)
+    keys = torch.randn(width, rank, generator=draw) @ torch.randn(rank, 3 * width, generator=draw)
+    keys *= torch.logspace(0, -2, width)[:, None]
+    moment = (keys @ keys.T).double()
+    values = torch.linalg.eigvalsh(moment)
+    seen = int((values > SEEN * values[-1]).sum())
+    assert 0 < seen <= rank, "rounding is not counted, and very small directions are not seen"
+    assert measure_conditioning(moment, layer=0, tokens=1, condition=math.inf).rank == seen
+    # Control: the sum of the eigenvalues, which takes no iteration, is another bound, and here it counts fewer.
+    assert (values > 1e3 * SEEN * values.sum()).sum() < seen or rank == 1
+
+
+def test_of_a_moment_of_nothing_no_direction_is_seen() -> None:
+    nothing = torch.zeros(8, 8, dtype=torch.float64)
+    assert measure_conditioning(nothing, layer=0, tokens=1, condition=math.inf).rank == 0
 
 
 def test_one_line_warns_of_all_layers_and_is_not_cut(lens_model: Any) -> None:
