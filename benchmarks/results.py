@@ -67,10 +67,14 @@ def _command() -> list[str]:
 
 
 def _commit() -> str:
-    """The commit, marked where files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    process = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return process.stdout.strip() or "unknown"
+    """The commit, marked where files other than the results differ from it."""
+    folder = Path(__file__).parent
+    describe = ["git", "describe", "--always", "--exclude", "*"]
+    commit = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
+    if not commit:
+        return "unknown"
+    changed = ["git", "diff", "--quiet", "HEAD", "--", ":/", f":(exclude,top)benchmarks/{RESULTS.name}"]
+    return f"{commit}-dirty" if subprocess.run(changed, cwd=folder).returncode else commit
 
 
 def _machine() -> str:
