@@ -40,8 +40,8 @@ be no further than the published one in float32 is.
 - *Operations* is the quotient of the multiplications and additions that the published schedule computes and of those
   that are necessary for the same numbers (`benchmarks/necessary_work.py`): what can be won by computing no more than
   that, at the same rate. *Rate* is that of the necessary ones, as a share of the machine's rate on large matrices.
-- Both have all threads. The published schedule's products use them together; mechedit gives each core passes of its own,
-  whose products do not wait for another core, unless blocks are large (`mechedit/workers.py`).
+- Both have all threads. The published schedule's products use them together; mechedit gives each core passes of its
+  own, whose products do not wait for another core, unless blocks are large (`mechedit/workers.py`).
 - Goals: targets {goals["targets"]:g}×; keys {goals["keys"]:g}×; a trace {goals["trace"]:g}× or {RATE_GOAL:.0%} of the
   rate; moments {MOMENTS_GOAL} of the quotient of operations, and {MOMENTS_RATE:.0%} of the rate. {reached} of
   {len(judged)} are reached. Where one is missed, the table says in brackets at which share of the rate the necessary
