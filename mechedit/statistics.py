@@ -6,8 +6,9 @@ import math
 import warnings
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri  # scipy.stats has it too, and takes a second to import
 
 
 def bootstrap_means(
@@ -58,7 +59,7 @@ def wilson_interval(rate: float, n: int, confidence: float = 0.95) -> tuple[floa
         n: number of cases, at least 1.
         confidence: coverage wanted.
     """
-    z = float(norm.ppf((1 + confidence) / 2))
+    z = float(ndtri((1 + confidence) / 2))
     center, half = n * rate + z**2 / 2, z * math.sqrt(n * rate * (1 - rate) + z**2 / 4)
     return max(0.0, (center - half) / (n + z**2)), min(1.0, (center + half) / (n + z**2))
 
@@ -116,7 +117,7 @@ def near_best(
 
 def spearman(first: Float[np.ndarray, "row item"], second: Float[np.ndarray, "row item"]) -> Float[np.ndarray, " row"]:
     """Spearman's rank correlation of each pair of rows, ties sharing their mean rank; NaN for a constant row."""
-    ranks = [rankdata(rows, axis=1) for rows in (first, second)]
+    ranks = [pd.DataFrame(rows).rank(axis=1).to_numpy() for rows in (first, second)]
     a, b = (rank - rank.mean(1, keepdims=True) for rank in ranks)
     with np.errstate(invalid="ignore"):
         return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
@@ -133,5 +134,5 @@ def rank_interval(
     """
     most = 1 - 6 / (n * (n**2 - 1))
     center, spread = np.arctanh(np.clip(measured, -most, most)), np.nanstd(np.arctanh(np.clip(draws, -most, most)))
-    half = norm.ppf((1 + confidence) / 2) * spread
+    half = ndtri((1 + confidence) / 2) * spread
     return min(measured, float(np.tanh(center - half))), max(measured, float(np.tanh(center + half)))

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mechedit.arguments import checked
 from mechedit.data import EditRequest, load_snippets, load_word_weights, texts_by_object
@@ -34,8 +34,8 @@ class References:
 
     texts: Mapping[Key, tuple[str, ...]]
     """Texts by relation and object, without spaces around the object."""
-    vectorizer: TfidfVectorizer
-    """Fitted TF-IDF weights; its rows have unit length."""
+    vectorizer: Any
+    """scikit-learn's `TfidfVectorizer`, fitted; its rows have unit length."""
 
     @staticmethod
     def from_texts(texts: Mapping[Key, Iterable[str]]) -> References:
@@ -46,7 +46,7 @@ class References:
         """
         texts = _cleaned(texts)
         try:
-            vectorizer = TfidfVectorizer().fit([text for group in texts.values() for text in group])
+            vectorizer = _tfidf().fit([text for group in texts.values() for text in group])
         except ValueError as error:
             raise InputError(
                 f"the reference texts hold no words ({first_line(error)}), expected texts about subjects that have the "
@@ -75,7 +75,7 @@ class References:
                 f"{len(vocabulary)} words, expected a finite weight for each word and a word for each weight: take "
                 f"both files from one release"
             )
-        vectorizer = TfidfVectorizer(vocabulary=dict(vocabulary))
+        vectorizer = _tfidf(vocabulary=dict(vocabulary))
         vectorizer.idf_ = weights
         return References(texts=_cleaned(samples), vectorizer=vectorizer)
 
@@ -164,3 +164,10 @@ def _cleaned(texts: Mapping[Key, Iterable[str]]) -> dict[Key, tuple[str, ...]]:
         key = (relation, target.strip())
         cleaned[key] = cleaned.get(key, ()) + tuple(text for text in group if text.strip())
     return {key: group for key, group in cleaned.items() if group}
+
+
+def _tfidf(**settings: Any) -> Any:
+    """A `TfidfVectorizer`; scikit-learn takes a second to import, and most commands do without."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(**settings)
