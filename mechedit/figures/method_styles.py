@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.colors import to_hex, to_rgb
+
 from mechedit.figures.style import (
     BLUE,
     GRAY,
@@ -52,13 +54,17 @@ STROKE_OF = {
     "mend": STROKES[3],
     "unedited": STROKES[1],
 }
+MOST_STROKES = 3
+"""Variants of a method that differ by strokes alone; more of them differ by shades as well."""
+LIGHTEST, DARKEST = 0.55, 0.6
+"""How much white is in the palest shade, and black in the darkest."""
 
 
 def line_styles(names: Sequence[str], colors: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Color, stroke and marker of each line, as arguments of matplotlib.
 
-    A known method has its own everywhere, a variant of it (`memit, strategy sqrt`) the next stroke; names of no known
-    method take the next color.
+    A known method has its own everywhere, a variant of it (`memit, strategy sqrt`) the next stroke, and where they are
+    many a darker shade; names of no known method take the next color.
 
     Args:
         names: of the lines, in order.
@@ -75,6 +81,14 @@ def line_styles(names: Sequence[str], colors: Sequence[str] = ()) -> dict[str, d
         count = repeats[key] = repeats.get(key, -1) + 1
         color = METHOD_COLORS[method] if known else free[count % len(free)]
         variant = count if known else count // len(free)
-        stroke: Stroke = STROKES[variant % len(STROKES)] if variant else STROKE_OF.get(method, "-")
+        if known and methods.count(method) > MOST_STROKES:
+            color = shade(color, count / (methods.count(method) - 1))
+        stroke: Stroke = STROKES[(STROKES.index(STROKE_OF.get(method, "-")) + variant) % len(STROKES)]
         styles[name] = {"color": color, "linestyle": stroke, "marker": MARKERS.get(method, "o")}
     return styles
+
+
+def shade(color: str, part: float) -> str:
+    """The color itself (½), a paler one (to 0) or a darker one (to 1), for lines that are in an order."""
+    white, black = LIGHTEST * max(0.0, 1 - 2 * part), DARKEST * max(0.0, 2 * part - 1)
+    return to_hex([(channel + white * (1 - channel)) * (1 - black) for channel in to_rgb(color)])

@@ -6,6 +6,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from mechedit.errors import InputError
@@ -91,6 +92,20 @@ def test_a_method_looks_the_same_in_every_figure_and_no_two_lines_are_alike():
     looks = [tuple(style[key] for key in ("color", "linestyle")) for style in line_styles(names).values()]
     assert len(set(looks)) == len(names)
     assert line_styles(names)["memit, strategy sqrt"]["color"] == METHOD_COLORS["memit"]
+
+
+def test_many_variants_of_a_method_differ_by_shade_and_two_by_stroke() -> None:
+    names = ["ft", *(f"ft_l, ε {bound}" for bound in (5e-5, 2e-4, 5e-4, 2e-3, 1e-2, 5e-2))]
+    styles = line_styles(names)
+    colors = [styles[name]["color"] for name in names]
+    assert len(set(colors[1:])) == len(colors) - 1
+    luminance = [sum(to_rgb(color)) for color in colors[1:]]
+    assert luminance == sorted(luminance, reverse=True), "from pale to dark"
+    assert max(luminance) < 2.7, "the palest is seen on white"
+    assert colors[0] == METHOD_COLORS["ft"], "alone of its method, it has its own color"
+    few = [style["linestyle"] for style in line_styles(["ft_l", "ft_l, ε 0.1", "ft_l, ε 0.2"]).values()]
+    assert len(set(few)) == len(few)
+    assert {style["color"] for style in line_styles(["ft_l", "ft_l, ε 0.1"]).values()} == {METHOD_COLORS["ft_l"]}
 
 
 def test_a_figure_has_the_panels_that_have_data_under_one_legend(tmp_path):
