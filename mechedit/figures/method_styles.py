@@ -91,4 +91,5 @@ def line_styles(names: Sequence[str], colors: Sequence[str] = ()) -> dict[str, d
 def shade(color: str, part: float) -> str:
     """The color itself (½), a paler one (to 0) or a darker one (to 1), for lines that are in an order."""
     white, black = LIGHTEST * max(0.0, 1 - 2 * part), DARKEST * max(0.0, 2 * part - 1)
-    return to_hex([(channel + white * (1 - channel)) * (1 - black) for channel in to_rgb(color)])
+    red, green, blue = ((channel + white * (1 - channel)) * (1 - black) for channel in to_rgb(color))
+    return to_hex((red, green, blue))
