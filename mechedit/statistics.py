@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from scipy.special import ndtri  # scipy.stats has it too, and takes a second to import
+from scipy.special import ndtri  # scipy.stats has it too, and takes longer to import
 
 
 def bootstrap_means(

@@ -167,7 +167,7 @@ def _cleaned(texts: Mapping[Key, Iterable[str]]) -> dict[Key, tuple[str, ...]]:
 
 
 def _tfidf(**settings: Any) -> Any:
-    """A `TfidfVectorizer`; scikit-learn takes a second to import, and most commands do without."""
+    """A `TfidfVectorizer`; scikit-learn takes long to import, and most commands do without."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(**settings)
