@@ -7,10 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import typechecks
+from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
+from mechedit.data.joint import following
 from mechedit.models import log_probabilities
+
+Pair = tuple[Float[Tensor, " row"], Float[Tensor, " row"]]
 
 
 def adder(number: int) -> Callable[[Tensor], Tensor]:
@@ -69,3 +73,37 @@ def test_of_nested_functions_those_that_are_made_first_are_checked() -> None:
         except TypeCheckError:
             refusing += 1
     assert refusing == typechecks.FIRST + 1
+
+
+def shaped(rows: Float[Tensor, " row"]) -> None: ...
+
+
+def shaped_within(rows: list[Float[Tensor, " row"] | None]) -> None: ...
+
+
+def shaped_by_name(pair: Pair) -> None: ...
+
+
+def returned() -> Pair | None: ...
+
+
+def shapeless(rows: Tensor, names: dict[str, int]) -> None: ...
+
+
+def test_arrays_are_seen_wherever_they_are_annotated() -> None:
+    assert all(map(typechecks.takes_arrays, (shaped, shaped_within, shaped_by_name, returned)))
+    assert not typechecks.takes_arrays(shapeless)
+
+
+def test_functions_without_arrays_are_checked_too() -> None:
+    assert not typechecks.takes_arrays(following)
+    assert following("in", " Rome") == " Rome"
+    with pytest.raises(BeartypeCallHintViolation):
+        following("in", 3)  # type: ignore[arg-type]
+
+
+def test_both_arrays_of_a_name_are_held_together() -> None:
+    check = jaxtyped(typechecker=typechecks.checked)(shaped_by_name)
+    check((torch.zeros(2), torch.zeros(2)))
+    with pytest.raises(TypeCheckError):
+        check((torch.zeros(2), torch.zeros(3)))
