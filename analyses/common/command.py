@@ -62,7 +62,7 @@ def open_experiment(name: str, parser: argparse.ArgumentParser, arguments: Seque
     return Experiment(name=name, arguments=parsed)
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], int | None]) -> None:
     """Run a script: its exit code, or 2 and one line on bad input."""
     try:
         sys.exit(main() or 0)

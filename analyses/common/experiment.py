@@ -16,11 +16,11 @@ from typing import Any, cast
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analyses.common.csv_files import write_csv
 from analyses.common.inputs import Inputs
 from analyses.common.printing import score_frame
 from analyses.common.variants import EVERYWHERE, SINGLE, Variant
 from mechedit import pipeline
-from mechedit.atomic import atomic
 from mechedit.cache import PARQUET
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
@@ -275,8 +275,7 @@ class Experiment(Inputs):
     def write(self, table: pd.DataFrame, paper_table: pd.DataFrame, figure: Figure | None = None) -> None:
         """Leave the tidy table, the table as the paper prints it, and the figure, and say where they are."""
         write_parquet(self.out / f"{self.name}.parquet", table)
-        with atomic(self.out / f"{self.name}.csv") as temporary:
-            paper_table.to_csv(temporary, index=False)
+        write_csv(paper_table, self.out / f"{self.name}.csv")
         if figure is not None:
             save_figure(figure, self.out, self.name)
         print(paper_table.to_string(index=False))

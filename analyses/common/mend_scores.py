@@ -19,25 +19,25 @@ MEASURES = ("ES", "PS", "NS", "exact_match")
 
 
 def mend_scores(
-    model: Model, requests: Sequence[EditRequest], layers: Sequence[int], editor: Path, unseen: Sequence[bool]
+    model: Model, requests: Sequence[EditRequest], layers: Sequence[int], editor: Path, relations: Sequence[str]
 ) -> pd.DataFrame:
-    """ES, PS, NS and exact match in percent: of all requests, and of those of seen and of unseen relations.
+    """ES, PS, NS and exact match in percent: of all requests, and of the relations of each name.
 
     Args:
         model: unedited.
         requests: each edited alone.
         layers: that the editor edits.
         editor: its file.
-        unseen: for each request, whether the editor was trained on no fact of its relation.
+        relations: what each request's relation is to the editor, such as `seen` or `unseen`.
     """
     config, tables = MendConfig(editor=str(editor)), []
-    for request, is_unseen in zip(requests, unseen, strict=True):
+    for request, name in zip(requests, relations, strict=True):
         edit = mend(model, [request], layers, config=config)
         with edited(model, edit):
             table = evaluate(model, [request], QUICK).table
-        tables.append(table.assign(relations="unseen" if is_unseen else "seen"))
+        tables.append(table.assign(relations=name))
     rows = pd.concat(tables, ignore_index=True)
-    groups = {"all": rows, **{name: where(rows, relations=name) for name in ("seen", "unseen")}}
+    groups = {"all": rows, **{name: where(rows, relations=name) for name in dict.fromkeys(relations)}}
     return pd.DataFrame([
         {
             "relations": name,
@@ -45,5 +45,4 @@ def mend_scores(
             **{measure: 100 * means_by(where(group, measure=measure), "case", "value").mean() for measure in MEASURES},
         }
         for name, group in groups.items()
-        if len(group)
     ])  # fmt: skip

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.free_text import OWN, free_text
 from analyses.common.printing import format_scores
@@ -96,4 +96,4 @@ def figure(table: pd.DataFrame, default_weight: float) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
@@ -154,4 +154,4 @@ def figure(table: pd.DataFrame, selected: Window) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

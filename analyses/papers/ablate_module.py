@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.common.command import open_experiment, run
+from analyses.common.command import open_experiment, run_script
 from analyses.papers.ablate_layers import at_depths, format_table, labeled, ranged, swept, unedited
 from mechedit.figures import GRAY, layer_axis, scores_figure
 from mechedit.sweep import Window
@@ -48,4 +48,4 @@ def figure(table: pd.DataFrame, selected: Window) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -22,7 +22,8 @@ from pathlib import Path
 import pandas as pd
 
 from analyses.common.beside import with_paper
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
+from analyses.common.csv_files import write_csv
 from analyses.common.experiment import Experiment
 from analyses.common.frames import columns_of, records
 from analyses.common.printing import format_interval
@@ -72,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores = scored(experiment, variant, requests)
     table = by_fact(scores, requests)
     show(table)
-    _write_csv(experiment, "missed", missed(table))
-    _write_csv(experiment, "said", columns_of(table, SAID))
+    write_csv(missed(table), experiment.out / f"{experiment.name}_missed.csv")
+    write_csv(columns_of(table, SAID), experiment.out / f"{experiment.name}_said.csv")
     before, after = scores.summary("before"), scores.summary("after")
     figure = draw(lambda ax: plot_scores(before, after, ax, names=BARS), height=2.3)
     experiment.write(table, with_paper(format_table(scores), paper_table()), figure)
@@ -162,10 +163,5 @@ def show(table: pd.DataFrame) -> None:
         print(f"  {row['prompt']} {row['target_new']}: the model writes{row['said_after']}")
 
 
-def _write_csv(experiment: Experiment, what: str, table: pd.DataFrame) -> None:
-    with atomic(experiment.out / f"{experiment.name}_{what}.csv") as temporary:
-        table.to_csv(temporary, index=False)
-
-
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.frames import groups_of
 from analyses.papers.trace_average import MAX_FACTS, traced
 from mechedit.batching import batches_of
@@ -167,4 +167,4 @@ def saliency_figure(table: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from analyses.common.categories import SAME, Pair, by_relation, find_pairs
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of, records
 from analyses.common.printing import format_interval
@@ -301,4 +301,4 @@ def _panels(table: pd.DataFrame, measures: Sequence[str], *, height: float) -> F
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

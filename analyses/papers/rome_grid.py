@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from analyses.common.alone import scored_alone
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
 from analyses.common.printing import format_scores
@@ -103,4 +103,4 @@ def grid_figure(table: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

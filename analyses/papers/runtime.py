@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analyses.common.beside import paper_name, with_paper
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
 from analyses.common.variants import Variant, by_name
@@ -284,4 +284,4 @@ def plot_seconds(table: pd.DataFrame, ax: Axes, hue: str) -> Axes:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

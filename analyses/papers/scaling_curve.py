@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from analyses.common.batches import disjoint_batches, scored_in_batches
 from analyses.common.beside import paper_scores
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
+from analyses.common.csv_files import write_csv
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
 from analyses.common.free_text import OWN, free_text
 from analyses.common.printing import format_scores
 from analyses.common.variants import Variant, by_name
-from mechedit.atomic import atomic
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors
 from mechedit.figures import scores_figure
@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records = experiment.arguments.min_records or (1 if experiment.quick else RECORDS)
     table = scaled(experiment, variants, counts, records)
     best_first = order(table)
-    with atomic(experiment.out / f"{experiment.name}_order.csv") as temporary:
-        best_first.to_csv(temporary, index=False)
+    write_csv(best_first, experiment.out / f"{experiment.name}_order.csv")
     experiment.write(table, format_table(table), scaling_figure(table))
     print(f"\nby S at {counts[-1]} edits:\n{best_first.to_string(index=False)}")
     return 0
@@ -178,4 +177,4 @@ def scaling_figure(table: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

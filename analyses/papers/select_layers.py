@@ -19,13 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from analyses.common.command import run_script
 from analyses.common.frames import groups_of, records
 from analyses.common.printing import markdown_table
 from mechedit import pipeline
 from mechedit.atomic import atomic
+from mechedit.cli.options import suited_data
 from mechedit.cli.parsing import load_quietly, sampled
 from mechedit.data import load_facts, load_requests, tiny_data
-from mechedit.errors import InputError
 from mechedit.evaluation import Summary
 from mechedit.figures import run_figures
 from mechedit.methods import METHODS
@@ -77,9 +78,10 @@ def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", help="tiny, a hub name or a folder")
-    parser.add_argument("--facts", default="known", help="facts to trace; by default those of the tiny model")
-    parser.add_argument("--requests", default="tiny", help="edit requests for the sweep")
-    parser.add_argument("--texts", default="tiny", help="running text for second moments")
+    suited = "; by default as `mechedit run` takes them for this model"
+    parser.add_argument("--facts", help=f"facts to trace{suited}")
+    parser.add_argument("--requests", help=f"edit requests for the sweep{suited}")
+    parser.add_argument("--texts", help=f"running text for second moments{suited}")
     parser.add_argument("--out", type=Path, help="by default select_MODEL")
     parser.add_argument("--quick", action="store_true", help=f"a first look: {QUICK} in place of {FULL}")
     parser.add_argument("--max-facts", type=int, help="trace a seeded sample of so many facts")
@@ -94,7 +96,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-tuned", action="store_true", help="leave settings out that mechedit tune chose")
     parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, source in suited_data(options.model).items():
+        setattr(options, name, getattr(options, name) or source)
+    return options
 
 
 def write_card(run: RunFolder, selection: Selection, options: argparse.Namespace) -> Path:
@@ -222,8 +227,4 @@ def again() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"select_layers: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from analyses.common.batches import summarized
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of, means_by
 from analyses.common.printing import format_scores
@@ -172,4 +172,4 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from analyses.common.alone import scored_alone
 from analyses.common.beside import paper_scores, printed_scores, with_paper
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
 from analyses.common.free_text import OWN, free_text
@@ -120,4 +120,4 @@ def format_table(table: pd.DataFrame, measures: Sequence[str] = MEASURES) -> pd.
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

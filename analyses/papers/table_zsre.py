@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from analyses.common.alone import scored_alone
 from analyses.common.beside import paper_scores, with_paper
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.printing import score_frame
 from analyses.common.variants import Variant
@@ -108,4 +108,4 @@ def _cell(entry: pd.Series) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

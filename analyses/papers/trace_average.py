@@ -27,11 +27,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analyses.common.beside import paper_name, with_paper
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
+from analyses.common.csv_files import write_csv
 from analyses.common.experiment import Experiment
 from analyses.common.frames import records
 from mechedit import pipeline
-from mechedit.atomic import atomic
 from mechedit.figures import (
     PAGE_WIDTH,
     draw,
@@ -133,8 +133,7 @@ def one_fact(folder: Path, name: str | None) -> Figure:
 def write_facts(experiment: Experiment, folder: Path) -> None:
     """Leave and count the facts traced and dropped."""
     facts = read_table(folder / "facts.parquet")
-    with atomic(experiment.out / f"{experiment.name}_facts.csv") as temporary:
-        facts.to_csv(temporary, index=False)
+    write_csv(facts, experiment.out / f"{experiment.name}_facts.csv")
     dropped = where(facts, traced=False)
     print(f"{len(facts) - len(dropped)} facts traced, {len(dropped)} dropped")
     for fact, reason in zip(dropped["id"], dropped["reason"], strict=True):
@@ -142,4 +141,4 @@ def write_facts(experiment: Experiment, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analyses.common.command import open_experiment, options, run
+from analyses.common.command import open_experiment, options, run_script
+from analyses.common.csv_files import write_csv
 from analyses.common.experiment import Experiment
-from mechedit.atomic import atomic
 from mechedit.figures import PAGE_WIDTH, paper_style, plot_selection, plot_severed
 from mechedit.report import span
 from mechedit.selection import Selection
@@ -82,8 +82,7 @@ def write_rules(experiment: Experiment, selection: Selection) -> None:
         rule = selection.rules[name]
         stability = round(100 * rule.stability, 1)
         rows.append({"rule": name, "layers": span(rule.layers), "stability": stability, "modal": span(rule.modal)})
-    with atomic(experiment.out / f"{experiment.name}_rules.csv") as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
+    write_csv(pd.DataFrame(rows), experiment.out / f"{experiment.name}_rules.csv")
 
 
 def severed_figure(selection: Selection) -> Figure:
@@ -113,4 +112,4 @@ def sentence(selection: Selection) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

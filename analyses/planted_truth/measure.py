@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import mechedit as me
+from analyses.common.csv_files import write_csv
 from analyses.common.frames import means_by, total_effect
 from analyses.common.printing import markdown_table
 from mechedit.batching import group_by_shape
@@ -255,8 +256,8 @@ def main() -> None:
     counting = [model for model in measured if model.counts]
     models = pd.DataFrame([model.row() for model in measured])
     rules = pd.DataFrame([row for model in counting for row in model.judged()])
-    models.to_csv(arguments.dir / "models.csv", index=False)
-    rules.to_csv(arguments.dir / "rules.csv", index=False)
+    write_csv(models, arguments.dir / "models.csv")
+    write_csv(rules, arguments.dir / "rules.csv")
     chosen = rules.pivot(index=["model", "planted", "important"], columns="rule", values="chosen")[list(RULES)]
     text = "\n".join(map(markdown, (summarize(rules), chosen.reset_index(), models)))
     (arguments.dir / "table.md").write_text(text, encoding="utf-8")

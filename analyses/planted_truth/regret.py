@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 import mechedit as me
+from analyses.common.command import run_script
 from analyses.common.printing import markdown_table
 from analyses.planted_truth.make import PLANS, Plan, draw_entries
 from analyses.real_models.regret import Judge, table, windows_by_rule, write_rows
@@ -157,4 +157,4 @@ def table_of(frame: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

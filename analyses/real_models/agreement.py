@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import mechedit as me
+from analyses.common.command import run_script
 from analyses.real_models.make import REAL_MODELS, make
 from mechedit.statistics import spearman
 from mechedit.trace import Approximation, TracePlan, plan_trace
@@ -130,4 +131,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

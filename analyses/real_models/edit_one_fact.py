@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 import mechedit as me
+from analyses.common.command import run_script
 from analyses.real_models.make import REAL_MODELS, make
 
 PROMPT = "{} is located in the city of"
@@ -107,4 +108,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

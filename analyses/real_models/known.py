@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
 import mechedit as me
+from analyses.common.command import run_script
 from analyses.real_models.make import REAL_MODELS, make
 from mechedit.data import Fact, load_facts, load_requests
 from mechedit.statistics import wilson_interval
@@ -79,4 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -9,7 +9,6 @@ timed. A row is written to DIR/margin.csv when it is measured and not measured a
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,8 +18,9 @@ from typing import Any
 import pandas as pd
 
 import mechedit as me
+from analyses.common.command import run_script
+from analyses.common.csv_files import write_csv
 from analyses.real_models.make import REAL_MODELS, make
-from mechedit.atomic import atomic
 from mechedit.cli.parsing import parse_layers
 from mechedit.evaluation import QUICK
 from mechedit.methods import recommended
@@ -77,8 +77,7 @@ def rows(options: argparse.Namespace) -> Iterator[pd.DataFrame]:
         config: Any = replace(recommended("memit", model), **settings)
         row = measure(model, requests, layers, moments, prefixes, config)
         table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
-        with atomic(file) as temporary:
-            table.to_csv(temporary, index=False)
+        write_csv(table, file)
         yield table
     yield table
 
@@ -109,4 +108,4 @@ def _margins(text: str) -> tuple[float | None, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

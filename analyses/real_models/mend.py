@@ -1,12 +1,12 @@
-"""MEND's editor for a pretrained model, trained on facts and relations that are not scored; scores of single edits.
+"""MEND's editor for a pretrained model, trained on facts that are not scored; scores of single edits.
 
     python -m analyses.real_models.mend MODEL --requests FILE --scored FILE --texts FILE --out DIR
 
 MODEL is smollm2, gemma3 or a folder. Of the requests, two ask for one kind of object where a chain of requests with
 objects in common joins them: relations whose objects are of different kinds are different ones. The editor is trained
-on the largest kind, without the subjects of `--scored`. Scored, each edited alone, are the requests of `--scored` and,
-as *unseen*, a sample of the requests of all other kinds. An interrupted training goes on from its checkpoint. Writes
-into the folder:
+on the largest kind, without the subjects of `--scored`. Each edited alone are the requests of `--scored`, of whatever
+relations, and, as *unseen*, a sample of the requests of all other kinds. An interrupted training goes on from its
+checkpoint. Writes into the folder:
 
 - `mend.safetensors`: the editor, for the last three layers;
 - `mend.csv`: its validation curve;
@@ -29,12 +29,14 @@ from scipy.sparse.csgraph import connected_components
 
 import analyses.tiny_model.mend as tiny_model
 import mechedit as me
-from analyses.common.command import run
+from analyses.common.command import run_script
+from analyses.common.csv_files import write_csv
 from analyses.common.mend_scores import mend_scores
 from analyses.real_models.make import REAL_MODELS, make
 from analyses.real_models.regret import print_table
 from mechedit.cli.train_mend import PUBLISHED_BLOCKS
 from mechedit.data import load_requests
+from mechedit.errors import InputError, check_at_least
 from mechedit.methods import MEND_FILE
 
 SETTINGS = replace(tiny_model.SETTINGS, steps=2000, rank=256, text_tokens=16, neighbors=1, validation=20)
@@ -67,19 +69,27 @@ def divided(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, score, write."""
     options = parser().parse_args(arguments)
-    model = me.load_model(make(options.model) if options.model in REAL_MODELS else options.model, device="cpu")
-    requests = [request for request in load_requests(options.requests, conflicts="first") if request.target_true]
-    scored = load_requests(options.scored)
+    check_at_least("--count", options.count, 0)
+    requests, scored = (
+        [request for request in load_requests(source, conflicts="first") if request.target_true]
+        for source in (options.requests, options.scored)
+    )
+    if not scored:
+        raise InputError(f"no request of {options.scored!r} has a true object, expected some: ES compares with it")
     trained, unseen = divided(requests, scored, options.count)
+    if len(unseen) < options.count:
+        print(f"{len(unseen)} requests are of unseen relations, of {options.count}")
+    model = me.load_model(make(options.model) if options.model in REAL_MODELS else options.model, device="cpu")
     layers = list(range(max(model.n_layers - PUBLISHED_BLOCKS, 0), model.n_layers))
     changes = {name: getattr(options, name) for name in ("steps", "batch_size", "rank", "lr", "rate")}
     editor = me.train_mend(
-        model, trained, options.texts, layers, replace(SETTINGS, **changes), options.out / MEND_FILE, notify=print
-    )
-    pd.DataFrame(editor.record["curve"]).to_csv(options.out / "mend.csv", index=False)
-    flags = [False] * len(scored) + [True] * len(unseen)
-    table = mend_scores(model, [*scored, *unseen], layers, options.out / MEND_FILE, flags)
-    table.to_csv(options.out / "mend_scores.csv", index=False)
+        model, trained, options.texts, layers, replace(SETTINGS, **changes), options.out / MEND_FILE,
+        overwrite=options.overwrite, notify=print,
+    )  # fmt: skip
+    write_csv(pd.DataFrame(editor.record["curve"]), options.out / "mend.csv")
+    relations = ["scored"] * len(scored) + ["unseen"] * len(unseen)
+    table = mend_scores(model, [*scored, *unseen], layers, options.out / MEND_FILE, relations)
+    write_csv(table, options.out / "mend_scores.csv")
     print_table(table)
     return 0
 
@@ -98,8 +108,9 @@ def parser() -> argparse.ArgumentParser:
     described.add_argument("--lr", type=float, default=SETTINGS.lr)
     described.add_argument("--rate", type=float, default=SETTINGS.rate, help="α at first")
     described.add_argument("--out", type=Path, default=Path("mend"), help="folder for the files")
+    described.add_argument("--overwrite", action="store_true", help="replace a training of other settings")
     return described
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import mechedit as me
+from analyses.common.command import run_script
 from analyses.common.printing import markdown_table
 from analyses.real_models.make import REAL_MODELS, make
 from mechedit.atomic import atomic
@@ -210,4 +211,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

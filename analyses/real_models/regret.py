@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ import pandas as pd
 from jaxtyping import Float
 
 import mechedit as me
+from analyses.common.command import run_script
 from analyses.common.frames import records
 from analyses.common.printing import markdown_table
 from analyses.real_models.make import REAL_MODELS, make
@@ -286,4 +286,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import mechedit as me
+from analyses.common.command import run_script
 from analyses.real_models.make import REAL_MODELS, make
 from mechedit.cache import Cache, Codec
 from mechedit.cli.parsing import parse_layers
@@ -343,4 +343,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

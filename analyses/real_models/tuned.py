@@ -3,16 +3,15 @@
     python -m analyses.real_models.tuned MODEL --tuned FILE --layers 3-8 --requests FILE --moments DIR --out DIR
 
 MODEL is tiny, smollm2, gemma3 or a folder; `--tuned` what `mechedit tune` wrote; `--layers` those that are edited with
-untuned settings, such as the choice of `mechedit run`. Requests are about subjects, and ask in words, that none of the
-requests has with which the settings were tuned. Each choice edits all of them at once, from the unedited model. Results
-are kept in `--out`: a call goes on where the last one stopped.
+untuned settings, such as the choice of `mechedit run`. Requests are of relations, about subjects and in words that none
+of the requests has with which the settings were tuned. Each choice edits all of them at once, from the unedited model.
+Results are kept in `--out`: a call goes on where the last one stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,13 @@ import pandas as pd
 from jaxtyping import Float
 
 import mechedit as me
+from analyses.common.command import run_script
 from analyses.common.frames import records
 from analyses.real_models.make import REAL_MODELS, make
 from analyses.real_models.regret import RESAMPLES, print_table, score
 from mechedit.cli.parsing import parse_layers
 from mechedit.data import load_requests
-from mechedit.errors import InputError
+from mechedit.errors import InputError, brief, check_at_least
 from mechedit.files import write_json
 from mechedit.methods import METHODS, TunedSettings
 from mechedit.sweep import Sweep, sweep_windows
@@ -59,7 +59,7 @@ def choices(model: me.Model, file: Path, layers: Sequence[int]) -> dict[str, Cho
 def other_requests(
     requests: Sequence[me.EditRequest], tuned_with: Sequence[str], count: int, seed: int
 ) -> list[me.EditRequest]:
-    """A seeded sample of requests with true objects, of which no subject and no prompt was tuned with.
+    """A seeded sample of requests with true objects, of which no subject, no prompt and no relation was tuned with.
 
     Args:
         requests: those that can be drawn, and those that were tuned with.
@@ -68,13 +68,15 @@ def other_requests(
         seed: of the draw.
 
     Raises:
-        InputError: there are fewer; or none of the requests was tuned with, so that they are of another file.
+        InputError: there are fewer; or not all that was tuned with is there, so that the requests are of another file.
     """
+    check_at_least("--facts", count, 1)
     used = [request for request in requests if request.id in set(tuned_with)]
-    if not used:
+    missing = sorted(set(tuned_with) - {request.id for request in used})
+    if missing:
         raise InputError(
-            "none of the requests was tuned with, expected those of the file that `mechedit tune` took: what was used "
-            "cannot be told from the rest"
+            f"{len(missing)} of the {len(set(tuned_with))} requests that were tuned with are not there, such as "
+            f"{brief(missing[0])}; expected the file that `mechedit tune` took: give it as --requests"
         )
     subjects, prompts = ({getattr(request, name) for request in used} for name in ("subject", "prompt"))
     relations = {request.relation for request in used if request.relation}
@@ -88,8 +90,8 @@ def other_requests(
     }
     if len(others) < count:
         raise InputError(
-            f"there are {len(others)} requests about other subjects in other words than those of {len(used)} that were "
-            f"tuned with, expected {count}; lower --facts"
+            f"there are {len(others)} requests of other relations, about other subjects and in other words than the "
+            f"{len(used)} that were tuned with, expected {count}; lower --facts"
         )
     return random.Random(seed).sample(list(others.values()), count)
 
@@ -129,12 +131,15 @@ def table(sweeps: Mapping[str, Sweep]) -> pd.DataFrame:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Edit with each choice, score, print."""
     options = parser().parse_args(arguments)
-    model = me.load_model(make(options.model) if options.model in REAL_MODELS else options.model, device="cpu")
+    layers = parse_layers(options.layers)
+    if layers[-1] - layers[0] + 1 != len(layers):
+        raise InputError(f"--layers is {options.layers}, expected layers that follow each other; give them as 3-8")
     record = TunedSettings.load(options.tuned, METHOD).record
     requests = other_requests(
         load_requests(options.requests, conflicts="first"), record["requests"], options.facts, options.seed
     )
-    tried = choices(model, options.tuned, parse_layers(options.layers))
+    model = me.load_model(make(options.model) if options.model in REAL_MODELS else options.model, device="cpu")
+    tried = choices(model, options.tuned, layers)
     moments = me.load_moments(
         options.moments, sorted({layer for choice in tried.values() for layer in choice.layers}), model
     )
@@ -166,4 +171,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

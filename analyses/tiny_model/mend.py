@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from analyses.common.command import run
+from analyses.common.command import run_script
 from analyses.common.counterfacts import counterfacts
+from analyses.common.csv_files import write_csv
 from analyses.common.mend_scores import mend_scores
 from mechedit.data import EditRequest, load_facts, load_requests
 from mechedit.methods import MEND_FILE, MendTrainingConfig, train_mend
@@ -55,17 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--neighbors", type=int, default=SETTINGS.neighbors, help="neighbors that each edit should leave"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a training of other settings")
     options = parser.parse_args(arguments)
     model = load_model("tiny")
     scored = load_requests("tiny")
     config = replace(SETTINGS, steps=options.steps, neighbors=options.neighbors)
     editor = train_mend(
-        model, training_requests(scored), "tiny", LAYERS, config, options.out / MEND_FILE, notify=print
+        model, training_requests(scored), "tiny", LAYERS, config, options.out / MEND_FILE,
+        overwrite=options.overwrite, notify=print,
     )  # fmt: skip
-    pd.DataFrame(editor.record["curve"]).to_csv(options.out / "mend.csv", index=False)
-    unseen = [request.relation in UNSEEN for request in scored]
-    table = mend_scores(model, scored, LAYERS, options.out / MEND_FILE, unseen)
-    table.to_csv(options.out / "mend_scores.csv", index=False)
+    write_csv(pd.DataFrame(editor.record["curve"]), options.out / "mend.csv")
+    relations = ["unseen" if request.relation in UNSEEN else "seen" for request in scored]
+    table = mend_scores(model, scored, LAYERS, options.out / MEND_FILE, relations)
+    write_csv(table, options.out / "mend_scores.csv")
     print(table.to_string(index=False))
     return 0
 
@@ -82,4 +85,4 @@ def training_requests(scored: Sequence[EditRequest]) -> list[EditRequest]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -57,6 +57,15 @@ def inputs(tmp_path) -> list[str]:
     return [word for option, name in pairs for word in (option, str(tmp_path / name))]
 
 
+def test_data_are_those_that_suit_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model, facts, texts in (("tiny", "known", "tiny"), ("gpt2-xl", "known_1000", "wikitext")):
+        monkeypatch.setattr(sys, "argv", ["select_layers", model])
+        options = select_layers.read_arguments()
+        assert (options.facts, options.texts) == (facts, texts)
+    monkeypatch.setattr(sys, "argv", ["select_layers", "gpt2-xl", "--facts", "mine.json"])
+    assert select_layers.read_arguments().facts == "mine.json"
+
+
 def test_it_leaves_a_folder_to_cite_for_models_of_other_shapes(
     script, checkpoint, inputs, tmp_path, light_figures, monkeypatch, capsys
 ):

@@ -11,6 +11,7 @@ import pytest
 import mechedit as me
 from analyses.real_models.mend import divided, kinds, main
 from mechedit.data import EditRequest, Neighbor
+from mechedit.errors import InputError
 from mechedit.files import write_json
 from mechedit.methods import MendEditor
 
@@ -82,10 +83,21 @@ def test_an_editor_is_trained_and_scored(
         "--texts", str(tmp_path / "texts.jsonl"), "--steps", "2", "--rank", "4", "--out", str(tmp_path / "out"),
     ])  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "out" / "mend_scores.csv").open()))
-    assert [(row["relations"], row["requests"]) for row in rows] == [("all", "3"), ("seen", "1"), ("unseen", "2")]
+    assert [(row["relations"], row["requests"]) for row in rows] == [("all", "3"), ("scored", "1"), ("unseen", "2")]
     assert all(0 <= float(row[name]) <= 100 for row in rows for name in ("ES", "PS", "NS", "exact_match"))
     curve = list(csv.DictReader((tmp_path / "out" / "mend.csv").open()))
     assert [row["step"] for row in curve] == ["0", "2"]
     editor = MendEditor.load(tmp_path / "out" / "mend.safetensors")
     assert editor.layers == tuple(range(model.n_layers - 3, model.n_layers))
-    assert "unseen" in capsys.readouterr().out
+    assert "2 requests are of unseen relations, of 100" in capsys.readouterr().out
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    write_json(tmp_path / "requests.json", [entry.plain() for entry in REQUESTS])
+    write_json(tmp_path / "scored.json", [{**REQUESTS[0].plain(), "target_true": None}])
+    files = [str(tmp_path / f"{name}.json") for name in ("requests", "scored")]
+    command = ["no such model", "--requests", files[0], "--scored", files[1]]
+    with pytest.raises(InputError, match="has a true object"):
+        main(command)
+    with pytest.raises(InputError, match="--count is -1, expected at least 0"):
+        main([*command, "--count", "-1"])

@@ -34,10 +34,20 @@ def test_nobody_judges_about_whom_or_in_whose_words_was_tuned() -> None:
     ids = [entry.id for entry in used]
     chosen = other_requests([*used, *refused, *fine, without], ids, 2, seed=0)
     assert sorted(entry.subject for entry in chosen) == ["Cy", "Di"]
-    with pytest.raises(InputError, match="there are 2 requests about other subjects in other words than those of 2"):
+    with pytest.raises(
+        InputError,
+        match="there are 2 requests of other relations, about other subjects",
+    ):
         other_requests([*used, *refused, *fine], ids, 3, seed=0)
-    with pytest.raises(InputError, match="none of the requests was tuned with"):
-        other_requests(fine, ids, 1, seed=0)
+    with pytest.raises(InputError, match="1 of the 2 requests that were tuned with are not there, such as 'Bo was"):
+        other_requests([used[0], *fine], [used[0].id, "Bo was born in"], 1, seed=0)
+    with pytest.raises(InputError, match="--facts is -1, expected at least 1"):
+        other_requests([*used, *fine], ids, -1, seed=0)
+
+
+def test_layers_with_a_gap_are_refused_before_anything_is_read() -> None:
+    with pytest.raises(InputError, match="--layers is 3,5, expected layers that follow each other"):
+        main(["no such model", "--tuned", "no such file", "--layers", "3,5", "--moments", "nowhere"])
 
 
 def test_the_gain_is_the_difference_of_the_scores() -> None:
