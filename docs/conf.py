@@ -82,7 +82,8 @@ INTRODUCTION = """\
 
 Every command takes `--config FILE`, a YAML or JSON file with the same option names; what stands on the command line
 wins. Progress goes to stderr. The exit code is 0 on success, 2 with one line on bad input, 3 when no layers are
-selected (the facts show no early site), and 130 when interrupted: the same command then goes on from what is finished.
+selected (the facts show no early site) or the choice is unsettled (`--accept-unsettled` takes it), and 130 when
+interrupted: the same command then goes on from what is finished.
 
 """
 

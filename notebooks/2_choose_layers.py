@@ -87,7 +87,7 @@ evidence[["gap", "gap_low", "gap_high", "contribution", "membership"]].round(3)
 # `gap_low` and `gap_high` are 95% bootstrap intervals over facts. `membership` is the share of bootstrap resamples of
 # the facts in which the rule takes that layer: near 1 inside and near 0 outside, the choice does not hang on which
 # facts happened to be traced. `agreement` is the share of resamples whose range overlaps this one by 80% or more,
-# `stability` the share of those that give exactly this range; `state` is `settled` from an agreement of 80% on:
+# `stability` the share of those that give exactly this range; `state` is `settled` from 80% on, if the range is narrow:
 
 # %%
 print(f"{selection.state}: agreement {selection.agreement:.2f}, stability {selection.stability:.2f}")

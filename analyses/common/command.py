@@ -34,7 +34,7 @@ def options(
     parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of it (default 2,000,000; 0 for all)")
     parser.add_argument("--documents", type=int, help="of the text, drawn at random (the papers: 100000, --tokens 0)")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens per document (default 1024; GPT-J: 2048)")
-    parser.add_argument("--layers", help="such as 3-8; by default what the trace selects")
+    parser.add_argument("--layers", help="such as 3-8; by default what was tuned, else what the trace selects")
     parser.add_argument("--out", type=Path, default=Path("papers"), help="folder, the same for all scripts if you like")
     parser.add_argument(
         "--quick", action="store_true", help=f"a first look: {quick_count or 'few'} requests, a smaller trace"
