@@ -1,7 +1,7 @@
-"""Draw the README's picture of a model from a folder of `mechedit run`.
+"""Draw the README's picture of a model from a folder with a trace, and the layers that were selected.
 
 python docs/images/make.py run tiny                     # after `make run`
-python docs/images/make.py smollm2/run smollm2          # after analyses.real_models.page; traces one more fact
+python docs/images/make.py papers/trace smollm2 9-13    # after analyses.papers.trace_average; traces one more fact
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import mechedit as me
+from analyses.real_models.make import make
+from mechedit.cli.parsing import parse_layers
 from mechedit.figures import PaperFigure, paper_style, plot_fact, plot_severed
 from mechedit.tables import read_table, where
 
@@ -41,15 +43,13 @@ def main() -> None:
     """Write NAME_trace.png beside this file."""
     run, name = Path(sys.argv[1]), sys.argv[2]
     shown = where(read_table(run / "effects.parquet"), kind="state", metric="probability")
-    selection = me.Selection.load(run / "selection.json")
+    layers = parse_layers(sys.argv[3]) if sys.argv[3:] else me.Selection.load(run / "selection.json").layers
     if name == "tiny":
         fact = where(shown, fact=FACT, sever="nothing")
     else:
-        traced = me.trace_facts(
-            me.load_model(selection.provenance["model"]), [EIFFEL], me.TraceConfig(kinds=("state",))
-        )
+        traced = me.trace_facts(me.load_model(make(name)), [EIFFEL], me.TraceConfig(kinds=("state",)))
         fact = where(traced, metric="probability")
-    figure = picture(fact, shown, selection.layers)
+    figure = picture(fact, shown, tuple(layers))
     with paper_style():
         figure.savefig(Path(__file__).parent / f"{name}_trace.png", dpi=200)
 
