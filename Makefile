@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test types fuzz torture docs families real clean
+.PHONY: run test types fuzz torture docs pages families real clean
 
 run: .venv/ready
 	$(BIN)/mechedit run --no-tuned --out run
@@ -11,8 +11,7 @@ test: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m analyses.real_models.make smollm2 --optional
-	$(MAKE) --jobs 2 types docs
+	$(MAKE) --jobs 2 types pages
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 # One process, which leaves a core to the documentation.
@@ -30,6 +29,11 @@ torture: SEED ?= $(shell date +%s)
 torture: .venv/ready-dev
 	@echo "seed $(SEED)"
 	MECHEDIT_KILLS=$(KILLS) MECHEDIT_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -rP tests/test_killed.py
+
+# The documentation, with the model that one notebook is about where it can be had.
+pages: .venv/ready-dev
+	$(BIN)/python -m analyses.real_models.make smollm2 --optional
+	$(MAKE) docs
 
 docs: .venv/ready-dev
 	rm -rf docs/_build
