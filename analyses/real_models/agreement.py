@@ -5,8 +5,9 @@
 
 MODEL is smollm2, gemma3, tiny, or a folder. The first form prints a row per kind, severing and number of gradient
 points, on cells drawn from all facts; states are also traced with modules severed, at the subject's last token. The
-second form traces a few facts both ways in turn, all tokens, layers and kinds, and prints seconds per fact, as they are
-in a trace of a thousand facts: cells that are drawn are a fixed number, and their share of a fact is added.
+second form traces a few facts exactly and eight times as many approximately, in groups as a trace takes them, all
+tokens, layers and kinds, and prints seconds per fact, as they are in a trace of a thousand facts: cells that are
+drawn are a fixed number, and their share of a fact is added.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from mechedit.trace.approximation import DrawnCells
 from mechedit.trace.attribution import estimate_cells
 from mechedit.trace.cells import all_cells, can_change, corrupted_scores, trace_cells, trace_group
 from mechedit.trace.runs import run_clean_and_corrupted
+from mechedit.trace.traced_fact import restored_positions
 
 KINDS = ("state", "mlp", "attn")
 GROUPS = [(kind, "nothing") for kind in KINDS]
 OF_FACTS = 1000
 """Facts of the trace whose times are told."""
+MORE = 8
+"""Facts traced approximately for each that is traced exactly."""
 
 
 def known(model: me.Model, source: str, count: int, config: me.TraceConfig) -> TracePlan:
@@ -74,28 +78,37 @@ def agreement(plan: TracePlan, points: tuple[int, ...]) -> Iterator[str]:
         )
 
 
-def seconds_per_fact(plan: TracePlan) -> str:
-    """Exact and approximate traces of the same facts in turn."""
+def seconds_per_fact(plan: TracePlan, count: int) -> str:
+    """Exact traces of so many of the facts, between two halves of the approximate ones of all."""
     approximation = plan.config.approximation
     assert approximation is not None
     nothing = DrawnCells(cells=frozenset(), fact=False, cell_chances=dict.fromkeys(GROUPS, 0.0), fact_chance=0.0)
+    settings = (plan.std, plan.config, None, plan.statistics)
+    groups = list(plan.groups())
+    middle = (len(groups) + 1) // 2
     exact = approximate = cells = 0.0
-    for traced in plan.facts:
-        arguments = (plan.model, [traced], plan.std, plan.config, None, plan.statistics)
+    for half in (groups[:middle], None, groups[middle:]):
         start = time.monotonic()
-        cells += len(trace_group(*arguments))
-        middle = time.monotonic()
-        approximate_group(*arguments, {traced.fact.id: nothing})
-        exact, approximate = exact + middle - start, approximate + time.monotonic() - middle
+        if half is None:
+            cells = sum(len(trace_group(plan.model, [traced], *settings)) for traced in plan.facts[:count])
+            exact = time.monotonic() - start
+            continue
+        for group in half:
+            approximate_group(plan.model, group, *settings, {traced.fact.id: nothing for traced in group})
+        approximate += time.monotonic() - start
+    # Facts differ in length: what was traced exactly stands for all by its cells.
+    every = sum(
+        len(KINDS) * plan.model.n_layers * len(restored_positions(traced, plan.config)) for traced in plan.facts
+    )
+    per_exact, per_approximate = exact / cells * every / len(plan.facts), approximate / len(plan.facts)
     at_last_token = len(GROUPS) * plan.model.n_layers
     drawn = (len(GROUPS) * approximation.exact_cells + at_last_token * approximation.exact_facts) / OF_FACTS
-    count = len(plan.facts)
-    total = approximate / count + drawn * exact / cells
-    of_drawn = total - approximate / count
+    of_drawn = drawn * exact / cells
     return (
-        f"{count} facts of {cells / count:.0f} cells, {plan.config.samples} samples, points {approximation.points}, "
-        f"exact {exact / count:.2f} s a fact, approximate {approximate / count:.2f} s and {of_drawn:.2f} s for drawn "
-        f"cells, ratio {exact / count / total:.0f}"
+        f"{count} facts of {cells / count:.0f} cells exactly, {len(plan.facts)} in {len(groups)} groups approximately, "
+        f"{plan.config.samples} samples, points {approximation.points}: exact {per_exact:.2f} s a fact, approximate "
+        f"{per_approximate:.2f} s and {of_drawn:.2f} s for drawn cells, ratio "
+        f"{per_exact / (per_approximate + of_drawn):.0f}"
     )
 
 
@@ -116,7 +129,8 @@ def main() -> int:
         for number in points:
             approximation = Approximation(points=number, least_correlation=0)
             config = me.TraceConfig(kinds=KINDS, samples=options.samples, approximation=approximation)
-            print(seconds_per_fact(known(model, options.facts, options.time, config)), flush=True)
+            plan = known(model, options.facts, MORE * options.time, config)
+            print(seconds_per_fact(plan, options.time), flush=True)
         return 0
     unsevered = me.TraceConfig(
         kinds=KINDS, samples=options.samples, approximation=Approximation(exact_cells=options.cells)
