@@ -40,7 +40,8 @@ class TuneOptions(RequestsOption, TextsOption, MethodOptions):
     moments: Path | None = None
     """Folder that `mechedit moments` wrote; by default they are collected from --texts."""
     trace: Path | None = None
-    """Folder of a selection: its candidates are tried too, and facts about its subjects are not tuned with."""
+    """Folder of a selection: its candidates are tried too, its layers are left only where most resamples of the facts
+    prefer others, and facts about its subjects are not tuned with."""
 
 
 @command(
@@ -68,7 +69,7 @@ def tune_command(options: TuneOptions, tuning: TuneConfig, reading: MomentsConfi
     held_out = [request for request in requests if request.subject not in traced]
     config = options.untuned(model)
     windows = tuned_windows(model, range(model.n_layers), tuning, candidates)
-    check_budget(config, windows, len(tuning_facts(held_out, tuning)), tuning)
+    check_budget(config, windows, len(tuning_facts(held_out, tuning)), tuning, candidates)
     folder = RunFolder.at(options.out or tuned_folder_of(model) / "search", overwrite=options.overwrite)
     file = writable_file(tuned_file(options, model))
     check_folder(folder.path / "figures")

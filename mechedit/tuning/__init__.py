@@ -6,13 +6,14 @@ themselves (`mechedit.methods.recommendation`).
 
 from mechedit.tuning.config import TuneConfig
 from mechedit.tuning.inputs import check_budget, check_method, tuned_windows, tuning_facts
-from mechedit.tuning.plan import Plan, Rung, Speed, make_plan, plan_for_seconds
+from mechedit.tuning.plan import Plan, Rung, Scope, Speed, make_plan, plan_for_seconds
 from mechedit.tuning.tune import tune
 from mechedit.tuning.tuned import Tuned
 
 __all__ = [
     "Plan",
     "Rung",
+    "Scope",
     "Speed",
     "TuneConfig",
     "Tuned",

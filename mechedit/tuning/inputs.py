@@ -15,7 +15,7 @@ from mechedit.sweep import Window
 from mechedit.sweep.windows import check_windows
 from mechedit.tuning.alternatives import SEARCHED, settable
 from mechedit.tuning.config import TuneConfig
-from mechedit.tuning.plan import FEWEST, make_plan
+from mechedit.tuning.plan import FEWEST, Scope, make_plan
 
 
 def check_method(method: str) -> None:
@@ -93,7 +93,13 @@ def tuned_windows(
     return check_windows([*fitting, *extra], model.n_layers)
 
 
-def check_budget(config: MethodConfig, windows: Sequence[Window], facts: int, tuning: TuneConfig) -> None:
+def check_budget(
+    config: MethodConfig,
+    windows: Sequence[Window],
+    facts: int,
+    tuning: TuneConfig,
+    candidates: Sequence[tuple[int, int]] = (),
+) -> None:
     """Refuse a budget in edits with which no search can begin; minutes are held against the speed of the first ones.
 
     Args:
@@ -101,25 +107,38 @@ def check_budget(config: MethodConfig, windows: Sequence[Window], facts: int, tu
         windows: that may be tried.
         facts: number of facts to tune with.
         tuning: the budget.
+        candidates: windows of a trace.
 
     Raises:
         InputError: says how many edits the smallest search takes.
     """
     if tuning.edits is not None:
-        ends = len(end_layers(config, windows))
-        make_plan(tuning.edits, ends, facts, searched_names(config), fixed=is_fixed(tuning))
+        make_plan(tuning.edits, scope_of(config, windows, facts, tuning, candidates))
+
+
+def scope_of(
+    config: MethodConfig,
+    windows: Sequence[Window],
+    facts: int,
+    tuning: TuneConfig,
+    candidates: Sequence[tuple[int, int]] = (),
+) -> Scope:
+    """What there is to choose among; arguments as in `check_budget`."""
+    return Scope(
+        ends=len(end_layers(config, windows)),
+        requests=facts,
+        searched=tuple(name for name in SEARCHED if settable(config, name)),
+        fixed=tuning.windows is not None,
+        selected=selected_window(windows, candidates) is not None,
+    )
+
+
+def selected_window(windows: Sequence[Window], candidates: Sequence[tuple[int, int]]) -> Window | None:
+    """The first of the candidates, where it is among the windows that can be tried."""
+    first = Window(*candidates[0]) if candidates else None
+    return first if first in windows else None
 
 
 def end_layers(config: Any, windows: Sequence[Window]) -> list[int]:
     """The layers at which windows search for z, ascending."""
     return sorted({config.target_layer(window.layers) for window in windows})
-
-
-def searched_names(config: MethodConfig) -> tuple[str, ...]:
-    """The settings of the search that a method has, in the order in which they are tried."""
-    return tuple(name for name in SEARCHED if settable(config, name))
-
-
-def is_fixed(tuning: TuneConfig) -> bool:
-    """Whether all windows must be tried, because they were chosen."""
-    return tuning.windows is not None

@@ -1,11 +1,12 @@
 """Layers and settings of a method for a model, chosen by editing with held-out facts under a budget.
 
 1. Windows by successive halving: end layers spread over the depth are tried with few facts, the better half with twice
-   as many, and so on; then the layers beside the best end, and other widths.
+   as many, and so on; then the layers beside the best end, and other widths at the best two.
 2. λ on the best window, which costs no search for z.
 3. The settings of the search, one after another, on the best window alone; then λ again.
 
-A window is the best-scoring; a setting is changed where most resamples of the facts prefer the other value.
+A window is the best-scoring; a setting, and a window that a trace selected, are left where most resamples of the facts
+prefer another.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ from mechedit.tuning.alternatives import (
 )
 from mechedit.tuning.config import MINUTES, TuneConfig
 from mechedit.tuning.ends import end_warnings, value_of
-from mechedit.tuning.halving import halfway_ends, spread_ends
-from mechedit.tuning.inputs import check_method, end_layers, is_fixed, searched_names, tuned_windows, tuning_facts
+from mechedit.tuning.inputs import check_method, end_layers, scope_of, selected_window, tuned_windows, tuning_facts
 from mechedit.tuning.ledger import Ledger
-from mechedit.tuning.plan import Plan, Speed, make_plan, plan_for_seconds
+from mechedit.tuning.plan import WIDE_ENDS, Plan, Speed, make_plan, plan_for_seconds
 from mechedit.tuning.trial import Trial, best_of, check_not_equal, in_words, preferred, trials_of, weight_of
+from mechedit.tuning.tried_windows import halfway_ends, spread_ends, widths_of
 from mechedit.tuning.tuned import Tuned
 
 Notify = Callable[[str], object]
@@ -82,7 +83,8 @@ def tune(
         method: one of `METHODS` that searches for z on the unedited model.
         config: settings to begin with; by default those that ship with the model (`recommended`, untuned).
         tuning: the budget, and windows to try.
-        candidates: windows to try besides those spread over the depth, such as those of a trace.
+        candidates: windows to try besides those spread over the depth, such as those of a trace; the first is left only
+            where most resamples of the facts prefer another.
         folder: for targets and finished trials, so that an interrupted search goes on.
         notify: told what the search will take, and what each step chose.
 
@@ -137,10 +139,8 @@ class _Search:
         """The stages, one after another."""
         plan = self.plan()
         self.notify(f"tuning {self.method} with up to {plan.facts} facts: {plan.in_words()}")
-        window = self.choose_window(plan)
-        window, changes = self.choose_width(plan, window)
-        (trial,) = self.try_settings("windows", plan, window, changes)
-        current = self.choose_weight(plan, trial)
+        current = self.choose_width(plan, self.choose_window(plan))
+        current = self.choose_weight(plan, current)
         before = current.changes
         for name in plan.searched:
             current = self.choose_setting(plan, current, name)
@@ -175,6 +175,11 @@ class _Search:
         """How trials are scored."""
         return dataclasses.replace(QUICK, seed=self.tuning.seed, batch_size=self.base.batch_size)
 
+    @cached_property
+    def selected(self) -> Window | None:
+        """The window that a trace selected, where it can be tried."""
+        return selected_window(self.windows, self.candidates)
+
     def ends(self) -> list[int]:
         """Layers at which the windows search for z, ascending."""
         return end_layers(self.base, self.windows)
@@ -185,12 +190,11 @@ class _Search:
 
     def plan(self) -> Plan:
         """How the budget is dealt out."""
-        arguments = (len(self.ends()), len(self.facts), searched_names(self.base))
-        fixed = is_fixed(self.tuning)
+        scope = scope_of(self.base, self.windows, len(self.facts), self.tuning, self.candidates)
         if self.tuning.edits is not None:
-            return make_plan(self.tuning.edits, *arguments, fixed=fixed)
+            return make_plan(self.tuning.edits, scope)
         speed = self.speed()
-        plan = plan_for_seconds(60 * (self.tuning.minutes or MINUTES), speed, *arguments, fixed=fixed)
+        plan = plan_for_seconds(60 * (self.tuning.minutes or MINUTES), speed, scope)
         self.notify(
             f"{speed.edit:.2g} to {speed.low_edit:.2g} seconds per edit by its layer, and {speed.trial:.2g} per trial "
             f"with {speed.fact:.2g} per fact in it: "
@@ -270,8 +274,8 @@ class _Search:
         self.trials += trials
         return trials
 
-    def choose_window(self, plan: Plan) -> Window:
-        """The best window, by successive halving over end layers, and then beside the best."""
+    def choose_window(self, plan: Plan) -> list[Trial]:
+        """Trials of the best windows with all facts: successive halving over end layers, then those beside the best."""
         candidate_ends = [self.end(window) for window in self.candidates if window in self.windows]
         ends = spread_ends(self.ends(), plan.rungs[0].ends, candidate_ends)
         ranked: list[int] = []
@@ -286,13 +290,18 @@ class _Search:
             tried = {self.end(trial.window) for trial in self.trials}
             beside = halfway_ends(ranked[0], self.ends(), tried, plan.neighbors)
             trials += self.try_ends(beside, plan.facts) if beside else []
+        if self.selected is not None and self.selected not in {trial.window for trial in trials}:
+            trials += self.try_windows([self.selected], plan.facts)
         best = best_of(trials)
         self.notify(f"best of {len({trial.window for trial in self.trials})} windows: {best.window}, {in_words(best)}")
-        return best.window
+        return trials
 
     def try_ends(self, ends: Sequence[int], facts: int) -> list[Trial]:
         """Trials of all windows with these ends, with each λ of the screening."""
-        windows = [window for window in self.windows if self.end(window) in ends]
+        return self.try_windows([window for window in self.windows if self.end(window) in ends], facts)
+
+    def try_windows(self, windows: Sequence[Window], facts: int) -> list[Trial]:
+        """Trials of windows with each λ of the screening."""
         return [
             trial
             for changes in screening_weights(self.base)
@@ -306,23 +315,26 @@ class _Search:
             best[self.end(trial.window)] = max(best.get(self.end(trial.window), -np.inf), trial.objective)
         return sorted(best, key=lambda end: (-best[end], end))
 
-    def choose_width(self, plan: Plan, window: Window) -> tuple[Window, Changes]:
-        """The best window among those that end like the best; with its λ."""
-        windows = [window]
-        if self.tuning.windows is None and self.base.target_layer([0, 1]) == 1:
-            widths = sorted({1, max(1, window.width // 2), window.width - 1, window.width + 1, window.width + 2})
-            windows += [
-                Window(window.last - width + 1, window.last) for width in widths if 0 < width <= window.last + 1
-            ]
-            windows = [narrow for narrow in windows if set(narrow.layers) <= set(self.moments)]
-        of_window = [trial for trial in self.trials if trial.window == window and trial.facts == plan.facts]
-        current = best_of(of_window)
-        rivals = [rival for rival in dict.fromkeys(windows) if rival != window]
+    def choose_width(self, plan: Plan, trials: Sequence[Trial]) -> Trial:
+        """The best of some trials, or one of a window that ends like the best few of them where that is preferred.
+
+        A window that a trace selected is left only where another is preferred to it.
+        """
+        current = best_of(trials)
+        if of_selected := [trial for trial in trials if trial.window == self.selected]:
+            current = preferred(best_of(of_selected), [current])
+        if self.tuning.windows is not None or self.base.target_layer([0, 1]) != 1:
+            return current
+        rivals: list[Trial] = []
+        for end in self.rank(trials)[:WIDE_ENDS]:
+            of_end = best_of([trial for trial in trials if self.end(trial.window) == end])
+            tried = {trial.window for trial in trials}
+            windows = [window for window in widths_of(of_end.window, list(self.moments)) if window not in tried]
+            rivals += self.measure("widths", windows, of_end.changes, plan.facts) if windows else []
         if rivals:
-            trials = self.measure("widths", rivals, current.changes, plan.facts)
-            current = preferred(current, trials)
+            current = preferred(current, rivals)
             self.notify(f"best of {len(rivals) + 1} widths: {current.window}, {in_words(current)}")
-        return current.window, current.changes
+        return current
 
     def choose_weight(self, plan: Plan, current: Trial) -> Trial:
         """The best λ on a window; values beyond the ends of the grid are tried while the best lies there."""

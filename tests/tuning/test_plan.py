@@ -14,24 +14,29 @@ from mechedit import InputError, MemitConfig, TuneConfig
 from mechedit.methods import AlphaEditConfig
 from mechedit.tuning.alternatives import alternatives, changed, weights, wider_weight
 from mechedit.tuning.ledger import Ledger
-from mechedit.tuning.plan import FEWEST, Plan, Rung, Speed, make_plan, plan_for_seconds, smallest_plan
+from mechedit.tuning.plan import ENOUGH, FEWEST, Plan, Rung, Scope, Speed, make_plan, plan_for_seconds, smallest_plan
 
 SEARCHED = ("relative_lr", "clamp", "kl_weight", "generated_prefixes")
+DEEP = Scope(ends=25, requests=64, searched=SEARCHED)
+"""A model of some 30 layers, and facts enough."""
 
 
 def searches(plan: Plan) -> int:
     """The same count by going through every fact at every end layer, naively."""
     done = {(end, fact) for rung in plan.rungs for end in range(rung.ends) for fact in range(rung.facts)}
     done |= {(f"beside {i}", fact) for i in range(plan.neighbors) for fact in range(plan.facts)}
+    done |= {("selected", fact) for _ in range(plan.selected) for fact in range(plan.facts)}
     settings = [(name, value) for name in plan.searched for value in (0, 1)]
     return len(done) + len({(setting, fact) for setting in settings for fact in range(plan.facts)})
 
 
 @pytest.mark.parametrize("ends", [1, 2, 3, 5, 12, 25, 90])
-def test_a_plan_stays_within_its_budget_and_a_larger_one_tries_no_less(ends: int) -> None:
-    least, before = smallest_plan(ends, SEARCHED).edits, None
+@pytest.mark.parametrize("selected", [False, True])
+def test_a_plan_stays_within_its_budget_and_a_larger_one_tries_no_less(ends: int, selected: bool) -> None:
+    scope = Scope(ends=ends, requests=64, searched=SEARCHED, selected=selected)
+    least, before = smallest_plan(scope).edits, None
     for edits in [*range(least, least + 80, 7), 200, 400, 1000, 10_000]:
-        plan = make_plan(edits, ends, 64, SEARCHED)
+        plan = make_plan(edits, scope)
         assert plan.edits == searches(plan) <= edits
         assert plan.facts >= FEWEST
         assert all(rung.ends <= ends for rung in plan.rungs)
@@ -40,51 +45,72 @@ def test_a_plan_stays_within_its_budget_and_a_larger_one_tries_no_less(ends: int
     assert before.facts == 64
     assert before.searched == SEARCHED
     with pytest.raises(InputError, match=f"the budget is {least - 1} edits, expected at least {least}"):
-        make_plan(least - 1, ends, 64, SEARCHED)
+        make_plan(least - 1, scope)
 
 
 def test_four_hundred_edits_halve_twelve_ends_down_to_three() -> None:
-    plan = make_plan(400, 25, 64, SEARCHED)
-    assert plan.rungs == (Rung(ends=12, facts=6), Rung(ends=6, facts=12), Rung(ends=3, facts=25))
-    assert (plan.neighbors, plan.searched) == (2, SEARCHED)
-    assert plan.edits == 72 + 36 + 39 + 50 + 200 <= 400
-    assert "12 end layers with 6 facts, then 6 end layers with 12 facts" in plan.in_words()
+    plan = make_plan(400, DEEP)
+    assert plan.rungs == (Rung(ends=12, facts=10), Rung(ends=6, facts=20), Rung(ends=3, facts=40))
+    assert (plan.neighbors, plan.searched) == (2, SEARCHED[:1])
+    assert plan.edits == 120 + 60 + 60 + 80 + 80 <= 400
+    assert "12 end layers with 10 facts, then 6 end layers with 20 facts" in plan.in_words()
+    with_selection = make_plan(400, replace(DEEP, selected=True))
+    assert (with_selection.facts, with_selection.searched) == (44, ()), "the selected window is tried with all facts"
 
 
-def test_a_small_budget_tries_fewer_settings_and_facts_before_fewer_ends() -> None:
+@pytest.mark.parametrize("edits", range(50, 800, 25))
+def test_no_setting_is_tried_before_windows_have_enough_facts(edits: int) -> None:
+    plan = make_plan(edits, DEEP)
+    if plan.searched:
+        assert plan.facts >= ENOUGH
+        assert plan.rungs[0].ends == 12
+    else:
+        assert edits < 400, "the control: with enough edits settings are tried"
+        assert plan.edits > edits - 16, "all edits go into windows"
+
+
+def test_a_single_window_leaves_the_edits_to_settings() -> None:
+    plan = make_plan(150, replace(DEEP, ends=1, fixed=True))
+    assert plan.searched == SEARCHED
+    assert plan.facts == 16
+
+
+def test_a_small_budget_tries_fewer_facts_before_fewer_ends() -> None:
+    assert make_plan(130, DEEP).rungs == (Rung(ends=12, facts=4), Rung(ends=6, facts=8), Rung(ends=3, facts=16))
     for edits in (80, 100, 120, 150):
-        plan = make_plan(edits, 25, 64, SEARCHED)
+        plan = make_plan(edits, DEEP)
         assert plan.rungs[0].ends >= 4
-        assert len(plan.searched) < len(SEARCHED)
+        assert plan.searched == ()
 
 
 def test_few_facts_leave_edits_over_and_chosen_windows_are_all_tried() -> None:
-    assert make_plan(400, 25, 8, SEARCHED).facts == 8
-    plan = make_plan(400, 7, 64, SEARCHED, fixed=True)
+    plan = make_plan(400, replace(DEEP, requests=8))
+    assert (plan.facts, plan.searched) == (8, SEARCHED)
+    plan = make_plan(400, replace(DEEP, ends=7, fixed=True))
     assert plan.rungs[0].ends == 7
     assert plan.neighbors == 0
 
 
 def test_minutes_become_the_most_edits_that_fit_into_them() -> None:
-    speed, arguments = Speed(edit=2.5, low_edit=2.5, trial=2.0, fact=0.1), (25, 64, SEARCHED)
-    plan = plan_for_seconds(1200, speed, *arguments)
+    speed = Speed(edit=2.5, low_edit=2.5, trial=2.0, fact=0.1)
+    plan = plan_for_seconds(1200, speed, DEEP)
     assert plan.seconds(speed) <= 1200
     assert plan.edits > 250
-    more = make_plan(plan.edits + 60, *arguments)
+    more = make_plan(plan.edits + 60, DEEP)
     assert more.seconds(speed) > 1200, "no larger plan fits"
     for slower in ({"edit": 10}, {"low_edit": 5}, {"trial": 8.0}, {"fact": 1.0}):
-        assert plan_for_seconds(1200, replace(speed, **slower), *arguments).edits < plan.edits
+        assert plan_for_seconds(1200, replace(speed, **slower), DEEP).edits < plan.edits
     with pytest.raises(
         InputError, match=r"the budget is 0\.5 minutes, expected at least [\d.]+ at 2\.5 to 2\.5 seconds per edit"
     ):
-        plan_for_seconds(30, speed, *arguments)
+        plan_for_seconds(30, speed, DEEP)
 
 
 @pytest.mark.parametrize("best", [1, 12, 24])
 def test_minutes_hold_wherever_the_best_window_lies(best: int) -> None:
     """Of 25 end layers: a search takes a second for each block above its own, and the middle one was measured."""
     speed = Speed(edit=13.0, low_edit=25.0, trial=2.0, fact=0.1)
-    plan = plan_for_seconds(7200, speed, 25, 64, SEARCHED)
+    plan = plan_for_seconds(7200, speed, DEEP)
     first, *rest = plan.rungs
     ends = np.linspace(0, 24, first.ends).round()
     near = sorted(ends, key=lambda end: abs(end - best))
@@ -101,7 +127,8 @@ def test_minutes_hold_wherever_the_best_window_lies(best: int) -> None:
 
 def test_a_speed_that_no_machine_has_gives_a_plan_all_the_same() -> None:
     fast = Speed(edit=1e-300, low_edit=1e-300, trial=0, fact=0)
-    assert plan_for_seconds(1e30, fast, 6, 100, ()) == make_plan(10**8, 6, 100, ())
+    scope = Scope(ends=6, requests=100)
+    assert plan_for_seconds(1e30, fast, scope) == make_plan(10**8, scope)
 
 
 @pytest.mark.parametrize("speed", [{"edit": 0}, {"edit": -1.0}, {"low_edit": 0}, {"trial": -1}, {"fact": -1}])

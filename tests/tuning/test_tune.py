@@ -34,6 +34,7 @@ from mechedit.methods.tuned_settings import record_hash
 from mechedit.sweep import Window
 from mechedit.tuning import tuned_windows, tuning_facts
 from mechedit.tuning.trial import Trial, preferred
+from mechedit.tuning.tried_windows import widths_of
 
 TUNED_WITH = ("plant", "colour", "stone", "instrument")
 """Relations of the facts that are tuned with; facts of the others, about other subjects, judge the result."""
@@ -252,3 +253,23 @@ def test_a_setting_is_left_as_it_was_unless_another_is_worth_it_on_most_resample
     lucky = trial(0.05, np.where(np.arange(101) < 30, 10.0, 0.0))
     assert lucky.objective > better.objective, "better on average, and on three of ten resamples"
     assert preferred(current, [lucky]) is current
+
+
+def test_a_window_that_a_trace_selected_is_left_only_where_another_is_preferred(
+    tiny: Any, moments: Any, facts: Any
+) -> None:
+    good = dataclasses.replace(recommended("memit", tiny), steps=15, generated_prefixes=0)
+    arguments: dict[str, Any] = {"config": good, "tuning": TuneConfig(edits=40, facts=6)}
+    selected = tune(tiny, facts[0], moments, **arguments, candidates=[(1, 4)])
+    assert selected.record["plan"]["selected"] == 1
+    assert selected.record["edits"] <= 40
+    tried = {tuple(trial["layers"]) for trial in selected.record["trials"] if trial["facts"] == 6}
+    assert (1, 2, 3, 4) in tried, "whatever the first rounds say"
+    wrong = tune(tiny, facts[0], moments, **arguments, candidates=[(5, 6)])
+    assert wrong.layers != (5, 6), "the control: the MLPs of layers 5 and 6 hold nothing"
+
+
+def test_other_widths_end_like_the_window_and_lie_within_the_moments() -> None:
+    assert widths_of(Window(3, 5), range(18)) == [(5, 5), (4, 5), (2, 5), (1, 5), (0, 5)]
+    assert widths_of(Window(3, 5), range(2, 18)) == [(5, 5), (4, 5), (2, 5)]
+    assert widths_of(Window(0, 0), range(18)) == []

@@ -1,10 +1,12 @@
-"""End layers that a search tries: spread over the depth at first, then beside the best."""
+"""Windows that a search tries: end layers spread over the depth at first, then beside the best, then other widths."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 import numpy as np
+
+from mechedit.sweep import Window
 
 
 def spread_ends(ends: Sequence[int], count: int, candidates: Sequence[int]) -> list[int]:
@@ -23,3 +25,11 @@ def halfway_ends(end: int, ends: Sequence[int], tried: Collection[int], count: i
     above = min((layer for layer in tried if layer > end), default=ends[-1])
     halfway = [(end + below) // 2, (end + above + 1) // 2]
     return sorted({layer for layer in halfway if layer in ends and layer not in tried})[:count]
+
+
+def widths_of(window: Window, layers: Collection[int]) -> list[Window]:
+    """Windows that end like one, within `layers`: one layer, half and twice as wide, up to two layers wider."""
+    width = window.width
+    widths = sorted({1, max(1, width // 2), width - 1, width + 1, width + 2, 2 * width} - {0, width})
+    beside = [Window(window.last - width + 1, window.last) for width in widths if width <= window.last + 1]
+    return [narrow for narrow in beside if set(narrow.layers) <= set(layers)]
