@@ -5,9 +5,9 @@
 
 MODEL is smollm2, gemma3, tiny, or a folder. The first form prints a row per kind, severing and number of gradient
 points, on cells drawn from all facts; states are also traced with modules severed, at the subject's last token. The
-second form traces a few facts exactly and eight times as many approximately, in groups as a trace takes them, all
-tokens, layers and kinds, and prints seconds per fact, as they are in a trace of a thousand facts: cells that are
-drawn are a fixed number, and their share of a fact is added.
+second form traces a few facts exactly and about eight times as many approximately, all tokens, layers and kinds, and
+prints seconds per fact, as they are in a trace of a thousand facts: in groups of a trace of all known facts of the
+file, drawn at random; cells that are drawn are a fixed number, and their share of a fact is added.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -31,21 +32,21 @@ from mechedit.trace.approximation import DrawnCells
 from mechedit.trace.attribution import estimate_cells
 from mechedit.trace.cells import all_cells, can_change, corrupted_scores, trace_cells, trace_group
 from mechedit.trace.runs import run_clean_and_corrupted
-from mechedit.trace.traced_fact import restored_positions
+from mechedit.trace.traced_fact import TracedFact, restored_positions
 
 KINDS = ("state", "mlp", "attn")
 GROUPS = [(kind, "nothing") for kind in KINDS]
 OF_FACTS = 1000
 """Facts of the trace whose times are told."""
 MORE = 8
-"""Facts traced approximately for each that is traced exactly."""
+"""Facts traced approximately for each that is traced exactly, about."""
 
 
-def known(model: me.Model, source: str, count: int, config: me.TraceConfig) -> TracePlan:
-    """A plan for some known facts, the first of a seeded order."""
+def known(model: me.Model, source: str, config: me.TraceConfig, count: int | None = None) -> TracePlan:
+    """A plan for some known facts, the first of a seeded order, or for all."""
     facts = me.load_facts(source)
     random.Random(0).shuffle(facts)
-    plan = plan_trace(model, facts[: 8 * count], config)  # small models know one fact in five
+    plan = plan_trace(model, facts if count is None else facts[: 8 * count], config)  # small models know one in five
     return dataclasses.replace(plan, facts=plan.facts[:count])
 
 
@@ -79,12 +80,13 @@ def agreement(plan: TracePlan, points: tuple[int, ...]) -> Iterator[str]:
 
 
 def seconds_per_fact(plan: TracePlan, count: int) -> str:
-    """Exact traces of so many of the facts, between two halves of the approximate ones of all."""
+    """Exact traces of so many facts, between two halves of approximate ones."""
     approximation = plan.config.approximation
     assert approximation is not None
     nothing = DrawnCells(cells=frozenset(), fact=False, cell_chances=dict.fromkeys(GROUPS, 0.0), fact_chance=0.0)
     settings = (plan.std, plan.config, None, plan.statistics)
-    groups = list(plan.groups())
+    groups = some_groups(plan, MORE * count)
+    facts = [traced for group in groups for traced in group]
     middle = (len(groups) + 1) // 2
     exact = approximate = cells = 0.0
     for half in (groups[:middle], None, groups[middle:]):
@@ -97,19 +99,26 @@ def seconds_per_fact(plan: TracePlan, count: int) -> str:
             approximate_group(plan.model, group, *settings, {traced.fact.id: nothing for traced in group})
         approximate += time.monotonic() - start
     # Facts differ in length: what was traced exactly stands for all by its cells.
-    every = sum(
-        len(KINDS) * plan.model.n_layers * len(restored_positions(traced, plan.config)) for traced in plan.facts
-    )
-    per_exact, per_approximate = exact / cells * every / len(plan.facts), approximate / len(plan.facts)
+    every = sum(len(KINDS) * plan.model.n_layers * len(restored_positions(traced, plan.config)) for traced in facts)
+    per_exact, per_approximate = exact / cells * every / len(facts), approximate / len(facts)
     at_last_token = len(GROUPS) * plan.model.n_layers
     drawn = (len(GROUPS) * approximation.exact_cells + at_last_token * approximation.exact_facts) / OF_FACTS
     of_drawn = drawn * exact / cells
+    settings_used = f"{plan.config.samples} samples, points {approximation.points}"
     return (
-        f"{count} facts of {cells / count:.0f} cells exactly, {len(plan.facts)} in {len(groups)} groups approximately, "
-        f"{plan.config.samples} samples, points {approximation.points}: exact {per_exact:.2f} s a fact, approximate "
-        f"{per_approximate:.2f} s and {of_drawn:.2f} s for drawn cells, ratio "
-        f"{per_exact / (per_approximate + of_drawn):.0f}"
+        f"{count} facts of {cells / count:.0f} cells exactly, "
+        f"{len(facts)} of {len(plan.facts)} in {len(groups)} groups approximately, {settings_used}: "
+        f"exact {per_exact:.2f} s a fact, approximate {per_approximate:.2f} s and {of_drawn:.2f} s for drawn cells, "
+        f"ratio {per_exact / (per_approximate + of_drawn):.0f}"
     )
+
+
+def some_groups(plan: TracePlan, count: int) -> list[list[TracedFact]]:
+    """Groups of a trace in a seeded order, until they hold so many facts."""
+    groups = list(plan.groups())
+    random.Random(0).shuffle(groups)
+    before = accumulate(map(len, groups), initial=0)
+    return [group for group, earlier in zip(groups, before, strict=False) if earlier < count]
 
 
 def main() -> int:
@@ -129,7 +138,7 @@ def main() -> int:
         for number in points:
             approximation = Approximation(points=number, least_correlation=0)
             config = me.TraceConfig(kinds=KINDS, samples=options.samples, approximation=approximation)
-            plan = known(model, options.facts, MORE * options.time, config)
+            plan = known(model, options.facts, config)
             print(seconds_per_fact(plan, options.time), flush=True)
         return 0
     unsevered = me.TraceConfig(
@@ -139,7 +148,7 @@ def main() -> int:
     print("| kind | severed | points | cells | rank correlation | mean effect, % | mean miss, % | largest miss, % |")
     print("|---|---|---|---|---|---|---|---|")
     for config in (unsevered, severed):
-        for row in agreement(known(model, options.facts, options.count, config), points):
+        for row in agreement(known(model, options.facts, config, options.count), points):
             print(row, flush=True)
     return 0
 
