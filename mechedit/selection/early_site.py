@@ -37,16 +37,20 @@ def early_site(subject: SubjectEffects, config: SelectConfig) -> EarlySite:
     Under the hypothesis of no site, all gaps of a fact may as well have the other sign; `resamples` random choices of
     signs give the distribution of the largest `skewness_corrected_t` over layers, which keeps the correlation of
     layers and needs no normality (the max-T permutation test; Nichols & Holmes 2002). There is a site when
-    p = (1 + #{max T* ≥ max T}) / (1 + resamples) ≤ 1 − confidence, and the gap is not negligible.
+    p = (1 + #{max T* ≥ max T}) / (1 + resamples) ≤ 1 − confidence, and the gap is not negligible. Beside other
+    layers, those whose gaps are rounding take no part: their t statistics are as large as any, and differ from one
+    processor to another.
     """
-    gap = subject.gap
+    least = NEGLIGIBLE * np.abs(subject.state.mean(0)).max()
+    clear = np.abs(subject.gap).mean(0) > least
+    gap = np.where(clear, subject.gap, 0.0) if clear.any() else subject.gap
     signs = np.random.default_rng(config.seed).choice([-1.0, 1.0], size=(config.resamples, len(gap)))
     flipped = skewness_corrected_t(gap, signs).max(1)
     observed = skewness_corrected_t(gap, np.ones((1, len(gap)))).max()
     p = float(1 + np.count_nonzero(flipped >= observed)) / (1 + config.resamples)
-    mean = gap.mean(0)
+    mean = subject.gap.mean(0)
     peak = int(mean.argmax())
-    large = mean[peak] > NEGLIGIBLE * np.abs(subject.state.mean(0)).max()
+    large = mean[peak] > least
     significant = p <= 1 - config.confidence + 1e-12
     return EarlySite(found=bool(large and significant), layer=peak, gap=float(mean[peak]), p=p)
 
