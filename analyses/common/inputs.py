@@ -80,9 +80,16 @@ class Inputs:
 
     @cached_property
     def requests(self) -> list[EditRequest]:
-        """The first `--count` requests of the source; `known` makes them from the facts that ship."""
+        """The first `--count` requests of the source, without those that contradict an earlier one.
+
+        `known` makes them from the facts that ship.
+        """
         source, count = self.arguments.requests, self.arguments.count
-        requests = counterfacts(load_facts("known"), seed=self.seed) if source == "known" else load_requests(source)
+        requests = (
+            counterfacts(load_facts("known"), seed=self.seed)
+            if source == "known"
+            else load_requests(source, conflicts="first")
+        )
         if count is not None and not 1 <= count <= len(requests):
             raise InputError(f"--count is {count}, expected 1 to {len(requests)}, the requests of {source!r}")
         return requests[:count]

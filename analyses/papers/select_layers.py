@@ -49,7 +49,7 @@ def main() -> int:
     size = QUICK if options.quick else FULL
     run = RunFolder.at(options.out or f"select_{Path(options.model).name}", overwrite=options.overwrite)
     facts = sampled(load_facts(options.facts), options.max_facts or size["facts"], options.seed)
-    requests = load_requests(options.requests)
+    requests = load_requests(options.requests, conflicts="first")
     model = load_quietly(
         options.model, options.backend, options.device, options.dtype, allow_pickle=options.allow_pickle
     )

@@ -88,7 +88,8 @@ def training_set(experiment: Experiment) -> list[EditRequest]:
         others = training_requests(experiment.requests)
     else:
         subjects = {request.subject for request in experiment.requests}
-        others = [r for r in load_requests(parsed.requests)[len(experiment.requests) :] if r.subject not in subjects]
+        requests = load_requests(parsed.requests, conflicts="first")[len(experiment.requests) :]
+        others = [request for request in requests if request.subject not in subjects]
     if not others:
         raise InputError(
             f"no request of {parsed.requests!r} is about a subject that is not scored, expected some to train with: "

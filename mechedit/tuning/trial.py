@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from mechedit.errors import InputError
 from mechedit.statistics import bootstrap_means, harmonic_mean, percentile_interval
 from mechedit.sweep import Sweep, Window
 from mechedit.sweep.sweep import MAGNITUDES, by_case
+from mechedit.sweep.validation import CLOSE
 from mechedit.tables import where
 from mechedit.tuning.alternatives import WEIGHT, Changes
 
@@ -109,10 +111,31 @@ def best_of(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: trial.objective)
 
 
+def windows_of(trials: Sequence[Trial]) -> list[Window]:
+    """The windows of some trials, each once."""
+    return list(dict.fromkeys(trial.window for trial in trials))
+
+
 def preferred(current: Trial, rivals: Sequence[Trial]) -> Trial:
     """The best trial where it beats the current one by `WORTH` on `SURE` of the resamples, else the current one."""
     best = best_of([current, *rivals])
     return best if (best.draws >= current.draws + WORTH).mean() >= SURE else current
+
+
+def central(trials: Sequence[Trial]) -> Trial:
+    """Of the trials about as good as the best, that whose layers most of them share: the middle of a plateau.
+
+    As good are those within `CLOSE` points to which resamples do not prefer the best. Of windows beside each other,
+    which have most layers in common, chance makes one the best, while all say that the layers they share are good ones.
+    """
+    best = best_of(trials)
+    near = [t for t in trials if (best.objective - t.objective <= CLOSE and preferred(t, [best]) is t) or t is best]
+    sharing = Counter(layer for trial in near for layer in trial.window.layers)
+
+    def shared_by(trial: Trial) -> float:
+        return sum(sharing[layer] for layer in trial.window.layers) / trial.window.width
+
+    return max(near, key=lambda trial: (shared_by(trial), trial.objective))
 
 
 def _means(values: Float[np.ndarray, "case measure"]) -> Float[np.ndarray, " measure"]:

@@ -5,8 +5,8 @@
 2. λ on the best window, which costs no search for z.
 3. The settings of the search, one after another, on the best window alone; then λ again.
 
-A window is the best-scoring; a setting, and a window that a trace selected, are left where most resamples of the facts
-prefer another.
+Of the windows that score about as well as the best, that in the middle is taken. A setting, a width, and the window
+that a trace selected are left where most resamples of the facts prefer another.
 """
 
 from __future__ import annotations
@@ -47,7 +47,17 @@ from mechedit.tuning.ends import end_warnings, value_of
 from mechedit.tuning.inputs import check_method, end_layers, scope_of, selected_window, tuned_windows, tuning_facts
 from mechedit.tuning.ledger import Ledger
 from mechedit.tuning.plan import WIDE_ENDS, Plan, Speed, make_plan, plan_for_seconds
-from mechedit.tuning.trial import Trial, best_of, check_not_equal, in_words, preferred, trials_of, weight_of
+from mechedit.tuning.trial import (
+    Trial,
+    best_of,
+    central,
+    check_not_equal,
+    in_words,
+    preferred,
+    trials_of,
+    weight_of,
+    windows_of,
+)
 from mechedit.tuning.tried_windows import halfway_ends, spread_ends, widths_of
 from mechedit.tuning.tuned import Tuned
 
@@ -139,7 +149,8 @@ class _Search:
         """The stages, one after another."""
         plan = self.plan()
         self.notify(f"tuning {self.method} with up to {plan.facts} facts: {plan.in_words()}")
-        current = self.choose_width(plan, self.choose_window(plan))
+        windows = self.try_windows_in_rounds(plan)
+        current = self.choose_width(plan, self.choose_window(windows), windows)
         current = self.choose_weight(plan, current)
         before = current.changes
         for name in plan.searched:
@@ -274,8 +285,11 @@ class _Search:
         self.trials += trials
         return trials
 
-    def choose_window(self, plan: Plan) -> list[Trial]:
-        """Trials of the best windows with all facts: successive halving over end layers, then those beside the best."""
+    def try_windows_in_rounds(self, plan: Plan) -> list[Trial]:
+        """The best windows with all facts, by successive halving over end layers, and then beside the best.
+
+        Each with the λ of the config, unless another is preferred.
+        """
         candidate_ends = [self.end(window) for window in self.candidates if window in self.windows]
         ends = spread_ends(self.ends(), plan.rungs[0].ends, candidate_ends)
         ranked: list[int] = []
@@ -290,11 +304,10 @@ class _Search:
             tried = {self.end(trial.window) for trial in self.trials}
             beside = halfway_ends(ranked[0], self.ends(), tried, plan.neighbors)
             trials += self.try_ends(beside, plan.facts) if beside else []
-        if self.selected is not None and self.selected not in {trial.window for trial in trials}:
+        if self.selected is not None and self.selected not in windows_of(trials):
             trials += self.try_windows([self.selected], plan.facts)
-        best = best_of(trials)
-        self.notify(f"best of {len({trial.window for trial in self.trials})} windows: {best.window}, {in_words(best)}")
-        return trials
+        by_window = [[trial for trial in trials if trial.window == window] for window in windows_of(trials)]
+        return [preferred(of_window[0], of_window[1:]) for of_window in by_window]
 
     def try_ends(self, ends: Sequence[int], facts: int) -> list[Trial]:
         """Trials of all windows with these ends, with each λ of the screening."""
@@ -315,22 +328,24 @@ class _Search:
             best[self.end(trial.window)] = max(best.get(self.end(trial.window), -np.inf), trial.objective)
         return sorted(best, key=lambda end: (-best[end], end))
 
-    def choose_width(self, plan: Plan, trials: Sequence[Trial]) -> Trial:
-        """The best of some trials, or one of a window that ends like the best few of them where that is preferred.
+    def choose_window(self, trials: Sequence[Trial]) -> Trial:
+        """The window that a trace selected unless another is preferred, else that in the middle of the best."""
+        current = central(trials)
+        for trial in trials:
+            if trial.window == self.selected:
+                current = preferred(trial, [current])
+        self.notify(f"chosen of {len(windows_of(self.trials))} windows: {current.window}, {in_words(current)}")
+        return current
 
-        A window that a trace selected is left only where another is preferred to it.
-        """
-        current = best_of(trials)
-        if of_selected := [trial for trial in trials if trial.window == self.selected]:
-            current = preferred(best_of(of_selected), [current])
+    def choose_width(self, plan: Plan, current: Trial, trials: Sequence[Trial]) -> Trial:
+        """The window chosen, or another width of one that ends like the best of some trials where that is preferred."""
         if self.tuning.windows is not None or self.base.target_layer([0, 1]) != 1:
             return current
         rivals: list[Trial] = []
         for end in self.rank(trials)[:WIDE_ENDS]:
             of_end = best_of([trial for trial in trials if self.end(trial.window) == end])
-            tried = {trial.window for trial in trials}
-            windows = [window for window in widths_of(of_end.window, list(self.moments)) if window not in tried]
-            rivals += self.measure("widths", windows, of_end.changes, plan.facts) if windows else []
+            wider = [window for window in widths_of(of_end.window, self.moments) if window not in windows_of(trials)]
+            rivals += self.measure("widths", wider, of_end.changes, plan.facts) if wider else []
         if rivals:
             current = preferred(current, rivals)
             self.notify(f"best of {len(rivals) + 1} widths: {current.window}, {in_words(current)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
+
 import pandas as pd
 import pytest
 
@@ -63,6 +66,20 @@ def test_a_variant_reads_method_layers_and_settings():
 def experiment(tmp_path_factory) -> Experiment:
     out = tmp_path_factory.mktemp("papers")
     return open_experiment("try", options("Try."), ["--out", str(out), "--quick", "--count", "3"])
+
+
+def test_a_request_that_contradicts_an_earlier_one_is_left_out(tmp_path):
+    """As CounterFact has some: without it no script could read that file."""
+    first, second, *_ = counterfacts(FACTS, 4)
+    contradicting = replace(first, id="contradicting", target_new=second.target_new + "s")
+    rows = [asdict(request) for request in (first, contradicting, second)]
+    (tmp_path / "requests.json").write_text(json.dumps(rows, default=str), encoding="utf-8")
+    arguments = ["--out", str(tmp_path), "--quick", "--count", "2", "--requests", str(tmp_path / "requests.json")]
+    requests = open_experiment("try", options("Try."), arguments).requests
+    assert [request.id for request in requests] == [first.id, second.id]
+    check_requests(requests)
+    with pytest.raises(InputError, match="conflict"):
+        check_requests([first, contradicting, second])
 
 
 def test_a_scored_edit_is_made_once_and_leaves_the_model_as_it_was(experiment, monkeypatch):

@@ -33,7 +33,7 @@ from mechedit.files import plain_copy
 from mechedit.methods.tuned_settings import record_hash
 from mechedit.sweep import Window
 from mechedit.tuning import tuned_windows, tuning_facts
-from mechedit.tuning.trial import Trial, preferred
+from mechedit.tuning.trial import Trial, central, preferred
 from mechedit.tuning.tried_windows import widths_of
 
 TUNED_WITH = ("plant", "colour", "stone", "instrument")
@@ -230,29 +230,43 @@ def test_windows_lie_within_the_moments_and_leave_the_last_layer_out(tiny: Any) 
     assert set(with_candidate) - set(tuned_windows(tiny, range(5), TuneConfig(width=3))) == {(1, 4)}
 
 
+DRAWS = np.linspace(80, 90, 101)
+
+
+def trial(gain: Any, window: tuple[int, int] = (1, 2), value: float = 0.2) -> Trial:
+    """A trial that is better by so much on every resample."""
+    scored = DRAWS + gain
+    return Trial(
+        stage="",
+        window=Window(*window),
+        changes={"relative_lr": value},
+        facts=9,
+        scores={},
+        objective=float(scored.mean()),
+        draws=scored,
+    )
+
+
 def test_a_setting_is_left_as_it_was_unless_another_is_worth_it_on_most_resamples() -> None:
-    draws = np.linspace(80, 90, 101)
-
-    def trial(value: float, gain: Any) -> Trial:
-        scored = draws + gain
-        changes = {"relative_lr": value}
-        return Trial(
-            stage="",
-            window=Window(1, 2),
-            changes=changes,
-            facts=9,
-            scores={},
-            objective=float(scored.mean()),
-            draws=scored,
-        )
-
-    current = trial(0.2, 0.0)
-    assert preferred(current, [trial(0.4, 0.01)]) is current, "what decides ties is no reason"
-    better = trial(0.1, 1.0)
-    assert preferred(current, [trial(0.4, 0.01), better]) is better
-    lucky = trial(0.05, np.where(np.arange(101) < 30, 10.0, 0.0))
+    current = trial(0.0)
+    assert preferred(current, [trial(0.01, value=0.4)]) is current, "what decides ties is no reason"
+    better = trial(1.0, value=0.1)
+    assert preferred(current, [trial(0.01, value=0.4), better]) is better
+    lucky = trial(np.where(np.arange(101) < 30, 10.0, 0.0), value=0.05)
     assert lucky.objective > better.objective, "better on average, and on three of ten resamples"
     assert preferred(current, [lucky]) is current
+
+
+def test_of_windows_about_as_good_the_middle_one_is_taken() -> None:
+    first, middle, last = trial(0.4, (0, 3)), trial(0.0, (1, 4)), trial(0.1, (2, 5))
+    far = trial(-20.0, (7, 10))
+    assert central([first, middle, last, far]) is middle
+    assert central([first, far]) is first
+    clear = trial(9.0, (0, 3))
+    assert central([clear, middle, last, far]) is clear, "the control: one that is better is taken"
+    unsure = trial(np.where(np.arange(101) < 60, 20.0, 0.0), (0, 3))
+    assert preferred(middle, [unsure]) is middle
+    assert central([unsure, middle, last]) is unsure, "12 points better, on six of ten resamples"
 
 
 def test_a_window_that_a_trace_selected_is_left_only_where_another_is_preferred(
