@@ -269,18 +269,20 @@ def test_of_windows_about_as_good_the_middle_one_is_taken() -> None:
     assert central([unsure, middle, last]) is unsure, "12 points better, on six of ten resamples"
 
 
-def test_a_window_that_a_trace_selected_is_left_only_where_another_is_preferred(
-    tiny: Any, moments: Any, facts: Any
-) -> None:
+def test_a_window_that_a_trace_selected_is_tried_with_all_facts(small: Any, small_moments: Any) -> None:
+    budget = TuneConfig(edits=60, width=1)
+    tuned = tune(small, REQUESTS, small_moments, config=SMALL, tuning=budget, candidates=[(0, 1)])
+    assert tuned.record["plan"]["selected"] == 1
+    assert tuned.record["edits"] <= 60
+    tried = {tuple(trial["layers"]) for trial in tuned.record["trials"] if trial["facts"] == len(REQUESTS)}
+    assert (0, 1) in tried
+
+
+def test_a_window_that_a_trace_selected_is_left_where_another_is_preferred(tiny: Any, moments: Any, facts: Any) -> None:
     good = dataclasses.replace(recommended("memit", tiny), steps=15, generated_prefixes=0)
-    arguments: dict[str, Any] = {"config": good, "tuning": TuneConfig(edits=40, facts=6)}
-    selected = tune(tiny, facts[0], moments, **arguments, candidates=[(1, 4)])
-    assert selected.record["plan"]["selected"] == 1
-    assert selected.record["edits"] <= 40
-    tried = {tuple(trial["layers"]) for trial in selected.record["trials"] if trial["facts"] == 6}
-    assert (1, 2, 3, 4) in tried, "whatever the first rounds say"
-    wrong = tune(tiny, facts[0], moments, **arguments, candidates=[(5, 6)])
-    assert wrong.layers != (5, 6), "the control: the MLPs of layers 5 and 6 hold nothing"
+    tuned = tune(tiny, facts[0], moments, config=good, tuning=GOOD_BUDGET, candidates=[(5, 6)])
+    assert tuned.record["plan"]["selected"] == 1
+    assert tuned.layers == (1, 2, 3, 4), "the MLPs of layers 5 and 6 hold nothing"
 
 
 def test_other_widths_end_like_the_window_and_lie_within_the_moments() -> None:
