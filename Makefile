@@ -55,9 +55,11 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -
 	$(INSTALL) -e .
 	touch $@
 
-.venv/ready-dev: .venv/ready
+# In one call, which finds out once what is needed.
+.venv/ready-dev: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
 	$(INSTALL) -e ".[dev]"
-	touch $@
+	touch .venv/ready $@
 
 clean:
 	rm -rf .venv
