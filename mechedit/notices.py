@@ -9,9 +9,9 @@ _PASSED_THROUGH = frozenset(("mechedit", "contextlib", "functools", "jaxtyping",
 """Packages whose lines tell a user nothing: ours, and those of decorators around our functions."""
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn with the place of the nearest call from outside of mechedit and of the decorators around its functions."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_THROUGH:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

@@ -21,6 +21,7 @@ from mechedit.models import Model
 from mechedit.moments import MomentsConfig, SecondMoment, is_published, load_moments, plan_moments
 from mechedit.moments.second_moment import moment_path
 from mechedit.paths import check_folder, writable_file
+from mechedit.provenance import ModelIdentity
 from mechedit.run_folder import RunFolder
 from mechedit.selection import Selection
 from mechedit.sweep import Window
@@ -63,20 +64,29 @@ def tune_command(options: TuneOptions, tuning: TuneConfig, reading: MomentsConfi
         )
     check_method(options.method)
     requests = options.read_requests(options.requests, "first")  # one per subject is taken in any case
-    candidates, traced = _of_trace(options.trace)
+    selection = None if options.trace is None else Selection.load(existing_folder(options.trace) / "selection.json")
+    traced = set() if options.trace is None else _traced(options.trace)
     model = options.load_model()
+    if selection is not None:
+        model.identity().require(
+            ModelIdentity.of(selection.provenance),
+            f"the selection in {str(options.trace)!r}",
+            "trace this model, or leave --trace out",
+            ignoring={"module"},
+        )
+    candidates, selected = _windows_of(selection)
     requests = options.in_turns(model, requests)
     held_out = [request for request in requests if request.subject not in traced]
     config = options.untuned(model)
     windows = tuned_windows(model, range(model.n_layers), tuning, candidates)
-    check_budget(config, windows, len(tuning_facts(held_out, tuning)), tuning, candidates)
+    check_budget(config, windows, len(tuning_facts(held_out, tuning)), tuning, selected)
     folder = RunFolder.at(options.out or tuned_folder_of(model) / "search", overwrite=options.overwrite)
     file = writable_file(tuned_file(options, model))
     check_folder(folder.path / "figures")
     moments = _moments(folder, model, options, windows, reading)
     tuned = tune(
-        model, held_out, moments, method=options.method, tuning=tuning, candidates=candidates, folder=folder.path,
-        config=config, notify=say,
+        model, held_out, moments, method=options.method, tuning=tuning, candidates=candidates, selected=selected,
+        folder=folder.path, config=config, notify=say,
     )  # fmt: skip
     for name, figure in tuning_figures(tuned.record).items():
         save_figure(figure, folder.path / "figures", name)
@@ -110,18 +120,22 @@ def tuned_file(options: TuneOptions, model: Model) -> Path:
     return tuned_folder_of(model) / TUNED_FILE
 
 
-def _of_trace(folder: Path | None) -> tuple[list[Window], set[str]]:
-    """The windows that a trace proposes, the likeliest first, and the subjects that were traced."""
-    if folder is None:
-        return [], set()
-    selection = Selection.load(existing_folder(folder) / "selection.json")
+def _windows_of(selection: Selection | None) -> tuple[list[Window], Window | None]:
+    """The windows that a trace proposes, and the one that it selects, if it does."""
+    if selection is None:
+        return [], None
     ranges = [selection.layers, *(candidate.layers for candidate in selection.candidates)]
     ranges += [tuple(layers) for layers in selection.alternatives.values()]
     windows = dict.fromkeys(Window(layers[0], layers[-1]) for layers in ranges if layers)
+    return list(windows), Window(selection.layers[0], selection.layers[-1]) if selection.layers else None
+
+
+def _traced(folder: Path) -> set[str]:
+    """The subjects that were traced."""
     if not (folder / "facts.parquet").is_file():
-        return list(windows), set()
+        return set()
     facts = read_table(folder / "facts.parquet", ("subject", "traced"))
-    return list(windows), set(where(facts, traced=True)["subject"])
+    return set(where(facts, traced=True)["subject"])
 
 
 def _moments(

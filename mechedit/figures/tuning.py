@@ -31,7 +31,7 @@ SETTING_LABELS = {
 def plot_tuned_windows(record: Mapping[str, Any], ax: Axes) -> Axes:
     """The score of every window that was tried, at its last layer: the best λ of each, a color per number of facts.
 
-    The star is the choice; the dashed line the unedited model.
+    The star is the choice, with its layers in the legend; the dashed line the unedited model.
 
     Args:
         record: a method's section of tuned.json.
@@ -53,7 +53,8 @@ def plot_tuned_windows(record: Mapping[str, Any], ax: Axes) -> Axes:
         ends = sorted(best)
         line = {"marker": "o", "markersize": 3, "color": color, "label": f"{count} facts"}
         ax.plot(ends, [best[end]["score"] for end in ends], **line)
-    _star(record, record["layers"][-1], ax)
+    first, last = record["layers"][0], record["layers"][-1]
+    _star(record, last, ax, f"chosen: {first}–{last}" if first < last else f"chosen: {last}")
     _unedited(record, ax)
     ax.set(xlabel="last layer of the window", ylabel="edit score (%)", ylim=(-4, 106))
     legend_above(ax, columns=3)
@@ -62,6 +63,8 @@ def plot_tuned_windows(record: Mapping[str, Any], ax: Axes) -> Axes:
 
 def plot_tuned_setting(record: Mapping[str, Any], name: str, ax: Axes) -> Axes:
     """The score by the value of a setting on the chosen layers, and exact match; the star is the choice.
+
+    A choice in the absolute unit that the search began with is a dotted line.
 
     Args:
         record: a method's section of tuned.json.
@@ -77,9 +80,11 @@ def plot_tuned_setting(record: Mapping[str, Any], name: str, ax: Axes) -> Axes:
     for measure, color in (("score", BLUE), ("exact_match", ORANGE)):
         line = {"marker": "o", "markersize": 3, "color": color, "label": measure.replace("_", " ")}
         ax.plot(values, [trial[measure] for trial in trials], **line)
-    chosen = record["settings"].get(name)
+    chosen, absolute = record["settings"].get(name), record["settings"].get(ABSOLUTE.get(name, name))
     if chosen in values:
-        _star(record, chosen, ax)
+        _star(record, chosen, ax, "chosen")
+    elif absolute is not None:  # in the unit that the search began with, which has no place on this axis
+        ax.axhline(record["chosen"]["score"], color=INK, linewidth=0.8, linestyle=":", label=f"chosen: {absolute:g}")
     _unedited(record, ax)
     if min(values) > 0:
         ax.set_xscale("log")
@@ -125,9 +130,9 @@ def _of_layers(record: Mapping[str, Any], layers: Sequence[int]) -> list[dict[st
     return [trial for trial in record["trials"] if trial["layers"] == list(layers) and trial["facts"] == facts]
 
 
-def _star(record: Mapping[str, Any], x: float | int, ax: Axes) -> None:
+def _star(record: Mapping[str, Any], x: float | int, ax: Axes, label: str) -> None:
     score = record["chosen"]["score"]
-    ax.scatter([x], [score], marker="*", s=60, color=ORANGE, edgecolors=INK, linewidths=0.5, zorder=4, label="chosen")
+    ax.scatter([x], [score], marker="*", s=60, color=ORANGE, edgecolors=INK, linewidths=0.5, zorder=4, label=label)
 
 
 def _unedited(record: Mapping[str, Any], ax: Axes) -> None:

@@ -30,7 +30,7 @@ from mechedit.edit import Edit, check_model
 from mechedit.errors import InputError, brief_list
 from mechedit.methods.checks import by_layer, check_input, check_target_settings
 from mechedit.methods.manifest import search_record
-from mechedit.methods.plausibility import WARNINGS, edit_warnings
+from mechedit.methods.plausibility import WARNINGS, ImplausibleEditWarning, edit_warnings
 from mechedit.methods.recommendation import SETTINGS_FROM, Recommendation, published_for, recommendation
 from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig
@@ -182,7 +182,7 @@ class Method(Generic[Config]):
         if lines := edit_warnings(edit, model, config):
             manifest[WARNINGS] = lines
             for line in lines:
-                warn(line)
+                warn(line, ImplausibleEditWarning)
         if sources is not None:
             manifest[SETTINGS_FROM] = sources
 

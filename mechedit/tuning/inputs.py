@@ -83,10 +83,12 @@ def tuned_windows(
     last = max(model.n_layers - 2, width - 1)
     within = [Window(end - width + 1, end) for end in range(width - 1, last + 1)] if width <= model.n_layers else []
     fitting = [window for window in within if set(window.layers) <= set(layers)]
+    if not within:
+        raise InputError(f"no window of {width} layers fits into the model's {model.n_layers}; choose another --width")
     if not fitting:
         raise InputError(
-            f"no window of {width} layers fits into the model's {model.n_layers} and the layers with second moments "
-            f"({brief_list(sorted(layers))}); choose another --width, or collect more moments"
+            f"no window of {width} layers fits into the layers with second moments ({brief_list(sorted(layers))}); "
+            f"choose another --width, or collect more moments"
         )
     extra = [Window(*ends) for ends in candidates]
     extra = [window for window in extra if set(window.layers) <= set(layers) and window.width <= 2 * width]
@@ -98,7 +100,7 @@ def check_budget(
     windows: Sequence[Window],
     facts: int,
     tuning: TuneConfig,
-    candidates: Sequence[tuple[int, int]] = (),
+    selected: tuple[int, int] | None = None,
 ) -> None:
     """Refuse a budget in edits with which no search can begin; minutes are held against the speed of the first ones.
 
@@ -107,13 +109,13 @@ def check_budget(
         windows: that may be tried.
         facts: number of facts to tune with.
         tuning: the budget.
-        candidates: windows of a trace.
+        selected: the window that a trace selected.
 
     Raises:
         InputError: says how many edits the smallest search takes.
     """
     if tuning.edits is not None:
-        make_plan(tuning.edits, scope_of(config, windows, facts, tuning, candidates))
+        make_plan(tuning.edits, scope_of(config, windows, facts, tuning, selected))
 
 
 def scope_of(
@@ -121,7 +123,7 @@ def scope_of(
     windows: Sequence[Window],
     facts: int,
     tuning: TuneConfig,
-    candidates: Sequence[tuple[int, int]] = (),
+    selected: tuple[int, int] | None = None,
 ) -> Scope:
     """What there is to choose among; arguments as in `check_budget`."""
     return Scope(
@@ -129,14 +131,8 @@ def scope_of(
         requests=facts,
         searched=tuple(name for name in SEARCHED if settable(config, name)),
         fixed=tuning.windows is not None,
-        selected=selected_window(windows, candidates) is not None,
+        selected=selected in windows,
     )
-
-
-def selected_window(windows: Sequence[Window], candidates: Sequence[tuple[int, int]]) -> Window | None:
-    """The first of the candidates, where it is among the windows that can be tried."""
-    first = Window(*candidates[0]) if candidates else None
-    return first if first in windows else None
 
 
 def end_layers(config: Any, windows: Sequence[Window]) -> list[int]:

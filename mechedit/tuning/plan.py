@@ -142,9 +142,11 @@ class Scope:
         rungs = tuple(
             Rung(ends=count, facts=max(2, facts >> (len(counts) - 1 - index))) for index, count in enumerate(counts)
         )
-        neighbors = 0 if self.fixed or ends < ENDS[-1] else 2
+        # Where all are tried with all facts, or none is left beside them, nothing more is to be searched for.
+        selected = self.selected and (len(rungs) > 1 or ends < self.ends)
+        neighbors = 0 if self.fixed or ends == self.ends else 2
         searched = self.searched[:n_searched]
-        return Plan(rungs=rungs, neighbors=neighbors, searched=searched, selected=int(self.selected))
+        return Plan(rungs=rungs, neighbors=neighbors, searched=searched, selected=int(selected))
 
 
 def make_plan(edits: int, scope: Scope) -> Plan:

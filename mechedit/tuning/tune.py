@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from mechedit.data import EditRequest, check_requests, records_of
-from mechedit.errors import DiskError, InputError
+from mechedit.errors import DiskError, InputError, brief_list
 from mechedit.evaluation import QUICK, EvaluationConfig, Summary
 from mechedit.methods import METHODS, MethodConfig, by_layer
+from mechedit.methods.plausibility import ImplausibleEditWarning
 from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
 from mechedit.provenance import ModelIdentity, determining, value_hash
@@ -44,9 +46,10 @@ from mechedit.tuning.alternatives import (
 )
 from mechedit.tuning.config import MINUTES, TuneConfig
 from mechedit.tuning.ends import end_warnings, value_of
-from mechedit.tuning.inputs import check_method, end_layers, scope_of, selected_window, tuned_windows, tuning_facts
+from mechedit.tuning.inputs import check_method, end_layers, scope_of, tuned_windows, tuning_facts
 from mechedit.tuning.ledger import Ledger
 from mechedit.tuning.plan import WIDE_ENDS, Plan, Speed, make_plan, plan_for_seconds
+from mechedit.tuning.timing import measure_speed
 from mechedit.tuning.trial import (
     Trial,
     best_of,
@@ -62,8 +65,6 @@ from mechedit.tuning.tried_windows import halfway_ends, spread_ends, widths_of
 from mechedit.tuning.tuned import Tuned
 
 Notify = Callable[[str], object]
-TRIED_FACTS = 6
-"""Facts by which the speed is measured."""
 
 
 @exclusive
@@ -76,6 +77,7 @@ def tune(
     config: MethodConfig | None = None,
     tuning: TuneConfig | None = None,
     candidates: Sequence[tuple[int, int]] = (),
+    selected: tuple[int, int] | None = None,
     folder: str | Path | None = None,
     notify: Notify = lambda line: None,
 ) -> Tuned:
@@ -93,8 +95,8 @@ def tune(
         method: one of `METHODS` that searches for z on the unedited model.
         config: settings to begin with; by default those that ship with the model (`recommended`, untuned).
         tuning: the budget, and windows to try.
-        candidates: windows to try besides those spread over the depth, such as those of a trace; the first is left only
-            where most resamples of the facts prefer another.
+        candidates: windows to try besides those spread over the depth, such as those of a trace.
+        selected: the window that a trace selected, which is left only where most resamples of the facts prefer another.
         folder: for targets and finished trials, so that an interrupted search goes on.
         notify: told what the search will take, and what each step chose.
 
@@ -113,13 +115,14 @@ def tune(
     moments = by_layer("the second moments", moments)
     facts = tuning_facts(records_of(requests, EditRequest), tuning)
     check_requests(facts)
+    candidates = [*candidates] if selected is None else [selected, *candidates]
     windows = tuned_windows(model, list(moments), tuning, candidates)
     if folder is not None:
         sweep(Path(folder) / name for name in ("parts", "targets", "ledger"))
     with contextlib.ExitStack() as stack:
         search = _Search(
             model=model, facts=facts, moments=moments, method=method, base=base, tuning=tuning, windows=windows,
-            candidates=[Window(*ends) for ends in candidates], notify=notify,
+            candidates=[Window(*ends) for ends in candidates], selected=selected and Window(*selected), notify=notify,
             folder=Path(folder or stack.enter_context(TemporaryDirectory())),
         )  # fmt: skip
         return search.run()
@@ -137,6 +140,7 @@ class _Search:
     tuning: TuneConfig
     windows: list[Window]
     candidates: list[Window]
+    selected: Window | None
     folder: Path
     notify: Notify
     trials: list[Trial] = field(default_factory=list)
@@ -144,11 +148,18 @@ class _Search:
     """Searches for z that trials needed: layer, settings and number of the fact."""
     unedited: Summary | None = None
     """Scores of the unedited model on the facts of the last trial."""
+    left_out: list[str] = field(default_factory=list)
+    """What could not be edited, and why."""
 
     def run(self) -> Tuned:
         """The stages, one after another."""
         plan = self.plan()
         self.notify(f"tuning {self.method} with up to {plan.facts} facts: {plan.in_words()}")
+        if self.tuning.windows is None and (lacking := set(range(self.model.n_layers - 1)) - set(self.moments)):
+            self.notify(
+                f"there are no second moments of layers {brief_list(sorted(lacking))}, so that they are not tried; "
+                f"collect those of all layers to try them"
+            )
         windows = self.try_windows_in_rounds(plan)
         current = self.choose_width(plan, self.choose_window(windows), windows)
         current = self.choose_weight(plan, current)
@@ -186,11 +197,6 @@ class _Search:
         """How trials are scored."""
         return dataclasses.replace(QUICK, seed=self.tuning.seed, batch_size=self.base.batch_size)
 
-    @cached_property
-    def selected(self) -> Window | None:
-        """The window that a trace selected, where it can be tried."""
-        return selected_window(self.windows, self.candidates)
-
     def ends(self) -> list[int]:
         """Layers at which the windows search for z, ascending."""
         return end_layers(self.base, self.windows)
@@ -201,7 +207,7 @@ class _Search:
 
     def plan(self) -> Plan:
         """How the budget is dealt out."""
-        scope = scope_of(self.base, self.windows, len(self.facts), self.tuning, self.candidates)
+        scope = scope_of(self.base, self.windows, len(self.facts), self.tuning, self.selected)
         if self.tuning.edits is not None:
             return make_plan(self.tuning.edits, scope)
         speed = self.speed()
@@ -214,55 +220,36 @@ class _Search:
         return plan
 
     def speed(self) -> Speed:
-        """How long an edit and a trial take, measured once on the middle window and then kept."""
+        """How long an edit and a trial take, measured once and then kept."""
         if self.ledger.speed is None:
-            middle = self.windows[len(self.windows) // 2]
-            few, many = 1, min(TRIED_FACTS, len(self.facts))
-            # The first call also sets up what all share; a call with another λ searches for nothing.
-            calls = [(few, {}), (few, self.another_weight()), (many, {}), (many, self.another_weight())]
-            for facts, changes in calls:
-                with self.ledger.timed(f"speed {dict(changes)} {facts}"):
-                    self.sweep([middle], changes, facts)
-            _, scored_few, searched, scored_many = (
-                self.ledger.seconds[f"speed {dict(changes)} {facts}"] for facts, changes in calls
-            )
-            per_fact = max(scored_many - scored_few, 0.0) / (many - few)
-            per_edit = max(searched - scored_many, 0.1 * searched) / (many - few)
-            # A search runs the blocks above its layer.
-            above_middle, above_lowest = (self.model.n_layers - end for end in (self.end(middle), self.ends()[0]))
-            self.ledger.speed = Speed(
-                edit=per_edit,
-                low_edit=per_edit * above_lowest / above_middle,
-                trial=max(scored_few - per_fact, 0.0),
-                fact=per_fact,
-            )
-            self.ledger.save()
+            with self.ledger.timed("speed"):
+                self.ledger.speed = measure_speed(
+                    self.sweep,
+                    self.windows,
+                    screening_weights(self.base),
+                    len(self.facts),
+                    lambda window: self.model.n_layers - self.end(window),
+                )
         return self.ledger.speed
 
-    def another_weight(self) -> Changes:
-        """Settings that share the search for z with those of the config."""
-        return next(iter([*screening_weights(self.base)[1:], *weights(self.base)]), {})
-
-    def sweep(self, windows: Sequence[Window], changes: Changes, facts: int) -> Sweep:
-        """Edit windows with some settings and the first facts; finished ones are read."""
-        return sweep_windows(
-            self.model,
-            self.facts[:facts],
-            self.moments,
-            windows,
-            method=self.method,
-            config=changed(self.base, changes),
-            evaluation=self.evaluation,
-            parts=self.folder / "parts",
-            cache=self.folder / "targets",
-        )
+    def sweep(self, windows: Sequence[Window], changes: Changes, facts: int, apart: Path | None = None) -> Sweep:
+        """Edit windows with some settings and the first facts; finished ones are read, unless in a folder apart."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImplausibleEditWarning)  # trials are there to tell, and are left again
+            return sweep_windows(
+                self.model,
+                self.facts[:facts],
+                self.moments,
+                windows,
+                method=self.method,
+                config=changed(self.base, changes),
+                evaluation=self.evaluation,
+                parts=None if apart else self.folder / "parts",
+                cache=apart or self.folder / "targets",
+            )
 
     def measure(self, stage: str, windows: Sequence[Window], changes: Changes, facts: int) -> list[Trial]:
-        """Trials of some windows with one choice of settings; those that cannot be edited so are left out.
-
-        Raises:
-            InputError: it is the first trial, and none of its windows can be edited.
-        """
+        """Trials of some windows with one choice of settings; those that cannot be edited so are left out."""
         spans = ",".join(f"{window.first}-{window.last}" for window in windows)
         name = f"{stage} {spans} {dict(changes)} {facts}"
         try:
@@ -271,10 +258,10 @@ class _Search:
         except DiskError:
             raise
         except InputError as error:  # a small λ may leave a system singular, which must not end the search
-            if not self.trials:
-                raise
-            self.notify(f"left out: {error}")
+            self.leave_out(str(error))
             return []
+        for window, reason in scored.failed.items():
+            self.leave_out(f"{window}: {reason}")
         before = len(self.searched)
         settings = value_hash(
             {key: value for key, value in changes.items() if key not in (WEIGHT, "covariance_weight")}
@@ -285,10 +272,19 @@ class _Search:
         self.trials += trials
         return trials
 
+    def leave_out(self, what: str) -> None:
+        """Say once what cannot be edited, and why."""
+        if what not in self.left_out:
+            self.notify(f"left out: {what}")
+        self.left_out.append(what)
+
     def try_windows_in_rounds(self, plan: Plan) -> list[Trial]:
         """The best windows with all facts, by successive halving over end layers, and then beside the best.
 
         Each with the λ of the config, unless another is preferred.
+
+        Raises:
+            InputError: no window of a round can be edited; all score the same.
         """
         candidate_ends = [self.end(window) for window in self.candidates if window in self.windows]
         ends = spread_ends(self.ends(), plan.rungs[0].ends, candidate_ends)
@@ -297,6 +293,8 @@ class _Search:
         for index, rung in enumerate(plan.rungs):
             ends = sorted(ends if not ranked else ranked[: rung.ends])
             trials = self.try_ends(ends, rung.facts)
+            if not trials:
+                raise InputError(f"no window can be edited with {rung.facts} facts: {self.left_out[-1]}")
             if index == 0:
                 check_not_equal(trials)
             ranked = self.rank(trials)
@@ -304,7 +302,7 @@ class _Search:
             tried = {self.end(trial.window) for trial in self.trials}
             beside = halfway_ends(ranked[0], self.ends(), tried, plan.neighbors)
             trials += self.try_ends(beside, plan.facts) if beside else []
-        if self.selected is not None and self.selected not in windows_of(trials):
+        if self.selected in self.windows and self.selected not in windows_of(trials):
             trials += self.try_windows([self.selected], plan.facts)
         by_window = [[trial for trial in trials if trial.window == window] for window in windows_of(trials)]
         return [preferred(of_window[0], of_window[1:]) for of_window in by_window]

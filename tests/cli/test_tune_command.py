@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 import mechedit as me
 from mechedit.cli import main
+from mechedit.cli.tune import _windows_of
 from mechedit.files import read_json
 
 
@@ -98,3 +101,29 @@ def test_what_lies_where_results_go_is_refused_before_the_work(
     assert call("tune", "tiny", *inputs, "--edits", 8, "--windows", "1-2,3-4", "--facts", 4, "--out", out) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [there]
+
+
+def test_a_selection_of_another_model_is_refused_and_of_none_is_no_choice(
+    tmp_path: Path, inputs: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = {"kind": "state", "window": 1, "position": 2, "token": "a", "role": "subject_last", "metric": "probability"}
+    scores = {"score": 0.1, "corrupted": 0.1, "clean": 0.9, "effect": 0.0, "samples": 1}
+    effects = pd.DataFrame(
+        [
+            {**cell, **scores, "fact": fact, "sever": sever, "layer": layer}
+            for fact in map(str, range(12))
+            for sever in ("nothing", "mlp")
+            for layer in range(10)
+        ]
+    )
+    effects.attrs["provenance"] = {**me.load_model("tiny").provenance(), "weights_hash": "0" * 64}
+    nothing = me.select_layers(effects)
+    assert nothing.layers == ()
+    nothing.save(tmp_path / "selection.json")
+    tuning = ["tune", "tiny", *inputs, "--edits", 8, "--windows", "1-2,3-4", "--facts", 4, "--out", tmp_path / "out"]
+    assert call(*tuning, "--trace", tmp_path) == 2
+    line = capsys.readouterr().err
+    assert f"the selection in '{tmp_path}'" in line
+    assert "trace this model, or leave --trace out" in line
+    assert _windows_of(nothing)[1] is None, "the likeliest range of a trace that selects nothing is not its selection"
+    assert _windows_of(replace(nothing, layers=(1, 2)))[1] == (1, 2), "the control"

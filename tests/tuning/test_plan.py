@@ -69,6 +69,17 @@ def test_no_setting_is_tried_before_windows_have_enough_facts(edits: int) -> Non
         assert plan.edits > edits - 16, "all edits go into windows"
 
 
+def test_edits_that_cannot_be_made_are_not_set_aside() -> None:
+    """Where the first round tries all end layers none is left beside them; where it is the only one, none selected."""
+    every = replace(DEEP, ends=12)
+    assert make_plan(400, every).neighbors == 0
+    assert make_plan(400, DEEP).neighbors == 2, "the control"
+    few = Scope(ends=2, requests=40, selected=True)
+    assert smallest_plan(few).edits == 2 * FEWEST
+    assert make_plan(400, few).selected == 0
+    assert make_plan(400, replace(every, selected=True)).selected == 1, "the control: the rounds leave some out"
+
+
 def test_a_single_window_leaves_the_edits_to_settings() -> None:
     plan = make_plan(150, replace(DEEP, ends=1, fixed=True))
     assert plan.searched == SEARCHED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from mechedit import (
 from mechedit.evaluation import QUICK
 from mechedit.files import plain_copy
 from mechedit.methods.tuned_settings import record_hash
-from mechedit.sweep import Window
+from mechedit.sweep import Window, sweep_windows
 from mechedit.tuning import tuned_windows, tuning_facts
 from mechedit.tuning.trial import Trial, central, preferred
 from mechedit.tuning.tried_windows import widths_of
@@ -271,8 +272,7 @@ def test_of_windows_about_as_good_the_middle_one_is_taken() -> None:
 
 def test_a_window_that_a_trace_selected_is_tried_with_all_facts(small: Any, small_moments: Any) -> None:
     budget = TuneConfig(edits=60, width=1)
-    tuned = tune(small, REQUESTS, small_moments, config=SMALL, tuning=budget, candidates=[(0, 1)])
-    assert tuned.record["plan"]["selected"] == 1
+    tuned = tune(small, REQUESTS, small_moments, config=SMALL, tuning=budget, selected=(0, 1))
     assert tuned.record["edits"] <= 60
     tried = {tuple(trial["layers"]) for trial in tuned.record["trials"] if trial["facts"] == len(REQUESTS)}
     assert (0, 1) in tried
@@ -280,8 +280,7 @@ def test_a_window_that_a_trace_selected_is_tried_with_all_facts(small: Any, smal
 
 def test_a_window_that_a_trace_selected_is_left_where_another_is_preferred(tiny: Any, moments: Any, facts: Any) -> None:
     good = dataclasses.replace(recommended("memit", tiny), steps=15, generated_prefixes=0)
-    tuned = tune(tiny, facts[0], moments, config=good, tuning=GOOD_BUDGET, candidates=[(5, 6)])
-    assert tuned.record["plan"]["selected"] == 1
+    tuned = tune(tiny, facts[0], moments, config=good, tuning=GOOD_BUDGET, selected=(5, 6))
     assert tuned.layers == (1, 2, 3, 4), "the MLPs of layers 5 and 6 hold nothing"
 
 
@@ -289,3 +288,51 @@ def test_other_widths_end_like_the_window_and_lie_within_the_moments() -> None:
     assert widths_of(Window(3, 5), range(18)) == [(5, 5), (4, 5), (2, 5), (1, 5), (0, 5)]
     assert widths_of(Window(3, 5), range(2, 18)) == [(5, 5), (4, 5), (2, 5)]
     assert widths_of(Window(0, 0), range(18)) == []
+
+
+def test_speed_is_measured_as_if_nothing_had_been_searched_for(
+    small: Any, small_moments: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tune(small, REQUESTS, small_moments, config=SMALL, tuning=BUDGET, folder=tmp_path)
+    folders: list[tuple[Path, Path | None]] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        folders.append((Path(options["cache"]), options["parts"]))
+        return sweep_windows(*arguments, **options)
+
+    monkeypatch.setattr(sys.modules["mechedit.tuning.tune"], "sweep_windows", recorded)
+    minutes = dataclasses.replace(BUDGET, minutes=5, edits=None)
+    tune(small, REQUESTS, small_moments, config=SMALL, tuning=minutes, folder=tmp_path)
+    (apart, parts), *rest = folders[:4]
+    assert parts is None
+    assert not apart.is_relative_to(tmp_path), "targets of the search would look as if they cost nothing"
+    assert not apart.exists()
+    assert rest == [(apart, None)] * 3
+    assert folders[4][0].is_relative_to(tmp_path), "the control: the search itself keeps what it does"
+
+
+@pytest.mark.parametrize("budget", [BUDGET, dataclasses.replace(BUDGET, minutes=5, edits=None)])
+def test_a_round_without_a_window_that_can_be_edited_ends_the_search_in_one_line(
+    small: Any, small_moments: Any, monkeypatch: pytest.MonkeyPatch, budget: TuneConfig
+) -> None:
+    def singular(model: Any, requests: Any, *arguments: Any, **options: Any) -> Any:
+        if len(requests) > 3:
+            raise InputError("none of the 2 windows can be edited; layer 0: keys are linearly dependent")
+        return sweep_windows(model, requests, *arguments, **options)
+
+    monkeypatch.setattr(sys.modules["mechedit.tuning.tune"], "sweep_windows", singular)
+    monkeypatch.setattr("mechedit.tuning.timing.FACTS", 3)
+    lines: list[str] = []
+    with pytest.raises(InputError, match=r"no window can be edited with \d facts: none of the 2 windows"):
+        tune(small, REQUESTS, small_moments, config=SMALL, tuning=budget, notify=lines.append)
+    assert sum("left out" in line for line in lines) == 1
+
+
+def test_layers_without_second_moments_are_said_not_to_be_tried(small: Any, small_moments: Any) -> None:
+    lines: list[str] = []
+    arguments: dict[str, Any] = {"config": SMALL, "notify": lines.append}
+    tune(small, REQUESTS, {0: small_moments[0]}, **arguments, tuning=TuneConfig(edits=30, width=1))
+    assert [line for line in lines if line.startswith("there are no second moments of layers 1, so that")], lines
+    lines.clear()
+    tune(small, REQUESTS, small_moments, **arguments, tuning=BUDGET)
+    assert not [line for line in lines if "second moments" in line], "the control: windows that were asked for"

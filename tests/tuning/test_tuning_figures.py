@@ -36,6 +36,10 @@ RECORD = {
 }
 
 
+def legends(figure: Any) -> list[Any]:
+    return [*figure.legends, *filter(None, (ax.get_legend() for ax in figure.axes))]
+
+
 def lines(figure: Any) -> dict[str, list[tuple[float, float]]]:
     return {
         line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in figure.axes[0].lines
@@ -55,6 +59,18 @@ def test_a_setting_is_drawn_by_its_value_the_one_it_began_with_included() -> Non
     assert drawn["exact match"] == [(0.03, 86.0), (0.1, 80.0), (1.0, 45.0)]
     drawn = lines(draw(lambda ax: plot_tuned_setting(RECORD, "relative_lr", ax)))
     assert drawn["score"] == [(0.2, 91.0), (0.4, 20.0)]
+
+
+def test_the_choice_is_named_and_one_in_another_unit_is_a_line() -> None:
+    figure = draw(lambda ax: plot_tuned_windows(RECORD, ax))
+    assert "chosen: 2–4" in {text.get_text() for legend in legends(figure) for text in legend.get_texts()}
+    settings = {"covariance_weight": 15000, "relative_lr": 0.2}
+    absolute = {**RECORD, "settings": settings, "begun_with": {"covariance_weight": 15000, "relative_lr": 0.2}}
+    drawn = lines(draw(lambda ax: plot_tuned_setting(absolute, "relative_covariance_weight", ax)))
+    assert drawn["chosen: 15000"][0][1] == 91.0
+    assert not [
+        name for name in lines(draw(lambda ax: plot_tuned_setting(RECORD, "relative_lr", ax))) if "chosen" in name
+    ]
 
 
 def test_every_setting_with_two_values_has_a_figure() -> None:
