@@ -122,7 +122,8 @@ def tune(
     with contextlib.ExitStack() as stack:
         search = _Search(
             model=model, facts=facts, moments=moments, method=method, base=base, tuning=tuning, windows=windows,
-            candidates=[Window(*ends) for ends in candidates], selected=selected and Window(*selected), notify=notify,
+            candidates=[Window(*ends) for ends in candidates], notify=notify,
+            selected=next((window for window in windows if window == selected), None),
             folder=Path(folder or stack.enter_context(TemporaryDirectory())),
         )  # fmt: skip
         return search.run()
@@ -141,6 +142,7 @@ class _Search:
     windows: list[Window]
     candidates: list[Window]
     selected: Window | None
+    """The window that a trace selected, where it can be tried."""
     folder: Path
     notify: Notify
     trials: list[Trial] = field(default_factory=list)
@@ -302,7 +304,7 @@ class _Search:
             tried = {self.end(trial.window) for trial in self.trials}
             beside = halfway_ends(ranked[0], self.ends(), tried, plan.neighbors)
             trials += self.try_ends(beside, plan.facts) if beside else []
-        if self.selected in self.windows and self.selected not in windows_of(trials):
+        if self.selected is not None and self.selected not in windows_of(trials):
             trials += self.try_windows([self.selected], plan.facts)
         by_window = [[trial for trial in trials if trial.window == window] for window in windows_of(trials)]
         return [preferred(of_window[0], of_window[1:]) for of_window in by_window]

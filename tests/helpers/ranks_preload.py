@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,12 +12,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.distributed
 import torch.distributed.tensor
+from tqdm.std import tqdm
 
 import mechedit.cli
 import mechedit.cli.options
 from mechedit.models import load_model
 
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # the one that it has is shared by all forked processes, and some are killed
 _TINY = load_model("tiny")
 _load_quietly = mechedit.cli.options.load_quietly
 

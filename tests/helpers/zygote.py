@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ def _prepare() -> Callable[[Sequence[str]], None]:
     import peft
     import torch
     import typer
+    from tqdm.std import tqdm
 
     from helpers.smallest import NAME, smallest_model
     from mechedit.cli import app, options
@@ -147,6 +149,8 @@ def _prepare() -> Callable[[Sequence[str]], None]:
     # Figures take most of the time of a command: coarse ones, with fonts that no file has to hold.
     style._STYLE.update({"savefig.dpi": 20, "pdf.use14corefonts": True})
     torch.set_num_threads(1)
+    # Progress bars take a lock that all forked processes share: a child that is killed as it holds it would block them.
+    tqdm.set_lock(threading.RLock())
     models, load = {NAME: smallest_model()}, options.load_quietly
 
     def load_quietly(name: str, *arguments: Any) -> Any:
