@@ -9,6 +9,10 @@ _PASSED_THROUGH = frozenset(("mechedit", "contextlib", "functools", "jaxtyping",
 """Packages whose lines tell a user nothing: ours, and those of decorators around our functions."""
 
 
+class ImplausibleEditWarning(UserWarning):
+    """An edit is implausible, which a search that tries edits need not say of each."""
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn with the place of the nearest call from outside of mechedit and of the decorators around its functions."""
     frame, level = sys._getframe(1), 2

@@ -24,6 +24,7 @@ from mechedit.cli.config_file import config_defaults
 from mechedit.cli.new_folders import no_empty_folders
 from mechedit.disk_errors import disk_error
 from mechedit.errors import InputError, check_characters, is_interrupt
+from mechedit.notices import ImplausibleEditWarning
 from mechedit.provenance import VERSION
 
 app = typer.Typer(
@@ -174,7 +175,7 @@ def plain_warnings() -> Iterator[None]:
     standard = warnings.formatwarning
 
     def plain(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
-        if category is not UserWarning:
+        if category not in (UserWarning, ImplausibleEditWarning):
             return standard(message, category, *where, **line)
         return _line(f"mechedit: warning: {message}") + "\n"
 

@@ -30,13 +30,13 @@ from mechedit.edit import Edit, check_model
 from mechedit.errors import InputError, brief_list
 from mechedit.methods.checks import by_layer, check_input, check_target_settings
 from mechedit.methods.manifest import search_record
-from mechedit.methods.plausibility import WARNINGS, ImplausibleEditWarning, edit_warnings
+from mechedit.methods.plausibility import WARNINGS, edit_warnings
 from mechedit.methods.recommendation import SETTINGS_FROM, Recommendation, published_for, recommendation
 from mechedit.methods.rules import EarlierKeys, Moments
 from mechedit.methods.settings import MethodConfig, SearchConfig, SpreadMethodConfig
 from mechedit.methods.spread import UpdateRule, spread
 from mechedit.models import Model, exclusive
-from mechedit.notices import warn
+from mechedit.notices import ImplausibleEditWarning, warn
 from mechedit.provenance import CAST_HASHES
 from mechedit.published import PublishedSettings
 from mechedit.targets import Targets, find_targets, regrouped

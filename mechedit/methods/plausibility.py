@@ -20,10 +20,6 @@ WARNINGS = "warnings"
 """Field of the manifest that holds the warnings, absent where there are none."""
 
 
-class ImplausibleEditWarning(UserWarning):
-    """An edit is implausible."""
-
-
 def edit_warnings(edit: Edit, model: Model, config: MethodConfig) -> list[str]:
     """What is implausible about an edit, with numbers, and what to do: a line each for size, condition and reach.
 

@@ -27,9 +27,9 @@ from mechedit.data import EditRequest, check_requests, records_of
 from mechedit.errors import DiskError, InputError, brief_list
 from mechedit.evaluation import QUICK, EvaluationConfig, Summary
 from mechedit.methods import METHODS, MethodConfig, by_layer
-from mechedit.methods.plausibility import ImplausibleEditWarning
 from mechedit.models import Model, exclusive
 from mechedit.moments import SecondMoment
+from mechedit.notices import ImplausibleEditWarning
 from mechedit.provenance import ModelIdentity, determining, value_hash
 from mechedit.sweep import Sweep, Window, sweep_windows
 from mechedit.temporary_names import sweep

@@ -32,6 +32,7 @@ from mechedit.cli.app import app, plain_warnings
 from mechedit.cli.command import command
 from mechedit.data import tiny_data
 from mechedit.files import read_json, write_json
+from mechedit.notices import ImplausibleEditWarning
 from mechedit.sweep import CLOSE
 
 FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", "object": "teal"}
@@ -756,6 +757,8 @@ def test_warnings_are_a_line_without_the_place_in_the_source() -> None:
         assert warnings.formatwarning("a moment\nis singular", UserWarning, "f.py", 3) == (
             "mechedit: warning: a moment is singular\n"
         )
+        of_an_edit = warnings.formatwarning("it is too large", ImplausibleEditWarning, "f.py", 3)
+        assert of_an_edit == "mechedit: warning: it is too large\n"
         assert "f.py:3: DeprecationWarning: old" in warnings.formatwarning("old", DeprecationWarning, "f.py", 3)
     assert warnings.formatwarning is standard
     assert "f.py:3: UserWarning: new" in warnings.formatwarning("new", UserWarning, "f.py", 3)
