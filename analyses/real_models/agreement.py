@@ -108,7 +108,7 @@ def seconds_per_fact(plan: TracePlan, count: int) -> str:
     return (
         f"{count} facts of {cells / count:.0f} cells exactly, "
         f"{len(facts)} of {len(plan.facts)} in {len(groups)} groups approximately, {settings_used}: "
-        f"exact {per_exact:.2f} s a fact, approximate {per_approximate:.2f} s and {of_drawn:.2f} s for drawn cells, "
+        f"exact {per_exact:.3g} s a fact, approximate {per_approximate:.3g} s and {of_drawn:.3g} s for drawn cells, "
         f"ratio {per_exact / (per_approximate + of_drawn):.0f}"
     )
 

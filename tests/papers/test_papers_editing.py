@@ -183,7 +183,7 @@ def test_references_are_texts_that_start_with_a_subject_of_the_object():
 
 def test_records_without_prompts_for_free_text_start_it_with_their_own(out, no_figures, monkeypatch):
     bare = [dataclasses.replace(request, generations=()) for request in me.load_requests("tiny")[:2]]
-    monkeypatch.setattr("analyses.common.inputs.load_requests", lambda source: bare)
+    monkeypatch.setattr("analyses.common.inputs.load_requests", lambda source, conflicts: bare)
     no_figures()
     assert table_counterfact.main(arguments(out, "--free", "1", "--count", "2", "--methods", "ft@2")) == 0
     tidy = pd.read_parquet(out / "table_counterfact.parquet")
