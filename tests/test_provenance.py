@@ -226,3 +226,20 @@ def test_a_tokenizers_hash_follows_what_it_does_and_not_what_calls_leave_in_it(t
     changed.add_tokens(["xyzzy"])
     assert tokenizer_hash(changed) != before
     assert tokenizer_hash(tokenizer) == before
+
+
+def test_a_tokenizers_whole_json_is_read_once_whatever_calls_leave_in_it(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma's 262,144 tokens take seconds, which each length at which texts are cut would cost again."""
+    hashed_values: list[object] = []
+    monkeypatch.setattr("mechedit.models.tokenizer_hash.value_hash", lambda value: hashed_values.append(value) or "")
+    monkeypatch.setattr("mechedit.models.tokenizer_hash._hashes", {})
+    changed = copy.deepcopy(tokenizer)
+    for length in (2, 3, 4):
+        changed(["a", "a longer text"], padding=True, truncation=True, max_length=length)
+        tokenizer_hash(changed)
+    assert len(hashed_values) == 1
+    changed.add_tokens(["xyzzy"])
+    tokenizer_hash(changed)
+    assert len(hashed_values) == 2, "nothing is ever read again"
