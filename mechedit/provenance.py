@@ -22,6 +22,7 @@ RECORDED = ("mechedit", "model", "backend")
 """Fields of a model's provenance that are written down and decide nothing: release, name and backend."""
 ALGORITHMS = {
     "trace": 2,
+    "estimates": 2,
     "moments": 1,
     "targets": 5,
     "edit": 4,
@@ -35,7 +36,8 @@ ALGORITHMS = {
 """Number of each artifact's algorithm. Raise one by hand when a change of the code changes that artifact's numbers:
 results of another number are not reused. Results without a number are of algorithm 1.
 
-2: an object's tokens are those that it has behind its prompt, not behind a space.
+2: an object's tokens are those that it has behind its prompt, not behind a space. Of estimates (approximate traces):
+noise samples are dealt over the points.
 3: the learning rate of the search for z and λ are in relative units by default, and a search has converged when the
 object is the likeliest answer. Of scores: the sentence of an edit whose object ends in a dot has one dot.
 4: the unit of the learning rate is a typical coordinate, and what is written through a norm is the nearest output that

@@ -27,7 +27,8 @@ class Approximation:
     """How many cells an approximate trace traces exactly, and how well the estimates must rank them."""
 
     points: int = 2
-    """Gradients that an estimate averages, taken at subjects from the corrupted one on towards the clean one."""
+    """Subjects at which gradients are taken, from the corrupted one on towards the clean one; noise samples are dealt
+    over them, and an estimate is the mean over samples."""
     largest: int = 1
     """Cells of the largest estimates that are traced exactly, in every fact, kind and severing."""
     exact_cells: int = 200

@@ -5,7 +5,8 @@ Restoring an activation moves it from its corrupted value a* to its clean value 
     δ = (a − a*) · ∂m/∂a*,   with the gradient taken in the corrupted run (Nanda 2023; Kramár et al. 2024),
 
 so that one backward pass gives δ of every state, MLP output and attention output at every layer and position. With
-more `points`, the mean is taken over gradients at subjects on the way from corrupted to clean (Hanna et al. 2024).
+more `points`, the mean is taken over gradients at subjects on the way from corrupted to clean (Hanna et al. 2024);
+noise samples are dealt over the points, so that more of them take no more passes.
 
 - A severed module is constant, and the gradient stops there, as the effect of a restored state does.
 - A window is several restorations at once: δ = Σ (aₗ − aₗ*) · gₗ over its layers. While it restores MLP outputs at a
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +34,7 @@ from mechedit.batching import batches_of, run_in_halves
 from mechedit.models import EMBED, Part, Patch, Run, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND
 from mechedit.trace.memory import max_gradient_rows
-from mechedit.trace.metrics import NORMALIZED, Metric, MetricInputs, find_metric, metric_name
+from mechedit.trace.metrics import NORMALIZED, MetricInputs, ObjectInputs, find_metric, metric_name
 from mechedit.trace.restore import Cell
 from mechedit.trace.runs import TraceRuns, metric_inputs, slice_patch
 from mechedit.trace.windows import window_span
@@ -47,7 +49,8 @@ Activations = Mapping[Site, Float[Tensor, "row pos d_model"]]
 class Scale:
     """The scale on which a metric is taken to move along a straight line, and the way back from it."""
 
-    value: Metric
+    value: Callable[[Any], Float[Tensor, " row"]]
+    """Of `MetricInputs`; of `ObjectInputs` as well where the metric is of the object alone."""
     score: Callable[[Tensor], Tensor]
     bounded: bool
     """Whether the line is bent, so that a restored cell moves the value little further than to the clean run's."""
@@ -62,7 +65,7 @@ class Scale:
         return self.score(corrupted[:, None, None] + change)
 
 
-def log_odds(inputs: MetricInputs) -> Float[Tensor, " row"]:
+def log_odds(inputs: MetricInputs | ObjectInputs) -> Float[Tensor, " row"]:
     """Log-odds log P − log(1 − P) of the object; finite where P rounds to 1."""
     log_probability = inputs.log_probability
     return log_probability - torch.log(-torch.expm1(log_probability.clamp(max=-1e-6)))
@@ -76,18 +79,18 @@ SCALES: Mapping[str, Scale] = {
 
 
 def estimate_cells(runs: TraceRuns, cells: Sequence[Cell], points: int = 1) -> dict[Cell, dict[str, float]]:
-    """Estimated scores of cells, by metric: means over noise samples.
+    """Estimated scores of cells, by metric: means over noise samples, each with the gradient at one of the points.
 
     Args:
-        runs: the clean and corrupted runs of the cells' facts.
+        runs: the clean and corrupted runs of the cells' facts, of a config with an `approximation`.
         cells: any cells of theirs, from their subjects on.
-        points: gradients that are averaged, from the corrupted subject on in steps of 1 / points to the clean one.
+        points: from the corrupted subject on in steps of 1 / points to the clean one. Where there are more of them than
+            samples, a sample has several.
     """
     estimates: dict[Cell, dict[str, float]] = {}
     start = runs.restored_span.start
     for sever in dict.fromkeys(cell.sever for cell in cells):
-        scores = _scores_of_rows(runs, sever, points)
-        means = {key: rows.unflatten(0, (-1, runs.samples)).mean(1).tolist() for key, rows in scores.items()}
+        means = {key: scores.tolist() for key, scores in _mean_scores(runs, sever, points).items()}
         names = list(dict.fromkeys(name for name, _ in means))
         estimates |= {
             cell: {name: means[name, cell.kind][cell.fact][cell.layer][cell.position - start] for name in names}
@@ -97,18 +100,30 @@ def estimate_cells(runs: TraceRuns, cells: Sequence[Cell], points: int = 1) -> d
     return estimates
 
 
-def _scores_of_rows(runs: TraceRuns, sever: str, points: int) -> CellScores:
-    """Estimated scores of all rows of the corrupted run, in as many passes as memory asks for."""
-    all_rows = torch.arange(len(runs.tokens.ids), device=runs.model.device)
-    batches = batches_of(all_rows, max_gradient_rows(runs.model, runs.facts[0], runs.config))
+def _mean_scores(runs: TraceRuns, sever: str, points: int) -> CellScores:
+    """Estimated scores of each fact: means over its samples, in as many passes as memory asks for."""
+    count = max(points, runs.samples)
+    sums: CellScores = {}
+    for point in range(points):
+        samples = [i % runs.samples for i in range(point, count, points)]
+        rows = [fact * runs.samples + sample for fact in range(len(runs.facts)) for sample in samples]
+        for key, scores in _scores_of_rows(runs, sever, rows, point / points).items():
+            total = scores.unflatten(0, (len(runs.facts), -1)).sum(1)
+            sums[key] = sums[key] + total if key in sums else total
+    return {key: total / count for key, total in sums.items()}
 
-    def estimated(rows: Int[Tensor, " row"]) -> CellScores:
-        per_point = [_Gradients(runs, sever, rows, point / points) for point in range(points)]
-        scores = [gradients.scores(corrupted=per_point[0]) for gradients in per_point]
-        return {key: torch.stack([at_point[key] for at_point in scores]).mean(0) for key in scores[0]}
 
-    parts = list(run_in_halves(batches, estimated))
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+def _scores_of_rows(runs: TraceRuns, sever: str, rows: Sequence[int], part: float) -> CellScores:
+    """Estimated scores of rows of the corrupted run, from gradients at a part of the way to the clean run."""
+    batches = batches_of(
+        torch.tensor(rows, device=runs.model.device), max_gradient_rows(runs.model, runs.facts[0], runs.config)
+    )
+
+    def estimated(batch: Int[Tensor, " row"]) -> CellScores:
+        return _Gradients(runs, sever, batch, part).scores()
+
+    scores = list(run_in_halves(batches, estimated))
+    return {key: torch.cat([of_batch[key] for of_batch in scores]) for key in scores[0]}
 
 
 class _Gradients:
@@ -118,20 +133,16 @@ class _Gradients:
     """
 
     def __init__(self, runs: TraceRuns, sever: str, rows: Int[Tensor, " row"], part: float) -> None:
-        self.runs, self.facts = runs, rows // runs.samples
+        self.runs, self.rows, self.facts = runs, rows, rows // runs.samples
         span, width, device = runs.restored_span, runs.model.d_model, rows.device
         zeros = {
             site: torch.zeros(len(rows), len(span), width, dtype=runs.model.dtype, device=device, requires_grad=True)
             for site in self._sites()
         }
         with torch.enable_grad():
-            run, start = _run(runs, sever, rows, part, zeros)
+            run = _run(runs, sever, rows, part, zeros)
             inputs = metric_inputs(run, runs.clean, self.facts, runs.facts, runs.foils)
-            values = {scale.value: scale.value(inputs) for scale in self.scales.values()}
-            sums = {value: of_rows.sum() for value, of_rows in values.items()}
-        self.values = {value: of_rows.detach() for value, of_rows in values.items()}
-        """Each scale's values of the rows."""
-        self.activations = {site: run[site].detach()[:, span.start - start : span.stop - start] for site in zeros}
+            sums = {scale.value: scale.value(inputs).sum() for scale in self.scales.values()}
         self.gradients = {
             value: dict(zip(zeros, torch.autograd.grad(total, list(zeros.values()), retain_graph=True), strict=True))
             for value, total in sums.items()
@@ -155,24 +166,28 @@ class _Gradients:
             parts = ["attn_out", "mlp_out", "resid"]
         return [Site(layer, part) for layer in range(self.runs.model.n_layers) for part in dict.fromkeys(parts)]
 
-    def scores(self, corrupted: _Gradients) -> CellScores:
+    def scores(self) -> CellScores:
         """Estimated scores of every cell, from these gradients and the activations and values of the corrupted run."""
+        corrupted = self.runs.corrupted_inputs
+        assert corrupted is not None, "the runs are of a config without approximation"
         clean_facts = torch.arange(len(self.runs.facts), device=self.facts.device)
         clean = metric_inputs(self.runs.clean, self.runs.clean, clean_facts, self.runs.facts, self.runs.foils)
         scores: CellScores = {}
         for kind in self.runs.config.kinds:
-            differences = self._differences(kind, corrupted)
+            differences = self._differences(kind)
             for name, scale in self.scales.items():
                 change = self._changes(kind, differences, self.gradients[scale.value])
-                scores[name, kind] = scale.moved(corrupted.values[scale.value], scale.value(clean)[self.facts], change)
+                before, after = scale.value(corrupted)[self.rows], scale.value(clean)[self.facts]
+                scores[name, kind] = scale.moved(before, after, change)
         return scores
 
-    def _differences(self, kind: str, corrupted: _Gradients) -> list[Float[Tensor, "row pos d_model"]]:
-        """The difference a − a* of every layer."""
+    def _differences(self, kind: str) -> list[Float[Tensor, "row pos d_model"]]:
+        """The difference a − a* of every layer; what is severed has a*'s outputs, so that it leaves a* as it is."""
         span = self.runs.restored_span
         sites = [Site(layer, PART_OF_KIND[kind]) for layer in range(self.runs.model.n_layers)]
         return [
-            self.runs.clean[site][self.facts, span.start : span.stop].float() - corrupted.activations[site].float()
+            self.runs.clean[site][self.facts, span.start : span.stop].float()
+            - self.runs.corrupted[site][self.rows, span.start : span.stop].float()
             for site in sites
         ]
 
@@ -215,8 +230,8 @@ def _running_sums(terms: Sequence[Tensor], like: Tensor | None = None) -> list[T
     return sums
 
 
-def _run(runs: TraceRuns, sever: str, rows: Int[Tensor, " row"], part: float, zeros: Activations) -> tuple[Run, int]:
-    """Rows of the corrupted run with a severing's constants, plus the zeros; and the position that is its first.
+def _run(runs: TraceRuns, sever: str, rows: Int[Tensor, " row"], part: float, zeros: Activations) -> Run:
+    """Rows of the corrupted run with a severing's constants, plus the zeros.
 
     Args:
         runs: the group's runs.
@@ -239,11 +254,9 @@ def _run(runs: TraceRuns, sever: str, rows: Int[Tensor, " row"], part: float, ze
         for layer in range(runs.model.n_layers)
         for patch in runs.severed[sever].patches(rows, layer, range(start, width), start=start)
     ]
-    run = runs.model.run(
+    return runs.model.run(
         Tokens(runs.tokens.ids[rows, start:], runs.tokens.mask[rows, start:]),
         [corruption, *severed, *(Patch(site, positions, value, add=True) for site, value in zeros.items())],
-        list(zeros),
         logits_to_keep=runs.read_at - start,
         kv_cache=runs.kv_cache.take(rows, start) if start else None,
     )
-    return run, start

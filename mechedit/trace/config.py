@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from mechedit.bounds import check_numbers, check_sequences
 from mechedit.errors import InputError, brief, check_at_least, check_choice, check_positive
 from mechedit.models import MOST_LAYERS, Part
+from mechedit.provenance import ALGORITHMS
 from mechedit.trace.approximation import Approximation
 from mechedit.trace.corruption import Corruption
 from mechedit.trace.labels import ROLES
@@ -98,4 +99,6 @@ class TraceConfig:
         settings = {**asdict(self), "metrics": [metric_name(metric) for metric in self.metrics]}
         if self.approximation is None:
             del settings["approximation"]  # exact traces keep the settings that they had before there were others
+        else:
+            settings["estimates"] = ALGORITHMS["estimates"]
         return settings

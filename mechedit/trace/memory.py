@@ -16,8 +16,12 @@ GRADIENT_COPIES = 24
 
 
 def group_row_bytes(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
-    """Bytes kept per row of the corrupted run: states, keys, values, severed outputs, and states of windows."""
-    severed = len({sever.module for sever in config.severed} - {"nothing"})
+    """Bytes kept per row of the corrupted run: states, keys, values, severed outputs, and states of windows.
+
+    Estimates read the outputs of what they restore.
+    """
+    estimated = len(set(config.kinds) - {"state"}) if config.approximation is not None else 0
+    severed = len({sever.module for sever in config.severed} - {"nothing"}) + estimated
     windows = len(set(config.kinds) - {"state"}) * len(config.sever)
     corrupted = (3 + severed + windows) * model.n_layers * model.d_model * len(traced.ids) * model.dtype.itemsize
     clean = len(config.kinds) * model.n_layers * model.d_model * len(traced.ids) * model.dtype.itemsize

@@ -81,7 +81,8 @@ class TraceRuns:
     clean: Run
     """Logits of the clean run, and its outputs at every site that is restored."""
     corrupted: Run
-    """Residual states of the corrupted run."""
+    """Residual states of the corrupted run; where effects are estimated, also its outputs at every site that is
+    restored."""
     severed: Mapping[str, SeveredOutputs]
     """Severing label → outputs that it holds."""
     kv_cache: KVCache
@@ -92,6 +93,8 @@ class TraceRuns:
     clean_scores: Mapping[str, Float[Tensor, " fact"]]
     corrupted_scores: Mapping[str, Float[Tensor, " fact"]]
     """Means over samples."""
+    corrupted_inputs: MetricInputs | ObjectInputs | None
+    """What metrics of the corrupted run's rows read; None where no effects are estimated."""
     _window_states: dict[tuple[str, str, int], Float[Tensor, "row pos d_model"]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -128,7 +131,7 @@ class TraceRuns:
             facts: index of each row's fact.
         """
         if run.final_logits is None and self.readout is not None:
-            return object_values(run, self.readout, facts, self.facts, self.config)
+            return metrics_of_object(object_inputs(run, self.readout, facts, self.facts), self.config)
         return metric_values(run, self.clean, facts, self.facts, self.foils, self.config)
 
     def with_normalized(
@@ -208,20 +211,26 @@ def metric_values(
     config: TraceConfig,
 ) -> MetricValues:
     """Every metric of a run's rows, before normalization; row i belongs to the fact `group[facts[i]]`."""
-    inputs = metric_inputs(run, clean, facts, group, foils)
+    return metrics_of(metric_inputs(run, clean, facts, group, foils), config)
+
+
+def metrics_of(inputs: MetricInputs, config: TraceConfig) -> MetricValues:
+    """Every metric of some rows, before normalization."""
     metrics = {metric_name(metric).removeprefix(NORMALIZED): metric for metric in config.metrics}
     return {name: find_metric(metric)(inputs) for name, metric in metrics.items()}
 
 
-def object_values(
-    run: Run, readout: Readout, facts: Int[Tensor, " row"], group: Sequence[TracedFact], config: TraceConfig
-) -> MetricValues:
-    """As `metric_values`, of a run that ended before the unembedding, for metrics of the object alone."""
-    objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)[facts]
-    log_probs = readout.score(run.head_inputs.flatten(0, 1), objects.flatten()).log_prob
-    inputs = ObjectInputs(log_probability=log_probs.view(objects.shape).sum(1))
+def metrics_of_object(inputs: ObjectInputs, config: TraceConfig) -> MetricValues:
+    """As `metrics_of`, where all metrics are of the object alone."""
     names = dict.fromkeys(metric_name(metric).removeprefix(NORMALIZED) for metric in config.metrics)
     return {name: OF_OBJECT[name](inputs) for name in names}
+
+
+def object_inputs(run: Run, readout: Readout, facts: Int[Tensor, " row"], group: Sequence[TracedFact]) -> ObjectInputs:
+    """What metrics of the object alone read, of a run that ended before the unembedding."""
+    objects = torch.tensor([traced.object_ids for traced in group], device=facts.device)[facts]
+    log_probs = readout.score(run.head_inputs.flatten(0, 1), objects.flatten()).log_prob
+    return ObjectInputs(log_probability=log_probs.view(objects.shape).sum(1))
 
 
 def find_trace_readout(model: Model, config: TraceConfig) -> Readout | None:
@@ -277,11 +286,12 @@ def run_clean_and_corrupted(
         Site(layer, part) for part, layers_of_part in severed_layers.items() for layer in sorted(layers_of_part)
     ]
     states = [Site(layer, "resid") for layer in layers]
+    estimated_sites = restored_sites if config.approximation is not None else []
     readout = find_trace_readout(model, config)
     corrupted = model.run(
         repeated,
         [corruption],
-        read=[*states, *severed_sites],
+        read=list(dict.fromkeys([*states, *severed_sites, *estimated_sites])),
         logits_to_keep=read_at,
         use_cache=True,
         unembed=readout is None,
@@ -289,9 +299,11 @@ def run_clean_and_corrupted(
     foils = _foils(clean, facts)
     fact_indices = torch.arange(len(facts), device=model.device)
     if readout is None:
-        values = metric_values(corrupted, clean, fact_of_row, facts, foils, config)
+        inputs = metric_inputs(corrupted, clean, fact_of_row, facts, foils)
+        values = metrics_of(inputs, config)
     else:
-        values = object_values(corrupted, readout, fact_of_row, facts, config)
+        inputs = object_inputs(corrupted, readout, fact_of_row, facts)
+        values = metrics_of_object(inputs, config)
     return TraceRuns(
         model=model,
         facts=facts,
@@ -299,13 +311,14 @@ def run_clean_and_corrupted(
         tokens=repeated,
         corruption=corruption,
         clean=clean,
-        corrupted=Run(None, {site: corrupted[site] for site in states}),
+        corrupted=Run(None, {site: corrupted[site] for site in (*states, *estimated_sites)}),
         severed=_severed_outputs(corrupted, facts, config, model.n_layers),
         kv_cache=corrupted.kv_cache,
         foils=foils,
         readout=readout,
         clean_scores=metric_values(clean, clean, fact_indices, facts, foils, config),
         corrupted_scores={name: rows.view(len(facts), -1).mean(1) for name, rows in values.items()},
+        corrupted_inputs=None if config.approximation is None else inputs,
     )
 
 

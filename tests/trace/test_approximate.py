@@ -48,7 +48,7 @@ def margin(inputs):
 @torch.no_grad()
 def both_effects(model, std, *, points=1, metric=margin, **changes):
     """Estimated and exact effects of all cells that can change, one row a cell."""
-    config = TraceConfig(samples=2, metrics=(metric,), **changes)
+    config = TraceConfig(samples=2, metrics=(metric,), approximation=ANY, **changes)
     runs = run_clean_and_corrupted(model, [tokenize_fact(model, FACT)], std, config)
     cells = [c for c in all_cells(runs) if can_change(runs.facts[0], c.position, c.first, model.n_layers)]
     estimates, exact, (corrupted,) = (
@@ -80,6 +80,49 @@ def test_an_estimate_is_exact_to_first_order(small_model, points):
     assert error(large) > 0.2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["probability", margin], ids=["read off states", "read off logits"])
+def test_noise_samples_are_dealt_over_points(small_model, metric):
+    traced = tokenize_fact(small_model, FACT)
+    shape = 2, len(traced.subject), small_model.d_model
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def estimates(points, samples):
+        config = TraceConfig(samples=len(samples), metrics=(metric,), window=2, approximation=ANY)
+        runs = run_clean_and_corrupted(small_model, [traced], 1.0, config, noise=lambda *_: noise[samples])
+        cells = [c for c in all_cells(runs) if can_change(traced, c.position, c.first, small_model.n_layers)]
+        return np.array(
+            [*map(lambda scores: next(iter(scores.values())), estimate_cells(runs, cells, points).values())]
+        )
+
+    first, second = estimates(1, [0]), estimates(1, [1])
+    half_way = 2 * estimates(2, [1]) - second  # of one sample, the mean over both points
+    dealt = estimates(2, [0, 1])
+    np.testing.assert_allclose(dealt, (first + half_way) / 2, rtol=1e-4, atol=1e-6)
+    # Control: all samples at one point, or dealt the other way, are something else.
+    other = (2 * estimates(2, [0]) - first + second) / 2
+    assert min(np.abs(dealt - wrong).max() for wrong in ((first + second) / 2, other)) > 1e-3 * np.abs(dealt).max()
+
+
+@torch.no_grad()
+def test_each_sample_takes_one_gradient_however_many_points(small_model, monkeypatch):
+    rows = []
+    real = small_model.run
+
+    def counted(tokens, *args, **kwargs):
+        if torch.is_grad_enabled():
+            rows.append(len(tokens.ids))
+        return real(tokens, *args, **kwargs)
+
+    config = TraceConfig(samples=4, kinds=("state",), approximation=ANY)
+    runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, FACT)], 1.0, config)
+    monkeypatch.setattr(small_model, "run", counted)
+    for points, expected in ((1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (6, [1] * 6)):
+        rows.clear()
+        estimate_cells(runs, all_cells(runs), points)
+        assert rows == expected
+
+
 @pytest.fixture
 def exact_model(make_model, monkeypatch, request):
     """A random model in float64, also inside norms, so that what is small is not lost in rounding."""
@@ -108,7 +151,7 @@ def test_the_slope_tends_to_one_as_the_difference_shrinks(exact_model, points):
     # What is missing is of the second order: a tenth of the difference leaves about a tenth of it.
     assert np.abs(near - 1).max() < 0.2 * np.abs(far - 1).max()
     # Control: over the differences that traces restore, effects are no straight lines.
-    assert np.abs(slopes(both_effects(exact_model, 0.5, **settings)) - 1).max() > 0.1
+    assert np.abs(slopes(both_effects(exact_model, 0.5, **settings)) - 1).max() > 0.05
 
 
 def slopes(frame):
@@ -256,6 +299,21 @@ def test_a_refused_trace_writes_no_effects_and_is_resumed(small_model, known, tm
     # Control: what this trace left is no other draw's.
     with pytest.raises(RuntimeError, match="a group runs"):
         trace_to_folder(small_model, known, dataclasses.replace(config, seed=1, approximation=ANY), tmp_path)
+
+
+def test_groups_of_another_algorithm_of_estimates_are_traced_again(small_model, known, tmp_path, monkeypatch):
+    config = TraceConfig(samples=2, kinds=("state",), approximation=ANY)
+    trace_facts(small_model, known, config, parts=tmp_path)
+    counted = []
+    real = approximate.approximate_group
+    monkeypatch.setattr("mechedit.trace.trace.approximate_group", lambda *args: counted.append(args) or real(*args))
+    trace_facts(small_model, known, config, parts=tmp_path)
+    assert not counted
+    exact = dataclasses.replace(config, approximation=None).plain()
+    monkeypatch.setitem(me.provenance.ALGORITHMS, "estimates", 1)
+    trace_facts(small_model, known, config, parts=tmp_path)
+    assert counted, "old estimates stand for new ones"
+    assert dataclasses.replace(config, approximation=None).plain() == exact, "an exact trace is not concerned"
 
 
 def test_an_interrupted_trace_gives_what_an_uninterrupted_one_gives(small_model, known, tmp_path, monkeypatch):
