@@ -20,11 +20,18 @@ def spread_ends(ends: Sequence[int], count: int, candidates: Sequence[int]) -> l
 
 
 def halfway_ends(end: int, ends: Sequence[int], tried: Collection[int], count: int) -> list[int]:
-    """End layers halfway from `end` to the next on both sides that were tried, at most `count` of them."""
+    """End layers about halfway from `end` to the next on both sides that were tried, at most `count` of them.
+
+    Where no window ends there, the nearest layer between the two that one ends at.
+    """
     below = max((layer for layer in tried if layer < end), default=ends[0])
     above = min((layer for layer in tried if layer > end), default=ends[-1])
-    halfway = [(end + below) // 2, (end + above + 1) // 2]
-    return sorted({layer for layer in halfway if layer in ends and layer not in tried})[:count]
+    chosen: list[int] = []
+    for bound in (below, above):
+        between = [layer for layer in ends if min(bound, end) <= layer <= max(bound, end) and layer not in tried]
+        if between:
+            chosen.append(min(between, key=lambda layer: (abs(2 * layer - bound - end), abs(layer - bound))))
+    return sorted(chosen)[:count]
 
 
 def widths_of(window: Window, layers: Collection[int]) -> list[Window]:

@@ -35,7 +35,7 @@ from mechedit.methods.tuned_settings import record_hash
 from mechedit.sweep import Window, sweep_windows
 from mechedit.tuning import tuned_windows, tuning_facts
 from mechedit.tuning.trial import Trial, central, preferred
-from mechedit.tuning.tried_windows import widths_of
+from mechedit.tuning.tried_windows import halfway_ends, widths_of
 
 TUNED_WITH = ("plant", "colour", "stone", "instrument")
 """Relations of the facts that are tuned with; facts of the others, about other subjects, judge the result."""
@@ -288,6 +288,15 @@ def test_other_widths_end_like_the_window_and_lie_within_the_moments() -> None:
     assert widths_of(Window(3, 5), range(18)) == [(5, 5), (4, 5), (2, 5), (1, 5), (0, 5)]
     assert widths_of(Window(3, 5), range(2, 18)) == [(5, 5), (4, 5), (2, 5)]
     assert widths_of(Window(0, 0), range(18)) == []
+
+
+def test_end_layers_beside_the_best_lie_halfway_to_those_that_were_tried() -> None:
+    assert halfway_ends(12, range(30), {4, 9, 12, 15, 28}, 2) == [10, 14]
+    assert halfway_ends(12, range(30), {4, 9, 12, 15, 28}, 1) == [10]
+    assert halfway_ends(4, range(4, 30), {4, 12}, 2) == [8], "there is none below"
+    assert halfway_ends(12, range(30), {8, 12, 13}, 2) == [10], "no layer is between neighbors"
+    # Where no window ends halfway, the nearest does, and not none.
+    assert halfway_ends(12, [0, 4, 9, 12, 13, 20], {4, 12, 20}, 2) == [9, 13]
 
 
 def test_speed_is_measured_as_if_nothing_had_been_searched_for(
