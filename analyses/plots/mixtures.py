@@ -35,14 +35,18 @@ def plot_mixture(table: pd.DataFrame, ax: Axes, *, measure: str = "S") -> Axes:
             scores["edits"], scores["mean"], color=color, marker=marker, markersize=3, linewidth=0.8, label=PARTS[part]
         )
     mean, mixture = (where(table, part=part).sort_values("edits") for part in ("mean", "mixture"))
-    ax.plot(mean["edits"], mean["mean"], color=INK, linestyle=(0, (4, 2)), linewidth=1, label=PARTS["mean"], zorder=3)
+    edits = sorted(set(table["edits"]))
+    line = {"color": INK, "linestyle": (0, (4, 2)), "linewidth": 1, "label": PARTS["mean"], "zorder": 3}
+    if len(edits) == 1:  # nothing to draw a line between
+        line |= {"marker": "_", "markersize": 14}
+        ax.set_xlim(edits[0] / 2, edits[0] * 2)
+    ax.plot(mean["edits"], mean["mean"], **line)
     ends = [mixture["mean"] - mixture["low"], mixture["high"] - mixture["mean"]]
     ax.errorbar(mixture["edits"], mixture["mean"], ends, fmt="none", ecolor=BLUE, elinewidth=0.7)
     line = {"color": BLUE, "marker": "o", "markersize": 3.5, "label": PARTS["mixture"], "zorder": 4}
     ax.plot(mixture["edits"], mixture["mean"], **line)
     ax.set_xscale("log")
     ax.xaxis.set_minor_locator(NullLocator())
-    edits = sorted(set(table["edits"]))
     ax.set_xticks(edits, [f"{n:,}" for n in edits])
     ax.set(xlabel="edits", ylabel=f"{measure} (%)")
     ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.4)

@@ -369,3 +369,7 @@ def test_a_mixture_is_drawn_with_its_interval_beside_the_dashed_mean():
     assert [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()] == [[79, 85], [79, 85]]
     with pytest.raises(InputError, match="mixture"):
         plot_mixture(table[table["part"] != "mixture"], Figure().subplots())
+    # One number of edits gives a line nothing to join, and an axis no width.
+    ax = plot_mixture(table[table["edits"] == 8], Figure().subplots())
+    assert {line.get_label(): line for line in ax.lines}["mean of the two"].get_marker() == "_"
+    assert ax.get_xlim() == (4, 16)
