@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mechedit.errors import InputError, brief_list
 from mechedit.notices import warn
-from mechedit.solve import factorize
-from mechedit.solve.checks import symmetrized
+from mechedit.solve.checks import symmetrized, to_float64
+from mechedit.solve.factor import factorize_symmetric
 from mechedit.split_tensors import whole
 
 MOST_CONDITION = 1e9
@@ -97,6 +97,8 @@ def measure_conditioning(
 ) -> Conditioning:
     """Condition and rank of a second moment; its factor is not kept, which would take as much memory again.
 
+    One triangle is read: that a matrix is symmetric is checked before anything is solved with it.
+
     Args:
         matrix: E[k kᵀ].
         layer: whose it is.
@@ -105,7 +107,7 @@ def measure_conditioning(
     """
     if condition is None:
         try:
-            condition = factorize(matrix).condition
+            condition = factorize_symmetric(to_float64(matrix), "float64", "the second moment").condition
         except InputError:
             condition = math.inf
     width = len(matrix)
