@@ -47,6 +47,9 @@ be no further than the published one in float32 is.
   {len(judged)} are reached. Where one is missed, the table says in brackets at which share of the rate the necessary
   operations would reach it; *unequal* is a line whose numbers differ by more than 1e-4, or a trace's by more than 1e-5
   of its largest score, and are further from float64 than the published ones: it reaches no goal, whatever its ratio.
+- Shares depend on the machine. These two cores multiply large matrices at about 190 GFLOP/s; on two that do so at about
+  360 (commits b2ddd68 and 89444b3), where what surrounds the products weighs twice as much, 11 of the same 34 were
+  reached.
 
 Where the published schedule ran a drawn part of the work, its time is extrapolated by the operations. Memory is what
 each took beyond what was there, in GiB: published, mechedit.
