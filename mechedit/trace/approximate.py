@@ -70,7 +70,9 @@ def approximate_group(
     runs = run_clean_and_corrupted(model, facts, std, config, noise, statistics)
     cells = all_cells(runs)
     changing = [c for c in cells if can_change(facts[c.fact], c.position, c.first, model.n_layers)]
-    estimates, corrupted = estimate_cells(runs, changing, config.approximation.points), corrupted_scores(runs)
+    approximation = config.approximation
+    estimates = estimate_cells(runs, changing, approximation.points, all_samples=approximation.all_samples)
+    corrupted = corrupted_scores(runs)
     metric = main_metric(estimates[changing[0]]) if changing else ""
     sizes = {cell: abs(scores[metric] - corrupted[cell.fact][metric]) for cell, scores in estimates.items()}
     largest = largest_cells(sizes, config.approximation)

@@ -29,6 +29,8 @@ class Approximation:
     points: int = 2
     """Subjects at which gradients are taken, from the corrupted one on towards the clean one; noise samples are dealt
     over them, and an estimate is the mean over samples."""
+    all_samples: bool = False
+    """Take every point's gradient for all samples, which ranks cells a little better and takes longer."""
     largest: int = 1
     """Cells of the largest estimates that are traced exactly, in every fact, kind and severing."""
     exact_cells: int = 200

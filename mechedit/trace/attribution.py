@@ -78,7 +78,9 @@ SCALES: Mapping[str, Scale] = {
 """Scales of metrics that saturate; others are taken to move along a straight line themselves."""
 
 
-def estimate_cells(runs: TraceRuns, cells: Sequence[Cell], points: int = 1) -> dict[Cell, dict[str, float]]:
+def estimate_cells(
+    runs: TraceRuns, cells: Sequence[Cell], points: int = 1, *, all_samples: bool = False
+) -> dict[Cell, dict[str, float]]:
     """Estimated scores of cells, by metric: means over noise samples, each with the gradient at one of the points.
 
     Args:
@@ -86,11 +88,12 @@ def estimate_cells(runs: TraceRuns, cells: Sequence[Cell], points: int = 1) -> d
         cells: any cells of theirs, from their subjects on.
         points: from the corrupted subject on in steps of 1 / points to the clean one. Where there are more of them than
             samples, a sample has several.
+        all_samples: whether each sample has the gradients at all points.
     """
     estimates: dict[Cell, dict[str, float]] = {}
     start = runs.restored_span.start
     for sever in dict.fromkeys(cell.sever for cell in cells):
-        means = {key: scores.tolist() for key, scores in _mean_scores(runs, sever, points).items()}
+        means = {key: scores.tolist() for key, scores in _mean_scores(runs, sever, points, all_samples).items()}
         names = list(dict.fromkeys(name for name, _ in means))
         estimates |= {
             cell: {name: means[name, cell.kind][cell.fact][cell.layer][cell.position - start] for name in names}
@@ -100,12 +103,12 @@ def estimate_cells(runs: TraceRuns, cells: Sequence[Cell], points: int = 1) -> d
     return estimates
 
 
-def _mean_scores(runs: TraceRuns, sever: str, points: int) -> CellScores:
+def _mean_scores(runs: TraceRuns, sever: str, points: int, all_samples: bool) -> CellScores:
     """Estimated scores of each fact: means over its samples, in as many passes as memory asks for."""
-    count = max(points, runs.samples)
+    count = points * runs.samples if all_samples else max(points, runs.samples)
     sums: CellScores = {}
     for point in range(points):
-        samples = [i % runs.samples for i in range(point, count, points)]
+        samples = range(runs.samples) if all_samples else [i % runs.samples for i in range(point, count, points)]
         rows = [fact * runs.samples + sample for fact in range(len(runs.facts)) for sample in samples]
         for key, scores in _scores_of_rows(runs, sever, rows, point / points).items():
             total = scores.unflatten(0, (len(runs.facts), -1)).sum(1)

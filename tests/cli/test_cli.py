@@ -43,8 +43,8 @@ OPTIONS = {
     "generation-prompts generation-tokens stop-words accept-unsettled approximate conflicts tuned no-tuned all-facts "
     "minutes by",
     "trace": "facts joint strict chat out kinds sever window roles samples noise corruption replace extra-tokens "
-    "metrics memory max-facts approximate points largest exact-cells exact-facts least-correlation until-settled "
-    "minutes shard merge",
+    "metrics memory max-facts approximate points all-samples largest exact-cells exact-facts least-correlation "
+    "until-settled minutes shard merge",
     "select": "DIRECTORY rule share min-width max-width width validate by windows validate-requests requests "
     "joint strict chat texts tokens max-length method set tuned no-tuned accept-unsettled conflicts",
     "moments": "layers texts out tokens max-length documents memory checkpoint-seconds shard merge convergence npz "

@@ -87,18 +87,20 @@ def test_noise_samples_are_dealt_over_points(small_model, metric):
     shape = 2, len(traced.subject), small_model.d_model
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
-    def estimates(points, samples):
+    def estimates(points, samples, **options):
         config = TraceConfig(samples=len(samples), metrics=(metric,), window=2, approximation=ANY)
         runs = run_clean_and_corrupted(small_model, [traced], 1.0, config, noise=lambda *_: noise[samples])
         cells = [c for c in all_cells(runs) if can_change(traced, c.position, c.first, small_model.n_layers)]
         return np.array(
-            [*map(lambda scores: next(iter(scores.values())), estimate_cells(runs, cells, points).values())]
+            [*map(lambda scores: next(iter(scores.values())), estimate_cells(runs, cells, points, **options).values())]
         )
 
     first, second = estimates(1, [0]), estimates(1, [1])
     half_way = 2 * estimates(2, [1]) - second  # of one sample, the mean over both points
     dealt = estimates(2, [0, 1])
     np.testing.assert_allclose(dealt, (first + half_way) / 2, rtol=1e-4, atol=1e-6)
+    every = estimates(2, [0, 1], all_samples=True)
+    np.testing.assert_allclose(every, (estimates(2, [0]) + estimates(2, [1])) / 2, rtol=1e-4, atol=1e-6)
     # Control: all samples at one point, or dealt the other way, are something else.
     other = (2 * estimates(2, [0]) - first + second) / 2
     assert min(np.abs(dealt - wrong).max() for wrong in ((first + second) / 2, other)) > 1e-3 * np.abs(dealt).max()
@@ -121,6 +123,9 @@ def test_each_sample_takes_one_gradient_however_many_points(small_model, monkeyp
         rows.clear()
         estimate_cells(runs, all_cells(runs), points)
         assert rows == expected
+        rows.clear()
+        estimate_cells(runs, all_cells(runs), points, all_samples=True)
+        assert rows == [4] * points
 
 
 @pytest.fixture
@@ -256,7 +261,7 @@ def test_estimates_that_do_not_rank_cells_are_refused(small_model, known, monkey
     # The same trace, with estimates that say nothing about effects.
     monkeypatch.setattr(
         "mechedit.trace.approximate.estimate_cells",
-        lambda runs, cells, points: {
+        lambda runs, cells, points, *, all_samples: {
             cell: {"probability": hash((cell.layer * 31 + cell.position) ** 3) % 101 / 101} for cell in cells
         },
     )
