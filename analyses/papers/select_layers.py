@@ -55,8 +55,9 @@ def main() -> int:
     )
 
     severed = TraceConfig(sever=("nothing", "mlp", "attn"), samples=size["samples"], seed=options.seed)
-    pipeline.trace_step(run, model, facts, severed)
-    selection = pipeline.select_step(run, SelectConfig(rule=options.rule, seed=options.seed))
+    select = SelectConfig(rule=options.rule, seed=options.seed)
+    pipeline.trace_step(run, model, facts, severed, least=select.min_facts)
+    selection = pipeline.select_step(run, select)
     print(selection.reason)
     sweep = SweepConfig(by=options.by, width=options.width, requests=size["requests"], seed=options.seed)
     if selection.layers or options.width:

@@ -107,3 +107,11 @@ def test_a_model_that_knows_none_of_the_facts_is_refused(script, make_hf, tokeni
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(InputError, match="none of the 12 facts can be traced"):
         script.main()
+
+
+def test_fewer_facts_than_selecting_needs_are_refused_before_they_are_traced(script, tmp_path, monkeypatch):
+    words = ["select_layers.py", "tiny", "--quick", "--max-facts", "5", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(InputError, match="5 of the 5 facts can be traced, expected at least 10"):
+        script.main()
+    assert not (tmp_path / "out" / "trace_parts").exists(), "a trace was begun"
