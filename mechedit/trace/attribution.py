@@ -34,9 +34,10 @@ from mechedit.batching import batches_of, run_in_halves
 from mechedit.models import EMBED, Part, Patch, Run, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND
 from mechedit.trace.memory import max_gradient_rows
+from mechedit.trace.metric_values import metric_inputs
 from mechedit.trace.metrics import NORMALIZED, MetricInputs, ObjectInputs, find_metric, metric_name
 from mechedit.trace.restore import Cell
-from mechedit.trace.runs import TraceRuns, metric_inputs, slice_patch
+from mechedit.trace.runs import TraceRuns, slice_patch
 from mechedit.trace.windows import window_span
 
 CellScores = dict[tuple[str, str], Float[Tensor, "row layer pos"]]

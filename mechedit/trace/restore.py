@@ -18,7 +18,8 @@ from torch import Tensor
 from mechedit.errors import InputError, brief
 from mechedit.models import Patch, Resume, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND
-from mechedit.trace.runs import MetricValues, TraceRuns, slice_patch
+from mechedit.trace.metric_values import MetricValues
+from mechedit.trace.runs import TraceRuns, slice_patch
 
 
 @dataclass(frozen=True, order=True)
