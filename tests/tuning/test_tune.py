@@ -309,7 +309,7 @@ def test_speed_is_measured_as_if_nothing_had_been_searched_for(
         folders.append((Path(options["cache"]), options["parts"]))
         return sweep_windows(*arguments, **options)
 
-    monkeypatch.setattr(sys.modules["mechedit.tuning.tune"], "sweep_windows", recorded)
+    monkeypatch.setattr(sys.modules["mechedit.tuning.search"], "sweep_windows", recorded)
     minutes = dataclasses.replace(BUDGET, minutes=5, edits=None)
     tune(small, REQUESTS, small_moments, config=SMALL, tuning=minutes, folder=tmp_path)
     (apart, parts), *rest = folders[:4]
@@ -329,7 +329,7 @@ def test_a_round_without_a_window_that_can_be_edited_ends_the_search_in_one_line
             raise InputError("none of the 2 windows can be edited; layer 0: keys are linearly dependent")
         return sweep_windows(model, requests, *arguments, **options)
 
-    monkeypatch.setattr(sys.modules["mechedit.tuning.tune"], "sweep_windows", singular)
+    monkeypatch.setattr(sys.modules["mechedit.tuning.search"], "sweep_windows", singular)
     monkeypatch.setattr("mechedit.tuning.timing.FACTS", 3)
     lines: list[str] = []
     with pytest.raises(InputError, match=r"no window can be edited with \d facts: none of the 2 windows"):
