@@ -15,6 +15,8 @@ import mechedit as me
 from mechedit.batching import block_parameters
 from mechedit.models import Tokens, load_model
 from mechedit.models.engine_check import SWITCH
+from mechedit.targets.objective import LossTerms, prepare_objective
+from mechedit.targets.subject_groups import subject_groups
 from mechedit.trace import Approximation
 from mechedit.trace.cells import _split, trace_group
 from mechedit.trace.restore import Cell
@@ -135,17 +137,26 @@ def test_results_that_nobody_takes_leave_the_threads_as_they_were(model: me.Mode
 
 
 def test_a_search_gives_the_same_z_by_two_workers(model: me.Model) -> None:
-    requests, config = me.load_requests("tiny")[:6], me.TargetConfig(steps=4)
+    requests, config = me.load_requests("tiny")[:16], me.TargetConfig(steps=4)
+    prefixes = ["{}", "So, it is said. {}", "Also, {}"]
+    groups = subject_groups(model.tokenizer, requests, config)
+    delta = torch.randn(len(groups), 1, model.d_model, generator=torch.Generator().manual_seed(0))
 
-    def searched(threads: int) -> torch.Tensor:
+    def searched(threads: int) -> tuple[int, LossTerms, torch.Tensor]:
         torch.set_num_threads(threads)
-        targets = me.find_targets(model, requests, 4, ["{}", "So, it is said. {}", "Also, {}"], config)
-        assert not torch.equal(targets.z, targets.initial)
-        return targets.z
+        objective = prepare_objective(model, groups, 4, prefixes, config)
+        terms = objective.loss_terms(delta, gradient=True)
+        targets = me.find_targets(model, requests, 4, prefixes, config)
+        return len(objective.batches), terms, targets.z - targets.initial
 
-    expected = searched(1)
+    (count, expected, expected_delta), (more, terms, moved) = searched(1), searched(2)
+    assert count < more
+    torch.testing.assert_close(terms.values, expected.values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(terms.gradient, expected.gradient, atol=1e-6, rtol=1e-5)
+    # Adam divides small gradients by their size, rounding included.
+    assert (moved - expected_delta).norm() < 1e-5 * expected_delta.norm()
     for _ in range(2):
-        torch.testing.assert_close(searched(2), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(searched(2)[2], moved), "whichever of the workers is first"
 
 
 def test_a_trace_gives_the_same_numbers_by_two_workers(model: me.Model) -> None:
@@ -167,7 +178,7 @@ def ways_to_the_workers(model: me.Model) -> dict[str, Callable[[], object]]:
     """All that runs batches at once, called by itself."""
     facts, requests, prefixes = (
         me.load_facts("known")[:1],
-        me.load_requests("tiny")[:6],
+        me.load_requests("tiny")[:16],
         ["{}", "So, it is said. {}", "Also, {}"],
     )
     traced, cells = [tokenize_fact(model, facts[0])], me.TraceConfig(samples=2, batch_rows=8, kinds=("state",))

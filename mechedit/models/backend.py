@@ -205,6 +205,11 @@ class BackendModel(EditedModule):
         """Whether several threads may call `run` at once; see `mechedit.models.protocol.Model.runs_at_once`."""
         return self.fast_engine is not None and self.fast_engine.runs_at_once and self.keeps_keys
 
+    @property
+    def skips_padding(self) -> bool:
+        """Whether padding costs next to nothing; see `mechedit.models.protocol.Model.skips_padding`."""
+        return self.fast_engine is not None and self.fast_engine.skips_padding
+
     def _check_length(self, mask: Int[Tensor, "batch pos"]) -> None:
         """Refuse a row of more tokens than the model has positions for, whose embedding would be looked up in vain.
 

@@ -1,8 +1,9 @@
 """One block of a run, computed by few operations of its own instead of its modules' forwards.
 
 Products add to the residual stream where nothing stands between, keys and values of grouped queries are not copied,
-rotary tables and masks are made once for all blocks, activations overwrite their input where no gradient needs it, and
-the last block computes the kept positions alone: of the others it needs keys and values only.
+rotary tables and masks are made once for all blocks, activations overwrite their input where no gradient needs it,
+padding is left out but in attention (`packing`), and the last block computes the kept positions alone: of the others it
+needs keys and values only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from mechedit.models.block_arguments import BlockArguments, BlockMask
 from mechedit.models.block_layout import BlockLayout, matrix
+from mechedit.models.packing import Packing
 from mechedit.models.run_plan import SiteStep, Write
 from mechedit.models.sites import Site
 
@@ -37,15 +39,18 @@ class FastBlock:
     """Receives the activations that are read."""
     positions: Int[Tensor, "*batch kept"] | None
     """The positions that go on from this block; None means all."""
+    packing: Packing | None = None
+    """Where the batch's tokens stand if its padding is left out: the residual is then one row of all of them, up to
+    the choice of the positions that go on."""
 
     def run(
-        self, hidden: Float[Tensor, "batch pos d_model"], cached: KeysValues | None, exit_part: str, *, use_cache: bool
-    ) -> tuple[Float[Tensor, "batch kept d_model"], KeysValues | None]:
+        self, hidden: Float[Tensor, "_ _ d_model"], cached: KeysValues | None, exit_part: str, *, use_cache: bool
+    ) -> tuple[Float[Tensor, "_ _ d_model"], KeysValues | None]:
         """The residual after the block, or at the part after which the run stops, and all keys and values if asked."""
         layout = self.layout
         normed = hidden if layout.attn_input is None else layout.attn_input(hidden)
         queries, keys, values = self.project(normed)
-        before = hidden = hidden if self.positions is None else select(hidden, self.positions)
+        before = hidden = self.at_kept(hidden)
         mask = self.arguments.mask(self.layer, layout.window)
         computed = None
         if cached is not None and (use_cache or mask.first == 0):
@@ -55,14 +60,16 @@ class FastBlock:
             keys, values = _joined((cached[0][:, :, mask.first :], cached[1][:, :, mask.first :]), (keys, values))
         else:
             computed = (keys, values)
-        attn_key = self.visit("attn_key", self.attend(queries, keys, values, mask))
+        attn_key = self.attend(queries, keys, values, mask)
+        attn_key = attn_key if self.packed is None else self.packed.pack(attn_key)
+        attn_key = self.visit("attn_key", attn_key)
         if exit_part == "attn_key":
             return hidden, computed
         hidden = self.add_output(hidden, layout.attn_output, attn_key, "attn_out", layout.attn_after)
         if exit_part == "attn_out":
             return hidden, computed
         if layout.mlp_input is layout.attn_input and layout.is_parallel:
-            mlp_input = normed if self.positions is None else select(normed, self.positions)
+            mlp_input = self.at_kept(normed)
         else:
             states = before if layout.is_parallel else hidden
             mlp_input = states if layout.mlp_input is None else layout.mlp_input(states)
@@ -72,14 +79,32 @@ class FastBlock:
         hidden = self.add_output(hidden, layout.down, mlp_key, "mlp_out", layout.mlp_after)
         return self.visit("resid", hidden), computed
 
-    def project(self, normed: Float[Tensor, "batch pos d_model"]) -> list[Float[Tensor, "batch _ _ d_head"]]:
+    @property
+    def packed(self) -> Packing | None:
+        """The packing of what comes after attention."""
+        return self.packing if self.positions is None else None
+
+    def at_kept(self, states: Float[Tensor, "_ _ width"]) -> Float[Tensor, "_ _ width"]:
+        """States at the positions that go on."""
+        if self.positions is None:
+            return states
+        return select(states, self.positions) if self.packing is None else self.packing.select(states, self.positions)
+
+    def in_rows(self, states: Float[Tensor, "_ _ width"]) -> Float[Tensor, "batch pos width"]:
+        """States of all positions, laid out in rows."""
+        return states if self.packing is None else self.packing.unpack(states)
+
+    def project(self, normed: Float[Tensor, "_ _ d_model"]) -> list[Float[Tensor, "batch _ _ d_head"]]:
         """Queries at the kept positions, keys and values at all."""
         layout, positions = self.layout, self.positions
         if len(layout.inputs) == 3:
-            at_kept = normed if positions is None else select(normed, positions)
-            parts = [project(normed if i else at_kept) for i, project in enumerate(layout.inputs)]
+            queries, *keys_and_values = layout.inputs
+            at_kept = queries(self.at_kept(normed))
+            parts = [self.in_rows(at_kept) if positions is None else at_kept]
+            parts += [self.in_rows(project(normed)) for project in keys_and_values]
         elif layout.by_head:
-            parts = list(layout.inputs[0](normed).unflatten(-1, (layout.n_heads, 3, -1)).unbind(3))
+            joint = self.in_rows(layout.inputs[0](normed))
+            parts = list(joint.unflatten(-1, (layout.n_heads, 3, -1)).unbind(3))
             parts[0] = parts[0] if positions is None else select(parts[0].flatten(2), positions)
             parts = [part if part.ndim == 3 else part.flatten(2) for part in parts]
         else:
@@ -96,22 +121,23 @@ class FastBlock:
             parts[1] = tables.rotate(parts[1])
         return [part.transpose(1, 2) for part in parts]
 
-    def _joint_projection(self, normed: Float[Tensor, "batch pos d_model"]) -> list[Tensor]:
+    def _joint_projection(self, normed: Float[Tensor, "_ _ d_model"]) -> list[Tensor]:
         """Queries, keys and values from the one matrix that holds all three."""
         (joint,), layout = self.layout.inputs, self.layout
         weight = matrix(joint)
         d_head = weight.shape[1] // (layout.n_heads + 2 * layout.n_kv_heads)
         widths = [layout.n_heads * d_head, layout.n_kv_heads * d_head, layout.n_kv_heads * d_head]
         if self.positions is None:
-            return list(joint(normed).split(widths, dim=-1))
+            return list(self.in_rows(joint(normed)).split(widths, dim=-1))
         ends = [widths[0], sum(widths[1:])]
         biases = (None, None) if joint.bias is None else joint.bias.split(ends)
-        at_kept = select(normed, self.positions)
         queries, keys_and_values = (
             functional.linear(states, part.T, bias)
-            for states, part, bias in zip((at_kept, normed), weight.split(ends, dim=1), biases, strict=True)
+            for states, part, bias in zip(
+                (self.at_kept(normed), normed), weight.split(ends, dim=1), biases, strict=True
+            )
         )
-        return [queries, *keys_and_values.split(widths[1:], dim=-1)]
+        return [queries, *self.in_rows(keys_and_values).split(widths[1:], dim=-1)]
 
     def _normed(self, parts: list[Tensor]) -> list[Tensor]:
         norms = (self.layout.query_norm, self.layout.key_norm, None)
@@ -171,7 +197,7 @@ class FastBlock:
             return repeated(), False
         return self.arguments.once(("additive", id(mask), groups, queries.dtype), repeated), False
 
-    def first_half(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_mlp"]:
+    def first_half(self, states: Float[Tensor, "_ _ d_model"]) -> Float[Tensor, "_ _ d_mlp"]:
         """The MLP up to the input of its second matrix."""
         layout = self.layout
         if not layout.is_gated:
@@ -185,12 +211,12 @@ class FastBlock:
 
     def add_output(
         self,
-        hidden: Float[Tensor, "batch pos d_model"],
+        hidden: Float[Tensor, "_ _ d_model"],
         projection: Any,
-        inputs: Float[Tensor, "batch pos d_in"],
+        inputs: Float[Tensor, "_ _ d_in"],
         part: str,
         after: Any,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "_ _ d_model"]:
         """The residual plus a module's output, in one product where nothing stands between and nothing is read."""
         step = self.steps.get(part)
         if after is not None or (step is not None and step.read):
@@ -212,13 +238,18 @@ class FastBlock:
         step = self.steps.get(part)
         if step is None:
             return activation
-        return SiteStep(step.site, tuple(self.writes(part)), step.read, step.copy)(activation, self.values)
+        activation = SiteStep(step.site, tuple(self.writes(part)), step.read, step.copy)(activation, self.values)
+        if step.read and self.packed is not None:
+            self.values[step.site] = self.packed.unpack(self.values[step.site])
+        return activation
 
     def writes(self, part: str) -> Sequence[Write]:
-        """The writes at a site, their columns counted among the kept positions."""
+        """The writes at a site, their columns counted among the kept positions, or among all real tokens."""
         step = self.steps.get(part)
-        if step is None or self.positions is None:
-            return () if step is None else step.writes
+        if step is None:
+            return ()
+        if self.positions is None:
+            return step.writes if self.packing is None else [self.packing.write(write) for write in step.writes]
         return [_among_kept(write, self.positions, self.arguments.tokens_mask.shape[1]) for write in step.writes]
 
 

@@ -23,6 +23,7 @@ from mechedit.models.family import Family
 from mechedit.models.fast_block import FastBlock, select
 from mechedit.models.fast_norm import Norm, fast_norm
 from mechedit.models.kv_cache import KVCache
+from mechedit.models.packing import Packing
 from mechedit.models.protocol import Run
 from mechedit.models.run_plan import RunPlan, RunStopped, SiteStep
 from mechedit.models.shortcuts import Forwards, blocks_of, end_before_head, narrow_mlp, replace_forwards, skip_blocks
@@ -65,6 +66,11 @@ class FastEngine:
         return self.way == "operations" and self._is_in_one_place
 
     @property
+    def skips_padding(self) -> bool:
+        """Whether padding is computed in attention alone (`packing`)."""
+        return self.way == "operations" and self._is_in_one_place
+
+    @property
     def _is_in_one_place(self) -> bool:
         devices = {next(block.parameters()).device for block in blocks_of(self.model, self.family)}
         devices.add(self.model.get_input_embeddings().weight.device)
@@ -93,6 +99,10 @@ class FastEngine:
         assert self._layouts is not None, "the way was prepared"
         cache, exit_site, last = plan.kv_cache, plan.exit_site, self._last(plan)
         positions = _kept_in_last_block(plan, last)
+        packing = arguments.once("packing", lambda: Packing.of(plan.tokens.mask))
+        if positions is not None and packing is not None and packing.count(positions) >= len(packing.token_of):
+            positions = None
+        hidden = hidden if packing is None else packing.pack(hidden)
         computed: list[Any] = []
         for layer in range(plan.first_layer, last + 1):
             block = FastBlock(
@@ -102,12 +112,15 @@ class FastEngine:
                 _steps(plan, layer),
                 values,
                 positions if layer == last else None,
+                packing,
             )
             exit_part = exit_site.part if exit_site is not None and layer == last else "resid"
             cached = None if cache is None else cache.layers[layer]
             hidden, keys_and_values = block.run(hidden, cached, exit_part, use_cache=plan.use_cache)
             computed.append(keys_and_values)
         lengths = None if cache is None else cache.lengths_with(plan.tokens.ids.shape[1])
+        if packing is not None and positions is None and exit_site is None:
+            hidden = packing.unpack(hidden)
         return hidden, KVCache(tuple(computed), lengths) if plan.use_cache else None, positions is not None
 
     def _by_modules(

@@ -180,6 +180,11 @@ class Model(Protocol):
         ...
 
     @property
+    def skips_padding(self) -> bool:
+        """Whether the padding of a batch costs next to nothing, since its blocks compute real tokens alone."""
+        return False
+
+    @property
     def keeps_scores(self) -> bool:
         """Whether attention's scores are all in memory at once, since no fused kernel computes them (Gemma 2's cap)."""
         return False

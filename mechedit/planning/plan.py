@@ -248,7 +248,8 @@ def plan_edit(
     rows = prompt.search_prompts(config.generated_prefixes, kl=config.kl_weight > 0)
     moments = len(layers) * FLOAT64 * shapes.d_key**2
     total, of_blocks = (
-        search_operations(counts, rows, layers[-1], config.updates) for counts in _with_and_without_head(shapes)
+        search_operations(counts, rows, layers[-1], config.updates, prompt.shared(config.generated_prefixes))
+        for counts in _with_and_without_head(shapes)
     )
     targets = Step(
         name="targets",
@@ -269,15 +270,29 @@ def plan_edit(
     return targets, spreading
 
 
-def search_operations(operations: Operations, rows: Sequence[SearchPrompt], layer: int, updates: int) -> int:
+def search_operations(
+    operations: Operations, rows: Sequence[SearchPrompt], layer: int, updates: int, shared: Mapping[int, int]
+) -> int:
     """Operations of one search for z: a clean run, `updates` + 1 evaluations and `updates` gradients.
 
     A gradient costs what the evaluation of the parts that depend on δ costs; no weight has a gradient.
+
+    Args:
+        operations: of the model.
+        rows: the prompts.
+        layer: after which δ is added.
+        updates: of δ.
+        shared: tokens that all prompts behind a context template begin with, by its index. They run once for a batch of
+            facts, which is not counted.
     """
     last, total = operations.shapes.n_layers - 1, 0
     for row in rows:
         tokens, read = len(row.ids), len(row.scored)
-        total += operations.through(range(last + 1), tokens) + read * operations.head
+        # Clean, what comes before δ leaves keys and values in all blocks; of KL prompts alone the logits are wanted.
+        start = min(shared.get(row.template, 0), row.at)
+        total += operations.through(range(last + 1), row.at - start, before=start)
+        total += operations.through(range(layer + 1 if row.labels else last + 1), tokens - row.at, before=row.at)
+        total += 0 if row.labels else read * operations.head
         total += (2 * updates + 1) * operations.changed(layer, tokens, row.at, read)
     return total
 
@@ -302,10 +317,7 @@ def spread_operations(operations: Operations, rows: Sequence[SearchPrompt], laye
 def _search_bytes(
     shapes: ModelShapes, rows: Sequence[SearchPrompt], layer: int, config: TargetConfig, device: str
 ) -> int:
-    """Bytes of a batch of facts: what the clean run leaves for all rows, and what one pass needs besides.
-
-    Passes are of prompts with like numbers of tokens behind δ, one pass after another (`search_batches`). Real facts
-    differ where typical ones do not: with 1 to 2w − 1 tokens, all as often, the pass of the longest has 1/w of them.
+    """Bytes of a batch of facts: what the clean run leaves for all rows, and what the passes that run at once need.
 
     Args:
         shapes: of the model.
@@ -320,11 +332,7 @@ def _search_bytes(
     # Keys and values of all tokens before δ, and the inputs of two spans of blocks.
     cached = len(rows) * before * sum(kv[block] for block in later) + 2 * width * shapes.d_model
     kl_logits = sum(not row.labels for row in rows) * shapes.vocab_size * 4
-    mean = width / len(rows)
-    # Padding tokens if all ran cells, against those that cost as much as starting the other passes.
-    padding = len(rows) * (mean - 1)
-    starts = (2 * mean - 2) * _padding_budget(shapes, device)
-    fraction = min(1.0, config.pass_tokens / width, 1 / mean if padding > starts else 1.0)
+    fraction = min(1.0, config.pass_tokens / width)
     # The clean run has the keys and values of all blocks, and again as they are cut to each row's length.
     preparing = fraction * len(rows) * before * (sum(kv) + sum(kv[block] for block in later))
     saved = fraction * sum(saved_for_gradient(shapes, row, block) for row in rows for block in later)

@@ -117,3 +117,7 @@ class PromptShape:
             ids=(0,) * end, at=self.at, scored=(end - 1,), labels=(), fact=0, template=KL_PROMPT, weight=0.0
         )
         return [*rows, kl_row] if kl else rows
+
+    def shared(self, prefixes: int) -> dict[int, int]:
+        """The tokens that all prompts behind each of so many generated texts begin with, by the text's index."""
+        return dict.fromkeys(range(1, prefixes + 1), self.prefix)

@@ -26,6 +26,7 @@ from mechedit.planning.operations import Operations
 from mechedit.planning.plan import Rates, fact_operations, search_operations
 from mechedit.prefixes import BARE
 from mechedit.targets import TargetConfig, find_targets
+from mechedit.targets.prompt_batch import common_starts
 from mechedit.targets.search_prompts import search_prompts
 from mechedit.trace import TraceConfig
 from mechedit.trace.cells import trace_group
@@ -147,8 +148,9 @@ def _targets(model: Model, head_rate: float, seconds: Timer) -> float:
         by_width[prompt.width].append(request)
     requests = max(by_width.values(), key=len)[:SEARCHED]
     rows, operations = search_prompts(model, requests, range(len(requests)), PREFIXES, config), Operations.of(model)
+    shared = common_starts(rows)
     total, of_blocks = (
-        search_operations(counts, rows, 0, config.updates) for counts in (operations, operations.of_blocks)
+        search_operations(counts, rows, 0, config.updates, shared) for counts in (operations, operations.of_blocks)
     )
     taken = seconds(lambda: find_targets(model, requests, 0, PREFIXES, config))
     return _blocks_rate(total, of_blocks, taken, head_rate)

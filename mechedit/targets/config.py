@@ -145,7 +145,8 @@ class TargetConfig(TargetSettings):
     """Whether the block's attention output is moved as well, and that part discarded (PMET, §4.1); with part
     "mlp_out"."""
     pass_tokens: int = 4096
-    """Tokens per forward pass, padding included; halved while the device's memory does not hold them."""
+    """Tokens in the forward passes that run at once, padding included; halved while the device's memory does not hold
+    them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -188,7 +188,7 @@ def prepare_objective(
     blocks = max(1, model.n_layers - layer - 1)
     batched_prompts = search_batches(model, prompts, config.pass_tokens, blocks, n_workers(model))
     # The largest first: see `run_batches`.
-    batched_prompts = sorted(batched_prompts, key=lambda rows: -len(rows) * rows[-1].width)
+    batched_prompts = sorted(batched_prompts, key=lambda rows: -sum(row.width for row in rows))
     for batch, bare, states in run_batches(model, batched_prompts, lambda rows: run_clean(model, rows, layer, config)):
         batches.append(batch)
         initial[batch.fact[bare]] = states

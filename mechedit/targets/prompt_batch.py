@@ -228,12 +228,10 @@ def shared_start_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[K
         The KV cache of each prompt's shared start, and the start's length per prompt; None and zeros where sharing
         saves less than another run costs.
     """
-    by_template: dict[int, list[SearchPrompt]] = defaultdict(list)
-    for prompt in prompts:
-        by_template[prompt.template].append(prompt)
-    starts = {template: _common_start(group) for template, group in by_template.items()}
-    lengths = [len(starts[prompt.template]) for prompt in prompts]
-    if sum(lengths) - sum(map(len, starts.values())) <= padding_budget(model):
+    counts = common_starts(prompts)
+    starts = {prompt.template: prompt.ids[: counts[prompt.template]] for prompt in prompts}
+    lengths = [counts[prompt.template] for prompt in prompts]
+    if sum(lengths) - sum(counts.values()) <= padding_budget(model):
         return None, [0] * len(prompts)
     # A row of no tokens cannot be run; the token that stands in its place is not kept.
     rows = [list(ids) or [prompts[0].ids[0]] for ids in starts.values()]
@@ -244,10 +242,15 @@ def shared_start_cache(model: Model, prompts: Sequence[SearchPrompt]) -> tuple[K
     return cache.take(index, cache.length), lengths
 
 
-def _common_start(prompts: Sequence[SearchPrompt]) -> tuple[int, ...]:
-    """The tokens before the subject's last one that all of the prompts begin with."""
-    columns = zip(*(prompt.ids[: prompt.at] for prompt in prompts), strict=False)
-    return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns))
+def common_starts(prompts: Sequence[SearchPrompt]) -> dict[int, int]:
+    """How many tokens before δ's all prompts behind each context template begin with, by its index."""
+    by_template: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for prompt in prompts:
+        by_template[prompt.template].append(prompt.ids[: prompt.at])
+    return {
+        template: sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*starts, strict=False)))
+        for template, starts in by_template.items()
+    }
 
 
 def edited_scores(

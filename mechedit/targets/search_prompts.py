@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from mechedit.batching import PassCost, batches_of
+from mechedit.batching import PassCost
 from mechedit.data import EditRequest, fill
 from mechedit.errors import InputError, brief
 from mechedit.models import Model
@@ -22,6 +22,8 @@ KL_PROMPT = -1
 """Stands in place of a context template's index in KL prompts."""
 LEAST_TOKENS = 160
 """Tokens below which a pass is not cut for the sake of workers: the products of one core would become slower."""
+ENOUGH_TOKENS = 1024
+"""Tokens from which on a longer pass is no faster on a CPU: what its blocks compute leaves the caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,33 +106,46 @@ def search_batches(
     Args:
         model: tells what a pass costs, and a token in it (`PassCost`).
         prompts: in any order.
-        pass_tokens: most tokens in one forward pass, padding included.
+        pass_tokens: most tokens in the passes that run at once, padding included.
         blocks: number of blocks that run; by default all.
-        workers: passes that run at once: a pass is cut for them, so that they need no more memory than it would alone.
+        workers: number of passes that run at once.
     """
+    enough = ENOUGH_TOKENS if model.device.type == "cpu" else pass_tokens
     cost, rows = PassCost.of(model, blocks or model.n_layers), sorted(prompts, key=lambda prompt: prompt.width)
-    scored = [0, *accumulate(len(prompt.scored) for prompt in rows)]
+    widths, scored = (
+        [0, *accumulate(map(size, rows))] for size in (lambda row: row.width, lambda row: len(row.scored))
+    )
+
+    def tokens(begin: int, end: int) -> int:
+        """Tokens that are computed for these prompts as one batch."""
+        return widths[end] - widths[begin] if model.skips_padding else rows[end - 1].width * (end - begin)
+
     ends = [end for end in range(1, len(rows) + 1) if end == len(rows) or rows[end].width > rows[end - 1].width]
     # Least cost of the prompts before each width, and where the last group of these begins.
     best: dict[int, tuple[float, int]] = {0: (0.0, 0)}
     for end in ends:
-        width = rows[end - 1].width
-        size = max(1, pass_tokens // width)
+        size = max(1, pass_tokens // rows[end - 1].width)
 
-        def of_group(begin: int, end: int = end, width: int = width, size: int = size) -> float:
+        def of_group(begin: int, end: int = end, size: int = size) -> float:
             cuts = [*range(begin, end, size), end]
-            return sum(cost.of_pass(width * (j - i), scored[j] - scored[i]) for i, j in pairwise(cuts))
+            return sum(cost.of_pass(tokens(i, j), scored[j] - scored[i]) for i, j in pairwise(cuts))
 
         best[end] = min((before + of_group(begin), begin) for begin, (before, _) in best.items())
-    end, groups = len(rows), list[list[SearchPrompt]]()
+    end, groups = len(rows), list[tuple[int, int]]()
     while end:
         begin = best[end][1]
-        groups.append(rows[begin:end])
+        groups.append((begin, end))
         end = begin
-    for group in reversed(groups):
-        width = group[-1].width
-        size = min(pass_tokens // width, max(-(-len(group) // workers), -(-LEAST_TOKENS // width)))
-        yield from batches_of(group, max(1, size))
+    for begin, end in reversed(groups):
+        most = max(1, min(pass_tokens, max(pass_tokens // workers, LEAST_TOKENS)) // rows[end - 1].width)
+        total = tokens(begin, end)
+        passes = max(1, min(workers * max(1, round(total / workers / enough)), total // LEAST_TOKENS))
+        start, number = begin, 1
+        for stop in range(begin + 1, end + 1):
+            is_full = stop - start >= most or tokens(begin, stop) >= total * number / passes
+            if is_full or stop == end:
+                yield rows[start:stop]
+                start, number = stop, number + 1
 
 
 def check_length(model: Model, request: EditRequest, ids: Sequence[int]) -> list[int]:

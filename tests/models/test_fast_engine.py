@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import SHAPES, VOCAB, hook_state, random_hf
+from helpers.models import SHAPES, VOCAB, CountedProducts, hook_state, random_hf
 from helpers.patches import random_tokens
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 from benchmarks.families.small_models import small_model
 from benchmarks.families.steps import word_tokenizer
-from mechedit.models import EMBED, KVCache, Patch, Resume, Run, Site, Tokens, load_model
+from mechedit.models import EMBED, KVCache, Patch, Resume, Run, Site, Tokens, load_model, packing
 from mechedit.models.engine_check import SWITCH
 from mechedit.models.fast_engine import FastEngine
 from mechedit.models.run_plan import plan_run
@@ -197,6 +197,61 @@ def test_gradients_behind_prefixes_of_different_lengths(monkeypatch: pytest.Monk
         longer = dataclasses.replace(prefix, lengths=torch.tensor([5, 1, 2]))
         further, _ = both_ways(monkeypatch, model, tokens, [patch], **{**options, "kv_cache": longer})
         assert (further.logits - quick.logits)[1].abs().max() > 1e-6, "a row's empty positions must matter here"
+
+
+def test_gradients_of_padded_rows_behind_prefixes(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    """What stands in place of padding has no part in anything, and gets no gradient."""
+    tokens, prefix, resid = begun(model, torch.tensor([5, 0, 2]))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    real, tokens = mask.bool(), Tokens(tokens.ids, mask)
+    patch = patch_at(model, Site(1, "mlp_out"), [[1, 3], [2, 0], [-1, 2]], add=True)
+    for keep in (0, torch.tensor([1, 0]), torch.tensor([[3, 1], [0, 1], [2, 0]])):
+        at = torch.arange(4).expand(3, -1) if isinstance(keep, int) else keep.expand(3, -1)
+        leaves = [resid.clone().requires_grad_(), patch.value.clone().requires_grad_()]
+        writes = [dataclasses.replace(patch, value=leaves[1])]
+        options = {"resume": Resume(1, leaves[0]), "kv_cache": prefix, "logits_to_keep": keep}
+        quick, slow = both_ways(monkeypatch, model, tokens, writes, **options)
+        is_kept = real.gather(1, at)
+        close(quick.logits[is_kept], slow.logits[is_kept])
+        towards = torch.randn(quick.logits.shape, generator=torch.Generator().manual_seed(0)) * is_kept[..., None]
+        gradients, expected = (torch.autograd.grad((run.logits * towards).sum(), leaves) for run in (quick, slow))
+        for gradient, expected_gradient in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(
+                gradient, expected_gradient, rtol=0, atol=2e-5 * max(1.0, float(expected_gradient.abs().max()))
+            )
+            assert gradient.abs().max() > 1e-5
+        assert not gradients[0][~real].any()
+    elsewhere = torch.where(real[..., None], resid, 7.0)
+    changed = model.run(tokens, [patch], **{**options, "resume": Resume(1, elsewhere)})
+    close(changed.logits[is_kept], quick.logits[is_kept].detach())
+    unmasked = model.run(Tokens(tokens.ids, torch.ones_like(mask)), [patch], **options)
+    close(unmasked.logits[is_kept], quick.logits[is_kept].detach())
+
+
+@torch.no_grad()
+def test_padding_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = load_model(random_hf("llama"), tokenizer=word_tokenizer(), backend="nnsight")
+    assert model.skips_padding
+    tokens = ragged()
+    real = int(tokens.mask.sum())
+    for read in ([], [Site(1, "mlp_key")]):
+        with CountedProducts(model) as counts:
+            model.run(tokens, read=read)
+        assert set(counts.tokens.values()) == {real} != {tokens.mask.numel()}
+    for keep, n_last in ((torch.tensor([[1], [0], [5]]), 3), (torch.tensor([[1, 2, 3, 4, 5, 6]]).repeat(3, 1), real)):
+        with CountedProducts(model) as counts:
+            model.run(tokens, logits_to_keep=keep)
+        last = model.n_layers - 1
+        assert counts.tokens == {**dict.fromkeys(range(last), real), last: n_last}
+    # Where hardly anything is padding, moving tokens would take longer.
+    monkeypatch.setattr(packing, "LEAST_PADDING", 0.5)
+    model.fast_engine.prepare("operations")
+    with CountedProducts(model) as counts:
+        model.run(tokens)
+    assert set(counts.tokens.values()) == {tokens.mask.numel()}
+    for way in ("modules", "off"):
+        model.fast_engine.prepare(way)
+        assert not model.skips_padding
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from mechedit.moments.key_reader import KeyReader
 from mechedit.planning import Operations, PromptShape, plan_edit, plan_moments_step, plan_trace_step
 from mechedit.planning.plan import fact_operations, search_operations, spread_operations
 from mechedit.prompt_tokens import encode_documents
+from mechedit.targets.prompt_batch import common_starts
 from mechedit.targets.search_prompts import search_prompts
 from mechedit.trace.cells import trace_group
 from mechedit.trace.traced_fact import tokenize_fact
@@ -57,12 +58,17 @@ def test_a_search_takes_the_operations_that_were_stated(tiny: me.Model) -> None:
     requests, config = me.load_requests("tiny")[:48], me.TargetConfig(steps=2, threshold=1e-9)
     for layer in (2, tiny.n_layers - 2):
         rows = search_prompts(tiny, requests, range(len(requests)), PREFIXES, config)
-        stated = search_operations(Operations.of(tiny), rows, layer, config.updates)
+        shared = common_starts(rows)
+        assert shared[1] > 8
+        stated = search_operations(Operations.of(tiny), rows, layer, config.updates, shared)
         taken = counted(lambda layer=layer: me.find_targets(tiny, requests, layer, PREFIXES, config))
         assert stated == pytest.approx(taken, rel=0.2)
         if layer == 2:
-            other = search_operations(Operations.of(tiny), rows, layer, 2 * config.updates)
+            other = search_operations(Operations.of(tiny), rows, layer, 2 * config.updates, shared)
             assert other != pytest.approx(taken, rel=0.2), "the control: twice the updates"
+        else:
+            apart = search_operations(Operations.of(tiny), rows, layer, config.updates, {})
+            assert apart != pytest.approx(taken, rel=0.2), "the control: every prompt's beginning"
 
 
 def test_a_trace_takes_the_operations_that_were_stated(tiny: me.Model) -> None:

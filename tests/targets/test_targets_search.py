@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import CountedProducts
 from torch import Tensor
 
 import mechedit.targets.search
@@ -17,7 +18,7 @@ from mechedit.batching import LAUNCH_COST, WEIGHT_TOKENS, pad
 from mechedit.cache import Cache
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
-from mechedit.models import Patch, Site, WholeReadout
+from mechedit.models import Patch, Site, WholeReadout, packing
 from mechedit.prefixes import prefixed_prompts
 from mechedit.prompt_tokens import continuation_ids, tokenize_prompt
 from mechedit.targets import TargetConfig, Targets, find_targets
@@ -168,7 +169,8 @@ def counted(model: Any) -> tuple[list[list[int]], list[Any]]:
     return sizes, handles
 
 
-def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
+def test_only_what_delta_reaches_runs_again(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "LEAST_PADDING", 0.0)
     config = dataclasses.replace(BRISK, steps=6, threshold=1e-9)
     prompts = search_prompts(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, config)
     lively.readout()
@@ -181,17 +183,20 @@ def test_only_what_delta_reaches_runs_again(lively: Any) -> None:
     with_kl = sum(any(prompt.template == KL_PROMPT for prompt in batch) for batch in batches)
     # The clean run: tokens before the subjects' last ones, those from there on up to δ, the KL prompts' to the end.
     assert [len(runs) for runs in sizes] == [before + len(batches), *[before + with_kl + 7 * len(batches)] * 2]
-    ended = sum(
-        sum(prompt.template != KL_PROMPT for prompt in batch) * max(prompt.width for prompt in batch)
-        for batch in batches
-    )
+    ended = sum(prompt.width for prompt in prompts if prompt.template != KL_PROMPT)
     assert sum(sizes[0]) - sum(sizes[1][: -7 * len(batches)]) == ended * lively.d_model > 0
-    rerun = sum(len(batch) * max(prompt.width for prompt in batch) for batch in batches) * lively.d_model
+    rerun = sum(prompt.width for prompt in prompts) * lively.d_model
+    padded = sum(len(batch) * max(prompt.width for prompt in batch) for batch in batches) * lively.d_model
+    assert rerun < padded, "padding is not run"
     assert sum(sizes[1][-len(batches) :]) == rerun
     assert rerun < 0.7 * sum(len(prompt.ids) for prompt in prompts) * lively.d_model
-    # The last block's MLP runs at the scored positions alone, of which each row of a batch has as many.
-    scored = sum(len(batch) * max(len(prompt.scored) for prompt in batch) for batch in batches)
-    assert sum(sizes[2][-len(batches) :]) == scored * lively.d_model < rerun
+    # The last block's MLP runs at the scored positions alone, of which each row of a batch has as many, unless that
+    # are more than all of its tokens.
+    counts = [
+        (len(batch) * max(len(prompt.scored) for prompt in batch), sum(prompt.width for prompt in batch))
+        for batch in batches
+    ]
+    assert sum(sizes[2][-len(batches) :]) == sum(map(min, counts)) * lively.d_model
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -249,16 +254,32 @@ def test_a_shared_start_runs_once(make_model: Any, monkeypatch: pytest.MonkeyPat
 
 def test_passes_are_cut_for_workers_where_they_are_long(lively: Any) -> None:
     prompts = search_prompts(lively, REQUESTS, [0, 1, 2, 1], PREFIXES, BRISK)
-    few, many = prompts, [prompt for prompt in prompts for _ in range(40)]
+    few, many = prompts, [prompt for prompt in prompts for _ in range(20)]
 
     def tokens(prompts: list[Any], workers: int) -> list[int]:
-        batches = list(search_batches(lively, prompts, BRISK.pass_tokens, workers=workers))
+        batches = list(search_batches(lively, prompts, 10**6, workers=workers))
         assert sorted(map(id, itertools.chain(*batches))) == sorted(map(id, prompts)), "each is in one batch"
-        return [len(batch) * batch[-1].width for batch in batches]
+        return [sum(prompt.width for prompt in batch) for batch in batches]
 
     assert tokens(few, 2) == tokens(few, 1), "each of them is short"
     assert max(tokens(many, 2)) < 0.6 * max(tokens(many, 1))
     assert len(tokens(many, 100)) <= 1 + sum(tokens(many, 1)) / LEAST_TOKENS
+    assert max(tokens(many, 3)) < 1.1 * min(tokens(many, 3)), "all workers have as much to do"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "llama", "gemma3"])
+def test_targets_without_padding_are_the_same(make_model: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model = make_model(kind, initializer_range=0.05)
+    products, targets = [], []
+    for share in (2.0, 0.0):
+        monkeypatch.setattr(packing, "LEAST_PADDING", share)
+        model.fast_engine.prepare("operations")
+        with CountedProducts(model) as counts:
+            targets.append(find_targets(model, REQUESTS, 0, PREFIXES, dataclasses.replace(BRISK, steps=4)))
+        products.append(counts.tokens[1])
+    padded, packed = targets
+    assert distance(packed.z - packed.initial, padded.z - padded.initial) < 1e-4
+    assert products[1] < 0.95 * products[0], "there was padding to leave out"
 
 
 def test_batches_that_do_not_fit_are_halved(lively: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,8 +482,7 @@ def test_objects_of_different_lengths_share_a_batch(
     assert len({len(prompt.scored) for prompt in batch if prompt.labels}) > 1
     assert any(not prompt.labels for prompt in batch)
     shared = find_targets(model, REQUESTS, 1, PREFIXES, config)
-    monkeypatch.setitem(LAUNCH_COST, "cpu", 0)
-    monkeypatch.setitem(WEIGHT_TOKENS, "cpu", 0)
+    config = dataclasses.replace(config, pass_tokens=40)
     assert len(list(search_batches(model, prompts, config.pass_tokens))) > 1
     split = find_targets(model, REQUESTS, 1, PREFIXES, config)
     assert distance(split.z, shared.z) < 1e-5
