@@ -167,6 +167,12 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 2].rstrip()} …"
 
 
+def shortened_inside(text: str, most: int) -> str:
+    """A text of at most so many characters, with its beginning and its end, and a sign where it was cut."""
+    end = (most - 3) // 2
+    return text if len(text) <= most else f"{text[: most - 3 - end].rstrip()} … {text[-end:].lstrip()}"
+
+
 def brief_list(names: Iterable[object], most: int = 3 * _BRIEF) -> str:
     """Names between commas for a message, cut after so many characters; "nothing" where there are none."""
     text = ", ".join(map(str, names)) or "nothing"

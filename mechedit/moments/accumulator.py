@@ -90,9 +90,11 @@ class MomentAccumulator:
         """
         width = len(self.total)
         if self.count < width:
+            length = provenance.get("max_length")
+            also = f", or cut long texts into several: {length} tokens of each are read" if length else ""
             raise InputError(
                 f"the texts hold {self.count} tokens, expected at least d_mlp = {width} (better "
-                f"{100 * width}), else the second moment of layer {layer} is singular; give more text"
+                f"{100 * width}), else the second moment of layer {layer} is singular; give more text{also}"
             )
         self.check_finite(layer)
         return SecondMoment(

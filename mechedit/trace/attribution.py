@@ -31,10 +31,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mechedit.batching import batches_of, run_in_halves
+from mechedit.errors import InputError
 from mechedit.models import EMBED, Part, Patch, Run, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND
 from mechedit.trace.memory import max_gradient_rows
-from mechedit.trace.metric_values import metric_inputs
+from mechedit.trace.metric_values import checked_values, metric_inputs
 from mechedit.trace.metrics import NORMALIZED, MetricInputs, ObjectInputs, find_metric, metric_name
 from mechedit.trace.restore import Cell
 from mechedit.trace.runs import TraceRuns, slice_patch
@@ -130,6 +131,21 @@ def _scores_of_rows(runs: TraceRuns, sever: str, rows: Sequence[int], part: floa
     return {key: torch.cat([of_batch[key] for of_batch in scores]) for key in scores[0]}
 
 
+def _sum(name: str, scale: Scale, inputs: MetricInputs) -> Float[Tensor, ""]:
+    """The sum of a scale's values over rows.
+
+    Raises:
+        InputError: it does not depend on the activations in a way that has a gradient.
+    """
+    total = checked_values(name, scale.value(inputs), inputs).sum()
+    if not total.requires_grad:
+        raise InputError(
+            f"the metric {name!r} has no gradient (as a rank, a count or a detached number has none), so that its "
+            f"effects cannot be estimated; trace it without approximation"
+        )
+    return total
+
+
 class _Gradients:
     """Rows of the corrupted run, or of one part of the way to the clean run, with the gradients at their activations.
 
@@ -146,7 +162,7 @@ class _Gradients:
         with torch.enable_grad():
             run = _run(runs, sever, rows, part, zeros)
             inputs = metric_inputs(run, runs.clean, self.facts, runs.facts, runs.foils)
-            sums = {scale.value: scale.value(inputs).sum() for scale in self.scales.values()}
+            sums = {scale.value: _sum(name, scale, inputs) for name, scale in self.scales.items()}
         self.gradients = {
             value: dict(zip(zeros, torch.autograd.grad(total, list(zeros.values()), retain_graph=True), strict=True))
             for value, total in sums.items()

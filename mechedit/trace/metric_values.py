@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechedit.errors import InputError
 from mechedit.models import Model, Readout, Run
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.metrics import (
@@ -40,7 +42,26 @@ def metric_values(
 def metrics_of(inputs: MetricInputs, config: TraceConfig) -> MetricValues:
     """Every metric of some rows, before normalization."""
     metrics = {metric_name(metric).removeprefix(NORMALIZED): metric for metric in config.metrics}
-    return {name: find_metric(metric)(inputs) for name, metric in metrics.items()}
+    return {name: checked_values(name, find_metric(metric)(inputs), inputs) for name, metric in metrics.items()}
+
+
+def checked_values(name: str, values: Any, inputs: MetricInputs) -> Float[Tensor, " row"]:
+    """What a metric, which may be the user's own function, gives for some rows.
+
+    Raises:
+        InputError: it is no tensor of one floating-point number per row.
+    """
+    count = len(inputs.facts)
+    if not isinstance(values, Tensor):
+        what = f"a {type(values).__name__}"
+    elif values.shape != (count,) or not values.is_floating_point():
+        what = f"a tensor of shape {tuple(values.shape)} and dtype {str(values.dtype).removeprefix('torch.')}"
+    else:
+        return values
+    raise InputError(
+        f"the metric {name!r} gives {what} for {count} rows, expected a tensor of {count} floating-point numbers; end "
+        f"the function with one number for each row, such as .float()"
+    )
 
 
 def metrics_of_object(inputs: ObjectInputs, config: TraceConfig) -> MetricValues:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechedit.batching import group_by_shape
 from mechedit.data import Fact
-from mechedit.errors import InputError, brief, shortened
+from mechedit.errors import InputError, brief, shortened_inside
 from mechedit.models import Model, Tokens
 from mechedit.models.vocabulary import check_ids
 from mechedit.prompt_tokens import Prompt, complete_fact, tokenize_prompt
@@ -146,13 +146,13 @@ def require_known(known: int, facts: int, dropped: Sequence[Dropped], least: int
         least: fewest that are needed.
 
     Raises:
-        InputError: says how many of how many can be traced, and why five others cannot, each in its part of a line.
+        InputError: says how many of how many can be traced, and of up to five others why not, each in a part of a line.
     """
     if known >= least:
         return
     reasons = [f"{brief(name)}: {reason}" for name, reason in dropped[:5]]
     if len("; ".join(reasons)) > _REASONS:
-        reasons = [shortened(reason, _REASONS // len(reasons) - 2) for reason in reasons]
+        reasons = [shortened_inside(reason, _REASONS // 3 - 2) for reason in reasons[:3]]
     shown = "; ".join(reasons) + ("; …" if len(reasons) < len(dropped) else "")
     raise InputError(
         f"{known or 'none'} of the {facts} facts can be traced, expected at least {least}"

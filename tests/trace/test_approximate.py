@@ -128,6 +128,24 @@ def test_each_sample_takes_one_gradient_however_many_points(small_model, monkeyp
         assert rows == [4] * points
 
 
+@torch.no_grad()
+def test_a_metric_without_a_gradient_cannot_be_estimated(small_model):
+    def is_right(answers):
+        return (answers.logits[:, 0].argmax(-1) == answers.objects[:, 0]).float()
+
+    def detached(answers):
+        return answers.logits[:, 0, 7].detach()
+
+    for metric in (is_right, detached, margin):
+        config = TraceConfig(samples=2, kinds=("state",), metrics=(metric,), approximation=ANY)
+        runs = run_clean_and_corrupted(small_model, [tokenize_fact(small_model, FACT)], 1.0, config)
+        if metric is margin:
+            assert estimate_cells(runs, all_cells(runs)), "the control"
+            continue
+        with pytest.raises(InputError, match=f"metric '{metric.__name__}' has no gradient.*without approximation"):
+            estimate_cells(runs, all_cells(runs))
+
+
 @pytest.fixture
 def exact_model(make_model, monkeypatch, request):
     """A random model in float64, also inside norms, so that what is small is not lost in rounding."""

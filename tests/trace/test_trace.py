@@ -498,6 +498,25 @@ def test_many_metrics_take_no_more_passes_and_any_function_is_one(small_model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (r"a tensor of shape \(\d+,\) and dtype int64", lambda answers: answers.logits[:, -1].argmax(-1)),
+        (r"a tensor of shape \(\d+, \d+\) and dtype float32", lambda answers: answers.logits[:, -1]),
+        (r"a tensor of shape \(\) and dtype float32", lambda answers: answers.logits.mean()),
+        ("a list", lambda answers: answers.logits[:, -1, 7].tolist()),
+    ],
+    ids=["integers", "too much", "one number", "a list"],
+)
+def test_a_metric_that_gives_no_number_per_row_is_refused(small_model, given, read):
+    def mine(answers):
+        return read(answers)
+
+    with pytest.raises(InputError, match=f"the metric 'mine' gives {given} for [0-9]+ rows, expected"):
+        trace_group(small_model, [tokenize_fact(small_model, FACT)], STD, TraceConfig(samples=3, metrics=(mine,)))
+
+
+@torch.no_grad()
 def test_metrics_of_the_object_alone_take_no_logits_but_the_clean_runs(small_model):
     """All that is larger than a batch's states is read off a part of the vocabulary at a time."""
     traced, rows_with_logits, run = tokenize_fact(small_model, FACT), [], small_model.run
@@ -625,6 +644,9 @@ def test_a_prompt_that_lacks_the_roles_asked_for_is_dropped_with_the_reason(lens
     ]
     with pytest.raises(InputError, match="no token of the role after or last"):
         trace_facts(lens_model, [ends], config)
+    many = [dataclasses.replace(ends, id=f"a rather long name of a fact, number {i}") for i in range(8)]
+    with pytest.raises(InputError, match=r"number 2.*no token of the role after or last"):
+        trace_facts(lens_model, many, config)
     assert set(trace_facts(lens_model, [ends], TraceConfig(samples=2, kinds=("state",)))["fact"]) == {"ends"}
 
 
