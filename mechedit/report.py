@@ -224,6 +224,7 @@ def edit_section(path: Path) -> dict[str, Any]:
             "probability": [],
             "settings": {},
             "settings_from": [],
+            "warnings": [],
         },
         **manifest,
         "span": span(manifest.get("layers", [])),

@@ -184,6 +184,17 @@ def test_an_edit_alone(tmp_path):
     assert page.ids == ["edit", "provenance"]
     assert "MEMIT wrote 40 facts" in text
     assert "12.0" in text  # per cent of the residual that is left
+    assert "arning" not in text
+
+
+def test_warnings_of_an_edit_are_said_at_the_top_and_where_it_is_described(tmp_path):
+    write_edit(tmp_path, warnings=["the update is larger than <the weights>", "4 of 40 were not reached"])
+    _, text, _ = read(write_report(tmp_path))
+    assert text.index("The edit comes with warnings") < text.index("MEMIT wrote 40 facts")
+    for line in ("the update is larger than <the weights>.", "4 of 40 were not reached."):
+        assert f"Warning: {line}" in text
+    write_edit(tmp_path, warnings=["the update is larger"])
+    assert "The edit comes with a warning" in read(write_report(tmp_path))[1]
 
 
 def test_no_early_site_is_said(tmp_path):

@@ -84,7 +84,8 @@ def plot_tuned_setting(record: Mapping[str, Any], name: str, ax: Axes) -> Axes:
     if chosen in values:
         _star(record, chosen, ax, "chosen")
     elif absolute is not None:  # in the unit that the search began with, which has no place on this axis
-        ax.axhline(record["chosen"]["score"], color=INK, linewidth=0.8, linestyle=":", label=f"chosen: {absolute:g}")
+        label = f"score of the chosen {SETTING_LABELS[ABSOLUTE[name]].replace('λ', f'λ = {absolute:g}')}"
+        ax.axhline(record["chosen"]["score"], color=INK, linewidth=0.8, linestyle=":", label=label)
     _unedited(record, ax)
     if min(values) > 0:
         ax.set_xscale("log")

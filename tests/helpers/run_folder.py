@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -224,7 +225,7 @@ def write_run(folder: Path, n_facts: int = 24) -> None:
     write_steps(folder, **steps, edit=edit, evaluate={"model": IDENTITY, "settings": {"seed": 0}})
 
 
-def write_edit(folder: Path) -> None:
+def write_edit(folder: Path, **fields: Any) -> None:
     tensors = {f"layer.{layer}.{side}": torch.ones(4, 4) for layer in (2, 3, 4, 5) for side in ("left", "right")}
     residual_norms = [1.0, 0.81, 0.62, 0.39, 0.12]
     residuals = [
@@ -242,5 +243,6 @@ def write_edit(folder: Path) -> None:
         "left": [0.1] * 40,
         "settings": {"covariance_weight": 100.0, "clamp": 0.75, "steps": 25, "strategy": "uniform"},
         "unconverged": ["7"],
+        **fields,
     }
     write_tensors(folder / "edit.safetensors", tensors, "manifest", manifest)

@@ -478,6 +478,7 @@ def test_many_metrics_take_no_more_passes_and_any_function_is_one(small_model):
         return answers.logits[:, -1, 7].float()
 
     traced, passes = tokenize_fact(small_model, FACT), []
+    trace_group(small_model, [traced], STD, TraceConfig(samples=3))  # what happens once has happened
     run = small_model.run
     small_model.run = lambda *args, **kwargs: (passes.append(1), run(*args, **kwargs))[1]
     try:

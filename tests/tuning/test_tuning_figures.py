@@ -67,7 +67,7 @@ def test_the_choice_is_named_and_one_in_another_unit_is_a_line() -> None:
     settings = {"covariance_weight": 15000, "relative_lr": 0.2}
     absolute = {**RECORD, "settings": settings, "begun_with": {"covariance_weight": 15000, "relative_lr": 0.2}}
     drawn = lines(draw(lambda ax: plot_tuned_setting(absolute, "relative_covariance_weight", ax)))
-    assert drawn["chosen: 15000"][0][1] == 91.0
+    assert drawn["score of the chosen λ = 15000 (units of one fact)"][0][1] == 91.0
     assert not [
         name for name in lines(draw(lambda ax: plot_tuned_setting(RECORD, "relative_lr", ax))) if "chosen" in name
     ]
