@@ -15,11 +15,15 @@ from matplotlib.figure import Figure
 import mechedit as me
 from analyses.real_models.make import make
 from mechedit.cli.parsing import parse_layers
-from mechedit.figures import PaperFigure, paper_style, plot_fact, plot_severed
+from mechedit.figures import PaperFigure, paper_style, plot_fact, plot_lines, plot_severed
+from mechedit.figures.style import GRAY
 from mechedit.tables import read_table, where
+from mechedit.trace import SEVER_LABELS
 
 FACT = "electricidad/tool"
 """The tiny model's, of those in its run."""
+MOST_BARS = 16
+"""Layers above which bars of three severings are too thin for half a page."""
 EIFFEL = me.Fact(id="eiffel", subject="The Eiffel Tower", prompt="{} is located in the city of", object="Paris")
 
 
@@ -35,7 +39,12 @@ def picture(fact: pd.DataFrame, shown: pd.DataFrame, layers: tuple[int, ...]) ->
         figure = PaperFigure(figsize=(7.2, 2.7), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
         plot_fact(fact, left)
-        plot_severed(shown, right, list(layers))
+        if shown["layer"].nunique() > MOST_BARS:
+            severings = [sever for sever in SEVER_LABELS if sever in set(shown["sever"])]
+            plot_lines(shown, right, kinds=["state"], roles=["subject_last"], severings=severings)
+            right.axvspan(layers[0] - 0.5, layers[-1] + 0.5, color=GRAY, alpha=0.22, linewidth=0, zorder=0)
+        else:
+            plot_severed(shown, right, list(layers))
     return figure
 
 

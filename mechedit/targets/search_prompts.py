@@ -10,20 +10,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from mechedit.batching import PassCost
+from mechedit.batching import PassCost, block_parameters, padding_budget
 from mechedit.data import EditRequest, fill
 from mechedit.errors import InputError, brief
 from mechedit.models import Model
 from mechedit.prefixes import BARE, completed_prompts
 from mechedit.prompt_tokens import tokenize_prompt
 from mechedit.targets.config import TargetConfig
+from mechedit.workers import LARGE_BLOCK
 
 KL_PROMPT = -1
 """Stands in place of a context template's index in KL prompts."""
 LEAST_TOKENS = 160
 """Tokens below which a pass is not cut for the sake of workers: the products of one core would become slower."""
-ENOUGH_TOKENS = 1024
-"""Tokens from which on a longer pass is no faster on a CPU: what its blocks compute leaves the caches."""
+ENOUGH_TOKENS = 256, 1024
+"""Tokens from which on a longer pass is no faster on a CPU: of models whose products take long, and of small or very
+large ones. They also bound the memory for what the gradient reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def search_batches(
         blocks: number of blocks that run; by default all.
         workers: number of passes that run at once.
     """
-    enough = ENOUGH_TOKENS if model.device.type == "cpu" else pass_tokens
+    enough = _enough_tokens(model) if model.device.type == "cpu" else pass_tokens
     cost, rows = PassCost.of(model, blocks or model.n_layers), sorted(prompts, key=lambda prompt: prompt.width)
     widths, scored = (
         [0, *accumulate(map(size, rows))] for size in (lambda row: row.width, lambda row: len(row.scored))
@@ -146,6 +148,17 @@ def search_batches(
             if is_full or stop == end:
                 yield rows[start:stop]
                 start, number = stop, number + 1
+
+
+def _enough_tokens(model: Model) -> float | int:
+    """Tokens from which on a longer pass is no faster on a CPU.
+
+    In a small model each operation is started in a part of the time that few tokens take; in a large one the weights
+    come from memory in that time.
+    """
+    if block_parameters(model) >= LARGE_BLOCK:
+        return ENOUGH_TOKENS[1]
+    return min(max(8 * padding_budget(model), ENOUGH_TOKENS[0]), ENOUGH_TOKENS[1])
 
 
 def check_length(model: Model, request: EditRequest, ids: Sequence[int]) -> list[int]:
