@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analyses.common.experiment import Experiment
-from mechedit.errors import InputError
+from mechedit.cli.app import GOES_ON, end_bars
+from mechedit.errors import InputError, is_interrupt
 
 
 def options(
@@ -63,9 +64,13 @@ def open_experiment(name: str, parser: argparse.ArgumentParser, arguments: Seque
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script: its exit code, or 2 and one line on bad input."""
+    """Run a script: its exit code; or one line, and 2 on bad input, 130 where it was interrupted."""
     try:
-        sys.exit(main() or 0)
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = main() or 0
+    except (Exception, KeyboardInterrupt) as error:
+        if not is_interrupt(error) and not isinstance(error, InputError):
+            raise
+        code, line = (130, GOES_ON) if is_interrupt(error) else (2, str(error))
+        end_bars()
+        print(f"{Path(sys.argv[0]).stem}: {line}\n", end="", file=sys.stderr)
+    sys.exit(code)

@@ -52,7 +52,9 @@ _TURNING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "P
 """Bidirectional classes of the characters that turn the direction of what follows them."""
 
 
-INTERRUPTED = "mechedit: interrupted; the same command goes on from what is finished"
+GOES_ON = "interrupted; the same command goes on from what is finished"
+"""What is said after Ctrl-C, behind the command's name."""
+INTERRUPTED = f"mechedit: {GOES_ON}"
 UNREAD = 141
 """Exit code where nobody reads what is printed any more, such as after `| head`: that of programs ended by SIGPIPE."""
 DEALT = ("run", "trace", "select", "moments", "edit", "evaluate")
@@ -122,7 +124,7 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
         return 2, _complaint(_placed(error) or message.replace(" Value error,", ""))
     except InputError as error:
         if is_interrupt(error):
-            _end_bars()
+            end_bars()
             return 130, INTERRUPTED
         return 2, _complaint(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -135,7 +137,7 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
         raise
     except Exception as error:
         if is_interrupt(error):
-            _end_bars()
+            end_bars()
             return 130, INTERRUPTED
         reason = disk_error(error)
         if reason is not None:
@@ -146,7 +148,7 @@ def _run(group: ranks.Group, arguments: list[str]) -> tuple[int, str | None]:
             raise
         return 1, "".join(traceback.format_exception(error))
     if code == 130:  # typer may have turned the interrupt into this code
-        _end_bars()
+        end_bars()
         return 130, INTERRUPTED
     return code or 0, None
 
@@ -187,11 +189,11 @@ def plain_warnings() -> Iterator[None]:
 
 
 def _complaint(message: str) -> str:
-    _end_bars()
+    end_bars()
     return _line(f"mechedit: {message}")
 
 
-def _end_bars() -> None:
+def end_bars() -> None:
     """End the lines of progress that an error left open, so that what is said next has a line of its own."""
     for bar in tuple(getattr(tqdm, "_instances", ())):
         bar.close()
