@@ -22,6 +22,7 @@ from analyses.common.printing import score_frame
 from analyses.common.variants import EVERYWHERE, SINGLE, Variant
 from mechedit import pipeline
 from mechedit.cache import PARQUET
+from mechedit.cli.parsing import require_layers
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
@@ -41,6 +42,8 @@ from mechedit.methods import METHODS, MethodConfig, SearchConfig
 from mechedit.provenance import numbered, value_hash
 from mechedit.targets import find_targets
 
+MIDDLE = "@middle"
+"""Stands for the middle one of the experiment's layers."""
 LEFT = "left"
 """What stands in place of a measure where a row tells how much of the residual an edit left, in percent."""
 
@@ -61,11 +64,13 @@ class Experiment(Inputs):
         else the middle one (the lower of two), and KN takes all layers of the model.
 
         Raises:
-            InputError: no methods, or the same twice; and as `Variant.parse`.
+            InputError: no methods, or the same twice; layers or settings that there are not; and as `Variant.parse`.
         """
+        for text in texts:
+            self.check_variant(text.strip().replace(MIDDLE, ""))
         middle = self.layers[(len(self.layers) - 1) // 2]
         variants = []
-        for text in filter(None, (text.strip().replace("@middle", f"@{middle}") for text in texts)):
+        for text in filter(None, (text.strip().replace(MIDDLE, f"@{middle}") for text in texts)):
             variant = Variant.parse(text, self.layers)
             variants.append(
                 variant if "@" in text else dataclasses.replace(variant, layers=self._layers(variant.method))
@@ -73,6 +78,27 @@ class Experiment(Inputs):
         if not variants or len({(variant.name, variant.layers) for variant in variants}) < len(variants):
             raise InputError(f"the methods are {', '.join(texts) or 'none'}, expected some, each once; see --methods")
         return variants
+
+    def variant(self, text: str) -> Variant:
+        """The one variant of a script, on the experiment's layers where its text names none.
+
+        Raises:
+            InputError: as `variants`.
+        """
+        self.check_variant(text)
+        return Variant.parse(text, self.layers)
+
+    def check_variant(self, text: str) -> None:
+        """Refuse a variant whose layers or settings there are not, before layers are traced for it; none has neither.
+
+        Raises:
+            InputError: as `variants`.
+        """
+        if text:
+            variant = Variant.parse(text, [])
+            if variant.layers:
+                require_layers(list(variant.layers), self.model.n_layers)
+            self.config(variant)
 
     @property
     def methods(self) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from analyses.common.counterfacts import counterfacts
 from mechedit import pipeline
 from mechedit.cli import parse_layers
-from mechedit.cli.parsing import load_quietly, method_settings, sampled
+from mechedit.cli.parsing import load_quietly, method_settings, require_layers, sampled
 from mechedit.data import EditRequest, Fact, load_facts, load_requests
 from mechedit.errors import InputError
 from mechedit.methods import MethodConfig, Recommendation
@@ -40,11 +40,24 @@ class Inputs:
 
     @cached_property
     def model(self) -> Model:
-        """The model of `--model`; it is never left edited."""
-        options = self.arguments
-        return load_quietly(
+        """The model of `--model`; it is never left edited.
+
+        Raises:
+            InputError: it lacks a layer of `--layers`.
+        """
+        options, layers = self.arguments, self.requested_layers
+        model = load_quietly(
             options.model, options.backend, options.device, options.dtype, allow_pickle=options.allow_pickle
         )
+        if layers is not None:
+            require_layers(layers, model.n_layers)
+        return model
+
+    @property
+    def requested_layers(self) -> list[int] | None:
+        """The layers of `--layers`; None without it."""
+        text = self.arguments.layers
+        return None if text is None else parse_layers(text)
 
     @property
     def out(self) -> Path:
@@ -101,8 +114,8 @@ class Inputs:
         Raises:
             InputError: the trace finds no early site.
         """
-        if self.arguments.layers:
-            return parse_layers(self.arguments.layers)
+        if (layers := self.requested_layers) is not None:
+            return layers
         if (tuned := self.recommended("memit").layers) is not None:
             return list(tuned)
         self.trace()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mechedit.cli import parse_layers
-from mechedit.errors import check_choice
+from mechedit.errors import InputError, brief, check_choice
 from mechedit.methods import METHODS
 from mechedit.report import span
 
@@ -36,11 +36,30 @@ class Variant:
         Raises:
             InputError: an unknown method, or layers or settings that cannot be read.
         """
-        head, _, changes = text.partition(":")
+        head, colon, changes = text.partition(":")
         method, at, where = head.strip().partition("@")
-        check_choice("the method", method, METHODS)
-        settings = dict(change.split("=", 1) for change in changes.split(";") if "=" in change)
-        return Variant(method=method, layers=tuple(parse_layers(where) if at else layers), settings=settings)
+        check_choice("the method", method, METHODS, "choose one; between two of its settings stands ; and no comma")
+        if colon and not changes.strip():
+            raise InputError(f"the method {brief(text)} ends with :, expected settings after it; leave it out")
+        return Variant(method=method, layers=tuple(parse_layers(where) if at else layers), settings=_settings(changes))
+
+
+def _settings(text: str) -> dict[str, str]:
+    """Read `strategy=sqrt;clamp=1`, which may be empty.
+
+    Raises:
+        InputError: what stands between two ; is no setting, or one that was there before.
+    """
+    settings: dict[str, str] = {}
+    for change in filter(None, map(str.strip, text.split(";"))):
+        name, equals, value = (part.strip() for part in change.partition("="))
+        if not (name and equals and value) or name in settings:
+            raise InputError(
+                f"the setting {brief(change)} of a method cannot be read, expected name=value with ; between two, "
+                f"each once, as in memit:strategy=sqrt;clamp=1; see --methods"
+            )
+        settings[name] = value
+    return settings
 
 
 def by_name(variants: Sequence[Variant]) -> dict[str, Variant]:

@@ -48,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def trained(experiment: Experiment) -> tuple[int, ...]:
     """The layers given, or the middle one of those selected."""
+    if (requested := experiment.requested_layers) is not None:
+        return tuple(requested)
     layers = experiment.layers
-    return tuple(layers) if experiment.arguments.layers else (layers[(len(layers) - 1) // 2],)
+    return (layers[(len(layers) - 1) // 2],)
 
 
 def weights(experiment: Experiment) -> list[float]:

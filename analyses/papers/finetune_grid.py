@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = open_experiment("finetune_grid", parser, arguments)
     text = experiment.arguments.bounds
     bounds = parse_bounds((QUICK_BOUNDS if experiment.quick else BOUNDS) if text is None else text)
-    layers = experiment.layers if experiment.arguments.layers else range(experiment.model.n_layers)
+    layers = experiment.requested_layers or range(experiment.model.n_layers)
     table = pd.concat([scored(experiment, bound, layers) for bound in (None, *bounds)], ignore_index=True)
     experiment.write(table, format_table(table), scores_figure(table, MEASURES, x="layer", label="layer"))
 

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         experiment.arguments.count = NEWS
     requests = experiment.requests
     write_facts(experiment.out / "fresh_knowledge_facts.csv", requests)
-    variant = Variant.parse(experiment.arguments.method, experiment.layers)
+    variant = experiment.variant(experiment.arguments.method)
     scores = scored(experiment, variant, requests)
     table = by_fact(scores, requests)
     show(table)

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = open_experiment("mixtures", parser, arguments)
     edits = parse_edits(experiment.arguments.edits or (QUICK_EDITS if experiment.quick else EDITS))
     pairs = found_pairs(experiment, edits)
-    variant = Variant.parse(experiment.arguments.method, experiment.layers)
+    variant = experiment.variant(experiment.arguments.method)
     draws = parse_draws(experiment)
     table = pd.concat([compared(experiment, variant, pair, edits, draws) for pair in pairs], ignore_index=True)
     save_figure(detail(table), experiment.out, "mixtures_detail")

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens = parse_names(experiment.arguments.tokens_at)
     for token in tokens:
         check_token(token)
-    layers = experiment.layers if experiment.arguments.layers else range(experiment.model.n_layers)
+    layers = experiment.requested_layers or range(experiment.model.n_layers)
     table = pd.concat([scored(experiment, token, layers) for token in tokens], ignore_index=True)
     experiment.write(table, format_table(table), grid_figure(table))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -94,6 +95,22 @@ def test_lambda_trades_what_is_written_for_what_is_kept(
 def test_a_method_without_lambda_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="'rome' has no λ"):
         ablate_lambda.main([*SMALL, "--out", str(folder), "--method", "rome"])
+
+
+@pytest.mark.parametrize("script", [ablate_lambda, ablate_layers, ablate_module])
+@pytest.mark.parametrize(
+    ("layers", "message"), [("98-99", "layer 99 is not in the model, expected layers 0 to 9"), ("", "the layers ''")]
+)
+def test_layers_that_there_are_not_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Any, layers: str, message: str
+) -> None:
+    for name in ("trace", "moments", "score"):
+        monkeypatch.setattr(Experiment, name, None)
+    command = ["--quick", "--count", "4", "--out", str(tmp_path)]
+    with pytest.raises(InputError, match=message):
+        script.main([*command, "--layers", layers])
+    with pytest.raises(TypeError):  # the control: with layers that there are the work begins
+        script.main([*command, "--layers", "2-3"])
 
 
 def test_ranges_lie_at_every_depth_and_hold_the_models_own() -> None:

@@ -62,6 +62,36 @@ def test_a_variant_reads_method_layers_and_settings():
         Variant.parse("nonsense", [1])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("memit:clamp", "the setting 'clamp' of a method"),
+        ("memit:lr:0.3", "the setting 'lr:0.3' of a method"),
+        ("memit:strategy=sqrt;clamp", "the setting 'clamp' of a method"),
+        ("memit:=1", "the setting '=1' of a method"),
+        ("memit:clamp=", "the setting 'clamp=' of a method"),
+        ("memit:clamp=1;clamp=2", "the setting 'clamp=2' of a method"),
+        ("memit:", "the method 'memit:' ends with :"),
+        ("strategy=sqrt", "the method is 'strategy=sqrt', .* between two of its settings stands ;"),
+    ],
+)
+def test_a_setting_that_cannot_be_read_is_refused(text: str, message: str) -> None:
+    """The last one is what a comma between two settings leaves."""
+    with pytest.raises(InputError, match=message):
+        Variant.parse(text, [1])
+    assert Variant.parse("memit: clamp=1; strategy=sqrt", [1]).settings == {"clamp": "1", "strategy": "sqrt"}
+
+
+def test_a_setting_that_the_method_lacks_is_refused_before_layers_are_traced(tmp_path, monkeypatch):
+    monkeypatch.setattr(Experiment, "trace", None)
+    small = open_experiment("try", options("Try."), ["--out", str(tmp_path), "--no-tuned"])
+    for text, message in (("memit:clmp=1", "'clmp=1' cannot be read"), ("memit@99", "layer 99 is not in the model")):
+        with pytest.raises(InputError, match=message):
+            small.variants([text])
+    with pytest.raises(TypeError):  # the control: what can be read asks for the trace
+        small.variants(["memit:clamp=1"])
+
+
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Experiment:
     out = tmp_path_factory.mktemp("papers")
