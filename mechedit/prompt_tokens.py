@@ -318,10 +318,10 @@ def _holding(spans: Sequence[tuple[int, int]], start: int, end: int, text: str, 
     return range(positions[0], positions[-1] + 1)
 
 
-def check_token(token: str) -> None:
-    """Refuse what names no token of a prompt, see `Prompt.position`."""
+def check_token(token: str, name: str = "token") -> None:
+    """Refuse what names no token of a prompt, see `Prompt.position`; `name` is what the message calls it."""
     if token not in TOKENS and not (isinstance(token, str) and re.fullmatch("-[0-9]{1,6}", token)):
         raise InputError(
-            f"token is {brief(token)}, expected one of {', '.join(TOKENS)}, or a negative number that counts from the "
+            f"{name} is {brief(token)}, expected one of {', '.join(TOKENS)}, or a negative number that counts from the "
             f"prompt's end, such as '-2'; choose one of them"
         )

@@ -56,11 +56,17 @@ def options(
 
 
 def open_experiment(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Experiment:
-    """Read the command line and open the experiment."""
+    """Read the command line and open the experiment.
+
+    Raises:
+        InputError: as `Inputs.check`.
+    """
     parsed = parser.parse_args(arguments)
     if parsed.count is None:
         parsed.count = parsed.quick_count if parsed.quick else parsed.full_count
-    return Experiment(name=name, arguments=parsed)
+    experiment = Experiment(name=name, arguments=parsed)
+    experiment.check()
+    return experiment
 
 
 def run_script(main: Callable[[], int | None]) -> None:

@@ -22,7 +22,7 @@ from analyses.common.printing import score_frame
 from analyses.common.variants import EVERYWHERE, SINGLE, Variant
 from mechedit import pipeline
 from mechedit.cache import PARQUET
-from mechedit.cli.parsing import require_layers
+from mechedit.cli.parsing import parse_names, require_layers
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, edited
 from mechedit.errors import InputError
@@ -66,18 +66,30 @@ class Experiment(Inputs):
         Raises:
             InputError: no methods, or the same twice; layers or settings that there are not; and as `Variant.parse`.
         """
-        for text in texts:
-            self.check_variant(text.strip().replace(MIDDLE, ""))
+        names = [text.strip() for text in texts if text.strip()]
+        if not names:
+            raise InputError("the methods are none, expected some, each once; see --methods")
+        for name in names:
+            self.check_variant(name.replace(MIDDLE, ""))
         middle = self.layers[(len(self.layers) - 1) // 2]
         variants = []
-        for text in filter(None, (text.strip().replace(MIDDLE, f"@{middle}") for text in texts)):
+        for text in (name.replace(MIDDLE, f"@{middle}") for name in names):
             variant = Variant.parse(text, self.layers)
             variants.append(
                 variant if "@" in text else dataclasses.replace(variant, layers=self._layers(variant.method))
             )
-        if not variants or len({(variant.name, variant.layers) for variant in variants}) < len(variants):
-            raise InputError(f"the methods are {', '.join(texts) or 'none'}, expected some, each once; see --methods")
+        if len({(variant.name, variant.layers) for variant in variants}) < len(variants):
+            raise InputError(f"the methods are {', '.join(names)}, expected some, each once; see --methods")
         return variants
+
+    def requested_variants(self, default: Callable[[], Sequence[str]]) -> list[Variant]:
+        """The variants of `--methods`; without it the default ones.
+
+        Raises:
+            InputError: as `variants`.
+        """
+        text = self.arguments.methods
+        return self.variants(default() if text is None else parse_names(text))
 
     def variant(self, text: str) -> Variant:
         """The one variant of a script, on the experiment's layers where its text names none.
@@ -89,16 +101,15 @@ class Experiment(Inputs):
         return Variant.parse(text, self.layers)
 
     def check_variant(self, text: str) -> None:
-        """Refuse a variant whose layers or settings there are not, before layers are traced for it; none has neither.
+        """Refuse a variant whose layers or settings there are not, before layers are traced for it.
 
         Raises:
             InputError: as `variants`.
         """
-        if text:
-            variant = Variant.parse(text, [])
-            if variant.layers:
-                require_layers(list(variant.layers), self.model.n_layers)
-            self.config(variant)
+        variant = Variant.parse(text, [])
+        if variant.layers:
+            require_layers(list(variant.layers), self.model.n_layers)
+        self.config(variant)
 
     @property
     def methods(self) -> list[str]:

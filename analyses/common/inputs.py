@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from analyses.common.checks import check_options
 from analyses.common.counterfacts import counterfacts
 from mechedit import pipeline
 from mechedit.cli import parse_layers
@@ -58,6 +59,15 @@ class Inputs:
         """The layers of `--layers`; None without it."""
         text = self.arguments.layers
         return None if text is None else parse_layers(text)
+
+    def check(self) -> None:
+        """Refuse options before anything is loaded.
+
+        Raises:
+            InputError: a number that the option does not take, or layers that cannot be read.
+        """
+        check_options(self.arguments)
+        _ = self.reading, self.requested_layers
 
     @property
     def out(self) -> Path:

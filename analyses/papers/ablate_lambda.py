@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analyses.common.checks import check_number
 from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.free_text import OWN, free_text
@@ -26,6 +27,8 @@ from analyses.common.variants import Variant
 from mechedit.errors import InputError
 from mechedit.figures import GRAY, scores_figure
 
+MOST_DECADES = 20
+"""Beyond them λ is no number that a setting takes."""
 MEASURES = ("ES", "PS", "NS", "S", "exact_match", "GE", OWN)
 
 
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--free", type=int, help="free texts per case, for GE (default 1; with --quick 0)")
     parser.add_argument("--decades", type=float, default=3.0, help="of λ, on each side of the model's own (default 3)")
     experiment = open_experiment("ablate_lambda", parser, arguments)
+    check_number("--decades", experiment.arguments.decades, least=0.5, most=MOST_DECADES)
     if experiment.arguments.free is None:
         experiment.arguments.free = 0 if experiment.quick else 1
     name, default = weight_setting(experiment)

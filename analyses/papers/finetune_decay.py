@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analyses.common.checks import check_number
 from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.frames import groups_of
@@ -22,6 +23,8 @@ from analyses.common.variants import Variant
 from mechedit.figures import GRAY, scores_figure
 from mechedit.published import published_settings
 
+MOST_DECADES = 20
+"""Beyond them λ is no number that a setting takes."""
 MEASURES = ("ES", "PS", "NS", "S", "exact_match")
 PUBLISHED = float(published_settings("gpt-j", method="ft_w")[0].settings["weight_decay"])
 """λ of FT-W in MEMIT Appendix B.1, for 10,000 edits of GPT-J."""
@@ -33,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--decades", type=float, default=3.5, help="of λ, up from 5e-4 (default 3.5)")
     parser.add_argument("--decades-below", type=float, default=1.0, help="of λ, down from 5e-4 (default 1)")
     experiment = open_experiment("finetune_decay", parser, arguments)
+    for option, decades in (
+        ("--decades", experiment.arguments.decades), ("--decades-below", experiment.arguments.decades_below)
+    ):  # fmt: skip
+        check_number(option, decades, most=MOST_DECADES)
     layers = trained(experiment)
     none = Variant(method="ft", layers=layers)
     scores = [

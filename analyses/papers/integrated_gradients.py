@@ -52,8 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, max_facts=MAX_FACTS)
     parser.add_argument("--cases", type=int, default=3, help="facts that are drawn (default 3)")
     experiment = open_experiment("integrated_gradients", parser, arguments)
+    cases = experiment.arguments.cases
+    check_cases(cases, len(experiment.facts))
     effects = read_table(traced(experiment) / "effects.parquet", kind="state", sever="nothing")
-    names = hurt_most(effects, experiment.arguments.cases)
+    names = hurt_most(effects, cases)
     facts = {fact.id: fact for fact in experiment.facts}
     noise_std = 3 * embedding_std(experiment.model, [fact.subject for fact in experiment.facts])
     points = QUICK_POINTS if experiment.quick else POINTS
@@ -76,9 +78,18 @@ def hurt_most(effects: pd.DataFrame, count: int) -> list[str]:
     first = effects.drop_duplicates("fact").set_index("fact")
     totals: Any = first["clean"] - first["corrupted"]
     totals = totals.sort_values(ascending=False, kind="stable")
-    if not 1 <= count <= len(totals):
-        raise InputError(f"--cases is {count}, expected 1 to {len(totals)}, the facts traced; give other facts")
+    check_cases(count, len(totals))
     return [str(name) for name in totals.index[:count]]
+
+
+def check_cases(count: int, n_facts: int) -> None:
+    """Refuse to draw more facts than there are, or none.
+
+    Raises:
+        InputError: names the option.
+    """
+    if not 1 <= count <= n_facts:
+        raise InputError(f"--cases is {count}, expected 1 to {n_facts}, the facts traced; give other facts")
 
 
 def attributions(model: Model, fact: Fact, config: TraceConfig, points: int) -> Float[np.ndarray, "layer pos"]:

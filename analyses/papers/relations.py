@@ -21,7 +21,6 @@ from analyses.common.frames import groups_of
 from analyses.common.printing import format_interval
 from analyses.common.variants import Variant
 from analyses.plots.groups import plot_groups, plot_tradeoff
-from mechedit.cli import parse_names
 from mechedit.data import EditRequest
 from mechedit.errors import InputError
 from mechedit.figures import PAGE_WIDTH, paper_style
@@ -43,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", help="such as memit,rome@2 (default memit, ft_w, and mend where it has an editor)")
     experiment = open_experiment("relations", parser, arguments)
     groups = chosen(experiment)
-    names = experiment.arguments.methods or ",".join(name for name in METHODS if name in experiment.methods)
-    variants = experiment.variants(parse_names(names))
+    variants = experiment.requested_variants(lambda: [name for name in METHODS if name in experiment.methods])
     rows = [scored(experiment, variant, groups) for variant in (None, *variants)]
     table = pd.concat(rows, ignore_index=True)
     experiment.write(table, format_table(table), figure(table))
@@ -56,9 +54,11 @@ def chosen(experiment: Experiment) -> dict[str, list[EditRequest]]:
     Raises:
         InputError: no relation has enough.
     """
-    size = experiment.arguments.per_relation or (QUICK_SIZE if experiment.quick else SIZE)
+    size = experiment.arguments.per_relation
+    if size is None:
+        size = QUICK_SIZE if experiment.quick else SIZE
     groups = by_relation(experiment.requests, seed=experiment.seed)
-    enough = {name: group[:size] for name, group in groups.items() if len(group) >= size > 0}
+    enough = {name: group[:size] for name, group in groups.items() if len(group) >= size}
     if not enough:
         most = max((len(group) for group in groups.values()), default=0)
         raise InputError(

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = open_experiment("rome_grid", parser, arguments)
     tokens = parse_names(experiment.arguments.tokens_at)
     for token in tokens:
-        check_token(token)
+        check_token(token, "a token of --tokens-at")
     layers = experiment.requested_layers or range(experiment.model.n_layers)
     table = pd.concat([scored(experiment, token, layers) for token in tokens], ignore_index=True)
     experiment.write(table, format_table(table), grid_figure(table))

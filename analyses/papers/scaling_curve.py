@@ -61,10 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--min-records", type=int, help=f"edited in batches of fewer (default {RECORDS}; with --quick 1, one batch)"
     )
     experiment = open_experiment("scaling_curve", parser, arguments)
-    methods = experiment.arguments.methods or ",".join(QUICK_METHODS if experiment.quick else experiment.methods)
-    variants = by_name(experiment.variants(methods.split(",")))
+    variants = by_name(experiment.requested_variants(lambda: QUICK_METHODS if experiment.quick else experiment.methods))
     counts = sizes(len(experiment.requests), 4 if experiment.quick else 16)
-    records = experiment.arguments.min_records or (1 if experiment.quick else RECORDS)
+    records = experiment.arguments.min_records
+    if records is None:
+        records = 1 if experiment.quick else RECORDS
     table = scaled(experiment, variants, counts, records)
     best_first = order(table)
     write_csv(best_first, experiment.out / f"{experiment.name}_order.csv")

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from analyses.common.checks import check_options
 from analyses.common.command import run_script
 from analyses.common.frames import groups_of, records
 from analyses.common.printing import markdown_table
@@ -35,7 +36,7 @@ from mechedit.provenance import VERSION, file_hash
 from mechedit.report import span, write_report
 from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig, Selection
-from mechedit.sweep import Sweep, SweepConfig
+from mechedit.sweep import Sweep, SweepConfig, windows_of
 from mechedit.trace import TraceConfig
 
 LIBRARIES = ("torch", "transformers", "transformer_lens", "nnsight", "numpy", "pandas")
@@ -47,21 +48,26 @@ def main() -> int:
     """Trace, select, sweep, draw, write; the exit code is that of `mechedit select`."""
     options = read_arguments()
     size = QUICK if options.quick else FULL
+    check_options(options)
+    select = SelectConfig(rule=options.rule, seed=options.seed)
+    sweep = SweepConfig(by=options.by, width=options.width, requests=size["requests"], seed=options.seed)
+    reading = MomentsConfig(tokens=(size["tokens"] if options.tokens is None else options.tokens) or None)
     run = RunFolder.at(options.out or f"select_{Path(options.model).name}", overwrite=options.overwrite)
-    facts = sampled(load_facts(options.facts), options.max_facts or size["facts"], options.seed)
+    facts = sampled(
+        load_facts(options.facts), size["facts"] if options.max_facts is None else options.max_facts, options.seed
+    )
     requests = load_requests(options.requests, conflicts="first")
     model = load_quietly(
         options.model, options.backend, options.device, options.dtype, allow_pickle=options.allow_pickle
     )
 
+    if options.width is not None:
+        windows_of(model.n_layers, options.width)  # refuses a width that the model lacks
     severed = TraceConfig(sever=("nothing", "mlp", "attn"), samples=size["samples"], seed=options.seed)
-    select = SelectConfig(rule=options.rule, seed=options.seed)
     pipeline.trace_step(run, model, facts, severed, least=select.min_facts)
     selection = pipeline.select_step(run, select)
     print(selection.reason)
-    sweep = SweepConfig(by=options.by, width=options.width, requests=size["requests"], seed=options.seed)
     if selection.layers or options.width:
-        reading = MomentsConfig(tokens=options.tokens or size["tokens"])
         settings = METHODS["memit"].recommendation(model, tuned=not options.no_tuned)
         for source in settings.sources:
             print(f"settings of memit: {source.in_words()}")
@@ -86,7 +92,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="by default select_MODEL")
     parser.add_argument("--quick", action="store_true", help=f"a first look: {QUICK} in place of {FULL}")
     parser.add_argument("--max-facts", type=int, help="trace a seeded sample of so many facts")
-    parser.add_argument("--tokens", type=int, help="tokens of text for second moments")
+    parser.add_argument("--tokens", type=int, help="tokens of text for second moments; 0 for all")
     parser.add_argument("--rule", default="contribution")
     parser.add_argument("--by", default="trace", help="trace, sweep or both")
     parser.add_argument("--width", type=int, help="of the windows swept; by default that of the selected range")

@@ -95,7 +95,8 @@ def training_set(experiment: Experiment) -> list[EditRequest]:
             f"no request of {parsed.requests!r} is about a subject that is not scored, expected some to train with: "
             f"score fewer by --count"
         )
-    return others[: parsed.training or (40 if experiment.quick else TRAINING)]
+    default = 40 if experiment.quick else TRAINING
+    return others[: default if parsed.training is None else parsed.training]
 
 
 def scored(experiment: Experiment, config: SeracConfig) -> pd.DataFrame:

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = replace(experiment, name="table_counterfact_single")
     if parsed.free is None:
         parsed.free = 0 if experiment.quick else 1
-    variants = by_name(experiment.variants(parsed.methods.split(",") if parsed.methods else methods(experiment)))
+    variants = by_name(experiment.requested_variants(lambda: methods(experiment)))
     table = compared(experiment, variants)
     measures = SINGLE_MEASURES if single else MEASURES
     papers = PAPERS[parsed.protocol].items()

@@ -28,7 +28,6 @@ from analyses.common.command import open_experiment, options, run_script
 from analyses.common.experiment import Experiment
 from analyses.common.printing import score_frame
 from analyses.common.variants import Variant
-from mechedit.cli import parse_names
 from mechedit.edit import edited
 from mechedit.evaluation import QUICK, evaluate_zsre
 from mechedit.figures import score_rows_figure
@@ -62,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     protocol = experiment.arguments.protocol
     if protocol == "single":
         experiment = dataclasses.replace(experiment, name="table_zsre_single")
-    names = experiment.arguments.methods or ",".join(name for name in METHODS[protocol] if name in experiment.methods)
-    variants = [None, *experiment.variants(parse_names(names))]
+    papers = METHODS[protocol]
+    variants = [None, *experiment.requested_variants(lambda: [name for name in papers if name in experiment.methods])]
     rows = [scored(experiment, variant) for variant in tqdm(variants, desc="methods", unit="edit")]
     table = pd.concat(rows, ignore_index=True)
     paper = pd.concat([paper_scores(name, models, protocol) for name, models in PAPERS[protocol].items()])

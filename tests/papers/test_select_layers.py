@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -115,3 +116,49 @@ def test_fewer_facts_than_selecting_needs_are_refused_before_they_are_traced(scr
     with pytest.raises(InputError, match="5 of the 5 facts can be traced, expected at least 10"):
         script.main()
     assert not (tmp_path / "out" / "trace_parts").exists(), "a trace was begun"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--by", "nope"], "by is 'nope'"),
+        (["--rule", "nope"], "rule is 'nope'"),
+        (["--width", "0"], "width is 0"),
+        (["--width", "11"], "the width is 11, expected 1 to 10"),
+        (["--max-facts", "0"], "--max-facts is 0, expected at least 1"),
+        (["--tokens", "-1"], "--tokens is -1"),
+        (["--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_before_facts_are_traced(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(script.pipeline, "trace_step", None)
+    for added in (words, []):
+        monkeypatch.setattr(sys, "argv", ["select_layers", "tiny", "--quick", "--out", str(tmp_path), *added])
+        if added:
+            with pytest.raises(InputError, match=message):
+                script.main()
+        else:
+            with pytest.raises(TypeError):  # the control: without the option facts are traced
+                script.main()
+
+
+@pytest.mark.parametrize(("words", "tokens"), [([], 20_000), (["--tokens", "0"], None), (["--tokens", "500"], 500)])
+def test_no_number_of_tokens_is_the_default_and_0_all_the_text(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], tokens: int | None
+) -> None:
+    class ReachedError(Exception):
+        pass
+
+    def validate(*arguments: Any) -> None:
+        raise ReachedError(arguments[-1].tokens)
+
+    selection = SimpleNamespace(reason="", layers=(1, 2))
+    for name, step in (("trace", None), ("select", selection)):
+        monkeypatch.setattr(script.pipeline, f"{name}_step", lambda *_, answer=step, **__: answer)
+    monkeypatch.setattr(script.pipeline, "validate_step", validate)
+    monkeypatch.setattr(sys, "argv", ["select_layers", "tiny", "--quick", "--out", str(tmp_path), *words])
+    with pytest.raises(ReachedError) as caught:
+        script.main()
+    assert caught.value.args == (tokens,)
