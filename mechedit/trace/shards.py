@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from mechedit.data import Fact
 from mechedit.errors import InputError
-from mechedit.files import read_parquet
 from mechedit.locks import locked
 from mechedit.models import Model
 from mechedit.provenance import ALGORITHMS, ModelIdentity, value_hash
@@ -25,6 +24,7 @@ from mechedit.trace.agreement import agreement_records, check_agreement, measure
 from mechedit.trace.approximation import Approximation
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.folder import TRACE_PARTS, trace_plans, write_trace
+from mechedit.trace.parts import read_part
 from mechedit.trace.trace import TracePlan
 from mechedit.trace.traced_fact import require_known
 
@@ -153,4 +153,4 @@ def _made_with(plans: Sequence[TracePlan], facts: Sequence[Fact], config: TraceC
 
 
 def _frames(paths: Any) -> Iterator[pd.DataFrame]:
-    return (read_parquet(path) for path in paths)
+    return (read_part(path) for path in paths)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mechedit import ranks
 from mechedit.batching import batches_of, group_by_shape
-from mechedit.cache import PARQUET, Cache
+from mechedit.cache import Cache
 from mechedit.chat import prompted
 from mechedit.data import Fact, check_unique_ids, records_of
 from mechedit.errors import InputError
@@ -27,6 +27,7 @@ from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, embedding_statistics
 from mechedit.trace.effects import Effects
 from mechedit.trace.memory import max_group_rows
+from mechedit.trace.parts import PART
 from mechedit.trace.traced_fact import (
     Dropped,
     TracedFact,
@@ -157,7 +158,7 @@ class TracePlan:
                 make = partial(trace_group, *arguments)
             else:
                 make = partial(approximate_group, *arguments, self._drawn)
-            return Cache(self.parts).get(self.key(group), make, PARQUET)
+            return Cache(self.parts).get(self.key(group), make, PART)
 
     def key(self, group: Sequence[TracedFact]) -> dict[str, Any]:
         """All that determines the effects of a group."""
@@ -171,7 +172,7 @@ class TracePlan:
 
     def part(self, group: Sequence[TracedFact]) -> Path:
         """The file of a group in the folder of finished ones."""
-        path = Cache(self.parts).path(self.key(group), PARQUET)
+        path = Cache(self.parts).path(self.key(group), PART)
         assert path is not None, "only with a folder"
         return path
 
