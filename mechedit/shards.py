@@ -40,8 +40,13 @@ class Rank(NamedTuple):
         Raises:
             InputError: the index is not among those of `world_size` processes.
         """
+        if world_size < 1:
+            raise InputError(
+                f"the shard is {index}/{world_size}, whose number of shards is {world_size}, expected at least 1; "
+                f"choose such as 0/4, the first of four"
+            )
         if not 0 <= index < world_size:
-            last = max(world_size, 1) - 1
+            last = world_size - 1
             raise InputError(f"the shard is {index}/{world_size}, expected one of 0/{world_size} … {last}/{world_size}")
         return Rank(index, world_size)
 

@@ -64,7 +64,7 @@ def tune_command(options: TuneOptions, tuning: TuneConfig, reading: MomentsConfi
         )
     check_method(options.method)
     requests = options.read_requests(options.requests, "first")  # one per subject is taken in any case
-    selection = None if options.trace is None else Selection.load(existing_folder(options.trace) / "selection.json")
+    selection = None if options.trace is None else _selection(existing_folder(options.trace))
     traced = set() if options.trace is None else _traced(options.trace)
     model = options.load_model()
     if selection is not None:
@@ -118,6 +118,20 @@ def tuned_file(options: TuneOptions, model: Model) -> Path:
     if options.model != "tiny" and folder.is_dir() and os.access(folder, os.W_OK):
         return folder / TUNED_FILE
     return tuned_folder_of(model) / TUNED_FILE
+
+
+def _selection(folder: Path) -> Selection:
+    """The selection in a folder.
+
+    Raises:
+        InputError: it has none; and as `Selection.load`.
+    """
+    if not (folder / "selection.json").is_file():
+        raise InputError(
+            f"{str(folder)!r} has no selection.json, expected the folder of a selection; run mechedit select "
+            f"{str(folder)!r} first, or leave --trace out"
+        )
+    return Selection.load(folder / "selection.json")
 
 
 def _windows_of(selection: Selection | None) -> tuple[list[Window], Window | None]:

@@ -117,7 +117,13 @@ def texts_hash(texts: Sequence[str]) -> str:
 
 
 def _document(record: Mapping[str, Any], location: str) -> str:
-    if not isinstance(record.get("text"), str):
+    if "text" in record and not isinstance(record["text"], str):
+        kind = type(record["text"]).__name__
+        raise InputError(
+            f"{location} has {brief(record['text'])} in 'text', which is of type {kind}, expected a string; put it "
+            f"between quotes, or leave the record out"
+        )
+    if "text" not in record:
         raise InputError(f"{location} has no text in 'text' (found: {brief_list(record)}); add it")
     return record["text"]
 

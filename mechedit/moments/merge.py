@@ -64,7 +64,7 @@ def merge_moments(
     layers_to_merge = sorted(present if layers is None else set(layers))
     if not layers_to_merge or not set(layers_to_merge) <= present:
         raise InputError(
-            f"{str(checkpoints_folder(folder))!r} holds shards of the layers {sorted(world_sizes)}, expected "
+            f"{str(checkpoints_folder(folder))!r} holds {_in_words(sorted(world_sizes))}, expected "
             f"{'some' if layers is None else layers_to_merge}; collect them with mechedit moments --shard I/N"
         )
     for layer in layers_to_merge:  # before each of them has a lock: there may be more that are missing than can be open
@@ -79,6 +79,10 @@ def merge_moments(
     for layer in layers_to_merge:
         remove_free_locks(folder, f"moments_layer_{layer}.shard_*")
     return moments
+
+
+def _in_words(layers: Sequence[int]) -> str:
+    return f"shards of the layers {layers}" if layers else "no shards of any layer"
 
 
 def _present(folder: str | Path, layer: int, world_size: int) -> list[Rank]:

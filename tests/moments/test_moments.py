@@ -223,6 +223,10 @@ def test_bad_text_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     with pytest.raises(InputError, match="line 2 has no text in 'text'"):
         load_texts(tmp_path / "t.jsonl")
+    for text, kind in (("5", "int"), ("null", "NoneType"), ('["a"]', "list")):
+        (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": ' + text + "}\n")
+        with pytest.raises(InputError, match=f"line 2 has .* in 'text', which is of type {kind}, expected a string"):
+            load_texts(tmp_path / "t.jsonl")
     (tmp_path / "t.csv").write_text("a,b")
     with pytest.raises(InputError, match=r"expected \.txt or \.jsonl"):
         load_texts(tmp_path / "t.csv")
