@@ -26,7 +26,6 @@ import typer
 from mechedit.bounds import check_numbers
 from mechedit.checksums import verify_contents
 from mechedit.cli.config_file import SEPARATED
-from mechedit.cli.idle import typed_options
 from mechedit.cli.parsing import parse_names, parse_windows, read_path
 from mechedit.sweep import Window
 
@@ -42,10 +41,6 @@ _CONFIG_FILE = inspect.Parameter(
     ],
 )
 """Read before the command line is parsed (`mechedit.cli.app`), so that no command sees it."""
-
-
-_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-"""Tells which options the command line names."""
 
 
 def command(**option_sets: OptionSet) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -64,15 +59,11 @@ def command(**option_sets: OptionSet) -> Callable[[Callable[..., int]], Callable
         hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
         sets = {name: option_sets.get(name) or options_of(hint) for name, hint in hints.items()}
 
-        def run(context: Any, **values: Any) -> int:
+        def run(**values: Any) -> int:
             arguments = {name: option_set.build(values) for name, option_set in sets.items()}
-            typed = {
-                name for name in values if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-            }
-            with verify_contents(bool(values.get("verify"))), typed_options(typed):
+            with verify_contents(bool(values.get("verify"))):
                 return function(**arguments)
 
-        run.__annotations__ = {"context": typer.Context}  # typer looks for it here, and passes a base class of it
         run.__doc__ = function.__doc__
         run.__signature__ = inspect.Signature(_parameters(list(sets.values())))  # type: ignore[attr-defined]
         return run
@@ -229,7 +220,7 @@ def _parameters(option_sets: Sequence[OptionSet]) -> list[inspect.Parameter]:
             parameter = option_set.parameter(name)
             parameters.setdefault(parameter.name, (option_set.depth(name), parameter))
     by_depth = sorted(parameters.values(), key=lambda item: item[0])
-    return [_CONTEXT, *(parameter for _, parameter in by_depth), _CONFIG_FILE]
+    return [*(parameter for _, parameter in by_depth), _CONFIG_FILE]
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

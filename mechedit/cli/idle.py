@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from mechedit.errors import InputError
 
-_typed: ContextVar[Collection[str]] = ContextVar("typed", default=())
-
-
-@contextlib.contextmanager
-def typed_options(names: Collection[str]) -> Iterator[None]:
-    """Let `refuse_idle` know the parameters of the options that the command line names, also with their defaults."""
-    token = _typed.set(names)
-    try:
-        yield
-    finally:
-        _typed.reset(token)
-
 
 def refuse_idle(
     *settings: Any, names: Collection[str], reason: str, option_names: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse options whose value is not the default, or that the command line names.
+    """Refuse options whose value is not the default.
 
     Args:
         *settings: the dataclasses that the command got.
@@ -39,10 +25,9 @@ def refuse_idle(
     """
     for chosen in settings:
         for field in fields(chosen):
-            option = (option_names or {}).get(field.name, field.name)
-            is_set = option in _typed.get() or getattr(chosen, field.name) != _default(field)
-            if field.name in names and is_set:
-                raise InputError(f"--{option.rstrip('_').replace('_', '-')} {reason}")
+            if field.name in names and getattr(chosen, field.name) != _default(field):
+                option = (option_names or {}).get(field.name, field.name).rstrip("_").replace("_", "-")
+                raise InputError(f"--{option} {reason}")
 
 
 def _default(field: Field[Any]) -> Any:

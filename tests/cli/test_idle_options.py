@@ -21,8 +21,6 @@ IDLE = [
     (["edit", "--show=edit.safetensors"], ["--targets-only"], []),
     (["trace"], ["--largest=3"], ["--approximate"]),
     (["trace"], ["--least-correlation=0.5"], ["--approximate"]),
-    (["trace"], ["--points=2"], ["--approximate"]),
-    (["trace"], ["--all-samples"], ["--approximate"]),
     (["moments", "--layers=1"], ["--weight=3"], ["--convergence"]),
     (["evaluate"], ["--max-texts=3"], ["--texts=tiny"]),
     (["run", "--layers=1"], ["--by=sweep"], []),
