@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mechedit.methods import MethodConfig, Recommendation
 from mechedit.models import Model
 from mechedit.run_folder import RunFolder
 from mechedit.selection import RULES
-from mechedit.trace import Agreement, Approximation, TraceConfig
+from mechedit.trace import Agreement, Approximation, DisagreementError, TraceConfig
 
 ALL_SEVERED = {"sever": ("nothing", "mlp", "attn")}
 """`run` and `trace` sever both modules, where `TraceConfig` alone severs none."""
@@ -171,9 +172,30 @@ class MinutesOption:
 def say_agreement(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Say how well an approximate trace agrees with exact effects, and return the records."""
     records = attrs.get("agreement", [])
-    for record in records:
-        say(f"approximate: {Agreement(**record).in_words()}")
+    _say_agreements(Agreement(**record) for record in records)
     return records
+
+
+@contextmanager
+def saying_disagreement(remedy: str) -> Iterator[None]:
+    """Say how well all kinds and severings agree where an approximate trace is refused.
+
+    Args:
+        remedy: what to do on the command line in place of a trace without approximation.
+
+    Raises:
+        DisagreementError: with that remedy.
+    """
+    try:
+        yield
+    except DisagreementError as error:
+        _say_agreements(error.agreements)
+        raise DisagreementError(error.agreements, error.least, remedy) from error
+
+
+def _say_agreements(agreements: Iterable[Agreement]) -> None:
+    for agreement in agreements:
+        say(f"approximate: {agreement.in_words()}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from mechedit.cli.options import (
     RunFolderOptions,
     TextsOption,
     say_agreement,
+    saying_disagreement,
     suited_data,
 )
 from mechedit.cli.parsing import parse_layers, require_layers, sampled
@@ -178,7 +179,9 @@ def _trace(
                 "--minutes is for a trace that ends when the selection settles, and all facts are traced here; leave "
                 "it out, or leave --all-facts and --approximate out"
             )
-        say_agreement(pipeline.trace_step(folder, model, facts, config, least=select.min_facts))
+        with saying_disagreement("leave --approximate out"):
+            traced = pipeline.trace_step(folder, model, facts, config, least=select.min_facts)
+        say_agreement(traced)
         return
     until = UntilSettled(minutes=options.minutes)
     traced = pipeline.trace_until_settled_step(folder, model, facts, config, until, select, say)

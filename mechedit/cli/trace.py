@@ -18,12 +18,16 @@ from mechedit.cli.options import (
     MinutesOption,
     RunFolderOptions,
     say_agreement,
+    saying_disagreement,
 )
 from mechedit.cli.parsing import existing_folder, parse_shard, require_one_process, sampled
 from mechedit.errors import InputError, brief
 from mechedit.figures import refresh_figures
 from mechedit.selection import SelectConfig
 from mechedit.trace import Approximation, Corruption, TraceConfig, UntilSettled
+
+REMEDY = "lower --least-correlation and trust no single cell"
+"""What to do where an approximate trace is refused, but for tracing exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +87,7 @@ def trace_command(
         )
     if options.merge:
         existing_folder(options.out)
-        return ranks.current().from_first(
-            lambda: _finish(options, pipeline.merge_trace_step(options.run_folder())), "the merge"
-        )
+        return ranks.current().from_first(lambda: _merge(options), "the merge")
     shard = require_one_process(parse_shard(options.shard))
     folder = options.run_folder()
     facts = sampled(options.read_facts(options.facts), options.max_facts, options.seed)
@@ -102,8 +104,16 @@ def trace_command(
         select = SelectConfig(seed=options.seed)
         traced = pipeline.trace_until_settled_step(folder, model, facts, config, until, select, say)
     else:
-        traced = pipeline.trace_step(folder, model, facts, config)
+        with saying_disagreement(REMEDY):
+            traced = pipeline.trace_step(folder, model, facts, config)
     return ranks.current().from_first(lambda: _finish(options, traced), "the figures")
+
+
+def _merge(options: TraceOptions) -> int:
+    """Put together what the shards traced."""
+    with saying_disagreement(REMEDY):
+        traced = pipeline.merge_trace_step(options.run_folder())
+    return _finish(options, traced)
 
 
 def _finish(options: TraceOptions, traced: dict[str, Any]) -> int:

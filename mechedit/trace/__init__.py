@@ -8,7 +8,7 @@ elsewhere, to its value in the corrupted run of the same noise sample, so that t
 those modules.
 """
 
-from mechedit.trace.agreement import Agreement
+from mechedit.trace.agreement import Agreement, DisagreementError
 from mechedit.trace.approximation import Approximation
 from mechedit.trace.averages import average_effects, clearest_fact, total_effects
 from mechedit.trace.columns import APPROXIMATE_COLUMNS, with_present_metric_names
@@ -34,6 +34,7 @@ __all__ = [
     "Agreement",
     "Approximation",
     "Corruption",
+    "DisagreementError",
     "Effects",
     "EmbeddingStatistics",
     "MetricInputs",

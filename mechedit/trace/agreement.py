@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,25 +76,81 @@ def measure_agreement(frames: Iterable[pd.DataFrame]) -> list[Agreement]:
     return agreements
 
 
+class DisagreementError(InputError):
+    """Estimates do not rank cells as exact effects do."""
+
+    def __init__(self, agreements: Sequence[Agreement], least: float | int, remedy: str = "") -> None:
+        """Say every kind and severing that fails, the worst of a kind first, and what to do.
+
+        Args:
+            agreements: of all kinds and severings, those that fail among them.
+            least: least rank correlation.
+            remedy: what to do in place of a trace without approximation.
+        """
+        self.agreements, self.least = tuple(agreements), least
+        failing = [agreement for agreement in agreements if not agreement.correlation >= least]
+        kinds = list(dict.fromkeys(agreement.kind for agreement in failing))
+        kind = f"{kinds[0]} " if len(kinds) == 1 else ""
+        super().__init__(
+            f"estimates do not stand for exact effects here ({_failures(failing)}; rank correlation / largest miss on "
+            f"{_cells(failing)} cells), expected at least {least:g}: trace {kind}without approximation, or "
+            f"{remedy or 'lower least_correlation and trust no single cell'}"
+        )
+
+
 def check_agreement(agreements: Iterable[Agreement], approximation: Approximation) -> None:
     """Refuse estimates that do not rank cells as exact effects do; a bound of 0 refuses nothing.
 
     Raises:
-        InputError: the rank correlation is below `least_correlation` in a kind and severing, or there is none because
-            all effects are equal.
+        DisagreementError: the rank correlation is below `least_correlation` in a kind and severing, or there is none
+            because all effects are equal.
     """
-    least = approximation.least_correlation
-    failing = [agreement for agreement in agreements if least and not agreement.correlation >= least]
-    if failing:
-        # One whose effects are all equal has no correlation.
-        worst = min(failing, key=lambda agreement: -2 if math.isnan(agreement.correlation) else agreement.correlation)
-        more = f", and {len(failing) - 1} more that fail" if len(failing) > 1 else ""
-        kinds = ", ".join(dict.fromkeys(agreement.kind for agreement in failing))
-        raise InputError(
-            f"estimates do not stand for exact effects here ({worst.in_words()}{more}), expected a rank correlation of "
-            f"at least {least:g}: trace {kinds} without approximation, or lower least_correlation and trust no single "
-            f"cell"
-        )
+    agreements, least = list(agreements), approximation.least_correlation
+    if least and any(not agreement.correlation >= least for agreement in agreements):
+        raise DisagreementError(agreements, least)
+
+
+def _failures(failing: Sequence[Agreement]) -> str:
+    """Rank correlation and largest miss of every severing, by kind and metric."""
+    groups: dict[str, list[Agreement]] = {}
+    several = len({agreement.metric for agreement in failing}) > 1
+    for agreement in failing:
+        head = KIND_LABELS[agreement.kind] + (f", {agreement.metric}" if several else "")
+        groups.setdefault(head, []).append(agreement)
+    return "; ".join(f"{head}: {', '.join(map(_failure, sorted(group, key=_rank)))}" for head, group in groups.items())
+
+
+def _rank(agreement: Agreement) -> float:
+    """The rank correlation; lowest where all effects are equal, so that there is none."""
+    return -2.0 if math.isnan(agreement.correlation) else agreement.correlation
+
+
+def _failure(agreement: Agreement) -> str:
+    unit = unit_of(agreement.metric)
+    miss = f"{unit.factor * agreement.largest_miss:.2g}{unit.short}"
+    return f"{sever_in_words(agreement.sever)} {agreement.correlation:.3f}/{miss}"
+
+
+def _cells(failing: Sequence[Agreement]) -> str:
+    counts = sorted({agreement.cells for agreement in failing})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def checked_agreement(traces: Iterable[Iterable[pd.DataFrame]], approximation: Approximation | None) -> dict[str, Any]:
+    """How well the estimates of all traces agree with exact effects, as the entry `agreement` of attrs.
+
+    Args:
+        traces: effects of each, one group of facts after another; all are read before any is refused.
+        approximation: settings of the traces; None where they are exact, of which nothing is read.
+
+    Raises:
+        DisagreementError: the rank correlation is below the bound in a kind and severing; all that fail are named.
+    """
+    if approximation is None:
+        return {}
+    agreements = [agreement for frames in traces for agreement in measure_agreement(frames)]
+    check_agreement(agreements, approximation)
+    return {"agreement": agreement_records(agreements)}
 
 
 def agreement_records(agreements: Iterable[Agreement]) -> list[dict[str, Any]]:

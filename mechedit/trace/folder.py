@@ -16,6 +16,7 @@ from mechedit.files import write_parquet, write_parquet_parts
 from mechedit.models import Model
 from mechedit.shards import run_dealt, warn_if_idle
 from mechedit.tables import where
+from mechedit.trace.agreement import checked_agreement
 from mechedit.trace.averages import fact_totals, main_metric
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, embedding_statistics
@@ -81,8 +82,8 @@ def trace_dealt(plans: Sequence[TracePlan]) -> None:
 def _written(plans: Sequence[TracePlan], facts: Sequence[Fact], config: TraceConfig, folder: Path) -> dict[str, Any]:
     """Write the files of the plans, and return the attrs of the effects."""
     # An approximate trace is refused before anything is written; what this pass traced lies in trace_parts/.
-    agreement = [record for plan in plans for record in plan.agreement(plan).get("agreement", [])]
-    attrs = {**plans[0].attrs, "config": config.plain(), **({"agreement": agreement} if agreement else {})}
+    agreement = checked_agreement(plans, config.approximation)
+    attrs = {**plans[0].attrs, "config": config.plain(), **agreement}
     write_trace(folder, facts, itertools.chain.from_iterable(plans), attrs)
     return attrs
 

@@ -20,7 +20,7 @@ from mechedit.locks import locked
 from mechedit.models import Model
 from mechedit.provenance import ALGORITHMS, ModelIdentity, value_hash
 from mechedit.shards import Rank, ShardRecords, pieces_of
-from mechedit.trace.agreement import agreement_records, check_agreement, measure_agreement
+from mechedit.trace.agreement import checked_agreement
 from mechedit.trace.approximation import Approximation
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.folder import TRACE_PARTS, trace_plans, write_trace
@@ -93,9 +93,7 @@ def merge_trace(folder: Path) -> dict[str, Any]:
     parts = [[folder / TRACE_PARTS / name for name in names] for names in content["parts"]]
     attrs = dict(content["attrs"])
     if approximation := attrs["config"].get("approximation"):
-        agreements = [agreement for paths in parts for agreement in measure_agreement(_frames(paths))]
-        check_agreement(agreements, Approximation(**approximation))
-        attrs["agreement"] = agreement_records(agreements)
+        attrs |= checked_agreement(map(_frames, parts), Approximation(**approximation))
     facts = [Fact(**record) for record in content["facts"]]
     write_trace(folder, facts, _frames(itertools.chain.from_iterable(parts)), attrs)
     return attrs

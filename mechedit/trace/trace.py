@@ -20,7 +20,7 @@ from mechedit.data import Fact, check_unique_ids, records_of
 from mechedit.errors import InputError
 from mechedit.models import Model, exclusive
 from mechedit.provenance import ModelIdentity, numbered
-from mechedit.trace.agreement import agreement_records, check_agreement, measure_agreement
+from mechedit.trace.agreement import checked_agreement
 from mechedit.trace.approximate import approximate_group, draw_for
 from mechedit.trace.cells import trace_group
 from mechedit.trace.config import TraceConfig
@@ -133,14 +133,9 @@ class TracePlan:
             frames: what iterating over the plan gives.
 
         Raises:
-            InputError: the rank correlation is below the bound in a kind and severing.
+            DisagreementError: the rank correlation is below the bound in a kind and severing.
         """
-        approximation = self.config.approximation
-        if approximation is None:
-            return {}
-        agreements = measure_agreement(frames)
-        check_agreement(agreements, approximation)
-        return {"agreement": agreement_records(agreements)}
+        return checked_agreement([frames], self.config.approximation)
 
     def __iter__(self) -> Iterator[pd.DataFrame]:
         # What is only read takes no time.

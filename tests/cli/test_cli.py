@@ -279,6 +279,7 @@ def test_an_approximate_trace_says_how_well_it_agrees_or_is_refused(tmp_path, ca
     message = complaint(capsys, "trace", *few, "--least-correlation", 0.9999)
     assert "estimates do not stand for exact effects here (single state" in message
     assert "trace state without approximation" in message
+    assert "or lower --least-correlation and trust" in message
     assert not (tmp_path / "effects.parquet").exists()
     assert call("trace", *few, "--least-correlation", 0, "--json") == 0
     captured = capsys.readouterr()

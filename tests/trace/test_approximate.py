@@ -23,7 +23,7 @@ from mechedit.trace import (
     run_clean_and_corrupted,
     tokenize_fact,
 )
-from mechedit.trace.agreement import Agreement, check_agreement
+from mechedit.trace.agreement import Agreement, DisagreementError, check_agreement
 from mechedit.trace.approximation import draw_cells
 from mechedit.trace.attribution import SCALES, estimate_cells
 from mechedit.trace.averages import corrected_effects
@@ -287,19 +287,35 @@ def test_estimates_that_do_not_rank_cells_are_refused(small_model, known, monkey
         trace_facts(small_model, known, config)
 
 
-def test_a_refusal_names_the_worst_of_many_in_one_line():
+def test_a_refusal_states_all_that_fail_in_one_line():
     sizes = {"largest_miss": 0.1234, "mean_miss": 0.0123, "mean_effect": 0.00123, "metric": "normalized_probability"}
     agreements = [
         Agreement(kind=kind, sever=sever, correlation=correlation, cells=2000, **sizes)
         for kind in ("state", "mlp", "attn")
         for sever, correlation in (("mlp", 0.2), ("attn", 0.1), ("nothing", 0.9))
     ]
-    with pytest.raises(InputError, match=r"attention severed.*0\.100 .*, and 5 more that fail") as raised:
+    severed = "attention severed 0.100/12%, MLP severed 0.200/12%"
+    with pytest.raises(InputError) as raised:
         check_agreement(agreements, Approximation(least_correlation=0.5))
+    assert f"(single state: {severed}; MLP window: {severed}; attention window: {severed}; rank" in str(raised.value)
     assert len(str(raised.value)) < LONGEST_LINE
-    nan = dataclasses.replace(agreements[-1], correlation=float("nan"))
-    with pytest.raises(InputError, match=r"nothing severed.*nan .*, and 6 more"):
+    nan = dataclasses.replace(agreements[-1], correlation=float("nan"), metric="kl", cells=20)
+    with pytest.raises(InputError) as raised:
         check_agreement([*agreements, nan], Approximation(least_correlation=0.5))
+    assert f"attention window, normalized_probability: {severed}; " in str(raised.value)
+    assert "; attention window, kl: nothing severed nan/0.12 nats; rank" in str(raised.value)
+    assert "on 20 to 2000 cells" in str(raised.value)
+
+
+def test_a_refusal_states_what_fails_with_nothing_severed_and_with_modules_severed(small_model, known, tmp_path):
+    approximation = dataclasses.replace(ANY, least_correlation=0.9999)
+    config = TraceConfig(samples=2, kinds=("state",), sever=("nothing", "mlp", "attn"), approximation=approximation)
+    with pytest.raises(DisagreementError) as raised:
+        trace_to_folder(small_model, known, config, tmp_path)
+    assert [agreement.sever for agreement in raised.value.agreements] == ["nothing", "mlp", "attn"]
+    for agreement in raised.value.agreements:
+        assert f"{agreement.sever.replace('attn', 'attention').replace('mlp', 'MLP')} severed" in str(raised.value)
+        assert f"{agreement.correlation:.3f}/" in str(raised.value)
 
 
 def test_a_refused_trace_writes_no_effects_and_is_resumed(small_model, known, tmp_path, monkeypatch):
