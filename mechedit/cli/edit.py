@@ -87,18 +87,18 @@ class EditOptions(RequestsOption, MethodOptions):
     published: bool = False
     """Take layers and settings that were published for this model, in their own units, and no others."""
 
-    def method_settings(self, model: Model) -> Recommendation[MethodConfig]:
+    def method_settings(self, model: Model, *, own_layers: bool) -> Recommendation[MethodConfig]:
         """As for every command; with --published, those that were published for the model.
 
         Raises:
             InputError: --published with --tuned; nothing was published for the model; and as for every command.
         """
         if not self.published:
-            return super().method_settings(model)
+            return super().method_settings(model, own_layers=own_layers)
         if self.tuned is not None:
             raise InputError("both --tuned and --published are there, expected one of them; leave the other out")
         settings = method_settings(self.method, model, self.seed, self.set, published=True)
-        _say_published(settings, self.method, model)
+        _say_published(settings.for_own_layers() if own_layers else settings, self.method, model)
         return settings
 
 
@@ -139,7 +139,7 @@ def _make(options: EditOptions) -> int:
     model = options.load_model()
     added = options.in_turns(model, added)
     requests = options.in_turns(model, requests)
-    settings = options.method_settings(model)
+    settings = options.method_settings(model, own_layers=bool(chosen))
     if not chosen and settings.layers is None:
         settings = with_published_layers(settings, options.method, model)
         _say_published(settings, options.method, model)

@@ -246,10 +246,14 @@ class MethodOptions(ModelOptions):
     no_tuned: bool = False
     """Leave tuned settings out."""
 
-    def method_settings(self, model: Model) -> Recommendation[MethodConfig]:
+    def method_settings(self, model: Model, *, own_layers: bool) -> Recommendation[MethodConfig]:
         """The method's settings for this model: its recommended ones, then the seed, then those of --set.
 
         A line says which files they come from.
+
+        Args:
+            model: for which they are.
+            own_layers: whether the layers are not taken from these files.
 
         Raises:
             InputError: --tuned and --no-tuned; and what `Method.recommendation` refuses.
@@ -257,8 +261,9 @@ class MethodOptions(ModelOptions):
         if self.tuned is not None and self.no_tuned:
             raise InputError("both --tuned and --no-tuned are there, expected one of them; leave the other out")
         settings = method_settings(self.method, model, self.seed, self.set, tuned=not self.no_tuned, file=self.tuned)
-        for source in settings.sources:
-            say(f"settings of {self.method}: {source.in_words()}")
+        for source in (settings.for_own_layers() if own_layers else settings).sources:
+            if source.settings:
+                say(f"settings of {self.method}: {source.in_words()}")
         return settings
 
     def untuned(self, model: Model) -> MethodConfig:

@@ -105,7 +105,7 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     model = options.load_model()
     judges = options.in_turns(model, others_than(requests, all_requests))
     facts, requests = options.in_turns(model, facts), options.in_turns(model, requests)
-    settings = options.method_settings(model)
+    settings = options.method_settings(model, own_layers=bool(layers))
     config, from_tuning = settings.config, not layers and settings.layers is not None
     layers = layers or (None if settings.layers is None else list(settings.layers))
     if layers:

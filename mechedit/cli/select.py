@@ -110,7 +110,7 @@ def _validate(
     requests = options.read_requests(options.requests, options.conflicts)
     model = options.load_model()
     requests = options.in_turns(model, requests)
-    config = options.method_settings(model).config
+    config = options.method_settings(model, own_layers=True).config
     validated = pipeline.validate_step(
         folder, model, selection, requests, options.suited_texts, sweep, options.method, config, moments
     )

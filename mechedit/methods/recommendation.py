@@ -53,6 +53,11 @@ class SettingsSource:
         """What a manifest holds."""
         return {"source": self.name, "hash": self.hash, "settings": list(self.settings)}
 
+    def below(self, stronger: Mapping[str, Any]) -> SettingsSource:
+        """The source without what a stronger one replaces, in the same unit or the other."""
+        replaced = {*stronger, *replaced_by(stronger)}
+        return replace(self, settings=tuple(name for name in self.settings if name not in replaced))
+
     def in_words(self) -> str:
         """The file, the beginning of its hash, and what comes from it."""
         return f"{', '.join(self.settings) or 'nothing'} from {self.file} ({self.hash[:12]})"
@@ -83,11 +88,12 @@ class Recommendation(Generic[Config]):
         kind = type(self.config)
         defaults = asdict(kind())
         weaker = {name: value for name, value in asdict(self.config).items() if value != defaults[name]}
-        sources = tuple(
-            replace(source, settings=tuple(name for name in source.settings if name not in changes))
-            for source in self.sources
-        )
+        sources = tuple(source.below(changes) for source in self.sources)
         return replace(self, config=kind(**with_settings(weaker, changes)), sources=sources)
+
+    def for_own_layers(self) -> Recommendation[Config]:
+        """The recommendation for a user who names the layers, which then come from no source."""
+        return replace(self, sources=tuple(source.below({"layers": None}) for source in self.sources))
 
 
 def recommendation(
@@ -129,6 +135,7 @@ def recommendation(
         layers = from_tuning.layers
         parts.append((from_tuning.file, from_tuning.settings))
         names = {"layers": layers, **from_tuning.settings}
+        sources = [source.below(names) for source in sources]
         sources.insert(0, _source("tuned.json", from_tuning.file, from_tuning.hash, names))
     merged: Mapping[str, Any] = {}
     config = kind()
@@ -202,13 +209,19 @@ def with_settings(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dic
     A setting in one unit also replaces the same in the other unit, and a published convention, which has absolute
     units of its own, those in relative units. The convention `paper` fixes others (`TargetSettings.by_text`).
     """
+    replaced = replaced_by(stronger)
+    return {**{name: value for name, value in weaker.items() if name not in replaced}, **stronger}
+
+
+def replaced_by(stronger: Mapping[str, Any]) -> set[str]:
+    """Settings of a weaker source, under other names than these, that settings replace (`with_settings`)."""
     replaced = {absolute for absolute, relative in UNITS.items() if stronger.get(relative) is not None}
     replaced |= {relative for absolute, relative in UNITS.items() if stronger.get(absolute) is not None}
     if stronger.get("convention", "default") != "default":
         replaced |= set(UNITS.values())
     if stronger.get("convention") == "paper":
         replaced |= set(TargetSettings.by_text)
-    return {**{name: value for name, value in weaker.items() if name not in replaced}, **stronger}
+    return replaced
 
 
 def _tuned(method: str, model: Model, tuned: bool, file: str | Path | None) -> TunedSettings | None:
@@ -245,9 +258,5 @@ def with_sources(edit: Edit, recommended: Recommendation[Any], *, layers: bool) 
         recommended: the settings.
         layers: whether the layers were taken from them, too.
     """
-    records = recommended.record
-    if not layers:
-        records = [
-            {**record, "settings": [name for name in record["settings"] if name != "layers"]} for record in records
-        ]
+    records = (recommended if layers else recommended.for_own_layers()).record
     return replace(edit, manifest={**edit.manifest, SETTINGS_FROM: records})

@@ -54,7 +54,12 @@ def test_what_was_tuned_is_taken_by_itself_and_named(
 
     edit = ["edit", *inputs[:2], "--moments", file.parent / "search", "--out", tmp_path / "edit.safetensors"]
     assert call(*edit) == 0
-    assert f"from {file} ({summary['hash'][:12]})" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"from {file} ({summary['hash'][:12]})" in said
+    claimed = [line.split(": ")[1].split(" from ")[0].split(", ") for line in said.splitlines() if " from " in line]
+    names = [name for names in claimed for name in names]
+    assert names[0] == "layers"
+    assert len(names) == len(set(names)), "a setting comes from one file"
     manifest = me.Edit.load(tmp_path / "edit.safetensors").manifest
     assert manifest["layers"] == summary["layers"]
     assert manifest["settings"]["steps"] == 3
@@ -63,6 +68,7 @@ def test_what_was_tuned_is_taken_by_itself_and_named(
 
     # The command line wins, and what it says is not the file's.
     assert call(*edit, "--layers", "1-2", "--set", "steps=2", "--overwrite") == 0
+    assert "settings of memit: layers" not in capsys.readouterr().err
     manifest = me.Edit.load(tmp_path / "edit.safetensors").manifest
     assert (manifest["layers"], manifest["settings"]["steps"]) == ([1, 2], 2)
     assert not {"layers", "steps"} & set(manifest["settings_from"][0]["settings"])

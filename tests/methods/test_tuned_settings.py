@@ -41,8 +41,8 @@ def test_the_strongest_source_wins(lens_model: Any, checkpoint: Path) -> None:
     assert settings.layers == (0, 1)
     assert [(source.name, source.settings) for source in settings.sources] == [
         ("tuned.json", ("layers", "clamp", "steps")),
-        ("editing.json", ("clamp", "steps", "kl_weight")),
-    ]
+        ("editing.json", ("kl_weight",)),
+    ], "each setting is claimed by the one file that it is taken from"
     assert settings.sources[0].hash == beside.hash != cached.hash
     without = METHODS["memit"].recommendation(lens_model, tuned=False)
     assert (without.config, without.layers) == (MemitConfig(clamp=1.0, steps=7, kl_weight=0.5), None)
@@ -59,6 +59,18 @@ def test_a_setting_in_one_unit_replaces_a_weaker_one_in_the_other() -> None:
     by_text = {"convention": "paper"}
     assert with_settings({"kl_weight": 0.25, "weight_decay": 0.1, "clamp": 2}, by_text) == {"clamp": 2, **by_text}
     assert with_settings({"lr": 0.5}, {"clamp": 1}) == {"lr": 0.5, "clamp": 1}, "the control: what is not replaced"
+
+
+def test_a_setting_is_claimed_by_no_source_that_another_unit_replaces(lens_model: Any, checkpoint: Path) -> None:
+    (checkpoint / "editing.json").write_text('{"memit": {"covariance_weight": 100, "lr": 0.5, "kl_weight": 0.5}}')
+    settings = {"relative_covariance_weight": 0.1, "steps": 2}
+    write_tuned(checkpoint / "tuned.json", lens_model, "memit", {**RECORD, "settings": settings})
+    taken = METHODS["memit"].recommendation(lens_model)
+    assert [source.settings for source in taken.sources] == [("layers", *settings), ("lr", "kl_weight")]
+    assert (taken.config.covariance_weight, taken.config.lr) == (None, 0.5)
+    chosen = taken.changed({"relative_lr": 0.1})
+    assert [source.settings for source in chosen.sources] == [("layers", *settings), ("kl_weight",)]
+    assert [source.settings for source in taken.for_own_layers().sources] == [tuple(settings), ("lr", "kl_weight")]
 
 
 def test_a_convention_replaces_what_a_file_says(lens_model: Any, checkpoint: Path) -> None:
