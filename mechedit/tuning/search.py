@@ -86,7 +86,7 @@ class Search:
         if self.tuning.windows is None and (lacking := set(range(self.model.n_layers - 1)) - set(self.moments)):
             self.notify(
                 f"there are no second moments of layers {brief_list(sorted(lacking))}, so that they are not tried; "
-                f"collect those of all layers to try them"
+                f"collect those of all layers but the last, which is never edited, to try them"
             )
         windows = self.try_windows_in_rounds(plan)
         current = self.choose_width(plan, self.choose_window(windows), windows)
