@@ -254,9 +254,15 @@ def reason(subject: SubjectEffects, layers: Layers, site: EarlySite, config: Sel
         )
     first, last = min(layers), max(layers)
     fall = max(gap[a] - gap[a:].min() for a in range(len(gap)))
-    portion = f"{(gap[first - 1] - gap[last]) / fall:.0%}" if first and fall > 0 else "a part"
+    part = (gap[first - 1] - gap[last]) / fall if first and fall > 0 else None
+    portion = "a part" if part is None else f"{part:.0%}"
+    run = f"the shortest run over which at least {config.share:.0%} of the MLPs' contribution is made"
+    if part is not None:
+        # A rounding error at most: the rule has held the same share against the same fall.
+        enough = part >= config.share - 1e-9
+        run = f"{run}: here {portion}" if enough else f"{portion} of the MLPs' contribution, in the best part of {run}"
     text = {
-        "contribution": f"the shortest run over which {portion} of the MLPs' contribution is made",
+        "contribution": run,
         "gap-peak": f"the run around layer {site.layer} where the gap is at least {config.share:.0%} of {largest}",
         "mlp-window": "restored by the window of MLP outputs with the largest effect",
         "moving-average": f"the {len(layers)} layers with the highest mean contribution, {portion} of it in all",

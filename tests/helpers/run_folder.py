@@ -129,7 +129,7 @@ def make_selection() -> dict:
         "agreement": 0.97,
         "modal": [2, 3, 4, 5],
         "candidates": [{"layers": [2, 3, 4, 5], "share": 0.94}, {"layers": [2, 3, 4], "share": 0.03}],
-        "reason": "layers 2–5: the shortest run over which 82% of the MLPs' contribution is made",
+        "reason": "layers 2–5: the shortest run over which at least 80% of the MLPs' contribution is made: here 82%",
         "settings": {"rule": "contribution", "share": 0.8, "resamples": 1000, "confidence": 0.95, "seed": 0},
         "provenance": PROVENANCE,
     }

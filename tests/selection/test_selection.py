@@ -514,6 +514,18 @@ def test_a_contribution_spread_over_the_depth_is_said_to_be():
     assert "spread over the depth" not in select_layers(effects_of(PLANTED)).reason
 
 
+def test_the_reason_states_the_threshold_and_what_is_reached():
+    plain = select_layers(effects_of(PLANTED)).reason
+    (share,) = re.findall(r"at least 90% of the MLPs' contribution is made: here (\d+)%", plain)
+    assert int(share) >= 90
+    assert "at least 60% of" in select_layers(effects_of(PLANTED), config=SelectConfig(share=0.6)).reason
+    cut = select_layers(effects_of(PLANTED), config=SelectConfig(max_width=1)).reason
+    (share,) = re.findall(
+        r"(\d+)% of the MLPs' contribution, in the best part of the shortest run .* at least 90%", cut
+    )
+    assert int(share) < 90
+
+
 # Files
 
 
