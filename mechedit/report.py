@@ -242,6 +242,7 @@ def evaluation_section(path: Path) -> dict[str, Any] | None:
         return None
     return {
         "states": states,
+        "has_perplexity": any(measure.name == "PPL" for measure in measures),
         "rows": [
             {"measure": measure, "entries": [summary[state].get(measure.name) for state in states]}
             for measure in measures

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+import torch
 from helpers.run_folder import (
     IDENTITY,
     PROVENANCE,
@@ -18,7 +19,7 @@ from helpers.run_folder import (
 )
 
 from mechedit.errors import InputError
-from mechedit.files import read_json, write_json
+from mechedit.files import read_json, write_json, write_tensors
 from mechedit.report import number, span, write_report
 from mechedit.trace.site_effects import site_effects
 
@@ -72,6 +73,29 @@ def run(tmp_path_factory):
     write_run(folder)
     add_figures(folder)
     return folder
+
+
+def test_one_layer_one_fact_and_only_measures_that_are_there_are_spoken_of(tmp_path):
+    write_run(tmp_path)
+    manifest = {"method": "memit", "layers": [3], "model": PROVENANCE, "requests": ["0"], "prefixes": ["{}"]}
+    manifest |= {"probability": [0.25], "unconverged": ["0"], "settings_from": []}
+    tensors = {f"layer.3.{side}": torch.ones(4, 4) for side in ("left", "right")}
+    write_tensors(tmp_path / "edit.safetensors", tensors, "manifest", manifest)
+    text = read(write_report(tmp_path))[1]
+    assert "1 fact was rewritten in layer 3 by MEMIT" in text
+    assert "MEMIT wrote 1 fact into the MLPs of layer 3." in text
+    assert "Over all facts its probability there is 0.25 in the median" in text
+    path = tmp_path / "summary.json"
+    summary = read_json(path)
+    assert ("PPL as it is" in text) == ("PPL" in summary["before"])
+    entry = {"mean": 12.0, "low": 11.0, "high": 13.0, "n": 4}
+    for has in (True, False):
+        for state in ("before", "after"):
+            summary[state].pop("PPL", None)
+            summary[state] |= {"PPL": entry} if has else {}
+        write_json(path, {name: value for name, value in summary.items() if name != "checksum"})
+        text = read(write_report(tmp_path))[1]
+        assert ("PPL as it is" in text, "over texts for PPL" in text) == (has, has)
 
 
 def test_a_whole_run_tells_the_story_in_order_in_one_file(run):

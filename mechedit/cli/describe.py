@@ -81,6 +81,8 @@ def format_description(path: Path, description: Mapping[str, Any]) -> str:
         text = ", ".join(f"{name} = {value!r}" for name, value in changed.items()) or "the defaults"
         lines += textwrap.wrap(f"settings  {text}", _WIDTH, subsequent_indent=" " * 10)
     for source in description["settings_from"]:
+        if not source["settings"]:
+            continue
         text = f"{', '.join(source['settings'])} by {source['source']} ({source['hash'][:12]})"
         lines += textwrap.wrap(text, _WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 10)
     training = description.get("training")
@@ -117,7 +119,7 @@ def _unconverged(record: Mapping[str, Any], requests: Sequence[str]) -> str:
         return f"{len(ids)} new objects are not yet the answer (more steps or a larger lr may help): {listed}"
     probability = dict(zip(requests, record.get("probability") or [], strict=False))
     values = [probability[name] for name in ids if probability.get(name) is not None]
-    median = f", median P {statistics.median(values):.2f}" if values else ""
+    median = f", where P of these is {statistics.median(values):.2f} in the median" if values else ""
     return (
         f"{len(ids)} of {len(requests)} new objects are not the likeliest answer at their z{median} (more steps, a "
         f"larger clamp or another relative_lr may help): {listed}"

@@ -166,7 +166,7 @@ def _make(options: EditOptions) -> int:
         edit.save(options.out)
 
     ranks.current().from_first(save, "the file of the edit")
-    say(f"wrote {options.out}: {len(requests)} requests in layers {layers}")
+    say(f"wrote {options.out}: {len(requests)} request{'' if len(requests) == 1 else 's'} in layers {layers}")
     say_unconverged(edit)
     options.print_summary({"edit": str(options.out), "layers": layers, "requests": len(requests)})
     return 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mechedit import pipeline, ranks
 from mechedit.cli.app import say
@@ -37,7 +38,7 @@ from mechedit.figures import run_figures
 from mechedit.methods import with_sources
 from mechedit.models import Model
 from mechedit.moments import MomentsConfig
-from mechedit.report import write_report
+from mechedit.report import number, span, write_report
 from mechedit.run_folder import RunFolder
 from mechedit.selection import SelectConfig, Selection
 from mechedit.sweep import By, SweepConfig
@@ -148,9 +149,21 @@ def run_command(options: RunOptions, trace: TraceConfig, select: SelectConfig, e
     say_unconverged(edit)
     scores = pipeline.evaluate_step(folder, model, requests, edit, evaluation)
     summary = pipeline.write_summary(folder, scores, selection, edit)
+    say(scores_in_words(layers, summary))
     say(f"the report is {_draw(folder)}")
     options.print_summary(summary)
     return 0
+
+
+def scores_in_words(layers: Sequence[int], summary: Mapping[str, Any]) -> str:
+    """The edited layers, and the scores before and after the edit that were measured, in a line."""
+    states = [summary[state] for state in ("before", "after") if state in summary]
+    scores = [
+        f"{name} {' → '.join(number(state[name]['mean']) for state in states)}"
+        for name in ("S", "ES", "PS", "NS")
+        if all(name in state for state in states)
+    ]
+    return f"{'layer' if len(layers) == 1 else 'layers'} {span(layers)}: {', '.join(scores) or 'no scores'}"
 
 
 def others_than(requests: Sequence[EditRequest], all_requests: Sequence[EditRequest]) -> list[EditRequest]:

@@ -140,7 +140,8 @@ class TracePlan:
     def __iter__(self) -> Iterator[pd.DataFrame]:
         # What is only read takes no time.
         traced = self.parts is not None and all(self.part(group).is_file() for group in self.groups())
-        with tqdm(total=len(self.facts), desc="tracing facts", unit="fact", disable=traced) as progress:
+        severed = "" if "nothing" in self.config.sever else ", modules severed"
+        with tqdm(total=len(self.facts), desc=f"tracing facts{severed}", unit="fact", disable=traced) as progress:
             for group in self.groups():
                 yield self.effects_of(group)
                 progress.update(len(group))

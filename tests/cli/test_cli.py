@@ -33,6 +33,7 @@ from mechedit.cli.command import command
 from mechedit.data import tiny_data
 from mechedit.files import read_json, write_json
 from mechedit.notices import ImplausibleEditWarning
+from mechedit.report import number
 from mechedit.sweep import CLOSE
 
 FACT = {"id": "1", "subject": "iPod Touch", "prompt": "{} goes with the color", "object": "teal"}
@@ -340,7 +341,10 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     short = tmp_path / "short.safetensors"
     assert call("edit", *arguments[:-2], "--set", "steps=1", "--layers", span, "--out", short) == 0
     warned = capsys.readouterr().err
-    assert re.search(r"3 of 3 new objects are not the likeliest answer at their z, median P 0\.\d\d \(more", warned)
+    assert re.search(
+        r"3 of 3 new objects are not the likeliest answer at their z, where P of these is 0\.\d\d in the median \(more",
+        warned,
+    )
     assert len(list((tmp_path / "targets").iterdir())) == 6
     # Moments as the published code has them: with the same targets, all but the same edit.
     from_npz = [*arguments[:2], "--moments", tmp_path / "stats", "--set", "steps=8", "--layers", span]
@@ -389,7 +393,10 @@ def test_the_steps_by_hand(tmp_path, traced, capsys):
     assert f"{written.text} → {written.target_new}" in shown
     assert model.weights_hash() in shown
     assert call("edit", "--show", short) == 0
-    assert "search    3 of 3 new objects are not the likeliest answer at their z, median P" in capsys.readouterr().out
+    assert (
+        "search    3 of 3 new objects are not the likeliest answer at their z, where P of these"
+        in capsys.readouterr().out
+    )
     assert call("apply", "--edit", edit, "--out", tmp_path / "edited") == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
     ids = torch.arange(5, 15)[None]
@@ -672,7 +679,13 @@ def test_run_lets_edits_decide_where_the_facts_do_not(tmp_path, capsys):
         shutil.copy(folder / name, accepting)
     config = read_json(folder / "config.json")
     write_json(accepting / "config.json", {**config, "steps": {"trace": config["steps"]["trace"]}})
+    capsys.readouterr()
     assert call(*run, "--out", accepting, "--accept-unsettled") == 0
+    *_, scores, report = capsys.readouterr().err.splitlines()
+    assert report.startswith("the report is ")
+    after = read_json(accepting / "summary.json")["after"]
+    assert re.match(r"layers? [\d–]+: S \S+ → \S+, ES \S+ → \S+, PS \S+ → \S+, NS \S+ → \S+$", scores), scores
+    assert f", ES {scores.split('ES ')[1].split(' ')[0]} → {number(after['ES']['mean'])}, PS" in scores
     accepted = me.Selection.load(accepting / "selection.json")
     assert (accepted.state, accepted.validation) == ("unsettled", {})
     assert me.Edit.load(accepting / "edit.safetensors").layers == list(accepted.layers)
