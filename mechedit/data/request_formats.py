@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from mechedit.data.facts import NO_TURN, EditRequest, Fact, Neighbor
@@ -37,6 +37,10 @@ WIKIBIGEDIT_FIELDS = (
     "subject", "update", "ans", "rephrase", "loc", "loc_ans", "personas", "mhop", "mhop_ans", "tag", "relation",
     "relation_id", "object", "object_id", "subject_id", "ground_truth", "case_id", "id", "joint",
 )  # fmt: skip
+OBJECTS = ("object", "attribute")
+"""Fields of a fact's object; a request has none of them alone."""
+NEW_OBJECTS = ("requested_rewrite", "target_new", "labels", "answers", "edit", "update", "ans")
+"""Fields of which every request has one; no fact has any."""
 PERSONAS = ("personas_", "genv2_")
 """How the names of WikiBigEdit's further questions start, one field per way of asking."""
 
@@ -58,10 +62,25 @@ def read_requests(record: JsonRecord) -> RecordRequests:
         return _read_located(_parse_mend, record)
     if "update" in record or "ans" in record:
         return _read_located(_parse_wikibigedit, record)
+    if old := _only(record, OBJECTS, NEW_OBJECTS):
+        raise InputError(
+            f"{record.location} is a fact to trace (it has {old!r}, and no 'target_new'), expected an edit request: "
+            f"read facts by load_facts (--facts), or rename the field to 'target_new'"
+        )
     return _read_located(parse_plain, record)
 
 
+def _only(record: JsonRecord, names: Sequence[str], without: Sequence[str]) -> str | None:
+    """The first of these fields that the record has, where it has none of the others."""
+    return None if any(name in record for name in without) else next((name for name in names if name in record), None)
+
+
 def _parse_fact(record: JsonRecord) -> Fact:
+    if new := _only(record, NEW_OBJECTS, OBJECTS):
+        raise InputError(
+            f"{record.location} is an edit request (it has {new!r}, and no 'object'), expected a fact to trace: read "
+            f"requests by load_requests (--requests), or rename the field to 'object'"
+        )
     record.require_known(FACT_FIELDS)
     subject = subject_of(record)
     known = "template" in record

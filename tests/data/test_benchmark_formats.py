@@ -476,6 +476,27 @@ def test_unknown_fields_of_facts_are_refused(tmp_path):
         load_facts(written(tmp_path, [{**fact, "relations": "x"}]))
 
 
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"id": "1", "subject": "Lake Orrin", "prompt": "{} lies in", "object": "Norway"},
+        {"known_id": 0, "subject": "Lake Orrin", "attribute": "Norway", "template": "{} lies in", "prediction": " N"},
+    ],
+)
+def test_facts_that_are_read_as_requests_are_told_so(tmp_path, fact):
+    message = r"record 1 is a fact to trace \(it has '(object|attribute)', .*read facts by load_facts \(--facts\)"
+    with pytest.raises(InputError, match=message):
+        load_requests(written(tmp_path, [fact]))
+    assert len(load_facts(written(tmp_path, [fact]))) == 1, "the control"
+
+
+@pytest.mark.parametrize("form", sorted(set(FORMS) - {"wikibigedit"}))  # which have an object too
+def test_requests_that_are_read_as_facts_are_told_so(tmp_path, form):
+    message = r"record 1 is an edit request \(it has '\w+', .*read requests by load_requests \(--requests\)"
+    with pytest.raises(InputError, match=message):
+        load_facts(written(tmp_path, [FORMS[form]]))
+
+
 def test_forms_may_be_mixed_in_a_file(tmp_path):
     bare = [{key: value for key, value in record.items() if key not in ("id", "case_id")} for record in FORMS.values()]
     requests = load_requests(written(tmp_path, [{**record, "id": f"x{n}"} for n, record in enumerate(bare)]))
