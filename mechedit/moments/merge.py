@@ -82,7 +82,7 @@ def merge_moments(
 
 
 def _in_words(layers: Sequence[int]) -> str:
-    return f"shards of the layers {layers}" if layers else "no shards of any layer"
+    return f"shards of the layers {layers}" if layers else "no shards of the layers of a model"
 
 
 def _present(folder: str | Path, layer: int, world_size: int) -> list[Rank]:

@@ -140,7 +140,7 @@ def unwritten_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["moments", "--layers", "1", "--shard", "0/4", "--convergence"], "collect without --shard"),
         (["moments", "--merge", "--shard", "0/4"], "give it without --shard"),
         (["moments", "--shard", "0/4", "--npz", "stats"], "--npz needs the sum over all parts; give it with --merge"),
-        (["moments", "--merge", "--out", "."], "holds no shards of any layer, expected some; collect them"),
+        (["moments", "--merge", "--out", "."], "holds no shards of the layers of a model, expected some; collect them"),
         (["edit", "--moments", "."], "give the layers, or tune them (mechedit tune)"),
         (["edit", "--layers", "1-2", "--moments", "/no/such"], "/no/such"),
         (["edit", "--show", "/no/such.safetensors"], "cannot read"),
