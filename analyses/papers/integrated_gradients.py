@@ -122,7 +122,7 @@ def attributions(model: Model, fact: Fact, config: TraceConfig, points: int) -> 
             with torch.enable_grad():
                 logits = model.run(
                     runs.tokens.rows(samples), [Patch(site, positions, states)],
-                    resume=resume, logits_to_keep=runs.read_at,
+                    resume=resume, logits_to_keep=runs.read_at[0],
                 ).logits  # fmt: skip
                 chosen = logits.float().log_softmax(-1).gather(2, labels.expand(len(batch), -1)[..., None])
                 (gradient,) = torch.autograd.grad(chosen[..., 0].sum(1).exp().sum(), states)

@@ -250,7 +250,7 @@ class FastBlock:
             return ()
         if self.positions is None:
             return step.writes if self.packing is None else [self.packing.write(write) for write in step.writes]
-        return [_among_kept(write, self.positions, self.arguments.tokens_mask.shape[1]) for write in step.writes]
+        return [_among_kept(write, self.positions) for write in step.writes]
 
 
 def select(
@@ -274,12 +274,9 @@ def _select_queries(
     return mask.expand(len(positions), -1, -1, -1).take_along_dim(positions[:, None, :, None], 2)
 
 
-def _among_kept(write: Write, positions: Int[Tensor, " kept"], width: int) -> Write:
+def _among_kept(write: Write, positions: Int[Tensor, "*batch kept"]) -> Write:
     """A write with its columns counted among the kept positions; the others are left out."""
-    index_of = positions.new_full((width,), -1)
-    index_of[positions] = torch.arange(len(positions), device=positions.device)
-    columns = index_of[write.columns.to(positions.device)]
-    inside = columns >= 0
-    return Write(
-        write.rows.to(positions.device)[inside], columns[inside], write.value.to(positions.device)[inside], write.add
-    )
+    rows, columns = write.rows.to(positions.device), write.columns.to(positions.device)
+    kept = positions[None] if positions.ndim == 1 else positions[rows]
+    entries, index = (kept == columns[:, None]).nonzero(as_tuple=True)
+    return Write(rows[entries], index, write.value.to(positions.device)[entries], write.add)

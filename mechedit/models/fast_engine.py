@@ -241,16 +241,14 @@ def _kept_positions(plan: RunPlan) -> Int[Tensor, "*batch kept"] | None:
 def _kept_in_last_block(plan: RunPlan, last: int) -> Int[Tensor, "*batch kept"] | None:
     """The positions that alone go through the last block; None where all do.
 
-    All do where a step reads the block, or writes into it while each row keeps positions of its own.
+    All do where a step reads the block, or writes anywhere but to what is added there.
     """
-    keep = _kept_positions(plan)
     steps = _steps(plan, last)
-    same_for_all_rows = keep is not None and keep.ndim == 1
     # What is written at a key is counted among all positions.
     only_added = all(part in ("attn_out", "mlp_out", "resid") for part in steps)
     if plan.exit_site is not None or any(step.read for step in steps.values()):
         return None
-    return keep if not steps or (same_for_all_rows and only_added) else None
+    return _kept_positions(plan) if only_added else None
 
 
 def _at_kept(hidden: Float[Tensor, "batch pos d_model"], plan: RunPlan) -> Float[Tensor, "batch kept d_model"]:

@@ -59,20 +59,32 @@ class KVCache:
         rows, used = len(self.layers[0][0]), range(first, len(self.layers))
         return KVCache(self._map(lambda states: states, (rows, self.length), used), self.lengths)
 
-    def before(self, ends: Int[Tensor, " batch"], first: int = 0) -> KVCache:
-        """Each row's positions before its own end, counted from its first one, for a run that resumes at `first`.
+    def before(
+        self,
+        ends: Int[Tensor, " row"],
+        first: int = 0,
+        last: int | None = None,
+        index: Int[Tensor, " row"] | None = None,
+    ) -> KVCache:
+        """The chosen rows' positions before an end of their own, counted from a row's first one.
 
-        See `take` for the other layers.
+        Args:
+            ends: number of positions of each row.
+            first: block at which the run resumes that begins there.
+            last: block after which it stops; None means the last one. See `take` for the other layers.
+            index: the row in this cache of each of the new one's; None means every row once.
         """
-        width = int(ends.max())
-        begins = 0 if self.lengths is None else self.length - self.lengths
+        width, n_rows = int(ends.max()), len(ends)
+        rows = torch.arange(n_rows, device=ends.device) if index is None else index
+        begins = 0 if self.lengths is None else (self.length - self.lengths)[rows]
         at = ((begins + ends)[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)
-        rows, used = torch.arange(len(ends), device=ends.device)[:, None], range(first, len(self.layers))
+        used = range(first, len(self.layers) if last is None else last + 1)
 
         def taken(states: Tensor) -> Tensor:
-            return states.transpose(1, 2)[rows.to(states.device), at.to(states.device)].transpose(1, 2)
+            by_position = states.transpose(1, 2)
+            return by_position[rows[:, None].to(states.device), at.to(states.device)].transpose(1, 2)
 
-        return KVCache(self._map(taken, (len(ends), width), used), ends)
+        return KVCache(self._map(taken, (n_rows, width), used), ends)
 
     def _map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, int], used: range) -> KeysAndValues:
         """Apply `change` to the layers that are used; elsewhere put a placeholder of `shape` (rows, positions)."""

@@ -39,6 +39,7 @@ from mechedit.trace.metric_values import checked_values, metric_inputs
 from mechedit.trace.metrics import NORMALIZED, MetricInputs, ObjectInputs, find_metric, metric_name
 from mechedit.trace.restore import Cell
 from mechedit.trace.runs import TraceRuns, slice_patch
+from mechedit.trace.traced_fact import longest_of
 from mechedit.trace.windows import window_span
 
 CellScores = dict[tuple[str, str], Float[Tensor, "row layer pos"]]
@@ -121,7 +122,7 @@ def _mean_scores(runs: TraceRuns, sever: str, points: int, all_samples: bool) ->
 def _scores_of_rows(runs: TraceRuns, sever: str, rows: Sequence[int], part: float) -> CellScores:
     """Estimated scores of rows of the corrupted run, from gradients at a part of the way to the clean run."""
     batches = batches_of(
-        torch.tensor(rows, device=runs.model.device), max_gradient_rows(runs.model, runs.facts[0], runs.config)
+        torch.tensor(rows, device=runs.model.device), max_gradient_rows(runs.model, longest_of(runs.facts), runs.config)
     )
 
     def estimated(batch: Int[Tensor, " row"]) -> CellScores:
@@ -260,7 +261,7 @@ def _run(runs: TraceRuns, sever: str, rows: Int[Tensor, " row"], part: float, ze
         part: of the way from the corrupted embeddings to the clean ones.
         zeros: added to the activations at the restored positions.
     """
-    span, width = runs.restored_span, runs.tokens.ids.shape[1]
+    span = runs.restored_span
     # What precedes the restored positions is that of the corrupted run, unless the subject is changed.
     start = min(span.start, *(traced.subject.start for traced in runs.facts)) if part else span.start
     corruption = slice_patch(runs.corruption, rows, start)
@@ -270,13 +271,11 @@ def _run(runs: TraceRuns, sever: str, rows: Int[Tensor, " row"], part: float, ze
         corruption = replace(corruption, value=torch.lerp(corruption.value, clean.to(corruption.value), part))
     positions = (torch.arange(span.start, span.stop, device=rows.device) - start).repeat(len(rows), 1)
     severed = [
-        patch
-        for layer in range(runs.model.n_layers)
-        for patch in runs.severed[sever].patches(rows, layer, range(start, width), start=start)
+        patch for layer in range(runs.model.n_layers) for patch in runs.severed[sever].patches(rows, layer, start)
     ]
     return runs.model.run(
         Tokens(runs.tokens.ids[rows, start:], runs.tokens.mask[rows, start:]),
         [corruption, *severed, *(Patch(site, positions, value, add=True) for site, value in zeros.items())],
-        logits_to_keep=runs.read_at - start,
+        logits_to_keep=runs.read_at[rows // runs.samples] - start,
         kv_cache=runs.kv_cache.take(rows, start) if start else None,
     )

@@ -1,13 +1,14 @@
 """Restored cells: one clean state, or a window of module outputs, put back into the corrupted run.
 
-A cell changes nothing before its position and nothing below its first restored layer. Cells at one position share
-batches, whatever their layer, kind and severing; `restore.py` says how a batch is run.
+A cell changes nothing before its position and nothing below its first restored layer. Cells that change equally many
+tokens share batches, whatever their fact, layer, kind and severing; `restore.py` says how a batch is run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import pandas as pd
 
@@ -17,9 +18,9 @@ from mechedit.trace.columns import COLUMNS
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource
 from mechedit.trace.memory import max_batch_rows
-from mechedit.trace.restore import Cell, restore_cells
+from mechedit.trace.restore import Cell, n_changed, restore_cells
 from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
-from mechedit.trace.traced_fact import TracedFact, restored_positions
+from mechedit.trace.traced_fact import TracedFact, longest_of, restored_positions
 from mechedit.trace.windows import window_span
 from mechedit.workers import n_workers, run_batches
 
@@ -37,7 +38,7 @@ def trace_group(
 
     Args:
         model: any `Model`.
-        facts: facts of one shape (`TracedFact.shape`).
+        facts: whose objects have equally many tokens.
         std: standard deviation of the noise, in absolute units.
         config: what to restore, sever, corrupt and measure.
         noise: explicit standard-normal draws; by default they are drawn from each fact's seed.
@@ -97,21 +98,24 @@ def can_change(traced: TracedFact, position: int, first: int, n_layers: int) -> 
 
 
 def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]]:
-    """Cells that run together: those of one position, and of the next ones while that costs less than a new batch.
+    """Cells that run together: those that change the most tokens first.
 
-    A row whose cell lies after the batch's first position computes the tokens between them in vain.
+    Where padding costs something, cells that change fewer tokens join only while that costs less than a new batch.
     """
     model, workers = runs.model, n_workers(runs.model)
     # What runs at once is in memory at once.
-    max_rows = max_batch_rows(model, runs.facts[0], runs.config) // workers
+    max_rows = max_batch_rows(model, longest_of(runs.facts), runs.config) // workers
     max_cells = max(1, max_rows // runs.samples)
-    allowance = model.n_layers * padding_budget(model)
+    allowance = math.inf if model.skips_padding else model.n_layers * padding_budget(model)
+
+    def changed(cell: Cell) -> int:
+        return n_changed(runs.facts, cell)
+
     batch: list[Cell] = []
-    by_position = groupby(sorted(cells, key=lambda cell: (cell.position, cell)), lambda cell: cell.position)
-    for position, group in by_position:
+    for n_tokens, group in groupby(sorted(cells, key=lambda cell: (-changed(cell), cell)), changed):
         cells_here = list(group)
         blocks = runs.samples * sum(model.n_layers - 1 - cell.first for cell in cells_here)
-        if batch and (position - batch[0].position) * blocks > allowance:
+        if batch and (changed(batch[0]) - n_tokens) * blocks > allowance:
             yield from _split(batch, max_cells, workers)
             batch = []
         batch += cells_here
@@ -121,14 +125,15 @@ def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]
 def _split(cells: Sequence[Cell], max_cells: int, workers: int) -> Iterator[list[Cell]]:
     """Batches of at most `max_cells` cells of nearly equal number, each in the order of their first layers.
 
-    Several come in a multiple of the workers, none of whom then waits for the last one.
+    Several come in a multiple of the workers, none of whom then waits for the last one: cells that stand together in
+    `cells` are dealt to as many batches.
     """
-    ordered = sorted(cells, key=lambda cell: cell.first)
     # Two batches of nearly equal size rather than a full one and a remainder.
-    count = -(-len(ordered) // max_cells)
-    if count > 1:
-        count = min(len(ordered), -(-count // workers) * workers)
-    return (ordered[i::count] for i in range(count))
+    rounds = -(-len(cells) // (max_cells * workers)) if len(cells) > max_cells else min(len(cells), 1)
+    dealt = workers if len(cells) > max_cells else 1
+    bounds = [len(cells) * i // rounds for i in range(rounds + 1)] if rounds else []
+    batches = (cells[begin:end][i::dealt] for begin, end in pairwise(bounds) for i in range(dealt))
+    return (sorted(batch, key=lambda cell: cell.first) for batch in batches if batch)
 
 
 def score_cells(runs: TraceRuns, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:

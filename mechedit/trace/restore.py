@@ -3,23 +3,24 @@
 Below the first restored block, the row of a cell equals the corrupted run. That block changes its own position alone,
 because the other positions attend to what they attended to. So a row joins the batch after its first restored block,
 with the corrupted states and one position replaced. The batch computes each layer once for all rows that have joined,
-from the batch's first position on, and takes the corrupted run's keys and values for the positions before that.
+every row from its restored position on, and takes the corrupted run's keys and values for the positions before that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechedit.errors import InputError, brief
-from mechedit.models import Patch, Resume, Site, Tokens
+from mechedit.models import KVCache, Patch, Resume, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND
 from mechedit.trace.metric_values import MetricValues
 from mechedit.trace.runs import TraceRuns, slice_patch
+from mechedit.trace.traced_fact import TracedFact
 
 
 @dataclass(frozen=True, order=True)
@@ -41,16 +42,20 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CellBatch:
-    """The rows of a batch of cells: each cell under every noise sample, in the order in which they join."""
+    """The rows of a batch of cells: each cell under every noise sample, in the order in which they join.
+
+    A row begins at its restored position, which is column 0 of the batch; what comes behind its last token is padding.
+    """
 
     runs: TraceRuns
     cells: Sequence[Cell]
-    start: int
-    """First position that is computed; patches count positions from it."""
     fact: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
+    """Restored position of each row in its prompt, the first that is computed; patches count positions from it."""
     corrupted_row: Int[Tensor, " row"]
     """Row of the corrupted run with the same fact and sample."""
+    width: int
+    """Tokens of the longest row."""
 
     @staticmethod
     def of(runs: TraceRuns, cells: Sequence[Cell]) -> CellBatch:
@@ -65,19 +70,18 @@ class CellBatch:
         return CellBatch(
             runs=runs,
             cells=cells,
-            start=min(cell.position for cell in cells),
             fact=fact,
             position=position,
             corrupted_row=fact * samples + sample,
+            width=max(n_changed(runs.facts, cell) for cell in cells),
         )
 
     def take(self, begin: int, end: int) -> CellBatch:
         """The rows of the cells from `begin` up to `end`."""
         rows = slice(begin * self.runs.samples, end * self.runs.samples)
-        return CellBatch(
-            runs=self.runs,
+        return replace(
+            self,
             cells=self.cells[begin:end],
-            start=self.start,
             fact=self.fact[rows],
             position=self.position[rows],
             corrupted_row=self.corrupted_row[rows],
@@ -98,13 +102,37 @@ class CellBatch:
 
     @property
     def tokens(self) -> Tokens:
-        """Tokens from the batch's first position on."""
-        tokens = self.runs.tokens
-        return Tokens(tokens.ids[self.corrupted_row, self.start :], tokens.mask[self.corrupted_row, self.start :])
+        """Each row's tokens from its position on."""
+        ids, mask = (self._from_position(values) for values in (self.runs.tokens.ids, self.runs.tokens.mask))
+        columns = torch.arange(self.width, device=ids.device)
+        return Tokens(ids, mask * (columns < self.runs.tokens.ids.shape[1] - self.position[:, None]))
+
+    @property
+    def read_at(self) -> Int[Tensor, "row object"]:
+        """Columns whose logits predict the object's tokens."""
+        return self.runs.read_at[self.fact] - self.position[:, None]
 
     def corrupted_states(self, layer: int) -> Float[Tensor, "row pos d_model"]:
-        """States of the corrupted run after a block, from the batch's first position on."""
-        return self.runs.corrupted[Site(layer, "resid")][:, self.start :].index_select(0, self.corrupted_row)
+        """States of the corrupted run after a block, from each row's position on."""
+        return self._from_position(self.runs.corrupted[Site(layer, "resid")])
+
+    def kv_cache(self, layer: int) -> KVCache | None:
+        """The corrupted run's keys and values in a block before each row's position; None where nothing is."""
+        if not self.position.any():
+            return None
+        return self.runs.kv_cache.before(self.position, layer, layer, self.corrupted_row)
+
+    def _from_position(self, values: Shaped[Tensor, "corrupted pos *_"]) -> Shaped[Tensor, "row width *_"]:
+        """The corrupted run's values from each row's position on; padding has those of the last position."""
+        longest = values.shape[1]
+        at = self.position[:, None] + torch.arange(self.width, device=self.position.device)
+        index = (self.corrupted_row[:, None] * longest + at.clamp(max=longest - 1)).flatten()
+        return values.flatten(0, 1).index_select(0, index.to(values.device)).unflatten(0, at.shape)
+
+
+def n_changed(facts: Sequence[TracedFact], cell: Cell) -> int:
+    """Tokens that restoring a cell can change: its own and those behind it."""
+    return len(facts[cell.fact].ids) - cell.position
 
 
 def restore_cells(runs: TraceRuns, cells: Sequence[Cell]) -> MetricValues:
@@ -133,14 +161,14 @@ def _through_block(
     batch: CellBatch, layer: int, resid: Float[Tensor, "row pos d_model"]
 ) -> Float[Tensor, "row pos d_model"]:
     """The states after one more block."""
-    runs, site = batch.runs, Site(layer, "resid")
-    run = runs.model.run(
+    site = Site(layer, "resid")
+    run = batch.runs.model.run(
         batch.tokens,
         [*sever_patches(batch, layer), *restore_patches(batch, layer)],
         [site],
         resume=Resume(layer, resid),
         stop_after=layer,
-        kv_cache=runs.kv_cache.take(batch.corrupted_row, batch.start, layer, layer) if batch.start else None,
+        kv_cache=batch.kv_cache(layer),
     )
     return run[site]
 
@@ -148,8 +176,7 @@ def _through_block(
 def _states_after_joining(batch: CellBatch, layer: int) -> Float[Tensor, "row pos d_model"]:
     """States after the block at which rows join: the corrupted ones, with the restored position's replaced."""
     resid = batch.corrupted_states(layer)
-    rows = torch.arange(len(resid), device=resid.device)
-    resid[rows, batch.position - batch.start] = _restored_states(batch, layer)
+    resid[:, 0] = _restored_states(batch, layer)
     return resid
 
 
@@ -169,24 +196,23 @@ def _restored_states(batch: CellBatch, layer: int) -> Float[Tensor, "row d_model
 
 def _last_block(batch: CellBatch, last: int, resid: Float[Tensor, "joined pos d_model"] | None) -> MetricValues:
     """Scores after the last block; rows that join there take their restored state after it."""
-    runs, joining, start = batch.runs, batch.joining_at(last), batch.start
+    runs, joining = batch.runs, batch.joining_at(last)
     patches = [*sever_patches(batch, last), *restore_patches(batch, last)]
     if joining.cells:
-        is_joining = batch.row_mask([cell.first == last for cell in batch.cells])
-        where = batch.position.where(is_joining, -1 + start) - start
+        where = _first_column(batch.row_mask([cell.first == last for cell in batch.cells]))
         value = runs.corrupted[Site(last, "resid")].new_zeros(len(where), 1, runs.model.d_model)
         value[-len(joining.corrupted_row) :, 0] = _restored_states(joining, last)
-        patches.append(Patch(Site(last, "resid"), where[:, None], value))
+        patches.append(Patch(Site(last, "resid"), where, value))
         if last > 0:
             resid = torch.cat([*([] if resid is None else [resid]), joining.corrupted_states(last - 1)])
     if resid is None:
-        patches.insert(0, slice_patch(runs.corruption, batch.corrupted_row, start))
+        patches.insert(0, slice_patch(runs.corruption, batch.corrupted_row, batch.position))
     run = runs.model.run(
         batch.tokens,
         patches,
         resume=None if resid is None else Resume(last, resid),
-        logits_to_keep=runs.read_at - start,
-        kv_cache=runs.kv_cache.take(batch.corrupted_row, start, last) if start else None,
+        logits_to_keep=batch.read_at,
+        kv_cache=batch.kv_cache(last),
         unembed=runs.readout is None,
     )
     metrics = runs.metric_values(run, batch.fact)
@@ -202,24 +228,28 @@ def restore_patches(batch: CellBatch, layer: int) -> list[Patch]:
     for kind in dict.fromkeys(cell.kind for cell in batch.cells):
         mask = batch.row_mask([cell.kind == kind and cell.first < layer < cell.stop for cell in batch.cells])
         if layer == runs.model.n_layers - 1:
-            mask &= batch.position >= runs.read_at[0]
+            mask &= batch.read_at[:, 0] <= 0
         if mask.any():
             site = Site(layer, PART_OF_KIND[kind])
-            where = torch.where(mask, batch.position - batch.start, -1)
-            patches.append(Patch(site, where[:, None], runs.clean[site][batch.fact, batch.position, None]))
+            patches.append(Patch(site, _first_column(mask), runs.clean[site][batch.fact, batch.position, None]))
     return patches
 
 
 def sever_patches(batch: CellBatch, layer: int) -> list[Patch]:
-    """Severed modules of a layer held to their corrupted outputs; before the batch's first position they have them."""
+    """Severed modules of a layer held to their corrupted outputs; before the rows' positions they have them."""
     runs = batch.runs
-    first = runs.read_at[0].item() if layer == runs.model.n_layers - 1 else batch.start
-    positions = range(max(int(first), batch.start), runs.tokens.ids.shape[1])
+    # Of the last block, only what is read counts.
+    least = batch.read_at[:, 0].clamp(min=0) if layer == runs.model.n_layers - 1 else 0
     patches = []
     for sever in dict.fromkeys(cell.sever for cell in batch.cells):
         mask = batch.row_mask([cell.sever == sever for cell in batch.cells])
-        patches += runs.severed[sever].patches(batch.corrupted_row, layer, positions, mask=mask, start=batch.start)
+        patches += runs.severed[sever].patches(batch.corrupted_row, layer, batch.position, least=least, mask=mask)
     return patches
+
+
+def _first_column(mask: Bool[Tensor, " row"]) -> Int[Tensor, "row 1"]:
+    """Column 0 of the masked rows, as a patch's positions."""
+    return mask.long()[:, None] - 1
 
 
 def _check_finite(batch: CellBatch, name: str, values: Float[Tensor, " row"]) -> None:

@@ -38,25 +38,30 @@ class SeveredOutputs:
         self,
         rows: Int[Tensor, " row"],
         layer: int,
-        positions: range,
+        begin: int | Int[Tensor, " row"],
         *,
+        least: int | Int[Tensor, " row"] = 0,
+        end: int | None = None,
         mask: Bool[Tensor, " row"] | None = None,
-        start: int | None = None,
     ) -> list[Patch]:
         """Patches that hold the modules of one layer to these outputs.
 
         Args:
             rows: rows of the corrupted run to which the patched batch's rows belong.
             layer: where modules are held.
-            positions: those that the patched batch computes; outputs elsewhere are left out.
+            begin: position in the prompt that is the first of the patched batch, or of each of its rows.
+            least: first column of the batch, or of each row, where outputs are held; earlier ones are left out.
+            end: position in the prompt from which on outputs are left out; None means none.
             mask: rows of the batch that are severed; None means all.
-            start: position in the prompt that is the batch's first; None means the first of `positions`.
         """
         severed = self.positions.to(rows.device)[rows]
-        inside = (severed >= positions.start) & (severed < positions.stop)
+        columns = severed - _by_row(begin)
+        inside = (severed >= 0) & (columns >= _by_row(least))
+        if end is not None:
+            inside &= severed < end
         if mask is not None:
             inside &= mask[:, None]
-        where = torch.where(inside, severed - (positions.start if start is None else start), -1)
+        where = torch.where(inside, columns, -1)
         sites = [site for site in self.outputs if site.layer == layer]
         return [Patch(site, where, self.outputs[site][rows]) for site in sites if inside.any()]
 
@@ -117,9 +122,9 @@ class TraceRuns:
         return range(min(positions, default=0), max(positions, default=-1) + 1)
 
     @property
-    def read_at(self) -> Int[Tensor, " object"]:
-        """Positions whose logits predict the object's tokens, the same for all facts of the group."""
-        return read_positions(self.facts[0], self.model)
+    def read_at(self) -> Int[Tensor, "fact object"]:
+        """Positions whose logits predict the object's tokens."""
+        return read_positions(self.facts, self.model)
 
     def metric_values(self, run: Run, facts: Int[Tensor, " row"]) -> MetricValues:
         """Every metric of a run's rows, before normalization; `facts` says to which fact a row belongs.
@@ -170,7 +175,7 @@ class TraceRuns:
         positions = torch.arange(len(span), device=device).repeat(len(every_row), 1)
         clean = self.clean[Site(layer, PART_OF_KIND[kind])][:, span.start : span.stop]
         patches = [
-            *self.severed[sever].patches(every_row, layer, span),
+            *self.severed[sever].patches(every_row, layer, span.start, end=span.stop),
             Patch(Site(layer, PART_OF_KIND[kind]), positions, clean.repeat_interleave(self.samples, 0)),
         ]
         resume = None
@@ -189,15 +194,23 @@ class TraceRuns:
         return run[site]
 
 
-def slice_patch(patch: Patch, rows: Int[Tensor, " row"], start: int, end: int | None = None) -> Patch:
-    """Some rows of a patch for a batch that begins at position `start`.
+def slice_patch(
+    patch: Patch, rows: Int[Tensor, " row"], start: int | Int[Tensor, " row"], end: int | None = None
+) -> Patch:
+    """Some rows of a patch for a batch that begins, or whose rows begin, at position `start`.
 
     Positions are counted from `start`; earlier ones, and those from `end` on, are left out.
     """
-    where = patch.positions[rows] - start
+    positions = patch.positions[rows]
+    where = positions - _by_row(start)
     if end is not None:
-        where = torch.where(where < end - start, where, -1)
+        where = torch.where(positions < end, where, -1)
     return Patch(patch.site, where.clamp(min=-1), patch.value[rows])
+
+
+def _by_row(values: int | Int[Tensor, " row"]) -> int | Int[Tensor, "row 1"]:
+    """One value for all rows, or each row's own as a column."""
+    return values[:, None] if isinstance(values, Tensor) else values
 
 
 @exclusive
@@ -213,14 +226,14 @@ def run_clean_and_corrupted(
 
     Args:
         model: any `Model`.
-        facts: facts of one shape (`TracedFact.shape`).
+        facts: whose objects have equally many tokens; shorter prompts are padded.
         std: standard deviation of the noise, in absolute units.
         config: what to restore, sever, corrupt and measure.
         noise: explicit standard-normal draws; by default they are drawn from each fact's seed.
         statistics: of the subjects' embeddings, which multivariate noise needs.
     """
     layers = range(model.n_layers)
-    read_at = read_positions(facts[0], model)
+    read_at = read_positions(facts, model)
     tokens = as_batch(facts, model)
     restored_sites = [Site(layer, PART_OF_KIND[kind]) for kind in config.kinds for layer in layers]
     clean = model.run(tokens, read=[EMBED, *restored_sites], logits_to_keep=read_at)
@@ -241,7 +254,7 @@ def run_clean_and_corrupted(
         repeated,
         [corruption],
         read=list(dict.fromkeys([*states, *severed_sites, *estimated_sites])),
-        logits_to_keep=read_at,
+        logits_to_keep=read_at[fact_of_row],
         use_cache=True,
         unembed=readout is None,
     )

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from mechedit import ranks
-from mechedit.batching import batches_of, group_by_shape
+from mechedit.batching import group_by_shape
 from mechedit.cache import Cache
 from mechedit.chat import prompted
 from mechedit.data import Fact, check_unique_ids, records_of
@@ -194,10 +194,22 @@ class TracePlan:
         return {} if self.config.approximation is None else draw_for(self.facts, self.config, self.model.n_layers)
 
     def groups(self) -> Iterator[list[TracedFact]]:
-        """Facts of one shape, as many as `batch_rows` and `memory` allow."""
-        for same_shape in group_by_shape(self.facts, len(self.facts), lambda traced: traced.shape):
-            size = max(1, max_group_rows(self.model, same_shape[0], self.config) // self.config.samples)
-            yield from batches_of(same_shape, size)
+        """Facts that share runs, as many as `batch_rows` and `memory` allow, the longest first.
+
+        Their objects have equally many tokens. Their prompts do, too, unless padding costs next to nothing; then no
+        row is padded by more than half.
+        """
+        skips = self.model.skips_padding
+        in_order = sorted(self.facts, key=lambda traced: -len(traced.ids)) if skips else self.facts
+        for like in group_by_shape(
+            in_order, len(self.facts), lambda traced: len(traced.object_ids) if skips else traced.shape
+        ):
+            while like:
+                longest = len(like[0].ids)
+                size = max(1, max_group_rows(self.model, like[0], self.config) // self.config.samples)
+                group = [traced for traced in like[:size] if 2 * len(traced.ids) >= longest]
+                yield group
+                like = like[len(group) :]
 
 
 @exclusive

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from mechedit.batching import group_by_shape
+from mechedit.batching import group_by_shape, pad
 from mechedit.data import Fact
 from mechedit.errors import InputError, brief, shortened_inside
 from mechedit.models import Model, Tokens
@@ -52,7 +53,7 @@ class TracedFact:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of tokens and of object tokens; facts of one shape run in one batch."""
+        """Number of tokens and of object tokens; facts of one shape make a batch without padding."""
         return len(self.ids), len(self.object_ids)
 
     def corrupted(self, extra_tokens: int = 0) -> range:
@@ -120,7 +121,7 @@ def known_facts(model: Model, facts: Sequence[Fact]) -> tuple[list[TracedFact], 
     tokenized = [tokenize_fact(model, fact) for fact in facts]
     completions: dict[str, list[int]] = {}
     for group in group_by_shape(tokenized, KNOWN_ROWS, lambda traced: traced.shape):
-        logits = model.run(as_batch(group, model), logits_to_keep=read_positions(group[0], model)).logits
+        logits = model.run(as_batch(group, model), logits_to_keep=read_positions(group, model)).logits
         completions |= {traced.fact.id: ids for traced, ids in zip(group, logits.argmax(-1).tolist(), strict=True)}
     known, dropped = [], []
     for traced in tokenized:
@@ -208,12 +209,17 @@ def restored_positions(traced: TracedFact, config: TraceConfig) -> list[int]:
     return [i for i, role in enumerate(traced.roles) if config.roles is None or role in config.roles]
 
 
+def longest_of(facts: Sequence[TracedFact]) -> TracedFact:
+    """The fact of the most tokens, which memory is reckoned for."""
+    return max(facts, key=lambda traced: len(traced.ids))
+
+
 def as_batch(facts: Sequence[TracedFact], model: Model) -> Tokens:
-    """Facts of one shape as a batch without padding."""
-    ids = torch.tensor([traced.ids for traced in facts], device=model.device)
-    return Tokens(ids, torch.ones_like(ids))
+    """Facts as a batch; shorter ones are padded on the right."""
+    return pad([traced.ids for traced in facts], model.tokenizer, model.device)
 
 
-def read_positions(traced: TracedFact, model: Model) -> Tensor:
-    """Positions whose logits predict the object's tokens."""
-    return torch.arange(traced.prompt_length - 1, len(traced.ids), device=model.device)
+def read_positions(facts: Sequence[TracedFact], model: Model) -> Int[Tensor, "fact object"]:
+    """Positions whose logits predict the tokens of the facts' objects, which all have equally many."""
+    first = torch.tensor([traced.prompt_length - 1 for traced in facts], device=model.device)
+    return first[:, None] + torch.arange(len(facts[0].object_ids), device=model.device)

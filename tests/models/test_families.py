@@ -126,7 +126,7 @@ def test_restoring_from_prefix_and_residual_equals_full_runs(family_model: Any) 
     for kind, sever in [("state", "nothing"), ("state", "mlp"), ("state", "attn"), ("mlp", "attn"), ("attn", "mlp")]:
         site = Site(1, PART_OF_KIND[kind])
         cell = Cell(kind, sever, 1, 0, position, 1, 2)
-        whole = dataclasses.replace(CellBatch.of(runs, [cell]), start=0)
+        whole = dataclasses.replace(CellBatch.of(runs, [cell]), position=torch.zeros(3, dtype=torch.long))
         severed = [patch for layer in range(family_model.n_layers) for patch in sever_patches(whole, layer)]
         restored = Patch(site, torch.full((3, 1), position), runs.clean[site][fact, position, None])
         patches = [slice_patch(runs.corruption, rows, 0), *severed, restored]

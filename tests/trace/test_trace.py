@@ -669,7 +669,7 @@ def test_a_pass_computes_what_its_cells_can_change_and_nothing_else(neo_model):
     expected = {layer: changed * sum(cell.first < layer for cell in cell_batch) for layer in range(1, n_layers)}
     assert expected[1] < expected[n_layers - 1], "rows must join on the way"
     # The last block passes on the positions that are read, and needs only keys and values of the others.
-    expected[n_layers - 1] = 3 * len(runs.read_at) * len(cell_batch)
+    expected[n_layers - 1] = 3 * runs.read_at.numel() * len(cell_batch)
     assert products.tokens == expected
     alone = torch.cat([restore_cells(runs, [cell])["probability"] for cell in cell_batch])
     assert relative(means, alone) < 1e-5
