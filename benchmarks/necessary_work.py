@@ -14,7 +14,7 @@ import mechedit as me
 from benchmarks.operations import moment_operations
 from mechedit.data import fill
 from mechedit.planning import Operations
-from mechedit.planning.plan import cells_operations
+from mechedit.planning.plan import fact_operations
 from mechedit.prefixes import BARE, completed_prompts, prefixed_prompts
 from mechedit.prompt_tokens import encode_documents, tokenize_prompt
 from mechedit.trace.traced_fact import TracedFact, restored_positions
@@ -93,19 +93,17 @@ def moments_work(model: me.Model, texts: Sequence[str], layers: Sequence[int]) -
 
 
 def trace_work(model: me.Model, facts: Sequence[TracedFact], config: me.TraceConfig) -> Work:
-    """Those of all cells: passes of all rows, against the rows, positions and layers that a cell can change.
+    """Those of the clean and the corrupted runs, which both schedules make once, and of all cells.
 
-    Between the first restored block, where one token changes, and the last, where the later tokens' keys and values and
-    the read tokens are needed, all later tokens change.
+    A cell of the published schedule is a pass of all its rows. Of those only the rows, positions and layers are
+    necessary that the cell can change (`fact_operations`).
     """
     operations, last = Operations.of(model), model.n_layers - 1
     published = necessary = 0.0
     for traced in facts:
         tokens = len(traced.ids)
-        positions = restored_positions(traced, config)
+        n_cells = len(restored_positions(traced, config)) * model.n_layers * len(config.kinds) * len(config.sever)
         row = operations.through(range(last + 1), tokens) + tokens * operations.head
-        published += (
-            (config.samples + 1) * row * len(positions) * model.n_layers * len(config.kinds) * len(config.sever)
-        )
-        necessary += cells_operations(operations, traced, config)
+        published += (config.samples + 1) * row * (n_cells + 1)
+        necessary += fact_operations(operations, traced, config)
     return Work(published, necessary)

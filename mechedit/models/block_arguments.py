@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from mechedit.models.engines import call_arguments
 from mechedit.models.family import Family
@@ -30,6 +31,8 @@ _CACHE = object()
 """Stands for the transformers cache among recorded arguments."""
 _BATCHES = 8
 """Batches whose arguments are kept."""
+_COLUMNS = 16
+"""Columns of a small product that a CPU computes at once in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,8 @@ class BlockMask:
     """Whether each query sees itself and all before it, and there is no cache."""
     first: int
     """The first cached position that any query sees; those before it are not among the keys."""
+    spare: int = 0
+    """Columns at the end of `additive` that stand for no key, and that no query sees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,14 +97,26 @@ class BlockArguments:
         is_causal = self.n_cached == 0 and len(seen) == 1 and bool((seen[0] == (keys <= at)).all())
         if is_causal or bool(seen.all()):
             return BlockMask(None, is_causal and n_queries > 1, first)
+        spare = _spare_keys(seen.shape[-1]) if device.type == "cpu" else 0
+        seen = functional.pad(seen, (0, spare))
         additive = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
-        return BlockMask(additive[:, None], False, first)
+        return BlockMask(additive[:, None], False, first, spare)
 
     def _same_rows(self, seen: Bool[Tensor, "row query key"]) -> Bool[Tensor, "_ query key"]:
         """One row where all rows' tokens see the same."""
         union = seen.any(0, keepdim=True)
         is_padding = ~self.tokens_mask.bool()[:, :, None]
         return union if bool(((seen == union) | is_padding).all()) else seen
+
+
+def _spare_keys(count: int) -> int:
+    """Keys to add to so many, none of whom any query sees, so that attention's products take the least time.
+
+    These go by 16 columns, and the columns that are left over at the end cost more than another 16 from 9 of them on:
+    attention over 14 keys took 1.6 to 1.9 times as long as over 16, over 24 as long as over 32.
+    """
+    left_over = count % _COLUMNS
+    return _COLUMNS - left_over if 2 * left_over > _COLUMNS else 0
 
 
 class ArgumentRecorder:

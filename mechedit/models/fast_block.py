@@ -60,6 +60,8 @@ class FastBlock:
             keys, values = _joined((cached[0][:, :, mask.first :], cached[1][:, :, mask.first :]), (keys, values))
         else:
             computed = (keys, values)
+        if mask.spare:
+            keys, values = (_with_spare(states, mask.spare) for states in (keys, values))
         attn_key = self.attend(queries, keys, values, mask)
         attn_key = attn_key if self.packed is None else self.packed.pack(attn_key)
         attn_key = self.visit("attn_key", attn_key)
@@ -263,6 +265,13 @@ def select(
 def _joined(earlier: KeysValues, later: KeysValues) -> KeysValues:
     """Keys and values of earlier and of later positions."""
     return torch.cat([earlier[0], later[0]], 2), torch.cat([earlier[1], later[1]], 2)
+
+
+def _with_spare(
+    states: Float[Tensor, "batch kv_head key d_head"], count: int
+) -> Float[Tensor, "batch kv_head _ d_head"]:
+    """Keys or values with so many zeros behind them."""
+    return torch.cat([states, states.new_zeros(*states.shape[:2], count, states.shape[3])], 2)
 
 
 def _select_queries(

@@ -213,7 +213,7 @@ def cells_operations(operations: Operations, traced: TracedFact, config: TraceCo
         for position in positions:
             if can_change(traced, position, first, n_layers):
                 changed = tokens - position
-                cost = 0 if kind == "state" else operations.through(range(first, first + 1), 1, before=position)
+                cost = operations.through(range(first, first + 1), 1, before=position) if kind == "attn" else 0
                 if first < last:
                     cost += operations.through(range(first + 1, last), changed, before=position)
                     cost += operations.last_block(changed, read, before=position)

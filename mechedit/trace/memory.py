@@ -16,14 +16,14 @@ GRADIENT_COPIES = 24
 
 
 def group_row_bytes(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
-    """Bytes kept per row of the corrupted run: states, keys, values, severed outputs, and states of windows.
+    """Bytes kept per row of the corrupted run: states, keys, values, outputs, and states of attention windows.
 
-    Estimates read the outputs of what they restore.
+    Windows of MLPs begin at their outputs. Estimates read the outputs of all that they restore.
     """
-    estimated = len(set(config.kinds) - {"state"}) if config.approximation is not None else 0
-    severed = len({sever.module for sever in config.severed} - {"nothing"}) + estimated
-    windows = len(set(config.kinds) - {"state"}) * len(config.sever)
-    corrupted = (3 + severed + windows) * model.n_layers * model.d_model * len(traced.ids) * model.dtype.itemsize
+    restored = set(config.kinds) - {"state"} if config.approximation is not None else {"mlp"} & set(config.kinds)
+    outputs = len({sever.module for sever in config.severed} - {"nothing"}) + len(restored)
+    windows = len(config.sever) if "attn" in config.kinds else 0
+    corrupted = (3 + outputs + windows) * model.n_layers * model.d_model * len(traced.ids) * model.dtype.itemsize
     clean = len(config.kinds) * model.n_layers * model.d_model * len(traced.ids) * model.dtype.itemsize
     return corrupted + clean // config.samples
 

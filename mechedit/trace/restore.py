@@ -186,11 +186,13 @@ def _restored_states(batch: CellBatch, layer: int) -> Float[Tensor, "row d_model
     states = runs.corrupted[site][batch.corrupted_row, batch.position]
     for kind, sever in dict.fromkeys((cell.kind, cell.sever) for cell in batch.cells):
         mask = batch.row_mask([(cell.kind, cell.sever) == (kind, sever) for cell in batch.cells])
+        rows, positions = batch.corrupted_row[mask], batch.position[mask]
         if kind == "state":
-            states[mask] = runs.clean[site][batch.fact[mask], batch.position[mask]]
+            states[mask] = runs.clean[site][batch.fact[mask], positions]
+        elif kind == "mlp":
+            states[mask] = runs.mlp_window_states(layer, rows, positions)
         else:
-            positions = batch.position[mask] - runs.restored_span.start
-            states[mask] = runs.window_states(kind, sever, layer)[batch.corrupted_row[mask], positions]
+            states[mask] = runs.attention_window_states(sever, layer)[rows, positions - runs.restored_span.start]
     return states
 
 

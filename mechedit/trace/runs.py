@@ -84,8 +84,8 @@ class TraceRuns:
     clean: Run
     """Logits of the clean run, and its outputs at every site that is restored."""
     corrupted: Run
-    """Residual states of the corrupted run; where effects are estimated, also its outputs at every site that is
-    restored."""
+    """Residual states of the corrupted run, and MLP outputs if those are restored; where effects are estimated, its
+    outputs at every site that is restored."""
     severed: Mapping[str, SeveredOutputs]
     """Severing label → outputs that it holds."""
     kv_cache: KVCache
@@ -98,10 +98,10 @@ class TraceRuns:
     """Means over samples."""
     corrupted_inputs: MetricInputs | ObjectInputs | None
     """What metrics of the corrupted run's rows read; None where no effects are estimated."""
-    _window_states: dict[tuple[str, str, int], Float[Tensor, "row pos d_model"]] = field(
+    _attention_windows: dict[tuple[str, int], Float[Tensor, "row pos d_model"]] = field(
         default_factory=dict, init=False, repr=False
     )
-    """Cache of `window_states`, by kind, severing and layer."""
+    """Cache of `attention_window_states`, by severing and layer."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     """Is taken by the thread that computes window states, which others wait for."""
 
@@ -155,28 +155,45 @@ class TraceRuns:
                 scores[name] = (recovered, 0.0, 1.0)
         return scores
 
-    def window_states(self, kind: str, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
-        """States after a block in which the clean output of `kind` was put back, at all of `restored_span`.
+    def mlp_window_states(
+        self, layer: int, rows: Int[Tensor, " row"], positions: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row d_model"]:
+        """States after a block in which the MLP's clean output was put back at one position of each row.
+
+        The MLP's output is added last, and nothing else in the block depends on it: the state becomes h + (m − m*),
+        with the outputs m of the clean and m* of the corrupted run.
+
+        Args:
+            layer: the block.
+            rows: rows of the corrupted run.
+            positions: one of each row.
+        """
+        site, facts = Site(layer, "mlp_out"), rows // self.samples
+        state, corrupted = (self.corrupted[at][rows, positions] for at in (Site(layer, "resid"), site))
+        return (state.float() + (self.clean[site][facts, positions].float() - corrupted.float())).to(state.dtype)
+
+    def attention_window_states(self, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
+        """States after a block in which attention's clean output was put back, at all of `restored_span`.
 
         A window that starts at `layer` continues from these states. They are computed when first asked for: what a
         position's state becomes depends on what is put back at that position alone, so that one run serves the
         cells of all positions.
         """
-        key = kind, sever, layer
+        key = sever, layer
         with self._lock:
-            if key not in self._window_states:
-                self._window_states[key] = self._run_window_start(kind, sever, layer)
-            return self._window_states[key]
+            if key not in self._attention_windows:
+                self._attention_windows[key] = self._run_attention_window(sever, layer)
+            return self._attention_windows[key]
 
-    def _run_window_start(self, kind: str, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
-        """Run one block of the corrupted run with a module's clean output at every restored position."""
-        span, site, device = self.restored_span, Site(layer, "resid"), self.model.device
-        every_row = torch.arange(len(self.tokens.ids), device=device)
-        positions = torch.arange(len(span), device=device).repeat(len(every_row), 1)
-        clean = self.clean[Site(layer, PART_OF_KIND[kind])][:, span.start : span.stop]
+    def _run_attention_window(self, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
+        """Run one block of the corrupted run with attention's clean output at every restored position."""
+        span, site, restored = self.restored_span, Site(layer, "resid"), Site(layer, "attn_out")
+        every_row = torch.arange(len(self.tokens.ids), device=self.model.device)
+        positions = torch.arange(len(span), device=self.model.device).repeat(len(every_row), 1)
+        clean = self.clean[restored][:, span.start : span.stop]
         patches = [
             *self.severed[sever].patches(every_row, layer, span.start, end=span.stop),
-            Patch(Site(layer, PART_OF_KIND[kind]), positions, clean.repeat_interleave(self.samples, 0)),
+            Patch(restored, positions, clean.repeat_interleave(self.samples, 0)),
         ]
         resume = None
         if layer > 0:
@@ -248,12 +265,13 @@ def run_clean_and_corrupted(
         Site(layer, part) for part, layers_of_part in severed_layers.items() for layer in sorted(layers_of_part)
     ]
     states = [Site(layer, "resid") for layer in layers]
-    estimated_sites = restored_sites if config.approximation is not None else []
+    # A window of MLPs begins at the state that the MLP's output belongs to.
+    outputs = [site for site in restored_sites if config.approximation is not None or site.part == "mlp_out"]
     readout = find_trace_readout(model, config)
     corrupted = model.run(
         repeated,
         [corruption],
-        read=list(dict.fromkeys([*states, *severed_sites, *estimated_sites])),
+        read=list(dict.fromkeys([*states, *severed_sites, *outputs])),
         logits_to_keep=read_at[fact_of_row],
         use_cache=True,
         unembed=readout is None,
@@ -273,7 +291,7 @@ def run_clean_and_corrupted(
         tokens=repeated,
         corruption=corruption,
         clean=clean,
-        corrupted=Run(None, {site: corrupted[site] for site in (*states, *estimated_sites)}),
+        corrupted=Run(None, {site: corrupted[site] for site in (*states, *outputs)}),
         severed=_severed_outputs(corrupted, facts, config, model.n_layers),
         kv_cache=corrupted.kv_cache,
         foils=foils,
