@@ -21,6 +21,7 @@ corruption hurts most. Writes:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from mechedit.figures import PAGE_WIDTH, paper_style, plot_fact
 from mechedit.models import Model, Patch, Resume, Site
 from mechedit.statistics import spearman
 from mechedit.tables import read_table, where
-from mechedit.trace import TraceConfig, embedding_std, run_clean_and_corrupted, tokenize_fact
+from mechedit.trace import Approximation, TraceConfig, embedding_std, run_clean_and_corrupted, tokenize_fact
 
 POINTS, QUICK_POINTS = 50, 5
 """Points of the rule, as in the paper."""
@@ -102,7 +103,8 @@ def attributions(model: Model, fact: Fact, config: TraceConfig, points: int) -> 
         points: of the rule.
     """
     assert config.noise_std is not None, "σ is of all facts, and so comes from outside"
-    runs = run_clean_and_corrupted(model, [tokenize_fact(model, fact)], config.noise_std, config)
+    estimated = replace(config, approximation=Approximation())
+    runs = run_clean_and_corrupted(model, [tokenize_fact(model, fact)], config.noise_std, estimated)
     nodes, weights = np.polynomial.legendre.leggauss(points)
     alphas = [(alpha, weight) for alpha, weight in zip((nodes + 1) / 2, weights / 2, strict=True)]
     places = [(sample, alpha, weight) for sample in range(runs.samples) for alpha, weight in alphas]

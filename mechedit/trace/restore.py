@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechedit.errors import InputError, brief
-from mechedit.models import KVCache, Patch, Resume, Site, Tokens
+from mechedit.models import EMBED, KVCache, Patch, Resume, Site, Tokens
 from mechedit.trace.config import PART_OF_KIND
 from mechedit.trace.metric_values import MetricValues
 from mechedit.trace.runs import TraceRuns, slice_patch
@@ -183,7 +183,7 @@ def _states_after_joining(batch: CellBatch, layer: int) -> Float[Tensor, "row po
 def _restored_states(batch: CellBatch, layer: int) -> Float[Tensor, "row d_model"]:
     """The restored position's state after the block at which rows join."""
     runs, site = batch.runs, Site(layer, "resid")
-    states = runs.corrupted[site][batch.corrupted_row, batch.position]
+    states = runs.clean[EMBED].new_zeros(len(batch.position), runs.model.d_model)
     for kind, sever in dict.fromkeys((cell.kind, cell.sever) for cell in batch.cells):
         mask = batch.row_mask([(cell.kind, cell.sever) == (kind, sever) for cell in batch.cells])
         rows, positions = batch.corrupted_row[mask], batch.position[mask]
@@ -202,7 +202,7 @@ def _last_block(batch: CellBatch, last: int, resid: Float[Tensor, "joined pos d_
     patches = [*sever_patches(batch, last), *restore_patches(batch, last)]
     if joining.cells:
         where = _first_column(batch.row_mask([cell.first == last for cell in batch.cells]))
-        value = runs.corrupted[Site(last, "resid")].new_zeros(len(where), 1, runs.model.d_model)
+        value = runs.clean[EMBED].new_zeros(len(where), 1, runs.model.d_model)
         value[-len(joining.corrupted_row) :, 0] = _restored_states(joining, last)
         patches.append(Patch(Site(last, "resid"), where, value))
         if last > 0:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechedit.models import EMBED, KVCache, Model, Part, Patch, Readout, Resume, Run, Site, Tokens, exclusive
+from mechedit.models import EMBED, KVCache, Model, Patch, Readout, Resume, Run, Site, Tokens, exclusive
 from mechedit.trace.config import PART_OF_KIND, TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource, checked_noise, draw_noise
 from mechedit.trace.metric_values import (
@@ -85,7 +85,7 @@ class TraceRuns:
     """Logits of the clean run, and its outputs at every site that is restored."""
     corrupted: Run
     """Residual states of the corrupted run, and MLP outputs if those are restored; where effects are estimated, its
-    outputs at every site that is restored."""
+    outputs at every site that is restored. Those of the last block are left out where no cell needs them."""
     severed: Mapping[str, SeveredOutputs]
     """Severing label → outputs that it holds."""
     kv_cache: KVCache
@@ -257,16 +257,18 @@ def run_clean_and_corrupted(
     fact_of_row = torch.arange(len(facts), device=model.device).repeat_interleave(config.samples)
     repeated = tokens.rows(fact_of_row)
     corruption = corruption_patch(model, tokens, clean[EMBED], facts, std, config, noise, statistics)
-    severed_layers: dict[Part, set[int]] = {}
-    for sever in config.severed:
-        if sever.module != "nothing":
-            severed_layers.setdefault(PART_OF_KIND[sever.module], set()).update(sever.through(model.n_layers))
+    last = model.n_layers - 1
     severed_sites = [
-        Site(layer, part) for part, layers_of_part in severed_layers.items() for layer in sorted(layers_of_part)
+        Site(layer, PART_OF_KIND[sever.module])
+        for sever in config.severed
+        if sever.module != "nothing"
+        for layer in sever.through(model.n_layers)
+        # Of the last block, only what is read counts.
+        if layer < last or any(max(sever.at(traced.roles), default=0) >= traced.prompt_length - 1 for traced in facts)
     ]
-    states = [Site(layer, "resid") for layer in layers]
     # A window of MLPs begins at the state that the MLP's output belongs to.
     outputs = [site for site in restored_sites if config.approximation is not None or site.part == "mlp_out"]
+    states = [Site(layer, "resid") for layer in layers if layer < last or Site(last, "mlp_out") in outputs]
     readout = find_trace_readout(model, config)
     corrupted = model.run(
         repeated,
@@ -292,7 +294,7 @@ def run_clean_and_corrupted(
         corruption=corruption,
         clean=clean,
         corrupted=Run(None, {site: corrupted[site] for site in (*states, *outputs)}),
-        severed=_severed_outputs(corrupted, facts, config, model.n_layers),
+        severed=_severed_outputs(corrupted, facts, config),
         kv_cache=corrupted.kv_cache,
         foils=foils,
         readout=readout,
@@ -314,9 +316,7 @@ def _foils(clean: Run, facts: Sequence[TracedFact]) -> Int[Tensor, " fact"]:
     return torch.tensor(foils, device=clean.logits.device)
 
 
-def _severed_outputs(
-    corrupted: Run, facts: Sequence[TracedFact], config: TraceConfig, n_layers: int
-) -> dict[str, SeveredOutputs]:
+def _severed_outputs(corrupted: Run, facts: Sequence[TracedFact], config: TraceConfig) -> dict[str, SeveredOutputs]:
     """The corrupted outputs that each severing holds, at its positions only."""
     severed = {}
     for sever in config.severed:
@@ -329,8 +329,11 @@ def _severed_outputs(
             .repeat_interleave(config.samples, 0)
         )
         rows = torch.arange(len(positions), device="cpu")[:, None]
-        layers = sever.through(n_layers) if slots else ()
-        outputs = {site: corrupted[site] for site in (Site(layer, PART_OF_KIND[sever.module]) for layer in layers)}
+        outputs = {
+            site: values
+            for site, values in corrupted.values.items()
+            if slots and site.part == PART_OF_KIND[sever.module] and sever.holds(site.layer)
+        }
         severed[sever.label] = SeveredOutputs(
             positions=positions,
             # A position of −1 reads the last one; no patch writes it.

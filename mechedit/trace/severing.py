@@ -117,6 +117,10 @@ class Sever:
                 )
         return tuple(sorted(positions))
 
+    def holds(self, layer: int) -> bool:
+        """Whether a layer is severed."""
+        return self.layers is None or layer in self.layers
+
     def through(self, n_layers: int) -> tuple[int, ...]:
         """Layers that are severed in a model of `n_layers`.
 
