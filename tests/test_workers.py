@@ -74,13 +74,35 @@ def test_all_cores_compute_one_pass_of_large_blocks(model: me.Model, monkeypatch
 
 def test_batches_of_cells_come_in_a_multiple_of_the_workers() -> None:
     cells = [Cell("state", "nothing", layer, 0, 3, layer, layer + 1) for layer in range(23)]
-    for most, workers, expected in ((23, 2, 1), (12, 2, 2), (8, 2, 4), (8, 1, 3), (1, 2, 23), (9, 4, 4)):
-        batches = list(_split(cells, most, workers))
+    for most, workers, expected in ((23, 2, 2), (23, 1, 1), (12, 2, 2), (8, 2, 4), (8, 1, 3), (1, 2, 23), (9, 4, 4)):
+        batches = list(_split(cells, lambda cell: 30, most, 10**6, workers))
         assert len(batches) == expected
         assert sorted(cell for batch in batches for cell in batch) == cells
         sizes = [len(batch) for batch in batches]
         assert max(sizes) <= most
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_batches_of_cells_have_equally_many_tokens() -> None:
+    """Cells of 230 to 10 tokens: fewer of them in a batch where they have more, and never more than allowed."""
+    cells = [Cell("state", "nothing", layer, 0, layer, layer, layer + 1) for layer in range(23)]
+
+    def split(*limits: int, tokens: int = 10) -> tuple[list[int], list[int]]:
+        batches = list(_split(cells, lambda cell: tokens * (23 - cell.position), *limits))
+        assert sorted(cell for batch in batches for cell in batch) == cells
+        return [len(batch) for batch in batches], [sum(23 - cell.position for cell in batch) for batch in batches]
+
+    for most_tokens, workers in ((700, 1), (700, 2), (300, 2)):
+        sizes, tokens = split(23, most_tokens, workers)
+        assert len(sizes) % workers == 0
+        assert max(tokens) <= most_tokens / 10 + 23
+        # Two cells more in a round, one more of them for a worker.
+        assert max(tokens) - min(tokens) <= 1.5 * 23
+        assert sizes[0] < sizes[-1]
+    sizes, _ = split(4, 10_000, 2)
+    assert max(sizes) <= 4
+    assert len(split(23, 10_000, 2)[0]) == 2
+    assert len(split(23, 10_000, 2, tokens=1)[0]) == 1, "few tokens are not worth two passes"
 
 
 def test_a_model_whose_modules_are_replaced_runs_in_turn(

@@ -7,8 +7,9 @@ tokens share batches, whatever their fact, layer, kind and severing; `restore.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, groupby
 
 import pandas as pd
 
@@ -17,12 +18,15 @@ from mechedit.models import Model, exclusive
 from mechedit.trace.columns import COLUMNS
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.corruption import EmbeddingStatistics, NoiseSource
-from mechedit.trace.memory import max_batch_rows
+from mechedit.trace.memory import enough_tokens, max_batch_rows
 from mechedit.trace.restore import Cell, n_changed, restore_cells
 from mechedit.trace.runs import TraceRuns, run_clean_and_corrupted
 from mechedit.trace.traced_fact import TracedFact, longest_of, restored_positions
 from mechedit.trace.windows import window_span
 from mechedit.workers import n_workers, run_batches
+
+FEW_TOKENS = 512
+"""Tokens that one worker computes as fast as two compute half of them each: products of fewer rows are slower."""
 
 
 @exclusive
@@ -105,35 +109,47 @@ def _cell_batches(cells: Sequence[Cell], runs: TraceRuns) -> Iterator[list[Cell]
     model, workers = runs.model, n_workers(runs.model)
     # What runs at once is in memory at once.
     max_rows = max_batch_rows(model, longest_of(runs.facts), runs.config) // workers
-    max_cells = max(1, max_rows // runs.samples)
+    max_cells, max_tokens = max(1, max_rows // runs.samples), enough_tokens(model)
     allowance = math.inf if model.skips_padding else model.n_layers * padding_budget(model)
 
     def changed(cell: Cell) -> int:
         return n_changed(runs.facts, cell)
+
+    def computed(cell: Cell) -> int:
+        return runs.samples * changed(cell)
 
     batch: list[Cell] = []
     for n_tokens, group in groupby(sorted(cells, key=lambda cell: (-changed(cell), cell)), changed):
         cells_here = list(group)
         blocks = runs.samples * sum(model.n_layers - 1 - cell.first for cell in cells_here)
         if batch and (changed(batch[0]) - n_tokens) * blocks > allowance:
-            yield from _split(batch, max_cells, workers)
+            yield from _split(batch, computed, max_cells, max_tokens, workers)
             batch = []
         batch += cells_here
-    yield from _split(batch, max_cells, workers)
+    yield from _split(batch, computed, max_cells, max_tokens, workers)
 
 
-def _split(cells: Sequence[Cell], max_cells: int, workers: int) -> Iterator[list[Cell]]:
-    """Batches of at most `max_cells` cells of nearly equal number, each in the order of their first layers.
+def _split(
+    cells: Sequence[Cell], n_tokens: Callable[[Cell], int], max_cells: int, max_tokens: int, workers: int
+) -> Iterator[list[Cell]]:
+    """Batches of at most `max_cells` cells and about `max_tokens` tokens, each in the order of their first layers.
 
     Several come in a multiple of the workers, none of whom then waits for the last one: cells that stand together in
-    `cells` are dealt to as many batches.
+    `cells` are dealt to as many batches. All batches have nearly equally many tokens, unless cells are few.
     """
+    tokens = list(accumulate(map(n_tokens, cells), initial=0))
+    if len(cells) <= max_cells and tokens[-1] < FEW_TOKENS:
+        workers = 1
     # Two batches of nearly equal size rather than a full one and a remainder.
-    rounds = -(-len(cells) // (max_cells * workers)) if len(cells) > max_cells else min(len(cells), 1)
-    dealt = workers if len(cells) > max_cells else 1
-    bounds = [len(cells) * i // rounds for i in range(rounds + 1)] if rounds else []
-    batches = (cells[begin:end][i::dealt] for begin, end in pairwise(bounds) for i in range(dealt))
-    return (sorted(batch, key=lambda cell: cell.first) for batch in batches if batch)
+    rounds = max(1, -(-len(cells) // (max_cells * workers)), -(-tokens[-1] // (max_tokens * workers)))
+    begin = 0
+    while begin < len(cells):
+        # The first cell with which a round has its part of what is left.
+        goal = tokens[begin] + (tokens[-1] - tokens[begin]) / rounds
+        end = min(max(bisect_left(tokens, goal), begin + 1), begin + max_cells * workers)
+        for worker in range(min(workers, end - begin)):
+            yield sorted(cells[begin:end][worker::workers], key=lambda cell: cell.first)
+        begin, rounds = end, max(rounds - 1, 1)
 
 
 def score_cells(runs: TraceRuns, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES
+from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES, padding_budget
 from mechedit.errors import InputError, brief
 from mechedit.models import Model, ModelShapes
 from mechedit.trace.config import TraceConfig
 from mechedit.trace.metrics import are_of_object
 from mechedit.trace.traced_fact import TracedFact
 
+ENOUGH_TOKENS = 4096
+"""Tokens of a run from which on more of them are hardly faster, where its products take most of the time."""
 GRADIENT_GIB = 1.0
 """GiB for the rows of a backward pass where a trace has no limit; more rows at once are hardly faster."""
 GRADIENT_COPIES = 24
@@ -66,15 +68,24 @@ def max_gradient_rows(model: Model | ModelShapes, traced: TracedFact, config: Tr
     return max(1, min(config.batch_rows, int(gib * GIB // gradient_row_bytes(model, traced))))
 
 
+def enough_tokens(model: Model) -> int:
+    """Tokens of a run from which on more of them are hardly faster: many where starting a block takes the time."""
+    return max(ENOUGH_TOKENS, round(16 * padding_budget(model)))
+
+
 def max_batch_rows(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
     """Most rows of one batch of cells: `batch_rows`, or what half of `memory` holds."""
     return _max_rows(traced, config, batch_row_bytes(model, traced, config))
 
 
 def max_group_rows(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
-    """Most rows of one group of facts: `batch_rows`, or what half of `memory` holds."""
+    """Most rows of one group of facts: `batch_rows`, what half of `memory` holds, or as many as are worth their memory.
+
+    Their number is that of the corrupted run, which is kept whole.
+    """
     row_bytes = max(group_row_bytes(model, traced, config), batch_row_bytes(model, traced, config))
-    return _max_rows(traced, config, row_bytes)
+    enough = -(-ENOUGH_TOKENS // len(traced.ids))
+    return max(config.samples, min(_max_rows(traced, config, row_bytes), enough))
 
 
 def _max_rows(traced: TracedFact, config: TraceConfig, row_bytes: int) -> int:

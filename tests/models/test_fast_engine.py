@@ -15,6 +15,7 @@ from transformers.models.llama import modeling_llama
 from benchmarks.families.small_models import small_model
 from benchmarks.families.steps import word_tokenizer
 from mechedit.models import EMBED, KVCache, Patch, Resume, Run, Site, Tokens, load_model, packing
+from mechedit.models.block_arguments import BlockArguments
 from mechedit.models.engine_check import SWITCH
 from mechedit.models.fast_engine import FastEngine
 from mechedit.models.run_plan import plan_run
@@ -252,6 +253,48 @@ def test_padding_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     for way in ("modules", "off"):
         model.fast_engine.prepare(way)
         assert not model.skips_padding
+
+
+@torch.no_grad()
+def test_writes_where_each_row_keeps_positions_of_its_own(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    """In the last block, among the kept positions, before, between and behind them."""
+    tokens, last = ragged(), model.n_layers - 1
+    keep = torch.tensor([[8, 3], [1, 0], [5, 2]])
+    real = tokens.mask.bool().gather(1, keep)
+    bare = model.run(tokens, logits_to_keep=keep).logits
+    for part in ("attn_out", "mlp_out", "resid"):
+        for add in (False, True):
+            patch = patch_at(model, Site(last, part), [[0, 3], [1, -1], [7, 5]], add=add)
+            quick, slow = both_ways(monkeypatch, model, tokens, [patch], logits_to_keep=keep)
+            close(quick.logits[real], slow.logits[real])
+            changed = (quick.logits - bare).abs().amax(-1)
+            assert min(changed[0, 1], changed[1, 0], changed[2, 0]) > 1e-3
+            if part != "attn_out":
+                assert max(changed[0, 0], changed[1, 1], changed[2, 1]) < 1e-5
+
+
+@pytest.mark.parametrize(("n_keys", "spare"), [(8, 0), (9, 7), (15, 1), (16, 0), (24, 0), (27, 5)])
+@torch.no_grad()
+def test_keys_that_stand_for_none_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, model: Any, n_keys: int, spare: int
+) -> None:
+    """Rows behind prefixes of several lengths, over so many keys that others are put behind them."""
+    ends = torch.tensor([n_keys - 4, 2, 0])
+    whole = random_tokens(batch=3, width=n_keys)
+    full = model.run(whole, use_cache=True)
+    at = ends[:, None] + torch.arange(4)
+    later = Tokens(whole.ids.take_along_dim(at, 1), torch.ones_like(at))
+    masks, settled = [], BlockArguments._settled
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockArguments, "_settled", lambda self, *a: masks.append(settled(self, *a)) or masks[-1])
+        quick, slow = both_ways(monkeypatch, model, later, kv_cache=full.kv_cache.before(ends))
+    close(quick.logits, slow.logits)
+    close(quick.logits, full.logits.take_along_dim(at[..., None], 1))
+    if model.fast_engine.way == "operations":
+        counts = {mask.additive.shape[-1] - mask.spare: mask.spare for mask in masks if mask.additive is not None}
+        # Behind a sliding window, fewer keys are seen.
+        assert counts.get(n_keys, spare) == spare
+        assert n_keys in counts or max(mask.first for mask in masks) > 0
 
 
 @torch.no_grad()

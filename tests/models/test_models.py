@@ -294,6 +294,23 @@ def test_rows_may_begin_at_positions_of_their_own(family_model: Any) -> None:
     far(family_model.run(later, kv_cache=KVCache(full_cache.layers)).logits[1, :2], full.logits[1, 2:4])
 
 
+def test_a_cache_before_ends_holds_each_rows_own_positions(family_model: Any) -> None:
+    """Of chosen rows, in any order and more than once, and again of a cache whose rows are of several lengths."""
+    cache = family_model.run(random_tokens(batch=3), use_cache=True).kv_cache
+    index, ends = torch.tensor([2, 0, 2, 1]), torch.tensor([4, 0, 3, 5])
+    chosen = cache.before(ends, index=index)
+    again = chosen.before(ends - (ends > 3).long(), 1, 1, torch.arange(4))
+    for layer in (0, 1):
+        for source, first, second in zip(cache.layers[layer], chosen.layers[layer], again.layers[layer], strict=True):
+            for row, (origin, end) in enumerate(zip(index.tolist(), ends.tolist(), strict=True)):
+                assert torch.equal(first[row, :, 5 - end :], source[origin, :, :end])
+                shorter = end - (end > 3)
+                if layer == 1:
+                    assert torch.equal(second[row, :, 4 - shorter :], source[origin, :, :shorter])
+    assert torch.equal(chosen.mask.sum(1), ends)
+    assert again.layers[0][0].untyped_storage().nbytes() < again.layers[1][0].untyped_storage().nbytes(), "unused"
+
+
 def test_stopping_gives_the_same_reads(family_model: Any, family: str) -> None:
     tokens, patches = random_tokens(), many_patches(family_model)
     reads = [site for site in all_sites(family_model) if site.layer <= 1]

@@ -11,11 +11,13 @@ import torch
 from helpers.models import CountedProducts
 
 from mechedit import Fact, InputError, Site, TraceConfig, trace_facts
-from mechedit.models import EMBED
+from mechedit.models import EMBED, Patch, Resume
 from mechedit.trace import (
     METRICS,
+    Approximation,
     Corruption,
     EmbeddingStatistics,
+    TracePlan,
     embedding_statistics,
     embedding_std,
     plan_trace,
@@ -23,7 +25,8 @@ from mechedit.trace import (
     tokenize_fact,
     window_span,
 )
-from mechedit.trace.cells import all_cells, trace_group
+from mechedit.trace.attribution import estimate_cells
+from mechedit.trace.cells import all_cells, can_change, trace_group
 from mechedit.trace.corruption import draw_noise as draw_unit
 from mechedit.trace.corruption import unit_covariance_root
 from mechedit.trace.labels import role_of
@@ -148,23 +151,84 @@ def test_restoring_every_state_of_a_layer_gives_the_clean_score(small_model):
     assert relative(corrupted, clean) > 1e-2
 
 
+LIKE_FACTS = [
+    Fact(id="0", subject="Miles Davis", prompt="{} plays the sport of", object="Paris"),
+    Fact(id="1", subject="Toko Yasuda", prompt="It is said that {} plays the sport of", object="Paris"),
+    Fact(id="2", subject="Leon Blum", prompt="The mother tongue of {} is the", object="Paris"),
+    Fact(id="3", subject="Apple", prompt="{} is", object="Paris"),
+    Fact(id="4", subject="Miles Davis", prompt="{} plays the sport of", object="Paris"),
+]
+"""Prompts of several lengths, whose subjects begin at several positions."""
+
+
 @torch.no_grad()
 def test_batching_and_grouping_change_nothing(small_model):
-    facts = [
-        tokenize_fact(small_model, Fact(id=str(i), subject=name, prompt="{} plays the sport of", object="Paris"))
-        for i, name in enumerate(["Miles Davis", "Toko Yasuda", "Leon Blum", "Apple", "Leon Blum"])
-    ]
-    alone = pd.concat([trace_group(small_model, [fact], STD, FEW) for fact in facts])
+    """Facts alone, those of one shape together, and all together: shorter prompts are padded."""
+    facts = [tokenize_fact(small_model, fact) for fact in LIKE_FACTS]
     shapes = {fact.shape for fact in facts}
-    narrow = TraceConfig(**{**vars(FEW), "batch_rows": 7})
-    grouped = pd.concat(
-        [trace_group(small_model, [f for f in facts if f.shape == shape], STD, narrow) for shape in sorted(shapes)]
+    assert 1 < len(shapes) < len(facts), "some facts must share a shape, and not all"
+    assert len({fact.subject.start for fact in facts}) > 2
+    config = TraceConfig(
+        samples=2, kinds=("state", "mlp", "attn"), sever=("nothing", "mlp", "attn:last", "attn:0+1"), window=2
     )
+    narrow = TraceConfig(**{**vars(config), "batch_rows": 7})
+    alone = pd.concat([trace_group(small_model, [fact], STD, config) for fact in facts])
     keys = ["fact", "kind", "sever", "layer", "position"]
-    joined = alone.merge(grouped, on=keys, suffixes=("", "_other"))
-    assert len(joined) == len(alone)
-    assert len(shapes) < len(facts), "some facts must share a shape"
-    np.testing.assert_allclose(joined["score"], joined["score_other"], rtol=1e-4, atol=0)
+    for settings, groups in (
+        (narrow, [[fact for fact in facts if fact.shape == shape] for shape in sorted(shapes)]),
+        (config, [facts]),
+        (narrow, [facts]),
+    ):
+        grouped = pd.concat([trace_group(small_model, group, STD, settings) for group in groups])
+        joined = alone.merge(grouped, on=keys, suffixes=("", "_other"))
+        assert len(joined) == len(alone) == len(grouped)
+        for name in ("score", "clean", "corrupted"):
+            np.testing.assert_allclose(joined[name], joined[f"{name}_other"], rtol=1e-4, atol=0)
+    assert (alone["effect"].abs() / alone["score"]).max() > 1e-2, "restoring must matter, else equality says nothing"
+
+
+@torch.no_grad()
+def test_estimates_of_facts_of_several_lengths_are_those_of_each_alone(small_model):
+    facts = [tokenize_fact(small_model, fact) for fact in LIKE_FACTS]
+    config = TraceConfig(samples=2, sever=("nothing", "mlp"), window=2, approximation=Approximation(points=2))
+    estimates = {}
+    for group in (facts, *([fact] for fact in facts)):
+        runs = run_clean_and_corrupted(small_model, list(group), STD, config)
+        changing = [c for c in all_cells(runs) if can_change(group[c.fact], c.position, c.first, small_model.n_layers)]
+        of_group = estimate_cells(runs, changing, 2)
+        estimates[len(group)] = estimates.get(len(group), []) + [
+            (group[cell.fact].fact.id, dataclasses.astuple(dataclasses.replace(cell, fact=0)), score["probability"])
+            for cell, score in of_group.items()
+        ]
+    together, alone = sorted(estimates[len(facts)]), sorted(estimates[1])
+    assert [entry[:2] for entry in together] == [entry[:2] for entry in alone]
+    scores, expected = (np.array([entry[2] for entry in entries]) for entries in (together, alone))
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=0)
+    assert np.ptp(np.log(expected)) > 1e-2, "estimates must differ, else equality says nothing"
+
+
+def test_groups_hold_facts_of_like_lengths(small_model, monkeypatch):
+    """The longest first, no row more than half padding; of one length where padding costs something."""
+    long = Fact(id="long", subject="Leon Blum", prompt="It is said, " * 5 + "that {} is", object="Paris")
+    traced = [tokenize_fact(small_model, fact) for fact in (*LIKE_FACTS, long)]
+    lengths = {fact.fact.id: len(fact.ids) for fact in traced}
+    assert lengths["long"] > 2 * max(lengths[fact.id] for fact in LIKE_FACTS)
+
+    def groups(skips, **settings):
+        monkeypatch.setattr(type(small_model), "skips_padding", skips)
+        plan = TracePlan(
+            model=small_model, facts=traced, dropped=(), config=TraceConfig(samples=2, **settings), std=STD,
+            statistics=None, noise=None, parts=None, provenance={},
+        )  # fmt: skip
+        return [[lengths[fact.fact.id] for fact in group] for group in plan.groups()]
+
+    together = groups(True)
+    assert together[0] == [lengths["long"]]
+    assert sorted(length for group in together for length in group) == sorted(lengths.values())
+    assert len(together) < len(set(lengths.values())), "lengths must be mixed"
+    assert all(group == sorted(group, reverse=True) and 2 * group[-1] >= group[0] for group in together)
+    assert all(len(group) <= 2 for group in groups(True, batch_rows=4))
+    assert all(len(set(group)) == 1 for group in groups(False))
 
 
 @torch.no_grad()
@@ -674,6 +738,72 @@ def test_a_pass_computes_what_its_cells_can_change_and_nothing_else(neo_model):
     alone = torch.cat([restore_cells(runs, [cell])["probability"] for cell in cell_batch])
     assert relative(means, alone) < 1e-5
     assert relative(means[0], runs.corrupted_scores["probability"][0]) > 1e-3
+
+
+@torch.no_grad()
+def test_a_pass_begins_each_row_at_its_own_token(neo_model):
+    """Cells of all positions and of two facts in one pass compute their own tokens and those behind.
+
+    They compute no padding where an engine leaves it out.
+    """
+    facts = [tokenize_fact(neo_model, fact) for fact in (LIKE_FACTS[1], LIKE_FACTS[3])]
+    runs = run_clean_and_corrupted(neo_model, facts, STD, TraceConfig(samples=2, kinds=("state",)))
+    n_layers = neo_model.n_layers
+    cell_batch = sorted(
+        (
+            cell
+            for cell in all_cells(runs)
+            if cell.first < n_layers - 1 and cell.position >= facts[cell.fact].subject[0]
+        ),
+        key=lambda cell: cell.first,
+    )
+    changed = [len(facts[cell.fact].ids) - cell.position for cell in cell_batch]
+    assert min(changed) * 2 < max(changed)
+    with CountedProducts(neo_model) as products:
+        restore_cells(runs, cell_batch)
+    if not neo_model.skips_padding:
+        changed = [max(changed)] * len(changed)
+    for layer in range(1, n_layers - 1):
+        joined = [count for count, cell in zip(changed, cell_batch, strict=True) if cell.first < layer]
+        assert products.tokens[layer] == 2 * sum(joined)
+    assert products.tokens[n_layers - 1] == 2 * runs.read_at.shape[1] * len(cell_batch)
+
+
+@torch.no_grad()
+def test_the_corrupted_run_computes_of_the_last_block_what_cells_need(neo_model):
+    fact = tokenize_fact(neo_model, FACT)
+    last, read = neo_model.n_layers - 1, len(fact.object_ids)
+    every = len(fact.ids)
+    for settings, expected in (
+        ({"kinds": ("state",), "sever": ("nothing", "mlp", "attn")}, read),
+        ({"kinds": ("state",), "sever": ("attn:last",)}, every),
+        ({"kinds": ("state", "mlp")}, every),
+        ({"kinds": ("attn",)}, read),
+        ({"kinds": ("state",), "approximation": Approximation()}, every),
+    ):
+        config = TraceConfig(samples=3, **settings)
+        with CountedProducts(neo_model) as products:
+            runs = run_clean_and_corrupted(neo_model, [fact], STD, config)
+        assert products.tokens[last] == every + 3 * expected, settings
+        assert products.tokens[0] == every + 3 * every
+        assert (Site(last, "resid") in runs.corrupted.values) == (expected == every and "attn:last" not in config.sever)
+
+
+@torch.no_grad()
+def test_a_window_of_mlps_begins_without_a_run(neo_model):
+    runs = run_clean_and_corrupted(neo_model, [tokenize_fact(neo_model, FACT)], STD, TraceConfig(samples=3, window=2))
+    rows, last = torch.arange(3), runs.facts[0].subject[-1]
+    where = torch.full((3, 1), last)
+    for layer in range(1, neo_model.n_layers):
+        site, resid = Site(layer, "mlp_out"), Site(layer, "resid")
+        patch = Patch(site, where, runs.clean[site][0, last].expand(3, 1, -1))
+        resume = Resume(layer, runs.corrupted[Site(layer - 1, "resid")])
+        run = neo_model.run(runs.tokens, [patch], [resid], resume=resume, stop_after=layer)
+        with CountedProducts(neo_model) as products:
+            states = runs.mlp_window_states(layer, rows, where[:, 0])
+        assert not products.calls
+        assert relative(states, run[resid][:, last]) < 1e-5
+        assert relative(states, runs.corrupted[resid][:, last]) > 1e-3
 
 
 @torch.no_grad()
