@@ -286,6 +286,6 @@ def _select_queries(
 def _among_kept(write: Write, positions: Int[Tensor, "*batch kept"]) -> Write:
     """A write with its columns counted among the kept positions; the others are left out."""
     rows, columns = write.rows.to(positions.device), write.columns.to(positions.device)
-    kept = positions[None] if positions.ndim == 1 else positions[rows]
-    entries, index = (kept == columns[:, None]).nonzero(as_tuple=True)
+    choices = positions[None] if positions.ndim == 1 else positions[rows]
+    entries, index = (choices == columns[:, None]).nonzero(as_tuple=True)
     return Write(rows[entries], index, write.value.to(positions.device)[entries], write.add)

@@ -31,7 +31,7 @@ from mechedit.targets.search_prompts import SearchPrompt
 from mechedit.trace import TraceConfig
 from mechedit.trace.cells import can_change, restored_spans
 from mechedit.trace.folder import whole_and_severed
-from mechedit.trace.memory import batch_row_bytes, group_row_bytes, max_group_rows
+from mechedit.trace.memory import ENOUGH_TOKENS, batch_row_bytes, group_row_bytes, max_group_rows
 from mechedit.trace.traced_fact import TracedFact, restored_positions
 
 STEPS = ("trace", "moments", "targets", "spreading")
@@ -46,9 +46,8 @@ BASE_BYTES = 560 * 2**20
 TOKEN_BYTES = 1100
 """Bytes that a tokenizer takes for each token of its vocabulary; measured: 0.9 KiB with SmolLM2's 49,152 tokens, and
 1.3 KiB with Gemma 3's 262,144."""
-ALIKE = 0.2
-"""The share of facts that have the commonest shape, and run together: of the first 20 of ROME's known facts 0.2, of 100
-0.18 and 0.19, of 1,000 0.14 and 0.16, with SmolLM2's and Gemma 3's tokens."""
+_BATCHES_AT_ONCE = 2
+"""Batches of cells that run at once, on two cores."""
 _BYTES_PER_CELL = 12
 """Bytes that a cell takes in effects.parquet."""
 
@@ -178,11 +177,11 @@ def plan_trace_step(
 
 
 def _trace_bytes(shapes: ModelShapes, facts: int, typical: TracedFact, config: TraceConfig) -> int:
-    """Bytes of a group's corrupted runs, and of a batch of cells; those of one position run together, evenly cut."""
-    group = min(max_group_rows(shapes, typical, config), math.ceil(ALIKE * facts) * config.samples)
-    cells = max(group // config.samples, 1) * len(restored_spans(config, shapes.n_layers))
-    batches = math.ceil(cells * config.samples / max(config.batch_rows, config.samples))
-    rows = math.ceil(cells / batches) * config.samples
+    """Bytes of a group's corrupted runs, and of the batches of its cells that run at once."""
+    group = min(max_group_rows(shapes, typical, config), facts * config.samples)
+    cells = len(restored_spans(config, shapes.n_layers)) * len(restored_positions(typical, config))
+    enough = math.ceil(_BATCHES_AT_ONCE * ENOUGH_TOKENS / len(typical.ids))
+    rows = max(config.samples, min(group * cells, config.batch_rows, enough))
     return group * group_row_bytes(shapes, typical, config) + rows * batch_row_bytes(shapes, typical, config)
 
 

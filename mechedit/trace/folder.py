@@ -64,7 +64,7 @@ def trace_dealt(plans: Sequence[TracePlan]) -> None:
     if group.world_size == 1:
         return
     pieces = [(plan, facts) for plan in plans for facts in plan.groups()]
-    warn_if_idle(len(pieces), "groups of facts of one shape")
+    warn_if_idle(len(pieces), "groups of facts")
 
     def trace(piece: tuple[TracePlan, Sequence[TracedFact]]) -> None:
         piece[0].effects_of(piece[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mechedit.batching import GIB, HIDDEN_COPIES, MLP_COPIES, padding_budget
 from mechedit.errors import InputError, brief
 from mechedit.models import Model, ModelShapes
@@ -9,8 +11,12 @@ from mechedit.trace.config import TraceConfig
 from mechedit.trace.metrics import are_of_object
 from mechedit.trace.traced_fact import TracedFact
 
-ENOUGH_TOKENS = 4096
-"""Tokens of a run from which on more of them are hardly faster, where its products take most of the time."""
+ENOUGH_TOKENS = 2048
+"""Tokens of a batch of cells from which on more of them are hardly faster. Rows join on the way, so that early blocks
+have few of them."""
+GROUP_TOKENS = 1024
+"""Tokens of a group's corrupted run from which on more of them are hardly faster. Its states are kept, and groups are
+dealt to processes."""
 GRADIENT_GIB = 1.0
 """GiB for the rows of a backward pass where a trace has no limit; more rows at once are hardly faster."""
 GRADIENT_COPIES = 24
@@ -69,7 +75,7 @@ def max_gradient_rows(model: Model | ModelShapes, traced: TracedFact, config: Tr
 
 
 def enough_tokens(model: Model) -> int:
-    """Tokens of a run from which on more of them are hardly faster: many where starting a block takes the time."""
+    """`ENOUGH_TOKENS`, or more of them where starting a block takes the time."""
     return max(ENOUGH_TOKENS, round(16 * padding_budget(model)))
 
 
@@ -79,12 +85,9 @@ def max_batch_rows(model: Model | ModelShapes, traced: TracedFact, config: Trace
 
 
 def max_group_rows(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:
-    """Most rows of one group of facts: `batch_rows`, what half of `memory` holds, or as many as are worth their memory.
-
-    Their number is that of the corrupted run, which is kept whole.
-    """
+    """Most rows of one group of facts: `batch_rows`, what half of `memory` holds, or those of `GROUP_TOKENS`."""
     row_bytes = max(group_row_bytes(model, traced, config), batch_row_bytes(model, traced, config))
-    enough = -(-ENOUGH_TOKENS // len(traced.ids))
+    enough = -(-GROUP_TOKENS // len(traced.ids))
     return max(config.samples, min(_max_rows(traced, config, row_bytes), enough))
 
 
@@ -98,9 +101,9 @@ def _max_rows(traced: TracedFact, config: TraceConfig, row_bytes: int) -> int:
         return max(config.batch_rows, config.samples)
     rows = int(config.memory * GIB / 2 // row_bytes)
     if rows < config.samples:
-        need = 2 * config.samples * row_bytes / GIB
+        need = math.ceil(2000 * config.samples * row_bytes / GIB) / 1000
         raise InputError(
-            f"memory is {config.memory} GiB, expected at least {need:.2f} GiB: fact {brief(traced.fact.id)} has "
+            f"memory is {config.memory} GiB, expected at least {need:.3f} GiB: fact {brief(traced.fact.id)} has "
             f"{len(traced.ids)} tokens and is traced with {config.samples} samples; raise memory or lower samples"
         )
     return max(config.samples, min(rows, config.batch_rows))

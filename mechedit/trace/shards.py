@@ -60,7 +60,7 @@ def trace_shard(
         if not overwrite:
             records.check(rank, made_with)
         groups = [(plan, group) for plan in plans for group in plan.groups()]
-        pieces = pieces_of([plan.cost(group) for plan, group in groups], rank, "groups of facts of one shape")
+        pieces = pieces_of([plan.cost(group) for plan, group in groups], rank, "groups of facts")
         total = sum(len(groups[piece][1]) for piece in pieces)
         with tqdm(total=total, desc=f"tracing facts, shard {rank}", unit="fact") as progress:
             for piece in pieces:

@@ -194,7 +194,7 @@ class TracePlan:
         return {} if self.config.approximation is None else draw_for(self.facts, self.config, self.model.n_layers)
 
     def groups(self) -> Iterator[list[TracedFact]]:
-        """Facts that share runs, as many as `batch_rows` and `memory` allow, the longest first.
+        """Facts that share runs, as many as `max_group_rows` allows, the longest first.
 
         Their objects have equally many tokens. Their prompts do, too, unless padding costs next to nothing; then no
         row is padded by more than half.

@@ -88,15 +88,18 @@ def test_a_trace_by_hand(make_model: Callable[..., Any]) -> None:
     assert model.n_layers == 3
     work = trace_work(model, [traced], config)
     row = operations.through(range(3), tokens) + tokens * operations.head
-    assert work.published == 3 * 3 * row, "three cells of three rows"
+    assert work.published == (3 + 1) * 3 * row, "three cells of three rows, and the clean and the corrupted rows"
     later = tokens - position
     last = operations.last_block(later, read, before=position)
+    once = 3 * (operations.through(range(2), tokens) + operations.last_block(tokens, read))
     # Restored after block 0, blocks 1 and 2 change; after block 1, block 2; after block 2 nothing that is read.
-    assert work.necessary == 2 * (operations.through(range(1, 2), later, before=position) + 2 * last)
+    cells = operations.through(range(1, 2), later, before=position) + 2 * last
+    assert work.necessary == once + 2 * cells
     severed = trace_work(
         model, [traced], me.TraceConfig(kinds=("state",), roles=("subject_last",), sever=("mlp", "attn"))
     )
-    assert severed.quotient == pytest.approx(work.quotient * (11 / 10) / (3 / 2))
+    assert severed.published == 7 * 11 * row
+    assert severed.necessary == pytest.approx(11 / 3 * once + 2 * 10 * cells)
 
 
 def test_targets_by_hand(make_model: Callable[..., Any]) -> None:

@@ -28,6 +28,7 @@ from mechedit import ranks
 from mechedit.errors import InputError
 
 TRACE = ["trace", "--max-facts", 5, "--samples", 1, "--roles", "subject_last,last", "--kinds", "state"]
+TRACE += ["--memory", 0.0015]  # a fact at a time, so that there are several groups to deal out
 EDIT = ["edit", "--layers", "3-4", "--set", "steps=3", "--set", "batch_size=2"]
 SCORES = ["evaluate", "--generation-prompts", 1, "--generation-tokens", 5]
 MOMENTS = ["moments", "--layers", "3-4", "--max-length", 16]

@@ -19,6 +19,7 @@ from mechedit.errors import InputError
 from mechedit.shards import Rank, deal, pieces_of
 
 TRACE = ["trace", "--max-facts", 5, "--samples", 1, "--roles", "subject_last,last", "--kinds", "state"]
+TRACE += ["--memory", 0.0015]  # a fact at a time, so that there are several groups to deal out
 EDIT = ["edit", "--layers", "3-4", "--set", "steps=3", "--set", "batch_size=2"]
 
 
@@ -117,9 +118,9 @@ def test_shards_of_a_trace_that_do_not_make_up_one(tmp_path: Path, capsys: Any) 
     shard("1/3")
     assert "shards of [2, 3] processes" in complaint(capsys, "trace", "--merge", *out)
     (tmp_path / "trace_parts" / "shard_1_of_3.json").unlink()
-    assert "settings.samples = 1, expected 3" in complaint(capsys, *TRACE, "--samples", 3, "--shard", "0/2", *out)
-    shard("1/2", "--samples", 3)
-    assert "was made with settings.samples = 3, expected 1" in complaint(capsys, "trace", "--merge", *out)
+    assert "settings.window = None, expected 3" in complaint(capsys, *TRACE, "--window", 3, "--shard", "0/2", *out)
+    shard("1/2", "--window", 3)
+    assert "was made with settings.window = 3, expected None" in complaint(capsys, "trace", "--merge", *out)
     shard("1/2", "--overwrite")
     record = json.loads((tmp_path / "trace_parts" / "shard_0_of_2.json").read_text())
     (tmp_path / "trace_parts" / record["content"]["parts"][0][0]).unlink()

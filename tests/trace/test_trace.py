@@ -636,7 +636,7 @@ def test_memory_bounds_the_rows_and_changes_nothing(lens_model):
     try:
         with pytest.raises(InputError, match="expected at least") as refused:
             trace_facts(lens_model, facts, TraceConfig(**{**vars(FEW), "memory": 1e-9}))
-        need = float(str(refused.value).partition("at least ")[2].partition(" GiB")[0]) + 0.01
+        need = float(str(refused.value).partition("at least ")[2].partition(" GiB")[0])
         largest.clear()
         tight = trace_facts(lens_model, facts, TraceConfig(**{**vars(FEW), "memory": need}))
     finally:
