@@ -39,7 +39,8 @@ be no further than the published one in float32 is.
   full passes of all prompts for each layer; its *trace* takes one pass of eleven rows for each cell.
 - *Operations* is the quotient of the multiplications and additions that the published schedule computes and of those
   that are necessary for the same numbers (`benchmarks/necessary_work.py`): what can be won by computing no more than
-  that, at the same rate. *Rate* is that of the necessary ones, as a share of the machine's rate on large matrices.
+  that, at the same rate. A trace needs its clean and its corrupted run, and of every cell what the cell can change.
+  *Rate* is that of the necessary operations, as a share of the machine's rate on large matrices.
 - Both have all threads. The published schedule's products use them together; mechedit gives each core passes of its
   own, whose products do not wait for another core, unless blocks are large (`mechedit/workers.py`).
 - Goals: targets {goals["targets"]:g}×; keys {goals["keys"]:g}×; a trace {goals["trace"]:g}× or {RATE_GOAL:.0%} of the

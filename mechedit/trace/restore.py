@@ -188,11 +188,13 @@ def _restored_states(batch: CellBatch, layer: int) -> Float[Tensor, "row d_model
         mask = batch.row_mask([(cell.kind, cell.sever) == (kind, sever) for cell in batch.cells])
         rows, positions = batch.corrupted_row[mask], batch.position[mask]
         if kind == "state":
-            states[mask] = runs.clean[site][batch.fact[mask], positions]
+            restored = runs.clean[site][batch.fact[mask], positions]
         elif kind == "mlp":
-            states[mask] = runs.mlp_window_states(layer, rows, positions)
+            restored = runs.mlp_window_states(layer, rows, positions)
         else:
-            states[mask] = runs.attention_window_states(sever, layer)[rows, positions - runs.restored_span.start]
+            restored = runs.attention_window_states(sever, layer)[rows, positions - runs.restored_span.start]
+        # The layers of a model may be on several devices.
+        states[mask] = restored.to(states.device)
     return states
 
 
