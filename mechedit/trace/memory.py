@@ -11,7 +11,7 @@ from mechedit.trace.config import TraceConfig
 from mechedit.trace.metrics import are_of_object
 from mechedit.trace.traced_fact import TracedFact
 
-ENOUGH_TOKENS = 2048
+ENOUGH_TOKENS = 4096
 """Tokens of a batch of cells from which on more of them are hardly faster. Rows join on the way, so that early blocks
 have few of them."""
 GROUP_TOKENS = 1024
