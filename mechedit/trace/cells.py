@@ -26,7 +26,7 @@ from mechedit.trace.windows import window_span
 from mechedit.workers import n_workers, run_batches
 
 FEW_TOKENS = 512
-"""Tokens that one worker computes as fast as two compute half of them each: products of fewer rows are slower."""
+"""Fewer tokens than these are left to one worker: products of half as many rows are slower."""
 
 
 @exclusive

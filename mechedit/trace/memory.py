@@ -12,11 +12,11 @@ from mechedit.trace.metrics import are_of_object
 from mechedit.trace.traced_fact import TracedFact
 
 ENOUGH_TOKENS = 4096
-"""Tokens of a batch of cells from which on more of them are hardly faster. Rows join on the way, so that early blocks
-have few of them."""
+"""Tokens of a batch of cells that are enough. Rows join on the way, so that early blocks have few of them: with half as
+many, a trace of SmolLM2 ran at 79% of the rate on large matrices in place of 92%."""
 GROUP_TOKENS = 1024
-"""Tokens of a group's corrupted run from which on more of them are hardly faster. Its states are kept, and groups are
-dealt to processes."""
+"""Tokens of a group's corrupted run that are enough. Its states stay in memory while the group is traced, and groups
+are dealt to processes."""
 GRADIENT_GIB = 1.0
 """GiB for the rows of a backward pass where a trace has no limit; more rows at once are hardly faster."""
 GRADIENT_COPIES = 24
@@ -75,7 +75,7 @@ def max_gradient_rows(model: Model | ModelShapes, traced: TracedFact, config: Tr
 
 
 def enough_tokens(model: Model) -> int:
-    """`ENOUGH_TOKENS`, or more of them where starting a block takes the time."""
+    """Tokens of a batch of cells: `ENOUGH_TOKENS`, or more where starting a block takes the time."""
     return max(ENOUGH_TOKENS, round(16 * padding_budget(model)))
 
 
