@@ -17,7 +17,6 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from mechedit import ranks
 from mechedit.cli.config_file import config_defaults
@@ -25,6 +24,7 @@ from mechedit.cli.new_folders import no_empty_folders
 from mechedit.disk_errors import disk_error
 from mechedit.errors import InputError, check_characters, is_interrupt
 from mechedit.notices import ImplausibleEditWarning
+from mechedit.progress import end_bars
 from mechedit.provenance import VERSION
 
 app = typer.Typer(
@@ -191,12 +191,6 @@ def plain_warnings() -> Iterator[None]:
 def _complaint(message: str) -> str:
     end_bars()
     return _line(f"mechedit: {message}")
-
-
-def end_bars() -> None:
-    """End the lines of progress that an error left open, so that what is said next has a line of its own."""
-    for bar in tuple(getattr(tqdm, "_instances", ())):
-        bar.close()
 
 
 def one_line(message: str) -> str:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from mechedit.cache import cache_folder
@@ -29,6 +28,7 @@ from mechedit.data.json_records import UnclearRecordError
 from mechedit.errors import InputError, brief
 from mechedit.files import read_json, read_object, write_json
 from mechedit.locks import locked
+from mechedit.progress import progress_bar
 from mechedit.provenance import VERSION, file_hash
 from mechedit.records import Whole, check_record
 
@@ -337,7 +337,7 @@ def _append(blocks: Iterable[bytes], partial: Path, offset: int, size: int | Non
     most = LARGEST if size is None else size
     with partial.open("ab" if n_present else "wb") as file:
         bar = {"total": size, "initial": offset, "unit": "B", "unit_scale": True, "desc": f"downloading {name}"}
-        with tqdm(**bar, leave=False) as progress:
+        with progress_bar(**bar, leave=False) as progress:
             for data in blocks:
                 if file.tell() + len(data) > most:
                     _remove_partial(partial)

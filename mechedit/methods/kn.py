@@ -27,7 +27,6 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mechedit.batching import pad
 from mechedit.bounds import check_numbers
@@ -40,6 +39,7 @@ from mechedit.methods.settings import MethodConfig
 from mechedit.methods.training import evaluate_loss, training_rows, unwritten
 from mechedit.models import EMBED, Model, Patch, Resume, Site
 from mechedit.prefixes import BARE, check_prefixes, completed_prompts
+from mechedit.progress import progress_bar
 from mechedit.targets import check_length
 
 
@@ -86,7 +86,7 @@ def kn(task: EditTask[KnConfig]) -> Edit:
     rows = training_rows(model, task.requests, prefixes)
     columns: dict[int, list[Tensor]] = {layer: [] for layer in task.layers}
     changes = []
-    for request in tqdm(task.requests, desc=task.method, unit="fact", leave=None):
+    for request in progress_bar(task.requests, desc=task.method, unit="fact", leave=None):
         neurons = knowledge_neurons(model, request, task.layers, prefixes, config)
         changes.append(config.scale * _difference(model, request))
         for layer, chosen in zip(task.layers, neurons, strict=True):

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mechedit.batching import pad
 from mechedit.bounds import check_numbers
@@ -43,6 +42,7 @@ from mechedit.methods.mend_examples import MendExample, mend_example, split_by_s
 from mechedit.methods.training import projection_gradients, run_rows, trainable
 from mechedit.models import Model, exclusive
 from mechedit.paths import writable_file
+from mechedit.progress import progress_bar
 from mechedit.prompt_tokens import encode_documents
 from mechedit.provenance import CAST_HASHES, ModelIdentity, check_provenance, value_hash
 
@@ -226,7 +226,7 @@ class _Training:
 
     def run(self, state: Path, made_with: str) -> None:
         """Take the steps that are still to be taken, with checkpoints."""
-        bar = tqdm(total=self.config.steps, initial=self.step, desc="mend", unit="step", leave=None)
+        bar = progress_bar(total=self.config.steps, initial=self.step, desc="mend", unit="step", leave=None)
         saved, first = time.monotonic(), self.step
         with bar, restoring(self.model, self.layers), trainable(self.model, self.layers) as parameters:
             if not self.curve:

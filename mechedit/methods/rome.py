@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mechedit.edit import Edit, Factors, add_, copy_weights, restore_, restoring
 from mechedit.errors import InputError, check_choice
@@ -23,6 +22,7 @@ from mechedit.methods.rules import damped_moment, moment_factor
 from mechedit.methods.settings import DampedConfig
 from mechedit.models import Model
 from mechedit.prefixes import BARE, check_prefixes, make_prefixes
+from mechedit.progress import progress_bar
 from mechedit.solve import Factor, Update, equality_update
 from mechedit.split_tensors import whole
 from mechedit.targets import Targets, find_targets
@@ -88,7 +88,7 @@ def rome(task: EditTask[RomeConfig]) -> Edit:
     total = torch.zeros(model.d_key, model.d_model, dtype=torch.float64, device="cpu")
     originals = copy_weights(model, [layer])
     with restoring(model, [layer]):
-        for index, request in enumerate(tqdm(task.requests, desc=task.method, unit="fact", leave=None)):
+        for index, request in enumerate(progress_bar(task.requests, desc=task.method, unit="fact", leave=None)):
             if task.targets is None:
                 targets.append(find_targets(model, [request], layer, prefixes, config.targets))
             else:

@@ -15,7 +15,6 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mechedit.data import EditRequest
 from mechedit.edit import Edit, Factors, add_, edited, restoring
@@ -27,6 +26,7 @@ from mechedit.methods.post_norm import change_before_norm
 from mechedit.methods.settings import SpreadConfig
 from mechedit.models import Model, Site, exclusive
 from mechedit.prefixes import check_prefixes
+from mechedit.progress import progress_bar
 from mechedit.solve import Update
 from mechedit.split_tensors import whole
 from mechedit.targets import Targets
@@ -101,7 +101,7 @@ def spread(
     updates, keys, records = {}, {}, []
     with restoring(model, layers):
         residuals = start = _residuals(extractor, target_states)
-        for index, layer in enumerate(tqdm(layers, desc="spread", unit="layer", leave=None)):
+        for index, layer in enumerate(progress_bar(layers, desc="spread", unit="layer", leave=None)):
             # Keys come from the partly edited model: earlier layers have already moved them.
             site = _next_site(target_states, layer)
             layer_share = residuals[site] / share_divisor(layers, index, config)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mechedit.batching import batches_of, pad
 from mechedit.data import EditRequest
@@ -27,6 +26,7 @@ from mechedit.errors import InputError
 from mechedit.methods.block_inputs import block_inputs, resume_from
 from mechedit.models import Model, Patch, Resume, Run, Site
 from mechedit.prefixes import completed_prompts
+from mechedit.progress import progress_bar
 from mechedit.targets import check_length
 
 
@@ -119,7 +119,7 @@ def train(
     with (
         restoring(model, layers),
         trainable(model, layers) as parameters,
-        tqdm(total=steps * math.ceil(len(rows) / batch_size), desc=name, unit="batch", leave=None) as bar,
+        progress_bar(total=steps * math.ceil(len(rows) / batch_size), desc=name, unit="batch", leave=None) as bar,
     ):
         for _ in range(steps):
             total = 0.0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mechedit.models import Model
 from mechedit.moments.checkpoints import Checkpoint
@@ -16,6 +15,7 @@ from mechedit.moments.config import MomentsConfig
 from mechedit.moments.convergence import Convergence, ConvergenceTracker
 from mechedit.moments.key_reader import KeyReader
 from mechedit.moments.moments_folder import MomentsFolder
+from mechedit.progress import progress_bar
 from mechedit.shards import Rank
 
 
@@ -97,11 +97,11 @@ class TextPass:
         """
         if self.config.tokens is not None:
             total = self.config.tokens if self.rank.world_size == 1 else None
-            return tqdm(total=total, initial=count, desc="second moments", unit="token", unit_scale=True)
+            return progress_bar(total=total, initial=count, desc="second moments", unit="token", unit_scale=True)
         chunks = [index for index in range(n_chunks(self.texts)) if self.rank.reads(index)]
         total = sum(min(CHUNK_SIZE, len(self.texts) - index * CHUNK_SIZE) for index in chunks)
         done = sum(CHUNK_SIZE for index in chunks if index < start.chunk) + start.sequence
-        return tqdm(total=total, initial=done, desc="second moments", unit="text")
+        return progress_bar(total=total, initial=done, desc="second moments", unit="text")
 
 
 def _layers_read(checkpoints: Mapping[int, Checkpoint]) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from mechedit.progress import progress_bar
 
 Value = TypeVar("Value")
 
@@ -71,7 +71,7 @@ class Group:
 
     def bar(self, total: int, **options: Any) -> Any:
         """A progress bar of what all processes do, which the first one shows; as `tqdm`."""
-        return tqdm(total=total, **options)
+        return progress_bar(total=total, **options)
 
     def leave(self, code: int, line: str | None = None) -> int:
         """End the command: the exit code, after all have ended or one has failed.

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tqdm import tqdm
 from typing_extensions import override
 
 from mechedit.errors import InputError, brief
+from mechedit.progress import progress_bar
 from mechedit.ranks.group import Group, RankFailed, Value, alone
 
 TIMEOUT_VARIABLE = "MECHEDIT_RANK_TIMEOUT"
@@ -234,7 +234,7 @@ class _SharedBar:
 
     def __init__(self, store: Any, key: str, total: int, shown: bool, options: Mapping[str, Any]) -> None:
         self._store, self._key = store, key
-        self._tqdm = tqdm(total=total, disable=not shown, **options)
+        self._tqdm = progress_bar(total=total, disable=not shown, **options)
         self.closed = False
 
     def update(self, n: int = 1) -> None:

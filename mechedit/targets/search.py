@@ -17,6 +17,7 @@ from mechedit.errors import InputError
 from mechedit.locks import locked
 from mechedit.models import Model, exclusive, layer_numbers
 from mechedit.prefixes import check_prefixes, make_prefixes
+from mechedit.progress import progress_bar
 from mechedit.prompt_tokens import one_spelling
 from mechedit.provenance import value_hash
 from mechedit.shards import Rank, ShardRecords, deal, pieces_of, warn_if_idle
@@ -135,7 +136,7 @@ def find_target_shard(
         batches = search.batches()
         pieces = pieces_of([search.cost(batch) for batch in batches], rank, "batches of facts (batch_size)")
         n_facts = sum(len(group) for piece in pieces for group in batches[piece])
-        with tqdm(total=n_facts, desc=f"targets z, shard {rank}", unit="fact", leave=None) as bar:
+        with progress_bar(total=n_facts, desc=f"targets z, shard {rank}", unit="fact", leave=None) as bar:
             for piece in pieces:
                 bar.update(sum(len(group) for group in batches[piece] if search.cache.key(group) in results))
                 results |= search.run(batches[piece], results, bar)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from mechedit.data import Fact
 from mechedit.errors import InputError
 from mechedit.locks import locked
 from mechedit.models import Model
+from mechedit.progress import progress_bar
 from mechedit.provenance import ALGORITHMS, ModelIdentity, value_hash
 from mechedit.shards import Rank, ShardRecords, pieces_of
 from mechedit.trace.agreement import checked_agreement
@@ -62,7 +62,7 @@ def trace_shard(
         groups = [(plan, group) for plan in plans for group in plan.groups()]
         pieces = pieces_of([plan.cost(group) for plan, group in groups], rank, "groups of facts")
         total = sum(len(groups[piece][1]) for piece in pieces)
-        with tqdm(total=total, desc=f"tracing facts, shard {rank}", unit="fact") as progress:
+        with progress_bar(total=total, desc=f"tracing facts, shard {rank}", unit="fact") as progress:
             for piece in pieces:
                 plan, group = groups[piece]
                 plan.effects_of(group)

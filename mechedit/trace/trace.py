@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from mechedit import ranks
 from mechedit.batching import group_by_shape
@@ -19,6 +18,7 @@ from mechedit.chat import prompted
 from mechedit.data import Fact, check_unique_ids, records_of
 from mechedit.errors import InputError
 from mechedit.models import Model, exclusive
+from mechedit.progress import progress_bar
 from mechedit.provenance import ModelIdentity, numbered
 from mechedit.trace.agreement import checked_agreement
 from mechedit.trace.approximate import approximate_group, draw_for
@@ -141,7 +141,8 @@ class TracePlan:
         # What is only read takes no time.
         traced = self.parts is not None and all(self.part(group).is_file() for group in self.groups())
         severed = "" if "nothing" in self.config.sever else ", modules severed"
-        with tqdm(total=len(self.facts), desc=f"tracing facts{severed}", unit="fact", disable=traced) as progress:
+        description = f"tracing facts{severed}"
+        with progress_bar(total=len(self.facts), desc=description, unit="fact", disable=traced) as progress:
             for group in self.groups():
                 yield self.effects_of(group)
                 progress.update(len(group))
