@@ -173,8 +173,11 @@ class ArgumentRecorder:
         calls = _BlockCalls(len(blocks), self.family.tuple_items, arguments.get("past_key_values"))
         forwards: Forwards = {block: partial(calls.record, block) for block in blocks}
         step = next((step for step in plan.steps if step.site == EMBED), None)
-        if step is not None:
-            forwards |= _visited_embedding(self.model.get_submodule(self.family.embedding), step, plan, values)
+        embedding = self.model.get_submodule(self.family.embedding)
+        if plan.resume is not None:
+            forwards[embedding] = partial(_nothing_embedded, self.model.get_input_embeddings().weight)
+        elif step is not None:
+            forwards |= _visited_embedding(embedding, step, plan, values)
         with replace_forwards(forwards), contextlib.suppress(RunStopped):
             self.model(**arguments)
         return calls.hidden[0], calls.by_layer
@@ -224,6 +227,11 @@ def _visited_embedding(module: Any, step: SiteStep, plan: RunPlan, values: dict[
         return step.on_module(compute(*args, **kwargs), (rows, width), values)
 
     return {module: forward}
+
+
+def _nothing_embedded(weight: Tensor, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Stands for the embedding of tokens in a run that resumes behind it: zeros, which take no memory."""
+    return weight.new_zeros(()).expand(*ids.shape, weight.shape[1])
 
 
 def _content(tensor: Tensor) -> Hashable:

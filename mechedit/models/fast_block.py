@@ -52,16 +52,18 @@ class FastBlock:
         queries, keys, values = self.project(normed)
         before = hidden = self.at_kept(hidden)
         mask = self.arguments.mask(self.layer, layout.window)
-        computed = None
-        if cached is not None and (use_cache or mask.first == 0):
-            keys, values = computed = _joined(cached, (keys, values))
+        begin, computed = 0 if use_cache else mask.first, None
+        if cached is not None:
+            keys, values = (
+                _joined([earlier[:, :, begin:], later], mask.spare)
+                for earlier, later in zip(cached, (keys, values), strict=True)
+            )
+        elif mask.spare:
+            keys, values = (_joined([states], mask.spare) for states in (keys, values))
+        if use_cache:
+            count = keys.shape[2] - mask.spare
+            computed = keys[:, :, :count], values[:, :, :count]
             keys, values = keys[:, :, mask.first :], values[:, :, mask.first :]
-        elif cached is not None:
-            keys, values = _joined((cached[0][:, :, mask.first :], cached[1][:, :, mask.first :]), (keys, values))
-        else:
-            computed = (keys, values)
-        if mask.spare:
-            keys, values = (_with_spare(states, mask.spare) for states in (keys, values))
         attn_key = self.attend(queries, keys, values, mask)
         attn_key = attn_key if self.packed is None else self.packed.pack(attn_key)
         attn_key = self.visit("attn_key", attn_key)
@@ -262,16 +264,21 @@ def select(
     return states.index_select(1, positions) if positions.ndim == 1 else states.take_along_dim(positions[..., None], 1)
 
 
-def _joined(earlier: KeysValues, later: KeysValues) -> KeysValues:
-    """Keys and values of earlier and of later positions."""
-    return torch.cat([earlier[0], later[0]], 2), torch.cat([earlier[1], later[1]], 2)
-
-
-def _with_spare(
-    states: Float[Tensor, "batch kv_head key d_head"], count: int
-) -> Float[Tensor, "batch kv_head _ d_head"]:
-    """Keys or values with so many zeros behind them."""
-    return torch.cat([states, states.new_zeros(*states.shape[:2], count, states.shape[3])], 2)
+def _joined(
+    parts: Sequence[Float[Tensor, "batch kv_head _ d_head"]], spare: int
+) -> Float[Tensor, "batch kv_head key d_head"]:
+    """Keys or values of positions that follow one another, and so many zeros behind them."""
+    rows, heads, _, width = parts[-1].shape
+    if torch.is_grad_enabled():
+        return torch.cat([*parts, parts[-1].new_zeros(rows, heads, spare, width)], 2)
+    # With a position's heads side by side, as projections give them, all are copied at once.
+    joined = parts[-1].new_empty(rows, sum(part.shape[2] for part in parts) + spare, heads, width)
+    end = 0
+    for part in parts:
+        begin, end = end, end + part.shape[2]
+        joined[:, begin:end] = part.transpose(1, 2)
+    joined[:, end:] = 0
+    return joined.transpose(1, 2)
 
 
 def _select_queries(

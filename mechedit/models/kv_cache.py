@@ -80,9 +80,12 @@ class KVCache:
         at = ((begins + ends)[:, None] - torch.arange(width, 0, -1, device=ends.device)).clamp(min=0)
         used = range(first, len(self.layers) if last is None else last + 1)
 
-        def taken(states: Tensor) -> Tensor:
+        where = rows[:, None] * self.length + at
+
+        def taken(states: Tensor) -> Tensor:  # all heads of a position at once
             by_position = states.transpose(1, 2)
-            return by_position[rows[:, None].to(states.device), at.to(states.device)].transpose(1, 2)
+            index = where.to(states.device).flatten()
+            return by_position.flatten(0, 1).index_select(0, index).unflatten(0, where.shape).transpose(1, 2)
 
         return KVCache(self._map(taken, (n_rows, width), used), ends)
 

@@ -18,7 +18,7 @@ from mechedit.models import EMBED, KVCache, Patch, Resume, Run, Site, Tokens, lo
 from mechedit.models.block_arguments import BlockArguments
 from mechedit.models.engine_check import SWITCH
 from mechedit.models.fast_engine import FastEngine
-from mechedit.models.run_plan import plan_run
+from mechedit.models.run_plan import RunPlan, plan_run
 from mechedit.models.sites import PARTS
 
 START = 4
@@ -430,6 +430,33 @@ def test_the_arguments_of_a_batch_are_recorded_once(monkeypatch: pytest.MonkeyPa
     assert not calls
     model.run(random_tokens(batch=2, width=WIDTH), resume=Resume(1, resume.resid[:2]))
     assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_a_run_that_resumes_embeds_nothing(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    tokens, prefix, resid = begun(model, torch.tensor([3, 0, 5]))
+    shape = model.hf.get_submodule(model.family.embedding).weight.shape
+    embed, run, calls, by_run = torch.nn.Embedding.forward, FastEngine.run, [], []
+
+    def counted(self: Any, ids: Tensor) -> Tensor:
+        calls.append(self.weight.shape)
+        return embed(self, ids)
+
+    def counting(self: FastEngine, plan: RunPlan) -> Run:
+        calls.clear()
+        result = run(self, plan)
+        by_run.append(calls.count(shape))
+        return result
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", counted)
+    monkeypatch.setattr(FastEngine, "run", counting)
+    site = Site(1, "resid")
+    options = {"read": [site], "stop_after": 1}  # models whose logits are capped end with their own forward
+    quick, slow = both_ways(monkeypatch, model, tokens, resume=Resume(1, resid), kv_cache=prefix, **options)
+    close(quick[site], slow[site])
+    quick, slow = both_ways(monkeypatch, model, random_tokens(batch=2, width=WIDTH), **options)
+    close(quick[site], slow[site])
+    assert by_run[0] == 0 < by_run[1]
 
 
 def test_a_cache_without_the_first_layers_is_left_to_other_engines() -> None:
