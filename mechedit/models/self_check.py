@@ -105,7 +105,7 @@ def _check_residual(model: Model, clean: Run) -> None:
     for layer in range(model.n_layers):
         before = [Site(layer - 1, "resid")] if layer else []
         sites = (Site(layer, "resid"), *before, Site(layer, "attn_out"), Site(layer, "mlp_out"))
-        after, *addends = (clean[site].float() for site in sites)
+        after, *addends = (clean[site].to(torch.promote_types(clean[site].dtype, torch.float32)) for site in sites)
         difference = after - sum(addends)
         size = after.abs() + sum(addend.abs() for addend in addends)
         if layer == 0:
@@ -120,8 +120,9 @@ def _check_residual(model: Model, clean: Run) -> None:
 def _check_projection(model: Model, clean: Run) -> None:
     """The edited module adds key · W + b to the residual stream, after any post-norm."""
     for layer in writable_layers(model):
-        # In float32, because the sums of squares behind a post-norm may be too large for float16.
-        output = model.module_output(layer, clean[model.key_site(layer)].float())
+        # In float32 at least, because the sums of squares behind a post-norm may be too large for float16.
+        keys = clean[model.key_site(layer)]
+        output = model.module_output(layer, keys.to(torch.promote_types(keys.dtype, torch.float32)))
         if not _close(output, clean[Site(layer, out_part(model.module))]):
             name = {"mlp": "down-projection", "attn": "output projection"}[model.module]
             raise _failed(model, f"the {name} of layer {layer} is found", _REASONS[model.module])

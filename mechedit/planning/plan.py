@@ -31,7 +31,7 @@ from mechedit.targets.search_prompts import SearchPrompt
 from mechedit.trace import TraceConfig
 from mechedit.trace.cells import can_change, restored_spans
 from mechedit.trace.folder import whole_and_severed
-from mechedit.trace.memory import ENOUGH_TOKENS, batch_row_bytes, group_row_bytes, max_group_rows
+from mechedit.trace.memory import batch_row_bytes, group_row_bytes, least_enough_tokens, max_group_rows
 from mechedit.trace.traced_fact import TracedFact, restored_positions
 
 STEPS = ("trace", "moments", "targets", "spreading")
@@ -180,7 +180,7 @@ def _trace_bytes(shapes: ModelShapes, facts: int, typical: TracedFact, config: T
     """Bytes of a group's corrupted runs, and of the batches of its cells that run at once."""
     group = min(max_group_rows(shapes, typical, config), facts * config.samples)
     cells = len(restored_spans(config, shapes.n_layers)) * len(restored_positions(typical, config))
-    enough = math.ceil(_BATCHES_AT_ONCE * ENOUGH_TOKENS / len(typical.ids))
+    enough = math.ceil(_BATCHES_AT_ONCE * least_enough_tokens(shapes) / len(typical.ids))
     rows = max(config.samples, min(group * cells, config.batch_rows, enough))
     return group * group_row_bytes(shapes, typical, config) + rows * batch_row_bytes(shapes, typical, config)
 

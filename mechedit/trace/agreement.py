@@ -17,6 +17,9 @@ from mechedit.trace.approximation import Approximation
 from mechedit.trace.labels import KIND_LABELS, unit_of
 from mechedit.trace.severing import sever_in_words
 
+ROUNDING = 1e-5
+"""Differences up to this part of the largest score are taken for rounding, as of results in float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
@@ -28,13 +31,22 @@ class Agreement:
     cells: int
     """Number of cells, drawn from all facts, layers and positions."""
     correlation: float
-    """Spearman's rank correlation of estimates and exact effects."""
+    """Spearman's rank correlation of estimates and exact effects, those that are `rounding` counted as 0."""
     largest_miss: float
     """Largest |estimate − exact effect|, in units of the metric."""
     mean_miss: float
     """Mean of the same."""
     mean_effect: float
     """Mean |exact effect|, to hold the misses against."""
+    rounding: float = 0.0
+    """Effects and misses up to this are taken for rounding, in the same units: `ROUNDING` of the largest score."""
+
+    def holds(self, least: float | int) -> bool:
+        """Whether estimates rank cells well enough, or none misses by more than rounding.
+
+        Where a severing leaves no path to the output, all effects are rounding, and their ranks mean nothing.
+        """
+        return self.correlation >= least or self.largest_miss <= self.rounding
 
     def in_words(self) -> str:
         """The agreement for people, in a line."""
@@ -45,7 +57,7 @@ class Agreement:
         return (
             f"{KIND_LABELS[self.kind]}, {sever_in_words(self.sever)}, {self.metric}: rank correlation "
             f"{self.correlation:.3f} on {self.cells} cells, missed by {mean} on average and {miss} at most "
-            f"(mean effect {effect})"
+            f"(mean effect {effect}{', no more than rounding' if self.largest_miss <= self.rounding else ''})"
         )
 
 
@@ -59,18 +71,20 @@ def measure_agreement(frames: Iterable[pd.DataFrame]) -> list[Agreement]:
     agreements = []
     for _, rows in drawn.groupby(["kind", "sever", "metric"], sort=False):
         kind, sever, metric = (str(rows[name].iloc[0]) for name in ("kind", "sever", "metric"))
-        estimate, effect = (rows[name].to_numpy(dtype=float) for name in ("estimate", "effect"))
-        miss = np.abs(estimate - effect)
+        estimate, effect, score = (rows[name].to_numpy(dtype=float) for name in ("estimate", "effect", "score"))
+        miss, rounding = np.abs(estimate - effect), ROUNDING * float(np.abs(score).max())
+        ranked = (np.where(np.abs(values) > rounding, values, 0.0)[None] for values in (estimate, effect))
         agreements.append(
             Agreement(
                 kind=kind,
                 sever=sever,
                 metric=metric,
                 cells=len(rows),
-                correlation=float(spearman(estimate[None], effect[None])[0]),
+                correlation=float(spearman(*ranked)[0]),
                 largest_miss=float(miss.max()),
                 mean_miss=float(miss.mean()),
                 mean_effect=float(np.abs(effect).mean()),
+                rounding=rounding,
             )
         )
     return agreements
@@ -88,7 +102,7 @@ class DisagreementError(InputError):
             remedy: what to do in place of a trace without approximation.
         """
         self.agreements, self.least = tuple(agreements), least
-        failing = [agreement for agreement in agreements if not agreement.correlation >= least]
+        failing = [agreement for agreement in agreements if not agreement.holds(least)]
         kinds = list(dict.fromkeys(agreement.kind for agreement in failing))
         kind = f"{kinds[0]} " if len(kinds) == 1 else ""
         super().__init__(
@@ -102,11 +116,11 @@ def check_agreement(agreements: Iterable[Agreement], approximation: Approximatio
     """Refuse estimates that do not rank cells as exact effects do; a bound of 0 refuses nothing.
 
     Raises:
-        DisagreementError: the rank correlation is below `least_correlation` in a kind and severing, or there is none
-            because all effects are equal.
+        DisagreementError: in a kind and severing the rank correlation is below `least_correlation`, or there is none
+            because all effects are equal, and an estimate misses by more than rounding.
     """
     agreements, least = list(agreements), approximation.least_correlation
-    if least and any(not agreement.correlation >= least for agreement in agreements):
+    if least and not all(agreement.holds(least) for agreement in agreements):
         raise DisagreementError(agreements, least)
 
 

@@ -38,7 +38,8 @@ class Approximation:
     exact_facts: int = 20
     """Facts, drawn, whose cells at the subject's last token are traced exactly, to correct averages there."""
     least_correlation: float | int = 0.8
-    """Rank correlation below which the trace is refused, in any kind and severing; 0 refuses nothing."""
+    """Rank correlation below which the trace is refused, in any kind and severing, unless no estimate misses by more
+    than rounding; 0 refuses nothing."""
 
     def __post_init__(self) -> None:
         check_numbers(self, points=1_000_000)

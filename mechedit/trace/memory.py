@@ -11,9 +11,12 @@ from mechedit.trace.config import TraceConfig
 from mechedit.trace.metrics import are_of_object
 from mechedit.trace.traced_fact import TracedFact
 
-ENOUGH_TOKENS = 4096
-"""Tokens of a batch of cells that are enough. Rows join on the way, so that early blocks have few of them: with half as
-many, a trace of SmolLM2 ran at 79% of the rate on large matrices in place of 92%."""
+ENOUGH_TOKENS = 2048
+"""Tokens of a batch of cells that are enough, at least."""
+TOKENS_PER_BLOCK = 136
+"""The same for each block of the model. Rows join on the way, so that early blocks have few of them: with 2,048 tokens
+for its 30 blocks, a trace of SmolLM2 ran at 79% of the rate on large matrices, with 4,096 at 92%; one of GPT-2's 12
+blocks was as fast with either, and took 0.45 GiB in place of 0.65."""
 GROUP_TOKENS = 1024
 """Tokens of a group's corrupted run that are enough. Its states stay in memory while the group is traced, and groups
 are dealt to processes."""
@@ -75,8 +78,13 @@ def max_gradient_rows(model: Model | ModelShapes, traced: TracedFact, config: Tr
 
 
 def enough_tokens(model: Model) -> int:
-    """Tokens of a batch of cells: `ENOUGH_TOKENS`, or more where starting a block takes the time."""
-    return max(ENOUGH_TOKENS, round(16 * padding_budget(model)))
+    """Tokens of a batch of cells: `least_enough_tokens`, or more where starting a block takes the time."""
+    return max(least_enough_tokens(model), round(22 * padding_budget(model)))
+
+
+def least_enough_tokens(model: Model | ModelShapes) -> int:
+    """Tokens of a batch of cells at least, where there are so many: more for a deep model."""
+    return max(ENOUGH_TOKENS, TOKENS_PER_BLOCK * model.n_layers)
 
 
 def max_batch_rows(model: Model | ModelShapes, traced: TracedFact, config: TraceConfig) -> int:

@@ -170,7 +170,8 @@ class TraceRuns:
         """
         site, facts = Site(layer, "mlp_out"), rows // self.samples
         state, corrupted = (self.corrupted[at][rows, positions] for at in (Site(layer, "resid"), site))
-        return (state.float() + (self.clean[site][facts, positions].float() - corrupted.float())).to(state.dtype)
+        wide = torch.promote_types(state.dtype, torch.float32)
+        return (state.to(wide) + (self.clean[site][facts, positions].to(wide) - corrupted.to(wide))).to(state.dtype)
 
     def attention_window_states(self, sever: str, layer: int) -> Float[Tensor, "row pos d_model"]:
         """States after a block in which attention's clean output was put back, at all of `restored_span`.

@@ -85,3 +85,14 @@ def test_every_step_gives_the_same_numbers(family: str, backend: str, dtype: tor
         results = all_steps(hf, tokenizer, backend)
     for name, values in expected.items():
         np.testing.assert_array_equal(results[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), [("gpt2", "transformer_lens"), ("gemma2", "nnsight"), ("llama", "nnsight")]
+)
+def test_a_model_in_float64_gives_the_same_numbers_but_for_rounding(family: str, backend: str, tokenizer: Any) -> None:
+    expected = all_steps(random_hf(family, 0), tokenizer, backend)
+    results = all_steps(random_hf(family, 0).double(), tokenizer, backend)
+    for name, values in expected.items():
+        assert np.linalg.norm(results[name] - values) <= 1e-4 * np.linalg.norm(values), name
+    assert any((results[name] != values).any() for name, values in expected.items()), "control: another dtype ran"

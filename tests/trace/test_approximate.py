@@ -23,7 +23,7 @@ from mechedit.trace import (
     run_clean_and_corrupted,
     tokenize_fact,
 )
-from mechedit.trace.agreement import Agreement, DisagreementError, check_agreement
+from mechedit.trace.agreement import Agreement, DisagreementError, check_agreement, measure_agreement
 from mechedit.trace.approximation import draw_cells
 from mechedit.trace.attribution import SCALES, estimate_cells
 from mechedit.trace.averages import corrected_effects
@@ -251,7 +251,10 @@ def test_an_approximate_trace_holds_exact_cells_and_estimates(small_model):
         ]
         assert rows["exact"].all()
         assert record["cells"] == len(rows) == ANY.exact_cells
-        correlation = spearman(rows["estimate"].to_numpy()[None], rows["effect"].to_numpy()[None])[0]
+        rounding = 1e-5 * rows["score"].abs().max()
+        assert record["rounding"] == pytest.approx(rounding)
+        ranked = [[value if abs(value) > rounding else 0 for value in rows[name]] for name in ("estimate", "effect")]
+        correlation = pd.Series(ranked[0]).corr(pd.Series(ranked[1]), method="spearman")
         assert record["correlation"] == pytest.approx(correlation)
         assert record["largest_miss"] == pytest.approx((rows["estimate"] - rows["effect"]).abs().max())
 
@@ -285,6 +288,43 @@ def test_estimates_that_do_not_rank_cells_are_refused(small_model, known, monkey
     )
     with pytest.raises(InputError, match=r"state.*nothing severed.*rank correlation .* on 20 cells.*at least 0\.5"):
         trace_facts(small_model, known, config)
+
+
+def drawn_rows(effects, estimates):
+    """Drawn cells of one kind and severing whose scores are about 0.5."""
+    rows = {"kind": "state", "sever": "attn:last", "metric": "probability", "drawn": True}
+    return pd.DataFrame({**rows, "effect": effects, "estimate": estimates, "score": 0.5 + np.asarray(effects)})
+
+
+def test_ranks_among_roundings_count_for_nothing():
+    generator = np.random.default_rng(0)
+    large, noise = np.array([0.3, -0.2, 0.1]), generator.normal(size=(2, 37)) * 1e-8
+    effects, estimates = np.append(large, noise[0]), np.append(large * 0.7, noise[1])
+    assert spearman(effects[None], estimates[None])[0] < 0.5, "the control: by all ranks they disagree"
+    (agreement,) = measure_agreement([drawn_rows(effects, estimates)])
+    assert agreement.correlation == pytest.approx(1)
+    assert agreement.holds(0.99)
+    # Where nothing but rounding is there, no rank is, and no estimate misses.
+    (agreement,) = measure_agreement([drawn_rows(noise[0], noise[1])])
+    assert np.isnan(agreement.correlation)
+    assert agreement.holds(0.99)
+    assert "no more than rounding" in agreement.in_words()
+    check_agreement([agreement], Approximation(least_correlation=0.99))
+    # An effect that the estimates do not see is no rounding.
+    (agreement,) = measure_agreement([drawn_rows(np.append(0.01, noise[0]), np.append(0.0, noise[1]))])
+    assert not agreement.holds(0.1)
+    with pytest.raises(DisagreementError, match="nan"):
+        check_agreement([agreement], Approximation(least_correlation=0.1))
+
+
+def test_a_severing_that_leaves_no_path_is_not_refused(small_model, known):
+    roles = ("subject_first", "subject_last")
+    approximation = dataclasses.replace(ANY, least_correlation=0.9)
+    config = TraceConfig(samples=2, kinds=("state",), sever=("attn:last",), roles=roles, approximation=approximation)
+    effects = trace_facts(small_model, known, config)
+    assert effects["effect"].abs().max() < 1e-5 * effects["score"].max()
+    with pytest.raises(InputError, match="rank correlation"):  # the control: with paths, ranks are held to the bound
+        trace_facts(small_model, known, dataclasses.replace(config, sever=("attn:further",)))
 
 
 def test_a_refusal_states_all_that_fail_in_one_line():
