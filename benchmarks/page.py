@@ -80,8 +80,9 @@ moments 'late moments'`, `--shape llama --steps targets`, `--shape gptj --steps 
 *rate* is that of the necessary operations, as a share of one thread's on large matrices; *with products alone* is what
 it would be if nothing else took time; *goal* is the rate at which the goal would be reached. Each of these steps stays
 below its goal on one thread already, and passes on two threads only add waiting. At d 128 products are so small
-that norms, GELU, attention and copies take 25 to 29% of the time; a z of SmolLM2 would have to leave 4% of the time to everything but
-products; and the weights of GPT-J's four blocks are read for the 7 and 70 tokens of its clean and corrupted run, too.
+that norms, GELU, attention and copies take 25 to 29% of the time; a z of SmolLM2 would have to leave 4% of the time to
+everything but products; and the weights of GPT-J's four blocks are read for the 7 and 70 tokens of its clean and
+corrupted run, too.
 
 ## Measured by
 
