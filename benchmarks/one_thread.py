@@ -2,8 +2,8 @@
 
     python -m benchmarks.one_thread --shape tiny --steps trace 'severed trio' targets moments
 
-It shows what keeps a step from a share of the machine's rate: if the rest took no time, the products alone would run
-at the rate in the last column; passes on several threads only add waiting to the first.
+It shows what keeps a step from a share of the machine's rate: each line ends with the rate at which its necessary
+operations would run if nothing but the products took time. Several threads at once only add waiting.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Parts:
 
 
 def parts_of(run: Callable[[], object], work: Work) -> Parts:
-    """Run a step twice, with and without a profiler: with it, small operations take longer."""
+    """Run a step three times: to warm up, for its seconds, and under a profiler, where small operations last longer."""
     run()
     _, seconds = timed(run, "cpu")
     with profile(activities=[ProfilerActivity.CPU]) as profiled:

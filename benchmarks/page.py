@@ -76,13 +76,13 @@ moments 'late moments'`, `--shape llama --steps targets`, `--shape gptj --steps 
 | `llama` | targets | 86% | 1% | 12% | 1% | 81% | 94% | 90% |
 | `gptj` | trace | 91% | 0% | 4% | 5% | 79% | 87% | 80% |
 
-*Products* to *between them* are parts of the time (the last is what Python takes, and what the profiler does not see);
-*rate* is that of the necessary operations, as a share of one thread's on large matrices; *with products alone* is what
-it would be if nothing else took time; *goal* is the rate at which the goal would be reached. Each of these steps stays
-below its goal on one thread already, and passes on two threads only add waiting. At d 128 products are so small
-that norms, GELU, attention and copies take 25 to 29% of the time; a z of SmolLM2 would have to leave 4% of the time to
-everything but products; and the weights of GPT-J's four blocks are read for the 7 and 70 tokens of its clean and
-corrupted run, too.
+*Products* to *between them* are parts of the time: the last is what Python takes, somewhat understated, because the
+profiler that times the others makes small ones last longer. *Rate* is that of the necessary operations, as a share of
+one thread's on large matrices; *with products alone* is what it would be if nothing else took time; *goal* is the
+rate at which the goal would be reached. Each of these steps stays below its goal on one thread already, and two
+threads only add waiting. At d 128 products are so small that norms, GELU, attention and copies take 25 to 29% of the
+time; a z of SmolLM2 would have to leave 4% of the time to everything but products; and the weights of GPT-J's four
+blocks are read for the 7 and 70 tokens of its clean and corrupted run, too.
 
 ## Measured by
 
